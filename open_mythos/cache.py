@@ -1,0 +1,161 @@
+"""Key/value caches: one slot for each layer of prelude and coda and for each loop of the recurrent block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PADDING_SLOT = "padding"
+"""Slot of a plain-dict cache that holds which cached tokens are real; present only if some are padding."""
+
+
+def prelude_slot(layer: int) -> str:
+    return f"prelude_{layer}"
+
+
+def loop_slot(loop: int) -> str:
+    return f"recurrent_loop_{loop}"
+
+
+def coda_slot(layer: int) -> str:
+    return f"coda_{layer}"
+
+
+class CacheSlot:
+    """Rows of one layer (or loop), in buffers that double when they are full and are written in place."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffers: dict[str, Tensor] = {}
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """The used part of each buffer, (B, length, ...), as views."""
+        return {name: buffer[:, : self.length] for name, buffer in self._buffers.items()}
+
+    def update(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Append ``new`` rows, (B, T, ...) each, and return all rows, (B, length, ...)."""
+        start, end = self.length, self.length + next(iter(new.values())).shape[1]
+        past = self.rows
+        for name, rows in new.items():
+            self._reserve(name, rows, end)
+            self._buffers[name][:, start:end] = rows.detach()
+        self.length = end
+        if torch.is_grad_enabled() and any(rows.requires_grad for rows in new.values()):
+            # Autograd must not meet buffers that later tokens overwrite.
+            return {name: torch.cat([past[name].clone(), rows], 1) if start else rows for name, rows in new.items()}
+        return self.rows
+
+    def _reserve(self, name: str, like: Tensor, length: int) -> None:
+        buffer = self._buffers.get(name)
+        if buffer is not None and buffer.shape[1] >= length:
+            return
+        capacity = length if buffer is None else max(length, 2 * buffer.shape[1])
+        grown = torch.empty(like.shape[0], capacity, *like.shape[2:], dtype=like.dtype, device=like.device)
+        if buffer is not None:
+            grown[:, : self.length] = buffer[:, : self.length]
+        self._buffers[name] = grown
+
+
+class KVCache:
+    """The cache to use: ``model(ids, kv_cache=cache)`` appends to it, any number of tokens at a time.
+
+    It knows its length and its size, and can be cut back (:meth:`truncate`) or emptied (:meth:`reset`).
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[str, CacheSlot] = {}
+        self.valid: Tensor | None = None  # (B, length) bool, False at padding; None while there is none
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return max((slot.length for slot in self._slots.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        return sum(t.numel() * t.element_size() for slot in self._slots.values() for t in slot.rows.values())
+
+    def slot(self, name: str) -> CacheSlot:
+        """The slot called ``name``, made empty if it is new."""
+        return self._slots.setdefault(name, CacheSlot())
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens held by each slot."""
+        return {name: slot.length for name, slot in self._slots.items()}
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first ``length``.
+
+        Raises:
+            ValueError: if the cache holds fewer.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}; use 0 to {self.length}")
+        for slot in self._slots.values():
+            slot.length = min(slot.length, length)
+        if self.valid is not None:
+            self.valid = self.valid[:, :length]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._slots.clear()
+        self.valid = None
+
+
+class _DictSlot:
+    """A slot of a plain dict: each update replaces the tensors by longer ones."""
+
+    def __init__(self, cache: dict[str, Any], name: str) -> None:
+        self._cache, self._name = cache, name
+
+    def update(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        old = self._cache.get(self._name)
+        rows = new if old is None else {name: torch.cat([old[name], rows], 1) for name, rows in new.items()}
+        self._cache[self._name] = rows
+        return rows
+
+
+class DictCache:
+    """A plain dict, ``{slot: {name: tensor}}``, seen through the interface of :class:`KVCache`."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self._data = data
+
+    @property
+    def length(self) -> int:
+        return max(self.lengths().values(), default=0)
+
+    @property
+    def valid(self) -> Tensor | None:
+        return self._data[PADDING_SLOT]["valid"] if PADDING_SLOT in self._data else None
+
+    @valid.setter
+    def valid(self, valid: Tensor | None) -> None:
+        if valid is not None:
+            self._data[PADDING_SLOT] = {"valid": valid}
+
+    def slot(self, name: str) -> _DictSlot:
+        return _DictSlot(self._data, name)
+
+    def lengths(self) -> dict[str, int]:
+        return {name: next(iter(rows.values())).shape[1] for name, rows in self._data.items() if name != PADDING_SLOT}
+
+
+Cache = KVCache | DictCache
+
+
+def as_cache(kv_cache: KVCache | DictCache | dict[str, Any] | None) -> Cache | None:
+    """``kv_cache`` behind one interface; dicts are wrapped, not copied.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if kv_cache is None or isinstance(kv_cache, KVCache | DictCache):
+        return kv_cache
+    if isinstance(kv_cache, dict):
+        return DictCache(kv_cache)
+    raise ValueError(f"kv_cache is a {type(kv_cache).__name__}; pass a KVCache, a dict, or None")

@@ -1,0 +1,76 @@
+"""Saving and loading a model as ``config.json`` and ``model.safetensors``. No pickle anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from open_mythos.config import MythosConfig
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_TIED = "head.weight"  # the same tensor as embed.weight, so not stored
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that is missing, damaged, or not one of ours; the message names it."""
+
+
+def save(model: OpenMythos, directory: str | Path) -> None:
+    """Write the model's config and weights into ``directory``, made if need be.
+
+    Each file is written beside its place and moved there whole, weights first.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != _TIED}
+    partial = directory / (WEIGHTS_FILE + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(directory / WEIGHTS_FILE)
+    partial = directory / (CONFIG_FILE + ".partial")
+    model.cfg.save(partial)
+    partial.replace(directory / CONFIG_FILE)
+
+
+def load(cls: type[OpenMythos], directory: str | Path) -> OpenMythos:
+    """Build the model saved in ``directory``, in eval mode, in the dtype it was saved in.
+
+    Raises:
+        CheckpointError: naming the file at fault.
+    """
+    directory = Path(directory)
+    config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        cfg = MythosConfig.load(config_path)
+    except ValueError as error:
+        raise CheckpointError(f"not an open_mythos config: {error}") from error
+    try:
+        tensors = load_file(weights_path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights_path} is truncated or not a safetensors file ({error}); save it again") from error
+    model = cls(cfg)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != _TIED}
+    _check_names(weights_path, set(expected), set(tensors))
+    model.to(tensors["embed.weight"].dtype)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights_path} does not fit {config_path}: {error}") from error
+    assert missing == [_TIED] and not unexpected, (missing, unexpected)
+    return model.eval()
+
+
+def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
+    if expected != found:
+        lacks, extra = sorted(expected - found), sorted(found - expected)
+        parts = [f"{word} {len(names)} tensors such as {names[0]!r}" for word, names in (("lacks", lacks), ("has", extra)) if names]
+        raise CheckpointError(f"{path} is not a checkpoint of this model: it {' and '.join(parts)}")

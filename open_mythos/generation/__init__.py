@@ -1,0 +1,1 @@
+"""Text generation: sampling rules and the loop around the model."""

@@ -1,0 +1,109 @@
+"""Prefill once, then decode one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.cache import KVCache
+from open_mythos.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
+
+
+def stream(
+    model: OpenMythos,
+    input_ids: Tensor,
+    max_new_tokens: int = 64,
+    n_loops: int | None = None,
+    sampling: Sampling | None = None,
+    eos_token_id: int | None = None,
+    attention_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """New tokens as they are made, (B,) at a time; ends early once every row has produced ``eos_token_id``.
+
+    Args:
+        model: run in eval mode for each token, and put back after it.
+        input_ids: (B, T) prompt, padded on the left where rows differ in length.
+        max_new_tokens: how many, at most.
+        n_loops: loops for every token; ``cfg.max_loop_iters`` if None.
+        sampling: how to draw; ``Sampling()`` if None.
+        eos_token_id: a row that produced it repeats it from then on.
+        attention_mask: (B, T), 0 at padding.
+        generator: random state to draw from; on the model's device.
+
+    Raises:
+        ValueError: at the call, before anything is computed, for input or lengths that do not fit.
+    """
+    sampling = sampling or Sampling()
+    check_lengths(model, input_ids, max_new_tokens)
+    return _tokens(model, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator)
+
+
+def _tokens(
+    model: OpenMythos,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    n_loops: int | None,
+    sampling: Sampling,
+    eos_token_id: int | None,
+    attention_mask: Tensor | None,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    cache = KVCache()
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    tokens, mask = input_ids, attention_mask
+    for _ in range(max_new_tokens):
+        with eval_mode(model), torch.no_grad():
+            last = model.hidden(tokens, n_loops, cache, attention_mask=mask)[:, -1]
+            new = sampling.draw(model.head(last), generator)
+        if eos_token_id is not None:
+            new = torch.where(done, eos_token_id, new)
+            done = done | (new == eos_token_id)
+        yield new
+        if eos_token_id is not None and bool(done.all()):
+            return
+        tokens, mask = new.unsqueeze(1), None
+
+
+def generate(
+    model: OpenMythos, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None, **options
+) -> Tensor:
+    """The prompt and ``max_new_tokens`` more, (B, T + max_new_tokens); arguments as :func:`stream`."""
+    new = list(stream(model, input_ids, max_new_tokens, eos_token_id=eos_token_id, **options))
+    if eos_token_id is not None:
+        new += [torch.full_like(input_ids[:, 0], eos_token_id)] * (max_new_tokens - len(new))
+    return torch.cat([input_ids, *(tokens.unsqueeze(1).to(input_ids.dtype) for tokens in new)], dim=1)
+
+
+def check_lengths(model: OpenMythos, input_ids: Tensor, max_new_tokens: int) -> None:
+    """ValueError unless the prompt is (B, T) and prompt and continuation fit the model."""
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids is {tuple(input_ids.shape)}; pass a non-empty (batch, tokens) prompt")
+    limit = model.cfg.max_output_tokens
+    if not 0 <= max_new_tokens <= limit:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
+    total, limit = input_ids.shape[1] + max_new_tokens, model.cfg.max_seq_len
+    if total > limit:
+        raise ValueError(
+            f"{input_ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} make {total}, more than "
+            f"max_seq_len={limit}; ask for at most {max(0, limit - input_ids.shape[1])} or raise model.cfg.max_seq_len"
+        )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode restored after."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

@@ -1,0 +1,79 @@
+"""From logits to a token: temperature, top-k, top-p, min-p as pure functions of (B, vocab) logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, checked when it is made.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_k: draw from this many likeliest tokens; None for all.
+        top_p: draw from the fewest tokens whose probability reaches this, in (0, 1]; None for all.
+        min_p: drop tokens less likely than this share of the likeliest, in [0, 1]; None for all.
+
+    Raises:
+        ValueError: naming what is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature={self.temperature}; use 0 for greedy or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}; use at least 1, or None for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}; use a number in (0, 1], or None")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}; use a number in [0, 1], or None")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, vocab) float32 probabilities, filters applied in the order temperature, top-k, top-p, min-p."""
+        logits = logits.float()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+        logits = logits / self.temperature
+        if self.top_k is not None:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = keep_top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = keep_min_p(logits, self.min_p)
+        return logits.softmax(-1)
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One token for each row: (B, vocab) -> (B,) int64."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the ``k`` largest logits (ties with the k-th stay)."""
+    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf outside the smallest set of likeliest tokens whose probability reaches ``p`` (Holtzman 2019, 1904.09751)."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    drop = (before >= p).scatter(-1, order, before >= p)
+    drop = drop & (logits < logits.amax(-1, keepdim=True))
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """-inf where a token is less likely than ``p`` times the likeliest (Nguyen 2024, 2407.01082)."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf"))

@@ -1,0 +1,266 @@
+"""The recurrent-depth transformer: embedding, prelude, recurrent block, coda, tied head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos import checkpoint
+from open_mythos.cache import Cache, KVCache, as_cache, coda_slot, loop_slot, prelude_slot
+from open_mythos.config import MythosConfig
+from open_mythos.generation.generate import generate, stream
+from open_mythos.generation.sampling import Sampling
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.recurrent import LoopState, RecurrentBlock, check_n_loops
+from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.rope import rope_table
+
+
+class OpenMythos(nn.Module):
+    """A causal language model whose depth is chosen at every call.
+
+    ``model(input_ids, n_loops=T)`` runs the prelude once, the recurrent block T times, the coda once. The three
+    stages are also there one by one: :meth:`encode`, ``model.recurrent.iterate``, :meth:`decode`.
+
+    Args:
+        cfg: shape and behaviour; kept as ``model.cfg``. ``max_seq_len`` and ``max_loop_iters`` may be changed there
+            at any time.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        nn.init.normal_(self.embed.weight, std=cfg.dim**-0.5)
+        self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
+        self.input_norm = RMSNorm(cfg.dim)
+        self.recurrent = RecurrentBlock(cfg)
+        self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
+        self.norm = RMSNorm(cfg.dim)
+        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None,
+        start_pos: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits for the next token at every position.
+
+        Args:
+            input_ids: (B, T) integers in [0, vocab_size).
+            n_loops: loops to run, any integer of at least 1; ``cfg.max_loop_iters`` if None.
+            kv_cache: a :class:`KVCache` or a plain dict. Tokens it holds come before these; these are appended.
+            start_pos: position of the first token. Inferred from the cache; give it only to have it checked, or,
+                without a cache, to start later than 0.
+            attention_mask: (B, T) for these tokens or (B, past + T) for all, 0 at padding. A padded row gives the
+                logits that it gives alone; logits at padding mean nothing.
+
+        Returns:
+            (B, T, vocab_size).
+
+        Raises:
+            ValueError: for input that does not fit; nothing has been written to the cache then.
+        """
+        return self.head(self.hidden(input_ids, n_loops, kv_cache, start_pos, attention_mask))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None,
+        start_pos: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, T, dim); arguments as :meth:`forward`."""
+        n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
+        cache = as_cache(kv_cache)
+        e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops)
+        h = self.recurrent(self.first_state(e), e, freqs, mask, n_loops, cache)
+        return self.decode(h, freqs, mask, cache)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        cache: Cache | None = None,
+        start_pos: int | None = None,
+        attention_mask: Tensor | None = None,
+        n_loops: int = 1,
+    ) -> tuple[Tensor, Tensor, CausalMask]:
+        """Check the input and run the prelude.
+
+        Returns:
+            The encoded input e (B, T, dim), rotary (cos, sin) of its positions, and the causal mask.
+        """
+        past, valid = self._checked(input_ids, cache, start_pos, attention_mask, n_loops)
+        T = input_ids.shape[1]
+        mask = CausalMask(T, past + T, valid)
+        x = self.embed(input_ids) * math.sqrt(self.cfg.dim)
+        if valid is None:
+            positions = torch.arange(past, past + T, device=x.device) + ((start_pos or 0) if cache is None else 0)
+        else:
+            x = x * valid[:, -T:].unsqueeze(-1)
+            positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -T:]
+        if cache is not None:
+            cache.valid = valid
+        freqs = rope_table(positions, self.cfg.rope_dim, self.cfg.rope_theta)
+        for layer, block in enumerate(self.prelude):
+            x = block(x, freqs, mask, cache, prelude_slot(layer))
+        return self.input_norm(x), freqs, mask
+
+    def first_state(self, e: Tensor) -> Tensor:
+        """The state before the first loop, as ``cfg.state_init`` says: (B, T, dim)."""
+        if self.cfg.state_init == "input":
+            return e
+        if self.cfg.state_init == "noise" and self.training:
+            return torch.randn_like(e) * e.ne(0).any(-1, keepdim=True)
+        return torch.zeros_like(e)
+
+    def decode(self, h: Tensor, freqs: Tensor, mask: CausalMask, cache: Cache | None = None) -> Tensor:
+        """Run the coda and the last norm on a state: (B, T, dim), ready for the head."""
+        for layer, block in enumerate(self.coda):
+            h = block(h, freqs, mask, cache, coda_slot(layer))
+        return self.norm(h)
+
+    def iterate(self, input_ids: Tensor, n_loops: int | None = None, **inputs: Any) -> Iterator[tuple[LoopState, Tensor]]:
+        """After every loop, what happened in it and the logits (B, T, vocab_size) if it were the last.
+
+        Args:
+            input_ids: (B, T).
+            n_loops: as :meth:`forward`.
+            inputs: ``start_pos`` and ``attention_mask``, as :meth:`forward`.
+        """
+        e, freqs, mask = self.encode(input_ids, **inputs)
+        for state in self.recurrent.iterate(self.first_state(e), e, freqs, mask, n_loops):
+            yield state, self.head(self.decode(state.h, freqs, mask))
+
+    def _checked(
+        self, input_ids: Tensor, cache: Cache | None, start_pos: int | None, attention_mask: Tensor | None, n_loops: int
+    ) -> tuple[int, Tensor | None]:
+        """Tokens held by the cache, and (B, past + T) bool of real tokens or None; ValueError if input does not fit."""
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
+            what = f"{tuple(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(f"input_ids is {what}; pass a non-empty (batch, tokens) tensor of integers")
+        B, T = input_ids.shape
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.cfg.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"input_ids holds {bad}; tokens of this model are 0 to {self.cfg.vocab_size - 1}")
+        past = cache.length if cache is not None else 0
+        if cache is not None:
+            self._check_slots(cache, past, n_loops)
+            if start_pos is not None and start_pos != past:
+                raise ValueError(f"start_pos={start_pos} but the cache holds {past} tokens; leave start_pos out")
+        if start_pos is not None and start_pos < 0:
+            raise ValueError(f"start_pos={start_pos}; use 0 or more")
+        end = (start_pos or 0) + T if cache is None else past + T
+        if end > self.cfg.max_seq_len:
+            raise ValueError(
+                f"{end} positions ({end - T} before, {T} new) do not fit max_seq_len={self.cfg.max_seq_len}; "
+                f"shorten the input or raise model.cfg.max_seq_len"
+            )
+        return past, self._valid(attention_mask, B, T, past, cache)
+
+    def _check_slots(self, cache: Cache, past: int, n_loops: int) -> None:
+        if past == 0:
+            return
+        lengths = cache.lengths()
+        for loop in range(n_loops):
+            held = lengths.get(loop_slot(loop), 0)
+            if held != past:
+                raise ValueError(
+                    f"n_loops={n_loops}, but loop {loop + 1} of the cache holds {held} of its {past} tokens; "
+                    f"use n_loops of at most {loop}, or fill a new cache with {n_loops} loops"
+                )
+
+    def _valid(self, attention_mask: Tensor | None, B: int, T: int, past: int, cache: Cache | None) -> Tensor | None:
+        known = cache.valid if cache is not None else None
+        if attention_mask is None:
+            if known is None:
+                return None
+            return torch.cat([known, known.new_ones(B, T)], 1)
+        shape = tuple(attention_mask.shape)
+        if shape not in ((B, T), (B, past + T)):
+            wanted = f"({B}, {T})" if past == 0 else f"({B}, {T}) or, with the {past} cached tokens, ({B}, {past + T})"
+            raise ValueError(f"attention_mask is {shape}; use {wanted}")
+        valid = attention_mask.bool()
+        if shape[1] == T and past:
+            earlier = known if known is not None else valid.new_ones(B, past)
+            valid = torch.cat([earlier, valid], 1)
+        return None if bool(valid.all()) else valid
+
+    # -- text
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 64,
+        n_loops: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
+
+        Args:
+            input_ids: (B, T) prompt, padded on the left where rows differ in length.
+            max_new_tokens: how many tokens to add.
+            n_loops: loops for every token; ``cfg.max_loop_iters`` if None.
+            temperature, top_k, top_p, min_p: see :class:`~open_mythos.generation.sampling.Sampling`; 0 is greedy.
+            eos_token_id: a row that produced it repeats it from then on.
+            attention_mask: (B, T), 0 at padding.
+            generator: random state to draw from.
+
+        Returns:
+            (B, T + max_new_tokens).
+
+        Raises:
+            ValueError: for input, sampling options or lengths that do not fit.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        return generate(
+            self, input_ids, max_new_tokens, eos_token_id, n_loops=n_loops, sampling=sampling,
+            attention_mask=attention_mask, generator=generator,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 64,
+        n_loops: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        return stream(self, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator)
+
+    # -- files
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``; see :func:`open_mythos.checkpoint.save`."""
+        checkpoint.save(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> OpenMythos:
+        """The model that :meth:`save_pretrained` wrote, in eval mode; see :func:`open_mythos.checkpoint.load`."""
+        return checkpoint.load(cls, directory)

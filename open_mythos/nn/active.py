@@ -1,0 +1,84 @@
+"""The positions that still run when others have halted."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor
+
+from open_mythos.ops.attention import CausalMask
+
+
+class ActiveTokens:
+    """Bookkeeping for running one block on some of the (B, T) positions of a batch.
+
+    Position-wise work is done on the N running positions as one (1, N, ...) sequence; for attention the queries
+    are packed to the front of each row, (B, width, ...), width being the most that any row still runs. A halted
+    position keeps the key and value rows of the last loop that it ran. While all positions run, every method hands
+    back what it was given.
+
+    Args:
+        running: (B, T) bool.
+        rows: key/value rows of the previous loop, (B, T, ...) each; empty at the first.
+    """
+
+    def __init__(self, running: Tensor, rows: dict[str, Tensor] | None = None) -> None:
+        self.running = running
+        self.rows = rows or {}
+        self.row, self.col = running.nonzero(as_tuple=True)
+        self.slot = (running.cumsum(1) - 1)[self.row, self.col]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @cached_property
+    def width(self) -> int:
+        """Most positions that any row of the batch still runs."""
+        return int(self.running.sum(1).max())
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether no position has halted."""
+        return len(self) == self.running.numel()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, N, ...)."""
+        if self.is_everything:
+            return x
+        return x[self.row, self.col].unsqueeze(0)
+
+    def scatter(self, new: Tensor, into: Tensor) -> Tensor:
+        """``into`` (B, T, ...) with the running positions replaced by ``new`` (1, N, ...)."""
+        if self.is_everything:
+            return new
+        return into.index_put((self.row, self.col), new[0].to(into.dtype))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(1, N, ...) -> (B, width, ...), zeros behind each row's last."""
+        if self.is_everything:
+            return x
+        packed = x.new_zeros(len(self.running), self.width, *x.shape[2:])
+        return packed.index_put((self.row, self.slot), x[0])
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(B, width, ...) -> (1, N, ...)."""
+        if self.is_everything:
+            return packed
+        return packed[self.row, self.slot].unsqueeze(0)
+
+    def mask(self, whole: CausalMask) -> CausalMask:
+        """``whole``, the mask of all T positions of the batch, for the packed queries alone."""
+        if self.is_everything:
+            return whole
+        first = whole.n_keys - whole.n_queries
+        positions = self.pack((self.col + first).unsqueeze(0))
+        return CausalMask(self.width, whole.n_keys, whole.valid, positions)
+
+    def merge(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of all (B, T) positions: ``new`` ones (1, N, ...) where they run, the previous loop's elsewhere."""
+        shape = self.running.shape
+        self.rows = {
+            name: self.scatter(rows, into=self.rows[name] if self.rows else rows.new_zeros(*shape, *rows.shape[2:]))
+            for name, rows in new.items()
+        }
+        return self.rows

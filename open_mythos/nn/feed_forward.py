@@ -1,0 +1,29 @@
+"""Dense SwiGLU feed-forward."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.nn.linear import Linear, residual_gain
+
+
+class Expert(nn.Module):
+    """SwiGLU feed-forward ``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202): (..., dim) -> (..., dim).
+
+    Used as the feed-forward of prelude and coda and as the always-on shared experts.
+
+    Args:
+        dim: model width.
+        expert_dim: hidden width.
+        n_layers: depth of the stack it stands in, which sets the size of its output at initialisation.
+    """
+
+    def __init__(self, dim: int, expert_dim: int, n_layers: int = 1) -> None:
+        super().__init__()
+        self.gate = Linear(dim, expert_dim)
+        self.up = Linear(dim, expert_dim)
+        self.down = Linear(expert_dim, dim, gain=residual_gain(n_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))

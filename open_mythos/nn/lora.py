@@ -1,0 +1,48 @@
+"""Depth-wise LoRA: a small adaptation of the shared block, different at every loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.nn.linear import Linear
+
+
+class LoRAAdapter(nn.Module):
+    """Adds ``B(scale[loop] * down(x))`` to the block's output (Relaxed Recursive Transformers, arXiv:2410.20672).
+
+    ``B`` starts at zero, so a new model computes exactly what it would without the adapter. Loops deeper than any
+    seen in training use the scale of the deepest loop that was.
+
+    Args:
+        dim: model width.
+        rank: width of the adapter.
+        max_loops: rows of the table of scales; deeper loops are allowed and use the last.
+    """
+
+    trained_loops: Tensor
+
+    def __init__(self, dim: int, rank: int, max_loops: int) -> None:
+        super().__init__()
+        self.down = Linear(dim, rank)
+        self.B = nn.Parameter(torch.zeros(dim, rank))
+        self.scale = nn.Embedding(max_loops, rank)
+        nn.init.ones_(self.scale.weight)
+        self.register_buffer("trained_loops", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, loop_t: int) -> Tensor:
+        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0."""
+        if self.training:
+            self.trained_loops.clamp_(min=min(loop_t + 1, self.scale.num_embeddings))
+        row = (self.trained_loops - 1).clamp(min=0, max=loop_t)
+        return nn.functional.linear(self.down(x) * self.scale(row), self.B)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Fit a table saved with another ``max_loops``: cut it, or repeat its last row."""
+        key = prefix + "scale.weight"
+        if key in state_dict:
+            rows = torch.arange(self.scale.num_embeddings).clamp(max=len(state_dict[key]) - 1)
+            state_dict[key] = state_dict[key][rows.to(state_dict[key].device)]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

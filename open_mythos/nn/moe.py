@@ -1,0 +1,122 @@
+"""Sparse mixture-of-experts feed-forward that balances its own load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.nn.feed_forward import Expert
+from open_mythos.nn.linear import WEIGHT_STD, Linear, fan_in_scale, residual_gain
+from open_mythos.ops.experts import expert_counts, grouped_swiglu
+
+
+class MoEFFN(nn.Module):
+    """Routed experts with top-k choice beside always-on shared experts: (..., dim) -> (..., dim).
+
+    **Routing** (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the ``topk`` experts with the largest
+    ``router(x) + router_bias`` are chosen; they are mixed by ``sigmoid(router(x))``, normalised over the chosen.
+    So ``router_bias`` moves the choice and never the weight.
+
+    **Balance** needs no loss and no call. While it trains, the module counts how many tokens each expert gets.
+    When an optimizer step has changed the router since the count began, the next forward moves ``router_bias`` by
+    ``router_bias_rate`` towards the mean load and starts a new count. One update per optimizer step, then,
+    however many micro-batches or loops it saw; recomputation by activation checkpointing is not counted, nor are
+    padding (all-zero) tokens, nor anything in eval mode.
+
+    Attributes:
+        router: :class:`Linear` (dim -> n_experts), the logits.
+        router_bias: (n_experts,) float32 buffer; stays float32 under ``.to(dtype)``.
+        topk: experts per token.
+    """
+
+    router_bias: Tensor
+    expert_load: Tensor
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.topk, self.bias_rate = cfg.n_experts_per_tok, cfg.router_bias_rate
+        self.router = Linear(cfg.dim, cfg.n_experts)
+        self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.expert_dim, cfg.dim))
+        self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, cfg.expert_dim))
+        self.shared = Expert(cfg.dim, cfg.shared_dim) if cfg.n_shared_experts else None
+        self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
+        self.register_buffer("expert_load", torch.zeros(cfg.n_experts, dtype=torch.int64))
+        self._counted_weights: int | None = None  # version of the router's weights that the count belongs to
+        self.gate_up_scale = fan_in_scale(cfg.dim)
+        self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gate_up, std=WEIGHT_STD)
+        nn.init.normal_(self.down, std=WEIGHT_STD)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts (..., topk) int64, best first, and their mixing weights (..., topk) float32."""
+        logits = self.router(x).float()
+        chosen = (logits + self.router_bias).topk(self.topk, dim=-1).indices
+        scores = logits.gather(-1, chosen).sigmoid()
+        return chosen, scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.training and not torch.compiler.is_compiling():
+            self.update_bias()
+        chosen, weights = self.route(tokens)
+        if self.training:
+            _count(self.expert_load, chosen, tokens.detach())
+        gate_up, down = self._expert_weights(tokens)
+        out = grouped_swiglu(tokens, gate_up, down, chosen, weights)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        return out.view(x.shape)
+
+    def _expert_weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Effective (scaled) weights, in the dtype that a matrix product with ``like`` has here."""
+        dtype = like.dtype
+        if torch.is_autocast_enabled(like.device.type):
+            dtype = torch.get_autocast_dtype(like.device.type)
+        return (self.gate_up * self.gate_up_scale).to(dtype), (self.down * self.down_scale).to(dtype)
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Apply the counted load, if the weights have moved on since it was counted. Called by the forward pass."""
+        version = self.router.weight._version
+        if version == self._counted_weights:
+            return
+        self._counted_weights = version
+        load = self.expert_load.float()
+        self.router_bias += self.bias_rate * torch.sign(load.mean() - load)
+        self.expert_load.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
+        """Keep the bias in float32: steps of 1e-2 are lost in a bfloat16 sum."""
+        exact = self.router_bias
+        super()._apply(fn, recurse)
+        if self.router_bias.dtype != torch.float32:
+            self.router_bias = exact.to(self.router_bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        n_experts, width, dim = self.gate_up.shape
+        return f"{n_experts} experts {dim}->{width // 2}->{dim}, topk={self.topk}"
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running, as it is while activation checkpointing recomputes a forward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("open_mythos::count_experts", mutates_args=("load",))
+def _count(load: Tensor, chosen: Tensor, tokens: Tensor) -> None:
+    """Add each expert's share of real tokens to ``load``. An operator, so that compiled code runs the check too."""
+    if not _in_backward():
+        live = tokens.ne(0).any(-1, keepdim=True).expand_as(chosen)
+        load += expert_counts(torch.where(live, chosen, len(load)), len(load) + 1)[:-1]
+
+
+@_count.register_fake
+def _(load: Tensor, chosen: Tensor, tokens: Tensor) -> None:
+    return None

@@ -1,0 +1,174 @@
+"""The recurrent block: one transformer block run for any number of loops."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.cache import Cache, as_cache, loop_slot
+from open_mythos.config import MythosConfig
+from open_mythos.nn.active import ActiveTokens
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.halting import ACTHalting, HaltingState
+from open_mythos.nn.injection import LTIInjection
+from open_mythos.nn.lora import LoRAAdapter
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.loop_index import loop_index_embedding
+from open_mythos.ops.rope import rope_rows
+
+
+@dataclass
+class LoopState:
+    """What there is to see after one loop.
+
+    Attributes:
+        loop: number of the loop, from 0.
+        h: (B, T, dim) state after it.
+        ran: (B, T) bool, the positions that this loop computed.
+        halting: (B, T) probability that the gate gives ``h``.
+    """
+
+    loop: int
+    h: Tensor
+    ran: Tensor
+    halting: Tensor
+
+
+class RecurrentBlock(nn.Module):
+    """``h <- norm(A h + B e + Transformer(A h + B e))``, ``n_loops`` times with the same weights.
+
+    ``Transformer`` is what the block's attention and experts add to their residual stream. In training every
+    position runs every loop. In eval mode, with ``cfg.halting``, a position stops when its gate says so: its state
+    stays, it is no longer computed, and others go on reading its last keys and values.
+
+    Args:
+        cfg: the model's config.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.block = TransformerBlock(cfg, use_moe=True)
+        self.injection = LTIInjection(cfg.dim, cfg.injection_decay, cfg.injection_gain)
+        self.act = ACTHalting(cfg.dim)
+        self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
+        self.norm = RMSNorm(cfg.dim) if cfg.state_norm else nn.Identity()
+
+    def forward(
+        self,
+        h: Tensor,
+        e: Tensor,
+        freqs: Tensor,
+        mask: CausalMask | None = None,
+        n_loops: int | None = None,
+        kv_cache: Cache | dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Run the loops.
+
+        Args:
+            h: first state, (B, T, dim).
+            e: encoded input, injected again at every loop, (B, T, dim).
+            freqs: rotary phasors of the T positions.
+            mask: who sees whom; plain causal if None.
+            n_loops: at least 1; ``cfg.max_loop_iters`` if None.
+            kv_cache: one slot per loop.
+
+        Returns:
+            (B, T, dim): each position's state at the loop where it halted, or after the last.
+        """
+        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache):
+            h = state.h
+        return h
+
+    def iterate(
+        self,
+        h: Tensor,
+        e: Tensor,
+        freqs: Tensor,
+        mask: CausalMask | None = None,
+        n_loops: int | None = None,
+        kv_cache: Cache | dict[str, Any] | None = None,
+    ) -> Iterator[LoopState]:
+        """As :meth:`forward`, handing out the state after every loop; ends early when all positions have halted."""
+        n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
+        cache = as_cache(kv_cache)
+        B, T, _ = e.shape
+        past = cache.lengths().get(loop_slot(0), 0) if cache is not None else 0
+        freqs = rope_rows(freqs, past, T)
+        mask = mask or CausalMask(T, past + T)
+        live = mask.valid[:, -T:] if mask.valid is not None else torch.ones(B, T, dtype=torch.bool, device=e.device)
+        if self.training:
+            self.block.ffn.update_bias()
+            yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)
+        elif not self.cfg.halting:
+            yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)
+        else:
+            yield from self._running_positions(h, e, freqs, mask, n_loops, cache, live)
+
+    def step(
+        self,
+        h: Tensor,
+        e: Tensor,
+        loop: int,
+        freqs: Tensor,
+        mask: CausalMask | None = None,
+        kv_cache: Cache | None = None,
+        active: ActiveTokens | None = None,
+    ) -> Tensor:
+        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) for the positions in ``active``."""
+        u = self.injection(h, e)
+        if self.cfg.loop_index_dim:
+            # Padding must stay zero, and the code is added to whatever is there.
+            u = loop_index_embedding(u, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
+        u = self.block(u, freqs, mask, kv_cache, loop_slot(loop), active)
+        if self.lora is not None:
+            u = u + self.lora(u, loop)
+        return self.norm(u)
+
+    def _all_positions(
+        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, cache: Cache | None, live: Tensor
+    ) -> Iterator[LoopState]:
+        for loop in range(n_loops):
+            h = self.step(h, e, loop, freqs, mask, cache)
+            if self.training and self.cfg.state_noise:
+                h = h + self.cfg.state_noise * torch.randn_like(h) * live.unsqueeze(-1)
+            yield LoopState(loop, h, live, self.act(h.detach()))
+
+    def _running_positions(
+        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, cache: Cache | None, live: Tensor
+    ) -> Iterator[LoopState]:
+        halting = HaltingState(live, self.cfg.act_threshold)
+        freqs = freqs.expand(len(e), *freqs.shape[-3:])
+        active = ActiveTokens(live)
+        for loop in range(n_loops):
+            active = ActiveTokens(halting.running, active.rows)
+            if len(active) == 0:
+                break
+            e_N, freqs_N = active.gather(e), active.gather(freqs)
+            h_N = self.step(active.gather(h), e_N, loop, freqs_N, active.mask(mask), cache, active)
+            h = active.scatter(h_N, into=h)
+            probability = self.act(h)
+            yield LoopState(loop, h, active.running, probability)
+            halting.update(probability)
+        if cache is not None:
+            for idle in range(loop, n_loops) if len(active) == 0 else ():
+                cache.slot(loop_slot(idle)).update(active.rows)
+
+
+def check_n_loops(n_loops: Any, default: int) -> int:
+    """``n_loops``, or ``default`` for None.
+
+    Raises:
+        ValueError: unless it is an integer of at least 1.
+    """
+    if n_loops is None:
+        n_loops = default
+    if isinstance(n_loops, bool) or not isinstance(n_loops, numbers.Integral) or n_loops < 1:
+        raise ValueError(f"n_loops={n_loops!r}; use an integer of at least 1, or None for max_loop_iters={default}")
+    return int(n_loops)

@@ -1,0 +1,119 @@
+"""Causal attention for queries that are the last tokens, or any subset of the last tokens, of the keys.
+
+Shape letters: B rows, T queries, S keys, H query heads, G key/value heads, D channels of a head, W window.
+The slow, obvious twin is :func:`open_mythos.ops.reference.attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class CausalMask:
+    """Who may look at whom: a query sees every key up to its own position, except padding.
+
+    Args:
+        n_queries: T.
+        n_keys: S; query i stands at key position ``S - T + i`` unless ``positions`` says otherwise.
+        valid: (B, S) bool, False at padding; None if there is none. A padding query sees itself, so that no
+            softmax is over nothing.
+        positions: (B, T) key position of each query, for queries that are not the last T tokens in order.
+    """
+
+    n_queries: int
+    n_keys: int
+    valid: Tensor | None = None
+    positions: Tensor | None = None
+
+    def query_positions(self, device: torch.device) -> Tensor:
+        """(B or 1, T)."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.n_keys - self.n_queries, self.n_keys, device=device).unsqueeze(0)
+
+    @property
+    def is_plain(self) -> bool:
+        """True where SDPA needs no mask: all tokens are queries, or one query sees every key."""
+        return self.valid is None and self.positions is None and self.n_queries in (1, self.n_keys)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """(B or 1, 1, T, S) bool, True where a query may look."""
+        source = self.valid if self.valid is not None else self.positions
+        device = source.device if source is not None else torch.get_default_device()
+        at = self.query_positions(device).unsqueeze(-1)
+        key = torch.arange(self.n_keys, device=device)
+        seen = key <= at
+        if self.valid is not None:
+            seen = seen & self.valid.unsqueeze(1) | (key == at)
+        return seen.unsqueeze(1)
+
+    def band(self, key_positions: Tensor) -> Tensor:
+        """True where ``key_positions`` (B or 1, T, W) hold a key that the query may look at (itself always)."""
+        seen = key_positions >= 0
+        if self.valid is not None:
+            B, T, W = self.valid.shape[0], *key_positions.shape[1:]
+            at = key_positions.clamp(min=0).expand(B, T, W).flatten(1)
+            seen = seen & self.valid.gather(1, at).view(B, T, W)
+            seen[..., -1] = True
+        return seen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None = None) -> Tensor:
+    """Softmax attention by PyTorch's fused kernel.
+
+    Args:
+        q: (B, T, H, D).
+        k: (B, S, G, D), G dividing H.
+        v: (B, S, G, Dv).
+        mask: who sees whom.
+        scale: of the scores; ``1 / sqrt(D)`` if None.
+
+    Returns:
+        (B, T, H, Dv).
+    """
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask.is_plain else mask.dense.to(q.device),
+        is_causal=mask.is_plain and mask.n_queries > 1,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask, scale: float | None = None) -> Tensor:
+    """Attention to the last ``window`` positions only, the query's own included; cost T * W, not T * S.
+
+    Shapes as in :func:`attend`.
+    """
+    (B, T, H, D), G = q.shape, k.shape[2]
+    at = mask.query_positions(q.device).unsqueeze(-1) - torch.arange(window - 1, -1, -1, device=q.device)  # (B|1, T, W)
+    k_BTWGD, v_BTWGD = _rows_at(k, at), _rows_at(v, at)
+    q_BTGRD = q.unflatten(2, (G, H // G))
+    scores = torch.einsum("btgrd,btwgd->btgrw", q_BTGRD, k_BTWGD).float() * (D**-0.5 if scale is None else scale)
+    scores = scores.masked_fill(~mask.band(at)[:, :, None, None], float("-inf"))
+    return torch.einsum("btgrw,btwgd->btgrd", scores.softmax(-1).to(v.dtype), v_BTWGD).flatten(2, 3)
+
+
+def _rows_at(x_BSGD: Tensor, at: Tensor) -> Tensor:
+    """Rows of ``x`` at positions (B or 1, T, W), negative ones clamped to 0: (B, T, W, G, D)."""
+    at = at.clamp(min=0)
+    if at.shape[0] == 1:
+        return x_BSGD[:, at[0]]
+    return x_BSGD[torch.arange(len(at), device=at.device)[:, None, None], at]
+
+
+def causal_conv(x_BSC: Tensor, taps_KC: Tensor) -> Tensor:
+    """Depth-wise causal convolution ``y[s] = sum_k taps[k] * x[s - k]``, zeros before the first row."""
+    S = x_BSC.shape[1]
+    padded = F.pad(x_BSC, (0, 0, len(taps_KC) - 1, 0))
+    return sum(tap * padded[:, len(taps_KC) - 1 - k :][:, :S] for k, tap in enumerate(taps_KC))  # type: ignore[return-value]

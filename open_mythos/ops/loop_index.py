@@ -1,0 +1,27 @@
+"""Sinusoidal embedding of the loop index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def loop_index_embedding(h: Tensor, loop_t: int, loop_dim: int, theta: float = 10000.0) -> Tensor:
+    """Add a sinusoidal code of the loop number to the first ``loop_dim`` channels.
+
+    The code is that of Vaswani et al. 2017 (arXiv:1706.03762, 3.5) with the loop in place of the position;
+    it is bounded and defined for every loop number, trained or not.
+
+    Args:
+        h: state, (..., dim).
+        loop_t: loop number, from 0.
+        loop_dim: channels to write, even, at most dim.
+        theta: base of the frequencies.
+
+    Returns:
+        (..., dim), in h's dtype.
+    """
+    exponent = torch.arange(0, loop_dim, 2, device=h.device, dtype=torch.float32) / loop_dim
+    angles = loop_t * theta**-exponent
+    code = torch.cat([angles.sin(), angles.cos()])
+    return h + torch.nn.functional.pad(code, (0, h.shape[-1] - loop_dim)).to(h.dtype)

@@ -1,0 +1,71 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in real arithmetic.
+
+Shape letters: B batch, T tokens, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_table(positions: Tensor, dim: int, theta: float = 500000.0) -> Tensor:
+    """Cosines and sines that turn channel pairs at ``positions``.
+
+    Made anew for the positions at hand rather than kept in a buffer, so that no ``.to(dtype)`` can round
+    it and no context length is built in.
+
+    Args:
+        positions: integer positions, any shape (...).
+        dim: channels to turn, even.
+        theta: base of the geometric frequencies, ``theta ** (-2i / dim)``.
+
+    Returns:
+        (..., dim // 2, 2) float32; last axis holds (cos, sin).
+    """
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angles = positions.float().unsqueeze(-1) * theta**-exponent
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def precompute_rope_freqs(dim: int, max_len: int, theta: float = 500000.0) -> Tensor:
+    """Unit phasors for positions 0 to ``max_len - 1``: (max_len, dim // 2) complex64."""
+    return torch.view_as_complex(rope_table(torch.arange(max_len), dim, theta))
+
+
+def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
+    """Turn the channel pairs (2i, 2i+1) of ``x``; the arithmetic is float32, the result has x's dtype.
+
+    Args:
+        x: (B, T, H, D).
+        freqs: phasors for the T positions: (T, D/2) or (B, T, D/2) complex, or the same with a last axis
+            of (cos, sin).
+
+    Returns:
+        (B, T, H, D).
+
+    Raises:
+        RuntimeError: if ``freqs`` does not hold T positions.
+    """
+    if freqs.is_complex():
+        freqs = torch.view_as_real(freqs)
+    if freqs.shape[-3] != x.shape[1]:
+        raise RuntimeError(f"freqs hold {freqs.shape[-3]} positions and x has {x.shape[1]}; pass one row per token")
+    cos, sin = freqs.unsqueeze(-3).unbind(-1)  # each (T or B,T) x 1 x D/2
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def rope_rows(freqs: Tensor, start: int, n: int) -> Tensor:
+    """The ``n`` positions from ``start`` on of a table (P, D/2), or ``freqs`` itself if it has one row per token.
+
+    Args:
+        freqs: complex phasors or (cos, sin) pairs, (P, D/2) or (B, n, D/2), as for :func:`apply_rope`.
+
+    Returns:
+        (cos, sin) pairs, (n, D/2, 2) or (B, n, D/2, 2).
+    """
+    if freqs.is_complex():
+        freqs = torch.view_as_real(freqs)
+    return freqs[start : start + n] if freqs.ndim == 3 and len(freqs) > n else freqs
