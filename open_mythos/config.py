@@ -66,7 +66,7 @@ class MythosConfig:
     max_output_tokens: int = _size(4096)  # most new tokens that one generate() call may ask for
     dropout: float = _real(0.0, 0.0, 1.0, high_open=True)
     # -- beyond the reference: what makes depth pay (evidence in dev/LOG.md)
-    weight_std: float = _real(0.04, 0.0, low_open=True)  # stored std of matrices, used at 1/sqrt(fan_in): smaller learns faster (muP, 2203.03466)
+    weight_std: float = _real(0.02, 0.0, low_open=True)  # stored std of matrices, used at 1/sqrt(fan_in): smaller learns faster (muP, 2203.03466)
     injection_decay: float = _real(0.7, 0.0, 1.0, low_open=True, high_open=True)  # initial A (Parcae, 2604.12946)
     injection_gain: float = _real(0.7, 0.0)  # initial B
     state_norm: bool = _flag(True)  # RMSNorm on the state after every loop (2604.15259)
@@ -77,6 +77,7 @@ class MythosConfig:
     loop_index_dim: int = _size(0, minimum=0)  # channels that carry the loop number; 0: none (it ties a model to its depth)
     # -- beyond the reference: control
     halting: bool = _flag(True)  # in eval mode, skip positions whose gate has closed; False: every loop for all
+    halting_tolerance: float = _real(0.1, 0.0, low_open=True)  # relative distance to its end at which a state has settled
     router_bias_rate: float = _real(0.01, 0.0)  # step of the router's load balancing (DeepSeek-V3, 2412.19437)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,60 @@
+"""The ``mythos`` command. Each subcommand is a function of its own name in a module of that name.
+
+A subcommand's module is imported when it is run, so that ``mythos --help`` waits for neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from open_mythos import __version__
+
+COMMANDS = {
+    "demo": "Train a small model and watch depth pay.",
+    "info": "What a variant or a checkpoint costs: parameters, arithmetic, cache.",
+    "diagnose": "Look inside a checkpoint, loop by loop.",
+}
+
+
+class LazyCommand(TyperCommand):
+    """A subcommand known by name and one line of help; the real one takes over when it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        assert self.name is not None
+        single = typer.Typer(add_completion=False)
+        single.command(self.name)(getattr(import_module(f"{__name__}.{self.name}"), self.name))
+        return typer.main.get_command(single).make_context(info_name, args, parent, **extra)
+
+
+class LazyGroup(TyperGroup):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, line in COMMANDS.items():
+            self.add_command(LazyCommand(name, callback=None, help=line))
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def mythos(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Recurrent-depth transformers: the same weights, run for more loops, think deeper."""
+
+
+def main() -> None:
+    """Entry point of the ``mythos`` script."""
+    app(prog_name="mythos")

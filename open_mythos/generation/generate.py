@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from open_mythos.cache import KVCache
 from open_mythos.generation.sampling import Sampling
+from open_mythos.nn.modes import eval_mode
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
@@ -95,15 +95,3 @@ def check_lengths(model: OpenMythos, input_ids: Tensor, max_new_tokens: int) -> 
             f"{input_ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} make {total}, more than "
             f"max_seq_len={limit}; ask for at most {max(0, limit - input_ids.shape[1])} or raise model.cfg.max_seq_len"
         )
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored after."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True

@@ -35,7 +35,7 @@ class TransformerBlock(nn.Module):
         self.attn_norm = RMSNorm(cfg.dim)
         self.attn = attention(cfg, local_window=cfg.local_window if use_moe else 0, n_layers=n_layers)
         self.ffn_norm = RMSNorm(cfg.dim)
-        self.ffn = MoEFFN(cfg) if use_moe else Expert(cfg.dim, cfg.ffn_dim, n_layers)
+        self.ffn = MoEFFN(cfg) if use_moe else Expert(cfg.dim, cfg.ffn_dim, n_layers, cfg.weight_std)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(

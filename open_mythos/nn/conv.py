@@ -16,18 +16,19 @@ class ShortConv(nn.Module):
     along at every loop without a head having to learn it (the idea of Canon layers, Allen-Zhu 2025). It stands on
     the cached side of attention, so a cache holds the same rows, and no more, with it as without.
 
-    Like the matrices of :class:`~open_mythos.nn.linear.Linear`, taps are stored at the scale of ``WEIGHT_STD``.
+    Like the matrices of :class:`~open_mythos.nn.linear.Linear`, taps are stored at the scale of ``std``.
 
     Args:
         channels: width of the rows.
         n_taps: tokens each output sees, its own included.
         share: neighbouring channels that have the same taps; 2 for rotated keys, whose channels turn in pairs and
             must keep doing so for scores to depend on distances alone.
+        std: see above.
     """
 
-    def __init__(self, channels: int, n_taps: int, share: int = 1) -> None:
+    def __init__(self, channels: int, n_taps: int, share: int = 1, std: float = WEIGHT_STD) -> None:
         super().__init__()
-        self.share = share
+        self.share, self.std = share, std
         self.taps = nn.Parameter(torch.empty(n_taps, channels // share))
         self.reset_parameters()
 
@@ -37,7 +38,7 @@ class ShortConv(nn.Module):
         start[0] = 1.0
         start[1:2] = 0.3
         with torch.no_grad():
-            self.taps.normal_(std=0.1).add_(start).mul_(WEIGHT_STD)
+            self.taps.normal_(std=0.1).add_(start).mul_(self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return causal_conv(x, self.taps.repeat_interleave(self.share, dim=1) / WEIGHT_STD)
+        return causal_conv(x, self.taps.repeat_interleave(self.share, dim=1) / self.std)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear, residual_gain
+from open_mythos.nn.linear import WEIGHT_STD, Linear, residual_gain
 
 
 class Expert(nn.Module):
@@ -17,13 +17,14 @@ class Expert(nn.Module):
         dim: model width.
         expert_dim: hidden width.
         n_layers: depth of the stack it stands in, which sets the size of its output at initialisation.
+        std: see :class:`Linear`.
     """
 
-    def __init__(self, dim: int, expert_dim: int, n_layers: int = 1) -> None:
+    def __init__(self, dim: int, expert_dim: int, n_layers: int = 1, std: float = WEIGHT_STD) -> None:
         super().__init__()
-        self.gate = Linear(dim, expert_dim)
-        self.up = Linear(dim, expert_dim)
-        self.down = Linear(expert_dim, dim, gain=residual_gain(n_layers))
+        self.gate = Linear(dim, expert_dim, std=std)
+        self.up = Linear(dim, expert_dim, std=std)
+        self.down = Linear(expert_dim, dim, gain=residual_gain(n_layers), std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))

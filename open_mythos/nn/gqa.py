@@ -26,13 +26,14 @@ class GQAttention(CausalAttention):
     def __init__(self, cfg: MythosConfig, local_window: int = 0, n_layers: int = 1) -> None:
         super().__init__(cfg.n_heads, local_window)
         self.n_kv_heads, self.head_dim = cfg.n_kv_heads, cfg.head_dim
+        std = cfg.weight_std
         kv_dim = cfg.n_kv_heads * cfg.head_dim
-        self.wq = Linear(cfg.dim, cfg.dim)
-        self.wk = Linear(cfg.dim, kv_dim)
-        self.wv = Linear(cfg.dim, kv_dim)
-        self.wo = Linear(cfg.dim, cfg.dim, gain=residual_gain(n_layers))
-        self.k_conv = ShortConv(kv_dim, cfg.conv_taps, share=2) if cfg.conv_taps else None
-        self.v_conv = ShortConv(kv_dim, cfg.conv_taps) if cfg.conv_taps else None
+        self.wq = Linear(cfg.dim, cfg.dim, std=std)
+        self.wk = Linear(cfg.dim, kv_dim, std=std)
+        self.wv = Linear(cfg.dim, kv_dim, std=std)
+        self.wo = Linear(cfg.dim, cfg.dim, gain=residual_gain(n_layers), std=std)
+        self.k_conv = ShortConv(kv_dim, cfg.conv_taps, share=2, std=std) if cfg.conv_taps else None
+        self.v_conv = ShortConv(kv_dim, cfg.conv_taps, std=std) if cfg.conv_taps else None
 
     def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))

@@ -7,26 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear
+from open_mythos.nn.linear import WEIGHT_STD, Linear
 
 
 class LoRAAdapter(nn.Module):
-    """Adds ``B(scale[loop] * down(x))`` to the block's output (Relaxed Recursive Transformers, arXiv:2410.20672).
+    """``B(scale[loop] * down(x))``, added to the block's output (after Relaxed Recursive Transformers, 2410.20672).
 
-    ``B`` starts at zero, so a new model computes exactly what it would without the adapter. Loops deeper than any
+    The recurrent block gives it the encoded input e, not the state: a low-rank map of the state that is applied at
+    every loop grows like a power and undoes solved states at depths beyond the trained one. ``B`` starts at zero, so a new model computes exactly what it would without the adapter. Loops deeper than any
     seen in training use the scale of the deepest loop that was.
 
     Args:
         dim: model width.
         rank: width of the adapter.
         max_loops: rows of the table of scales; deeper loops are allowed and use the last.
+        std: see :class:`Linear`.
     """
 
     trained_loops: Tensor
 
-    def __init__(self, dim: int, rank: int, max_loops: int) -> None:
+    def __init__(self, dim: int, rank: int, max_loops: int, std: float = WEIGHT_STD) -> None:
         super().__init__()
-        self.down = Linear(dim, rank)
+        self.down = Linear(dim, rank, std=std)
         self.B = nn.Parameter(torch.zeros(dim, rank))
         self.scale = nn.Embedding(max_loops, rank)
         nn.init.ones_(self.scale.weight)

@@ -33,17 +33,18 @@ class MLAttention(CausalAttention):
 
     def __init__(self, cfg: MythosConfig, local_window: int = 0, n_layers: int = 1) -> None:
         super().__init__(cfg.n_heads, local_window)
+        std = cfg.weight_std
         self.nope_dim, self.rope_dim, self.v_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
         self.latent_dim = cfg.kv_lora_rank
         self.score_scale = (self.nope_dim + self.rope_dim) ** -0.5
-        self.q_down = Linear(cfg.dim, cfg.q_lora_rank)
+        self.q_down = Linear(cfg.dim, cfg.q_lora_rank, std=std)
         self.q_norm = RMSNorm(cfg.q_lora_rank)
-        self.q_up = Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope_dim + self.rope_dim))
-        self.kv_down = Linear(cfg.dim, self.latent_dim + self.rope_dim)
+        self.q_up = Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope_dim + self.rope_dim), std=std)
+        self.kv_down = Linear(cfg.dim, self.latent_dim + self.rope_dim, std=std)
         self.kv_norm = RMSNorm(self.latent_dim)
-        self.kv_up = Linear(self.latent_dim, cfg.n_heads * (self.nope_dim + self.v_dim))
-        self.wo = Linear(cfg.n_heads * self.v_dim, cfg.dim, gain=residual_gain(n_layers))
-        self.conv = ShortConv(self.latent_dim, cfg.conv_taps) if cfg.conv_taps else None
+        self.kv_up = Linear(self.latent_dim, cfg.n_heads * (self.nope_dim + self.v_dim), std=std)
+        self.wo = Linear(cfg.n_heads * self.v_dim, cfg.dim, gain=residual_gain(n_layers), std=std)
+        self.conv = ShortConv(self.latent_dim, cfg.conv_taps, std=std) if cfg.conv_taps else None
 
     def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
         q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_heads, self.nope_dim + self.rope_dim))

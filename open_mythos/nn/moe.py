@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.feed_forward import Expert
-from open_mythos.nn.linear import WEIGHT_STD, Linear, fan_in_scale, residual_gain
+from open_mythos.nn.linear import Linear, fan_in_scale, residual_gain
 from open_mythos.ops.experts import expert_counts, grouped_swiglu
 
 
@@ -38,20 +38,20 @@ class MoEFFN(nn.Module):
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         self.topk, self.bias_rate = cfg.n_experts_per_tok, cfg.router_bias_rate
-        self.router = Linear(cfg.dim, cfg.n_experts)
+        self.router = Linear(cfg.dim, cfg.n_experts, std=cfg.weight_std)
         self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.expert_dim, cfg.dim))
         self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, cfg.expert_dim))
-        self.shared = Expert(cfg.dim, cfg.shared_dim) if cfg.n_shared_experts else None
+        self.shared = Expert(cfg.dim, cfg.shared_dim, std=cfg.weight_std) if cfg.n_shared_experts else None
         self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
         self.register_buffer("expert_load", torch.zeros(cfg.n_experts, dtype=torch.int64))
         self._counted_weights: int | None = None  # version of the router's weights that the count belongs to
-        self.gate_up_scale = fan_in_scale(cfg.dim)
-        self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(1))
+        self.gate_up_scale = fan_in_scale(cfg.dim, 1.0, cfg.weight_std)
+        self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(1), cfg.weight_std)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.gate_up, std=WEIGHT_STD)
-        nn.init.normal_(self.down, std=WEIGHT_STD)
+        nn.init.normal_(self.gate_up, std=self.router.std)
+        nn.init.normal_(self.down, std=self.router.std)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts (..., topk) int64, best first, and their mixing weights (..., topk) float32."""

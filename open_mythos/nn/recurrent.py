@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +15,18 @@ from open_mythos.cache import Cache, as_cache, loop_slot
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.halting import ACTHalting, HaltingState
+from open_mythos.nn.halting import ACTHalting, HaltingState, gate_loss, with_loss
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.lora import LoRAAdapter
+from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.rope import rope_rows
+
+
+_GATE_ROWS = 16  # one row in so many of a training batch teaches the halting gate
+_GATE_WEIGHT = 0.1  # Adam does not mind, and gradient clipping then barely notices the gate
 
 
 @dataclass
@@ -31,13 +37,13 @@ class LoopState:
         loop: number of the loop, from 0.
         h: (B, T, dim) state after it.
         ran: (B, T) bool, the positions that this loop computed.
-        halting: (B, T) probability that the gate gives ``h``.
+        halting: (B, T) probability that the gate gives ``h``; None in training, when nothing halts.
     """
 
     loop: int
     h: Tensor
     ran: Tensor
-    halting: Tensor
+    halting: Tensor | None
 
 
 class RecurrentBlock(nn.Module):
@@ -56,8 +62,8 @@ class RecurrentBlock(nn.Module):
         self.cfg = cfg
         self.block = TransformerBlock(cfg, use_moe=True)
         self.injection = LTIInjection(cfg.dim, cfg.injection_decay, cfg.injection_gain)
-        self.act = ACTHalting(cfg.dim)
-        self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
+        self.act = ACTHalting(cfg.dim, cfg.weight_std)
+        self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters, cfg.weight_std) if cfg.lora_rank else None
         self.norm = RMSNorm(cfg.dim) if cfg.state_norm else nn.Identity()
 
     def forward(
@@ -82,9 +88,34 @@ class RecurrentBlock(nn.Module):
         Returns:
             (B, T, dim): each position's state at the loop where it halted, or after the last.
         """
-        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache):
+        first = h
+        for state in self.iterate(first, e, freqs, mask, n_loops, kv_cache):
             h = state.h
+        if self.training and self.cfg.halting and torch.is_grad_enabled() and kv_cache is None:
+            loss = self.gate_loss(first, e, freqs, mask)
+            if loss.requires_grad:
+                h = with_loss(h, _GATE_WEIGHT * loss)
         return h
+
+    def gate_loss(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask | None = None) -> Tensor:
+        """How badly the gate tells settled states from moving ones, on the first rows of a batch: a scalar.
+
+        One row in ``_GATE_ROWS`` is run, without gradient, for all ``cfg.max_loop_iters`` loops, so that the gate
+        knows depths that training itself does not reach. Its gradient reaches the gate alone.
+
+        Args:
+            h, e, freqs, mask: as :meth:`forward`.
+        """
+        n = math.ceil(len(e) / _GATE_ROWS)
+        h, e, freqs = h[:n], e[:n], rope_rows(freqs, 0, e.shape[1])
+        freqs = freqs[:n] if freqs.ndim == 4 else freqs
+        valid = mask.valid[:n] if mask is not None and mask.valid is not None else None
+        mask = CausalMask(e.shape[1], e.shape[1], valid)
+        n_loops = max(2, self.cfg.max_loop_iters)
+        with eval_mode(self), torch.no_grad():
+            live = e.ne(0).any(-1)
+            states = [s.h for s in self._all_positions(h, e, freqs, mask, n_loops, None, live)]
+        return gate_loss(self.act, torch.stack(states), live, self.cfg.halting_tolerance)
 
     def iterate(
         self,
@@ -128,7 +159,7 @@ class RecurrentBlock(nn.Module):
             u = loop_index_embedding(u, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
         u = self.block(u, freqs, mask, kv_cache, loop_slot(loop), active)
         if self.lora is not None:
-            u = u + self.lora(u, loop)
+            u = u + self.lora(e, loop)
         return self.norm(u)
 
     def _all_positions(
@@ -138,26 +169,28 @@ class RecurrentBlock(nn.Module):
             h = self.step(h, e, loop, freqs, mask, cache)
             if self.training and self.cfg.state_noise:
                 h = h + self.cfg.state_noise * torch.randn_like(h) * live.unsqueeze(-1)
-            yield LoopState(loop, h, live, self.act(h.detach()))
+            yield LoopState(loop, h, live, None if self.training else self.act(h))
 
     def _running_positions(
         self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, cache: Cache | None, live: Tensor
     ) -> Iterator[LoopState]:
         halting = HaltingState(live, self.cfg.act_threshold)
         freqs = freqs.expand(len(e), *freqs.shape[-3:])
-        active = ActiveTokens(live)
+        active = ActiveTokens(torch.ones_like(live))  # padding runs the first loop, so that every position has rows
         for loop in range(n_loops):
-            active = ActiveTokens(halting.running, active.rows)
+            if loop:
+                active = ActiveTokens(halting.running, active.rows)
             if len(active) == 0:
                 break
             e_N, freqs_N = active.gather(e), active.gather(freqs)
             h_N = self.step(active.gather(h), e_N, loop, freqs_N, active.mask(mask), cache, active)
             h = active.scatter(h_N, into=h)
             probability = self.act(h)
-            yield LoopState(loop, h, active.running, probability)
+            yield LoopState(loop, h, active.running & live, probability)
             halting.update(probability)
         if cache is not None:
-            for idle in range(loop, n_loops) if len(active) == 0 else ():
+            first_idle = loop if len(active) == 0 else n_loops
+            for idle in range(first_idle, n_loops):
                 cache.slot(loop_slot(idle)).update(active.rows)
 
 

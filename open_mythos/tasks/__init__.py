@@ -1,0 +1,1 @@
+"""Synthetic reasoning problems. They know nothing of models."""

@@ -1,0 +1,93 @@
+"""``mythos demo``: train a small model on running parity and watch accuracy rise with the number of loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+
+from open_mythos import plots
+from open_mythos.cli.console import clear_errors, console, table
+from open_mythos.config import MythosConfig
+from open_mythos.evaluation import accuracy_by_loops
+from open_mythos.model import OpenMythos
+from open_mythos.tasks.parity import VOCAB_SIZE, parity_batch
+
+TRAINED_LENGTH, MOST_TRAINED_LOOPS, BATCH = 24, 8, 64
+LENGTHS = (24, 48, 96)
+LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+CONFIG = MythosConfig(
+    vocab_size=VOCAB_SIZE, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=32,
+    prelude_layers=1, coda_layers=1, attn_type="gqa",
+    n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=32, lora_rank=0,
+)  # fmt: skip
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for picture, table and checkpoint.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+) -> None:
+    """Train a small model and watch depth pay."""
+    with clear_errors():
+        torch.manual_seed(seed)
+        model = OpenMythos(CONFIG)
+        n_parameters = sum(p.numel() for p in model.parameters())
+        console.print(
+            f"Running parity: say at every bit whether the ones so far are even or odd. A model of {n_parameters:,} "
+            f"parameters trains on {TRAINED_LENGTH} bits with 1 to {MOST_TRAINED_LOOPS} loops."
+        )
+        train(model, steps)
+        curves = measure(model)
+        out.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(out)
+        example, _ = parity_batch(1, TRAINED_LENGTH)
+        (out / "example.json").write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
+        (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
+        plots.accuracy_by_loops(curves, out / "depth.png", chance=0.5, trained_loops=MOST_TRAINED_LOOPS)
+    show(curves)
+    console.print(
+        f"Picture: {out / 'depth.png'}   table: {out / 'table.json'}   checkpoint: {out}\n"
+        f"Next: look inside it with [bold]mythos diagnose {out} --plots {out}[/bold].",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def train(model: OpenMythos, steps: int) -> None:
+    """Fresh sequences at every step, the number of loops drawn anew each time; learning rate decays over the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 4 * (1 - step / steps)))
+    model.train()
+    with progress(steps) as begin:
+        for _ in range(steps):
+            x, y = parity_batch(BATCH, TRAINED_LENGTH)
+            n_loops = int(torch.randint(1, MOST_TRAINED_LOOPS + 1, ()))
+            logits = model(x, n_loops=n_loops)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            right = (logits.argmax(-1) == y).float().mean()
+            begin(f"loss {loss:.3f}  accuracy {right:.3f}  loops {n_loops}")
+
+
+def measure(model: OpenMythos) -> dict[str, dict[int, float]]:
+    """Accuracy by loops on new sequences of every length."""
+    curves = {}
+    for length in LENGTHS:
+        name = f"{length} bits" + (" (trained)" if length == TRAINED_LENGTH else "")
+        curves[name] = accuracy_by_loops(model, *parity_batch(256, length), LOOPS)
+    return curves
+
+
+def show(curves: dict[str, dict[int, float]]) -> None:
+    shown = table("accuracy by loops, same weights", "loops", *curves)
+    for n in LOOPS:
+        shown.add_row(str(n), *(f"{curve[n]:.3f}" for curve in curves.values()))
+    console.print(shown)

@@ -1,0 +1,93 @@
+"""``mythos info``: what a model costs, from its config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from open_mythos.checkpoint import CONFIG_FILE
+from open_mythos.cli.console import clear_errors, console, si, table
+from open_mythos.config import MythosConfig
+from open_mythos.diagnostics.cost import cache_bytes_per_token, flops_per_token, parameters
+from open_mythos.variants import VARIANTS, variant
+
+CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A variant such as 1b, a config.json, or a checkpoint directory.")],
+) -> None:
+    """What a variant or a checkpoint costs: parameters, arithmetic, cache."""
+    with clear_errors():
+        cfg = find_config(model)
+    show_shape(model, cfg)
+    show_cost(cfg)
+    if Path(model).exists():
+        console.print(f"Next: look inside it with [bold]mythos diagnose {model}[/bold].", highlight=False)
+    else:
+        console.print("Next: train a small model with [bold]mythos demo[/bold], then look inside it with "
+                      "[bold]mythos diagnose DIRECTORY[/bold].", highlight=False)  # fmt: skip
+
+
+def find_config(name: str) -> MythosConfig:
+    """The config of a file, a checkpoint directory or a variant; an existing path comes first.
+
+    Raises:
+        ValueError: if ``name`` is none of them, or its config is bad.
+    """
+    path = Path(name)
+    inside = path / CONFIG_FILE
+    if path.is_file() or inside.is_file():
+        return MythosConfig.load(path if path.is_file() else inside)
+    if path.is_dir():
+        raise ValueError(f"{inside} is missing; a checkpoint directory holds {CONFIG_FILE}")
+    if len(path.parts) > 1 or path.suffix:
+        raise ValueError(
+            f"{path} does not exist; give a config file, a checkpoint directory or one of {', '.join(VARIANTS)}"
+        )
+    return variant(name)
+
+
+def show_shape(name: str, cfg: MythosConfig) -> None:
+    count = parameters(cfg)
+    shape = table(name, "shape", "")
+    if cfg.attn_type == "gqa":
+        attention = f"GQA, {cfg.n_heads} heads of {cfg.head_dim}, {cfg.n_kv_heads} key/value heads"
+    else:
+        attention = f"MLA, {cfg.n_heads} heads, latent {cfg.kv_lora_rank} + rotary {cfg.qk_rope_head_dim}"
+    for label, value in {
+        "width": f"{cfg.dim:,}",
+        "vocabulary": f"{cfg.vocab_size:,}",
+        "context": f"{cfg.max_seq_len:,} tokens",
+        "layers": f"{cfg.prelude_layers} prelude, 1 recurrent, {cfg.coda_layers} coda",
+        "loops by default": f"{cfg.max_loop_iters}",
+        "attention": attention,
+        "routed experts": f"{cfg.n_experts} of width {cfg.expert_dim:,}, {cfg.n_experts_per_tok} per token",
+        "shared experts": f"{cfg.n_shared_experts}, together of width {cfg.shared_dim:,}",
+        "parameters": f"{count.total:,}",
+        "active per token": f"{count.active:,} ({count.active / count.total:.0%})",
+    }.items():
+        shape.add_row(label, value)
+    console.print(shape)
+
+
+def show_cost(cfg: MythosConfig) -> None:
+    context = cfg.max_seq_len
+    cost = table(
+        f"cost of decoding by loops (cache in {CACHE_DTYPE})",
+        "loops", "FLOPs/token, first", f"at {context:,} tokens", "cache/token", f"at {context:,} tokens",
+    )  # fmt: skip
+    for loops in loop_counts(cfg):
+        per_token = cache_bytes_per_token(cfg, loops, CACHE_BYTES)
+        first, last = flops_per_token(cfg, loops, 1), flops_per_token(cfg, loops, context)
+        cost.add_row(str(loops), si(first), si(last), si(per_token, "B"), si(per_token * context, "B"))
+    console.print(cost)
+
+
+def loop_counts(cfg: MythosConfig) -> list[int]:
+    """Powers of two up to twice the default number of loops, and those two numbers."""
+    most = 2 * cfg.max_loop_iters
+    powers = {2**i for i in range(most.bit_length()) if 2**i <= most}
+    return sorted(powers | {cfg.max_loop_iters, most})

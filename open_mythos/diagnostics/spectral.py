@@ -1,0 +1,71 @@
+"""Does the loop settle? The spectral radius of its linear part, and the growth rate of the whole."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from open_mythos.model import OpenMythos
+from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.recurrent import check_n_loops
+
+
+def spectral_radius(model: OpenMythos) -> float:
+    """Largest entry of the diagonal A of ``h <- A h + B e``: below 1, the linear part forgets its start."""
+    return float(model.recurrent.injection.get_A().detach().max())
+
+
+def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, iterations: int = 50) -> float:
+    """By how much one more loop multiplies a small disturbance of the state, in the long run.
+
+    An estimate of the spectral radius of the loop's Jacobian, at the state after ``n_loops`` loops without halting.
+    Below 1, the state is settling on a fixed point; above 1, it keeps moving. It is found by power iteration on the
+    *transposed* Jacobian: that has the same eigenvalues, and its products are plain backward passes, exact where
+    forward-mode differentiation does not exist (grouped matrix products have none).
+
+    Args:
+        model: run in eval mode; modes are put back after.
+        input_ids: (B, T), without padding.
+        n_loops: loops before the one that is measured; ``cfg.max_loop_iters`` if None.
+        iterations: backward passes. The result is the geometric mean of the growth in the second half of them: a
+            Jacobian with complex eigenvalues does not grow evenly, and tokens that feed later tokens make the
+            start slow.
+
+    Raises:
+        ValueError: for input that does not fit the model, or fewer than 2 iterations.
+    """
+    if iterations < 2:
+        raise ValueError(f"iterations={iterations}; use at least 2, and some dozens for a steady result")
+    n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
+    with eval_mode(model), torch.enable_grad():
+        before, after = _one_more_loop(model, input_ids, n_loops)
+        growth = _power_iteration(before, after, iterations)
+    settled = growth[iterations // 2 :]
+    return math.exp(sum(map(math.log, settled)) / len(settled)) if min(settled) > 0 else 0.0
+
+
+def _one_more_loop(model: OpenMythos, input_ids: Tensor, n_loops: int) -> tuple[Tensor, Tensor]:
+    """The state (B, T, dim) after ``n_loops`` loops, and after one more, a differentiable function of it."""
+    with torch.no_grad():
+        e, freqs, mask = model.encode(input_ids)
+        h = model.first_state(e)
+        for loop in range(n_loops):
+            h = model.recurrent.step(h, e, loop, freqs, mask)
+    h = h.detach().requires_grad_()
+    return h, model.recurrent.step(h, e, n_loops, freqs, mask)
+
+
+def _power_iteration(before: Tensor, after: Tensor, iterations: int) -> list[float]:
+    """Growth of a random direction in each of ``iterations`` products with the transposed Jacobian."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(before.shape, generator=generator).to(before)
+    v = v / v.norm()
+    growth = []
+    for _ in range(iterations):
+        (v,) = torch.autograd.grad(after, before, v, retain_graph=True)
+        size = float(v.norm())
+        growth.append(size)
+        v = v / max(size, torch.finfo(v.dtype).tiny)
+    return growth

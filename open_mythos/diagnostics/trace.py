@@ -1,0 +1,99 @@
+"""One forward pass, with a record of what every loop did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.model import OpenMythos
+from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.recurrent import check_n_loops
+from open_mythos.ops.experts import expert_counts
+
+
+@dataclass
+class Trace:
+    """What happened in a forward pass. Logits and halting at padding mean nothing; all else is 0 there.
+
+    Once every position has halted no loop is run: ``delta`` and ``expert_load`` are 0 from then on, and ``halting``
+    stays as it was.
+
+    Attributes:
+        logits: (B, T, vocab_size), those of ``model(input_ids, n_loops)`` in eval mode.
+        loops_used: (B, T) int64, loops that each position ran.
+        halting: (n_loops, B, T) probability given by the halting gate after each loop.
+        delta: (n_loops, B, T) float32, ``|h_t - h_{t-1}| / |h_t|``; 0 for a position that did not run.
+        expert_load: (n_loops, n_experts) float32, how often each expert was chosen, padding left out.
+    """
+
+    logits: Tensor
+    loops_used: Tensor
+    halting: Tensor
+    delta: Tensor
+    expert_load: Tensor
+
+
+@torch.no_grad()
+def trace(
+    model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, attention_mask: Tensor | None = None
+) -> Trace:
+    """Run ``model`` in eval mode, without gradients, and record every loop; modes are put back after.
+
+    Args:
+        model: the model.
+        input_ids: (B, T).
+        n_loops: loops to run; ``cfg.max_loop_iters`` if None.
+        attention_mask: (B, T), 0 at padding.
+
+    Raises:
+        ValueError: for input that does not fit the model.
+    """
+    n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
+    halting, delta = [], []
+    with eval_mode(model), _expert_load(model) as load:
+        e, freqs, mask = model.encode(input_ids, attention_mask=attention_mask)
+        h = model.first_state(e)
+        loops_used = torch.zeros_like(input_ids, dtype=torch.int64)
+        for state in model.recurrent.iterate(h, e, freqs, mask, n_loops):
+            loops_used += state.ran
+            assert state.halting is not None, "the gate gives a probability in eval mode"
+            halting.append(state.halting)
+            delta.append(torch.where(state.ran, _relative_change(h, state.h), 0.0))
+            h = state.h
+        logits = model.head(model.decode(h, freqs, mask))
+        idle = n_loops - len(delta)
+        halting += [model.recurrent.act(h)] * idle
+        delta += [torch.zeros(input_ids.shape, device=h.device)] * idle
+        load += [torch.zeros(model.cfg.n_experts, device=h.device)] * idle
+    return Trace(logits, loops_used, torch.stack(halting), torch.stack(delta), torch.stack(load))
+
+
+def _relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """``|after - before| / |after|`` over the last axis, in float32."""
+    size = after.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (after.float() - before.float()).norm(dim=-1) / size
+
+
+@contextmanager
+def _expert_load(model: OpenMythos) -> Iterator[list[Tensor]]:
+    """A list that gains the (n_experts,) counts of each loop that runs inside.
+
+    A hook, because it also sees the calls of a model whose ``ffn.forward`` somebody has replaced.
+    """
+    loads: list[Tensor] = []
+
+    def count(ffn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0].flatten(0, -2)
+        chosen, _ = ffn.route(tokens)  # type: ignore[operator]
+        real = tokens.ne(0).any(-1)  # padding is all zeros here
+        loads.append(expert_counts(chosen[real], model.cfg.n_experts).float())
+
+    hook = model.recurrent.block.ffn.register_forward_pre_hook(count)
+    try:
+        yield loads
+    finally:
+        hook.remove()

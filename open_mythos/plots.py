@@ -1,0 +1,203 @@
+"""Pictures of what loops do: numbers and a path in, a PNG out. Needs the ``plots`` extra; knows nothing of models.
+
+Numbers may be lists, NumPy arrays or CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike, NDArray
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers (jfly.uni-koeln.de/color).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+QUIET, FAINT = "#767676", "#F2F2F2"
+HEAT = "cividis"
+WIDTH, HEIGHT, WIDEST = 6.4, 4.0, 16.0  # inches
+LEGEND = 1.6  # inches beside the axes
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "image.cmap": HEAT,
+    "savefig.dpi": 150,
+    "savefig.facecolor": "white",
+}
+
+
+def accuracy_by_loops(
+    curves: Mapping[str, Mapping[int, float]],
+    path: str | Path,
+    chance: float | None = None,
+    trained_loops: int | None = None,
+) -> None:
+    """Accuracy against the number of loops, one line per label.
+
+    Args:
+        curves: for each label, accuracy in [0, 1] at each loop count.
+        path: PNG to write.
+        chance: accuracy of guessing, drawn as a dotted line.
+        trained_loops: most loops seen in training; deeper ones are shaded.
+    """
+    with _axes(path, WIDTH + LEGEND) as (figure, axes):
+        for i, (label, curve) in enumerate(curves.items()):
+            loops = sorted(curve)
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            accuracy = [curve[n] for n in loops]
+            axes.plot(loops, accuracy, label=label, color=colour, marker=marker, clip_on=False, zorder=3)
+        counts = sorted({n for curve in curves.values() for n in curve})
+        _log2_ticks(axes, counts)
+        axes.set(ylim=(0, 1), ylabel="accuracy (share of answers right)", xlabel="loops of the recurrent block")
+        axes.set_title("Accuracy by number of loops")
+        if chance is not None:
+            axes.axhline(chance, color=QUIET, linestyle=":", linewidth=1.4, label="guessing")
+        if trained_loops is not None and counts[-1] > trained_loops:
+            axes.axvspan(trained_loops, counts[-1], color=FAINT, zorder=0, label="deeper than trained")
+        figure.legend(loc="outside right upper")
+
+
+def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | None = None) -> None:
+    """Where loops were spent, or when the gate was ready to stop.
+
+    Args:
+        loops: (T,) loops used by each position, drawn as bars; or (loops, T) halting probability after each loop,
+            drawn as a heat map.
+        path: PNG to write.
+        tokens: what stands at each of the T positions, written below it.
+    """
+    values = np.asarray(loops, dtype=float)
+    length = values.shape[-1]
+    with _axes(path, _width_for(length)) as (figure, axes):
+        if values.ndim == 1:
+            axes.bar(range(length), values, width=0.8, color=COLOURS[0])
+            axes.set(ylabel="loops used", title="Loops used by each position", xlim=(-0.6, length - 0.4))
+            axes.grid(False, axis="x")
+            _whole_ticks(axes.yaxis)
+        else:
+            _heat_map(figure, axes, values, "halting probability of the gate", highest=1.0)
+            axes.set(ylabel="loop", title="Halting probability by position and loop")
+        axes.set_xlabel("position (tokens)" if tokens is None else "token")
+        if tokens is None:
+            _whole_ticks(axes.xaxis)
+        else:
+            axes.set_xticks(range(length), [str(token) for token in tokens], fontsize=8)
+            axes.tick_params(axis="x", rotation=90 if max(len(str(token)) for token in tokens) > 2 else 0, length=0)
+
+
+def expert_load(load: ArrayLike, path: str | Path) -> None:
+    """Share of the token choices that each expert gets at each loop.
+
+    Args:
+        load: (loops, n_experts) counts; a loop without any is left blank.
+        path: PNG to write.
+    """
+    counts = np.asarray(load, dtype=float)
+    total = counts.sum(axis=1, keepdims=True)
+    share = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+    with _axes(path, _width_for(counts.shape[1])) as (figure, axes):
+        _heat_map(figure, axes, share, "share of token choices (%)")
+        axes.set(xlabel="expert", ylabel="loop", title=f"Expert load by loop (even: {100 / counts.shape[1]:.3g}% each)")
+        _whole_ticks(axes.xaxis)
+
+
+def state_change(delta: ArrayLike, path: str | Path) -> None:
+    """How much the state still moves at each loop: mean over positions, and the range from least to most.
+
+    Args:
+        delta: (loops, ...) relative change ``|h_t - h_{t-1}| / |h_t|``; zeros, positions that did not run, are left
+            out.
+        path: PNG to write.
+    """
+    moved = [row[row > 0] for row in np.asarray(delta, dtype=float).reshape(len(np.asarray(delta)), -1)]
+    rows = [(loop, row.mean(), row.min(), row.max()) for loop, row in enumerate(moved, 1) if row.size]
+    with _axes(path, WIDTH + LEGEND) as (figure, axes):
+        if rows:
+            loops, mean, least, most = map(np.array, zip(*rows, strict=True))
+            axes.fill_between(loops, least, most, color=COLOURS[0], alpha=0.18, linewidth=0, label="least to most")
+            axes.plot(loops, mean, color=COLOURS[0], marker="o", label="mean over positions")
+            _log10_ticks(axes, least.min(), most.max())
+            figure.legend(loc="outside right upper")
+        axes.set(xlabel="loop", ylabel="relative change of the state, |Δh| / |h|", title="State change by loop")
+        _whole_ticks(axes.xaxis)
+
+
+@contextmanager
+def _axes(path: str | Path, width: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure and its axes in the style of this file; written to ``path`` at the end.
+
+    Raises:
+        ImportError: naming the extra, if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; run: pip install open-mythos[plots]") from error
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, HEIGHT), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.add_subplot()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+
+
+def _heat_map(
+    figure: Figure, axes: Axes, values: NDArray[np.float64], label: str, highest: float | None = None
+) -> None:
+    """(rows, columns) from 0 to ``highest`` as a heat map with a colour bar; rows are loops, the first on top."""
+    n_rows, n_columns = values.shape
+    columns, rows = np.arange(n_columns + 1) - 0.5, np.arange(n_rows + 1) + 0.5
+    cells = axes.pcolormesh(columns, rows, values, vmin=0.0, vmax=highest, edgecolors="white", linewidth=0.4)
+    figure.colorbar(cells, ax=axes, label=label, pad=0.02)
+    axes.invert_yaxis()
+    axes.set_facecolor(FAINT)
+    axes.grid(False)
+    _whole_ticks(axes.yaxis)
+
+
+def _log2_ticks(axes: Axes, counts: Sequence[int]) -> None:
+    """A base-2 axis that names the powers of two and both ends of ``counts``."""
+    axes.set_xscale("log", base=2)
+    named = [n for n in counts if n & (n - 1) == 0 or n in (counts[0], counts[-1])]
+    axes.set_xticks(named, [str(n) for n in named])
+    axes.set_xticks([], minor=True)
+
+
+def _log10_ticks(axes: Axes, low: float, high: float) -> None:
+    """A base-10 axis that also names 2s and 5s where there are few decades."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _whole_ticks(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _width_for(n_columns: int) -> float:
+    """Inches for a plot of so many columns."""
+    return min(WIDEST, max(WIDTH, 1.8 + 0.16 * n_columns))

@@ -1,0 +1,116 @@
+"""``mythos diagnose``."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from helpers import ATTENTION, tiny_model, tokens
+from typer.testing import CliRunner
+
+from open_mythos.cli import app
+from open_mythos.cli.console import si
+from open_mythos.cli.diagnose import bars
+from open_mythos.diagnostics import cache_bytes_per_token, trace
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["diagnose", *map(str, arguments)])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_prints_what_trace_finds(attn_type, tmp_path):
+    model = tiny_model(attn_type)
+    model.save_pretrained(tmp_path)
+    ids = tokens(1, 20)
+    result = run(tmp_path, "--loops", 6, "--prompt", " ".join(map(str, ids[0].tolist())))
+    assert result.exit_code == 0, result.output
+    found = trace(model, ids, 6)
+    used = found.loops_used[0].tolist()
+    assert " ".join(map(str, used[:16])) in result.output and " ".join(map(str, used[16:])) in result.output
+    assert re.search(rf"cache +│ +{si(20 * cache_bytes_per_token(model.cfg, 6, 4), 'B')}", result.output)
+    assert f"{found.delta[0].mean():.4f}" in result.output and f"{found.delta[5].max():.4f}" in result.output
+    assert f"--loops {2 * model.cfg.max_loop_iters}" in result.output
+    assert "6 loops over 20 tokens (prompt)" in " ".join(result.output.split())
+
+
+def test_random_tokens_are_the_same_every_time(checkpoint):
+    first, second = run(checkpoint), run(checkpoint)
+    assert first.exit_code == 0 and first.output == second.output
+    assert "random, seed 0" in " ".join(first.output.split())
+
+
+def test_example_of_the_checkpoint_is_used(checkpoint):
+    (checkpoint / "example.json").write_text(json.dumps({"tokens": [1, 2, 1, 1]}))
+    assert "over 4 tokens (example.json)" in " ".join(run(checkpoint).output.split())
+    assert "over 2 tokens (prompt)" in " ".join(run(checkpoint, "--prompt", "1, 2").output.split())
+
+
+def test_pictures(checkpoint, tmp_path):
+    result = run(checkpoint, "--plots", tmp_path / "pictures")
+    assert result.exit_code == 0, result.output
+    names = {"state_change.png", "loops_used.png", "halting.png", "expert_load.png"}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
+    assert "Pictures are in" in result.output
+
+
+def test_a_model_that_halts_at_once(tmp_path):
+    tiny_model(gate_bias=9.0).save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", "--plots", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"2 +│ +0 │ +- │ +- │", result.output)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "--prompt holds no tokens; give integers from 0 to 22"),
+        ("1 two", "--prompt holds 'two'; tokens of this model are integers from 0 to 22"),
+        ("1 23", "--prompt holds 23"),
+        ("-1", "--prompt holds -1"),
+        ("1 " * 33, "33 positions (0 before, 33 new) do not fit max_seq_len=32"),
+    ],
+)
+def test_bad_prompt_is_one_line(checkpoint, prompt, message):
+    check_failure(run(checkpoint, "--prompt", prompt), message)
+
+
+@pytest.mark.parametrize("text", ['{"token": [1]}', "[1]", '{"tokens": 3}', "{", '{"tokens": [1.5]}'])
+def test_bad_example_is_one_line(checkpoint, text):
+    (checkpoint / "example.json").write_text(text)
+    check_failure(run(checkpoint), "example.json")
+
+
+def test_bad_checkpoint_is_one_line(checkpoint, tmp_path):
+    check_failure(run(tmp_path / "nowhere"), "config.json is missing")
+    (checkpoint / "model.safetensors").write_bytes(b"no")
+    check_failure(run(checkpoint), "model.safetensors is truncated or not a safetensors file")
+
+
+def test_missing_matplotlib_is_one_line(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    check_failure(run(checkpoint, "--plots", tmp_path / "p"), "pip install open-mythos[plots]")
+
+
+def test_zero_loops_is_a_usage_error(checkpoint):
+    result = run(checkpoint, "--loops", 0)
+    assert result.exit_code == 2 and "--loops" in result.stderr
+
+
+def check_failure(result, message):
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_bars():
+    assert bars(np.array([0.0, 4.0, 8.0])) == " ▄█"
+    assert bars(np.zeros(3)) == "   "
+    assert len(bars(np.ones(100))) == 32

@@ -1,0 +1,100 @@
+"""``mythos`` and ``mythos info``."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import tiny_config, tiny_model
+from typer.testing import CliRunner
+
+from open_mythos import VARIANTS, __version__
+from open_mythos.cli import COMMANDS, app
+from open_mythos.cli.console import si
+from open_mythos.cli.info import loop_counts
+from open_mythos.diagnostics import cache_bytes_per_token, parameters
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_lists_every_command_and_imports_neither_torch_nor_matplotlib():
+    code = (
+        "import sys; from typer.testing import CliRunner; from open_mythos.cli import app\n"
+        "result = CliRunner().invoke(app, ['--help']); print(result.output)\n"
+        "assert result.exit_code == 0\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'safetensors'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_version():
+    assert run("--version").output.strip() == __version__
+
+
+@pytest.mark.parametrize("command", ["info", "diagnose"])
+def test_help_of_a_command_is_its_own(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert COMMANDS[command] in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", ["1b", "mythos_nano", "1t"])
+def test_variant(name):
+    cfg = VARIANTS[name if name.startswith("mythos") else f"mythos_{name}"]()
+    result = run("info", name)
+    assert result.exit_code == 0, result.output
+    count = parameters(cfg)
+    assert f"{count.total:,}" in result.output and f"{count.active:,}" in result.output
+    for loops in (1, cfg.max_loop_iters, 2 * cfg.max_loop_iters):
+        assert si(cache_bytes_per_token(cfg, loops), "B") in result.output
+    assert "Next:" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_config_file_and_checkpoint_directory(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    total = f"{parameters(tiny_config()).total:,}"
+    for path in (tmp_path, tmp_path / "config.json"):
+        result = run("info", path)
+        assert result.exit_code == 0 and total in result.output
+
+
+def test_loop_counts():
+    assert loop_counts(tiny_config(max_loop_iters=6)) == [1, 2, 4, 6, 8, 12]
+    assert loop_counts(tiny_config(max_loop_iters=1)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("2b", "unknown variant '2b'; did you mean 'mythos_"),
+        ("no/such/place", "no/such/place does not exist; give a config file"),
+        ("config.json", "config.json does not exist"),
+    ],
+)
+def test_bad_argument_is_one_line(argument, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_failure(run("info", argument), message)
+
+
+def test_bad_config_is_one_line(tmp_path):
+    check_failure(run("info", tmp_path), "config.json is missing")
+    (tmp_path / "config.json").write_text('{"dimm": 3}')
+    check_failure(run("info", tmp_path), "unknown config field 'dimm'; did you mean 'dim'?")
+
+
+def check_failure(result, message):
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (7, "7 B"), (999, "999 B"), (12_345, "12.3 kB"), (999_600, "1 MB"), (2e21, "2e+03 EB")],
+)
+def test_si(number, text):
+    assert si(number, "B") == text

@@ -1,0 +1,80 @@
+"""Predicted cost against real models."""
+
+import pytest
+import torch
+from helpers import ATTENTION, tiny_config, tiny_model, tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_mythos import VARIANTS, KVCache
+from open_mythos.diagnostics import cache_bytes, cache_bytes_per_token, flops_per_token, parameters
+from open_mythos.diagnostics.cost import FLOPS_PER_MULTIPLY_ADD
+
+CHANGES = [{}, {"conv_taps": 0, "lora_rank": 0, "local_window": 0}, {"n_shared_experts": 0, "prelude_layers": 2}]
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("changes", CHANGES)
+def test_parameters_of_a_real_model(attn_type, changes):
+    model = tiny_model(attn_type, **changes)
+    count, cfg = parameters(model.cfg), model.cfg
+    assert count.total == sum(p.numel() for p in model.parameters())
+    idle = cfg.n_experts - cfg.n_experts_per_tok
+    assert count.total - count.active == idle * 3 * cfg.dim * cfg.expert_dim
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_counted_without_allocating(name):
+    count = parameters(VARIANTS[name]())
+    assert 0 < count.active < count.total
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("n_loops", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_of_real_caches(attn_type, n_loops, dtype):
+    model, ids = tiny_model(attn_type).to(dtype), tokens(2, 7)
+    plain, cache = {}, KVCache()
+    mask = torch.ones(2, 7)
+    mask[0, 0] = 0
+    with torch.no_grad():
+        model(ids, n_loops, kv_cache=plain, attention_mask=mask)
+        model(ids, n_loops, kv_cache=cache)
+    expected = ids.numel() * cache_bytes_per_token(model.cfg, n_loops, dtype.itemsize)
+    assert cache_bytes(plain) == cache_bytes(cache) == expected
+    assert cache_bytes({}) == cache_bytes(KVCache()) == 0
+
+
+def _grouped_mm_flops(x, weight, *args, **kwargs):
+    return FLOPS_PER_MULTIPLY_ADD * x[0] * x[1] * weight[-1]
+
+
+def _counted(model, context, n_loops):
+    """FLOPs that PyTorch counts while the last of ``context`` tokens is decoded.
+
+    Its counter knows neither the fused CPU attention, so the plain one is run, nor grouped products.
+    """
+    ids, cache = tokens(1, context), KVCache()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(ids[:, :-1], n_loops, kv_cache=cache)
+        with counter:
+            model(ids[:, -1:], n_loops, kv_cache=cache)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("n_loops", [1, 3])
+def test_flops_are_those_that_pytorch_counts(attn_type, changes, n_loops):
+    # expert_dim a multiple of 4: grouped products of other float32 widths are padded, and padding is not counted here.
+    model = tiny_model(attn_type, halting=False, **changes)
+    assert flops_per_token(model.cfg, n_loops, context=21) == _counted(model, 21, n_loops)
+
+
+def test_flops_grow_by_the_same_amount_with_every_loop_and_token():
+    cfg = tiny_config("mla")
+    by_loops = [flops_per_token(cfg, n, 10) for n in (1, 2, 3)]
+    assert by_loops[2] - by_loops[1] == by_loops[1] - by_loops[0] > 0
+    by_context = [flops_per_token(cfg, 2, n) for n in (10, 11, 12)]
+    assert by_context[2] - by_context[1] == by_context[1] - by_context[0] > 0

@@ -1,0 +1,112 @@
+"""Tiny models whose every part has something to do, and comparisons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos import MythosConfig, OpenMythos
+
+ATTENTION = ("gqa", "mla")
+TINY: dict[str, Any] = dict(
+    vocab_size=23,
+    dim=32,
+    n_heads=4,
+    n_kv_heads=2,
+    max_seq_len=32,
+    max_loop_iters=4,
+    prelude_layers=1,
+    coda_layers=1,
+    kv_lora_rank=12,
+    q_lora_rank=20,
+    qk_rope_head_dim=6,
+    qk_nope_head_dim=10,
+    v_head_dim=14,
+    n_experts=4,
+    n_shared_experts=1,
+    n_experts_per_tok=2,
+    expert_dim=12,
+    act_threshold=0.9,
+    rope_theta=10000.0,
+    lora_rank=3,
+    dropout=0.0,
+    injection_decay=0.7,
+    injection_gain=0.7,
+    state_norm=True,
+    state_init="input",
+    state_noise=0.0,
+    conv_taps=3,
+    local_window=4,
+    loop_index_dim=0,
+    halting=True,
+    halting_tolerance=0.1,
+    router_bias_rate=0.01,
+    weight_std=0.02,
+)
+
+
+def tiny_config(attn_type: str = "gqa", **changes: Any) -> MythosConfig:
+    """A small config with every field that matters set, so that no test depends on a default."""
+    return MythosConfig(attn_type=attn_type, **{**TINY, **changes})
+
+
+def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0, **changes: Any) -> OpenMythos:
+    """A model in eval mode as it might be after training: norms, LoRA, router bias and gate are all random.
+
+    With ``gate_bias`` -1 positions halt at different loops, most of them within four.
+    """
+    torch.manual_seed(seed)
+    model = OpenMythos(tiny_config(attn_type, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith(("injection.A", "injection.B")):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        gate = model.recurrent.act
+        gate.halt.weight.normal_(std=3.0 * gate.std)  # the gate divides by what it is stored at
+        gate.halt.bias.fill_(gate_bias * gate.std)
+        model.recurrent.block.ffn.router_bias.normal_(std=0.1)
+        if model.recurrent.lora is not None:
+            model.recurrent.lora.B.normal_(std=0.1)
+            model.recurrent.lora.scale.weight.normal_()
+            model.recurrent.lora.trained_loops.fill_(3)
+    return model.eval()
+
+
+def tokens(*shape: int, seed: int = 0, high: int = 23) -> Tensor:
+    """Random token ids."""
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def left_padding(lengths: list[int], width: int) -> Tensor:
+    """(B, width) mask: each row's last ``length`` tokens are real."""
+    return torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+
+
+def loops_used(model: OpenMythos, input_ids: Tensor, n_loops: int, **inputs: Any) -> Tensor:
+    """(B, T) how many loops computed each position."""
+    with torch.no_grad():
+        ran = [state.ran.long() for state, _ in model.iterate(input_ids, n_loops, **inputs)]
+    return torch.stack(ran).sum(0)
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-5, what: str = "") -> None:
+    """Largest difference below ``tolerance`` times the largest expected value (or one, if that is smaller)."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} for {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    if not actual.numel():
+        return
+    difference = (actual.double() - expected.double()).abs().max().item()
+    limit = tolerance * max(1.0, expected.abs().max().item())
+    assert difference <= limit, f"{what}: differs by {difference:.2e}, limit {limit:.2e}"
+
+
+def gradients(model: OpenMythos, loss: Tensor) -> dict[str, Tensor]:
+    """The loss's gradient in every parameter, zeros where there is none."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }

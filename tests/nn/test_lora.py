@@ -1,0 +1,93 @@
+"""Depth-wise LoRA: nothing at first, then something different at every loop, and well defined beyond."""
+
+import pytest
+import torch
+from helpers import assert_near, tiny_config, tiny_model, tokens
+
+from open_mythos import OpenMythos
+from open_mythos.nn.lora import LoRAAdapter
+
+
+def trained(max_loops: int, n_loops: int, rank: int = 3) -> LoRAAdapter:
+    """An adapter with random weights, whose forward pass has seen ``n_loops`` loops in training."""
+    torch.manual_seed(0)
+    lora = LoRAAdapter(8, rank, max_loops)
+    lora.B.data.normal_()
+    lora.scale.weight.data.normal_()
+    for loop in range(n_loops):
+        lora.train()(torch.randn(1, 8), loop)
+    return lora.eval()
+
+
+def test_a_new_adapter_adds_nothing():
+    lora = LoRAAdapter(8, 3, 4)
+    for loop in (0, 3, 40):
+        assert lora(torch.randn(2, 5, 8), loop).eq(0).all()
+
+
+def test_formula():
+    lora, x = trained(6, 6), torch.randn(2, 5, 8)
+    for loop in range(6):
+        expected = (x @ lora.down.weight.T * lora.down.scale * lora.scale.weight[loop]) @ lora.B.T
+        assert_near(lora(x, loop), expected)
+
+
+@pytest.mark.parametrize("seen", [1, 3, 6, 9])
+def test_loops_deeper_than_trained_use_the_deepest_trained_scale(seen):
+    lora, x = trained(6, seen), torch.randn(2, 8)
+    deepest = lora(x, min(seen, 6) - 1)
+    for loop in range(min(seen, 6), 12):
+        assert_near(lora(x, loop), deepest, 0.0)
+    outputs = [lora(x, loop) for loop in range(min(seen, 6))]
+    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
+
+
+def test_loops_run_in_eval_mode_do_not_count_as_trained():
+    lora = trained(6, 2)
+    lora(torch.randn(1, 8), 5)
+    assert lora.trained_loops == 2
+
+
+def test_every_loop_trains_its_own_scale():
+    lora, x = trained(6, 0).train(), torch.randn(4, 8)
+    for loop in range(8):
+        (gradient,) = torch.autograd.grad(lora(x, loop).sum(), lora.scale.weight)
+        assert gradient.abs().sum(1).nonzero().flatten().tolist() == [min(loop, 5)]
+
+
+@pytest.mark.parametrize("rows", [2, 4, 6, 9])
+@pytest.mark.parametrize("seen", [0, 3, 6])
+def test_a_table_saved_with_another_length_is_cut_or_extended(rows, seen):
+    old, x = trained(6, seen), torch.randn(2, 8)
+    new = LoRAAdapter(8, 3, rows).eval()
+    new.load_state_dict(old.state_dict())
+    for loop in range(12):
+        assert new(x, loop).isfinite().all()
+    for loop in range(min(rows, max(seen, 1))):
+        assert_near(new(x, loop), old(x, loop), 0.0)
+    if rows >= 6:
+        for loop in range(12):
+            assert_near(new(x, loop), old(x, loop), 0.0)
+
+
+def test_loading_leaves_the_callers_state_dict_alone():
+    state = trained(6, 6).state_dict()
+    LoRAAdapter(8, 3, 2).load_state_dict(state)
+    assert state["scale.weight"].shape == (6, 3)
+
+
+def test_a_model_trained_shallow_runs_deep():
+    torch.manual_seed(0)
+    model = OpenMythos(tiny_config(lora_rank=3, max_loop_iters=8)).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(tokens(2, 6), 3).square().mean().backward()
+        optimizer.step()
+    assert model.recurrent.lora is not None and model.recurrent.lora.trained_loops == 3
+    with torch.no_grad():
+        assert model.eval()(tokens(2, 6), 20).isfinite().all()
+
+
+def test_rank_zero_means_none():
+    assert tiny_model(lora_rank=0).recurrent.lora is None

@@ -1,0 +1,308 @@
+"""A cache is right when nobody can tell that it is there."""
+
+import pytest
+import torch
+from helpers import ATTENTION, assert_near, left_padding, loops_used, tiny_config, tiny_model, tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from open_mythos import KVCache, OpenMythos
+from open_mythos.cache import PADDING_SLOT, as_cache
+
+T = 12
+MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
+chunkings = st.lists(st.integers(1, T), min_size=1, max_size=T).map(lambda sizes: _fit(sizes, T))
+
+
+def _fit(sizes: list[int], total: int) -> list[int]:
+    """``sizes`` cut or extended so that they add up to ``total``."""
+    fitted: list[int] = []
+    for size in [*sizes, total]:
+        fitted.append(min(size, total - sum(fitted)))
+    return [size for size in fitted if size]
+
+
+@torch.no_grad()
+def in_chunks(
+    model: OpenMythos, ids: Tensor, sizes: list[int], n_loops: int, cache: KVCache | dict, mask: Tensor | None = None
+) -> Tensor:
+    """Logits of all tokens, fed ``sizes`` at a time."""
+    out, start = [], 0
+    for size in sizes:
+        span = slice(start, start + size)
+        out.append(model(ids[:, span], n_loops, cache, attention_mask=None if mask is None else mask[:, span]))
+        start += size
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@given(
+    sizes=chunkings,
+    n_loops=st.integers(1, 7),
+    as_dict=st.booleans(),
+    # One row without padding: a chunk of nothing but padding has its own test.
+    lengths=st.none() | st.tuples(st.just(T), st.integers(1, T), st.integers(1, T)),
+)
+def test_cached_logits_are_the_uncached_ones(attn_type, sizes, n_loops, as_dict, lengths):
+    model, ids = MODELS[attn_type], tokens(3, T)
+    mask = None if lengths is None else left_padding(lengths, T)
+    with torch.no_grad():
+        whole = model(ids, n_loops, attention_mask=mask)
+    cached = in_chunks(model, ids, sizes, n_loops, {} if as_dict else KVCache(), mask)
+    real = torch.ones(3, T, dtype=torch.bool) if mask is None else mask
+    assert_near(cached[real], whole[real])
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("gate_bias", [-20.0, -1.0, 20.0], ids=["none halts", "some halt", "all halt"])
+@pytest.mark.parametrize("sizes", [[1] * T, [T - 1, 1], [5, 1, 1, 4, 1]], ids=str)
+def test_cached_logits_whatever_halts(attn_type, gate_bias, sizes):
+    model, ids = tiny_model(attn_type, gate_bias=gate_bias), tokens(2, T)
+    used = loops_used(model, ids, 5)
+    expected = {-20.0: used.eq(5).all(), 20.0: used.eq(1).all(), -1.0: len(used.unique()) > 1}
+    assert expected[gate_bias], f"the gate was meant to do otherwise: {used}"
+    with torch.no_grad():
+        whole = model(ids, 5)
+    for cache in (KVCache(), {}):
+        assert_near(in_chunks(model, ids, sizes, 5, cache), whole)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(conv_taps=0), dict(conv_taps=1), dict(local_window=0), dict(local_window=1), dict(prelude_layers=0, coda_layers=0),
+    dict(prelude_layers=2, coda_layers=0, halting=False), dict(state_norm=False, loop_index_dim=8, lora_rank=0),
+    dict(n_heads=1, n_kv_heads=1, dim=16), dict(n_heads=6, n_kv_heads=3, dim=36),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_cached_logits_with_every_part_on_and_off(attn_type, changes):
+    model, ids = tiny_model(attn_type, **changes), tokens(2, 9)
+    mask = left_padding([9, 5], 9)
+    with torch.no_grad():
+        whole = model(ids, 4, attention_mask=mask)
+    cached = in_chunks(model, ids, [4, 1, 1, 3], 4, KVCache(), mask)
+    assert_near(cached[mask], whole[mask])
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("cache_type", [KVCache, dict])
+def test_chunks_of_nothing_but_padding(attn_type, cache_type):
+    model, ids, mask = MODELS[attn_type], tokens(2, 6), left_padding([3, 2], 6)
+    with torch.no_grad():
+        whole = model(ids, 3, attention_mask=mask)
+    cached = in_chunks(model, ids, [1] * 6, 3, cache_type(), mask)
+    assert_near(cached[mask], whole[mask])
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_new_tokens_may_come_without_a_mask_or_with_the_whole_one(attn_type):
+    model, ids, mask = MODELS[attn_type], tokens(2, 8), left_padding([8, 5], 8)
+    with torch.no_grad():
+        whole = model(ids, 4, attention_mask=mask)[:, 5:]
+        for later in (None, mask[:, 5:], mask):
+            for cache in (KVCache(), {}):
+                model(ids[:, :5], 4, cache, attention_mask=mask[:, :5])
+                assert_near(model(ids[:, 5:], 4, cache, attention_mask=later), whole)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("cache_type", [KVCache, dict])
+def test_more_loops_than_the_prefill_had_are_refused_and_fewer_are_not(attn_type, cache_type):
+    model, ids = MODELS[attn_type], tokens(2, 8)
+    cache, twin = cache_type(), cache_type()
+    with torch.no_grad():
+        for each in (cache, twin):
+            model(ids[:, :5], 3, each)
+        held = _copy(cache)
+        with pytest.raises(ValueError, match=r"n_loops=4.*at most 3"):
+            model(ids[:, 5:], 4, cache)
+        assert _same(held, _copy(cache))
+        assert_near(model(ids[:, 5:6], 3, cache), model(ids[:, 5:6], 3, twin), 0.0)
+        assert model(ids[:, 6:7], 2, cache).shape == (2, 1, 23)
+        with pytest.raises(ValueError, match="n_loops=3"):
+            model(ids[:, 7:], 3, cache)
+        assert model(ids[:, 7:], 1, cache).shape == (2, 1, 23)
+
+
+@pytest.mark.parametrize("cache_type", [KVCache, dict])
+def test_a_refused_call_leaves_the_cache_alone(cache_type):
+    model, ids = MODELS["gqa"], tokens(2, 5)
+    cache = cache_type()
+    with torch.no_grad():
+        model(ids, 3, cache)
+        held = _copy(cache)
+        refused = [
+            dict(input_ids=ids.float()),
+            dict(input_ids=ids + 100),
+            dict(input_ids=ids, n_loops=0),
+            dict(input_ids=ids, start_pos=3),
+            dict(input_ids=tokens(2, 28)),
+            dict(input_ids=ids, attention_mask=torch.ones(2, 3)),
+        ]
+        for inputs in refused:
+            with pytest.raises(ValueError):
+                model(**{"n_loops": 3, "kv_cache": cache, **inputs})
+            assert _same(held, _copy(cache)), inputs.keys()
+
+
+@pytest.mark.parametrize("cache_type", [KVCache, dict])
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_another_batch_size_than_the_caches_is_refused(cache_type, n_rows):
+    model, cache = MODELS["gqa"], cache_type()
+    with torch.no_grad():
+        model(tokens(3, 5), 2, cache)
+        model(tokens(3, 1), 2, cache)
+        held = _copy(cache)
+        with pytest.raises(ValueError, match="3"):
+            model(tokens(n_rows, 1), 2, cache)
+        assert _same(held, _copy(cache))
+
+
+@pytest.mark.parametrize("cache_type", [KVCache, dict])
+def test_start_pos_is_inferred_and_checked(cache_type):
+    model, ids = MODELS["gqa"], tokens(1, 6)
+    cache = cache_type()
+    with torch.no_grad():
+        whole = model(ids, 2)
+        model(ids[:, :4], 2, cache, start_pos=0)
+        assert_near(model(ids[:, 4:5], 2, cache, start_pos=4), whole[:, 4:5])
+        with pytest.raises(ValueError, match=r"start_pos=4.*5 tokens"):
+            model(ids[:, 5:], 2, cache, start_pos=4)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_dict_holds_one_dict_of_tensors_of_used_length_for_each_slot(attn_type):
+    model = MODELS[attn_type]
+    cache: dict = {}
+    with torch.no_grad():
+        for n_new in (5, 1, 1):
+            model(tokens(2, n_new), 3, cache)
+    assert sorted(cache) == sorted(["prelude_0", "coda_0", *(f"recurrent_loop_{loop}" for loop in range(3))])
+    names = {"gqa": {"k", "v"}, "mla": {"c_kv", "k_rope"}}[attn_type]
+    for rows in cache.values():
+        assert set(rows) == names
+        for tensor in rows.values():
+            assert tensor.shape[:2] == (2, 7)
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_mla_caches_the_latent_and_one_rope_key_and_nothing_else():
+    dims = dict(dim=128, n_heads=4, n_kv_heads=2, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16,
+                qk_nope_head_dim=16, v_head_dim=16, max_seq_len=64)  # fmt: skip
+    footprint = {}
+    for attn_type in ATTENTION:
+        model = OpenMythos(tiny_config(attn_type, **dims)).eval()
+        data: dict = {}
+        cache = KVCache()
+        with torch.no_grad():
+            model(tokens(1, 64), 4, data)
+            model(tokens(1, 64), 4, cache)
+        footprint[attn_type] = sum(t.numel() * t.element_size() for rows in data.values() for t in rows.values())
+        assert cache.nbytes == footprint[attn_type]
+        if attn_type == "mla":
+            assert {(name, *t.shape) for rows in data.values() for name, t in rows.items()} == {
+                ("c_kv", 1, 64, 32), ("k_rope", 1, 64, 16),
+            }  # fmt: skip
+    assert footprint["mla"] == 6 * 64 * (32 + 16) * 4
+    assert footprint["gqa"] / footprint["mla"] == pytest.approx(8 / 3)
+
+
+def test_kv_cache_knows_its_length_and_size():
+    model, cache = MODELS["gqa"], KVCache()
+    assert cache.length == 0 and cache.nbytes == 0
+    with torch.no_grad():
+        for n_new, total in ((3, 3), (1, 4), (1, 5), (2, 7)):
+            model(tokens(2, n_new), 2, cache)
+            assert cache.length == total
+            assert cache.nbytes == 4 * 2 * total * 2 * 16 * 4  # slots, rows, tokens, k and v, channels, bytes
+    cache.reset()
+    assert cache.length == 0 and cache.nbytes == 0
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("padded", [False, True])
+@given(keep=st.integers(0, 8))
+def test_truncate_forgets_the_last_tokens(attn_type, padded, keep):
+    model, ids, cache = MODELS[attn_type], tokens(2, 10), KVCache()
+    mask = left_padding([10, 8], 10) if padded else None
+    with torch.no_grad():
+        whole = model(ids, 3, attention_mask=mask)
+        model(torch.cat([ids[:, :keep], tokens(2, 8 - keep, seed=1)], 1), 3, cache, attention_mask=_head(mask, 8))
+        cache.truncate(keep)
+        assert cache.length == keep
+        again = model(ids[:, keep:], 3, cache, attention_mask=None if mask is None else mask[:, keep:])
+    real = slice(None) if mask is None else mask[:, keep:]
+    assert_near(again[real], whole[:, keep:][real])
+
+
+def test_truncate_refuses_more_than_there_is():
+    cache = KVCache()
+    with torch.no_grad():
+        MODELS["gqa"](tokens(1, 4), 1, cache)
+    for length in (-1, 5):
+        with pytest.raises(ValueError, match=f"4 tokens to {length}"):
+            cache.truncate(length)
+
+
+def test_an_emptied_cache_takes_any_batch():
+    model, cache = MODELS["gqa"], KVCache()
+    with torch.no_grad():
+        for empty in (cache.reset, lambda: cache.truncate(0)):
+            model(tokens(3, 4), 2, cache)
+            empty()
+            assert_near(model(tokens(2, 4), 2, cache), model(tokens(2, 4), 2))
+            cache.reset()
+
+
+@pytest.mark.parametrize("cache_type", [KVCache, dict])
+@pytest.mark.parametrize("lengths, claimed", [([6, 4], [7, 7]), ([6, 6], [7, 5])], ids=["less padding", "more padding"])
+def test_a_whole_mask_that_contradicts_the_cached_one_is_refused(cache_type, lengths, claimed):
+    model, ids, cache = MODELS["gqa"], tokens(2, 6), cache_type()
+    with torch.no_grad():
+        model(ids, 2, cache, attention_mask=left_padding(lengths, 6))
+        held = _copy(cache)
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(ids[:, :1], 2, cache, attention_mask=left_padding(claimed, 7))
+        assert _same(held, _copy(cache))
+
+
+def test_a_dict_remembers_padding_in_a_slot_of_its_own():
+    model = MODELS["gqa"]
+    cache: dict = {}
+    with torch.no_grad():
+        model(tokens(2, 4), 1, cache, attention_mask=left_padding([4, 2], 4))
+        model(tokens(2, 1), 1, cache)
+    assert torch.equal(cache[PADDING_SLOT]["valid"], left_padding([5, 3], 5))
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("cache_type", [KVCache, dict])
+def test_gradients_flow_through_a_cached_call(attn_type, cache_type):
+    model, ids = tiny_model(attn_type), tokens(2, 6)
+    whole = torch.autograd.grad(model(ids, 3).square().sum(), model.embed.weight)[0]
+    cached = torch.autograd.grad(model(ids, 3, cache_type()).square().sum(), model.embed.weight)[0]
+    assert_near(cached, whole)
+    cache = cache_type()
+    loss = model(ids[:, :4], 3, cache).square().sum() + model(ids[:, 4:], 3, cache).square().sum()
+    assert torch.autograd.grad(loss, model.embed.weight)[0].isfinite().all()
+
+
+def test_only_a_cache_is_a_cache():
+    assert as_cache(None) is None
+    with pytest.raises(ValueError, match="list"):
+        MODELS["gqa"](tokens(1, 2), 1, [])
+
+
+def _head(mask: Tensor | None, n: int) -> Tensor | None:
+    return None if mask is None else mask[:, :n]
+
+
+def _copy(cache: KVCache | dict) -> dict[str, Tensor]:
+    slots = cache if isinstance(cache, dict) else {name: slot.rows for name, slot in cache._slots.items()}
+    copied = {f"{slot}.{name}": rows.clone() for slot, named in slots.items() for name, rows in named.items()}
+    if isinstance(cache, KVCache) and cache.valid is not None:
+        copied["valid"] = cache.valid.clone()
+    return copied
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

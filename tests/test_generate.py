@@ -1,0 +1,290 @@
+"""Generation: sampling rules as pure functions, and the loop around the model."""
+
+import pytest
+import torch
+from helpers import ATTENTION, assert_near, left_padding, tiny_model, tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from open_mythos import OpenMythos
+from open_mythos.generation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p
+
+MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
+rows = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12, unique=True).map(lambda r: torch.tensor([r]))
+
+
+def by_hand(model: OpenMythos, ids: Tensor, n_new: int, n_loops: int) -> Tensor:
+    """Greedy decoding with the whole sequence run anew for every token."""
+    for _ in range(n_new):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, n_loops)[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def probabilities(logits: Tensor, **options) -> Tensor:
+    return Sampling(**{"top_k": None, **options}).probabilities(logits)
+
+
+# -- sampling
+
+
+@given(rows, st.floats(0.1, 5))
+def test_temperature_divides_the_logits(logits, temperature):
+    assert_near(probabilities(logits, temperature=temperature), (logits / temperature).softmax(-1))
+
+
+@given(rows)
+def test_temperature_zero_is_the_likeliest_token(logits):
+    assert torch.equal(probabilities(logits, temperature=0), torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]))
+    assert torch.equal(Sampling(temperature=0).draw(logits), logits.argmax(-1))
+    assert_near(probabilities(logits * 100, temperature=1e-3), probabilities(logits, temperature=0), 1e-3)
+
+
+@given(rows, st.integers(1, 15))
+def test_top_k_keeps_the_k_likeliest(logits, k):
+    kept = probabilities(logits, top_k=k) > 0
+    n = min(k, logits.shape[1])
+    assert kept.sum() == n
+    assert set(kept[0].nonzero().flatten().tolist()) == set(logits[0].topk(n).indices.tolist())
+
+
+@given(rows, st.floats(0.01, 1.0))
+def test_top_p_keeps_the_fewest_tokens_that_reach_p(logits, p):
+    full = logits.softmax(-1)[0]
+    kept = ~keep_top_p(logits, p)[0].isinf()
+    assert kept[full.argmax()]
+    assert full[kept].sum() >= p - 1e-5  # they reach p,
+    assert full[kept].sum() - full[kept].min() < p + 1e-5  # and without the least likely of them, they do not
+    if not kept.all():
+        assert full[kept].min() >= full[~kept].max()  # no likelier token was dropped
+
+
+@given(rows, st.floats(0.0, 1.0))
+def test_min_p_keeps_tokens_above_a_share_of_the_likeliest(logits, p):
+    full = logits.softmax(-1)
+    kept = ~keep_min_p(logits, p).isinf()
+    assert torch.equal(kept, full >= p * full.max())
+    assert kept.any()
+
+
+@given(rows, st.integers(1, 12), st.floats(0.1, 1), st.floats(0, 1), st.floats(0.1, 4))
+def test_filters_combine_in_order_and_leave_a_distribution(logits, top_k, top_p, min_p, temperature):
+    actual = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = keep_min_p(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), min_p).softmax(-1)
+    assert torch.equal(actual, expected)
+    assert actual.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_filters_treat_rows_apart():
+    logits = torch.tensor([[4.0, 0.0, 0.0, 0.0], [0.0, 3.9, 4.0, -9.0]])
+    assert probabilities(logits, top_p=0.6).gt(0).tolist() == [[True, False, False, False], [False, True, True, False]]
+    assert probabilities(logits, min_p=0.5).gt(0).tolist() == [[True, False, False, False], [False, True, True, False]]
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(4000, 4)
+    sampling = Sampling(temperature=1.3, top_k=3)
+    drawn = sampling.draw(logits, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
+    assert_near(drawn, sampling.probabilities(logits[:1])[0], 0.03)
+    assert drawn[3] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_sampled_in_single_precision(dtype):
+    logits = (torch.randn(2, 50) * 4).to(dtype)
+    assert probabilities(logits, top_p=0.9, min_p=0.01).dtype == torch.float32
+    assert torch.equal(probabilities(logits), logits.float().softmax(-1))
+
+
+@pytest.mark.parametrize("bad", [
+    dict(temperature=-0.1), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_k=0), dict(top_k=-3),
+    dict(top_p=0.0), dict(top_p=1.1), dict(top_p=-1), dict(min_p=-0.1), dict(min_p=1.5), dict(top_k=2.5),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_bad_options_are_named_at_the_call(bad, call):
+    name = next(iter(bad))
+    with pytest.raises(ValueError, match=f"{name}="):
+        getattr(MODELS["gqa"], call)(tokens(1, 3), 2, **bad)
+
+
+# -- the loop around the model
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("n_loops", [1, 4, 6])
+def test_greedy_is_the_likeliest_token_at_every_step(attn_type, n_loops):
+    model, ids = MODELS[attn_type], tokens(2, 5)
+    out = model.generate(ids, 8, n_loops=n_loops, temperature=0)
+    assert torch.equal(out, by_hand(model, ids, 8, n_loops))
+    assert out.dtype == ids.dtype and torch.equal(out[:, :5], ids)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_n_loops_defaults_to_the_configs(attn_type):
+    model, ids = MODELS[attn_type], tokens(2, 5)
+    assert torch.equal(model.generate(ids, 4, temperature=0), by_hand(model, ids, 4, model.cfg.max_loop_iters))
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_top_k_of_one_is_greedy(attn_type):
+    model, ids = MODELS[attn_type], tokens(3, 4)
+    greedy = model.generate(ids, 6, temperature=0)
+    assert torch.equal(model.generate(ids, 6, top_k=1), greedy)
+    assert torch.equal(model.generate(ids, 6, top_p=1e-6), greedy)
+    assert torch.equal(model.generate(ids, 6, min_p=1.0), greedy)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_padded_batch_generates_what_each_row_does_alone(attn_type):
+    model, ids = MODELS[attn_type], tokens(3, 6)
+    mask = left_padding([6, 3, 1], 6)
+    together = model.generate(ids, 6, n_loops=5, temperature=0, attention_mask=mask)
+    for row, real in enumerate(mask):
+        alone = model.generate(ids[row : row + 1, real], 6, n_loops=5, temperature=0)
+        assert torch.equal(together[row, 6:], alone[0, -6:])
+
+
+def test_padding_on_the_right_of_a_prompt_is_refused():
+    """The logits at the last column would be those of padding."""
+    with pytest.raises(ValueError, match=r"attention_mask.*left"):
+        MODELS["gqa"].generate(tokens(2, 4), 2, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+
+
+def test_a_seed_reproduces_generation():
+    model, ids = MODELS["mla"], tokens(2, 4)
+
+    def drawn(seed: int) -> Tensor:
+        return model.generate(ids, 12, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    torch.manual_seed(5)
+    by_global_seed = model.generate(ids, 12)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(ids, 12), by_global_seed)
+
+
+def test_a_generator_leaves_the_global_state_alone():
+    before = torch.get_rng_state()
+    MODELS["gqa"].generate(tokens(1, 3), 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_row_repeats_eos_once_it_has_produced_it(attn_type):
+    model, ids = MODELS[attn_type], tokens(4, 5)
+    free = model.generate(ids, 8, temperature=0)
+    eos = int(free[0, 6])
+    out = model.generate(ids, 8, temperature=0, eos_token_id=eos)
+    assert out.shape == free.shape
+    for row, expected in zip(out[:, 5:].tolist(), free[:, 5:].tolist(), strict=True):
+        n = expected.index(eos) + 1 if eos in expected else 8
+        assert row == expected[:n] + [eos] * (8 - n)
+
+
+def test_generation_ends_when_every_row_has_produced_eos():
+    model, ids = MODELS["gqa"], tokens(1, 5)
+    eos = int(model.generate(ids, 3, temperature=0)[0, 6])
+    first = model.generate(ids, 8, temperature=0)[0, 5:].tolist().index(eos) + 1
+    assert len(list(model.stream(ids, 8, temperature=0, eos_token_id=eos))) == first
+    assert model.generate(ids, 8, temperature=0, eos_token_id=eos).shape == (1, 13)
+
+
+def test_eos_in_the_prompt_ends_nothing():
+    model, ids = MODELS["gqa"], tokens(1, 5)
+    free = model.generate(ids, 3, temperature=0)
+    unseen = next(t for t in ids[0].tolist() if t not in free[0, 5:].tolist())
+    assert torch.equal(model.generate(ids, 3, temperature=0, eos_token_id=unseen), free)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_stream_hands_out_what_generate_returns(attn_type):
+    model, ids = MODELS[attn_type], tokens(3, 4)
+    options = dict(n_loops=3, temperature=0.8, top_k=5)
+    whole = model.generate(ids, 7, generator=torch.Generator().manual_seed(3), **options)
+    parts = list(model.stream(ids, 7, generator=torch.Generator().manual_seed(3), **options))
+    assert all(part.shape == (3,) for part in parts)
+    assert torch.equal(torch.stack(parts, 1), whole[:, 4:])
+
+
+def test_stream_computes_each_token_when_it_is_asked_for():
+    model, calls = tiny_model(), []
+    original = model.recurrent.forward
+    model.recurrent.forward = lambda *args: calls.append(args[0].shape[1]) or original(*args)
+    tokens_made = model.stream(tokens(1, 5), 4)
+    assert calls == []
+    next(tokens_made)
+    assert calls == [5]
+    next(tokens_made)
+    assert calls == [5, 1]
+
+
+def test_no_new_tokens():
+    ids = tokens(2, 4)
+    assert torch.equal(MODELS["gqa"].generate(ids, 0), ids)
+
+
+def modes(model: OpenMythos) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_eval_mode_during_and_every_modules_own_mode_after():
+    model = tiny_model(dropout=0.5).train()
+    model.prelude[0].eval()
+    before, seen = modes(model), []
+    original = model.recurrent.forward
+    model.recurrent.forward = lambda *args: seen.append(any(modes(model))) or original(*args)
+    ids = tokens(1, 4)
+    first = model.generate(ids, 3, temperature=0)
+    assert seen == [False] * 3 and modes(model) == before
+    assert torch.equal(model.generate(ids, 3, temperature=0), first)
+    for _ in model.stream(ids, 3):
+        assert modes(model) == before
+
+
+def test_modes_are_restored_after_an_error():
+    model = tiny_model().train()
+    before = modes(model)
+
+    def fail(*args):
+        raise RuntimeError("out of order")
+
+    model.recurrent.forward = fail
+    with pytest.raises(RuntimeError, match="out of order"):
+        model.generate(tokens(1, 3), 2)
+    assert modes(model) == before
+
+
+def test_generation_needs_no_gradient():
+    model = tiny_model()
+    assert not model.generate(tokens(1, 3), 2).requires_grad
+    logits = model(tokens(1, 3), 2)
+    model.generate(tokens(1, 3), 2)
+    logits.sum().backward()  # generating in between has not disturbed the graph
+    assert model.embed.weight.grad is not None
+
+
+@pytest.mark.parametrize("max_new_tokens, message", [(-1, "max_new_tokens=-1"), (40, "max_seq_len=32"), (2.5, "max_new_tokens=2.5")])
+def test_bad_lengths(max_new_tokens, message):
+    for call in ("generate", "stream"):
+        with pytest.raises(ValueError, match=message):
+            getattr(MODELS["gqa"], call)(tokens(1, 4), max_new_tokens)
+
+
+def test_max_output_tokens():
+    model = tiny_model(max_output_tokens=3)
+    assert model.generate(tokens(1, 4), 3).shape == (1, 7)
+    with pytest.raises(ValueError, match="max_output_tokens=3"):
+        model.generate(tokens(1, 4), 4)
+
+
+@pytest.mark.parametrize("input_ids", [tokens(4), torch.zeros(1, 0, dtype=torch.long), [[1, 2]]], ids=["flat", "empty", "list"])
+def test_bad_prompts(input_ids):
+    with pytest.raises(ValueError, match="input_ids"):
+        MODELS["gqa"].generate(input_ids, 2)
+
+
+def test_a_mask_of_another_shape():
+    with pytest.raises(ValueError, match="attention_mask"):
+        MODELS["gqa"].generate(tokens(1, 4), 2, attention_mask=torch.ones(1, 3))

@@ -1,0 +1,71 @@
+"""Every plot becomes a PNG, from whatever numbers; what is drawn is what was given."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from open_mythos import plots
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are saved."""
+    figures, save = [], Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_accuracy_by_loops(tmp_path, drawn):
+    curves = {"easy": {1: 0.5, 2: 0.9, 4: 1.0}, "hard": {4: 0.4, 1: 0.1}}
+    plots.accuracy_by_loops(curves, tmp_path / "new" / "a.png", chance=0.1, trained_loops=2)
+    assert is_png(tmp_path / "new" / "a.png")
+    axes = drawn[0].axes[0]
+    assert [line.get_label() for line in axes.lines] == ["easy", "hard", "guessing"]
+    assert axes.lines[1].get_xydata().tolist() == [[1, 0.1], [4, 0.4]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title(loc="left")
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7)])
+@pytest.mark.parametrize("words", [None, list(range(7)), [f"word{i}" for i in range(7)]])
+def test_halting_map(tmp_path, drawn, shape, words):
+    plots.halting_map(torch.rand(shape), tmp_path / "h.png", words)
+    assert is_png(tmp_path / "h.png")
+    if words:
+        assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == list(map(str, words))
+
+
+def test_expert_load_is_drawn_as_shares_and_idle_loops_are_blank(tmp_path, drawn):
+    plots.expert_load([[3, 1], [0, 0]], tmp_path / "e.png")
+    assert is_png(tmp_path / "e.png")
+    cells = np.ma.filled(drawn[0].axes[0].collections[0].get_array(), np.nan)
+    np.testing.assert_array_equal(cells.reshape(2, 2), [[75, 25], [np.nan, np.nan]])
+
+
+def test_state_change_leaves_out_positions_that_did_not_run(tmp_path, drawn):
+    plots.state_change([[[0.4, 0.2]], [[0.1, 0.0]], [[0.0, 0.0]]], tmp_path / "s.png")
+    assert is_png(tmp_path / "s.png")
+    np.testing.assert_allclose(drawn[0].axes[0].lines[0].get_xydata(), [[1, 0.3], [2, 0.1]])
+
+
+def test_state_change_of_nothing(tmp_path):
+    plots.state_change(np.zeros((2, 3)), tmp_path / "s.png")
+    assert is_png(tmp_path / "s.png")
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install open-mythos\[plots\]"):
+        plots.state_change([[0.1]], tmp_path / "s.png")
