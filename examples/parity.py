@@ -74,7 +74,9 @@ def main() -> None:
     share = seen.expert_load.sum(0) / seen.expert_load.sum()
     made = {n: model.generate(x[:1, :12], 12, n_loops=n, temperature=0)[0, 12:].tolist() for n in (1, 4, 12)}
 
-    accuracy_by_loops({"halting on": adaptive, "halting off": full}, args.out / "parity.png", chance=0.5, trained_loops=3)
+    accuracy_by_loops(
+        {"halting on": adaptive, "halting off": full}, args.out / "parity.png", chance=0.5, trained_loops=3
+    )
     halting_map(trace(model, x[:1], n_loops=16).halting[:, 0], args.out / "parity_halting.png")
     model.save_pretrained(args.out)
     print(json.dumps({

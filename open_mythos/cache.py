@@ -87,6 +87,11 @@ class KVCache:
         """Tokens held by each slot."""
         return {name: slot.length for name, slot in self._slots.items()}
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch it holds; 0 if empty."""
+        return max((len(t) for slot in self._slots.values() for t in slot.rows.values()), default=0)
+
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``.
 
@@ -95,6 +100,8 @@ class KVCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}; use 0 to {self.length}")
+        if length == 0:
+            return self.reset()
         for slot in self._slots.values():
             slot.length = min(slot.length, length)
         if self.valid is not None:
@@ -128,6 +135,10 @@ class DictCache:
     @property
     def length(self) -> int:
         return max(self.lengths().values(), default=0)
+
+    @property
+    def batch_size(self) -> int:
+        return max((len(t) for rows in self._data.values() for t in rows.values()), default=0)
 
     @property
     def valid(self) -> Tensor | None:

@@ -56,7 +56,9 @@ def load(cls: type[OpenMythos], directory: str | Path) -> OpenMythos:
     try:
         tensors = load_file(weights_path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights_path} is truncated or not a safetensors file ({error}); save it again") from error
+        raise CheckpointError(
+            f"{weights_path} is truncated or not a safetensors file ({error}); save it again"
+        ) from error
     model = cls(cfg)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != _TIED}
     _check_names(weights_path, set(expected), set(tensors))
@@ -72,5 +74,9 @@ def load(cls: type[OpenMythos], directory: str | Path) -> OpenMythos:
 def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
     if expected != found:
         lacks, extra = sorted(expected - found), sorted(found - expected)
-        parts = [f"{word} {len(names)} tensors such as {names[0]!r}" for word, names in (("lacks", lacks), ("has", extra)) if names]
+        parts = [
+            f"{word} {len(names)} tensors such as {names[0]!r}"
+            for word, names in (("lacks", lacks), ("has", extra))
+            if names
+        ]
         raise CheckpointError(f"{path} is not a checkpoint of this model: it {' and '.join(parts)}")

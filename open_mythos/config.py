@@ -14,7 +14,9 @@ def _size(default: int, minimum: int = 1) -> Any:
     return field(default=default, metadata={"kind": int, "min": minimum})
 
 
-def _real(default: float, low: float, high: float | None = None, *, low_open: bool = False, high_open: bool = False) -> Any:
+def _real(
+    default: float, low: float, high: float | None = None, *, low_open: bool = False, high_open: bool = False
+) -> Any:
     meta = {"kind": float, "low": low, "high": high, "low_open": low_open, "high_open": high_open}
     return field(default=default, metadata=meta)
 
@@ -66,19 +68,30 @@ class MythosConfig:
     max_output_tokens: int = _size(4096)  # most new tokens that one generate() call may ask for
     dropout: float = _real(0.0, 0.0, 1.0, high_open=True)
     # -- beyond the reference: what makes depth pay (evidence in dev/LOG.md)
-    weight_std: float = _real(0.02, 0.0, low_open=True)  # stored std of matrices, used at 1/sqrt(fan_in): smaller learns faster (muP, 2203.03466)
-    injection_decay: float = _real(0.7, 0.0, 1.0, low_open=True, high_open=True)  # initial A (Parcae, 2604.12946)
-    injection_gain: float = _real(0.7, 0.0)  # initial B
-    state_norm: bool = _flag(True)  # RMSNorm on the state after every loop (2604.15259)
-    state_init: str = _choice("input", "input", "zero", "noise")  # first state: e, zeros, or noise in training (Huginn, 2502.05171)
-    state_noise: float = _real(0.0, 0.0)  # std of noise on the state in training
-    conv_taps: int = _size(3, minimum=0)  # causal depth-wise convolution on keys and values; 0: none (Canon layers, Allen-Zhu 2025)
-    local_window: int = _size(4, minimum=0)  # half of the recurrent heads see only this many last tokens; 0: none
-    loop_index_dim: int = _size(0, minimum=0)  # channels that carry the loop number; 0: none (it ties a model to its depth)
+    # standard deviation at which matrices are stored; used at 1/sqrt(fan_in), so less learns faster (muP, 2203.03466)
+    weight_std: float = _real(0.02, 0.0, low_open=True)
+    # initial A and B of the injection (Parcae, 2604.12946)
+    injection_decay: float = _real(0.7, 0.0, 1.0, low_open=True, high_open=True)
+    injection_gain: float = _real(0.7, 0.0)
+    # RMSNorm on the state after every loop (2604.15259)
+    state_norm: bool = _flag(True)
+    # the first state: the encoded input, zeros, or noise in training and zeros in eval mode (Huginn, 2502.05171)
+    state_init: str = _choice("input", "input", "zero", "noise")
+    # standard deviation of noise on the state after every loop of training; steadies a model that drifts at depth
+    state_noise: float = _real(0.0, 0.0)
+    # tokens that a causal convolution on attention's keys and values sees; 0: none (Canon layers, Allen-Zhu 2025)
+    conv_taps: int = _size(3, minimum=0)
+    # three in four heads of the recurrent block see this many last tokens only; 0: all heads see all tokens
+    local_window: int = _size(4, minimum=0)
+    # channels that carry the loop number; 0: none, since it ties a model to the depth of its training
+    loop_index_dim: int = _size(0, minimum=0)
     # -- beyond the reference: control
-    halting: bool = _flag(True)  # in eval mode, skip positions whose gate has closed; False: every loop for all
-    halting_tolerance: float = _real(0.1, 0.0, low_open=True)  # relative distance to its end at which a state has settled
-    router_bias_rate: float = _real(0.01, 0.0)  # step of the router's load balancing (DeepSeek-V3, 2412.19437)
+    # in eval mode, skip positions whose gate has closed; False: every loop for every position, and no gate is trained
+    halting: bool = _flag(True)
+    # relative distance from where it ends at which the gate should call a state settled
+    halting_tolerance: float = _real(0.1, 0.0, low_open=True)
+    # step of the router's load balancing (DeepSeek-V3, 2412.19437)
+    router_bias_rate: float = _real(0.01, 0.0)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -100,7 +113,8 @@ class MythosConfig:
         )
         _must(
             self.n_heads % self.n_kv_heads == 0,
-            f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; use one of {_divisors(self.n_heads)}",
+            f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; "
+            f"use one of {_divisors(self.n_heads)}",
         )
         if self.attn_type == "gqa":
             _must(
@@ -119,6 +133,11 @@ class MythosConfig:
             f"n_experts_per_tok={self.n_experts_per_tok} is more than n_experts={self.n_experts}; "
             f"use 1 to {self.n_experts}",
         )
+        _must(
+            self.loop_index_dim % 2 == 0 and self.loop_index_dim <= self.dim,
+            f"loop_index_dim={self.loop_index_dim} must be even, since it holds sines and cosines, and at most "
+            f"dim={self.dim}; use 0 for none",
+        )
 
     # -- derived sizes
 
@@ -131,6 +150,11 @@ class MythosConfig:
     def rope_dim(self) -> int:
         """Channels that rotary embedding turns, per head."""
         return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def n_local_heads(self) -> int:
+        """Heads of the recurrent block, the first ones, that see the last ``local_window`` tokens only."""
+        return self.n_heads - max(1, self.n_heads // 4) if self.local_window else 0
 
     @property
     def ffn_dim(self) -> int:

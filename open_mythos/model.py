@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from open_mythos import checkpoint
 from open_mythos.cache import Cache, KVCache, as_cache, coda_slot, loop_slot, prelude_slot
 from open_mythos.config import MythosConfig
-from open_mythos.generation.generate import generate, stream
+from open_mythos.generation.generate import check_ids, generate, stream
 from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.norm import RMSNorm
@@ -62,8 +62,8 @@ class OpenMythos(nn.Module):
             kv_cache: a :class:`KVCache` or a plain dict. Tokens it holds come before these; these are appended.
             start_pos: position of the first token. Inferred from the cache; give it only to have it checked, or,
                 without a cache, to start later than 0.
-            attention_mask: (B, T) for these tokens or (B, past + T) for all, 0 at padding. A padded row gives the
-                logits that it gives alone; logits at padding mean nothing.
+            attention_mask: (B, T) for these tokens or (B, past + T) for all, 0 at padding, which stands on the left
+                or the right of a row. A padded row gives the logits that it gives alone; those at padding mean nothing.
 
         Returns:
             (B, T, vocab_size).
@@ -129,9 +129,12 @@ class OpenMythos(nn.Module):
         """Run the coda and the last norm on a state: (B, T, dim), ready for the head."""
         for layer, block in enumerate(self.coda):
             h = block(h, freqs, mask, cache, coda_slot(layer))
-        return self.norm(h)
+        h = self.norm(h)
+        return h if mask.valid is None else h.masked_fill(~mask.valid[:, -h.shape[1] :].unsqueeze(-1), 0)
 
-    def iterate(self, input_ids: Tensor, n_loops: int | None = None, **inputs: Any) -> Iterator[tuple[LoopState, Tensor]]:
+    def iterate(
+        self, input_ids: Tensor, n_loops: int | None = None, **inputs: Any
+    ) -> Iterator[tuple[LoopState, Tensor]]:
         """After every loop, what happened in it and the logits (B, T, vocab_size) if it were the last.
 
         Args:
@@ -146,10 +149,8 @@ class OpenMythos(nn.Module):
     def _checked(
         self, input_ids: Tensor, cache: Cache | None, start_pos: int | None, attention_mask: Tensor | None, n_loops: int
     ) -> tuple[int, Tensor | None]:
-        """Tokens held by the cache, and (B, past + T) bool of real tokens or None; ValueError if input does not fit."""
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
-            what = f"{tuple(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise ValueError(f"input_ids is {what}; pass a non-empty (batch, tokens) tensor of integers")
+        """Tokens held by the cache, and (B, past + T) bool of real tokens or None. ValueError if input does not fit."""
+        check_ids(input_ids)
         B, T = input_ids.shape
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(input_ids.min()), int(input_ids.max())
@@ -159,6 +160,8 @@ class OpenMythos(nn.Module):
         past = cache.length if cache is not None else 0
         if cache is not None:
             self._check_slots(cache, past, n_loops)
+            if past and cache.batch_size != B:
+                raise ValueError(f"input_ids has {B} rows and the cache {cache.batch_size}; use a new cache")
             if start_pos is not None and start_pos != past:
                 raise ValueError(f"start_pos={start_pos} but the cache holds {past} tokens; leave start_pos out")
         if start_pos is not None and start_pos < 0:
@@ -194,10 +197,21 @@ class OpenMythos(nn.Module):
             wanted = f"({B}, {T})" if past == 0 else f"({B}, {T}) or, with the {past} cached tokens, ({B}, {past + T})"
             raise ValueError(f"attention_mask is {shape}; use {wanted}")
         valid = attention_mask.bool()
-        if shape[1] == T and past:
-            earlier = known if known is not None else valid.new_ones(B, past)
+        earlier = known if known is not None else valid.new_ones(B, past)
+        if shape[1] == T:
             valid = torch.cat([earlier, valid], 1)
+        elif not torch.equal(valid[:, :past], earlier):
+            raise ValueError(
+                f"attention_mask differs from that of the {past} cached tokens; pass theirs again, or ({B}, {T}) for "
+                f"the new ones alone"
+            )
         return None if bool(valid.all()) else valid
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:
+        """Keep head and embedding one tensor, which leaving the meta device would undo."""
+        super()._apply(fn, recurse)
+        self.head.weight = self.embed.weight
+        return self
 
     # -- text
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.model import OpenMythos
 from open_mythos.nn.block import TransformerBlock
@@ -50,7 +50,9 @@ def reference_logits(
     cfg = model.cfg
     noisy = cfg.dropout or cfg.state_noise or cfg.state_init == "noise"
     if model.training and noisy:
-        raise ValueError(f"dropout={cfg.dropout}, state_noise={cfg.state_noise}, state_init={cfg.state_init!r} draw noise")
+        raise ValueError(
+            f"dropout={cfg.dropout}, state_noise={cfg.state_noise}, state_init={cfg.state_init!r} draw noise"
+        )
     real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     where = Positions(real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), cfg.rope_theta)
 
@@ -106,7 +108,7 @@ def _loops(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tens
 
 
 def _block(
-    block: TransformerBlock,
+    block: nn.Module,
     x: Tensor,
     where: Positions,
     running: Tensor | None = None,
@@ -116,6 +118,7 @@ def _block(
 
     ``rows`` are those of the loop before, kept where ``running`` (B, T) is False.
     """
+    assert isinstance(block, TransformerBlock)
     read = _gqa if isinstance(block.attn, GQAttention) else _mla
     found, rows = read(block.attn, _norm(block.attn_norm, x), where, running, rows)  # type: ignore[arg-type]
     x = x + found

@@ -69,7 +69,8 @@ def test_cached_logits_whatever_halts(attn_type, gate_bias, sizes):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(conv_taps=0), dict(conv_taps=1), dict(local_window=0), dict(local_window=1), dict(prelude_layers=0, coda_layers=0),
+    dict(conv_taps=0), dict(conv_taps=1), dict(local_window=0), dict(local_window=1),
+    dict(prelude_layers=0, coda_layers=0),
     dict(prelude_layers=2, coda_layers=0, halting=False), dict(state_norm=False, loop_index_dim=8, lora_rank=0),
     dict(n_heads=1, n_kv_heads=1, dim=16), dict(n_heads=6, n_kv_heads=3, dim=36),
 ], ids=str)  # fmt: skip

@@ -176,7 +176,7 @@ def test_files(tmp_path):
     assert MythosConfig.load(path) == cfg
     for content in (b"{", b'{"dims": 3}', b"\xff\xfe\x00"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="config.json"):
+        with pytest.raises(ValueError, match=r"config\.json"):
             MythosConfig.load(path)
     with pytest.raises(FileNotFoundError):
         MythosConfig.load(tmp_path / "none.json")

@@ -99,7 +99,9 @@ def test_model_is_the_reference_for_any_weights(attn_type, seed, n_loops, gate_b
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), on_the_left=st.booleans(), n_loops=st.integers(1, 5))
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), on_the_left=st.booleans(), n_loops=st.integers(1, 5)
+)
 def test_a_padded_batch_is_each_row_alone(attn_type, training, lengths, on_the_left, n_loops):
     model, ids = MODELS[attn_type].train(training), tokens(len(lengths), 9)
     mask = left_padding(lengths, 9) if on_the_left else left_padding(lengths, 9).flip(1)
@@ -130,8 +132,11 @@ def test_training_on_a_padded_batch_is_training_on_each_row_alone(attn_type, on_
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_a_loss_at_padding_teaches_nothing(attn_type):
     model, ids, mask = tiny_model(attn_type).train(), tokens(2, 7), left_padding([7, 3], 7)
-    logits = model(ids, 16, attention_mask=mask).log_softmax(-1)[..., 0]
-    everywhere, real = gradients(model, logits.sum()), gradients(model, logits[mask].sum())
+
+    def likelihood():
+        return model(ids, 16, attention_mask=mask).log_softmax(-1)[..., 0]
+
+    everywhere, real = gradients(model, likelihood().sum()), gradients(model, likelihood()[mask].sum())
     for name in real:
         if name != "embed.weight":  # the tied head sees which token is likely where nothing is known
             assert_near(everywhere[name], real[name], what=name)
@@ -188,7 +193,9 @@ def test_padding_is_not_counted_as_expert_load():
     assert model.recurrent.block.ffn.expert_load.sum() == (6 + 2) * 3 * 2  # tokens, loops, experts per token
 
 
-@pytest.mark.parametrize("attention_mask", [torch.ones(2, 3), torch.ones(4), torch.ones(1, 4)], ids=lambda m: str(m.shape))
+@pytest.mark.parametrize(
+    "attention_mask", [torch.ones(2, 3), torch.ones(4), torch.ones(1, 4)], ids=lambda m: str(m.shape)
+)
 def test_a_mask_of_another_shape_is_refused(attention_mask):
     with pytest.raises(ValueError, match=r"attention_mask is .*use \(2, 4\)"):
         MODELS["gqa"](tokens(2, 4), 1, attention_mask=attention_mask)
@@ -272,7 +279,8 @@ def test_loops_far_beyond_training_are_finite(training):
 
 
 @pytest.mark.parametrize("input_ids, message", [
-    (tokens(4), r"input_ids is \(4,\)"), (tokens(1, 4).float(), "float32"), (torch.zeros(1, 0, dtype=torch.long), "non-empty"),
+    (tokens(4), r"input_ids is \(4,\)"), (tokens(1, 4).float(), "float32"),
+    (torch.zeros(1, 0, dtype=torch.long), "non-empty"),
     ([[1, 2]], "list"), (torch.tensor([[1, 23]]), "holds 23; .*0 to 22"), (torch.tensor([[-1, 3]]), "holds -1"),
     (torch.tensor([[True, False]]), "bool"),
 ], ids=["one axis", "floats", "empty", "a list", "too large", "negative", "bools"])  # fmt: skip
@@ -475,5 +483,7 @@ def test_the_block_compiles_without_a_graph_break(attn_type, training):
     assert torch.equal(block.ffn.expert_load, counted) and bool(counted.sum()) == training
     parameters = list(block.parameters())
     expected = torch.autograd.grad(eager.square().sum(), [eager_in, *parameters])
-    for actual, wanted in zip(torch.autograd.grad(compiled.square().sum(), [compiled_in, *parameters]), expected, strict=True):
+    for actual, wanted in zip(
+        torch.autograd.grad(compiled.square().sum(), [compiled_in, *parameters]), expected, strict=True
+    ):
         assert_near(actual, wanted, 5e-5)

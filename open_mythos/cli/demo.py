@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import typer
 
 from open_mythos import plots
-from open_mythos.cli.console import clear_errors, console, table
+from open_mythos.cli.console import clear_errors, console, progress, table
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation import accuracy_by_loops
 from open_mythos.model import OpenMythos

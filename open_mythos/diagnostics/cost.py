@@ -59,7 +59,7 @@ def flops_per_token(cfg: MythosConfig, n_loops: int, context: int) -> int:
     loop = _matrices(model.recurrent) + _routed(model.recurrent.block.ffn, cfg.n_experts_per_tok)
     if model.recurrent.lora is not None:
         loop += model.recurrent.lora.B.numel()
-    loop += _attention(cfg, context, cfg.n_heads // 2 if cfg.local_window else 0)
+    loop += _attention(cfg, context, cfg.n_local_heads)
     return FLOPS_PER_MULTIPLY_ADD * (outside + n_loops * loop)
 
 

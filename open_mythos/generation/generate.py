@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from torch import Tensor
 from open_mythos.cache import KVCache
 from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.recurrent import check_n_loops
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
+
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def stream(
@@ -43,6 +48,9 @@ def stream(
     """
     sampling = sampling or Sampling()
     check_lengths(model, input_ids, max_new_tokens)
+    n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
+    if attention_mask is not None and attention_mask.bool().int().diff(dim=1).lt(0).any():
+        raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
     return _tokens(model, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator)
 
 
@@ -82,12 +90,19 @@ def generate(
     return torch.cat([input_ids, *(tokens.unsqueeze(1).to(input_ids.dtype) for tokens in new)], dim=1)
 
 
+def check_ids(input_ids: Any) -> None:
+    """ValueError unless ``input_ids`` is a (B, T) tensor of integers with something in it."""
+    is_tensor = isinstance(input_ids, Tensor)
+    if not is_tensor or input_ids.ndim != 2 or input_ids.dtype not in _INTEGERS or not input_ids.numel():
+        what = f"{tuple(input_ids.shape)} {input_ids.dtype}" if is_tensor else type(input_ids).__name__
+        raise ValueError(f"input_ids is {what}; pass a non-empty (batch, tokens) tensor of int64 or int32")
+
+
 def check_lengths(model: OpenMythos, input_ids: Tensor, max_new_tokens: int) -> None:
     """ValueError unless the prompt is (B, T) and prompt and continuation fit the model."""
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids is {tuple(input_ids.shape)}; pass a non-empty (batch, tokens) prompt")
+    check_ids(input_ids)
     limit = model.cfg.max_output_tokens
-    if not 0 <= max_new_tokens <= limit:
+    if not isinstance(max_new_tokens, numbers.Integral) or not 0 <= max_new_tokens <= limit:
         raise ValueError(f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
     total, limit = input_ids.shape[1] + max_new_tokens, model.cfg.max_seq_len
     if total > limit:

@@ -6,11 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.cache import Cache, as_cache
+from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
+from open_mythos.nn.linear import Linear
 from open_mythos.ops.attention import CausalMask, attend, attend_local
 from open_mythos.ops.rope import rope_rows
 
 Rows = dict[str, Tensor]
+
+
+def without_padding(rows: Rows, valid: Tensor) -> Rows:
+    """``rows`` (B, T, ...), zero at padding: they are so already, and no gradient may pass there.
+
+    The norm of a zero row multiplies gradients by a thousand, which overflows over a few loops, and infinity times
+    zero is not a number.
+
+    Args:
+        rows: of the last T tokens.
+        valid: (B, S) bool, S at least T.
+    """
+    padding = ~valid[:, -next(iter(rows.values())).shape[1] :]
+    return {name: x.masked_fill(padding.view(*x.shape[:2], *[1] * (x.ndim - 2)), 0) for name, x in rows.items()}
 
 
 class CausalAttention(nn.Module):
@@ -20,15 +36,17 @@ class CausalAttention(nn.Module):
     (:meth:`read`).
 
     Args:
-        n_heads: query heads.
-        local_window: if above 0, the first half of the heads sees only this many last tokens.
+        cfg: reads n_heads, n_local_heads.
+        local_window: if above 0, ``cfg.n_local_heads`` of the heads see only this many last tokens.
     """
 
-    def __init__(self, n_heads: int, local_window: int = 0) -> None:
+    wo: Linear
+
+    def __init__(self, cfg: MythosConfig, local_window: int = 0) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads = cfg.n_heads
         self.local_window = local_window
-        self.n_local_heads = n_heads // 2 if local_window else 0
+        self.n_local_heads = cfg.n_local_heads if local_window else 0
 
     def forward(
         self,
@@ -63,6 +81,8 @@ class CausalAttention(nn.Module):
         q, rows = self.project(x, freqs)
         if active is not None:
             q, rows = active.pack(q), active.merge(rows)
+        if mask is not None and mask.valid is not None:
+            rows = without_padding(rows, mask.valid)
         if cache is not None:
             rows = cache.slot(cache_key).update(rows)
         mask = mask or CausalMask(q.shape[1], next(iter(rows.values())).shape[1])
@@ -82,20 +102,16 @@ class CausalAttention(nn.Module):
         n = self.n_local_heads
         if n == 0:
             return attend(q, k, v, mask, scale)
-        local = attend_local(q[:, :, :n], *self._heads(slice(0, n), k, v), self.local_window, mask, scale)
-        rest = attend(q[:, :, n:], *self._heads(slice(n, self.n_heads), k, v), mask, scale)
-        return torch.cat([local, rest], dim=2)
+        near, far = range(n), range(n, self.n_heads)
+        local = attend_local(
+            q[:, :, :n], self._read_by(near, k), self._read_by(near, v), self.local_window, mask, scale
+        )
+        everywhere = attend(q[:, :, n:], self._read_by(far, k), self._read_by(far, v), mask, scale)
+        return torch.cat([local, everywhere], dim=2)
 
-    def _heads(self, span: slice, *tensors: Tensor) -> list[Tensor]:
-        """The key/value heads (B, S, G, D) that the query heads in ``span`` read."""
-        n_query = span.stop - span.start
-        found = []
-        for x in tensors:
-            per_group = self.n_heads // x.shape[2]
-            if span.start % per_group == 0 and n_query % per_group == 0:
-                found.append(x[:, :, span.start // per_group : span.stop // per_group])
-            elif x.shape[2] == 1:
-                found.append(x)
-            else:
-                found.append(x[:, :, [head // per_group for head in range(span.start, span.stop)]])
-        return found
+    def _read_by(self, heads: range, x: Tensor) -> Tensor:
+        """The key/value heads of ``x`` (B, S, G, D) that the query ``heads`` read."""
+        per_group = self.n_heads // x.shape[2]
+        if heads.start % per_group == 0 and len(heads) % per_group == 0:
+            return x[:, :, heads.start // per_group : heads.stop // per_group]
+        return x if x.shape[2] == 1 else x[:, :, [head // per_group for head in heads]]

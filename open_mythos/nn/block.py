@@ -24,8 +24,8 @@ class TransformerBlock(nn.Module):
 
     Args:
         cfg: the model's config.
-        use_moe: the recurrent block's kind: experts in place of the dense feed-forward, and half of the heads
-            local if ``cfg.local_window`` is set.
+        use_moe: the recurrent block's kind: experts in place of the dense feed-forward, and three
+            quarters of the heads local if ``cfg.local_window`` is set.
     """
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False) -> None:

@@ -24,7 +24,7 @@ class GQAttention(CausalAttention):
     """
 
     def __init__(self, cfg: MythosConfig, local_window: int = 0, n_layers: int = 1) -> None:
-        super().__init__(cfg.n_heads, local_window)
+        super().__init__(cfg, local_window)
         self.n_kv_heads, self.head_dim = cfg.n_kv_heads, cfg.head_dim
         std = cfg.weight_std
         kv_dim = cfg.n_kv_heads * cfg.head_dim

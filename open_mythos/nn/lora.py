@@ -14,8 +14,9 @@ class LoRAAdapter(nn.Module):
     """``B(scale[loop] * down(x))``, added to the block's output (after Relaxed Recursive Transformers, 2410.20672).
 
     The recurrent block gives it the encoded input e, not the state: a low-rank map of the state that is applied at
-    every loop grows like a power and undoes solved states at depths beyond the trained one. ``B`` starts at zero, so a new model computes exactly what it would without the adapter. Loops deeper than any
-    seen in training use the scale of the deepest loop that was.
+    every loop grows like a power and undoes solved states at depths beyond the trained one. ``B`` starts at zero, so
+    a new model computes exactly what it would without the adapter. Loops deeper than any seen in training use the
+    scale of the deepest loop that was.
 
     Args:
         dim: model width.
@@ -37,14 +38,17 @@ class LoRAAdapter(nn.Module):
     def forward(self, x: Tensor, loop_t: int) -> Tensor:
         """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0."""
         if self.training:
-            self.trained_loops.clamp_(min=min(loop_t + 1, self.scale.num_embeddings))
-        row = (self.trained_loops - 1).clamp(min=0, max=loop_t)
+            self.trained_loops.clamp_(min=loop_t + 1)
+        row = (self.trained_loops - 1).clamp(min=0, max=min(loop_t, self.scale.num_embeddings - 1))
         return nn.functional.linear(self.down(x) * self.scale(row), self.B)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Fit a table saved with another ``max_loops``: cut it, or repeat its last row."""
+        """Fit a table saved with another ``max_loops``: grow to it, or repeat its last row. Nothing trained is cut."""
         key = prefix + "scale.weight"
         if key in state_dict:
-            rows = torch.arange(self.scale.num_embeddings).clamp(max=len(state_dict[key]) - 1)
+            n_saved, rank = state_dict[key].shape
+            if n_saved > self.scale.num_embeddings:
+                self.scale = nn.Embedding(n_saved, rank).to(self.scale.weight)
+            rows = torch.arange(self.scale.num_embeddings).clamp(max=n_saved - 1)
             state_dict[key] = state_dict[key][rows.to(state_dict[key].device)]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -32,7 +32,7 @@ class MLAttention(CausalAttention):
     """
 
     def __init__(self, cfg: MythosConfig, local_window: int = 0, n_layers: int = 1) -> None:
-        super().__init__(cfg.n_heads, local_window)
+        super().__init__(cfg, local_window)
         std = cfg.weight_std
         self.nope_dim, self.rope_dim, self.v_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
         self.latent_dim = cfg.kv_lora_rank

@@ -17,13 +17,13 @@ class MoEFFN(nn.Module):
     """Routed experts with top-k choice beside always-on shared experts: (..., dim) -> (..., dim).
 
     **Routing** (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the ``topk`` experts with the largest
-    ``router(x) + router_bias`` are chosen; they are mixed by ``sigmoid(router(x))``, normalised over the chosen.
-    So ``router_bias`` moves the choice and never the weight.
+    ``router(x) + router_bias`` are chosen; they are mixed by ``sigmoid(router(x))``, normalised over the chosen
+    (a single one keeps its score, through which the router learns, as in Switch, arXiv:2101.03961). So ``router_bias`` moves the choice and never the weight.
 
     **Balance** needs no loss and no call. While it trains, the module counts how many tokens each expert gets.
-    When an optimizer step has changed the router since the count began, the next forward moves ``router_bias`` by
-    ``router_bias_rate`` towards the mean load and starts a new count. One update per optimizer step, then,
-    however many micro-batches or loops it saw; recomputation by activation checkpointing is not counted, nor are
+    Once the router's weights differ from those that were counted with, an optimizer step has passed: the next
+    forward moves ``router_bias`` by ``router_bias_rate`` towards the mean load and starts a new count. One update
+    per optimizer step, then, however many micro-batches or loops it saw; recomputation by activation checkpointing is not counted, nor are
     padding (all-zero) tokens, nor anything in eval mode.
 
     Attributes:
@@ -44,7 +44,7 @@ class MoEFFN(nn.Module):
         self.shared = Expert(cfg.dim, cfg.shared_dim, std=cfg.weight_std) if cfg.n_shared_experts else None
         self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
         self.register_buffer("expert_load", torch.zeros(cfg.n_experts, dtype=torch.int64))
-        self._counted_weights: int | None = None  # version of the router's weights that the count belongs to
+        self._counted_with: Tensor | None = None  # the router's weights that the count belongs to
         self.gate_up_scale = fan_in_scale(cfg.dim, 1.0, cfg.weight_std)
         self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(1), cfg.weight_std)
         self.reset_parameters()
@@ -58,7 +58,9 @@ class MoEFFN(nn.Module):
         logits = self.router(x).float()
         chosen = (logits + self.router_bias).topk(self.topk, dim=-1).indices
         scores = logits.gather(-1, chosen).sigmoid()
-        return chosen, scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        if self.topk > 1:
+            scores = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return chosen, scores
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
@@ -67,29 +69,34 @@ class MoEFFN(nn.Module):
         chosen, weights = self.route(tokens)
         if self.training:
             _count(self.expert_load, chosen, tokens.detach())
-        gate_up, down = self._expert_weights(tokens)
-        out = grouped_swiglu(tokens, gate_up, down, chosen, weights)
+        # The stored weights' scales are applied to tokens and mixing weights, which are smaller than the experts.
+        dtype = self._product_dtype(tokens)
+        out = grouped_swiglu(
+            (tokens * self.gate_up_scale).to(dtype), self.gate_up.to(dtype), self.down.to(dtype),
+            chosen, weights * self.down_scale,
+        ).to(tokens.dtype)  # fmt: skip
         if self.shared is not None:
             out = out + self.shared(tokens)
         return out.view(x.shape)
 
-    def _expert_weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Effective (scaled) weights, in the dtype that a matrix product with ``like`` has here."""
-        dtype = like.dtype
-        if torch.is_autocast_enabled(like.device.type):
-            dtype = torch.get_autocast_dtype(like.device.type)
-        return (self.gate_up * self.gate_up_scale).to(dtype), (self.down * self.down_scale).to(dtype)
+    @staticmethod
+    def _product_dtype(tokens: Tensor) -> torch.dtype:
+        """The dtype of a matrix product with ``tokens``: theirs, or autocast's."""
+        device = tokens.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
     @torch.no_grad()
     def update_bias(self) -> None:
         """Apply the counted load, if the weights have moved on since it was counted. Called by the forward pass."""
-        version = self.router.weight._version
-        if version == self._counted_weights:
-            return
-        self._counted_weights = version
+        # Values, not version counters, which fused optimizers leave alone; on the device, so nothing waits for it.
+        weights, before = self.router.weight.detach(), self._counted_with
+        stepped = torch.ones((), dtype=torch.bool, device=weights.device)
+        if before is not None and before.device == weights.device:
+            stepped = (before != weights).any()
         load = self.expert_load.float()
-        self.router_bias += self.bias_rate * torch.sign(load.mean() - load)
-        self.expert_load.zero_()
+        self.router_bias += stepped * self.bias_rate * torch.sign(load.mean() - load)
+        self.expert_load *= ~stepped
+        self._counted_with = weights.clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
         """Keep the bias in float32: steps of 1e-2 are lost in a bfloat16 sum."""

@@ -19,11 +19,11 @@ from open_mythos.nn.halting import ACTHalting, HaltingState, gate_loss, with_los
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.rope import rope_rows
-
 
 _GATE_ROWS = 16  # one row in so many of a training batch teaches the halting gate
 _GATE_WEIGHT = 0.1  # Adam does not mind, and gradient clipping then barely notices the gate
@@ -135,7 +135,8 @@ class RecurrentBlock(nn.Module):
         mask = mask or CausalMask(T, past + T)
         live = mask.valid[:, -T:] if mask.valid is not None else torch.ones(B, T, dtype=torch.bool, device=e.device)
         if self.training:
-            self.block.ffn.update_bias()
+            if isinstance(self.block.ffn, MoEFFN):
+                self.block.ffn.update_bias()  # here too, since a compiled block leaves it out
             yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)
         elif not self.cfg.halting:
             yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)

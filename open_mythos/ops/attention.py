@@ -95,7 +95,7 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask,
 
     Shapes as in :func:`attend`.
     """
-    (B, T, H, D), G = q.shape, k.shape[2]
+    H, D, G = q.shape[2], q.shape[3], k.shape[2]
     at = mask.query_positions(q.device).unsqueeze(-1) - torch.arange(window - 1, -1, -1, device=q.device)  # (B|1, T, W)
     k_BTWGD, v_BTWGD = _rows_at(k, at), _rows_at(v, at)
     q_BTGRD = q.unflatten(2, (G, H // G))
@@ -116,4 +116,4 @@ def causal_conv(x_BSC: Tensor, taps_KC: Tensor) -> Tensor:
     """Depth-wise causal convolution ``y[s] = sum_k taps[k] * x[s - k]``, zeros before the first row."""
     S = x_BSC.shape[1]
     padded = F.pad(x_BSC, (0, 0, len(taps_KC) - 1, 0))
-    return sum(tap * padded[:, len(taps_KC) - 1 - k :][:, :S] for k, tap in enumerate(taps_KC))  # type: ignore[return-value]
+    return sum(tap * padded[:, len(taps_KC) - 1 - k :][:, :S] for k, tap in enumerate(taps_KC))

@@ -31,8 +31,7 @@ def grouped_swiglu(
     Returns:
         (N, D) in x's dtype.
     """
-    (N, D), K = x_ND.shape, experts_NK.shape[1]
-    n_experts = gate_up_E2FD.shape[0]
+    n_experts, K = len(gate_up_E2FD), experts_NK.shape[1]
     order_M = experts_NK.flatten().argsort(stable=True)
     token_M = order_M // K
     ends_E = expert_counts(experts_NK, n_experts).cumsum(0).to(torch.int32)
@@ -89,11 +88,15 @@ def _(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("open_mythos::grouped_matmul_backward", mutates_args=())
-def _grouped_matmul_backward(grad_MO: Tensor, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        x, weight = x_MI.detach().requires_grad_(), weight_EOI.detach().requires_grad_()
-        out = _grouped_mm(x, weight, ends_E)
-        grad_x, grad_weight = torch.autograd.grad(out, (x, weight), grad_MO.contiguous())
+def _grouped_matmul_backward(
+    grad_MO: Tensor, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    (n_out, n_in), multiple = weight_EOI.shape[1:], _ALIGN // x_MI.element_size()
+    pad_in, pad_out = -n_in % multiple, -n_out % multiple
+    grad, x = F.pad(grad_MO, (0, pad_out)).contiguous(), F.pad(x_MI, (0, pad_in)).contiguous()
+    weight = F.pad(weight_EOI, (0, pad_in, 0, pad_out)).contiguous()
+    grad_x = F.grouped_mm(grad, weight, offs=ends_E)[:, :n_in]
+    grad_weight = F.grouped_mm(grad.t(), x, offs=ends_E)[:, :n_out, :n_in]
     return grad_x.contiguous(), grad_weight.contiguous()
 
 

@@ -67,9 +67,7 @@ def causal_conv(x_BSC: Tensor, taps_KC: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
-def moe_loop(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor
-) -> Tensor:
+def moe_loop(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """Mixture of SwiGLU experts, one token and one choice at a time; arguments as ``ops.experts.grouped_swiglu``."""
     width = down_EDF.shape[-1]
     out = []

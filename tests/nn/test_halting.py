@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from open_mythos.nn.halting import ACTHalting, HaltingState
 from open_mythos.ops import reference
 
-probabilities = st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.5, 0.9, 0.99, 1.0]), min_size=4, max_size=4), min_size=1, max_size=8)  # fmt: skip
+four = st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.5, 0.9, 0.99, 1.0]), min_size=4, max_size=4)
+probabilities = st.lists(four, min_size=1, max_size=8)
 
 
 def test_the_gate_is_a_probability_for_each_position():

@@ -9,7 +9,25 @@ from hypothesis import strategies as st
 from open_mythos.nn.injection import LTIInjection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EXTREMES = [0.0, -0.0, 1.0, -1.0, 0.5, 1 - 2.0**-7, 2.0**-7, 1e-8, -1e-8, 2.0, 3.7, -17.3, 1e3, -1e4, 65504.0, 1e30, -3e38]
+EXTREMES = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    1 - 2.0**-7,
+    2.0**-7,
+    1e-8,
+    -1e-8,
+    2.0,
+    3.7,
+    -17.3,
+    1e3,
+    -1e4,
+    65504.0,
+    1e30,
+    -3e38,
+]
 
 
 def injection(values: list[float], dtype: torch.dtype) -> LTIInjection:

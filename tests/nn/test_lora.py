@@ -1,5 +1,7 @@
 """Depth-wise LoRA: nothing at first, then something different at every loop, and well defined beyond."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import assert_near, tiny_config, tiny_model, tokens
@@ -39,7 +41,7 @@ def test_loops_deeper_than_trained_use_the_deepest_trained_scale(seen):
     for loop in range(min(seen, 6), 12):
         assert_near(lora(x, loop), deepest, 0.0)
     outputs = [lora(x, loop) for loop in range(min(seen, 6))]
-    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(outputs))
 
 
 def test_loops_run_in_eval_mode_do_not_count_as_trained():

@@ -115,7 +115,7 @@ def test_the_bias_is_a_buffer_that_is_saved():
 # -- balance
 
 
-def step(ffn: torch.nn.Module, lr: float = 0.1) -> None:
+def step(ffn: torch.nn.Module, lr: float = 1e-3) -> None:
     """What any optimizer does to the parameters."""
     with torch.no_grad():
         for parameter in ffn.parameters():
@@ -132,23 +132,24 @@ def test_one_update_per_optimizer_step(micro_batches, wrap):
     def call(x: Tensor) -> Tensor:
         return ffn(x) if wrap == "plain" else checkpoint(ffn, x, use_reentrant=wrap == "reentrant")
 
-    expected, load = ffn.router_bias.clone(), torch.zeros(4)
+    expected, load, n_changes = ffn.router_bias.clone(), torch.zeros(4), 0
     for _ in range(5):
         if load.any():
-            expected = moved(expected, load)
+            n_changes += int(not torch.equal(expected, expected := moved(expected, load)))
         load = torch.zeros(4)
         for _ in range(micro_batches):
             x = torch.randn(7, 32, requires_grad=True)
-            call(x).square().sum().backward()
+            call(x).square().mean().backward()
             assert_near(ffn.router_bias, expected, 1e-7)
             load += load_of(ffn, x)
             assert ffn.expert_load.tolist() == load.tolist()
         step(ffn)
-    assert expected.ne(0).any()
+    assert n_changes == 4
 
 
 @pytest.mark.parametrize("make, options", [
-    (torch.optim.SGD, dict(foreach=False)), (torch.optim.AdamW, dict(foreach=False)), (torch.optim.AdamW, dict(foreach=True)),
+    (torch.optim.SGD, dict(foreach=False)), (torch.optim.AdamW, dict(foreach=False)),
+    (torch.optim.AdamW, dict(foreach=True)),
     (torch.optim.AdamW, dict(fused=True)), (torch.optim.SGD, dict(fused=True)), (torch.optim.Adam, dict(amsgrad=True)),
     (torch.optim.RMSprop, {}), (torch.optim.Adagrad, {}),
 ], ids=str)  # fmt: skip
@@ -235,10 +236,10 @@ def test_balance_improves_on_skewed_inputs(n_experts, topk):
         return load / load.sum()
 
     before = shares()
-    optimizer = torch.optim.SGD(ffn.parameters(), lr=1e-9)  # the router itself hardly learns here
+    optimizer = torch.optim.SGD(ffn.parameters(), lr=1e-6, weight_decay=1.0)  # the router itself learns nothing
     for _ in range(600):
         optimizer.zero_grad()
-        ffn(centre + torch.randn(32, 32)).sum().backward()
+        (0.0 * ffn(centre + torch.randn(32, 32)).sum()).backward()
         optimizer.step()
     after = shares()
     assert before.min() < 0.05

@@ -27,7 +27,9 @@ def test_formula_and_gradients():
     assert_near(norm(x), slow)
     cotangent = torch.randn_like(slow)
     expected = torch.autograd.grad((slow * cotangent).sum(), (x, norm.weight))
-    for actual, wanted in zip(torch.autograd.grad((norm(x) * cotangent).sum(), (x, norm.weight)), expected, strict=True):
+    for actual, wanted in zip(
+        torch.autograd.grad((norm(x) * cotangent).sum(), (x, norm.weight)), expected, strict=True
+    ):
         assert_near(actual, wanted)
 
 

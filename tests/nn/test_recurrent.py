@@ -1,5 +1,7 @@
 """The loop: it stops where the gate says so, and then really computes less."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import ATTENTION, assert_near, left_padding, loops_used, tiny_model, tokens
@@ -42,7 +44,8 @@ def test_halted_positions_are_not_computed(attn_type, padded, ffn_tokens):
     seen = ffn_tokens(model)
     with torch.no_grad():
         model(ids, 6, **inputs)
-    assert seen == [int(used.ge(loop).sum()) for loop in range(1, int(used.max()) + 1)]
+    assert seen[0] <= ids.numel()  # the first loop may run padding too
+    assert seen[1:] == [int(used.ge(loop).sum()) for loop in range(2, int(used.max()) + 1)]
     assert sum(seen) < 6 * ids.numel() and len(set(seen)) > 2
     if padded:
         assert used[~inputs["attention_mask"]].eq(0).all()
@@ -121,7 +124,7 @@ def test_output_is_the_state_at_the_loop_where_a_position_halted(attn_type):
     assert len(used.unique()) > 1
     assert torch.equal(out, expected)
     assert torch.equal(torch.stack([s.ran.long() for s in states]).sum(0), used)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         assert torch.equal(after.h[~after.ran], before.h[~after.ran])
 
 
@@ -143,7 +146,9 @@ def test_the_block_runs_by_itself_with_a_table_of_phasors(attn_type, training):
     table = precompute_rope_freqs(model.cfg.rope_dim, 32, model.cfg.rope_theta)
     with torch.no_grad():
         out = model.recurrent(e, e, table, None, 4)
-        assert_near(out, model.recurrent(e, e, rope_table(torch.arange(6), model.cfg.rope_dim, model.cfg.rope_theta), None, 4))
+        assert_near(
+            out, model.recurrent(e, e, rope_table(torch.arange(6), model.cfg.rope_dim, model.cfg.rope_theta), None, 4)
+        )
         for cache in (KVCache(), {}):
             parts = [model.recurrent(x, x, table, None, 4, cache) for x in (e[:, :4], e[:, 4:5], e[:, 5:])]
             assert_near(torch.cat(parts, 1), out)

@@ -70,7 +70,9 @@ def test_gradients_of_both(problem, window):
         slow = reference.attention(q, k, v, seen, q.shape[-1] ** -0.5)
         weight = torch.randn_like(slow)
         expected = torch.autograd.grad((slow * weight).sum(), inputs)
-        for name, actual, wanted in zip("qkv", torch.autograd.grad((fast * weight).sum(), inputs), expected, strict=True):
+        for name, actual, wanted in zip(
+            "qkv", torch.autograd.grad((fast * weight).sum(), inputs), expected, strict=True
+        ):
             assert_near(actual, wanted, what=name)
 
 

@@ -39,7 +39,11 @@ def test_grouped_is_the_double_loop_in_outputs_and_gradients(problem):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
 def test_half_precision(dtype, tolerance):
     torch.manual_seed(0)
-    x, gate_up, down = torch.randn(9, 13).to(dtype), (torch.randn(3, 14, 13) / 4).to(dtype), torch.randn(3, 13, 7).to(dtype)
+    x, gate_up, down = (
+        torch.randn(9, 13).to(dtype),
+        (torch.randn(3, 14, 13) / 4).to(dtype),
+        torch.randn(3, 13, 7).to(dtype),
+    )
     experts, weights = torch.rand(9, 3).topk(2).indices, torch.rand(9, 2)
     out = grouped_swiglu(x, gate_up, down, experts, weights)
     assert out.dtype == dtype
@@ -60,7 +64,7 @@ def test_counts(choices):
 
 
 def test_grouped_matmul_compiles_and_trains():
-    """Inductor cannot lower ``grouped_mm`` in float32, so compiled code calls it as an operator with its own gradient."""
+    """Inductor cannot lower ``grouped_mm`` in float32, so compiled code calls it as an operator."""
     torch.manual_seed(0)
     x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(3, 7, 5, requires_grad=True)
     ends = torch.tensor([2, 2, 6], dtype=torch.int32)

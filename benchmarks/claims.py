@@ -1,0 +1,142 @@
+"""Measure every claim of the tutorials, over several seeds.
+
+    python benchmarks/claims.py [--seeds 0 1 2] [--jobs 2] [--out benchmarks/results/claims.json]
+
+Runs examples/parity.py and examples/chain_sum.py once per seed, each in a process of its own on one thread, and prints
+a table of means and worst seeds; the last line is JSON. About eight minutes for three seeds on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from open_mythos import MythosConfig, OpenMythos
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_example(name: str, seed: int, out: Path) -> dict[str, Any]:
+    """The JSON line of one example on one thread."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--seed", str(seed), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parity_claims(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What tutorial B claims, one number for each run."""
+    return {
+        "parity, 1 loop": [run["accuracy"]["1"] for run in runs],
+        "parity, 3 loops (trained)": [run["accuracy"]["3"] for run in runs],
+        "parity, 16 loops": [run["accuracy"]["16"] for run in runs],
+        "parity, 16 loops, halting off": [run["accuracy_halting_off"]["16"] for run in runs],
+        "least expert share": [min(run["expert_share"]) for run in runs],
+        "loops used of 16": [run["mean_loops"] for run in runs],
+        "loops against position (Spearman)": [run["loops_vs_position"] for run in runs],
+    }
+
+
+def chain_sum_claims(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What tutorial A claims, one number for each run."""
+    near, far = "2 to 5 digits", "6 to 8 digits"
+    return {
+        "chain sum, 1 loop": [run["accuracy"][near]["1"] for run in runs],
+        "chain sum, 4 loops (trained)": [run["accuracy"][near]["4"] for run in runs],
+        "chain sum, 8 loops": [run["accuracy"][near]["8"] for run in runs],
+        "chain sum, 6 to 8 digits, 4 loops": [run["accuracy"][far]["4"] for run in runs],
+    }
+
+
+def tutorial_a_config(**changes: Any) -> MythosConfig:
+    """Where caches are compared and a model is abused: dim 128, 2 kv heads of 32, latent 32 + 16."""
+    sizes = dict(
+        vocab_size=64, dim=128, n_heads=4, n_kv_heads=2, max_seq_len=64, max_loop_iters=8,
+        prelude_layers=1, coda_layers=1, n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=64,
+        lora_rank=8, attn_type="mla", kv_lora_rank=32, q_lora_rank=32,
+        qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+    )  # fmt: skip
+    return MythosConfig(**(sizes | changes))
+
+
+def cache_ratio() -> float:
+    """Bytes of a GQA cache over those of an MLA cache, both measured: 64 tokens, 4 loops."""
+    measured = {}
+    for kind in ("gqa", "mla"):
+        cache: dict[str, dict[str, torch.Tensor]] = {}
+        with torch.no_grad():
+            OpenMythos(tutorial_a_config(attn_type=kind)).eval()(torch.ones(1, 64, dtype=torch.int64), 4, cache)
+        measured[kind] = sum(t.numel() * t.element_size() for slot in cache.values() for t in slot.values())
+    return measured["gqa"] / measured["mla"]
+
+
+def abused_decay(seed: int) -> tuple[float, float, bool]:
+    """Least and greatest A, and whether logits are finite, after 30 Adam steps at lr 1.0 on mean-square logits."""
+    torch.manual_seed(seed)
+    model = OpenMythos(tutorial_a_config())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
+    ids = torch.randint(0, 64, (4, 16))
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(ids).pow(2).mean().backward()
+        optimizer.step()
+    decay = model.recurrent.injection.get_A()
+    with torch.no_grad():
+        return decay.min().item(), decay.max().item(), bool(model(ids).isfinite().all())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "claims.json")
+    args = parser.parse_args()
+    console = Console()
+    work = [(name, seed) for seed in args.seeds for name in ("chain_sum", "parity")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(track(
+            pool.map(lambda job: run_example(*job, ROOT / "runs" / "claims" / f"{job[0]}-{job[1]}"), work),
+            total=len(work), description="training", console=Console(stderr=True), transient=True,
+        ))  # fmt: skip
+    claims = parity_claims([run for (name, _), run in zip(work, runs, strict=True) if name == "parity"])
+    claims |= chain_sum_claims([run for (name, _), run in zip(work, runs, strict=True) if name == "chain_sum"])
+    claims["GQA cache over MLA cache"] = [cache_ratio()]
+    abused = [abused_decay(seed) for seed in args.seeds]
+    claims["least A after abuse"] = [low for low, _, _ in abused]
+    claims["greatest A after abuse"] = [high for _, high, _ in abused]
+    claims["finite logits after abuse"] = [float(finite) for _, _, finite in abused]
+
+    table = Table("claim", "mean", "least", "greatest", title=f"seeds {args.seeds}", title_justify="left")
+    for name, values in claims.items():
+        table.add_row(name, *(f"{value:.4f}" for value in (mean(values), min(values), max(values))))
+    console.print(table)
+    conditions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": 1,
+    }
+    result = {"seeds": args.seeds, "conditions": conditions, "claims": claims}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"Written to {args.out}; the models and their pictures are in {ROOT / 'runs' / 'claims'}.")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
