@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 
 from open_mythos import MythosConfig, OpenMythos
 from open_mythos.plots import accuracy_by_loops
@@ -45,7 +47,7 @@ def train(model: OpenMythos, epochs: int = 6) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
-    for _ in range(epochs):
+    for _ in track(range(epochs), "training", console=Console(stderr=True)):
         for rows in torch.randperm(len(x)).split(64):
             loss = F.cross_entropy(at_eq(model, x[rows], where[rows], 4), y[rows])
             optimizer.zero_grad()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 
 from open_mythos import MythosConfig, OpenMythos
 from open_mythos.diagnostics import trace
@@ -33,7 +35,7 @@ def batch(n: int, length: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 def train(model: OpenMythos, steps: int = 600) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     model.train()
-    for _ in range(steps):
+    for _ in track(range(steps), "training", console=Console(stderr=True)):
         x, y = batch(64)
         loss = F.cross_entropy(model(x, n_loops=3).flatten(0, 1), y.flatten())
         optimizer.zero_grad()

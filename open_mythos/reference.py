@@ -181,7 +181,7 @@ def _moe(ffn: MoEFFN, x: Tensor) -> Tensor:
     logits = _linear(ffn.router, tokens)
     chosen = (logits + ffn.router_bias).topk(ffn.topk, dim=-1).indices
     scores = logits.gather(1, chosen).sigmoid()
-    weights = scores / scores.sum(-1, keepdim=True)
+    weights = scores / scores.sum(-1, keepdim=True) if ffn.topk > 1 else scores
     gate_up, down = ffn.gate_up * ffn.gate_up_scale, ffn.down * ffn.down_scale
     out = reference.moe_loop(tokens, gate_up, down, chosen, weights)
     if ffn.shared is not None:

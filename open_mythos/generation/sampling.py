@@ -30,7 +30,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (0 <= self.temperature < float("inf")):
             raise ValueError(f"temperature={self.temperature}; use 0 for greedy or a positive number")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k={self.top_k}; use at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}; use a number in (0, 1], or None")

@@ -17,14 +17,15 @@ class MoEFFN(nn.Module):
     """Routed experts with top-k choice beside always-on shared experts: (..., dim) -> (..., dim).
 
     **Routing** (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the ``topk`` experts with the largest
-    ``router(x) + router_bias`` are chosen; they are mixed by ``sigmoid(router(x))``, normalised over the chosen
-    (a single one keeps its score, through which the router learns, as in Switch, arXiv:2101.03961). So ``router_bias`` moves the choice and never the weight.
+    ``router(x) + router_bias`` are chosen; they are mixed by ``sigmoid(router(x))``, normalised over the chosen (a
+    single one keeps its score, through which the router learns, as in Switch, arXiv:2101.03961). So ``router_bias``
+    moves the choice and never the weight.
 
     **Balance** needs no loss and no call. While it trains, the module counts how many tokens each expert gets.
     Once the router's weights differ from those that were counted with, an optimizer step has passed: the next
     forward moves ``router_bias`` by ``router_bias_rate`` towards the mean load and starts a new count. One update
-    per optimizer step, then, however many micro-batches or loops it saw; recomputation by activation checkpointing is not counted, nor are
-    padding (all-zero) tokens, nor anything in eval mode.
+    per optimizer step, then, however many micro-batches or loops it saw; recomputation by activation checkpointing
+    is not counted, nor are padding (all-zero) tokens, nor anything in eval mode.
 
     Attributes:
         router: :class:`Linear` (dim -> n_experts), the logits.
@@ -37,7 +38,7 @@ class MoEFFN(nn.Module):
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
-        self.topk, self.bias_rate = cfg.n_experts_per_tok, cfg.router_bias_rate
+        self.n_experts, self.topk, self.bias_rate = cfg.n_experts, cfg.n_experts_per_tok, cfg.router_bias_rate
         self.router = Linear(cfg.dim, cfg.n_experts, std=cfg.weight_std)
         self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.expert_dim, cfg.dim))
         self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, cfg.expert_dim))
@@ -107,8 +108,8 @@ class MoEFFN(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        n_experts, width, dim = self.gate_up.shape
-        return f"{n_experts} experts {dim}->{width // 2}->{dim}, topk={self.topk}"
+        _, dim, width = self.down.shape
+        return f"{self.n_experts} experts {dim}->{width}->{dim}, topk={self.topk}"
 
 
 def _in_backward() -> bool:

@@ -6,8 +6,7 @@ The slow, obvious twin is :func:`open_mythos.ops.reference.attention`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ class CausalMask:
     n_keys: int
     valid: Tensor | None = None
     positions: Tensor | None = None
+    _dense: Tensor | None = field(default=None, init=False, repr=False)
 
     def query_positions(self, device: torch.device) -> Tensor:
         """(B or 1, T)."""
@@ -42,11 +42,13 @@ class CausalMask:
         """True where SDPA needs no mask: all tokens are queries, or one query sees every key."""
         return self.valid is None and self.positions is None and self.n_queries in (1, self.n_keys)
 
-    @cached_property
-    def dense(self) -> Tensor:
-        """(B or 1, 1, T, S) bool, True where a query may look."""
-        source = self.valid if self.valid is not None else self.positions
-        device = source.device if source is not None else torch.get_default_device()
+    def dense(self, device: torch.device) -> Tensor:
+        """(B or 1, 1, T, S) bool, True where a query may look; made once for all layers and loops that ask."""
+        if self._dense is None or self._dense.device != device:
+            self._dense = self._make_dense(device)
+        return self._dense
+
+    def _make_dense(self, device: torch.device) -> Tensor:
         at = self.query_positions(device).unsqueeze(-1)
         key = torch.arange(self.n_keys, device=device)
         seen = key <= at
@@ -82,7 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | Non
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if mask.is_plain else mask.dense.to(q.device),
+        attn_mask=None if mask.is_plain else mask.dense(q.device),
         is_causal=mask.is_plain and mask.n_queries > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],

@@ -25,7 +25,7 @@ def plain(ffn: MoEFFN, x: Tensor) -> Tensor:
     logits = flat @ ffn.router.weight.T * ffn.router.scale
     chosen = (logits + ffn.router_bias).topk(ffn.topk).indices
     scores = logits.gather(1, chosen).sigmoid()
-    weights = scores / scores.sum(1, keepdim=True)
+    weights = scores / scores.sum(1, keepdim=True) if ffn.topk > 1 else scores
     out = moe_loop(flat, ffn.gate_up * ffn.gate_up_scale, ffn.down * ffn.down_scale, chosen, weights)
     return (out if ffn.shared is None else out + ffn.shared(flat)).view(x.shape)
 
@@ -315,3 +315,9 @@ def test_all_loops_count_and_padding_and_generation_do_not():
     assert ffn.expert_load.sum() == 10 * 5 * 2
     model.generate(tokens(2, 6), 3, n_loops=2)
     assert ffn.expert_load.sum() == 10 * 5 * 2 and ffn.router_bias.dtype == torch.float32
+
+
+def test_the_router_learns_through_a_single_expert():
+    ffn, x = experts(n_experts_per_tok=1), torch.randn(16, 32)
+    ffn(x).square().sum().backward()
+    assert ffn.router.weight.grad.abs().max() > 1e-3
