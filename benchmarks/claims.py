@@ -100,6 +100,34 @@ def abused_decay(seed: int) -> tuple[float, float, bool]:
         return decay.min().item(), decay.max().item(), bool(model(ids).isfinite().all())
 
 
+# What the README shows: (claim, what the reference implementation measures, bar).
+SHOWN = {
+    "parity, 3 loops (trained)": ("trained at 3 loops: accuracy there", ".555 (chance .5)", "≥ .90"),
+    "parity, 16 loops": ("… and at 16 loops, halting on", ".555", "≥ .95, above 3 loops"),
+    "parity, 16 loops, halting off": ("… and at 16 loops, halting off", ".555", "within .005 of on, or less"),
+    "parity, 1 loop": ("… and at 1 loop", ".531", "≥ .10 below 3 loops"),
+    "least expert share": ("the least used of 4 experts", ".00", "≥ .10"),
+    "loops used of 16": ("loops used of 16, mean over positions", "skips none", "≤ 10"),
+    "loops against position (Spearman)": ("rank correlation of loops used with position", "none", "≥ .5"),
+    "chain sum, 4 loops (trained)": ("sum of 2–5 digits mod 7, 4 loops", ".14 (chance .143)", "≥ .50"),
+    "chain sum, 1 loop": ("… and 1 loop", ".14", "≥ .03 below 4 loops"),
+    "chain sum, 6 to 8 digits, 4 loops": ("… 6–8 digits, 4 loops", ".14", "none set"),
+    "greatest A after abuse": ("greatest A after 30 Adam steps at lr 1.0", "A reaches 0", "inside (0, 1)"),
+    "least A after abuse": ("least A after the same", "0", "inside (0, 1)"),
+    "GQA cache over MLA cache": ("bytes of a GQA cache over an MLA cache", "1.33", "2.67"),
+}
+
+
+def markdown(claims: dict[str, list[float]]) -> str:
+    """The README's table: mean over seeds, and the range."""
+    lines = ["| claim | the reference | bar | here: mean (least – greatest) |", "|---|---|---|---|"]
+    for name, (claim, reference, bar) in SHOWN.items():
+        values = claims[name]
+        spread = f" ({min(values):.3f} – {max(values):.3f})" if len(values) > 1 else ""
+        lines.append(f"| {claim} | {reference} | {bar} | {mean(values):.3f}{spread} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -134,6 +162,7 @@ def main() -> None:
     result = {"seeds": args.seeds, "conditions": conditions, "claims": claims}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(markdown(claims), highlight=False, soft_wrap=True)
     console.print(f"Written to {args.out}; the models and their pictures are in {ROOT / 'runs' / 'claims'}.")
     print(json.dumps(result))
 
