@@ -86,8 +86,9 @@ def gate_loss(act: nn.Module, states: Tensor, live: Tensor, tolerance: float) ->
     known = states[:-1].detach()  # whether the last has settled is not known
     target = settled(states.detach(), tolerance)[:-1].float()
     probability = act(known.flatten(0, 1)).view_as(target).float().clamp(1e-6, 1 - 1e-6)
-    weight = torch.where(target.bool(), 1.0, _CAUTION) * live
-    return F.binary_cross_entropy(probability, target, weight, reduction="sum") / (live.sum() * len(known)).clamp(min=1)
+    # Written out, since F.binary_cross_entropy refuses to run under CUDA autocast.
+    surprise = -(target * probability.log() + _CAUTION * (1 - target) * (1 - probability).log())
+    return (surprise * live).sum() / (live.sum() * len(known)).clamp(min=1)
 
 
 class _WithLoss(torch.autograd.Function):
@@ -95,11 +96,12 @@ class _WithLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_dtype = loss.dtype
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_ones(())
+        return grad, torch.ones((), dtype=ctx.loss_dtype, device=grad.device)
 
 
 def with_loss(x: Tensor, loss: Tensor) -> Tensor:
