@@ -82,7 +82,7 @@ class MythosConfig:
     # tokens that a causal convolution on attention's keys and values sees; 0: none (Canon layers, Allen-Zhu 2025)
     conv_taps: int = _size(3, minimum=0)
     # three in four heads of the recurrent block see this many last tokens only; 0: all heads see all tokens
-    local_window: int = _size(8, minimum=0)
+    local_window: int = _size(6, minimum=0)
     # channels that carry the loop number; 0: none, since it ties a model to the depth of its training
     loop_index_dim: int = _size(0, minimum=0)
     # -- beyond the reference: control

@@ -43,6 +43,18 @@ STYLE: Any = {
 }
 
 
+def require_matplotlib() -> None:
+    """Worth calling before long work that ends in a picture.
+
+    Raises:
+        ImportError: naming the extra, if matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; run: pip install open-mythos[plots]") from error
+
+
 def accuracy_by_loops(
     curves: Mapping[str, Mapping[int, float]],
     path: str | Path,
@@ -146,12 +158,11 @@ def _axes(path: str | Path, width: float) -> Iterator[tuple[Figure, Axes]]:
     Raises:
         ImportError: naming the extra, if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; run: pip install open-mythos[plots]") from error
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, HEIGHT), layout="constrained")
         FigureCanvasAgg(figure)

@@ -34,6 +34,7 @@ def demo(
 ) -> None:
     """Train a small model and watch depth pay."""
     with clear_errors():
+        plots.require_matplotlib()
         torch.manual_seed(seed)
         model = OpenMythos(CONFIG)
         n_parameters = sum(p.numel() for p in model.parameters())
