@@ -61,7 +61,7 @@ def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0
     model = OpenMythos(tiny_config(attn_type, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith(("injection.A", "injection.B")):
+            if "norm" in name or name.endswith(("injection.raw_A", "injection.B")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         gate = model.recurrent.act
         gate.halt.weight.normal_(std=3.0 * gate.std)  # the gate divides by what it is stored at

@@ -12,7 +12,7 @@ class LTIInjection(nn.Module):
     """``A * h + B * e + transformer_out`` with diagonal A and B, and every entry of A strictly inside (0, 1).
 
     A linear time-invariant recurrence ``h <- A h + B e`` is stable when the spectral radius of A is below one
-    (Parcae, arXiv:2604.12946). Here A *is* its parameter, and where an update pushes a value past
+    (Parcae, arXiv:2604.12946). Here A *is* its parameter, ``raw_A``, and where an update pushes a value past
     [2^-7, 1 - 2^-7] it is folded back like light between two mirrors. So A is inside (0, 1) for every finite
     parameter value and in every dtype, and dA/dparameter is +1 or -1 everywhere: the gradient cannot die, as it
     does at the ends of a sigmoid or under a clamp.
@@ -25,15 +25,15 @@ class LTIInjection(nn.Module):
 
     def __init__(self, dim: int, decay: float = 0.7, gain: float = 0.7) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.full((dim,), decay))
+        self.raw_A = nn.Parameter(torch.full((dim,), decay))
         self.B = nn.Parameter(torch.full((dim,), gain))
 
     def get_A(self) -> Tensor:
         """The decay of each channel: (dim,), strictly inside (0, 1). Its maximum is the spectral radius."""
         width = _HIGH - _LOW
-        phase = torch.remainder(self.A.float() - _LOW, 2 * width)
+        phase = torch.remainder(self.raw_A.float() - _LOW, 2 * width)
         folded = torch.where(phase <= width, phase, 2 * width - phase)
-        return (_LOW + folded).clamp(_LOW, _HIGH).to(self.A.dtype)
+        return (_LOW + folded).clamp(_LOW, _HIGH).to(self.raw_A.dtype)
 
     def forward(self, h: Tensor, e: Tensor, transformer_out: Tensor | None = None) -> Tensor:
         """One step of the recurrence.

@@ -20,14 +20,14 @@ def linear_model(**changes):
 def test_spectral_radius_is_the_largest_decay():
     model = tiny_model()
     with torch.no_grad():
-        model.recurrent.injection.A.fill_(0.25)[3] = 0.75
+        model.recurrent.injection.raw_A.fill_(0.25)[3] = 0.75
     assert spectral_radius(model) == 0.75
 
 
 def test_gain_of_a_linear_loop_is_its_spectral_radius():
     model = linear_model()
     with torch.no_grad():
-        model.recurrent.injection.A.uniform_(0.1, 0.5)[3] = 0.9
+        model.recurrent.injection.raw_A.uniform_(0.1, 0.5)[3] = 0.9
     assert loop_gain(model, tokens(2, 5)) == pytest.approx(0.9, rel=1e-4)
 
 
@@ -57,7 +57,7 @@ def test_gain_ignores_halting_and_leaves_the_model_as_it_was(attn_type):
 def test_a_loop_that_forgets_its_state_has_no_gain():
     model = linear_model(conv_taps=0)
     with torch.no_grad():
-        model.recurrent.injection.A.fill_(0.0)
+        model.recurrent.injection.raw_A.fill_(0.0)
         model.recurrent.injection.get_A = lambda: model.recurrent.injection.A
     assert loop_gain(model, tokens(1, 3)) == 0.0
 
