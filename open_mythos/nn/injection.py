@@ -33,7 +33,7 @@ class LTIInjection(nn.Module):
         width = _HIGH - _LOW
         phase = torch.remainder(self.raw_A.float() - _LOW, 2 * width)
         folded = torch.where(phase <= width, phase, 2 * width - phase)
-        return (_LOW + folded).clamp(_LOW, _HIGH).to(self.raw_A.dtype)
+        return (_LOW + folded).to(self.raw_A.dtype)
 
     def forward(self, h: Tensor, e: Tensor, transformer_out: Tensor | None = None) -> Tensor:
         """One step of the recurrence.

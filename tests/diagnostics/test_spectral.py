@@ -58,7 +58,7 @@ def test_a_loop_that_forgets_its_state_has_no_gain():
     model = linear_model(conv_taps=0)
     with torch.no_grad():
         model.recurrent.injection.raw_A.fill_(0.0)
-        model.recurrent.injection.get_A = lambda: model.recurrent.injection.A
+        model.recurrent.injection.get_A = lambda: model.recurrent.injection.raw_A
     assert loop_gain(model, tokens(1, 3)) == 0.0
 
 
