@@ -77,6 +77,9 @@ class MythosConfig:
     state_norm: bool = _flag(True)
     # the first state: the encoded input, zeros, or noise in training and zeros in eval mode (Huginn, 2502.05171)
     state_init: str = _choice("input", "input", "zero", "noise")
+    # in training, one row in eight starts from a deeper state of its own, reached without gradient (2202.05826): the
+    # block learns to keep and extend what is solved, whatever the number of loops that are trained
+    warm_start: bool = _flag(True)
     # standard deviation of noise on the state after every loop of training; steadies a model that drifts at depth
     state_noise: float = _real(0.0, 0.0)
     # tokens that a causal convolution on attention's keys and values sees; 0: none (Canon layers, Allen-Zhu 2025)

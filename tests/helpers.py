@@ -41,6 +41,7 @@ TINY: dict[str, Any] = dict(
     local_window=4,
     loop_index_dim=0,
     halting=True,
+    warm_start=False,
     halting_tolerance=0.1,
     router_bias_rate=0.01,
     weight_std=0.02,

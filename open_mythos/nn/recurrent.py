@@ -25,7 +25,7 @@ from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.rope import rope_rows
 
-_GATE_ROWS = 16  # one row in so many of a training batch teaches the halting gate
+_EXPLORED = 8  # one row in so many of a training batch is also run to full depth
 _GATE_WEIGHT = 0.1  # Adam does not mind, and gradient clipping then barely notices the gate
 
 
@@ -88,34 +88,48 @@ class RecurrentBlock(nn.Module):
         Returns:
             (B, T, dim): each position's state at the loop where it halted, or after the last.
         """
-        first = h
-        for state in self.iterate(first, e, freqs, mask, n_loops, kv_cache):
+        loss = None
+        if self.training and isinstance(self.block.ffn, MoEFFN):
+            self.block.ffn.update_bias()  # before any loop of this step, explored ones and a compiled block's too
+        if self.training and torch.is_grad_enabled() and kv_cache is None:
+            h, loss = self._explore(h, e, freqs, mask)
+        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache):
             h = state.h
-        if self.training and self.cfg.halting and torch.is_grad_enabled() and kv_cache is None:
-            loss = self.gate_loss(first, e, freqs, mask)
-            if loss.requires_grad:
-                h = with_loss(h, _GATE_WEIGHT * loss)
-        return h
+        return h if loss is None else with_loss(h, _GATE_WEIGHT * loss)
 
-    def gate_loss(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask | None = None) -> Tensor:
-        """How badly the gate tells settled states from moving ones, on the first rows of a batch: a scalar.
+    def _explore(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask | None) -> tuple[Tensor, Tensor | None]:
+        """What a training step learns from depths that it does not itself reach.
 
-        One row in ``_GATE_ROWS`` is run, without gradient, for all ``cfg.max_loop_iters`` loops, so that the gate
-        knows depths that training itself does not reach. Its gradient reaches the gate alone.
+        The first rows of the batch, one in ``_EXPLORED``, are run without gradient for all ``cfg.max_loop_iters``
+        loops. Their states teach the gate which of them have settled. With ``cfg.warm_start`` the step then starts
+        these rows not from ``h`` but from their states after 1, 2, ... loops, evenly spread; a batch too small for
+        a whole row has none.
 
         Args:
             h, e, freqs, mask: as :meth:`forward`.
+
+        Returns:
+            The states to start from, (B, T, dim), and the gate's loss, whose gradient reaches the gate alone.
         """
-        n = math.ceil(len(e) / _GATE_ROWS)
-        h, e, freqs = h[:n], e[:n], rope_rows(freqs, 0, e.shape[1])
-        freqs = freqs[:n] if freqs.ndim == 4 else freqs
-        valid = mask.valid[:n] if mask is not None and mask.valid is not None else None
-        mask = CausalMask(e.shape[1], e.shape[1], valid)
-        n_loops = max(2, self.cfg.max_loop_iters)
+        n_warm = len(e) // _EXPLORED if self.cfg.warm_start else 0
+        n = math.ceil(len(e) / _EXPLORED) if self.cfg.halting else n_warm
+        if n == 0:
+            return h, None
         with eval_mode(self), torch.no_grad():
-            live = e.ne(0).any(-1)
-            states = [s.h for s in self._all_positions(h, e, freqs, mask, n_loops, None, live)]
-        return gate_loss(self.act, torch.stack(states), live, self.cfg.halting_tolerance)
+            rows = rope_rows(freqs, 0, e.shape[1])
+            rows = rows[:n] if rows.ndim == 4 else rows
+            valid = mask.valid[:n] if mask is not None and mask.valid is not None else None
+            whole = CausalMask(e.shape[1], e.shape[1], valid)
+            live = e[:n].ne(0).any(-1)
+            n_loops = max(2, self.cfg.max_loop_iters)
+            states = torch.stack([s.h for s in self._all_positions(h[:n], e[:n], rows, whole, n_loops, None, live)])
+        if n_warm:
+            depths = torch.arange(n_warm, device=h.device) * n_loops // n_warm
+            h = torch.cat([states[depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])
+        if not self.cfg.halting:
+            return h, None
+        loss = gate_loss(self.act, states, live, self.cfg.halting_tolerance)
+        return h, loss if loss.requires_grad else None
 
     def iterate(
         self,
@@ -134,11 +148,7 @@ class RecurrentBlock(nn.Module):
         freqs = rope_rows(freqs, past, T)
         mask = mask or CausalMask(T, past + T)
         live = mask.valid[:, -T:] if mask.valid is not None else torch.ones(B, T, dtype=torch.bool, device=e.device)
-        if self.training:
-            if isinstance(self.block.ffn, MoEFFN):
-                self.block.ffn.update_bias()  # here too, since a compiled block leaves it out
-            yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)
-        elif not self.cfg.halting:
+        if self.training or not self.cfg.halting:
             yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)
         else:
             yield from self._running_positions(h, e, freqs, mask, n_loops, cache, live)

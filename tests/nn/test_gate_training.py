@@ -48,7 +48,7 @@ def test_learning_leaves_no_other_trace():
 
 def test_no_gate_is_taught_without_gradients_or_in_eval_mode(monkeypatch):
     model, calls = tiny_model(), []
-    monkeypatch.setattr(model.recurrent, "gate_loss", lambda *args: calls.append(args))
+    monkeypatch.setattr(model.recurrent, "_explore", lambda *args: calls.append(args))
     with torch.no_grad():
         model.train()(tokens(2, 4), 2)
     model.eval()(tokens(2, 4), 2)
