@@ -21,7 +21,7 @@ TRAINED_LENGTH, MOST_TRAINED_LOOPS, BATCH = 24, 8, 64
 LENGTHS = (24, 48, 96)
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CONFIG = MythosConfig(
-    vocab_size=VOCAB_SIZE, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=32,
+    vocab_size=VOCAB_SIZE, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=16,
     prelude_layers=1, coda_layers=1, attn_type="gqa",
     n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=32, lora_rank=0,
 )  # fmt: skip

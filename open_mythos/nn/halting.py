@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from open_mythos.nn.linear import WEIGHT_STD, Linear
 from open_mythos.nn.norm import rms_normalise
 
-_CAUTION = 8.0  # how much worse it is to halt a state that still moves than to run one that has settled
+_CAUTION = 30.0  # how much worse it is to halt a state that still moves than to run one that has settled
 _START = -4.0  # logit of a new gate: it lets 50 loops pass before it halts anything
 
 

@@ -26,7 +26,7 @@ from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.rope import rope_rows
 
 _EXPLORED = 8  # one row in so many of a training batch is also run to full depth
-_GATE_WEIGHT = 0.1  # Adam does not mind, and gradient clipping then barely notices the gate
+_GATE_WEIGHT = 0.02  # Adam does not mind, and gradient clipping then barely notices the gate
 
 
 @dataclass
