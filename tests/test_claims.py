@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,15 @@ _spec.loader.exec_module(claims)
 SEEDS = (0, 1, 2)
 
 
+def run_seeds(name: str, out: Path) -> list[dict[str, Any]]:
+    """One example for every seed, two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda seed: claims.run_example(name, seed, out / str(seed)), SEEDS))
+
+
 @pytest.mark.timeout(900)
 def test_parity_gains_from_loops_it_was_not_trained_with(tmp_path: Path) -> None:
-    runs = [claims.run_example("parity", seed, tmp_path / str(seed)) for seed in SEEDS]
+    runs = run_seeds("parity", tmp_path)
     found = {name: mean(values) for name, values in claims.parity_claims(runs).items()}
     assert found["parity, 3 loops (trained)"] >= 0.90
     assert found["parity, 16 loops"] >= 0.95
@@ -34,7 +42,7 @@ def test_parity_gains_from_loops_it_was_not_trained_with(tmp_path: Path) -> None
 
 @pytest.mark.timeout(900)
 def test_chain_sum_reasons_with_its_loop(tmp_path: Path) -> None:
-    runs = [claims.run_example("chain_sum", seed, tmp_path / str(seed)) for seed in SEEDS]
+    runs = run_seeds("chain_sum", tmp_path)
     found = {name: mean(values) for name, values in claims.chain_sum_claims(runs).items()}
     assert found["chain sum, 4 loops (trained)"] >= 0.50
     assert found["chain sum, 4 loops (trained)"] >= found["chain sum, 1 loop"] + 0.03
