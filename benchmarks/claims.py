@@ -3,7 +3,7 @@
     python benchmarks/claims.py [--seeds 0 1 2] [--jobs 2] [--out benchmarks/results/claims.json]
 
 Runs examples/parity.py and examples/chain_sum.py once per seed, each in a process of its own on one thread, and prints
-a table of means and worst seeds; the last line is JSON. About eight minutes for three seeds on two cores.
+a table of means and worst seeds; the last line is JSON. About five minutes for three seeds on two cores.
 """
 
 from __future__ import annotations

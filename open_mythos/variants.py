@@ -8,7 +8,7 @@ from open_mythos.config import MythosConfig
 
 
 def mythos_nano() -> MythosConfig:
-    """About 0.2M parameters, byte vocabulary: trains on a laptop CPU in minutes."""
+    """About 0.1M parameters, byte vocabulary: trains on a laptop CPU in minutes."""
     return MythosConfig(
         vocab_size=256, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=512, max_loop_iters=8,
         prelude_layers=1, coda_layers=1, attn_type="gqa",
