@@ -120,15 +120,16 @@ class RecurrentBlock(nn.Module):
             rows = rows[:n] if rows.ndim == 4 else rows
             valid = mask.valid[:n] if mask is not None and mask.valid is not None else None
             whole = CausalMask(e.shape[1], e.shape[1], valid)
-            live = e[:n].ne(0).any(-1)
-            n_loops = max(2, self.cfg.max_loop_iters)
-            states = torch.stack([s.h for s in self._all_positions(h[:n], e[:n], rows, whole, n_loops, None, live)])
+            n_loops, explored = max(2, self.cfg.max_loop_iters), [h[:n]]
+            for loop in range(n_loops):
+                explored.append(self.step(explored[-1], e[:n], loop, rows, whole))
+            states = torch.stack(explored[1:])
         if n_warm:
             depths = torch.arange(n_warm, device=h.device) * n_loops // n_warm
             h = torch.cat([states[depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])
         if not self.cfg.halting:
             return h, None
-        loss = gate_loss(self.act, states, live, self.cfg.halting_tolerance)
+        loss = gate_loss(self.act, states, e[:n].detach().ne(0).any(-1), self.cfg.halting_tolerance)
         return h, loss if loss.requires_grad else None
 
     def iterate(
