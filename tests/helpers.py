@@ -39,6 +39,7 @@ TINY: dict[str, Any] = dict(
     state_noise=0.0,
     conv_taps=3,
     local_window=4,
+    local_share=0.75,
     loop_index_dim=0,
     halting=True,
     warm_start=False,

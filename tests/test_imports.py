@@ -12,6 +12,7 @@ import open_mythos
 ROOT = Path(open_mythos.__file__).parent
 FACADES = {"__init__.py", "main.py"}
 LAYERS = [
+    {"fields"},
     {"config"},
     {"variants", "cache", "ops", "tasks", "plots"},
     {"nn"},

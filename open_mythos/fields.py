@@ -1,0 +1,181 @@
+"""Dataclasses whose every field is checked: what the model's and training's configs are made of. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+
+def size(default: int, minimum: int = 1) -> Any:
+    """A whole number of at least ``minimum``."""
+    return field(default=default, metadata={"kind": int, "min": minimum})
+
+
+def real(
+    default: float, low: float, high: float | None = None, *, low_open: bool = False, high_open: bool = False
+) -> Any:
+    """A finite number between ``low`` and ``high``, ends included unless said to be open."""
+    meta = {"kind": float, "low": low, "high": high, "low_open": low_open, "high_open": high_open}
+    return field(default=default, metadata=meta)
+
+
+def choice(default: str, *options: str) -> Any:
+    """One of the strings ``options``."""
+    return field(default=default, metadata={"kind": str, "options": options})
+
+
+def flag(default: bool) -> Any:
+    """True or False."""
+    return field(default=default, metadata={"kind": bool})
+
+
+def text(default: str) -> Any:
+    """Any string."""
+    return field(default=default, metadata={"kind": str, "options": None})
+
+
+def sizes(*default: int, minimum: int = 1) -> Any:
+    """A list of whole numbers, each at least ``minimum``."""
+    return field(default_factory=lambda: list(default), metadata={"kind": list, "min": minimum})
+
+
+def options() -> Any:
+    """A free dictionary; whoever reads it checks it."""
+    return field(default_factory=dict, metadata={"kind": dict})
+
+
+def part(kind: type[Checked]) -> Any:
+    """Another checked dataclass, its defaults by default."""
+    return field(default_factory=kind, metadata={"kind": kind})
+
+
+@dataclass
+class Checked:
+    """Base of dataclasses made of the fields above: checked when made, and on :meth:`validate`.
+
+    Raises:
+        ValueError: naming the field, the value that came, and what would do.
+    """
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field. Call it after changing a field by hand. Subclasses add checks of combinations.
+
+        Raises:
+            ValueError: on the first field that does not hold.
+        """
+        for spec in dataclasses.fields(self):
+            setattr(self, spec.name, _checked(spec.name, getattr(self, spec.name), spec.metadata))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build from plain values; missing fields take their defaults.
+
+        Raises:
+            ValueError: for an unknown key (with the nearest known name) or a bad value.
+        """
+        kinds = {spec.name: spec.metadata["kind"] for spec in dataclasses.fields(cls)}
+        values = {}
+        for key, value in data.items():
+            if key not in kinds:
+                raise ValueError(f"unknown config field {key!r}; {nearest(key, kinds)}")
+            is_part = issubclass(kinds[key], Checked) and isinstance(value, dict)
+            values[key] = kinds[key].from_dict(value) if is_part else value
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The config as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Build from JSON text, the inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: if the text is not a JSON object, or as :meth:`from_dict`.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config is not valid JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"config must be a JSON object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+    def save(self, path: str | Path) -> None:
+        """Write the config as JSON to ``path``."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a config that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file, if its content is not a config.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def must(holds: bool, message: str) -> None:
+    """Raise ValueError(message) unless ``holds``."""
+    if not holds:
+        raise ValueError(message)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """ "did you mean 'x'?", or all known names if none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(names)}"
+
+
+def _checked(name: str, value: Any, meta: Any) -> Any:
+    """``value`` in the field's own type, or a ValueError that says what would do."""
+    kind = meta["kind"]
+    if issubclass(kind, Checked) or kind is dict:
+        must(isinstance(value, kind), f"{name}={value!r} is not a {kind.__name__}")
+        if isinstance(value, Checked):
+            value.validate()
+    elif kind is list:
+        must(isinstance(value, list | tuple), f"{name}={value!r} is not a list; use integers, as in [1, 2]")
+        value = [_checked(name, item, {"kind": int, "min": meta["min"]}) for item in value]
+    elif kind is bool:
+        must(isinstance(value, bool), f"{name}={value!r} is not a bool; use True or False")
+    elif kind is str:
+        options = meta["options"]
+        if options is None:
+            must(isinstance(value, str), f"{name}={value!r} is not a string")
+            return value
+        must(value in options, f"{name}={value!r} is unknown; use one of {', '.join(map(repr, options))}")
+    elif kind is int:
+        least = meta["min"]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        must(whole, f"{name}={value!r} is not a whole number; use an int of at least {least}")
+        must(value >= least, f"{name}={value} is too small; use an int of at least {least}")
+    else:
+        low, high = meta["low"], meta["high"]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        left = ("(" if meta["low_open"] else "[") + f"{low:g}"
+        right = (f"{high:g}" if high is not None else "inf") + (")" if meta["high_open"] or high is None else "]")
+        wanted = f"use a number in {left}, {right}"
+        must(number, f"{name}={value!r} is not a number; {wanted}")
+        value = float(value)
+        above = value > low if meta["low_open"] else value >= low
+        below = value < float("inf") if high is None else value < high if meta["high_open"] else value <= high
+        must(above and below, f"{name}={value:g} is out of range; {wanted}")
+    return value

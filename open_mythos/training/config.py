@@ -1,0 +1,144 @@
+"""TrainConfig: everything that decides a training run. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from open_mythos.config import MythosConfig
+from open_mythos.fields import Checked, choice, flag, must, options, part, real, size, sizes, text
+
+
+@dataclass
+class TaskConfig(Checked):
+    """Which problems to train on."""
+
+    name: str = text("parity")
+    options: dict[str, Any] = options()  # keyword arguments of the task
+    # difficulties trained on; each step draws one between them
+    min_difficulty: int = size(1)
+    max_difficulty: int = size(24)
+
+
+@dataclass
+class LoopConfig(Checked):
+    """How many loops a training step runs, and through how many of them its gradient flows."""
+
+    # fixed: mean. uniform: minimum to maximum. poisson: mean. lognormal: Poisson of a log-normal rate of that mean
+    # (Huginn, 2502.05171). curriculum: uniform, its greatest growing from minimum to maximum over the first `ramp` of
+    # the run. by_length: per_token loops for each token of the problem. All are clipped to minimum .. maximum
+    schedule: str = choice("uniform", "fixed", "uniform", "poisson", "lognormal", "curriculum", "by_length")
+    mean: float = real(8.0, 0.0, low_open=True)
+    minimum: int = size(1)
+    maximum: int = size(24)
+    sigma: float = real(0.5, 0.0)  # lognormal only: standard deviation of the rate's logarithm
+    ramp: float = real(0.5, 0.0, 1.0, low_open=True)  # curriculum only: share of the run
+    per_token: float = real(0.5, 0.0, low_open=True)  # by_length only
+    per: str = choice("batch", "batch", "sequence")  # whether all sequences of a batch run as many loops
+    # all: through every loop. last: the last `grad_loops`. one_step: the last alone (2111.05177's limit). phantom: the
+    # last `grad_loops`, each damped (2111.05177)
+    gradient: str = choice("last", "all", "last", "one_step", "phantom")
+    grad_loops: int = size(6)
+    damping: float = real(0.5, 0.0, 1.0, low_open=True)  # phantom only: share of the new state
+    # share of a batch that starts from states that an earlier step left, of other problems: a model that finds its
+    # answer from there finds it from anywhere (path independence, 2211.09961)
+    stale: float = real(0.0, 0.0, 1.0)
+
+    def validate(self) -> None:
+        super().validate()
+        must(
+            self.minimum <= self.maximum,
+            f"minimum={self.minimum} is above maximum={self.maximum}; lower it or raise that",
+        )
+
+
+@dataclass
+class LossConfig(Checked):
+    """What is minimised: cross-entropy at one depth or several, and terms that steady the loop."""
+
+    # final: after the last loop. uniform, geometric: weighted mean over the loops with gradient. progressive: final,
+    # with `progressive` of its weight on a second run of fewer loops from a detached state (2202.05826)
+    depth: str = choice("final", "final", "uniform", "geometric", "progressive")
+    ratio: float = real(0.5, 0.0, 1.0, low_open=True)  # geometric only: weight of a loop over that of the next
+    progressive: float = real(0.5, 0.0, 1.0)
+    fixed_point: float = real(0.0, 0.0)  # weight of the last loop's squared relative state change
+    z: float = real(0.0, 0.0)  # weight of the squared log-partition of the logits (PaLM, 2204.02311)
+    chunk: int = size(0, minimum=0)  # tokens whose logits exist at one time; 0: all
+
+
+@dataclass
+class OptimConfig(Checked):
+    """Optimizer, learning-rate schedule, weight averaging."""
+
+    optimizer: str = choice("adamw", "adamw", "muon")  # muon: for matrices inside blocks; AdamW for the rest
+    lr: float = real(1e-3, 0.0, low_open=True)
+    muon_lr: float = real(5e-3, 0.0, low_open=True)
+    weight_decay: float = real(0.01, 0.0)  # matrices only; never norms, injection, router, halting
+    beta1: float = real(0.9, 0.0, 1.0, high_open=True)
+    beta2: float = real(0.95, 0.0, 1.0, high_open=True)
+    clip: float = real(1.0, 0.0, low_open=True)  # greatest norm of the whole gradient
+    schedule: str = choice("wsd", "wsd", "cosine")  # warm-up, stable, linear decay; or warm-up, cosine
+    warmup: int = size(100, minimum=0)  # steps
+    decay: float = real(0.2, 0.0, 1.0)  # wsd only: share of the run over which the rate falls
+    floor: float = real(0.02, 0.0, 1.0)  # share of the rate that is left at the end
+    ema: float = real(0.99, 0.0, 1.0, high_open=True)  # decay of the averaged weights, which are what is kept; 0: none
+
+
+@dataclass
+class GateConfig(Checked):
+    """The halting gate, trained on the finished model, whose own weights then stay as they are."""
+
+    steps: int = size(300, minimum=0)  # 0: no gate, and a model that does not halt
+    lr: float = real(1e-3, 0.0, low_open=True)
+    batch_size: int = size(32)
+    loops: int = size(0, minimum=0)  # depth at which the model has its last word; 0: model.max_loop_iters
+
+
+@dataclass
+class EvalConfig(Checked):
+    """What is measured at the end of a run, and by ``mythos eval`` unless told otherwise."""
+
+    difficulties: list[int] = sizes(24, 96)
+    loops: list[int] = sizes(1, 2, 4, 8, 16, 32, 64)
+    examples: int = size(256)
+
+
+@dataclass
+class TrainConfig(Checked):
+    """A whole run. Recipes (:mod:`open_mythos.training.recipes`) are functions that return one."""
+
+    recipe: str = text("custom")
+    model: MythosConfig = part(MythosConfig)
+    task: TaskConfig = part(TaskConfig)
+    loops: LoopConfig = part(LoopConfig)
+    loss: LossConfig = part(LossConfig)
+    optim: OptimConfig = part(OptimConfig)
+    gate: GateConfig = part(GateConfig)
+    evaluation: EvalConfig = part(EvalConfig)
+    # looped: the model itself. The two baselines that every claim stands beside: single: the same weights, one loop.
+    # unrolled: as many blocks as loops.maximum, each with weights of its own
+    kind: str = choice("looped", "looped", "single", "unrolled")
+    steps: int = size(1000)
+    batch_size: int = size(64)  # sequences of one optimizer step
+    accumulate: int = size(1)  # micro-batches that a step is split into
+    seed: int = size(0, minimum=0)
+    device: str = text("auto")  # auto: cuda where there is one
+    precision: str = choice("fp32", "fp32", "bf16")  # bf16: autocast; weights stay fp32
+    checkpoint_loops: bool = flag(False)  # recompute each loop in the backward pass instead of keeping it
+    log_every: int = size(10)  # steps
+    save_every: int = size(200)  # steps
+    keep: int = size(2)  # checkpoints
+    max_bad_steps: int = size(10)  # non-finite steps in a row after which training stops
+    loggers: str = text("")  # besides metrics.jsonl: tensorboard, trackio, wandb, separated by commas
+
+    def validate(self) -> None:
+        super().validate()
+        must(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size={self.batch_size} does not divide by accumulate={self.accumulate}; "
+            f"use a multiple of {self.accumulate}",
+        )
+        must(
+            self.task.min_difficulty <= self.task.max_difficulty,
+            f"task.min_difficulty={self.task.min_difficulty} is above task.max_difficulty={self.task.max_difficulty}",
+        )
