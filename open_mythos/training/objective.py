@@ -1,0 +1,235 @@
+"""What a training step minimises: where it starts, how deep it runs, and at which depths it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from open_mythos.model import OpenMythos
+from open_mythos.tasks.base import UNSCORED, Batch
+from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
+from open_mythos.training.loops import draw_loops
+from open_mythos.training.unroll import Stage, rows_of, unroll
+
+
+@dataclass
+class Plan:
+    """What chance decides about one step, drawn before it begins.
+
+    Attributes:
+        n_loops, n_grad: (n,) loops of each sequence, and how many of them, the last ones, have gradient.
+        short_loops, short_grad: the same for the second run of the progressive loss.
+        stale: (n,) which of the states left by the last step a sequence starts from, as a number in [0, 1); -1 for its
+            own first state.
+    """
+
+    n_loops: Tensor
+    n_grad: Tensor
+    short_loops: Tensor
+    short_grad: Tensor
+    stale: Tensor
+
+    def __getitem__(self, rows: slice) -> Plan:
+        drawn = (self.n_loops, self.n_grad, self.short_loops, self.short_grad, self.stale)
+        return Plan(*(numbers[rows] for numbers in drawn))
+
+
+@dataclass
+class Outcome:
+    """The loss of a micro-batch and what went into it.
+
+    Attributes:
+        loss: scalar, to be differentiated.
+        n_right: scored tokens that are right after the last loop, an integer tensor.
+        n_loops: loops run, mean over sequences.
+        parts: the terms of the loss, detached, before their weights.
+    """
+
+    loss: Tensor
+    n_right: Tensor
+    n_loops: float
+    parts: dict[str, Tensor]
+
+
+class Objective:
+    """The loss of a looped model on a batch, as a :class:`TrainConfig` describes it.
+
+    Args:
+        cfg: reads ``loops``, ``loss``, ``kind``, ``steps``, ``checkpoint_loops``.
+    """
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        self.cfg = cfg
+        self.left: Tensor | None = None  # final states of the last micro-batch, (n, T, dim)
+
+    def plan(self, step: int, n: int, length: int, generator: torch.Generator) -> Plan:
+        """Draw what chance decides about optimizer step ``step``, of ``n`` sequences of ``length`` tokens."""
+        loops = self.cfg.loops
+        if self.cfg.kind != "looped":  # the baselines have one depth
+            n_loops = torch.full((n,), 1 if self.cfg.kind == "single" else loops.maximum)
+            return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0))
+        n_loops = draw_loops(loops, step / self.cfg.steps, n, length, generator)
+        # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
+        quiet = torch.randint(0, loops.maximum, (1,), generator=generator)
+        loud = 1 + (torch.rand(1, generator=generator) * (loops.maximum - quiet)).long()
+        stale = torch.rand(n, generator=generator)
+        stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
+        return Plan(n_loops, _with_gradient(loops, n_loops), (quiet + loud).expand(n), loud.expand(n), stale)
+
+    def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
+        """The loss of a micro-batch.
+
+        Args:
+            model: in training mode.
+            batch: problems, on the model's device.
+            plan: its rows of the step's plan.
+            n_scored: scored tokens of the whole step. The losses of its micro-batches, each a sum over this number,
+                add up to the step's.
+        """
+        cfg = self.cfg.loss
+        run = _Run(model, batch, self.cfg)
+        short = cfg.progressive if cfg.depth == "progressive" else 0.0
+        h = self._first_state(model, run.e, plan.stale)
+        ran = [run(h, plan.n_loops, plan.n_grad)] if short < 1 else []
+        ran += [run(h, plan.short_loops, plan.short_grad)] if short > 0 else []
+        shares = [share for share in (1 - short, short) if share > 0]
+        if self.cfg.loops.stale:
+            self.left = ran[0].final
+        parts = {
+            name: sum(share * getattr(result, name) for share, result in zip(shares, ran, strict=True)) / n_scored
+            for name in ("cross_entropy", "z", "change")
+        }
+        loss = parts["cross_entropy"] + cfg.z * parts["z"] + cfg.fixed_point * parts["change"]
+        n_loops = plan.n_loops if short < 1 else plan.short_loops
+        detached = {name: part.detach() for name, part in parts.items()}
+        return Outcome(loss, ran[0].n_right, float(n_loops.float().mean()), detached)
+
+    def _first_state(self, model: OpenMythos, e: Tensor, stale: Tensor) -> Tensor:
+        h = model.first_state(e)
+        rows = (stale >= 0).nonzero().squeeze(1).to(e.device)
+        if self.left is None or len(rows) == 0:
+            return h
+        picked = self.left.to(e.device, h.dtype)[(stale.to(e.device)[rows] * len(self.left)).long()]
+        T = min(h.shape[1], picked.shape[1])
+        h = h.clone()
+        h[rows, :T] = picked[:, :T]
+        return h * e.ne(0).any(-1, keepdim=True)  # padding stays zero
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later steps depend on."""
+        return {"left": self.left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the objective that gave ``state`` was."""
+        self.left = state["left"]
+
+
+@dataclass
+class _Ran:
+    """Sums over scored tokens of one run of the loop, (,) each, and its final states (B, T, dim), detached."""
+
+    cross_entropy: Tensor
+    z: Tensor
+    change: Tensor
+    n_right: Tensor
+    final: Tensor
+
+
+class _Run:
+    """Runs of the loop over one encoded batch."""
+
+    def __init__(self, model: OpenMythos, batch: Batch, cfg: TrainConfig) -> None:
+        self.model, self.targets, self.cfg = model, batch.targets, cfg
+        self.e, self.freqs, self.mask = model.encode(batch.ids, attention_mask=batch.valid)
+
+    def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor) -> _Ran:
+        cfg = self.cfg
+        zero = self.e.new_zeros((), dtype=torch.float32)
+        ran = _Ran(zero, zero, zero, zero.long(), torch.empty_like(self.e, requires_grad=False))
+        damping = cfg.loops.damping if cfg.loops.gradient == "phantom" else 1.0
+        for stage in unroll(
+            self.model, h, self.e, self.freqs, self.mask, n_loops, n_grad, damping, cfg.checkpoint_loops
+        ):
+            weights = depth_weights(cfg.loss, stage, n_grad.to(h.device)[stage.rows])
+            asked, ends = weights > 0, stage.left == 0
+            if asked.any():
+                cross_entropy, z, right = self._ask(stage.after[asked], stage.rows[asked], weights[asked])
+                ran.cross_entropy, ran.z = ran.cross_entropy + cross_entropy, ran.z + z
+                ran.n_right = ran.n_right + (right * ends[asked]).sum()
+            if ends.any():
+                rows = stage.rows[ends]
+                moved = (stage.after - stage.before)[ends].float().square().sum(-1)
+                moved = moved / stage.after[ends].float().square().sum(-1).clamp(min=1e-12)
+                ran.change = ran.change + (moved.mean(1) * (self.targets[rows] != UNSCORED).sum(1)).sum()
+                ran.final[rows] = stage.after[ends].detach()
+        return ran
+
+    def _ask(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sums of cross-entropy and squared log-partition, and tokens right in each row, (R,)."""
+        x = self.model.decode(h, *rows_of(self.freqs, self.mask, rows))
+        targets = self.targets[rows]
+        scored = targets != UNSCORED
+        weight = weights.unsqueeze(1).expand(scored.shape)[scored]
+        cross_entropy, z, hits = readout(self.model.head, x[scored], targets[scored], weight, self.cfg.loss.chunk)
+        right = torch.zeros_like(targets).masked_scatter_(scored, hits.long())
+        return cross_entropy, z, right.sum(1)
+
+
+def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
+    """How much each sequence's answer after this loop counts, (R,); over its loops with gradient they sum to one.
+
+    Args:
+        cfg: ``depth`` and ``ratio``.
+        stage: the loop.
+        n_grad: (R,) loops with gradient of the stage's sequences.
+    """
+    if cfg.depth == "uniform":
+        return 1.0 / n_grad
+    if cfg.depth == "geometric" and cfg.ratio < 1:
+        return cfg.ratio**stage.left * (1 - cfg.ratio) / (1 - cfg.ratio**n_grad)
+    return 1.0 / n_grad if cfg.depth == "geometric" else (stage.left == 0).float()
+
+
+def readout(
+    head: torch.nn.Module, x: Tensor, targets: Tensor, weights: Tensor, chunk: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy without all logits at once.
+
+    Args:
+        head: (N, dim) -> (N, vocab_size).
+        x: (N, dim).
+        targets: (N,).
+        weights: (N,).
+        chunk: rows whose logits exist at one time, computed again in the backward pass; 0: all.
+
+    Returns:
+        Weighted sums of cross-entropy and of the squared log-partition, float32, and (N,) bool, whether the likeliest
+        token is the target.
+    """
+
+    def ask(x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = head(x).float()
+        log_partition = logits.logsumexp(-1)
+        cross_entropy = log_partition - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return (weights * cross_entropy).sum(), (weights * log_partition.square()).sum(), logits.argmax(-1) == targets
+
+    if chunk == 0 or len(x) <= chunk:
+        return ask(x, targets, weights)
+    asked: Iterator[tuple[Tensor, Tensor, Tensor]] = (
+        checkpoint(ask, *part, use_reentrant=False)
+        for part in zip(x.split(chunk), targets.split(chunk), weights.split(chunk), strict=True)
+    )
+    cross_entropy, z, hits = zip(*asked, strict=True)
+    return torch.stack(cross_entropy).sum(), torch.stack(z).sum(), torch.cat(hits)
+
+
+def _with_gradient(cfg: LoopConfig, n_loops: Tensor) -> Tensor:
+    """How many of its loops, the last ones, each sequence has gradient through."""
+    if cfg.gradient == "all":
+        return n_loops
+    return n_loops.clamp(max=1 if cfg.gradient == "one_step" else cfg.grad_loops)

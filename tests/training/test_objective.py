@@ -1,0 +1,201 @@
+"""The loss is what its config says: of which depths and tokens, from which states, in micro-batches or whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_config, tiny_model
+
+from open_mythos.tasks import UNSCORED, Batch
+from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
+from open_mythos.training.objective import Objective, readout
+
+N, T = 6, 9
+
+
+def config(loops=None, loss=None, **changes):
+    loops = {"schedule": "uniform", "minimum": 1, "maximum": 5, "gradient": "all", **(loops or {})}
+    return TrainConfig(
+        model=tiny_config(halting=False), loops=LoopConfig(**loops), loss=LossConfig(**(loss or {})), **changes
+    )
+
+
+@pytest.fixture
+def model():
+    return tiny_model("gqa", halting=False).train()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.randint(1, 23, (N, T), generator=generator)
+    targets[torch.rand(N, T, generator=generator) < 0.3] = UNSCORED
+    return Batch(torch.randint(1, 23, (N, T), generator=generator), targets)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def outcome(model, batch, cfg, seed=0):
+    objective = Objective(cfg)
+    plan = objective.plan(0, N, T, generator(seed))
+    return objective(model, batch, plan, n_scored(batch)), plan
+
+
+def n_scored(batch):
+    return int((batch.targets != UNSCORED).sum())
+
+
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_final_loss_is_cross_entropy_of_the_models_own_logits(model, batch):
+    result, plan = outcome(model, batch, config())
+    logits = model(batch.ids, n_loops=int(plan.n_loops[0]))
+    torch.testing.assert_close(result.loss, F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
+    assert int(result.n_right) == int((logits.argmax(-1) == batch.targets).sum())
+    assert result.n_loops == int(plan.n_loops[0])
+
+
+def test_depths_are_weighted_as_named(model, batch):
+    def losses(n_loops):
+        for n in range(1, n_loops + 1):
+            yield F.cross_entropy(model(batch.ids, n_loops=n).flatten(0, 1), batch.targets.flatten())
+
+    each = list(losses(4))
+    fixed = {"schedule": "fixed", "mean": 4.0}
+    uniform, _ = outcome(model, batch, config(fixed, {"depth": "uniform"}))
+    torch.testing.assert_close(uniform.loss, sum(each) / 4)
+    geometric, _ = outcome(model, batch, config(fixed, {"depth": "geometric", "ratio": 0.5}))
+    torch.testing.assert_close(geometric.loss, (each[3] * 8 + each[2] * 4 + each[1] * 2 + each[0]) / 15)
+    last_two, _ = outcome(model, batch, config({**fixed, "gradient": "last", "grad_loops": 2}, {"depth": "uniform"}))
+    torch.testing.assert_close(last_two.loss, (each[2] + each[3]) / 2)
+
+
+def test_progressive_mixes_a_second_run(model, batch):
+    loops = {"schedule": "fixed", "mean": 5.0, "gradient": "all"}
+    whole, plan = outcome(model, batch, config(loops))
+    mixed, _ = outcome(model, batch, config(loops, {"depth": "progressive", "progressive": 0.25}))
+    short, _ = outcome(model, batch, config(loops, {"depth": "progressive", "progressive": 1.0}))
+    torch.testing.assert_close(mixed.loss, 0.75 * whole.loss + 0.25 * short.loss)
+    n = int(plan.short_loops[0])
+    wanted = F.cross_entropy(model(batch.ids, n_loops=n).flatten(0, 1), batch.targets.flatten())
+    torch.testing.assert_close(short.loss, wanted)
+    plans = [Objective(config(loops)).plan(0, 2, T, generator(seed)) for seed in range(200)]
+    assert all(1 <= p.short_grad[0] <= p.short_loops[0] <= 5 for p in plans)
+    assert {int(p.short_loops[0] - p.short_grad[0]) for p in plans} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("kind, expected", [("all", 5), ("last", 3), ("phantom", 3), ("one_step", 1)])
+def test_gradient_reaches_as_many_loops_as_the_switch_says(kind, expected):
+    loops = {"schedule": "fixed", "mean": 5.0, "gradient": kind, "grad_loops": 3}
+    plan = Objective(config(loops)).plan(0, N, T, generator())
+    assert plan.n_loops.unique().tolist() == [5] and plan.n_grad.unique().tolist() == [expected]
+
+
+def test_fixed_point_and_z_terms(model, batch):
+    plain, plan = outcome(model, batch, config())
+    steadied, _ = outcome(model, batch, config(loss={"fixed_point": 0.5, "z": 0.1}))
+    e, freqs, mask = model.encode(batch.ids)
+    states = [model.first_state(e)]
+    for loop in range(int(plan.n_loops[0])):
+        states.append(model.recurrent.step(states[-1], e, loop, freqs, mask))
+    moved = (states[-1] - states[-2]).square().sum(-1) / states[-1].square().sum(-1)
+    scored = batch.targets != UNSCORED
+    change = (moved.mean(1) * scored.sum(1)).sum() / scored.sum()
+    z = model.head(model.decode(states[-1], freqs, mask)).logsumexp(-1).square()[scored].mean()
+    torch.testing.assert_close(steadied.loss, plain.loss + 0.5 * change + 0.1 * z)
+    torch.testing.assert_close(steadied.parts["change"], change.detach())
+
+
+@pytest.mark.parametrize("loss", [{}, {"depth": "geometric", "fixed_point": 0.3, "z": 0.01}, {"depth": "progressive"}])
+def test_micro_batches_add_up_to_the_batch(model, batch, loss):
+    cfg = config({"per": "sequence", "gradient": "last", "grad_loops": 2}, loss)
+    objective = Objective(cfg)
+    plan = objective.plan(0, N, T, generator())
+    whole = gradient(model, objective(model, batch, plan, n_scored(batch)).loss)
+    parts = [
+        objective(model, Batch(batch.ids[rows], batch.targets[rows]), plan[rows], n_scored(batch)).loss
+        for rows in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    summed = gradient(model, sum(parts))
+    assert whole.keys() == summed.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], summed[name], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(model, batch):
+    cfg = config({"per": "sequence"})
+    plain, plan = outcome(model, batch, cfg)
+    wider = Batch(
+        F.pad(batch.ids, (0, 3)), F.pad(batch.targets, (0, 3), value=UNSCORED), F.pad(torch.ones(N, T), (0, 3)).bool()
+    )
+    padded = Objective(cfg)(model, wider, plan, n_scored(batch))
+    torch.testing.assert_close(padded.loss, plain.loss)
+    torch.testing.assert_close(padded.n_right, plain.n_right)
+
+
+def test_chunked_readout_has_the_same_loss_and_gradients():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 23)
+    x, targets, weights = torch.randn(50, 8, requires_grad=True), torch.randint(0, 23, (50,)), torch.rand(50)
+    results = []
+    for chunk in (0, 7, 50, 64):
+        cross_entropy, z, right = readout(head, x, targets, weights, chunk)
+        grads = torch.autograd.grad(cross_entropy + 0.1 * z, [x, *head.parameters()])
+        results.append((cross_entropy, z, right, *grads))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+    torch.testing.assert_close(results[0][0], (F.cross_entropy(head(x), targets, reduction="none") * weights).sum())
+
+
+def test_chunks_bound_the_logits_that_exist(model, batch):
+    sizes = []
+    model.head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[0]))
+    outcome(model, batch, config(loss={"chunk": 8}))
+    assert max(sizes) <= 8 and sum(sizes) == n_scored(batch)
+
+
+def test_stale_rows_start_from_what_the_last_step_left(model, batch):
+    starts = []
+    step = model.recurrent.step
+    model.recurrent.step = lambda h, *rest: starts.append(h) or step(h, *rest)
+    objective = Objective(config({"schedule": "fixed", "mean": 1.0, "stale": 0.5}))
+    first = objective.plan(0, N, T, generator(1))
+    objective(model, batch, first, n_scored(batch))
+    own = starts[0]
+    plan = objective.plan(1, N, T, generator(5))
+    rows = plan.stale >= 0
+    assert 0 < rows.sum() < N
+    left = objective.left
+    short = Batch(batch.ids[:, :5], batch.targets[:, :5])
+    objective(model, short, plan, 10)
+    picked = (plan.stale[rows] * N).long()
+    torch.testing.assert_close(starts[1][rows], left[picked][:, :5])
+    torch.testing.assert_close(starts[1][~rows], own[~rows][:, :5])
+    objective(model, batch, plan, n_scored(batch))  # states of 5 tokens for 9: the rest are the row's own
+    torch.testing.assert_close(starts[2][:, 5:], own[:, 5:])
+
+
+def test_state_dict_carries_the_stale_states(model, batch):
+    cfg = config({"stale": 1.0})
+    objective, again = Objective(cfg), Objective(cfg)
+    drawn = generator()
+    for step in range(2):
+        objective(model, batch, objective.plan(step, N, T, drawn), n_scored(batch))
+    again.load_state_dict(objective.state_dict())
+    plan = objective.plan(2, N, T, drawn)
+    same = [o(model, batch, plan, n_scored(batch)).loss for o in (objective, again)]
+    assert same[0] == same[1]
+    assert Objective(config())(model, batch, plan, n_scored(batch)).loss != same[0]
+
+
+@pytest.mark.parametrize("kind, n_loops", [("single", 1), ("unrolled", 5)])
+def test_baselines_have_one_depth(kind, n_loops):
+    plan = Objective(config({"stale": 1.0}, kind=kind)).plan(0, N, T, generator())
+    assert plan.n_loops.unique().tolist() == plan.n_grad.unique().tolist() == [n_loops]
+    assert (plan.stale == -1).all()
