@@ -86,6 +86,51 @@ def accuracy_by_loops(
         figure.legend(loc="outside right upper")
 
 
+def accuracy_grid(
+    accuracy: ArrayLike,
+    difficulties: Sequence[int],
+    loops: Sequence[int],
+    path: str | Path,
+    unit: str = "difficulty",
+    chance: float = 0.0,
+    trained: tuple[int, int] | None = None,
+) -> None:
+    """Accuracy over difficulty and loops, as a heat map with the numbers in it.
+
+    Args:
+        accuracy: (D, L) in [0, 1].
+        difficulties: D of them, the first on top.
+        loops: L of them.
+        path: PNG to write.
+        unit: what difficulty counts.
+        chance: accuracy of guessing, where the colours begin.
+        trained: greatest difficulty and most loops of training; a line runs around the cells within both.
+    """
+    values = np.asarray(accuracy, dtype=float)
+    n_rows, n_columns = values.shape
+    width = max(WIDTH, 2.4 + 0.52 * n_columns)
+    with _axes(path, width, height=max(HEIGHT / 2, 1.4 + 0.4 * n_rows)) as (figure, axes):
+        _heat_map(figure, axes, values, "accuracy", highest=1.0, lowest=chance)
+        for row, column in np.ndindex(n_rows, n_columns):
+            dark = values[row, column] < (1 + chance) / 2
+            text = f"{values[row, column]:.3f}".removeprefix("0")
+            axes.text(column, row + 1, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        title = "Accuracy by difficulty and loops"
+        hardest, deepest = trained or (0, 0)
+        bottom, right = 0.5 + sum(n <= hardest for n in difficulties), sum(n <= deepest for n in loops) - 0.5
+        if bottom > 0.5 and right > -0.5:
+            across, down = [-0.5, right, right, -0.5, -0.5], [0.5, 0.5, bottom, bottom, 0.5]
+            axes.plot(across, down, color=COLOURS[1], linewidth=2.5, clip_on=False)
+            title += " (outlined: as in training)"
+        axes.set_xticks(range(n_columns), [str(n) for n in loops])
+        axes.set_yticks(range(1, n_rows + 1), [str(n) for n in difficulties])
+        axes.tick_params(length=0)
+        outlined = " (outlined: as in training)" if trained is not None else ""
+        axes.set(
+            xlabel="loops of the recurrent block", ylabel=unit, title=f"Accuracy by difficulty and loops{outlined}"
+        )
+
+
 def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | None = None) -> None:
     """Where loops were spent, or when the gate was ready to stop.
 
@@ -152,7 +197,7 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
 
 
 @contextmanager
-def _axes(path: str | Path, width: float) -> Iterator[tuple[Figure, Axes]]:
+def _axes(path: str | Path, width: float, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
     """A figure and its axes in the style of this file; written to ``path`` at the end.
 
     Raises:
@@ -164,7 +209,7 @@ def _axes(path: str | Path, width: float) -> Iterator[tuple[Figure, Axes]]:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, HEIGHT), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.add_subplot()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -172,12 +217,17 @@ def _axes(path: str | Path, width: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _heat_map(
-    figure: Figure, axes: Axes, values: NDArray[np.float64], label: str, highest: float | None = None
+    figure: Figure,
+    axes: Axes,
+    values: NDArray[np.float64],
+    label: str,
+    highest: float | None = None,
+    lowest: float = 0.0,
 ) -> None:
-    """(rows, columns) from 0 to ``highest`` as a heat map with a colour bar; rows are loops, the first on top."""
+    """(rows, columns) from ``lowest`` to ``highest`` as a heat map with a colour bar; row 1 is on top."""
     n_rows, n_columns = values.shape
     columns, rows = np.arange(n_columns + 1) - 0.5, np.arange(n_rows + 1) + 0.5
-    cells = axes.pcolormesh(columns, rows, values, vmin=0.0, vmax=highest, edgecolors="white", linewidth=0.4)
+    cells = axes.pcolormesh(columns, rows, values, vmin=lowest, vmax=highest, edgecolors="white", linewidth=0.4)
     figure.colorbar(cells, ax=axes, label=label, pad=0.02)
     axes.invert_yaxis()
     axes.set_facecolor(FAINT)

@@ -69,3 +69,22 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install open-mythos\[plots\]"):
         plots.state_change([[0.1]], tmp_path / "s.png")
+
+
+def test_accuracy_grid(tmp_path, drawn):
+    accuracy = torch.tensor([[0.5, 0.75, 1.0], [0.5, 0.625, 0.999]])
+    plots.accuracy_grid(accuracy, [24, 48], [1, 4, 16], tmp_path / "g.png", "bits", chance=0.5, trained=(24, 8))
+    assert is_png(tmp_path / "g.png")
+    axes = drawn[0].axes[0]
+    np.testing.assert_allclose(axes.collections[0].get_array().reshape(2, 3), accuracy)
+    assert axes.collections[0].get_clim() == (0.5, 1)
+    assert [text.get_text() for text in axes.texts] == [".500", ".750", "1.000", ".500", ".625", ".999"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "16"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["24", "48"]
+    outline = axes.lines[0].get_xydata()
+    assert outline.min(0).tolist() == [-0.5, 0.5] and outline.max(0).tolist() == [1.5, 1.5], "24 bits, 1 and 4 loops"
+
+
+def test_accuracy_grid_of_a_single_cell_far_from_training(tmp_path, drawn):
+    plots.accuracy_grid([[1.0]], [96], [64], tmp_path / "g.png", trained=(24, 8))
+    assert is_png(tmp_path / "g.png") and not drawn[0].axes[0].lines

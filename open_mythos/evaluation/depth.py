@@ -1,17 +1,102 @@
-"""Accuracy against loop count, the curve of this field."""
+"""What a model answers at each depth, all depths from one run: the ground under every measure of this package."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from open_mythos.model import OpenMythos
 from open_mythos.nn.modes import eval_mode
+from open_mythos.tasks.base import UNSCORED, Batch
+
+CHUNK = 8192
+"""Tokens that are run at one time, so that memory does not grow with the number of problems."""
 
 
-@torch.no_grad()
+class Reading(NamedTuple):
+    """A model as it would be if its last loop were this one.
+
+    Attributes:
+        loops: loops that were allowed.
+        state: (B, T, dim).
+        logits: (B, T, vocab_size).
+        used: (B, T) int64, loops that each position ran: ``loops``, less where halting stopped it, 0 at padding.
+    """
+
+    loops: int
+    state: Tensor
+    logits: Tensor
+    used: Tensor
+
+
+@contextmanager
+def measuring(model: OpenMythos, halting: bool | None = None, act_threshold: float | None = None) -> Iterator[None]:
+    """Eval mode without gradients inside; modes and config are put back after.
+
+    Args:
+        model: what is measured.
+        halting: stands in for ``cfg.halting`` inside; None leaves it.
+        act_threshold: likewise.
+    """
+    cfg = model.cfg
+    before = cfg.halting, cfg.act_threshold
+    cfg.halting = before[0] if halting is None else halting
+    cfg.act_threshold = before[1] if act_threshold is None else act_threshold
+    try:
+        with eval_mode(model), torch.no_grad():
+            yield
+    finally:
+        cfg.halting, cfg.act_threshold = before
+
+
+def readings(
+    model: OpenMythos,
+    ids: Tensor,
+    loops: Iterable[int],
+    valid: Tensor | None = None,
+    start: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Reading]:
+    """The model after each of ``loops``, in rising order, from one run; use it inside :func:`measuring`.
+
+    Args:
+        model: what is run.
+        ids: (B, T) tokens.
+        loops: numbers of loops to read at.
+        valid: (B, T) bool, False at padding; None where there is none.
+        start: the state before the first loop, from the encoded input (B, T, dim); the model's own if None.
+
+    Raises:
+        ValueError: if ``loops`` is empty or holds a number below 1.
+    """
+    wanted = sorted(set(loops))
+    if not wanted or wanted[0] < 1:
+        raise ValueError(f"loops={wanted}; give one or more integers of at least 1")
+    e, freqs, mask = model.encode(ids, attention_mask=valid)
+    h, used = (start or model.first_state)(e), torch.zeros_like(ids)
+    for state in model.recurrent.iterate(h, e, freqs, mask, wanted[-1]):
+        h, used = state.h, used + state.ran
+        if state.loop + 1 == wanted[0]:
+            yield Reading(wanted.pop(0), h, model.head(model.decode(h, freqs, mask)), used)
+    if wanted:  # every position halted early: deeper counts all see these states
+        last = Reading(wanted[0], h, model.head(model.decode(h, freqs, mask)), used)
+        yield from (last._replace(loops=n) for n in wanted)
+
+
+def chunks(batch: Batch, device: torch.device) -> Iterator[Batch]:
+    """The rows of ``batch``, so many at a time that a chunk has no more than ``CHUNK`` tokens, or one row."""
+    rows = max(1, CHUNK // batch.ids.shape[1])
+    for parts in zip(*(x.split(rows) for x in batch if x is not None), strict=True):
+        yield Batch(*(part.to(device) for part in parts))
+
+
+def device_of(model: OpenMythos) -> torch.device:
+    return next(model.parameters()).device
+
+
 def accuracy_by_loops(model: OpenMythos, ids: Tensor, targets: Tensor, loops: Iterable[int]) -> dict[int, float]:
     """Share of positions whose likeliest token is the target, for each number of loops, all from one run.
 
@@ -27,23 +112,11 @@ def accuracy_by_loops(model: OpenMythos, ids: Tensor, targets: Tensor, loops: It
     Raises:
         ValueError: if ``loops`` is empty or holds a number below 1, or nothing is scored.
     """
-    wanted, scored = sorted(set(loops)), targets != -100
-    if not wanted or wanted[0] < 1:
-        raise ValueError(f"loops={wanted}; give one or more integers of at least 1")
+    scored = targets != UNSCORED
     if not scored.any():
         raise ValueError("targets scores no position; give a token other than -100 somewhere")
-    found: dict[int, float] = {}
-    with eval_mode(model):
-        e, freqs, mask = model.encode(ids)
-        for state in model.recurrent.iterate(model.first_state(e), e, freqs, mask, wanted[-1]):
-            last = state
-            if state.loop + 1 in wanted:
-                found[state.loop + 1] = _accuracy(model.head(model.decode(state.h, freqs, mask)), targets, scored)
-        if wanted[-1] not in found:  # every position halted early: deeper counts all see these states
-            final = _accuracy(model.head(model.decode(last.h, freqs, mask)), targets, scored)
-            found |= {n: final for n in wanted if n not in found}
-    return found
-
-
-def _accuracy(logits: Tensor, targets: Tensor, scored: Tensor) -> float:
-    return (logits.argmax(-1) == targets)[scored].float().mean().item()
+    with measuring(model):
+        return {
+            reading.loops: (reading.logits.argmax(-1) == targets)[scored].float().mean().item()
+            for reading in readings(model, ids, loops)
+        }

@@ -1,0 +1,132 @@
+"""`mythos eval` measures a run, a model or a shipped name, and leaves table and picture where it says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from fabricated import fabricate_run
+from helpers import tiny_config, tiny_model
+from typer.testing import CliRunner, Result
+
+from open_mythos.cli import app
+from open_mythos.evaluation import Evaluation
+from open_mythos.training import runs
+from open_mythos.training.baselines import UnrolledMythos
+from open_mythos.training.config import EvalConfig, LoopConfig, TaskConfig, TrainConfig
+
+
+def run_eval(*args: object) -> Result:
+    return CliRunner().invoke(app, ["eval", *map(str, args)])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    fabricate_run(tmp_path / "run", evaluated=False)
+    return tmp_path / "run"
+
+
+def test_a_run_by_its_own_settings(run: Path) -> None:
+    done = run_eval(run)
+    assert done.exit_code == 0, done.output
+    found = Evaluation.load(run / "evaluation")
+    (grid,) = found.grids
+    assert (grid.task, grid.difficulties, grid.loops, grid.examples) == ("parity", [8, 16], [1, 2, 4, 8], 8)
+    assert grid.halting and found.metrics["halting"] is not None, "as the model is configured"
+    assert (run / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Everything: {run}/evaluation/evaluation.json" in done.output and f"mythos report {run}" in done.output
+    assert "what depth does" in done.output and "at equal operations" in done.output
+
+
+def test_other_settings(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_eval(
+        run, "--task", "prefix_sums", "--option", "modulus=2", "--difficulties", "5", "--loops", "3,1",
+        "--examples", "4", "--seeds", "3,4", "--no-halting", "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    first, second = Evaluation.load(out).grids
+    assert (first.task, first.options, first.difficulties, first.loops) == ("prefix_sums", {"modulus": 2}, [5], [1, 3])
+    assert (first.seed, second.seed, first.examples, first.halting) == (3, 4, 4, False)
+    assert "8 problems a row" in " ".join(done.output.split())
+    assert "at equal operations" not in done.output
+
+
+def test_a_models_directory_names_no_task(tmp_path: Path) -> None:
+    tiny_model(vocab_size=3, max_seq_len=128).save_pretrained(tmp_path / "m")
+    done = run_eval(tmp_path / "m")
+    assert done.exit_code == 2 and "training.json is missing" in " ".join(done.output.split())
+    done = run_eval(tmp_path / "m", "--task", "parity", "--difficulties", "4", "--loops", "1,2", "--examples", "2")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "m" / "evaluation" / "evaluation.json").is_file()
+    assert f"mythos diagnose {tmp_path}/m" in done.output
+
+
+def test_a_shipped_model_is_measured_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fabricate_run(tmp_path / "shipped" / "tiny", evaluated=False)
+    monkeypatch.setattr(runs, "SHIPPED", tmp_path / "shipped")
+    (tmp_path / "shipped" / "tiny" / "model").rename(tmp_path / "shipped" / "tiny-model")
+    monkeypatch.chdir(tmp_path)
+    done = run_eval("tiny-model", "--difficulties", "4", "--loops", "1", "--examples", "2")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs" / "eval-tiny-model" / "evaluation.json").is_file()
+
+
+def test_a_baseline_is_measured_at_its_one_depth(tmp_path: Path) -> None:
+    model = UnrolledMythos(tiny_config(vocab_size=3, max_loop_iters=3, max_seq_len=128))
+    cfg = TrainConfig(
+        model=model.cfg, task=TaskConfig("parity"), kind="unrolled", loops=LoopConfig(maximum=3),
+        evaluation=EvalConfig([4], [1, 8], 2),
+    )  # fmt: skip
+    runs.save_model(model, cfg, tmp_path)
+    done = run_eval(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert Evaluation.load(tmp_path / "evaluation").grids[0].loops == [3]
+
+
+def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
+    for i in range(120):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"The {i}th of many short documents. " * 3)
+    model = tiny_model(vocab_size=257)
+    task = TaskConfig("text", {"source": str(tmp_path / "texts")})
+    runs.save_model(
+        model, TrainConfig(model=model.cfg, task=task, evaluation=EvalConfig([16, 8], [8, 32], 3)), tmp_path
+    )
+    done = run_eval(tmp_path)
+    assert done.exit_code == 0, done.output
+    data = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert data["options"]["split"] == "held_out", "not what it was trained on"
+    assert data["by_length"]["16"] == data["bits_per_byte"] and set(data["by_length"]["8"]) == {"8", "32"}
+    bits = data["bits_per_byte"]
+    assert f"{bits['8']:.4f}" in done.output and f"{bits['32'] / bits['8'] - 1:+.2%}" in done.output
+
+
+def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run_eval(run, "--difficulties", "4", "--loops", "1", "--examples", "2")
+    assert done.exit_code == 0 and "open-mythos[plots]" in " ".join(done.output.split())
+    assert not (run / "evaluation" / "grid.png").exists() and "picture:" not in done.output.split("Everything")[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--task", "pariti"], "did you mean 'parity'?"),
+        (["--loops", "0"], "evaluation.loops=0 is too small"),
+        (["--seeds", "one"], "--seeds 'one' should be whole numbers"),
+        (["--option", "bits=3"], "parity has no option 'bits'"),
+        (["--difficulties", "0"], "too small"),
+        (["--difficulties", "4000"], "do not fit max_seq_len=128"),
+    ],
+)
+def test_mistakes(run: Path, args: list[str], message: str) -> None:
+    done = run_eval(run, *args)
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
+    assert not (run / "evaluation").exists()
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    assert run_eval(tmp_path / "nothing").exit_code == 2

@@ -1,0 +1,76 @@
+"""A task and a model made by hand, of which every measure is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from helpers import tiny_config
+from torch import Tensor, nn
+
+from open_mythos.nn.recurrent import LoopState
+from open_mythos.ops.attention import CausalMask
+from open_mythos.tasks.base import Batch, Task
+
+
+class Copy(Task):
+    """Say the token, 1 or 2, that stands there."""
+
+    name, unit, vocab, chance = "copy", "tokens", ("<pad>", "a", "b"), 0.5
+
+    def length(self, difficulty: int) -> int:
+        return difficulty
+
+    def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
+        self.check(difficulty)
+        ids = torch.randint(1, 3, (n, difficulty), generator=generator)
+        return Batch(ids, ids)
+
+
+class Counting(nn.Module):
+    """Its state at a position is (loops run, token, as it started), and position t is right from loop t + 1 on.
+
+    After ``forgets`` loops all is wrong. Where the third number is above 0, the answer is wrong too: the model's own
+    start and zeros are alike, and half of all noise is bad. With halting, a position stops as soon as it is right.
+    """
+
+    def __init__(self, forgets: int = 10**6) -> None:
+        super().__init__()
+        self.cfg = tiny_config(max_loop_iters=4, halting=False)
+        self.forgets = forgets
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.most_tokens = 0  # ever run at once
+
+    @property
+    def recurrent(self) -> Counting:
+        return self
+
+    def encode(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, CausalMask]:
+        assert not self.training and not torch.is_grad_enabled()
+        self.most_tokens = max(self.most_tokens, ids.numel())
+        zeros = torch.zeros_like(ids)
+        mask = CausalMask(ids.shape[1], ids.shape[1], attention_mask)
+        return torch.stack([zeros, ids, zeros], -1).float(), torch.zeros(1), mask
+
+    def first_state(self, e: Tensor) -> Tensor:
+        return e
+
+    def iterate(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int) -> Iterator[LoopState]:
+        live = torch.ones(h.shape[:2], dtype=torch.bool) if mask.valid is None else mask.valid
+        h = torch.stack([torch.zeros_like(h[..., 0]), e[..., 1], h[..., 2]], -1)
+        for loop in range(n_loops):
+            ran = live & (torch.arange(h.shape[1]) >= loop) if self.cfg.halting else live
+            if not ran.any():
+                return
+            h = h + torch.tensor([1.0, 0.0, 0.0]) * ran.unsqueeze(-1)
+            yield LoopState(loop, h, ran, None)
+
+    def decode(self, h: Tensor, *context: Any) -> Tensor:
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        count, token, start = h.unbind(-1)
+        right = (count > torch.arange(h.shape[1])) & (count < self.forgets) & (start <= 0)
+        answer = torch.where(right, token, 3 - token).long().clamp(0, 2)
+        return nn.functional.one_hot(answer, 3).float() * count.unsqueeze(-1)

@@ -1,0 +1,128 @@
+"""The grid of a model whose accuracy is known, and what several grids say together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from counting import Copy, Counting
+from helpers import tiny_model
+
+from open_mythos.evaluation import DepthGrid, combine, depth, depth_grid
+
+
+def test_known_accuracy() -> None:
+    model = Counting(forgets=9).train()
+    grid = depth_grid(model, Copy(), [2, 4], [8, 1, 3, 16], examples=5)
+    assert grid.difficulties == [2, 4] and grid.loops == [1, 3, 8, 16]
+    assert grid.accuracy.tolist() == [[0.5, 1, 1, 0], [0.25, 0.75, 1, 0]]
+    assert grid.exact.tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
+    assert grid.loops_used.tolist() == [[1, 3, 8, 16]] * 2
+    assert grid.low.equal(grid.accuracy) and grid.high.equal(grid.accuracy), "all problems came out alike"
+    assert grid.curve(4) == {1: 0.25, 3: 0.75, 8: 1, 16: 0}
+    assert (grid.task, grid.unit, grid.examples, grid.seed, grid.halting) == ("copy", "tokens", 5, 0, False)
+    assert model.training
+
+
+def test_halting_is_asked_for_and_put_back() -> None:
+    model = Counting()
+    grid = depth_grid(model, Copy(), [4], [1, 2, 8], examples=3, halting=True)
+    assert grid.halting and not model.cfg.halting
+    assert grid.loops_used.tolist() == [[1, 1.75, 2.5]], "position t stops after t + 1 loops"
+    assert grid.accuracy.tolist() == [[0.25, 0.5, 1]], "deeper than the last loop that ran is as that loop"
+
+
+@pytest.mark.parametrize("halting", [False, True])
+def test_equals_separate_runs(halting: bool) -> None:
+    model, task = tiny_model(), Copy()
+    grid = depth_grid(model, task, [6], [1, 2, 7], examples=9, seed=3, halting=halting)
+    ids, targets, _ = task.batch(9, 6, torch.Generator().manual_seed(3))
+    model.cfg.halting = halting
+    for n, accuracy in grid.curve(6).items():
+        right = (model(ids, n_loops=n).argmax(-1) == targets).double()
+        assert accuracy == pytest.approx(right.mean().item())
+        j = grid.loops.index(n)
+        reach = 1.96 * right.mean(1).std().item() / 3
+        assert grid.low[0, j].item() == pytest.approx(max(0, accuracy - reach))
+        assert grid.high[0, j].item() == pytest.approx(min(1, accuracy + reach))
+
+
+def test_wilson_interval_of_exact() -> None:
+    """The textbook's values for 10 of 10, which the normal interval would call certain."""
+    grid = depth_grid(Counting(), Copy(), [1], [1], examples=10)
+    assert grid.exact.item() == 1 and grid.exact_high.item() == pytest.approx(1)
+    assert grid.exact_low.item() == pytest.approx(0.7225, abs=1e-4)
+
+
+def test_memory_is_bounded_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = depth_grid(Counting(forgets=3), Copy(), [8], [2], examples=7)
+    monkeypatch.setattr(depth, "CHUNK", 20)
+    model = Counting(forgets=3)
+    assert depth_grid(model, Copy(), [8], [2], examples=7).to_dict() == whole.to_dict()
+    assert model.most_tokens == 16, "two rows of 8"
+    depth_grid(model, Copy(), [25], [2], examples=3)
+    assert model.most_tokens == 25, "one row at least"
+
+
+def test_a_difficulty_has_the_same_problems_whatever_is_measured_besides() -> None:
+    model = tiny_model()
+    alone = depth_grid(model, Copy(), [9], [2], examples=16)
+    assert depth_grid(model, Copy(), [5, 9], [1, 2], examples=16).curve(9)[2] == alone.curve(9)[2]
+    assert depth_grid(model, Copy(), [9], [2], examples=16, seed=1).curve(9) != alone.curve(9)
+
+
+def test_json_round_trip() -> None:
+    data = depth_grid(Counting(), Copy(), [2], [1, 2], examples=3).to_dict()
+    again = DepthGrid.from_dict(json.loads(json.dumps(data)))
+    assert again.to_dict() == data and again.accuracy.shape == (1, 2)
+    with pytest.raises(ValueError, match=r"missing: \['low'\], unknown: \['lwo'\]"):
+        DepthGrid.from_dict({**{key: data[key] for key in data if key != "low"}, "lwo": 0})
+
+
+def test_progress_is_told_of_each_difficulty() -> None:
+    told: list[str] = []
+    depth_grid(Counting(), Copy(), [2, 4], [1], examples=1, progress=told.append)
+    assert told == ["2 tokens", "4 tokens"]
+
+
+@pytest.mark.parametrize(
+    ("difficulties", "loops", "examples", "message"),
+    [([], [1], 1, "at least one"), ([2], [1], 0, "at least one"), ([2], [], 1, "loops="), ([0], [1], 1, "copy counts")],
+)
+def test_nothing_to_measure(difficulties: list[int], loops: list[int], examples: int, message: str) -> None:
+    model = Counting().train()
+    with pytest.raises(ValueError, match=message):
+        depth_grid(model, Copy(), difficulties, loops, examples, halting=True)
+    assert model.training and not model.cfg.halting
+
+
+def test_tokens_that_the_model_does_not_know() -> None:
+    with pytest.raises(ValueError, match="copy has 3 tokens and the model 2"):
+        depth_grid(tiny_model(vocab_size=2), Copy(), [2], [1])
+
+
+def test_combine_seeds() -> None:
+    grids = [depth_grid(Counting(forgets), Copy(), [2], [1, 2], examples=2) for forgets in (9, 2, 9)]
+    accuracy = combine(grids)["accuracy"]
+    assert accuracy.worst.tolist() == [[0.5, 0]]
+    assert accuracy.mean.tolist() == [[0.5, pytest.approx(2 / 3)]]
+    reach = 4.30 * (1 / 3) ** 0.5 / 3**0.5  # Student's t of two degrees of freedom
+    assert 2 / 3 - reach < 0 and accuracy.low.tolist() == [[0.5, 0]] and accuracy.high.tolist() == [[0.5, 1]]
+    close = [depth_grid(Counting(), Copy(), [2], [1], examples=2) for _ in range(3)]
+    for grid, value in zip(close, (0.50, 0.51, 0.52), strict=True):
+        grid.accuracy.fill_(value)
+    assert combine(close)["accuracy"].low.item() == pytest.approx(0.51 - 4.30 * 0.01 / 3**0.5)
+
+
+def test_one_grid_says_nothing_of_other_seeds() -> None:
+    one = combine([depth_grid(Counting(), Copy(), [2], [1], examples=2)])["exact"]
+    assert (one.mean.item(), one.low.item(), one.high.item()) == (0, 0, 1)
+
+
+def test_combine_refuses_what_does_not_match() -> None:
+    grids = [depth_grid(Counting(), Copy(), [2], [n], examples=1) for n in (1, 2)]
+    with pytest.raises(ValueError, match=r"differ in loops: \[1\] and \[2\]"):
+        combine(grids)
+    with pytest.raises(ValueError, match="at least one"):
+        combine([])

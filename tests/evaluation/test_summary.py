@@ -1,0 +1,59 @@
+"""One call measures all there is; one file keeps it."""
+
+from __future__ import annotations
+
+import pytest
+from counting import Copy, Counting
+from helpers import tiny_config
+
+from open_mythos.evaluation import Evaluation, evaluate
+from open_mythos.evaluation.summary import FILE, n_steps
+from open_mythos.training.baselines import UnrolledMythos
+
+
+@pytest.fixture
+def model() -> Counting:
+    model = Counting(forgets=40)
+    model.cfg.halting = True
+    return model
+
+
+def test_with_halting(model: Counting) -> None:
+    told: list[str] = []
+    found = evaluate(model, Copy(), [2, 4], [1, 4, 64], examples=6, seeds=(0, 5), progress=told.append)
+    assert [grid.seed for grid in found.grids] == [0, 5] and len(told) == n_steps([2, 4], [0, 5])
+    easy, hard = found.metrics["difficulties"]
+    assert (easy["difficulty"], easy["best_loops"], easy["deepest"], easy["damage"]) == (2, 4, 64, 0)
+    assert hard["best"] == 1 and hard["settle_rate"] == 0 and hard["from_start"]["zeros"]["differing"] == 0
+    assert hard["from_start"]["own"]["accuracy"] == 0, "64 loops without halting, and it has forgotten"
+    gain = found.metrics["halting"]
+    assert gain["loops_fixed"] == 4 and gain["saved"] == pytest.approx(1 - 13 / 6 / 4) and gain["accuracy_halting"] == 1
+    matched = found.metrics["compute_matched"]
+    assert matched["difficulty"] == 4
+    for point in matched["halting"]["0.5"]:
+        assert 0 < point["fixed_accuracy"] <= point["accuracy"] <= 1
+
+
+def test_without_halting(model: Counting) -> None:
+    found = evaluate(model, Copy(), [2], [1], examples=3, halting=False)
+    assert found.metrics["halting"] is None and found.metrics["compute_matched"] is None
+    assert found.metrics["difficulties"][0]["settle_rate"] is None, "one loop says nothing about settling"
+
+
+def test_a_baseline_has_one_depth() -> None:
+    model = UnrolledMythos(tiny_config(vocab_size=3, max_loop_iters=3))
+    found = evaluate(model, Copy(), [4], [3], examples=4)
+    assert found.grids[0].loops_used.tolist() == [[3]] and found.metrics["halting"] is None
+
+
+def test_file_round_trip(model: Counting, tmp_path) -> None:
+    found = evaluate(model, Copy(), [2], [1, 4], examples=3)
+    assert found.save(tmp_path / "new") == tmp_path / "new" / FILE
+    assert Evaluation.load(tmp_path / "new").to_dict() == found.to_dict()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"grids": []}', '{"grids": [{}], "metrics": {}}'])
+def test_a_file_that_is_something_else(content: str, tmp_path) -> None:
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ValueError, match=FILE):
+        Evaluation.load(tmp_path)
