@@ -15,13 +15,14 @@ from open_mythos.cli.console import clear_errors, console, progress, table
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation import accuracy_by_loops
 from open_mythos.model import OpenMythos
-from open_mythos.tasks.parity import VOCAB_SIZE, parity_batch
+from open_mythos.tasks.parity import Parity
 
+TASK = Parity()
 TRAINED_LENGTH, MOST_TRAINED_LOOPS, BATCH = 24, 8, 64
 LENGTHS = (24, 48, 96)
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CONFIG = MythosConfig(
-    vocab_size=VOCAB_SIZE, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=16,
+    vocab_size=TASK.vocab_size, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=16,
     prelude_layers=1, coda_layers=1, attn_type="gqa",
     n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=32, lora_rank=0,
 )  # fmt: skip
@@ -46,7 +47,7 @@ def demo(
         curves = measure(model)
         out.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(out)
-        example, _ = parity_batch(1, TRAINED_LENGTH)
+        example = TASK.batch(1, TRAINED_LENGTH).ids
         (out / "example.json").write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
         (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
         plots.accuracy_by_loops(curves, out / "depth.png", chance=0.5, trained_loops=MOST_TRAINED_LOOPS)
@@ -65,7 +66,7 @@ def train(model: OpenMythos, steps: int) -> None:
     model.train()
     with progress(steps) as begin:
         for _ in range(steps):
-            x, y = parity_batch(BATCH, TRAINED_LENGTH)
+            x, y, _ = TASK.batch(BATCH, TRAINED_LENGTH)
             n_loops = int(torch.randint(1, MOST_TRAINED_LOOPS + 1, ()))
             logits = model(x, n_loops=n_loops)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
@@ -83,7 +84,8 @@ def measure(model: OpenMythos) -> dict[str, dict[int, float]]:
     curves = {}
     for length in LENGTHS:
         name = f"{length} bits" + (" (trained)" if length == TRAINED_LENGTH else "")
-        curves[name] = accuracy_by_loops(model, *parity_batch(256, length), LOOPS)
+        problems = TASK.batch(256, length)
+        curves[name] = accuracy_by_loops(model, problems.ids, problems.targets, LOOPS)
     return curves
 
 

@@ -1,1 +1,50 @@
-"""Synthetic reasoning problems. They know nothing of models."""
+"""Problems whose difficulty is a number, to train and to measure on. They know nothing of models."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+from open_mythos.fields import nearest
+from open_mythos.tasks.base import UNSCORED, Batch, Score, Task, pad
+
+__all__ = ["NAMES", "UNSCORED", "Batch", "Score", "Task", "load", "pad"]
+
+_CLASSES = {
+    "parity": "Parity",
+    "prefix_sums": "PrefixSums",
+    "chain_sum": "ChainSum",
+    "p_hop": "PHop",
+    "addition": "Addition",
+    "permutations": "Permutations",
+    "maze": "Maze",
+    "mini_sudoku": "MiniSudoku",
+    "reasoning_gym": "ReasoningGym",
+    "text": "Text",
+}
+NAMES = tuple(_CLASSES)
+"""Names that :func:`load` knows, each that of a module here."""
+
+
+def load(name: str, **options: Any) -> Task:
+    """Make a task.
+
+    Args:
+        name: one of ``NAMES``.
+        options: of that task; the fields of its class.
+
+    Raises:
+        ValueError: for an unknown name (with the nearest known one), an unknown option (with those there are), or a
+            value that does not do.
+        ImportError: naming the extra to install, if the task needs a package that is not there.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"unknown task {name!r}; {nearest(name, NAMES)}")
+    kind = getattr(import_module(f"open_mythos.tasks.{name}"), _CLASSES[name])
+    known = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in known:
+            has = f"has {', '.join(known)}" if known else "has none"
+            raise ValueError(f"{name} has no option {option!r}; it {has}")
+    return kind(**options)

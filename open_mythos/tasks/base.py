@@ -9,6 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from open_mythos.fields import Checked
+
 UNSCORED = -100
 """Target of a position at which nothing is asked."""
 
@@ -39,11 +41,12 @@ class Score(NamedTuple):
     exact: Tensor
 
 
-class Task(ABC):
+class Task(Checked, ABC):
     """A family of problems of growing difficulty.
 
-    A task is made with its options as keyword arguments, draws from a ``torch.Generator`` only, and knows nothing of
-    models. Token 0 is padding in every task.
+    A task is made with its options as keyword arguments, draws from a (CPU) ``torch.Generator`` only, and knows nothing
+    of models. Token 0 is padding in every task. A subclass with options is a dataclass whose fields they are, made
+    by the functions in :mod:`open_mythos.fields`, so that :meth:`to_dict` gives them back.
 
     Attributes:
         name: as in ``tasks.NAMES``.
@@ -51,13 +54,15 @@ class Task(ABC):
         unit: what difficulty counts, in the plural ("bits").
         vocab: what each token stands for; ``vocab[0]`` is padding.
         least: the smallest difficulty there is.
+        most: the greatest; None if there is none.
         chance: share of scored tokens that guessing gets right.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    unit: ClassVar[str]
+    unit: str
     least: ClassVar[int] = 1
+    most: int | None = None
     vocab: Sequence[str]
     chance: float
 
@@ -99,8 +104,10 @@ class Task(ABC):
 
     def check(self, difficulty: int) -> None:
         """Raise ValueError unless ``difficulty`` exists."""
-        if isinstance(difficulty, bool) or not isinstance(difficulty, int) or difficulty < self.least:
-            raise ValueError(f"difficulty={difficulty!r}; {self.name} counts {self.unit}, from {self.least} up")
+        whole = isinstance(difficulty, int) and not isinstance(difficulty, bool)
+        if not whole or difficulty < self.least or (self.most is not None and difficulty > self.most):
+            end = "up" if self.most is None else f"to {self.most}"
+            raise ValueError(f"difficulty={difficulty!r}; {self.name} counts {self.unit}, from {self.least} {end}")
 
 
 def pad(batches: Sequence[Batch]) -> Batch:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-VOCAB_SIZE = 3
-"""Token 0 is not used; bits 0 and 1, and likewise parities, are tokens 1 and 2."""
+from open_mythos.tasks.base import Batch, Task
 
 
-def parity_batch(n: int, length: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Random bits and, at every position, the parity of the bits so far.
+class Parity(Task):
+    """Random bits; at every one, are those so far odd in sum?
 
-    Args:
-        n: sequences.
-        length: bits in each.
-        generator: random state to draw from.
-
-    Returns:
-        Tokens and targets, (n, length) int64 each.
+    Tokens 1 and 2 are bits 0 and 1, and even and odd. Every position is scored.
     """
-    bits = torch.randint(0, 2, (n, length), generator=generator)
-    return bits + 1, bits.cumsum(1) % 2 + 1
+
+    name = "parity"
+    unit = "bits"
+    vocab = ("<pad>", "0", "1")
+    chance = 0.5
+
+    def length(self, difficulty: int) -> int:
+        return difficulty
+
+    def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
+        self.check(difficulty)
+        bits = torch.randint(0, 2, (n, difficulty), generator=generator)
+        return Batch(bits + 1, bits.cumsum(1) % 2 + 1)

@@ -1,0 +1,100 @@
+"""Where text comes from, and which of it is held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from open_mythos.tasks.corpus import PIECE, documents, held_out
+
+MUCH = 1 << 24
+
+
+def test_the_standard_library_is_there_without_its_tests() -> None:
+    found = documents("stdlib", MUCH)
+    assert sum(map(len, found)) > 5_000_000
+    assert Path(pytest.__file__).read_text() not in found
+    assert Path(dataclasses.__file__).read_text() in found
+    assert documents("stdlib", MUCH) is found, "read once a process"
+
+
+def test_a_twentieth_or_so_is_held_out() -> None:
+    found = documents("stdlib", MUCH)
+    share = sum(len(document) for document in found if held_out(document)) / sum(map(len, found))
+    assert 0.01 < share < 0.1
+
+
+def test_a_single_file_is_cut_at_line_ends(tmp_path: Path) -> None:
+    text = "".join(f"line {i} é\n" for i in range(3000)) + "no end"
+    (tmp_path / "a.txt").write_text(text)
+    found = documents(str(tmp_path / "a.txt"), MUCH)
+    assert "".join(found) == text
+    assert all(document.endswith("\n") for document in found[:-1])
+    assert all(PIECE <= len(document.encode()) < PIECE + 20 for document in found[:-1])
+
+
+def test_a_directory_and_a_glob_are_read_in_order_without_binaries(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, content in {"b.txt": b"second", "a.md": b"first", "sub/c.txt": b"thi\xffrd", "d.bin": b"\0"}.items():
+        (tmp_path / name).write_bytes(content)
+    assert documents(str(tmp_path), MUCH) == ("first", "second", "thi�rd")
+    assert documents(f"{tmp_path}/**/*.txt", MUCH) == ("second", "thi�rd")
+
+
+def test_reading_stops_at_max_bytes(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name * 10)
+    assert documents(str(tmp_path), 15) == ("a" * 10, "b" * 5)
+
+
+def test_a_source_without_text(tmp_path: Path) -> None:
+    for source in (str(tmp_path), str(tmp_path / "nothing.txt")):
+        with pytest.raises(ValueError, match="holds no text; use 'stdlib', 'hf:NAME', or the path"):
+            documents(source, MUCH)
+
+
+class FakeHub(ModuleType):
+    """Stands for the ``datasets`` package: notes how it was called, and streams rows or fails."""
+
+    def __init__(self, rows: list[dict[str, Any]], error: Exception | None = None) -> None:
+        super().__init__("datasets")
+        self.rows, self.error = rows, error
+        self.calls: list[Any] = []
+
+    def load_dataset(self, *names: str, **options: Any) -> list[dict[str, Any]]:
+        self.calls.append((names, options))
+        if self.error:
+            raise self.error
+        return self.rows
+
+
+def test_a_hugging_face_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub([{"text": "one"}, {"text": "two"}, SimpleNamespace()])  # type: ignore[list-item]
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert documents("hf:some/set:part", 6) == ("one", "two"), "and no row is read beyond max_bytes"
+    assert hub.calls == [(("some/set", "part"), {"split": "train", "streaming": True})]
+
+
+@pytest.mark.parametrize(
+    ("hub", "message"),
+    [
+        (FakeHub([], ConnectionError("no route")), "cannot read source='hf:set': no route; check name and network"),
+        (FakeHub([{"content": "x", "id": 1}]), "it has no column 'text', only content, id"),
+    ],
+)
+def test_what_may_go_wrong_with_the_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, message: str) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    with pytest.raises(ValueError) as error:
+        documents("hf:set", MUCH)
+    assert message in str(error.value)
+
+
+def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'open-mythos\[tasks\]'"):
+        documents("hf:set", MUCH)

@@ -1,0 +1,175 @@
+"""What holds for every task: how it is made, what it draws, how it is scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from open_mythos import tasks
+from open_mythos.tasks import UNSCORED, Batch, Task
+
+# The first problem of seed 0 and its answers. A change here needs a higher `version` in the task.
+GOLDEN: list[tuple[str, dict[str, Any], int, str, str]] = [
+    ("parity", {}, 8, "0 1 1 0 1 1 1 1", "0 1 0 0 1 0 1 0"),
+    ("prefix_sums", {"modulus": 3}, 8, "2 0 2 0 1 0 1 1", "2 2 1 1 2 2 0 1"),
+    ("chain_sum", {}, 5, "START 4 3 0 2 1 =", "· · · · · · 3"),
+    (
+        "p_hop",
+        {"symbols": 5, "questions": 2},
+        3,
+        "a> b d> e b> c c> d e> a e ? ? ? a ? ? ?",
+        "· · · · · · · · · · · a b c · b c d",
+    ),
+    ("addition", {}, 6, "4 7 9 0 3 6 0 9 3 6 9 0 =", "· 1 · 0 · 0 · 0 · 0 · 0 1"),
+    (
+        "permutations",
+        {"generators": "transpositions"},
+        4,
+        "14325 52341 13245 12354",
+        "14325 54321 54231 45231",
+    ),
+    (
+        "maze",
+        {},
+        3,
+        ". # # / # . . / . . S / ? ? ? / ? ? ? / ? ? ? /",
+        "· · · · · · · · · · · · unreached # # · # reached reached · reached reached reached ·",
+    ),
+    (
+        "mini_sudoku",
+        {},
+        8,
+        "1 _ _ _ 4 2 1 _ 3 _ 2 _ _ _ 3 1 ? ? ? ? ? ? ? ? ? ? ? ? ? ? ? ?",
+        "· · · · · · · · · · · · · · · · 1 3 4 2 4 2 1 3 3 1 2 4 2 4 3 1",
+    ),
+]
+SYNTHETIC = [name for name, *_ in GOLDEN]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def spelt(task: Task, row: torch.Tensor) -> str:
+    return " ".join("·" if i == UNSCORED else task.vocab[i] for i in row.tolist())
+
+
+@pytest.mark.parametrize(("name", "options", "difficulty", "problem", "answers"), GOLDEN, ids=SYNTHETIC)
+def test_the_first_problem_is_what_it_was(
+    name: str, options: dict[str, Any], difficulty: int, problem: str, answers: str
+) -> None:
+    task = tasks.load(name, **options)
+    batch = task.batch(1, difficulty, seeded())
+    assert (spelt(task, batch.ids[0]), spelt(task, batch.targets[0])) == (problem, answers)
+    assert task.version == 1
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_a_seed_repeats_and_another_differs(name: str) -> None:
+    task = tasks.load(name)
+    first, again, other = (task.batch(8, task.least + 3, seeded(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first.ids, again.ids) and torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.ids, other.ids)
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_without_a_generator_torchs_own_is_drawn_from(name: str) -> None:
+    task = tasks.load(name)
+    torch.manual_seed(3)
+    first = task.batch(4, task.least)
+    torch.manual_seed(3)
+    assert torch.equal(first.ids, task.batch(4, task.least).ids)
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize("more", [0, 1, 7])
+def test_shapes_lengths_and_tokens(name: str, more: int) -> None:
+    task = tasks.load(name)
+    assert task.name == name and len(set(task.vocab)) == task.vocab_size and 0 < task.chance < 1
+    ids, targets, valid = task.batch(5, task.least + more, seeded())
+    assert ids.shape == targets.shape == (5, task.length(task.least + more)) and valid is None
+    assert ids.dtype == targets.dtype == torch.int64
+    scored = targets[targets != UNSCORED]
+    assert len(scored) and ids.min() > 0 and scored.min() > 0
+    assert max(ids.max(), scored.max()) < task.vocab_size
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_chance_is_about_what_one_answer_to_all_gets(name: str) -> None:
+    task = tasks.load(name)
+    _, targets, _ = task.batch(1000, 12, seeded())
+    best = targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum()
+    assert task.chance == pytest.approx(best.item(), abs=0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_mixed_difficulties_are_padded_on_the_right(name: str) -> None:
+    task = tasks.load(name)
+    difficulties = [task.least + 4, task.least, task.least + 2]
+    ids, targets, valid = task.mixed(difficulties, seeded())
+    lengths = torch.tensor([task.length(difficulty) for difficulty in difficulties])
+    assert ids.shape == (3, lengths.max())
+    inside = torch.arange(ids.shape[1]) < lengths[:, None]
+    assert valid is None if inside.all() else torch.equal(valid, inside)
+    assert torch.equal(ids != 0, inside) and (targets[~inside] == UNSCORED).all()
+    generator = seeded()
+    for row, difficulty in enumerate(difficulties):
+        alone = task.batch(1, difficulty, generator)
+        assert torch.equal(ids[row, : lengths[row]], alone.ids[0])
+        assert torch.equal(targets[row, : lengths[row]], alone.targets[0])
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_difficulties_that_do_not_exist(name: str) -> None:
+    task = tasks.load(name)
+    wrong: list[Any] = [task.least - 1, 2.5, True, *([] if task.most is None else [task.most + 1])]
+    for difficulty in wrong:
+        with pytest.raises(ValueError, match=f"difficulty={difficulty}; {name} counts {task.unit}, from {task.least}"):
+            task.batch(1, difficulty)
+
+
+def test_a_task_gives_back_its_options() -> None:
+    task = tasks.load("permutations", size=4)
+    assert task.to_dict() == {"generators": "all", "size": 4}
+    assert tasks.load(task.name, **task.to_dict()) == task
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("p-hop", {}, "unknown task 'p-hop'; did you mean 'p_hop'?"),
+        ("chain_sum", {"mod": 5}, "chain_sum has no option 'mod'; it has modulus"),
+        ("parity", {"modulus": 5}, "parity has no option 'modulus'; it has none"),
+        ("chain_sum", {"modulus": 1}, "modulus=1 is too small; use an int of at least 2"),
+        ("permutations", {"generators": "swaps"}, "generators='swaps' is unknown; use one of 'all', 'transpositions'"),
+        ("permutations", {"size": 6}, "size=6 is too large; use 3 to 5"),
+        ("p_hop", {"symbols": "16"}, "symbols='16' is not a whole number"),
+    ],
+)
+def test_what_load_refuses(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        tasks.load(name, **options)
+    assert message in str(error.value)
+
+
+def test_score_counts_scored_positions_only() -> None:
+    targets = torch.tensor([[1, UNSCORED, 2, 2], [UNSCORED, 1, UNSCORED, UNSCORED], [1, 1, 1, 1]])
+    answers = torch.tensor([[1, 9, 2, 1], [7, 1, 7, 7], [2, 2, 2, 2]])
+    score = tasks.load("parity").score(answers, targets)
+    assert score.tokens.tolist() == pytest.approx([2 / 3, 1, 0])
+    assert score.exact.tolist() == [False, True, False]
+
+
+def test_pad_keeps_padding_there_was() -> None:
+    short = Batch(torch.tensor([[1, 0]]), torch.tensor([[2, UNSCORED]]), torch.tensor([[True, False]]))
+    ids, targets, valid = tasks.pad([short, Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[1, 1, 1]]))])
+    assert ids.tolist() == [[1, 0, 0], [1, 2, 1]]
+    assert targets.tolist() == [[2, UNSCORED, UNSCORED], [1, 1, 1]]
+    assert valid is not None and valid.tolist() == [[True, False, False], [True, True, True]]
+
+
+def test_render_leaves_padding_out() -> None:
+    assert tasks.load("chain_sum").render([1, 5, 2, 0, 0]) == "START 2 ="
+    assert tasks.load("maze").render([1, 2, 4, 3, 2, 4]) == "# .\nS .\n"
