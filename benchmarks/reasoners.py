@@ -1,0 +1,186 @@
+"""Every recipe with a bar, trained from three seeds, beside both baselines; what the README's table holds.
+
+    python benchmarks/reasoners.py [--recipes parity p_hop] [--jobs 2] [--out benchmarks/results/reasoners.json]
+
+Runs are kept in runs/reasoners; one that has ended is not run again, one that was stopped goes on. Each has one
+thread. About three hours on two cores. The unrolled baseline, which costs as much as all else together, has one seed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from open_mythos.evaluation.summary import Evaluation
+from open_mythos.training.fit import load_evaluation
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "reasoners"
+SEEDS = {"looped": (0, 1, 2), "single": (0, 1, 2), "unrolled": (0,)}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a recipe must reach: ``measure`` at a difficulty and a number of loops, mean and worst of its seeds."""
+
+    difficulty: int
+    loops: int
+    mean: float
+    worst: float = 0.0
+    measure: str = "accuracy"
+
+
+BARS = {
+    "parity": [Bar(96, 64, 0.999, 0.99), Bar(384, 256, 0.98, 0.95)],
+    "prefix_sums": [Bar(512, 256, 0.99), Bar(512, 256, 0.90, measure="exact")],
+    "chain_sum": [Bar(5, 12, 0.99), Bar(8, 16, 0.95), Bar(16, 32, 0.0)],
+    "p_hop": [Bar(6, 16, 0.99), Bar(12, 32, 0.90)],
+    "permutations": [Bar(24, 32, 0.95)],
+    "addition": [Bar(20, 32, 0.95)],
+    "text": [],
+}
+
+
+def train(recipe: str, kind: str, seed: int) -> Path:
+    """Run a recipe unless its evaluation is there, and say where it is."""
+    run = RUNS / recipe / f"{kind}-{seed}"
+    if not (run / "evaluation.json").is_file():
+        command = [sys.executable, "-m", "open_mythos", "train", recipe, f"seed={seed}", f"kind={kind}"]
+        log = RUNS / recipe / f"{kind}-{seed}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as output:
+            subprocess.run(
+                [*command, "--out", str(run), "--resume", "auto"],
+                check=True, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+    return run
+
+
+def minutes(run: Path) -> float:
+    """Of training, evaluation left out."""
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] / 60
+
+
+def at(found: Evaluation, difficulty: int, loops: int | None = None, measure: str = "accuracy") -> float:
+    """One cell of the grid; the last column, a baseline's only one, without ``loops``."""
+    grid = found.grids[0]
+    column = -1 if loops is None else grid.loops.index(loops)
+    return float(getattr(grid, measure)[grid.difficulties.index(difficulty)][column])
+
+
+def least_step(found: Evaluation) -> float:
+    """The worst that any number of loops does to the accuracy at fewer: 0 or, if accuracy falls somewhere, below."""
+    accuracy = found.grids[0].accuracy
+    return float((accuracy - accuracy.cummax(1).values).min())
+
+
+def collect(recipe: str) -> dict[str, Any]:
+    """All figures of a recipe, as lists over seeds."""
+    runs = {kind: [RUNS / recipe / f"{kind}-{seed}" for seed in seeds] for kind, seeds in SEEDS.items()}
+    found = {kind: [load_evaluation(run) for run in of] for kind, of in runs.items()}
+    result: dict[str, Any] = {"minutes": {kind: [minutes(run) for run in of] for kind, of in runs.items()}}
+    if recipe == "text":
+        return result | {"bits_per_byte": found}
+    looped = found["looped"]
+    result["grids"] = [one.grids[0].to_dict() for one in looped]
+    result["bars"] = [
+        {
+            **bar.__dict__,
+            "looped": [at(one, bar.difficulty, bar.loops, bar.measure) for one in looped],
+            "single": [at(one, bar.difficulty, None, bar.measure) for one in found["single"]],
+            "unrolled": [at(one, bar.difficulty, None, bar.measure) for one in found["unrolled"]],
+        }
+        for bar in BARS[recipe]
+    ]
+    result["least_step"] = [least_step(one) for one in looped]
+    result["halting"] = [one.metrics["halting"] for one in looped]
+    return result
+
+
+def shown(values: list[float], digits: int = 4) -> str:
+    """Mean, and the worst of several."""
+    worst = f" ({min(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{worst}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The README's tables."""
+    lines = [
+        "| recipe | asked | bar: mean (worst) | looped | one loop | unrolled, untied | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for recipe, result in results.items():
+        for i, bar in enumerate(result.get("bars", ())):
+            asked = f"{bar['difficulty']} {result['grids'][0]['unit']}, {bar['loops']} loops"
+            asked += ", all right" if bar["measure"] == "exact" else ""
+            wanted = f"≥ {bar['mean']:g}" + (f" ({bar['worst']:g})" if bar["worst"] else "") if bar["mean"] else "none"
+            name = f"`{recipe}`" if i == 0 else ""
+            took = f"{mean(result['minutes']['looped']):.1f}" if i == 0 else ""
+            lines.append(
+                f"| {name} | {asked} | {wanted} | {shown(bar['looped'])} | {shown(bar['single'])} "
+                f"| {shown(bar['unrolled'])} | {took} |"
+            )
+    lines += [
+        "",
+        "| recipe | loops, fixed | loops, halting | share | accuracy, fixed | accuracy, halting |",
+        "|---" * 6 + "|",
+    ]
+    for recipe, result in results.items():
+        if "halting" in result:
+            gains = result["halting"]
+            fixed, used = (mean(gain[name] for gain in gains) for name in ("loops_fixed", "loops_halting"))
+            most = max(gain["loops_halting"] / gain["loops_fixed"] for gain in gains)
+            lines.append(
+                f"| `{recipe}` | {fixed:.0f} | {used:.1f} | {used / fixed:.0%} (at most {most:.0%}) "
+                f"| {shown([gain['accuracy_fixed'] for gain in gains])} "
+                f"| {shown([gain['accuracy_halting'] for gain in gains])} |"
+            )
+    if "text" in results:
+        curves = results["text"]["bits_per_byte"]
+        loops = list(curves["looped"][0])
+        lines += [
+            "",
+            f"| text: held-out bits per byte | {' | '.join(map(str, loops))} loops |",
+            "|---" * (len(loops) + 1) + "|",
+        ]
+        means = [mean(curve[n] for curve in curves["looped"]) for n in loops]
+        lines.append(f"| looped | {' | '.join(f'{value:.4f}' for value in means)} |")
+        for kind in ("single", "unrolled"):
+            values = [value for curve in curves[kind] for value in curve.values()]
+            lines.append(f"| {kind} (one depth) | {mean(values):.4f} |" + " |" * (len(loops) - 1))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", nargs="+", choices=BARS, default=list(BARS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "reasoners.json")
+    args = parser.parse_args()
+    work = [(recipe, kind, seed) for kind, seeds in SEEDS.items() for seed in seeds for recipe in args.recipes]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = pool.map(lambda job: train(*job), work)
+        list(track(jobs, total=len(work), description="training", console=Console(stderr=True), transient=True))
+    results = json.loads(args.out.read_text())["results"] if args.out.is_file() else {}
+    results |= {recipe: collect(recipe) for recipe in args.recipes}
+    results = {recipe: json.loads(json.dumps(results[recipe])) for recipe in BARS if recipe in results}
+    conditions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"conditions": conditions | {"threads": 1}, "results": results}, indent=1) + "\n")
+    print(markdown(results))
+    print(f"\nResults: {args.out}; runs: {RUNS}. Next: mythos report {RUNS / args.recipes[0] / 'looped-0'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""``mythos report``: a run as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from open_mythos.cli.console import clear_errors, console, progress, si
+from open_mythos.report import gather, render
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html if left out.")] = None,
+    difficulty: Annotated[int | None, typer.Option(min=1, help="Of the example.")] = None,
+    loops: Annotated[int | None, typer.Option(min=1, help="Allowed for the example.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the example.")] = 0,
+) -> None:
+    """One page about a run: curves, and every loop of an example."""
+    with clear_errors():
+        with progress(n_steps=3) as begin:
+            page = render(gather(run, difficulty, loops, seed, begin))
+        path = out or (Path(run) if Path(run).is_dir() else Path("runs") / run) / "report.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    console.print(
+        f"Page: {path} ({si(len(page.encode()), 'B')}, one file; open it in any browser)\n"
+        f"Next: follow another example with [bold]mythos report {escape(run)} --seed {seed + 1}[/bold], "
+        f"or a harder one with --difficulty.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

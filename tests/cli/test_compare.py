@@ -1,0 +1,45 @@
+"""`mythos compare` shows a table, draws pictures, and says who wins."""
+
+from __future__ import annotations
+
+import json
+
+from typer.testing import CliRunner
+
+from open_mythos.cli import app
+
+TINY = [
+    "steps=2", "batch_size=4", "gate.steps=0", "loops.maximum=2", "model.max_loop_iters=2",
+    "evaluation.difficulties=4,6", "evaluation.loops=1,4", "evaluation.examples=8",
+]  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def test_compare_and_its_report(tmp_path):
+    done = run("debug", *TINY, "--seeds", "3", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert all(line in " ".join(done.stdout.split()) for line in found["verdicts"])
+    assert all(f"{mean:.1%}" in done.stdout for entry in found["entries"] for mean in entry["mean"])
+    assert all((tmp_path / f"compare-{n}.png").read_bytes().startswith(b"\x89PNG") for n in (4, 6))
+    assert f"mythos report {tmp_path / 'looped-seed3'}" in done.stdout
+    for kind in ("looped", "unrolled"):
+        report = CliRunner().invoke(app, ["report", str(tmp_path / f"{kind}-seed3")])
+        assert report.exit_code == 0, report.output
+        assert found["verdicts"][0] in (tmp_path / f"{kind}-seed3" / "report.html").read_text()
+    report = CliRunner().invoke(app, ["report", str(tmp_path / "unrolled-seed3"), "--loops", "3"])
+    assert report.exit_code == 2 and "2 blocks and no more; leave --loops out" in report.stderr
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for arguments, message in (
+        (["partiy"], "did you mean 'parity'?"),
+        (["debug", "step=3"], "did you mean 'steps'?"),
+        (["debug", "--seeds", "one"], "--seeds 'one' should be whole numbers"),
+    ):
+        done = run(*arguments, "--out", tmp_path)
+        assert done.exit_code == 2 and not done.stdout
+        assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1

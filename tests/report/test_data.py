@@ -1,0 +1,144 @@
+"""What a page says is what the run's files and the model say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from fabricated import fabricate_run
+from helpers import tiny_model
+
+from open_mythos import tasks
+from open_mythos.diagnostics import trace
+from open_mythos.evaluation.summary import Evaluation
+from open_mythos.report import gather
+from open_mythos.report.example import MOST_CELLS, PROBLEMS, follow
+from open_mythos.tasks import pad
+from open_mythos.training import runs
+from open_mythos.training.recipes import configured
+
+
+@pytest.fixture
+def run(tmp_path):
+    fabricate_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_evaluation_and_training_curves_are_those_of_the_run(run):
+    found = gather(run)
+    grid = Evaluation.load(run).grids[0].to_dict()
+    assert {key: found["grid"][key] for key in grid} == grid
+    assert (found["grid"]["trained_difficulty"], found["grid"]["trained_loops"]) == (8, 4)
+    training = found["training"]
+    assert training["steps"] == [10, 20, 30, 40]
+    curves = {curve["title"]: curve["values"] for curve in training["curves"]}
+    assert curves["Loss"] == [0.2, 0.1, 2 / 30, 0.05]
+    assert "Norm of the gradient, before clipping" not in curves, "it was never finite"
+    assert ("loops that halting saves", "25%") in found["facts"]
+    assert found["facts"][0] == ("parameters", f"{sum(p.numel() for p in runs.load_model(run).parameters()):,}")
+
+
+def test_long_training_curves_are_thinned_and_keep_both_ends(run):
+    lines = [{"step": step, "loss": 1.0, "skipped": 0} for step in range(1, 2001)]
+    (run / runs.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = gather(run)["training"]["steps"]
+    assert len(steps) <= 601 and steps[0] == 1 and steps[-1] == 2000
+
+
+def test_what_the_run_lacks_is_measured_or_left_out(tmp_path):
+    cfg = fabricate_run(tmp_path / "run", evaluated=False)
+    (tmp_path / "run" / runs.METRICS).unlink()
+    found = gather(tmp_path / "run")
+    assert found["training"] is None and found["baselines"] is None
+    assert (found["grid"]["difficulties"], found["grid"]["loops"]) == (
+        cfg.evaluation.difficulties,
+        cfg.evaluation.loops,
+    )
+    assert not (tmp_path / "run" / runs.EVALUATION).exists(), "a report only reads"
+
+
+def test_bits_per_byte_stand_in_for_the_grid(run):
+    (run / runs.EVALUATION).write_text(json.dumps({"bits_per_byte": {"1": 2.5, "8": 2.0}}))
+    found = gather(run)
+    assert found["grid"] is None
+    assert (found["bits"]["loops"], found["bits"]["values"]) == ([1, 8], [2.5, 2.0])
+    assert ("bits per byte, 8 loops", "2.0000") in found["facts"]
+
+
+def test_comparison_is_found_in_the_run_and_beside_it(run):
+    (run.parent / "compare.json").write_text('{"seeds": [1]}')
+    assert gather(run)["baselines"]["seeds"] == [1]
+    (run / "compare.json").write_text('{"seeds": [2]}')
+    assert gather(run)["baselines"]["seeds"] == [2]
+    (run / "compare.json").write_text("{")
+    with pytest.raises(ValueError, match=r"compare\.json is not JSON"):
+        gather(run)
+
+
+def test_the_command_makes_the_same_config(run):
+    cfg = runs.training_config(run)
+    (command,) = gather(run)["commands"]
+    program, train, recipe, *assignments = command.split()
+    assert (program, train) == ("mythos", "train")
+    assert configured(recipe, assignments) == cfg
+
+
+def test_a_run_of_no_recipe_has_no_command(tmp_path):
+    fabricate_run(tmp_path / "run", recipe="mine")
+    found = gather(tmp_path / "run")
+    assert found["title"] == "mine: parity" and all(line.startswith("#") for line in found["commands"])
+
+
+def test_example_is_what_the_model_does():
+    model, task = tiny_model(vocab_size=3), tasks.load("parity")
+    example, experts = follow(model, task, 12, 4, seed=5)
+    problems = task.batch(PROBLEMS, 12, torch.Generator().manual_seed(5))
+    traced = trace(model, problems.ids, 4)
+    assert example["tokens"] == problems.ids[0].tolist() and example["targets"] == problems.targets[0].tolist()
+    assert example["used"] == traced.loops_used[0].tolist() and len(set(example["used"])) > 1
+    with torch.no_grad():
+        for loop, (predicted, percent) in enumerate(zip(example["predictions"], example["probability"], strict=True)):
+            probability = model(problems.ids[:1], n_loops=loop + 1)[0].softmax(-1)
+            assert predicted == probability.argmax(-1).tolist()
+            assert percent == pytest.approx((100 * probability.amax(-1)).tolist(), abs=0.51)
+    assert example["words"] == {token: task.vocab[token] for token in example["words"]} and {1, 2} <= set(
+        example["words"]
+    )
+    assert torch.tensor(example["change"]) == pytest.approx(traced.delta[:, 0], rel=1e-2, abs=1e-6)
+    assert torch.tensor(experts["share"]).sum(1) == pytest.approx(torch.ones(len(experts["share"])))
+    assert experts["share"][0] == pytest.approx((traced.expert_load[0] / traced.expert_load[0].sum()).tolist())
+
+
+def test_example_ends_where_all_have_halted():
+    example, _ = follow(tiny_model(vocab_size=3, gate_bias=9.0), tasks.load("parity"), 6, 4)
+    assert example["used"] == [1] * 6 and len(example["predictions"]) == len(example["gate"]) == 1
+    example, _ = follow(tiny_model(vocab_size=3, halting=False), tasks.load("parity"), 6, 4)
+    assert example["used"] == [4] * 6 and example["gate"] is None and not example["halting"]
+
+
+def test_positions_that_ask_nothing_and_padding_are_told_apart():
+    task = tasks.load("chain_sum")
+    example, _ = follow(tiny_model(), task, 4, 2)
+    assert example["targets"][:-1] == [None] * (len(example["tokens"]) - 1) and example["targets"][-1] is not None
+
+    class Padded(type(task)):
+        def batch(self, n, difficulty, generator=None):
+            problems = [super(Padded, self).batch(1, difficulty + (row > 0), generator) for row in range(n)]
+            return pad(problems)
+
+    example, _ = follow(tiny_model(), Padded(), 4, 2)
+    assert len(example["tokens"]) == task.length(4) == len(example["predictions"][0])
+
+
+def test_an_example_too_large_for_a_page_is_refused():
+    with pytest.raises(ValueError, match=rf"use --loops of at most {MOST_CELLS // 20}, or a lower --difficulty"):
+        follow(tiny_model(vocab_size=3), tasks.load("parity"), 20, MOST_CELLS)
+
+
+def test_default_example_is_harder_than_training_if_that_fits_a_screen(run):
+    assert gather(run)["example"]["difficulty"] == 16
+    cfg = runs.training_config(run)
+    cfg.evaluation.difficulties = [8, 500]
+    cfg.save(run / runs.MODEL / runs.TRAINING_FILE)
+    assert gather(run)["example"]["difficulty"] == cfg.task.max_difficulty

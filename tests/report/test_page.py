@@ -1,0 +1,123 @@
+"""The page is one file that needs nothing, runs nothing of the data, and draws itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from importlib.resources import files
+
+import pytest
+from fabricated import fabricate_run
+
+from open_mythos.report import gather, render
+from open_mythos.report.example import MOST_CELLS
+
+NODE, BROWSER = shutil.which("node"), shutil.which("chromium") or shutil.which("google-chrome")
+EVIL = "</script><script>alert(1)</script><!-- \u2028 $data & é"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "run"
+    fabricate_run(path, recipe=EVIL)
+    looped = {
+        "kind": "looped",
+        "loops": [1, 4, 8],
+        "mean": [[0.5, 0.9, 1]],
+        "low": [[0.4, 0.8, 1]],
+        "high": [[0.6, 1, 1]],
+    }
+    entry = {"parameters": 9, "training_flops": 1e9, "flops_per_token": [8.0], "mean": [0.5], "worst": [0.4]}
+    compared = {
+        "measure": "accuracy",
+        "unit": EVIL,
+        "seeds": [0, 1],
+        "difficulties": [8],
+        "trained_loops": 4,
+        "contenders": [looped, {"kind": EVIL, "loops": [4], "mean": [[0.7]]}],
+        "entries": [entry | {"name": EVIL}],
+        "verdicts": [EVIL],
+    }
+    (path / "compare.json").write_text(json.dumps(compared))
+    return gather(path)
+
+
+@pytest.fixture(scope="module")
+def page(data):
+    return render(data)
+
+
+def scripts(page):
+    return re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+
+
+def test_nothing_in_the_data_becomes_markup(data, page):
+    (attributes, embedded), (plain, _) = scripts(page)
+    assert "application/json" in attributes and plain == ""
+    assert json.loads(embedded) == json.loads(json.dumps(data)) and EVIL in data["title"]
+    assert "<title>&lt;/script&gt;&lt;script&gt;" in page and "alert(1)</script>" not in page
+    assert page.count("<!--") == 0 and "\u2028" not in page.partition("<style>")[2]
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    assert not re.search(r"\b(src|href)=|@import|url\(|fetch\(|import\(", page)
+    assert set(re.findall(r"https?://[^\"'\s]*", page)) == {"http://www.w3.org/2000/svg"}, "an SVG name, never fetched"
+    assert "default-src 'none'" in page
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    fabricate_run(tmp_path / "run")
+    assert render(gather(tmp_path / "run")) == render(gather(tmp_path / "run"))
+
+
+def test_the_largest_page_stays_below_two_megabytes(data):
+    loops = 60
+    positions = MOST_CELLS // loops
+    whole, decimal = [[100] * positions] * loops, [[0.00123] * positions] * loops
+    example = {"predictions": whole, "probability": whole, "change": decimal, "gate": whole}
+    assert len(render({**data, "example": data["example"] | example}).encode()) < 2_000_000
+
+
+def test_numbers_that_json_lacks_are_refused(data):
+    with pytest.raises(ValueError):
+        render({**data, "facts": [float("nan")]})
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_drawing_helpers():
+    source = files("open_mythos.report").joinpath("charts.js").read_text()
+    asked = """
+    console.log(JSON.stringify([
+      niceTicks(0, 1, 5), logTicks(0.02, 0.3), logTicks(1e-4, 10), thinned([1, 2, 3, 4], (v) => 10 * v, 20),
+      runs([1, null, 2, 3], isNumber), heatColour(0), heatColour(1), heatColour(9), digits(1234.5678), digits(null),
+      digits(2e-5), percent(0.9996), inkOn([0, 34, 78]), inkOn([254, 232, 56]),
+    ]));"""
+    done = subprocess.run([NODE, "-e", "const document = {};" + source + asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        [0, 0.2, 0.4, 0.6, 0.8, 1], [0.02, 0.05, 0.1, 0.2], [1e-4, 1e-3, 0.01, 0.1, 1, 10], [2, 4],
+        [[0], [2, 3]], [0, 34, 78], [254, 232, 56], [254, 232, 56], "1235", "–",
+        "2.00e-5", "100.0%", "#ffffff", "#10131a",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+def test_a_browser_draws_every_section_and_follows_the_keys(page, tmp_path):
+    press = """<script>
+    const say = (key) => document.querySelector("#example [role=group][tabindex]").dispatchEvent(
+      new KeyboardEvent("keydown", { key, bubbles: true }));
+    document.title = "loop " + document.querySelector("#example input").value;
+    ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"].forEach(say);
+    document.title += ", then " + document.querySelector("#example output").textContent;
+    </script></body>"""
+    (tmp_path / "page.html").write_text(page.replace("</body>", press), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = ["--virtual-time-budget=2000", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    done = subprocess.run(command + options, capture_output=True, text=True, timeout=120)
+    drawn = done.stdout
+    assert "<title>loop 1, then loop 3 of " in drawn
+    assert len(re.findall(r"<section[^>]*hidden", drawn)) == 0
+    assert drawn.count("<canvas") == 2 and drawn.count("<polyline") >= 8
+    assert '<h1 id="title">&lt;/script&gt;&lt;script&gt;alert(1)' in drawn

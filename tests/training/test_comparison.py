@@ -1,0 +1,119 @@
+"""Three models of the same data and steps; what is said of them follows from the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from open_mythos.diagnostics import flops_per_token, parameters
+from open_mythos.training import compare as module
+from open_mythos.training import runs
+from open_mythos.training.compare import KINDS, Comparison, Contender, compare
+from open_mythos.training.fit import load_evaluation
+from open_mythos.training.recipes import configured
+
+TINY = [
+    "steps=4", "batch_size=4", "gate.steps=0", "optim.lr=0.03", "optim.ema=0", "optim.warmup=0",
+    "loops.maximum=3", "model.max_loop_iters=3",
+    "evaluation.difficulties=4,6", "evaluation.loops=1,6", "evaluation.examples=8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    cfg = configured("debug", TINY)
+    return cfg, out, compare(cfg, out, seeds=[0, 1])
+
+
+def test_three_kinds_of_the_same_data_and_steps(compared):
+    cfg, out, found = compared
+    assert [contender.kind for contender in found.contenders] == list(KINDS)
+    assert [contender.loops for contender in found.contenders] == [[1, 3, 6], [1], [3]]
+    for kind in KINDS:
+        for seed in (0, 1):
+            own = runs.training_config(out / f"{kind}-seed{seed}")
+            assert (own.kind, own.seed, own.steps, own.task) == (kind, seed, cfg.steps, cfg.task)
+    assert json.loads((out / "compare.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+
+
+def test_numbers_are_those_of_the_runs(compared):
+    cfg, out, found = compared
+    looped, single, unrolled = found.contenders
+    grids = [load_evaluation(out / f"looped-seed{seed}").grids[0].accuracy for seed in (0, 1)]
+    np.testing.assert_allclose(looped.mean, (grids[0] + grids[1]) / 2)
+    np.testing.assert_array_equal(looped.worst, grids[0].minimum(grids[1]))
+    assert not np.array_equal(looped.mean, looped.worst), "the seeds differ, or this test says nothing"
+    assert looped.parameters == single.parameters == parameters(cfg.model).total < unrolled.parameters
+    assert single.training_flops < looped.training_flops < unrolled.training_flops
+    assert unrolled.flops_per_token[0] == [flops_per_token(cfg.model, 3, 2)]  # of 4 tokens, one sees 2 on average
+    assert looped.flops_per_token[1] == [flops_per_token(cfg.model, n, 3) for n in (1, 3, 6)]
+
+
+def test_runs_that_have_ended_are_not_run_again_and_a_stopped_one_goes_on(compared, monkeypatch):
+    cfg, out, found = compared
+    (out / "single-seed1" / runs.EVALUATION).unlink()
+    ran, fit = [], module.fit
+    monkeypatch.setattr(module, "fit", lambda *inputs: ran.append(inputs[1:3]) or fit(*inputs))
+    again = compare(cfg, out, seeds=[0, 1])
+    assert ran == [(out / "single-seed1", "auto")]
+    assert again.to_dict() == found.to_dict()
+
+
+def test_other_settings_are_refused(compared):
+    cfg, out, _ = compared
+    with pytest.raises(ValueError, match=r"batch_size was 4 and is 8.*another --out"):
+        compare(dataclasses.replace(cfg, batch_size=8), out, seeds=[0])
+    with pytest.raises(ValueError, match="at least one"):
+        compare(cfg, out, seeds=[])
+
+
+def test_text_is_compared_by_bits_per_byte(tmp_path, monkeypatch):
+    bits = {"looped": {1: 3.0, 3: 2.0, 6: 2.1}, "single": {1: 2.5}, "unrolled": {3: 2.103}}
+    monkeypatch.setattr(module, "fit", lambda *inputs: None)
+    monkeypatch.setattr(module, "load_evaluation", lambda run: bits[run.name.partition("-")[0]])
+    found = compare(configured("debug", TINY), tmp_path, seeds=[0])
+    assert found.measure == "bits per byte" and found.difficulties == [4]
+    assert found.contenders[0].mean == found.contenders[0].worst == [[3.0, 2.0, 2.1]]
+    (line,) = found.verdicts()
+    assert "no real difference between looped, 6 loops 2.1000 and unrolled 2.1030." in line
+    assert line.endswith("looped, 3 loops 2.0000 is ahead of unrolled 2.1030.")
+
+
+def made(looped, single, unrolled, worst=0.0):
+    """A comparison at one difficulty; ``looped`` at 4 loops, as many as the unrolled model has, and at 8."""
+
+    def contender(kind, loops, means):
+        cost = [[1.0] * len(loops)]
+        return Contender(kind, loops, 1, 1.0, cost, [means], [[mean - worst for mean in means]], [means], [means])
+
+    contenders = [contender("looped", [4, 8], looped), contender("single", [1], [single])]
+    contenders.append(contender("unrolled", [4], [unrolled]))
+    return Comparison("parity", "bits", "accuracy", [24], 24, 4, [0, 1], contenders)
+
+
+def test_verdict_names_the_best_whoever_it_is():
+    (line,) = made([0.7, 0.9], 0.6, 0.8).verdicts()
+    assert line == (
+        "24 bits: looped, 8 loops 90.0% is ahead of unrolled 80.0%. "
+        "With as many operations as the unrolled model: unrolled 80.0% is ahead of looped, 4 loops 70.0%."
+    )
+    assert "24 bits: single 95.0% is ahead of looped, 8 loops 90.0%." in made([0.7, 0.9], 0.95, 0.8).verdicts()[0]
+
+
+def test_verdict_is_careful():
+    assert (
+        "no real difference between unrolled 90.4% and looped, 8 loops 90.0%."
+        in made([0.7, 0.9], 0.5, 0.904).verdicts()[0]
+    )
+    assert "on average, but not in its worst seed." in made([0.7, 0.9], 0.6, 0.85, worst=0.1).verdicts()[0]
+
+
+def test_entries_and_curves():
+    found = made([0.7, 0.9], 0.6, 0.8)
+    assert [entry.name for entry in found.entries()] == ["looped, 8 loops", "looped, 4 loops", "single", "unrolled"]
+    assert [entry.mean for entry in found.entries()] == [[0.9], [0.7], [0.6], [0.8]]
+    assert found.curves(24) == {"looped": {4: 0.7, 8: 0.9}, "single": {1: 0.6}, "unrolled": {4: 0.8}}
