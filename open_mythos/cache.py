@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ def loop_slot(loop: int) -> str:
     return f"recurrent_loop_{loop}"
 
 
-def coda_slot(layer: int) -> str:
-    return f"coda_{layer}"
+def coda_slot(layer: int, loop: int | None = None) -> str:
+    """The slot of a coda layer; with ``loop``, of what it made of the states after that loop, for an exit to read."""
+    return f"coda_{layer}" if loop is None else f"coda_{layer}_loop_{loop}"
 
 
 class CacheSlot:
@@ -119,6 +121,10 @@ class _DictSlot:
     def __init__(self, cache: dict[str, Any], name: str) -> None:
         self._cache, self._name = cache, name
 
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        return self._cache[self._name]
+
     def update(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         old = self._cache.get(self._name)
         rows = new if old is None else {name: torch.cat([old[name], rows], 1) for name, rows in new.items()}
@@ -157,6 +163,17 @@ class DictCache:
 
 
 Cache = KVCache | DictCache
+
+
+def repeat_rows(cache: Cache, names: list[str], past: int) -> None:
+    """Give each of the slots ``names`` that got nothing after ``past`` tokens what the slot before it got.
+
+    They are those of loops that no position needed any more: what there was to read did not change from then on.
+    """
+    lengths = cache.lengths()
+    for before, name in pairwise(names):
+        if lengths.get(name, 0) <= past:
+            cache.slot(name).update({key: rows[:, past:] for key, rows in cache.slot(before).rows.items()})
 
 
 def as_cache(kv_cache: KVCache | DictCache | dict[str, Any] | None) -> Cache | None:

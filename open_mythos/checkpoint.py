@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SHIPPED = Path(__file__).parent / "pretrained"
 _TIED = "head.weight"  # the same tensor as embed.weight, so not stored
 
 
@@ -38,17 +39,28 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     partial.replace(directory / CONFIG_FILE)
 
 
-def load(cls: type[OpenMythos], directory: str | Path) -> OpenMythos:
-    """Build the model saved in ``directory``, in eval mode, in the dtype it was saved in.
+def shipped() -> list[str]:
+    """Names of the trained models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS_FILE}"))
+
+
+def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
+    """Build a saved model, in eval mode, in the dtype it was saved in.
+
+    Args:
+        cls: its class.
+        source: the directory it was saved in, or one of the names that :func:`shipped` gives.
 
     Raises:
         CheckpointError: naming the file at fault.
     """
-    directory = Path(directory)
+    directory = Path(source)
+    if not directory.exists() and str(source) in shipped():
+        directory = SHIPPED / source
     config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise CheckpointError(f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}")
     try:
         cfg = MythosConfig.load(config_path)
     except ValueError as error:
@@ -69,6 +81,10 @@ def load(cls: type[OpenMythos], directory: str | Path) -> OpenMythos:
         raise CheckpointError(f"{weights_path} does not fit {config_path}: {error}") from error
     assert missing == [_TIED] and not unexpected, (missing, unexpected)
     return model.eval()
+
+
+def _names() -> str:
+    return f", or be the name of a shipped model: {', '.join(shipped())}" if shipped() else ""
 
 
 def _check_names(path: Path, expected: set[str], found: set[str]) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import checkpoint
-from open_mythos.cache import Cache, KVCache, as_cache, coda_slot, loop_slot, prelude_slot
+from open_mythos.cache import Cache, KVCache, as_cache, coda_slot, loop_slot, prelude_slot, repeat_rows
 from open_mythos.config import MythosConfig
 from open_mythos.generation.generate import check_ids, generate, stream
 from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.nn.recurrent import LoopState, RecurrentBlock, check_n_loops
+from open_mythos.nn.recurrent import Readout, RecurrentBlock, check_n_loops
 from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.rope import rope_table
 
@@ -53,6 +54,7 @@ class OpenMythos(nn.Module):
         kv_cache: KVCache | dict[str, Any] | None = None,
         start_pos: int | None = None,
         attention_mask: Tensor | None = None,
+        exit: Exit | None = None,
     ) -> Tensor:
         """Logits for the next token at every position.
 
@@ -64,6 +66,8 @@ class OpenMythos(nn.Module):
                 without a cache, to start later than 0.
             attention_mask: (B, T) for these tokens or (B, past + T) for all, 0 at padding, which stands on the left
                 or the right of a row. A padded row gives the logits that it gives alone; those at padding mean nothing.
+            exit: when a position stops looping, from :mod:`open_mythos.nn.exits`; eval mode only. With None, when the
+                gate says so if ``cfg.halting``, else after the last loop. Calls that share a cache share the exit.
 
         Returns:
             (B, T, vocab_size).
@@ -71,7 +75,7 @@ class OpenMythos(nn.Module):
         Raises:
             ValueError: for input that does not fit; nothing has been written to the cache then.
         """
-        return self.head(self.hidden(input_ids, n_loops, kv_cache, start_pos, attention_mask))
+        return self.head(self.hidden(input_ids, n_loops, kv_cache, start_pos, attention_mask, exit))
 
     def hidden(
         self,
@@ -80,12 +84,22 @@ class OpenMythos(nn.Module):
         kv_cache: KVCache | dict[str, Any] | None = None,
         start_pos: int | None = None,
         attention_mask: Tensor | None = None,
+        exit: Exit | None = None,
     ) -> Tensor:
         """What the head reads, (B, T, dim); arguments as :meth:`forward`."""
         n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         cache = as_cache(kv_cache)
+        exit = self.recurrent.choose_exit(exit)
+        predicting = cache if exit is not None and exit.needs_predictions else None
+        past = cache.length if cache is not None else 0
+        if predicting is not None:
+            self._check_predictions(predicting, past, exit)
         e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops)
-        h = self.recurrent(self.first_state(e), e, freqs, mask, n_loops, cache)
+        readout = self._readout(freqs, mask, cache)
+        h = self.recurrent(self.first_state(e), e, freqs, mask, n_loops, cache, exit, readout)
+        if predicting is not None:
+            for layer in range(len(self.coda)):
+                repeat_rows(predicting, [coda_slot(layer, loop) for loop in range(n_loops)], past)
         return self.decode(h, freqs, mask, cache)
 
     def encode(
@@ -125,26 +139,36 @@ class OpenMythos(nn.Module):
             return torch.randn_like(e) * e.ne(0).any(-1, keepdim=True)
         return torch.zeros_like(e)
 
-    def decode(self, h: Tensor, freqs: Tensor, mask: CausalMask, cache: Cache | None = None) -> Tensor:
-        """Run the coda and the last norm on a state: (B, T, dim), ready for the head."""
+    def decode(
+        self, h: Tensor, freqs: Tensor, mask: CausalMask, cache: Cache | None = None, loop: int | None = None
+    ) -> Tensor:
+        """Run the coda and the last norm on a state: (B, T, dim), ready for the head.
+
+        ``loop`` is for states that are not the last: what each loop's states give the coda is cached apart.
+        """
         for layer, block in enumerate(self.coda):
-            h = block(h, freqs, mask, cache, coda_slot(layer))
+            h = block(h, freqs, mask, cache, coda_slot(layer, loop))
         h = self.norm(h)
         return h if mask.valid is None else h.masked_fill(~mask.valid[:, -h.shape[1] :].unsqueeze(-1), 0)
 
+    def _readout(self, freqs: Tensor, mask: CausalMask, cache: Cache | None = None) -> Readout:
+        """How exits read predictions from the states after a loop."""
+        return lambda h, loop: self.head(self.decode(h, freqs, mask, cache, loop))
+
     def iterate(
-        self, input_ids: Tensor, n_loops: int | None = None, **inputs: Any
+        self, input_ids: Tensor, n_loops: int | None = None, exit: Exit | None = None, **inputs: Any
     ) -> Iterator[tuple[LoopState, Tensor]]:
         """After every loop, what happened in it and the logits (B, T, vocab_size) if it were the last.
 
         Args:
             input_ids: (B, T).
-            n_loops: as :meth:`forward`.
+            n_loops, exit: as :meth:`forward`.
             inputs: ``start_pos`` and ``attention_mask``, as :meth:`forward`.
         """
         e, freqs, mask = self.encode(input_ids, **inputs)
-        for state in self.recurrent.iterate(self.first_state(e), e, freqs, mask, n_loops):
-            yield state, self.head(self.decode(state.h, freqs, mask))
+        readout = self._readout(freqs, mask)
+        for state in self.recurrent.iterate(self.first_state(e), e, freqs, mask, n_loops, exit=exit, readout=readout):
+            yield state, readout(state.h, state.loop) if state.logits is None else state.logits
 
     def _checked(
         self, input_ids: Tensor, cache: Cache | None, start_pos: int | None, attention_mask: Tensor | None, n_loops: int
@@ -185,6 +209,14 @@ class OpenMythos(nn.Module):
                     f"n_loops={n_loops}, but loop {loop + 1} of the cache holds {held} of its {past} tokens; "
                     f"use n_loops of at most {loop}, or fill a new cache with {n_loops} loops"
                 )
+
+    def _check_predictions(self, cache: Cache, past: int, exit: Exit | None) -> None:
+        lengths = cache.lengths()
+        if past and self.coda and lengths.get(coda_slot(0, 0), 0) != past:
+            raise ValueError(
+                f"exit={exit} reads predictions, and the cache lacks those of its {past} tokens; give the exit from "
+                f"the first call on, or start a new cache"
+            )
 
     def _valid(self, attention_mask: Tensor | None, B: int, T: int, past: int, cache: Cache | None) -> Tensor | None:
         known = cache.valid if cache is not None else None
@@ -227,6 +259,7 @@ class OpenMythos(nn.Module):
         eos_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        exit: Exit | None = None,
     ) -> Tensor:
         """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
 
@@ -238,6 +271,7 @@ class OpenMythos(nn.Module):
             eos_token_id: a row that produced it repeats it from then on.
             attention_mask: (B, T), 0 at padding.
             generator: random state to draw from.
+            exit: when a position stops looping; see :meth:`forward`.
 
         Returns:
             (B, T + max_new_tokens).
@@ -248,7 +282,7 @@ class OpenMythos(nn.Module):
         sampling = Sampling(temperature, top_k, top_p, min_p)
         return generate(
             self, input_ids, max_new_tokens, eos_token_id, n_loops=n_loops, sampling=sampling,
-            attention_mask=attention_mask, generator=generator,
+            attention_mask=attention_mask, generator=generator, exit=exit,
         )  # fmt: skip
 
     def stream(
@@ -263,10 +297,11 @@ class OpenMythos(nn.Module):
         eos_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        exit: Exit | None = None,
     ) -> Iterator[Tensor]:
         """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
         sampling = Sampling(temperature, top_k, top_p, min_p)
-        return stream(self, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator)
+        return stream(self, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator, exit)
 
     # -- files
 
@@ -275,6 +310,9 @@ class OpenMythos(nn.Module):
         checkpoint.save(self, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> OpenMythos:
-        """The model that :meth:`save_pretrained` wrote, in eval mode; see :func:`open_mythos.checkpoint.load`."""
-        return checkpoint.load(cls, directory)
+    def from_pretrained(cls, source: str | Path) -> OpenMythos:
+        """A model that :meth:`save_pretrained` wrote, or one that comes with the package, by its name, in eval mode.
+
+        See :func:`open_mythos.checkpoint.load`.
+        """
+        return checkpoint.load(cls, source)

@@ -1,4 +1,5 @@
-"""The ``mythos`` command. Each subcommand is a function of its own name in a module of that name.
+"""The ``mythos`` command. Each subcommand is a function of its own name (``train-gate``: ``train_gate``) in a module of
+that name.
 
 A subcommand's module is imported when it is run, so that ``mythos --help`` waits for neither torch nor matplotlib.
 """
@@ -15,6 +16,11 @@ from open_mythos import __version__
 
 COMMANDS = {
     "demo": "Train a small model and watch depth pay.",
+    "train": "Train a model by a recipe, and measure it.",
+    "train-gate": "Teach a trained model when to stop, and leave it as it is otherwise.",
+    "eval": "Accuracy over difficulty and loops, and what depth does.",
+    "report": "One page about a run: curves, and every loop of an example.",
+    "compare": "Train a model and two that do not loop, and see who wins.",
     "info": "What a variant or a checkpoint costs: parameters, arithmetic, cache.",
     "diagnose": "Look inside a checkpoint, loop by loop.",
 }
@@ -26,7 +32,8 @@ class LazyCommand(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
         single = typer.Typer(add_completion=False)
-        single.command(self.name)(getattr(import_module(f"{__name__}.{self.name}"), self.name))
+        python_name = self.name.replace("-", "_")
+        single.command(self.name)(getattr(import_module(f"{__name__}.{python_name}"), python_name))
         return typer.main.get_command(single).make_context(info_name, args, parent, **extra)
 
 

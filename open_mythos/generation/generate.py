@@ -11,6 +11,7 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache
 from open_mythos.generation.sampling import Sampling
+from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.recurrent import check_n_loops
 
@@ -30,6 +31,7 @@ def stream(
     eos_token_id: int | None = None,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    exit: Exit | None = None,
 ) -> Iterator[Tensor]:
     """New tokens as they are made, (B,) at a time; ends early once every row has produced ``eos_token_id``.
 
@@ -42,6 +44,7 @@ def stream(
         eos_token_id: a row that produced it repeats it from then on.
         attention_mask: (B, T), 0 at padding.
         generator: random state to draw from; on the model's device.
+        exit: when a position stops looping; see :meth:`OpenMythos.forward`.
 
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
@@ -51,7 +54,7 @@ def stream(
     n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
     if attention_mask is not None and attention_mask.bool().int().diff(dim=1).lt(0).any():
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
-    return _tokens(model, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator)
+    return _tokens(model, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator, exit)
 
 
 def _tokens(
@@ -63,13 +66,14 @@ def _tokens(
     eos_token_id: int | None,
     attention_mask: Tensor | None,
     generator: torch.Generator | None,
+    exit: Exit | None,
 ) -> Iterator[Tensor]:
     cache = KVCache()
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     tokens, mask = input_ids, attention_mask
     for _ in range(max_new_tokens):
         with eval_mode(model), torch.no_grad():
-            last = model.hidden(tokens, n_loops, cache, attention_mask=mask)[:, -1]
+            last = model.hidden(tokens, n_loops, cache, attention_mask=mask, exit=exit)[:, -1]
             new = sampling.draw(model.head(last), generator)
         if eos_token_id is not None:
             new = torch.where(done, eos_token_id, new)

@@ -1,4 +1,4 @@
-"""Adaptive halting: which positions have finished thinking."""
+"""The halting gate: which positions have finished thinking, and how it learns to say so."""
 
 from __future__ import annotations
 
@@ -28,54 +28,56 @@ class ACTHalting(nn.Module):
         self.hidden = Linear(dim, min(dim, 256), std=std)
         self.halt = nn.Linear(min(dim, 256), 1)
         self.std = std
+        self.reset()
+
+    def reset(self) -> None:
+        """Treat all states alike again; the hidden layer keeps what it has learned to see."""
         nn.init.zeros_(self.halt.weight)
-        nn.init.constant_(self.halt.bias, _START * std)
+        nn.init.constant_(self.halt.bias, _START * self.std)
 
     def forward(self, h: Tensor) -> Tensor:
         found = F.silu(self.hidden(rms_normalise(h))) * self.halt.in_features**-0.5
         return (self.halt(found).squeeze(-1) / self.std).sigmoid()
 
 
-class HaltingState:
-    """Which of the (B, T) positions still run, after Graves 2016 (arXiv:1603.08983).
-
-    A position halts after the loop at which the sum of its probabilities reaches the threshold. Its output is its
-    state at that loop, not Graves' mean over loops, which ties a model to its trained depth: the halting weights
-    are one for that loop and zero for the others, and at the last loop whatever still runs is taken.
-
-    Args:
-        running: (B, T) bool, False for positions that never run (padding).
-        threshold: in (0, 1].
-    """
-
-    def __init__(self, running: Tensor, threshold: float) -> None:
-        self.running = running
-        self.threshold = threshold
-        self.mass = torch.zeros(running.shape, device=running.device)
-
-    def update(self, probability: Tensor) -> None:
-        """Account for the gate's ``probability`` (B, T) after a loop."""
-        self.mass = self.mass + torch.where(self.running, probability.detach().float(), 0.0)
-        self.running = self.running & (self.mass < self.threshold)
+def from_here_on(holds: Tensor) -> Tensor:
+    """Where (loops, ...) bool holds at this loop and at every later one."""
+    return holds.flip(0).cumprod(0).flip(0).bool()
 
 
-def settled(states: Tensor, tolerance: float) -> Tensor:
+def settled(states: Tensor, tolerance: float, end: Tensor | None = None) -> Tensor:
     """Which states are final: from that loop on, never further than ``tolerance`` from where the position ends.
 
     Args:
         states: (loops, B, T, dim), one after each loop.
-        tolerance: distance relative to the norm of the last state.
+        tolerance: distance relative to the norm of ``end``.
+        end: (B, T, dim), where they end; the last of ``states`` if None.
 
     Returns:
         (loops, B, T) bool, once True then True.
     """
-    end = states[-1].float()
-    near = (states.float() - end).norm(dim=-1) <= tolerance * end.norm(dim=-1)
-    return near.flip(0).cumprod(0).flip(0).bool()
+    end = (states[-1] if end is None else end).float()
+    return from_here_on((states.float() - end).norm(dim=-1) <= tolerance * end.norm(dim=-1))
+
+
+def surprise(probability: Tensor, may_stop: Tensor, caution: float) -> Tensor:
+    """Cross-entropy of the gate, ``caution`` times as dear where it should not stop as where it may.
+
+    Args:
+        probability: what the gate says, any shape.
+        may_stop: bool, what it should say, as ``probability``.
+        caution: above 0.
+
+    Returns:
+        As ``probability``, float32.
+    """
+    p = probability.float().clamp(1e-6, 1 - 1e-6)
+    # Written out, since F.binary_cross_entropy refuses to run under CUDA autocast.
+    return -torch.where(may_stop, p.log(), caution * (1 - p).log())
 
 
 def gate_loss(act: nn.Module, states: Tensor, live: Tensor, tolerance: float) -> Tensor:
-    """Cross-entropy of the gate against :func:`settled`, on states without their history: a scalar.
+    """:func:`surprise` of the gate against :func:`settled`, on states without their history: a scalar.
 
     Args:
         act: the gate.
@@ -83,12 +85,11 @@ def gate_loss(act: nn.Module, states: Tensor, live: Tensor, tolerance: float) ->
         live: (B, T) bool, False at padding.
         tolerance: see :func:`settled`.
     """
-    known = states[:-1].detach()  # whether the last has settled is not known
-    target = settled(states.detach(), tolerance)[:-1].float()
-    probability = act(known.flatten(0, 1)).view_as(target).float().clamp(1e-6, 1 - 1e-6)
-    # Written out, since F.binary_cross_entropy refuses to run under CUDA autocast.
-    surprise = -(target * probability.log() + _CAUTION * (1 - target) * (1 - probability).log())
-    return (surprise * live).sum() / (live.sum() * len(known)).clamp(min=1)
+    states = states.detach()
+    known = states[:-1]  # whether the last has settled is not known
+    probability = act(known.flatten(0, 1)).view(known.shape[:-1])
+    losses = surprise(probability, settled(states, tolerance)[:-1], _CAUTION)
+    return (losses * live).sum() / (live.sum() * len(known)).clamp(min=1)
 
 
 class _WithLoss(torch.autograd.Function):

@@ -35,6 +35,7 @@ class MoEFFN(nn.Module):
 
     router_bias: Tensor
     expert_load: Tensor
+    _counted_with: Tensor | None
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -45,7 +46,8 @@ class MoEFFN(nn.Module):
         self.shared = Expert(cfg.dim, cfg.shared_dim, std=cfg.weight_std) if cfg.n_shared_experts else None
         self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
         self.register_buffer("expert_load", torch.zeros(cfg.n_experts, dtype=torch.int64))
-        self._counted_with: Tensor | None = None  # the router's weights that the count belongs to
+        # The router's weights that the count belongs to. A buffer, so that whoever stops and goes on can keep it too.
+        self.register_buffer("_counted_with", None, persistent=False)
         self.gate_up_scale = fan_in_scale(cfg.dim, 1.0, cfg.weight_std)
         self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(1), cfg.weight_std)
         self.reset_parameters()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from open_mythos.cache import Cache, as_cache, loop_slot
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.halting import ACTHalting, HaltingState, gate_loss, with_loss
+from open_mythos.nn.exits import Exit, Gate, LoopState
+from open_mythos.nn.halting import ACTHalting, gate_loss, with_loss
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.modes import eval_mode
@@ -29,29 +29,16 @@ _EXPLORED = 8  # one row in so many of a training batch is also run to full dept
 _GATE_WEIGHT = 0.02  # Adam does not mind, and gradient clipping then barely notices the gate
 
 
-@dataclass
-class LoopState:
-    """What there is to see after one loop.
-
-    Attributes:
-        loop: number of the loop, from 0.
-        h: (B, T, dim) state after it.
-        ran: (B, T) bool, the positions that this loop computed.
-        halting: (B, T) probability that the gate gives ``h``; None in training, when nothing halts.
-    """
-
-    loop: int
-    h: Tensor
-    ran: Tensor
-    halting: Tensor | None
+Readout = Callable[[Tensor, int], Tensor]
+"""From the states (B, T, dim) after a loop, and its number, to predictions (B, T, vocab_size)."""
 
 
 class RecurrentBlock(nn.Module):
     """``h <- norm(A h + B e + Transformer(A h + B e))``, ``n_loops`` times with the same weights.
 
     ``Transformer`` is what the block's attention and experts add to their residual stream. In training every
-    position runs every loop. In eval mode, with ``cfg.halting``, a position stops when its gate says so: its state
-    stays, it is no longer computed, and others go on reading its last keys and values.
+    position runs every loop. In eval mode a position stops when an exit says so, which is the gate with
+    ``cfg.halting``: its state stays, it is no longer computed, and others go on reading its last keys and values.
 
     Args:
         cfg: the model's config.
@@ -74,6 +61,8 @@ class RecurrentBlock(nn.Module):
         mask: CausalMask | None = None,
         n_loops: int | None = None,
         kv_cache: Cache | dict[str, Any] | None = None,
+        exit: Exit | None = None,
+        readout: Readout | None = None,
     ) -> Tensor:
         """Run the loops.
 
@@ -84,16 +73,21 @@ class RecurrentBlock(nn.Module):
             mask: who sees whom; plain causal if None.
             n_loops: at least 1; ``cfg.max_loop_iters`` if None.
             kv_cache: one slot per loop.
+            exit: when a position stops; with None, when the gate says so if ``cfg.halting``, else after the last loop.
+            readout: predictions from states, called after every loop for an exit that needs them, and else never.
 
         Returns:
             (B, T, dim): each position's state at the loop where it halted, or after the last.
+
+        Raises:
+            ValueError: for an exit in training mode, or one that needs a readout and has none.
         """
         loss = None
         if self.training and isinstance(self.block.ffn, MoEFFN):
             self.block.ffn.update_bias()  # before any loop of this step, explored ones and a compiled block's too
         if self.training and torch.is_grad_enabled() and kv_cache is None:
             h, loss = self._explore(h, e, freqs, mask)
-        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache):
+        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache, exit, readout):
             h = state.h
         return h if loss is None else with_loss(h, _GATE_WEIGHT * loss)
 
@@ -140,19 +134,32 @@ class RecurrentBlock(nn.Module):
         mask: CausalMask | None = None,
         n_loops: int | None = None,
         kv_cache: Cache | dict[str, Any] | None = None,
+        exit: Exit | None = None,
+        readout: Readout | None = None,
     ) -> Iterator[LoopState]:
         """As :meth:`forward`, handing out the state after every loop; ends early when all positions have halted."""
         n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
+        exit = self.choose_exit(exit)
+        if exit is not None and exit.needs_predictions and readout is None:
+            raise ValueError(f"exit={exit} reads predictions; give it to the model, or a readout to the block")
         cache = as_cache(kv_cache)
         B, T, _ = e.shape
         past = cache.lengths().get(loop_slot(0), 0) if cache is not None else 0
         freqs = rope_rows(freqs, past, T)
         mask = mask or CausalMask(T, past + T)
         live = mask.valid[:, -T:] if mask.valid is not None else torch.ones(B, T, dtype=torch.bool, device=e.device)
-        if self.training or not self.cfg.halting:
+        if exit is None:
             yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)
         else:
-            yield from self._running_positions(h, e, freqs, mask, n_loops, cache, live)
+            yield from self._running_positions(h, e, freqs, mask, n_loops, cache, live, exit, readout)
+
+    def choose_exit(self, exit: Exit | None) -> Exit | None:
+        """``exit``, or for None the gate if ``cfg.halting``; None in training. ValueError for an exit in training."""
+        if exit is None:
+            return Gate(self.cfg.act_threshold) if self.cfg.halting and not self.training else None
+        if self.training:
+            raise ValueError(f"exit={exit} in training mode, where every position runs every loop; call eval() first")
+        return exit
 
     def step(
         self,
@@ -184,22 +191,33 @@ class RecurrentBlock(nn.Module):
             yield LoopState(loop, h, live, None if self.training else self.act(h))
 
     def _running_positions(
-        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, cache: Cache | None, live: Tensor
+        self,
+        h: Tensor,
+        e: Tensor,
+        freqs: Tensor,
+        mask: CausalMask,
+        n_loops: int,
+        cache: Cache | None,
+        live: Tensor,
+        exit: Exit,
+        readout: Readout | None,
     ) -> Iterator[LoopState]:
-        halting = HaltingState(live, self.cfg.act_threshold)
+        carried, running = exit.init(h), live
         freqs = freqs.expand(len(e), *freqs.shape[-3:])
         active = ActiveTokens(torch.ones_like(live))  # padding runs the first loop, so that every position has rows
         for loop in range(n_loops):
             if loop:
-                active = ActiveTokens(halting.running, active.rows)
+                active = ActiveTokens(running, active.rows)
             if len(active) == 0:
                 break
             e_N, freqs_N = active.gather(e), active.gather(freqs)
             h_N = self.step(active.gather(h), e_N, loop, freqs_N, active.mask(mask), cache, active)
             h = active.scatter(h_N, into=h)
-            probability = self.act(h)
-            yield LoopState(loop, h, active.running & live, probability)
-            halting.update(probability)
+            logits = readout(h, loop) if readout is not None and exit.needs_predictions else None
+            state = LoopState(loop, h, running, self.act(h), logits)
+            yield state
+            stops, carried = exit.check(carried, state)
+            running = running & ~stops
         if cache is not None:
             first_idle = loop if len(active) == 0 else n_loops
             for idle in range(first_idle, n_loops):

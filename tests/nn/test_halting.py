@@ -1,16 +1,28 @@
-"""The gate, and who runs after it has spoken, against the plain formula."""
+"""The gate, and the exit that adds up what it says, against the plain formula."""
 
 import pytest
 import torch
 from helpers import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from open_mythos.nn.halting import ACTHalting, HaltingState
+from open_mythos.nn.exits import Gate, LoopState
+from open_mythos.nn.halting import ACTHalting
 from open_mythos.ops import reference
 
 four = st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.5, 0.9, 0.99, 1.0]), min_size=4, max_size=4)
 probabilities = st.lists(four, min_size=1, max_size=8)
+
+
+def decisions(gate: Gate, p: Tensor) -> Tensor:
+    """(loops, B, T) whether the gate lets go at each loop, of probabilities (loops, B, T)."""
+    carried, found = gate.init(torch.zeros(*p.shape[1:], 2)), []
+    for loop, row in enumerate(p):
+        state = LoopState(loop, torch.zeros(*row.shape, 2), torch.ones_like(row, dtype=torch.bool), row)
+        stops, carried = gate.check(carried, state)
+        found.append(stops)
+    return torch.stack(found)
 
 
 def test_the_gate_is_a_probability_for_each_position():
@@ -37,35 +49,33 @@ def test_weights_sum_to_one_for_every_number_of_loops(table, threshold):
 
 
 @given(probabilities, st.floats(0.05, 1.0))
-def test_halting_state_is_the_plain_formula(table, threshold):
+def test_the_exit_is_the_plain_formula(table, threshold):
     p = torch.tensor(table).unsqueeze(1)
     _, _, used = reference.halting(torch.zeros(len(p), 1, 4, 1), p, threshold)
-    halting = HaltingState(torch.ones(1, 4, dtype=torch.bool), threshold)
-    ran = torch.zeros(1, 4, dtype=torch.int64)
-    for row in p:
-        ran += halting.running
-        halting.update(row)
-    assert torch.equal(ran, used)
+    may_stop = decisions(Gate(threshold), p)
+    may_stop[-1] = True  # the last loop is the last
+    assert torch.equal(may_stop.int().argmax(0) + 1, used)
 
 
-def test_what_has_halted_stays_so():
-    halting = HaltingState(torch.tensor([[True, True, False]]), 0.5)
-    for p, running in (([0.4, 0.5, 0.0], [1, 0, 0]), ([0.05, 0.0, 0.0], [1, 0, 0]), ([0.2, 0.0, 0.0], [0, 0, 0])):
-        halting.update(torch.tensor([p]))
-        assert halting.running.tolist() == [[bool(x) for x in running]]
-    assert halting.mass[0, 1] == 0.5 and halting.mass[0, 2] == 0
+def test_what_may_stop_may_stop_from_then_on():
+    p = torch.tensor([[[0.4, 0.5]], [[0.05, 0.0]], [[0.2, 0.0]], [[0.0, 0.0]]])
+    assert decisions(Gate(0.5), p).tolist() == [[[False, True]], [[False, True]], [[True, True]], [[True, True]]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mass_is_summed_in_single_precision(dtype):
     """A hundred probabilities of 0.01 reach 0.99; summed in bfloat16 they would stick at 0.5 or so."""
-    halting = HaltingState(torch.ones(1, 1, dtype=torch.bool), 0.9)
-    for _ in range(100):
-        halting.update(torch.full((1, 1), 0.01, dtype=dtype))
-    assert halting.mass.dtype == torch.float32 and not halting.running.any()
+    found = decisions(Gate(0.9), torch.full((100, 1, 1), 0.01, dtype=dtype))
+    assert found[-1].all() and not found[80].any()
 
 
 def test_no_gradient_flows_through_the_decision():
-    halting = HaltingState(torch.ones(1, 2, dtype=torch.bool), 0.5)
-    halting.update(torch.tensor([[0.2, 0.6]], requires_grad=True))
-    assert not halting.mass.requires_grad
+    state = LoopState(0, torch.zeros(1, 2, 3), torch.ones(1, 2).bool(), torch.tensor([[0.2, 0.6]], requires_grad=True))
+    _, (mass,) = Gate(0.5).check(Gate(0.5).init(state.h), state)
+    assert not mass.requires_grad
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.1, float("nan")])
+def test_thresholds_that_cannot_be_reached_are_refused(threshold):
+    with pytest.raises(ValueError, match="threshold="):
+        Gate(threshold)

@@ -1,0 +1,234 @@
+"""Exits: when a position may stop looping. Settings only; what is carried from loop to loop is handed back and forth.
+
+Every exit here but :class:`Gate` works on any trained model. They all watch something come to rest, and rest is not
+the same as being done: where an answer must travel, a position far from what it waits for sits still, undecided,
+until the news arrives. ``patience`` helps against short waits only; :class:`Gate` learns to tell the two apart.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from open_mythos.fields import must, nearest
+
+Carried = tuple[Tensor, ...]
+
+
+@dataclass
+class LoopState:
+    """What there is to see after one loop.
+
+    Attributes:
+        loop: number of the loop, from 0.
+        h: (B, T, dim) state after it.
+        ran: (B, T) bool, the positions that this loop computed.
+        halting: (B, T) probability that the gate gives ``h``; None in training, when nothing halts.
+        logits: (B, T, vocab_size) predictions from ``h``; None unless the exit in use reads them.
+    """
+
+    loop: int
+    h: Tensor
+    ran: Tensor
+    halting: Tensor | None
+    logits: Tensor | None = None
+
+
+class Exit(ABC):
+    """Says after each loop which positions may stop; whoever has stopped is not asked again.
+
+    Attributes:
+        needs_predictions: whether ``check`` reads ``state.logits``. They cost a pass through coda and head each loop.
+    """
+
+    needs_predictions: ClassVar[bool] = False
+
+    @abstractmethod
+    def init(self, h: Tensor) -> Carried:
+        """What to carry into the first loop, which starts from the states ``h`` (B, T, dim)."""
+
+    @abstractmethod
+    def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
+        """(B, T) bool, True where a position may stop after this loop, and what to carry into the next."""
+
+
+@dataclass(frozen=True)
+class Gate(Exit):
+    """The learned gate: stop when its probabilities add up to ``threshold`` (Graves 2016, arXiv:1603.08983).
+
+    The output of a position is its state at that loop, not Graves' mean over loops, which ties a model to its trained
+    depth. With ``cfg.halting`` this is what a model uses unless told otherwise, at ``cfg.act_threshold``.
+
+    Args:
+        threshold: in (0, 1].
+    """
+
+    threshold: float = 0.99
+
+    def __post_init__(self) -> None:
+        must(0 < self.threshold <= 1, f"threshold={self.threshold}; use a number in (0, 1]")
+
+    def init(self, h: Tensor) -> Carried:
+        return (torch.zeros(h.shape[:2], device=h.device),)
+
+    def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
+        assert state.halting is not None, "there is a gate's probability in eval mode"
+        mass = carried[0] + state.halting.detach().float()
+        return mass >= self.threshold, (mass,)
+
+
+class _AtRest(Exit):
+    """Stop after ``patience`` loops in a row at which what the exit watches is still."""
+
+    patience: int
+    compares: ClassVar[int] = 2  # how many loops' values `still` takes
+
+    def __post_init__(self) -> None:
+        threshold = getattr(self, "threshold", 1.0)
+        must(0 < threshold < math.inf, f"threshold={threshold}; use a number above 0")
+        whole = isinstance(self.patience, int) and not isinstance(self.patience, bool)
+        must(whole and self.patience >= 1, f"patience={self.patience!r}; use a whole number of at least 1")
+
+    def init(self, h: Tensor) -> Carried:
+        count = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
+        return (count,) if self.needs_predictions else (count, h.detach())
+
+    def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
+        count, *seen = carried
+        seen = [*seen, self.watch(state)][-self.compares :]
+        count = (count + 1) * self.still(*seen) if len(seen) == self.compares else count
+        return count >= self.patience, (count, *seen)
+
+    def watch(self, state: LoopState) -> Tensor:
+        """What the exit compares from loop to loop, (B, T, ...): the state, unless a subclass says otherwise."""
+        return state.h.detach()
+
+    @abstractmethod
+    def still(self, *seen: Tensor) -> Tensor:
+        """(B, T) bool, given what was watched at the last ``compares`` loops, the latest last."""
+
+
+@dataclass(frozen=True)
+class StateChange(_AtRest):
+    """Stop when a state hardly moves: ``|h_t - h_{t-1}| / |h_t|`` below a threshold (Huginn, arXiv:2502.05171).
+
+    Args:
+        threshold: above 0.
+        patience: for so many loops in a row.
+    """
+
+    threshold: float = 0.03
+    patience: int = 1
+
+    def still(self, *seen: Tensor) -> Tensor:
+        before, now = seen
+        return _size(now.float() - before.float()) < self.threshold * _size(now)
+
+
+@dataclass(frozen=True)
+class Acceleration(_AtRest):
+    """Stop when a state moves evenly: ``|h_t - 2 h_{t-1} + h_{t-2}| / |h_t|`` below a threshold (arXiv:2509.23314).
+
+    Args:
+        threshold: above 0.
+        patience: for so many loops in a row.
+    """
+
+    threshold: float = 0.03
+    patience: int = 1
+    compares: ClassVar[int] = 3
+
+    def still(self, *seen: Tensor) -> Tensor:
+        first, second, third = (x.float() for x in seen)
+        return _size(third - 2 * second + first) < self.threshold * _size(third)
+
+
+@dataclass(frozen=True)
+class PredictionKL(_AtRest):
+    """Stop when a prediction hardly changes: ``KL(p_t || p_{t-1})`` below a threshold (Huginn, arXiv:2502.05171).
+
+    Args:
+        threshold: in nats, above 0.
+        patience: for so many loops in a row.
+    """
+
+    threshold: float = 5e-4
+    patience: int = 1
+    needs_predictions: ClassVar[bool] = True
+
+    def watch(self, state: LoopState) -> Tensor:
+        return _logits(state).float().log_softmax(-1)
+
+    def still(self, *seen: Tensor) -> Tensor:
+        before, now = seen
+        return (now.exp() * (now - before)).sum(-1) < self.threshold
+
+
+@dataclass(frozen=True)
+class StableArgmax(_AtRest):
+    """Stop when the likeliest token is the one of the loop before.
+
+    Args:
+        patience: for so many loops in a row.
+    """
+
+    patience: int = 3
+    needs_predictions: ClassVar[bool] = True
+
+    def watch(self, state: LoopState) -> Tensor:
+        return _logits(state).argmax(-1)
+
+    def still(self, *seen: Tensor) -> Tensor:
+        before, now = seen
+        return before == now
+
+
+NAMES: dict[str, type[Exit]] = {
+    "gate": Gate,
+    "change": StateChange,
+    "acceleration": Acceleration,
+    "kl": PredictionKL,
+    "argmax": StableArgmax,
+}
+
+
+def parse(text: str) -> Exit:
+    """The exit that ``"NAME"``, ``"NAME:setting"`` or ``"NAME:setting:setting"`` stands for, as in ``"kl:5e-4:2"``.
+
+    Settings come in the order of the exit's arguments; those left out have their defaults.
+
+    Raises:
+        ValueError: for a name not in ``NAMES``, with the nearest, and for settings that do not fit.
+    """
+    name, *values = text.split(":")
+    must(name in NAMES, f"there is no exit {name!r}; {nearest(name, NAMES)}")
+    kind: Any = NAMES[name]
+    settings = [field.name for field in fields(kind)]
+    usage = ":".join([name, *settings])
+    must(len(values) <= len(settings), f"exit {text!r} has {len(values)} settings; use {usage}")
+    try:
+        numbers = [
+            int(value) if setting == "patience" else float(value)
+            for setting, value in zip(settings, values, strict=False)
+        ]
+    except ValueError as error:
+        raise ValueError(f"exit {text!r} has a setting that is not a number; use {usage}") from error
+    try:
+        return kind(*numbers)
+    except ValueError as error:
+        raise ValueError(f"exit {text!r}: {error}") from error
+
+
+def _size(x: Tensor) -> Tensor:
+    """Norm over the last axis, in float32."""
+    return x.float().norm(dim=-1)
+
+
+def _logits(state: LoopState) -> Tensor:
+    assert state.logits is not None, "RecurrentBlock.iterate reads predictions for exits that need them"
+    return state.logits.detach()

@@ -1,0 +1,206 @@
+"""The halting gate, trained after the fact: the model is finished, and teaches its gate when it has its last word.
+
+Labels come from the model alone, so they are free at any difficulty, also beyond that of its training. Halting changes
+what the others see, so after a first round on full runs the gate is also taught on the states it meets when it is
+itself in charge, its own mistakes among them (DAgger, Ross et al. 2011, arXiv:1011.0686). What it has learned is a
+ranking of states; where to draw the line is then measured, on problems of mixed difficulty that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from open_mythos.evaluation.depth import chunks, device_of, measuring
+from open_mythos.evaluation.grid import score_by_loops
+from open_mythos.fields import must
+from open_mythos.model import OpenMythos
+from open_mythos.nn.exits import LoopState
+from open_mythos.nn.halting import ACTHalting, from_here_on, settled, surprise
+from open_mythos.nn.recurrent import check_n_loops
+from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.training.config import GateConfig
+
+ROUNDS = 6
+"""How often the model is run and the gate taught what it did."""
+_CAUTION = 100.0  # how much worse it is to stop too early than too late: who stops wrongly misleads all that read him
+_KEPT = 2**14  # states kept of each kind and each run of a chunk of problems
+_BATCH = 4096  # states of one step
+_TRIALS = 128  # problems on which the line is drawn, and as many on which the result is measured
+_LOSS = 0.001  # of accuracy that the line may cost there
+_MARGIN = 2.0  # logits that the gate keeps from the line: one wrong stop spoils all that follows it
+_SHIFTS = range(1, -13, -1)  # logits by which the line may be moved, from hasty to cautious
+
+Examples = tuple[Tensor, Tensor]
+"""States (N, dim), and whether one may stop there, (N,) bool."""
+
+
+def train_gate(
+    model: OpenMythos,
+    task: Task,
+    cfg: GateConfig,
+    min_difficulty: int,
+    max_difficulty: int,
+    generator: torch.Generator,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Teach ``model.recurrent.act`` when a position may stop, and turn ``model.cfg.halting`` on. Nothing else changes.
+
+    A position may stop at a loop if from there on its prediction stays within ``cfg.tolerance`` nats of the one it
+    ends with. Where the task asks for no answer a prediction says nothing, and it is the state that has to stay within
+    ``model.cfg.halting_tolerance`` of its end. Answers that end up wrong teach when to go on, but not when to stop:
+    more loops might have mended them.
+
+    Args:
+        model: finished; its mode is put back after.
+        task: its problems.
+        cfg: how long to teach, and ``loops``, the depth at which the model has its last word.
+        min_difficulty, max_difficulty: problems are drawn evenly between them; the hardest should be solved in
+            ``cfg.loops``.
+        generator: random state, on the CPU.
+        progress: told what is being done.
+
+    Returns:
+        ``accuracy_fixed``, ``accuracy_halting``: share of answers right when all loops run, and when the gate decides.
+        ``loops_fixed``, ``loops_halting``: loops that a position runs, mean. Both on new problems of mixed difficulty.
+
+    Raises:
+        ValueError: if ``cfg.steps`` is 0 or the difficulties are in the wrong order or do not exist.
+    """
+    must(cfg.steps > 0, "steps=0 trains no gate; use at least 1")
+    must(
+        min_difficulty <= max_difficulty,
+        f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}; lower it or raise that",
+    )
+    n_loops = check_n_loops(cfg.loops or None, model.cfg.max_loop_iters)
+    say = progress or (lambda what: None)
+
+    def problems(n: int) -> Batch:
+        drawn = torch.randint(min_difficulty, max_difficulty + 1, (n,), generator=generator)
+        return task.mixed(drawn.tolist(), generator)
+
+    act = model.recurrent.act.requires_grad_()
+    act.reset()  # a gate that is sure of itself no longer learns
+    optimizer = torch.optim.Adam(act.parameters(), lr=cfg.lr)
+    seen: list[Examples] = []
+    n_rounds = min(ROUNDS, cfg.steps)
+    for i in range(n_rounds):
+        say(f"gate: round {i + 1} of {n_rounds}, {cfg.batch_size} problems at {n_loops} loops")
+        for part in chunks(problems(cfg.batch_size), device_of(model)):
+            seen += examples(model, part, n_loops, cfg.tolerance, generator, closed=i > 0)
+        n_steps = cfg.steps * (i + 1) // n_rounds - cfg.steps * i // n_rounds
+        _fit(act, optimizer, seen, n_steps, generator)
+    say(f"gate: drawing the line on {_TRIALS} problems")
+    draw_line(model, task, problems(_TRIALS), n_loops)
+    say(f"gate: measuring on {_TRIALS} problems")
+    trials = problems(_TRIALS)
+    accuracy_fixed, loops_fixed = _measure(model, task, trials, n_loops, halting=False)
+    accuracy_halting, loops_halting = _measure(model, task, trials, n_loops, halting=True)
+    model.cfg.halting = True
+    return {
+        "accuracy_fixed": accuracy_fixed,
+        "accuracy_halting": accuracy_halting,
+        "loops_fixed": loops_fixed,
+        "loops_halting": loops_halting,
+    }
+
+
+def examples(
+    model: OpenMythos, batch: Batch, n_loops: int, tolerance: float, generator: torch.Generator, closed: bool
+) -> list[Examples]:
+    """States that the loops pass through, and which of them may stop.
+
+    Args:
+        model: the model.
+        batch: problems, on its device.
+        n_loops: depth of the last word.
+        tolerance: in nats.
+        generator: chooses the states to keep.
+        closed: whether to add the states of a run in which the gate decides, judged by the same last word.
+
+    Returns:
+        Those that may stop and those that may not, for each run.
+    """
+    found = []
+    with measuring(model, halting=False):
+        e, freqs, mask = model.encode(batch.ids, attention_mask=batch.valid)
+
+        def run() -> list[LoopState]:
+            return list(model.recurrent.iterate(model.first_state(e), e, freqs, mask, n_loops))
+
+        def predict(h: Tensor) -> Tensor:
+            return model.head(model.decode(h, freqs, mask)).float().log_softmax(-1)
+
+        runs = [run()]
+        if closed:
+            with measuring(model, halting=True):
+                runs.append(run())
+        end = runs[0][-1].h
+        last_word = predict(end)
+        asked = batch.targets != UNSCORED
+        wrong = asked & (last_word.argmax(-1) != batch.targets)
+        for states in runs:
+            h = torch.stack([state.h for state in states])
+            strays = torch.stack([_kl(last_word, predict(state.h)) for state in states])
+            may_stop = torch.where(
+                asked, from_here_on(strays <= tolerance), settled(h, model.cfg.halting_tolerance, end)
+            )
+            told = torch.stack([state.ran for state in states]) & ~(may_stop & wrong)
+            # Most states are long settled; keep as many of those that are not.
+            for told_so in (told & may_stop, told & ~may_stop):
+                kept = torch.randperm(int(told_so.sum()), generator=generator)[:_KEPT].to(h.device)
+                found.append((h[told_so][kept], may_stop[told_so][kept]))
+    return found
+
+
+def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> None:
+    """Move the gate's bias to where it halts soonest without costing more than ``_LOSS`` of accuracy, less a margin.
+
+    A gate that is too hasty costs loops as well: who waits for the answer of a position that stopped wrongly waits
+    forever. So from hasty to cautious, loops fall, and rise again once accuracy is safe.
+    """
+    act = model.recurrent.act
+    bias, learned = act.halt.bias.detach(), act.halt.bias.detach().clone()
+    full, fewest = _measure(model, task, problems, n_loops, halting=False)
+    best = _SHIFTS[-1]
+    for shift in _SHIFTS:
+        bias.copy_(learned + shift * act.std)  # the gate divides by what it is stored at
+        accuracy, loops = _measure(model, task, problems, n_loops, halting=True)
+        if accuracy >= full - _LOSS:
+            if loops > fewest:
+                break
+            best, fewest = shift, loops
+    bias.copy_(learned + (best - _MARGIN) * act.std)
+
+
+def _fit(
+    act: ACTHalting,
+    optimizer: torch.optim.Optimizer,
+    seen: list[Examples],
+    n_steps: int,
+    generator: torch.Generator,
+) -> None:
+    states, may_stop = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    if not len(states):
+        return
+    for _ in range(n_steps):
+        drawn = torch.randint(len(states), (_BATCH,), generator=generator).to(states.device)
+        with torch.enable_grad():
+            loss = surprise(act(states[drawn]), may_stop[drawn], _CAUTION).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _measure(model: OpenMythos, task: Task, problems: Batch, n_loops: int, halting: bool) -> tuple[float, float]:
+    """Share of answers right, mean over problems, and loops that a position ran, mean over positions."""
+    with measuring(model, halting=halting):
+        scores = score_by_loops(model, task, problems, [n_loops])
+    return float(scores.tokens.mean()), float(scores.loops_used)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL divergence of log-probabilities (..., V), in nats."""
+    return (p.exp() * (p - q)).sum(-1)

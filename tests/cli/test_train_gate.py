@@ -1,0 +1,78 @@
+"""``mythos train-gate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+from typer.testing import CliRunner
+
+from open_mythos import OpenMythos
+from open_mythos.cli import app
+from open_mythos.training.config import TaskConfig, TrainConfig
+from open_mythos.training.runs import save_model, training_config
+
+QUICK = ("--steps", 6, "--loops", 3)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train-gate", *map(str, arguments)])
+
+
+def flat(result) -> str:
+    return " ".join((result.output + result.stderr).split())
+
+
+def a_run(tmp_path: Path, **changes) -> Path:
+    model = tiny_model(halting=False, vocab_size=3)
+    cfg = TrainConfig(model=model.cfg, task=TaskConfig(min_difficulty=2, max_difficulty=5), **changes)
+    save_model(model, cfg, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_model_with_a_gate_stands_beside_the_run(tmp_path):
+    source = a_run(tmp_path)
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    result = run(source, *QUICK)
+    assert result.exit_code == 0, flat(result)
+    out = tmp_path / "run-gate"
+    made, old = OpenMythos.from_pretrained(out), OpenMythos.from_pretrained(source / "model")
+    assert made.cfg.halting and not old.cfg.halting
+    for name, x in made.state_dict().items():
+        assert torch.equal(x, old.state_dict()[name]) is (".act." not in name), name
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    kept = training_config(out)
+    assert kept.gate.steps == 6 and kept.gate.loops == 3 and kept.task.max_difficulty == 5
+    text = flat(result)
+    assert "2 to 5 bits" in text and "every loop" in text and "3.0" in text and "leaves out" in text
+    assert f"mythos eval {out.resolve()}" in text
+
+
+def test_harder_problems_than_in_training(tmp_path):
+    source = a_run(tmp_path)
+    result = run(source / "model", *QUICK, "--min-difficulty", 3, "--max-difficulty", 8, "--out", tmp_path / "deep")
+    assert result.exit_code == 0, flat(result)
+    assert "3 to 8 bits" in flat(result)
+    assert training_config(tmp_path / "deep").task.max_difficulty == 5  # what the model was trained on has not changed
+
+
+def test_the_model_itself_is_never_written_to(tmp_path):
+    source = a_run(tmp_path)
+    result = run(source, *QUICK, "--out", source / "model")
+    assert result.exit_code == 2 and "name another directory" in flat(result)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path / "nowhere", "is no directory"),
+    (lambda path: a_run(path, kind="single"), "this is a baseline"),
+])  # fmt: skip
+def test_what_has_no_gate_is_refused(tmp_path, make, message):
+    result = run(make(tmp_path), *QUICK)
+    assert result.exit_code == 2 and message in flat(result)
+
+
+def test_help_is_there():
+    assert "train-gate" in CliRunner().invoke(app, ["--help"]).output
+    assert "--max-difficulty" in run("--help").output
