@@ -21,7 +21,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.tasks.base import Task
 
 FILE = "evaluation.json"
-METRIC_EXAMPLES = 64
+METRIC_EXAMPLES = 16
 """Most problems that a metric is measured on: each takes runs of its own, to full depth."""
 
 

@@ -24,3 +24,11 @@ def test_demo_leaves_what_it_says(tmp_path: Path) -> None:
 
 def test_demo_refuses_no_steps(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "0"]).exit_code == 2
+
+
+def test_demo_of_the_shipped_model_trains_nothing_and_solves_384_bits(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--pretrained"])
+    assert done.exit_code == 0, done.output
+    curves = json.loads((tmp_path / "table.json").read_text())
+    assert list(curves) == ["24 bits (trained)", "96 bits", "384 bits"]
+    assert curves["384 bits"]["1"] < 0.6 and curves["384 bits"]["256"] > 0.95

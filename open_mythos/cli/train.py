@@ -1,0 +1,185 @@
+"""``mythos train``: train by a recipe, or see what there is, or what it would cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from open_mythos.cli.console import clear_errors, console, fail, si, table
+from open_mythos.evaluation import DepthGrid
+from open_mythos.training.config import TrainConfig
+from open_mythos.training.fit import Watch, fit, load_evaluation
+from open_mythos.training.loggers import Record
+from open_mythos.training.recipes import RECIPES, configured
+from open_mythos.training.trainer import TrainingError
+
+PLAIN_SECONDS = 10.0  # between lines where there is no terminal to update
+MANY = 0.9995  # shown in bold: right, to three digits
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Name of a recipe; see --list.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/RECIPE if left out.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the newest checkpoint. Or never, or the path of a checkpoint.")
+    ] = "never",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would cost, and stop.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="Print the recipes, and stop.")] = False,
+) -> None:
+    """Train a model by a recipe, and measure it."""
+    if show_list or recipe is None:
+        show_recipes()
+        return
+    run = out or Path("runs") / recipe
+    with clear_errors():
+        cfg = configured(recipe, overrides or [])
+        if dry_run:
+            show_cost(cfg)
+            return
+        try:
+            with watching(cfg.steps) as watch:
+                fit(cfg, run, resume, watch)
+        except TrainingError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            fail(f"stopped; go on with the same command and --resume auto --out {run}")
+        show_evaluation(cfg, run)
+    console.print(
+        f"Model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   evaluation: {run / 'evaluation.json'}\n"
+        f"Next: measure it with [bold]mythos eval {escape(str(run))}[/bold], "
+        f"or read about it with [bold]mythos report {escape(str(run))}[/bold].",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+# -- before
+
+
+def show_recipes() -> None:
+    shown = table("recipes", "recipe", "what it trains")
+    shown.columns[1].justify = "left"
+    for name, made in RECIPES.items():
+        shown.add_row(name, (made.__doc__ or "").partition("\n")[0])
+    console.print(shown)
+    console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
+
+
+def show_cost(cfg: TrainConfig) -> None:
+    from open_mythos.training.cost import run_cost
+
+    cost = run_cost(cfg)
+    shown = table(f"{cfg.recipe}: what a run costs", "quantity", "value", "how it is found")
+    shown.columns[2].justify = "left"
+    seconds = cost.seconds_per_step
+    for label, value, how in (
+        ("parameters", f"{cost.parameters:,}", "counted"),
+        ("FLOPs per step", si(cost.flops_per_step), "matrix products, at the mean number of loops"),
+        ("memory of the weights", si(cost.weight_bytes, "B"), "weights, gradients, optimizer's state, average"),
+        (
+            "memory of activations",
+            si(cost.activation_bytes, "B"),
+            "kept for the backward pass; most of the trial steps",
+        ),
+        ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
+        ("time of the run", str(timedelta(seconds=round(seconds * cfg.steps))), f"{cfg.steps:,} steps, no evaluation"),
+    ):
+        shown.add_row(label, value, how)
+    console.print(shown)
+    console.print(f"Nothing was written. Next: [bold]mythos train {escape(cfg.recipe)}[/bold].")
+
+
+# -- meanwhile
+
+
+@contextmanager
+def watching(steps: int) -> Iterator[Watch]:
+    """A live line on a terminal's stderr, gone at the end; elsewhere a plain line every so often."""
+    errors = Console(stderr=True)
+    columns = BarColumn(bar_width=20), TextColumn("{task.description}")
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task, shown_at = bar.add_task("the first steps", total=steps), -PLAIN_SECONDS
+
+        def plain(line: str) -> None:
+            nonlocal shown_at
+            if not errors.is_terminal and time.monotonic() - shown_at >= PLAIN_SECONDS:
+                shown_at = time.monotonic()
+                errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        def record(numbers: Record) -> None:
+            line = live_line(numbers, steps)
+            bar.update(task, description=escape(line), completed=numbers["step"])
+            plain(line)
+
+        def begin(what: str) -> None:
+            bar.update(task, description=escape(what))
+            plain(what)
+
+        def say(message: str) -> None:
+            bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+        yield Watch(record, say, begin)
+
+
+def live_line(numbers: Record, steps: int) -> str:
+    """The numbers of a step in one line; those that there are."""
+    shown = [f"step {numbers['step']}/{steps}"]
+    for key, form in (
+        ("loss", "loss {:.4f}"),
+        ("accuracy", "accuracy {:.3f}"),
+        ("loops", "loops {:.1f}"),
+        ("spectral_radius", "max A {:.3f}"),
+        ("expert_balance", "experts {:.2f}"),
+        ("grad_norm", "gradient {:.2g}"),
+        ("lr", "lr {:.1e}"),
+    ):
+        if (value := numbers.get(key)) is not None:
+            shown.append(form.format(value))
+    shown.append(f"{si(float(numbers['tokens_per_second'] or 0))} tokens/s")
+    if numbers["skipped"]:
+        shown.append(f"{numbers['skipped']} steps skipped")
+    shown.append(f"{timedelta(seconds=round(float(numbers['eta_seconds'] or 0)))} left")
+    return "  ".join(shown)
+
+
+# -- after
+
+
+def show_evaluation(cfg: TrainConfig, run: Path) -> None:
+    found = load_evaluation(run)
+    if isinstance(found, dict):
+        shown = table("bits per byte of held-out text", "loops", "bits")
+        for loops, bits in found.items():
+            shown.add_row(str(loops), f"{bits:.4f}")
+        console.print(shown)
+        return
+    show_grid(found.grids[0], cfg.task.max_difficulty)
+    if halting := found.metrics["halting"]:
+        console.print(
+            f"Halting, all of these mixed: {halting['loops_halting']:.1f} loops in place of "
+            f"{halting['loops_fixed']:.0f}, accuracy {halting['accuracy_halting']:.3f} in place of "
+            f"{halting['accuracy_fixed']:.3f}.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def show_grid(grid: DepthGrid, trained: int) -> None:
+    names = [f"{n} {grid.unit}" + (" (trained)" if n <= trained else "") for n in grid.difficulties]
+    shown = table(f"accuracy by loops (guessing: {grid.chance:.3f})", "loops", *names)
+    for i, loops in enumerate(grid.loops):
+        values = grid.accuracy[:, i].tolist()
+        shown.add_row(
+            str(loops), *(f"[bold]{value:.3f}[/bold]" if value >= MANY else f"{value:.3f}" for value in values)
+        )
+    console.print(shown)

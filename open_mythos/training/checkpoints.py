@@ -1,0 +1,124 @@
+"""Checkpoints of a run, each a directory that is either whole or not there, and found again after any crash."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_mythos.checkpoint import CheckpointError
+
+STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
+_PREFIX, _PARTIAL = "step_", ".partial"
+
+
+def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write ``directory/step_XXXXXXXX``, then remove all but the newest ``keep`` checkpoints.
+
+    Everything is written to a directory of another name, flushed to the disk, the manifest with sizes and checksums
+    last, and renamed when it is whole. If that fails, what was written is removed and older checkpoints stay.
+
+    Args:
+        directory: of the run's checkpoints; made if need be.
+        step: names the checkpoint.
+        state: tensors and plain values.
+        keep: at least 1.
+
+    Raises:
+        OSError: if it can't be written, such as for want of space.
+    """
+    final = directory / f"{_PREFIX}{step:08d}"
+    partial = final.with_name(final.name + _PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        # Serialised in memory first: torch.save reports a full disk as an error of its zip file.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        _write(partial / STATE_FILE, content)
+        files = {STATE_FILE: {"bytes": len(content), "crc32": zlib.crc32(content)}}
+        _write(partial / MANIFEST_FILE, json.dumps({"step": step, "files": files}, indent=2).encode() + b"\n")
+        shutil.rmtree(final, ignore_errors=True)  # there only if it was found torn
+        os.replace(partial, final)
+        _flush(directory)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in [*directory.glob(f"{_PREFIX}*{_PARTIAL}"), *_newest_first(directory)[keep:]]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(checkpoint: Path) -> dict[str, Any]:
+    """The state that :func:`save` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut short or damaged.
+    """
+    manifest = checkpoint / MANIFEST_FILE
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{manifest} is missing: the checkpoint was not finished") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest} is damaged ({error})") from error
+    path = checkpoint / STATE_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    n_bytes, checksum = expected.get(STATE_FILE, (0, 0))
+    if len(content) != n_bytes:
+        raise CheckpointError(f"{path} has {len(content)} bytes of the {n_bytes} in its manifest")
+    if zlib.crc32(content) != checksum:
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of its manifest")
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+
+
+def newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state; None if there is none.
+
+    Args:
+        directory: of the run's checkpoints.
+        say: told about each that is not whole, and what is wrong with it.
+    """
+    for checkpoint in _newest_first(directory):
+        try:
+            return checkpoint, load(checkpoint)
+        except CheckpointError as error:
+            say(f"skipping checkpoint {checkpoint.name}: {error}")
+    return None
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return sorted((path for path in directory.glob(_PREFIX + "*") if path.suffix != _PARTIAL), reverse=True)
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(directory: Path) -> None:
+    """Make a rename last: a directory's entries are flushed on their own (POSIX; elsewhere directories don't open)."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

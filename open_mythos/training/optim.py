@@ -1,0 +1,139 @@
+"""What turns gradients into weights: parameter groups, learning-rate schedules, averaged weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.training.config import OptimConfig
+
+# Modules and parameters that decay would pull to where they should not go: the router's logits, the halting gate, the
+# convolutions' taps, LoRA's gains. Vectors (norms, the injection's A and B) do not decay either.
+NO_DECAY = frozenset({"router", "act", "taps", "scale"})
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies to the parameter of this dotted name."""
+    return parameter.ndim >= 2 and NO_DECAY.isdisjoint(name.split("."))
+
+
+class Optimizer:
+    """AdamW for every parameter, or Muon for the blocks' matrices and AdamW for the rest, as one.
+
+    Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``: entries of about ``0.2 lr`` whatever the
+    matrix's shape, 2502.16982). Every :class:`~open_mythos.nn.linear.Linear` stores its weights at one scale, so that
+    is the same relative change at any width. Matrices are what has two dimensions and would decay: experts (three),
+    the embedding that is also the head, and the small parts of :data:`NO_DECAY` stay with AdamW.
+
+    Args:
+        model: whose parameters to update.
+        cfg: rates, decay, and which optimizer.
+    """
+
+    def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
+        named = dict(model.named_parameters())
+        matrices = _block_matrices(model) if cfg.optimizer == "muon" else {}
+        rest = {name: p for name, p in named.items() if name not in matrices}
+        groups = [
+            {"params": [p for name, p in rest.items() if decays(name, p)], "weight_decay": cfg.weight_decay},
+            {"params": [p for name, p in rest.items() if not decays(name, p)], "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))]
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices.values(), lr=cfg.muon_lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        for group in self._groups():
+            group["full_lr"] = group["lr"]
+
+    def scale_lr(self, factor: float) -> None:
+        """Set every learning rate to ``factor`` of the configured one."""
+        for group in self._groups():
+            group["lr"] = factor * group["full_lr"]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+
+def _block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{path}.{name}": p
+        for path, block in model.named_modules()
+        if isinstance(block, TransformerBlock)
+        for name, p in block.named_parameters()
+        if p.ndim == 2 and decays(name, p)
+    }
+
+
+def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
+    """Share of the learning rate at ``step`` (from 0) of ``steps``.
+
+    Linear warm-up over ``cfg.warmup`` steps, then either flat until the last ``cfg.decay`` of the run and linear from
+    there ("wsd": warm-up, stable, decay; 2404.06395), or half a cosine. Both end at ``cfg.floor``.
+    """
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    if cfg.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / (steps - cfg.warmup)))
+    else:
+        left = min(1.0, (steps - step) / (cfg.decay * steps)) if cfg.decay else 1.0
+    return cfg.floor + (1 - cfg.floor) * left
+
+
+class EMA:
+    """Exponential moving average of a model's parameters; what a run keeps.
+
+    The n-th update (from 0) moves the average by ``1 - min(decay, (n + 1) / (n + 10))`` of the way, so that an early
+    average is not held up by the random start.
+
+    Args:
+        model: whose parameters are averaged.
+        decay: share of the average that an update keeps; 0 makes the average the parameters themselves.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
+        for name, parameter in model.named_parameters():
+            self.average[name].lerp_(parameter, 1 - decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite ``model``'s parameters with the average."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.average[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for name, average in self.average.items():
+            average.copy_(state["average"][name])

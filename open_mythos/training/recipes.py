@@ -1,0 +1,207 @@
+"""Recipes: plain functions, each of which returns the config of a run that is known to work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from open_mythos import tasks
+from open_mythos.config import MythosConfig
+from open_mythos.fields import nearest
+from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
+from open_mythos.training.overrides import override
+
+
+def parity() -> TrainConfig:
+    """Is the sum of the bits so far odd? Trained on 24 bits, right on hundreds."""
+    return _reasoner(
+        "parity", range(6, 25), loops=24, steps=1200, stale=0.5, gate=(96, 64),
+        evaluation=EvalConfig([24, 48, 96, 384], [1, 2, 4, 8, 16, 32, 64, 128, 256], 64),
+    )  # fmt: skip
+
+
+def prefix_sums() -> TrainConfig:
+    """The Deep Thinking benchmark: trained on 32 bits, tested on 512."""
+    return _reasoner(
+        "prefix_sums", range(8, 33), loops=32, steps=1200, stale=0.5, gate=(128, 96),
+        evaluation=EvalConfig([32, 128, 512], [1, 2, 4, 8, 16, 32, 64, 128, 256], 64),
+    )  # fmt: skip
+
+
+def chain_sum() -> TrainConfig:
+    """The sum of digits modulo 7, asked once at the end: trained on 5 digits."""
+    return _reasoner(
+        "chain_sum", range(2, 6), fewest=6, loops=12, steps=3000, reach=2, taps=0, stale=0.5, gate=(16, 32),
+        evaluation=EvalConfig([5, 8, 16, 32], [1, 2, 4, 6, 8, 12, 16, 32, 64, 128], 256),
+    )  # fmt: skip
+
+
+def p_hop() -> TrainConfig:
+    """Look up what follows, then what follows that: trained on 6 hops, tested on 12."""
+    return _reasoner(
+        "p_hop", range(1, 7), fewest=3, loops=15, steps=1500, reach=2, share=0.5, lr=8e-4, gate=(12, 48),
+        options={"symbols": 14, "questions": 7},
+        evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128], 128),
+    )  # fmt: skip
+
+
+def addition() -> TrainConfig:
+    """Sums of long numbers, carries and all: trained on 10 digits, tested on 20 and 40."""
+    return _reasoner(
+        "addition", range(3, 11), loops=16, steps=1500, stale=0.5, gate=(40, 64),
+        evaluation=EvalConfig([10, 20, 40], [1, 2, 4, 8, 16, 32, 64, 128], 256),
+    )  # fmt: skip
+
+
+def permutations() -> TrainConfig:
+    """Products of permutations of five things (S5 state tracking): trained on 12, tested on 24."""
+    cfg = _reasoner(
+        "permutations", range(4, 13), fewest=6, loops=18, steps=2000, reach=2, dim=128, gate=(24, 48),
+        options={"generators": "transpositions"},
+        evaluation=EvalConfig([12, 24, 48], [1, 2, 4, 8, 12, 16, 24, 32, 64, 128], 256),
+    )  # fmt: skip
+    cfg.optim.optimizer, cfg.optim.muon_lr = "muon", 2e-3
+    return cfg
+
+
+def maze() -> TrainConfig:
+    """Which cells of a grid can be reached from the start? Trained on 7 x 7, tested on 11 x 11."""
+    return _reasoner(
+        "maze", range(4, 8), loops=16, steps=1500, share=0.0, prelude=1,
+        evaluation=EvalConfig([7, 9, 11], [1, 2, 4, 8, 16, 32, 64], 128),
+    )  # fmt: skip
+
+
+def mini_sudoku() -> TrainConfig:
+    """4 x 4 sudoku: trained on 6 empty cells, tested on 9."""
+    return _reasoner(
+        "mini_sudoku", range(1, 7), loops=12, steps=2000, share=0.0, prelude=1,
+        evaluation=EvalConfig([3, 6, 9], [1, 2, 4, 8, 16, 32], 256),
+    )  # fmt: skip
+
+
+def reasoning_gym() -> TrainConfig:
+    """Any generator of reasoning-gym (task.options.generator=...), as bytes."""
+    return _reasoner(
+        "reasoning_gym", range(2, 5), loops=8, steps=2000, share=0.5, prelude=1, dim=128,
+        options={"generator": "chain_sum"},
+        evaluation=EvalConfig([2, 4, 6], [1, 2, 4, 8, 16], 64),
+    )  # fmt: skip
+
+
+def text() -> TrainConfig:
+    """Language modelling on the Python standard library's sources, by bytes, at random depths of mean 8."""
+    cfg = _reasoner(
+        "text", range(128, 129), loops=32, steps=800, share=0.5, prelude=1, coda=1, dim=128, batch_size=8,
+        evaluation=EvalConfig([128], [1, 2, 4, 8, 16, 32], 256),
+    )  # fmt: skip
+    cfg.loops = LoopConfig("poisson", mean=8.0, maximum=32, gradient="last", grad_loops=4)
+    cfg.model.max_loop_iters = 8
+    cfg.gate.steps = 0
+    return cfg
+
+
+def debug() -> TrainConfig:
+    """A few seconds of running parity, to see that everything works."""
+    cfg = _reasoner("parity", range(2, 9), loops=4, steps=30, dim=16, evaluation=EvalConfig([8, 16], [1, 4, 8], 32))
+    cfg.batch_size = 16
+    cfg.optim.warmup = 5
+    cfg.gate = GateConfig(steps=10, batch_size=8)
+    cfg.log_every, cfg.save_every = 5, 10
+    return cfg
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    made.__name__: made
+    for made in (
+        parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, debug,
+    )
+}  # fmt: skip
+
+
+def recipe(name: str) -> TrainConfig:
+    """The config of a recipe.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
+    cfg = RECIPES[name]()
+    cfg.recipe = name
+    return cfg
+
+
+def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
+    """A recipe with overrides (see :func:`~open_mythos.training.overrides.override`).
+
+    The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides.
+
+    Raises:
+        ValueError: as :func:`recipe` and ``override``, and for options that the task refuses.
+    """
+    assignments = list(assignments)
+    cfg = override(recipe(name), assignments)
+    if not any(assignment.startswith("model.vocab_size=") for assignment in assignments):
+        cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
+    return cfg
+
+
+def _reasoner(
+    task: str,
+    difficulties: range,
+    *,
+    loops: int,
+    steps: int,
+    fewest: int = 1,
+    reach: int = 4,
+    taps: int = 3,
+    evaluation: EvalConfig,
+    options: dict[str, Any] | None = None,
+    dim: int = 64,
+    share: float = 1.0,
+    lr: float = 5e-4,
+    prelude: int = 0,
+    coda: int = 0,
+    gate: tuple[int, int] = (0, 0),
+    stale: float = 0.0,
+    batch_size: int = 64,
+) -> TrainConfig:
+    """What the recipes have in common: one dense block that sees its neighbours, run for random numbers of loops.
+
+    Args:
+        task: its name.
+        difficulties: trained on.
+        loops: most loops of a training step.
+        fewest: fewest loops of a training step.
+        reach: tokens that a local head sees. With 2, the only way to get on is from one token to the next, and that way
+            goes on working at any length.
+        taps: tokens that the convolution sees, ``reach`` at most.
+        steps: optimizer steps.
+        evaluation: what to measure at the end.
+        options: of the task.
+        dim: width of the model.
+        share: of its heads, those that are local.
+        prelude, coda: blocks before and after the loop.
+        gate: hardest problems that the halting gate learns from, and loops that these take; 0 for those of training.
+        stale: share of a batch that starts from states of other problems.
+        lr: learning rate.
+        batch_size: problems of a step.
+    """
+    options = options or {}
+    model = MythosConfig(
+        vocab_size=tasks.load(task, **options).vocab_size, dim=dim, n_heads=4, n_kv_heads=4, max_seq_len=4096,
+        max_loop_iters=loops, prelude_layers=prelude, coda_layers=coda, attn_type="gqa", rope_theta=1e4,
+        n_experts=1, n_shared_experts=0, n_experts_per_tok=1, expert_dim=2 * dim, lora_rank=0,
+        local_window=reach, conv_taps=min(reach, taps), local_share=share, halting=False, warm_start=False,
+    )  # fmt: skip
+    return TrainConfig(
+        model=model,
+        task=TaskConfig(task, options, difficulties[0], difficulties[-1]),
+        loops=LoopConfig("uniform", minimum=fewest, maximum=loops, gradient="last", grad_loops=6, stale=stale),
+        optim=OptimConfig(lr=lr),
+        gate=GateConfig(max_difficulty=gate[0], loops=gate[1]),
+        evaluation=evaluation,
+        steps=steps,
+        batch_size=batch_size,
+    )

@@ -1,0 +1,77 @@
+"""What lies where in a run's directory, and how to find a model by a path or a name.
+
+::
+
+    RUN/config.json        TrainConfig
+    RUN/metrics.jsonl      a line every log_every steps
+    RUN/checkpoints/       to go on from
+    RUN/model/             config.json, model.safetensors (averaged weights), training.json (TrainConfig)
+    RUN/evaluation.json    accuracy by difficulty and loops
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from open_mythos.checkpoint import SHIPPED, WEIGHTS_FILE, shipped
+from open_mythos.evaluation.summary import FILE
+from open_mythos.fields import nearest
+from open_mythos.model import OpenMythos
+from open_mythos.training.baselines import model_class
+from open_mythos.training.config import TrainConfig
+
+RUN_CONFIG, METRICS, CHECKPOINTS, MODEL, EVALUATION = "config.json", "metrics.jsonl", "checkpoints", "model", FILE
+TRAINING_FILE = "training.json"
+
+
+def model_dir(source: str | Path) -> Path:
+    """The directory with a model's files.
+
+    Args:
+        source: a run, its model, any directory that ``save_pretrained`` wrote, or the name of a shipped model.
+
+    Raises:
+        ValueError: saying what is missing, or which names there are.
+    """
+    for directory in (Path(source) / MODEL, Path(source), SHIPPED / str(source)):
+        if (directory / WEIGHTS_FILE).is_file():
+            return directory
+    if (Path(source) / RUN_CONFIG).is_file():
+        raise ValueError(f"{source} has no {MODEL}/{WEIGHTS_FILE}: the run has not ended; go on with --resume auto")
+    if Path(source).exists():
+        raise ValueError(f"{source} is no run and no model: it holds neither {MODEL}/{WEIGHTS_FILE} nor {WEIGHTS_FILE}")
+    names = shipped()
+    hint = f" and no shipped model; {nearest(source, names)}" if names else ""
+    raise ValueError(f"{source} is no directory{hint}")
+
+
+def training_config(source: str | Path) -> TrainConfig:
+    """How the model found by :func:`model_dir` was trained.
+
+    Raises:
+        ValueError: if there is no such model, or nothing says how it was trained.
+    """
+    path = model_dir(source) / TRAINING_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so nothing says how {source} was trained; name its task by hand")
+    return TrainConfig.load(path)
+
+
+def save_model(model: OpenMythos, cfg: TrainConfig, run: Path) -> Path:
+    """Write RUN/model and return its path."""
+    directory = run / MODEL
+    model.save_pretrained(directory)
+    cfg.save(directory / TRAINING_FILE)
+    return directory
+
+
+def load_model(source: str | Path) -> OpenMythos:
+    """The model found by :func:`model_dir`, in eval mode, of the class that it was trained as.
+
+    Raises:
+        ValueError: as :func:`model_dir`, or for damaged files.
+    """
+    directory = model_dir(source)
+    trained = (directory / TRAINING_FILE).is_file()
+    kind = model_class(training_config(source)) if trained else OpenMythos
+    return kind.from_pretrained(directory)

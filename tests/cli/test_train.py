@@ -1,0 +1,58 @@
+"""`mythos train` from the outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from open_mythos import OpenMythos
+from open_mythos.cli import app
+from open_mythos.cli.train import live_line
+from open_mythos.training.recipes import RECIPES
+
+SHORT = ("steps=4", "save_every=2", "gate.steps=0", "evaluation.examples=4")
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, ["train", *map(str, args)])
+
+
+def test_a_recipe_trains_says_where_things_are_and_goes_on(tmp_path: Path) -> None:
+    done = run("debug", *SHORT, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "accuracy by loops" in done.output and "8 bits (trained)" in done.output and "mythos eval" in done.output
+    assert OpenMythos.from_pretrained(tmp_path / "model").cfg.vocab_size == 3
+    again = run("debug", *SHORT, "--out", tmp_path)
+    assert again.exit_code == 2 and "--resume auto" in again.output
+    assert run("debug", *SHORT, "--out", tmp_path, "--resume", "auto").exit_code == 0
+
+
+def test_a_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path) -> None:
+    done = run("debug", "--dry-run", "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    for what in ("parameters", "FLOPs per step", "memory of activations", "time per step"):
+        assert what in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_listed() -> None:
+    for done in (run("--list"), run()):
+        assert done.exit_code == 0 and all(name in done.output for name in RECIPES)
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+    for args, message in (
+        (("pariti",), "did you mean 'parity'"),
+        (("debug", "optim.lrr=1"), "did you mean 'optim.lr'"),
+        (("debug", "optim.lr=-1"), "optim.lr=-1 is out of range"),
+        (("debug", "optim.lr=1e30", "max_bad_steps=1", "gate.steps=0"), "steps in a row were not finite"),
+    ):
+        done = run(*args, "--out", tmp_path / "run")
+        assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output
+
+
+def test_the_live_line_shows_what_there_is() -> None:
+    numbers = {"step": 5, "loss": 0.25, "expert_balance": None, "tokens_per_second": 12345.0}
+    line = live_line({**numbers, "skipped": 2, "eta_seconds": 61.0}, 10)
+    assert line == "step 5/10  loss 0.2500  12.3 k tokens/s  2 steps skipped  0:01:01 left"

@@ -1,0 +1,57 @@
+"""The shipped reasoners load by name, without a network, and do what their cards say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from open_mythos import MythosConfig, OpenMythos, tasks
+from open_mythos.checkpoint import SHIPPED, CheckpointError, shipped
+from open_mythos.evaluation import DepthGrid, depth_grid
+from open_mythos.training.runs import load_model, model_dir, training_config
+
+
+def figures(name: str) -> DepthGrid:
+    return DepthGrid.from_dict(json.loads((SHIPPED / name / "figures.json").read_text()))
+
+
+def test_there_are_some_and_each_is_small():
+    assert {"parity-tiny", "chain-sum-tiny", "p-hop-tiny"} <= set(shipped())
+    for name in shipped():
+        assert (SHIPPED / name / "model.safetensors").stat().st_size <= 1_000_000
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_card_measured_again(name):
+    claimed, cfg = figures(name), training_config(name)
+    task = tasks.load(cfg.task.name, **cfg.task.options)
+    assert task.version == claimed.version, "the task has changed: measure the card again with benchmarks/ship.py"
+    model = OpenMythos.from_pretrained(name)
+    found = depth_grid(model, task, claimed.difficulties, claimed.loops, claimed.examples, claimed.seed)
+    # The same problems; a few answers may turn on rounding, which differs between machines.
+    torch.testing.assert_close(found.accuracy, claimed.accuracy, atol=0.01, rtol=0)
+    torch.testing.assert_close(found.loops_used, claimed.loops_used, atol=0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_card_shows_these_figures(name):
+    text, claimed = (SHIPPED / name / "README.md").read_text(), figures(name)
+    for n, accuracies, used in zip(claimed.loops, claimed.accuracy.T, claimed.loops_used.T, strict=True):
+        cells = (f"{a:.4f} ({u:.1f})" for a, u in zip(accuracies.tolist(), used.tolist(), strict=True))
+        assert f"| {n} | {' | '.join(cells)} |" in text
+
+
+def test_names_are_for_every_command_and_a_directory_comes_first(tmp_path, monkeypatch):
+    assert model_dir("parity-tiny") == SHIPPED / "parity-tiny"
+    assert load_model("parity-tiny").cfg.halting
+    monkeypatch.chdir(tmp_path)
+    mine = OpenMythos(MythosConfig.load(SHIPPED / "parity-tiny" / "config.json"))
+    mine.save_pretrained("parity-tiny")
+    assert torch.equal(OpenMythos.from_pretrained("parity-tiny").embed.weight, mine.embed.weight)
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    with pytest.raises(CheckpointError, match="parity-tiny"):
+        OpenMythos.from_pretrained("parity-huge")

@@ -1,0 +1,240 @@
+"""A run leaves what it says, and stopping it and going on changes nothing, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import spoil
+from tiny import tiny_run
+
+from open_mythos import OpenMythos
+from open_mythos.evaluation.summary import Evaluation
+from open_mythos.training import checkpoints, runs
+from open_mythos.training.config import TrainConfig
+from open_mythos.training.fit import Watch, fit
+from open_mythos.training.loggers import read_metrics
+from open_mythos.training.trainer import TrainingError
+
+CLOCK = ("seconds", "tokens_per_second", "eta_seconds")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(step: int) -> Watch:
+    def record(line: Any) -> None:
+        if line["step"] == step:
+            raise Stopped
+
+    return Watch(record, say=lambda message: None)
+
+
+def quiet(said: list[str] | None = None) -> Watch:
+    return Watch(say=(said if said is not None else []).append)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def plain(state: Any) -> Any:
+    """``state`` with lists for tensors, which == compares exactly."""
+    if isinstance(state, torch.Tensor):
+        return str(state.dtype), state.tolist()
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    return [plain(item) for item in state] if isinstance(state, list | tuple) else state
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    mine, others = (plain(checkpoints.load(run / "checkpoints/step_00000012")["trainer"]) for run in (one, other))
+    assert mine == others
+    assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
+    assert (one / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
+
+
+# -- what is left
+
+
+def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
+    cfg, seen = tiny_run("log_every=5", "gate.steps=2", "gate.batch_size=2"), list[Any]()
+    assert fit(cfg, tmp_path, watch=Watch(seen.append, pytest.fail)) == tmp_path / "model"
+    assert TrainConfig.load(tmp_path / "config.json") == TrainConfig.load(tmp_path / "model/training.json") == cfg
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [5, 10, 12] and len(seen) == 3
+    assert {"loss", "accuracy", "loops", "grad_norm", "lr", "spectral_radius", "expert_balance", "skipped"} <= {
+        *seen[0]
+    }
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+    assert OpenMythos.from_pretrained(tmp_path / "model").cfg.halting
+    assert Evaluation.load(tmp_path).grids[0].difficulties == [4]
+
+
+@pytest.mark.parametrize(("kind", "loops"), [("single", 1), ("unrolled", 3)])
+def test_a_baseline_is_measured_at_its_one_depth_and_loads_again(tmp_path: Path, kind: str, loops: int) -> None:
+    fit(tiny_run(f"kind={kind}", "gate.steps=2"), tmp_path, watch=quiet())
+    assert Evaluation.load(tmp_path).grids[0].loops == [loops]
+    assert runs.load_model(tmp_path).cfg.max_loop_iters == loops
+
+
+def test_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) -> None:
+    fit(tiny_run(), tmp_path / "each", watch=quiet())
+    fit(tiny_run("log_every=4"), tmp_path / "fourth", watch=quiet())
+    each, fourth = metrics(tmp_path / "each"), metrics(tmp_path / "fourth")
+    for key in ("loss", "accuracy", "grad_norm", "cross_entropy"):
+        assert fourth[1][key] == pytest.approx(sum(line[key] for line in each[4:8]) / 4)
+
+
+def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for i in range(60):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"the same weights, run for {i} loops, think deeper\n" * 20)
+    cfg = tiny_run(
+        "task.name=text", f"task.options.source={tmp_path / 'corpus'}", "task.min_difficulty=16",
+        "task.max_difficulty=16", "evaluation.difficulties=16", "model.vocab_size=257", "steps=2",
+    )  # fmt: skip
+    fit(cfg, tmp_path / "run", watch=quiet())
+    assert "bits_per_byte" in (tmp_path / "run/evaluation.json").read_text()
+
+
+# -- stopping and going on
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("optim.optimizer=muon", "model.dropout=0.1", "accumulate=2", "log_every=3"),
+        ("loops.per=sequence", "loops.schedule=lognormal", "loops.mean=2", "model.state_init=noise", "precision=bf16"),
+        ("loss.depth=progressive", "loops.gradient=all", "checkpoint_loops=true", "model.state_noise=0.1", "keep=1"),
+        ("kind=unrolled", "optim.schedule=cosine"),
+    ],
+    ids=["experts-and-stale-states", "muon", "sequence-bf16", "progressive", "unrolled"],
+)
+def test_going_on_after_a_stop_changes_nothing(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    cfg = tiny_run(*overrides)
+    fit(cfg, tmp_path / "whole", watch=quiet())
+    with pytest.raises(Stopped):
+        fit(cfg, tmp_path / "stopped", watch=stop_after(6))
+    torch.manual_seed(12345)
+    fit(cfg, tmp_path / "stopped", resume="auto", watch=quiet())
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_going_on_right_after_skipped_steps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's load is counted over the steps that its bias has not answered yet, skipped ones left out."""
+    spoil(monkeypatch, 3, 6)
+    cfg = tiny_run("save_every=2")
+    fit(cfg, tmp_path / "whole", watch=quiet())
+    for step in (5, 8):
+        with pytest.raises(Stopped):
+            fit(cfg, tmp_path / "stopped", resume="auto", watch=stop_after(step))
+    fit(cfg, tmp_path / "stopped", resume="auto", watch=quiet())
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert metrics(tmp_path / "whole")[-1]["skipped"] == 2 and metrics(tmp_path / "whole")[3]["loss"] is None
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
+    cfg = tiny_run("steps=12", "save_every=3")
+    cfg.save(tmp_path / "cfg.json")
+    program = (
+        "import sys, time, torch; from pathlib import Path\n"
+        "from open_mythos.training.config import TrainConfig; from open_mythos.training.fit import Watch, fit\n"
+        "torch.set_num_threads(1)\n"
+        "watch = Watch(record=lambda line: time.sleep(0.1))\n"
+        "fit(TrainConfig.load(sys.argv[1]), Path(sys.argv[2]), watch=watch)\n"
+    )
+    victim = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "cfg.json"), str(tmp_path / "killed")])
+    file, deadline = tmp_path / "killed/metrics.jsonl", time.monotonic() + 120
+    while not file.exists() or file.read_bytes().count(b"\n") < 8:
+        assert victim.poll() is None and time.monotonic() < deadline, "it should still be training"
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed/model").exists()
+    fit(cfg, tmp_path / "killed", resume="auto", watch=quiet())
+    fit(cfg, tmp_path / "whole", watch=quiet())
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_torn_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path: Path) -> None:
+    cfg = tiny_run()
+    fit(cfg, tmp_path / "whole", watch=quiet())
+    with pytest.raises(Stopped):
+        fit(cfg, tmp_path / "torn", watch=stop_after(9))
+    state = tmp_path / "torn/checkpoints/step_00000008/state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    said: list[str] = []
+    fit(cfg, tmp_path / "torn", resume="auto", watch=quiet(said))
+    assert "skipping checkpoint step_00000008" in said[0] and "step_00000004" in said[1]
+    assert_same_run(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_checkpoint_by_its_path_goes_on_elsewhere(tmp_path: Path) -> None:
+    fit(tiny_run(), tmp_path / "whole", watch=quiet())
+    fit(tiny_run(), tmp_path / "branch", resume=str(tmp_path / "whole/checkpoints/step_00000008"), watch=quiet())
+    assert metrics(tmp_path / "branch") == metrics(tmp_path / "whole")[8:]
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        fit(tiny_run(), tmp_path / "other", resume=str(tmp_path / "nothing"), watch=quiet())
+    with pytest.raises(ValueError, match="holds a run"):
+        fit(tiny_run(), tmp_path / "branch", resume=str(tmp_path / "whole/checkpoints/step_00000008"), watch=quiet())
+
+
+def test_without_a_checkpoint_auto_starts_afresh(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        fit(tiny_run(), tmp_path, watch=stop_after(2))
+    fit(tiny_run(), tmp_path, resume="auto", watch=quiet())
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+
+
+# -- what is refused, and what is survived
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    fit(tiny_run("steps=1"), tmp_path, watch=quiet())
+    with pytest.raises(ValueError, match="holds a run; go on with it by --resume auto, or choose another --out"):
+        fit(tiny_run("steps=1"), tmp_path, watch=quiet())
+
+
+def test_only_what_does_not_touch_training_may_change(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        fit(tiny_run(), tmp_path, watch=stop_after(5))
+    with pytest.raises(ValueError, match=r"other settings: optim.lr was 0.001 and is 0.5, steps was 12 and is 99"):
+        fit(tiny_run("optim.lr=0.5", "steps=99"), tmp_path, resume="auto", watch=quiet())
+    fit(tiny_run("keep=1", "save_every=5", "evaluation.loops=1"), tmp_path, resume="auto", watch=quiet())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000012"]
+
+
+def test_a_full_disk_is_said_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, said = checkpoints.save, list[str]()
+
+    def full(directory: Path, step: int, *args: Any) -> Path:
+        if step == 8:
+            raise OSError(28, "No space left on device")
+        return save(directory, step, *args)
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    fit(tiny_run(), tmp_path, watch=quiet(said))
+    assert len(said) == 1 and "step 8: checkpoint not written" in said[0] and "No space left" in said[0]
+    monkeypatch.setattr(checkpoints, "save", lambda *args: full(tmp_path, 8))
+    with pytest.raises(OSError, match=r"the last checkpoint was not written .*No space left.*--resume auto"):
+        fit(tiny_run("save_every=12"), tmp_path / "last", watch=quiet(said))
+
+
+def test_a_run_that_is_not_finite_ends_with_its_metrics_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 3, 4)
+    with pytest.raises(TrainingError, match="2 steps in a row were not finite, up to step 5"):
+        fit(tiny_run("max_bad_steps=2"), tmp_path, watch=quiet())
+    assert [line["loss"] is None for line in metrics(tmp_path)] == [False] * 3 + [True] * 2

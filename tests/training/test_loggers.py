@@ -1,0 +1,83 @@
+"""metrics.jsonl has each step once, whatever happened; other loggers get the same numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from open_mythos.training.loggers import MetricsFile, open_loggers, read_metrics
+
+
+def write(path: Path, after_step: int, *steps: int) -> None:
+    file = MetricsFile(path, after_step)
+    for step in steps:
+        file.log({"step": step, "loss": step / 2})
+    file.close()
+
+
+def test_going_on_drops_the_steps_that_are_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 0, 1, 2, 3, 4)
+    path.write_text(path.read_text() + '{"step": 5, "lo')  # killed in the middle of a line
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+    write(path, 2, 3, 4, 5)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert path.read_text().endswith("\n")
+
+
+def test_a_line_is_there_at_once_and_is_plain_json(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.log({"step": 1, "loss": float("nan"), "norm": float("inf"), "balance": None})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    file.close()
+    assert json.loads(text) == {"step": 1, "loss": None, "norm": None, "balance": None}
+
+
+def test_an_unknown_logger_gets_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown logger 'wanbd'; did you mean 'wandb'"):
+        open_loggers("tensorboard, wanbd", tmp_path, {}, 0)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
+    with pytest.raises(ImportError, match=rf"needs {name}; run: pip install open-mythos\[loggers\]"):
+        open_loggers(name, tmp_path, {}, 0)
+
+
+def test_trackers_and_tensorboard_get_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def keep(name: str) -> Any:
+        return lambda *args, **kwargs: calls.append((name, args, kwargs))
+
+    class Writer:
+        def __init__(self, directory: str, purge_step: int) -> None:
+            calls.append(("open", Path(directory).name, purge_step))
+
+        add_text, add_scalar, close = (staticmethod(keep(name)) for name in ("text", "scalar", "close"))
+
+    fakes = {
+        "wandb": SimpleNamespace(init=keep("init"), log=keep("log"), finish=keep("finish")),
+        "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=Writer),
+    }
+    for name, fake in fakes.items():
+        module = ModuleType(name)
+        vars(module).update(vars(fake))
+        monkeypatch.setitem(sys.modules, name, module)
+    loggers = open_loggers("tensorboard,wandb", tmp_path, {"steps": 9}, after_step=4)
+    for logger in loggers:
+        logger.log({"step": 5, "loss": 0.5, "balance": None})
+        logger.close()
+    assert ("open", "tensorboard", 5) in calls
+    assert ("scalar", ("loss", 0.5, 5), {}) in calls and len([call for call in calls if call[0] == "scalar"]) == 1
+    options = {"project": "open-mythos", "name": tmp_path.name, "config": {"steps": 9}, "dir": str(tmp_path)}
+    assert ("init", (), options) in calls
+    assert ("log", ({"step": 5, "loss": 0.5},), {"step": 5}) in calls
+    assert ("finish", (), {}) in calls and ("close", (), {}) in calls
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 0.5, "balance": None}]

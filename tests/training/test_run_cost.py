@@ -1,0 +1,43 @@
+"""What `--dry-run` says can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_run
+
+from open_mythos.diagnostics import flops_per_token
+from open_mythos.training import cost
+from open_mythos.training.cost import flops_per_step, run_cost
+
+FIXED = ("loops.schedule=fixed", "loops.mean=3", "task.min_difficulty=5", "task.max_difficulty=5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        (("loops.grad_loops=2",), 1 + 2 * 3),
+        (("loops.gradient=all",), 3 * 3),
+        (("loops.gradient=one_step", "checkpoint_loops=true"), 2 + 4),
+        (("kind=single",), 3),
+    ],
+)
+def test_flops_count_loops_with_gradient_three_times(overrides: tuple[str, ...], passes: int) -> None:
+    cfg = tiny_run(*FIXED, *overrides)
+    outside, one = (flops_per_token(cfg.model, n, 3) for n in (0, 1))
+    assert flops_per_step(cfg) == pytest.approx(8 * 5 * (3 * outside + passes * (one - outside)))
+
+
+def test_weights_gradients_adam_and_average_are_counted() -> None:
+    found = run_cost(tiny_run(*FIXED))
+    assert found.weight_bytes == pytest.approx(4 * found.parameters * 5, rel=0.1)
+    assert found.seconds_per_step > 0 and found.trial_steps == 10
+
+
+def test_activations_shrink_with_micro_batches_and_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_TRIAL_STEPS", 1)
+
+    def kept(*overrides: str) -> int:
+        return run_cost(tiny_run(*FIXED, "loops.gradient=all", *overrides)).activation_bytes
+
+    whole = kept()
+    assert kept("accumulate=4") < 0.5 * whole and kept("checkpoint_loops=true") < 0.8 * whole

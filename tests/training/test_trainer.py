@@ -1,0 +1,142 @@
+"""One step: what it draws, what it updates, and what it leaves alone when the numbers are not finite."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_run
+
+from open_mythos.training.objective import Objective, Outcome
+from open_mythos.training.trainer import Trainer, TrainingError
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the loss of these steps (from 0) not a number."""
+    plan, call, now = Objective.plan, Objective.__call__, [0]
+
+    def planned(self: Objective, step: int, *args: Any) -> Any:
+        now[0] = step
+        return plan(self, step, *args)
+
+    def called(self: Objective, *args: Any) -> Outcome:
+        outcome = call(self, *args)
+        if now[0] in steps:
+            outcome.loss = outcome.loss * float("nan")
+            assert self.left is not None
+            self.left.fill_(float("nan"))
+        return outcome
+
+    monkeypatch.setattr(Objective, "plan", planned)
+    monkeypatch.setattr(Objective, "__call__", called)
+
+
+def test_training_learns() -> None:
+    trainer = Trainer(tiny_run("task.max_difficulty=3", "steps=60", "batch_size=16", "loops.stale=0"))
+    results = [trainer.step() for _ in range(60)]
+    assert all(2 * 16 <= result.tokens <= 3 * 16 and 1 <= result.loops <= 3 for result in results)
+    assert sum(r.loss for r in results[-10:]) < 0.5 * sum(r.loss for r in results[:10])
+    assert results[-1].accuracy > 0.9
+
+
+def test_micro_batches_change_nothing_but_memory() -> None:
+    """On a model whose buffers do not change within a step: experts count, but balance once a step."""
+    whole, split = (Trainer(tiny_run(f"accumulate={n}", "loops.stale=0")) for n in (1, 4))
+    torch.manual_seed(0)
+    one = whole.step()
+    torch.manual_seed(0)
+    four = split.step()
+    assert one.loss == pytest.approx(four.loss, rel=1e-5) and one.grad_norm == pytest.approx(four.grad_norm, rel=1e-4)
+    assert (one.accuracy, one.loops, one.tokens) == (four.accuracy, four.loops, four.tokens)
+    load = {name: buffer for name, buffer in whole.model.named_buffers() if name.endswith("expert_load")}
+    for name, buffer in load.items():
+        assert torch.equal(buffer, split.model.get_buffer(name))
+
+
+def test_the_same_seed_is_the_same_run_and_the_data_do_not_depend_on_the_model() -> None:
+    first, same, baseline, other = (
+        Trainer(tiny_run(*overrides)) for overrides in ((), (), ("kind=unrolled",), ("seed=1",))
+    )
+    ids = first.draw().ids
+    assert torch.equal(ids, same.draw().ids) and torch.equal(ids, baseline.draw().ids)
+    assert not torch.equal(first.model.embed.weight, other.model.embed.weight)
+    drawn = [other.draw().ids for _ in range(3)]
+    assert not all(torch.equal(a, b) for a, b in zip(drawn, [first.draw().ids for _ in range(3)], strict=True))
+
+
+def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
+    trainer = Trainer(tiny_run("precision=bf16"))
+    seen: set[torch.dtype] = set()
+    trainer.model.recurrent.block.attn.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    trainer.step()
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_the_average_is_what_is_kept() -> None:
+    trainer = Trainer(tiny_run("optim.ema=0.9"))
+    for _ in range(3):
+        trainer.step()
+    kept = trainer.averaged()
+    assert not kept.training and trainer.model.training
+    assert torch.equal(kept.embed.weight, trainer.ema.average["embed.weight"])
+    assert not torch.equal(kept.embed.weight, trainer.model.embed.weight)
+    assert torch.equal(kept.recurrent.block.ffn.router_bias, trainer.model.recurrent.block.ffn.router_bias)
+
+
+def test_gauges() -> None:
+    trainer = Trainer(tiny_run("optim.warmup=4"))
+    trainer.step()
+    gauges = trainer.gauges()
+    load = trainer.model.recurrent.block.ffn.expert_load.float()
+    assert gauges["lr"] == pytest.approx(1e-3 / 4)
+    assert gauges["spectral_radius"] == trainer.model.recurrent.injection.get_A().max().item()
+    assert gauges["expert_balance"] == pytest.approx(float(4 * load.min() / load.sum()))
+
+
+# -- steps that are not finite
+
+
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 2)
+    trainer = Trainer(tiny_run())
+    for _ in range(2):
+        trainer.step()
+    before = copy.deepcopy(trainer.state_dict())
+    result = trainer.step()
+    after = trainer.state_dict()
+    assert result.skipped and (trainer.step_number, trainer.skipped) == (3, 1)
+    for part in ("model", "ema", "optimizer", "carried"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0, msg=part)
+    assert not trainer.step().skipped and trainer.skipped_in_a_row == 0
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_too_many_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 0, 2, 3)
+    trainer = Trainer(tiny_run("max_bad_steps=2"))
+    for _ in range(3):
+        trainer.check_going(trainer.step())
+    result = trainer.step()
+    with pytest.raises(TrainingError, match=r"2 steps in a row were not finite, up to step 4 .loss nan.*lower optim"):
+        trainer.check_going(result)
+
+
+# -- what is refused at once
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vocab_size=2", "model.vocab_size=2, but parity has 3 tokens; use model.vocab_size=3"),
+        ("evaluation.difficulties=4,99", "99 bits are 99 tokens, more than model.max_seq_len=32"),
+        ("device=abacus", "device='abacus' cannot be used"),
+        ("task.options.modulus=5", "parity has no option 'modulus'"),
+        ("task.name=pariti", "unknown task 'pariti'; did you mean 'parity'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_run(override))
