@@ -60,7 +60,9 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
     config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}")
+            raise CheckpointError(
+                f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}"
+            )
     try:
         cfg = MythosConfig.load(config_path)
     except ValueError as error:

@@ -97,13 +97,27 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask,
 
     Shapes as in :func:`attend`.
     """
-    H, D, G = q.shape[2], q.shape[3], k.shape[2]
-    at = mask.query_positions(q.device).unsqueeze(-1) - torch.arange(window - 1, -1, -1, device=q.device)  # (B|1, T, W)
-    k_BTWGD, v_BTWGD = _rows_at(k, at), _rows_at(v, at)
-    q_BTGRD = q.unflatten(2, (G, H // G))
-    scores = torch.einsum("btgrd,btwgd->btgrw", q_BTGRD, k_BTWGD).float() * (D**-0.5 if scale is None else scale)
-    scores = scores.masked_fill(~mask.band(at)[:, :, None, None], float("-inf"))
-    return torch.einsum("btgrw,btwgd->btgrd", scores.softmax(-1).to(v.dtype), v_BTWGD).flatten(2, 3)
+    T, H, D, G = *q.shape[1:], k.shape[2]
+    offsets = torch.arange(window - 1, -1, -1, device=q.device)
+    at = mask.query_positions(q.device).unsqueeze(-1) - offsets  # (B|1, T, W)
+    if mask.positions is None:
+        k_W, v_W = _shifted(k, T, window), _shifted(v, T, window)
+    else:
+        k_W, v_W = list(_rows_at(k, at).unbind(2)), list(_rows_at(v, at).unbind(2))
+    # W products over whole tensors beat one batched product of very small matrices.
+    q_BTGRD = q.unflatten(2, (G, H // G)) * (D**-0.5 if scale is None else scale)
+    scores = torch.stack([(q_BTGRD * k_BTGD.unsqueeze(3)).sum(-1, dtype=torch.float32) for k_BTGD in k_W], -1)
+    weights = scores.masked_fill(~mask.band(at)[:, :, None, None], float("-inf")).softmax(-1).to(v.dtype)
+    found = [weights[..., w, None] * v_BTGD.unsqueeze(3) for w, v_BTGD in enumerate(v_W)]
+    return sum(found[1:], found[0]).flatten(2, 3)
+
+
+def _shifted(x_BSGD: Tensor, T: int, window: int) -> list[Tensor]:
+    """For the last T positions, the rows ``window - 1``, ..., 1, 0 before them: (B, T, G, D) each, zeros before 0."""
+    S = x_BSGD.shape[1]
+    first = S - T - window + 1
+    needed = F.pad(x_BSGD, (0, 0, 0, 0, -first, 0)) if first < 0 else x_BSGD[:, first:]
+    return [needed[:, w : w + T] for w in range(window)]
 
 
 def _rows_at(x_BSGD: Tensor, at: Tensor) -> Tensor:
