@@ -141,7 +141,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """ "did you mean 'x'?", or all known names if none is near."""
     names = list(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(names)}"
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
 
 
 def _checked(name: str, value: Any, meta: Any) -> Any:

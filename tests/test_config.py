@@ -159,7 +159,7 @@ def test_an_unknown_key_suggests_the_nearest(key, nearest):
 
 
 def test_a_key_like_no_other_lists_them_all():
-    with pytest.raises(ValueError, match="known fields are vocab_size, dim,"):
+    with pytest.raises(ValueError, match="known are vocab_size, dim,"):
         MythosConfig.from_dict({"zzzzzzzz": 1})
 
 

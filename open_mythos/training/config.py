@@ -88,7 +88,7 @@ class OptimConfig(Checked):
 class GateConfig(Checked):
     """The halting gate, trained on the finished model, whose own weights then stay as they are."""
 
-    steps: int = size(300, minimum=0)  # 0: no gate, and a model that does not halt
+    steps: int = size(1000, minimum=0)  # 0: no gate, and a model that does not halt
     lr: float = real(1e-3, 0.0, low_open=True)
     batch_size: int = size(32)
     loops: int = size(0, minimum=0)  # depth at which the model has its last word; 0: model.max_loop_iters

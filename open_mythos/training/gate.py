@@ -29,9 +29,8 @@ _CAUTION = 100.0  # how much worse it is to stop too early than too late: who st
 _KEPT = 2**14  # states kept of each kind and each run of a chunk of problems
 _BATCH = 4096  # states of one step
 _TRIALS = 128  # problems on which the line is drawn, and as many on which the result is measured
-_LOSS = 0.001  # of accuracy that the line may cost there
-_MARGIN = 2.0  # logits that the gate keeps from the line: one wrong stop spoils all that follows it
-_SHIFTS = range(1, -13, -1)  # logits by which the line may be moved, from hasty to cautious
+_LOSS = 0.002  # of accuracy that the line may cost there
+_SHIFTS = [shift / 2 for shift in range(4, -25, -1)]  # logits by which the line may be moved, from hasty to cautious
 
 Examples = tuple[Tensor, Tensor]
 """States (N, dim), and whether one may stop there, (N,) bool."""
@@ -156,7 +155,7 @@ def examples(
 
 
 def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> None:
-    """Move the gate's bias to where it halts soonest without costing more than ``_LOSS`` of accuracy, less a margin.
+    """Move the gate's bias to where it halts soonest without costing more than ``_LOSS`` of accuracy.
 
     A gate that is too hasty costs loops as well: who waits for the answer of a position that stopped wrongly waits
     forever. So from hasty to cautious, loops fall, and rise again once accuracy is safe.
@@ -172,7 +171,7 @@ def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> N
             if loops > fewest:
                 break
             best, fewest = shift, loops
-    bias.copy_(learned + (best - _MARGIN) * act.std)
+    bias.copy_(learned + best * act.std)
 
 
 def _fit(

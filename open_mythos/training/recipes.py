@@ -31,15 +31,15 @@ def prefix_sums() -> TrainConfig:
 def chain_sum() -> TrainConfig:
     """The sum of digits modulo 7, asked once at the end: trained on 5 digits."""
     return _reasoner(
-        "chain_sum", range(2, 6), fewest=6, loops=12, steps=3000, reach=2, taps=0, stale=0.5, gate=(16, 32),
-        evaluation=EvalConfig([5, 8, 16, 32], [1, 2, 4, 6, 8, 12, 16, 32, 64, 128], 256),
+        "chain_sum", range(2, 6), loops=12, steps=3000, reach=2, taps=0, stale=0.5, gate=(32, 64),
+        evaluation=EvalConfig([5, 8, 16, 32], [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128], 256),
     )  # fmt: skip
 
 
 def p_hop() -> TrainConfig:
     """Look up what follows, then what follows that: trained on 6 hops, tested on 12."""
     return _reasoner(
-        "p_hop", range(1, 7), fewest=3, loops=15, steps=1500, reach=2, share=0.5, lr=8e-4, gate=(12, 48),
+        "p_hop", range(1, 7), loops=15, steps=1500, reach=2, share=0.5, lr=8e-4, gate=(12, 48),
         options={"symbols": 14, "questions": 7},
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128], 128),
     )  # fmt: skip
@@ -56,7 +56,7 @@ def addition() -> TrainConfig:
 def permutations() -> TrainConfig:
     """Products of permutations of five things (S5 state tracking): trained on 12, tested on 24."""
     cfg = _reasoner(
-        "permutations", range(4, 13), fewest=6, loops=18, steps=2000, reach=2, dim=128, gate=(24, 48),
+        "permutations", range(4, 13), loops=18, steps=2000, reach=2, dim=128, gate=(48, 64),
         options={"generators": "transpositions"},
         evaluation=EvalConfig([12, 24, 48], [1, 2, 4, 8, 12, 16, 24, 32, 64, 128], 256),
     )  # fmt: skip
@@ -153,7 +153,6 @@ def _reasoner(
     *,
     loops: int,
     steps: int,
-    fewest: int = 1,
     reach: int = 4,
     taps: int = 3,
     evaluation: EvalConfig,
@@ -173,7 +172,6 @@ def _reasoner(
         task: its name.
         difficulties: trained on.
         loops: most loops of a training step.
-        fewest: fewest loops of a training step.
         reach: tokens that a local head sees. With 2, the only way to get on is from one token to the next, and that way
             goes on working at any length.
         taps: tokens that the convolution sees, ``reach`` at most.
@@ -198,7 +196,7 @@ def _reasoner(
     return TrainConfig(
         model=model,
         task=TaskConfig(task, options, difficulties[0], difficulties[-1]),
-        loops=LoopConfig("uniform", minimum=fewest, maximum=loops, gradient="last", grad_loops=6, stale=stale),
+        loops=LoopConfig("uniform", minimum=1, maximum=loops, gradient="last", grad_loops=6, stale=stale),
         optim=OptimConfig(lr=lr),
         gate=GateConfig(max_difficulty=gate[0], loops=gate[1]),
         evaluation=evaluation,
