@@ -6,6 +6,8 @@ from helpers import ATTENTION, tiny_config, tiny_model, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import open_mythos.nn.attention as attention
+import open_mythos.ops.attention as ops
 from open_mythos import VARIANTS, KVCache
 from open_mythos.diagnostics import cache_bytes, cache_bytes_per_token, flops_per_token, parameters
 from open_mythos.diagnostics.cost import FLOPS_PER_MULTIPLY_ADD
@@ -49,27 +51,38 @@ def _grouped_mm_flops(x, weight, *args, **kwargs):
     return FLOPS_PER_MULTIPLY_ADD * x[0] * x[1] * weight[-1]
 
 
-def _counted(model, context, n_loops):
+def _counted(model, context, n_loops, monkeypatch):
     """FLOPs that PyTorch counts while the last of ``context`` tokens is decoded.
 
-    Its counter knows neither the fused CPU attention, so the plain one is run, nor grouped products.
+    Its counter knows neither the fused CPU attention, so the plain one is run, nor grouped products, nor those of local
+    attention, which are written as sums.
     """
+    local = 0
+
+    def attend_local(q, k, v, window, *rest):
+        nonlocal local
+        keys = min(window, k.shape[1])
+        local += FLOPS_PER_MULTIPLY_ADD * q.shape[:3].numel() * keys * (q.shape[-1] + v.shape[-1])
+        return ops.attend_local(q, k, v, window, *rest)
+
+    monkeypatch.setattr(attention, "attend_local", attend_local)
     ids, cache = tokens(1, context), KVCache()
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(ids[:, :-1], n_loops, kv_cache=cache)
+        local = 0
         with counter:
             model(ids[:, -1:], n_loops, kv_cache=cache)
-    return counter.get_total_flops()
+    return counter.get_total_flops() + local
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("n_loops", [1, 3])
-def test_flops_are_those_that_pytorch_counts(attn_type, changes, n_loops):
+def test_flops_are_those_that_pytorch_counts(attn_type, changes, n_loops, monkeypatch):
     # expert_dim a multiple of 4: grouped products of other float32 widths are padded, and padding is not counted here.
     model = tiny_model(attn_type, halting=False, **changes)
-    assert flops_per_token(model.cfg, n_loops, context=21) == _counted(model, 21, n_loops)
+    assert flops_per_token(model.cfg, n_loops, context=21) == _counted(model, 21, n_loops, monkeypatch)
 
 
 def test_flops_grow_by_the_same_amount_with_every_loop_and_token():
