@@ -57,7 +57,7 @@ BARS = {
 def train(recipe: str, kind: str, seed: int) -> Path:
     """Run a recipe unless its evaluation is there, and say where it is."""
     run = RUNS / recipe / f"{kind}-{seed}"
-    if not (run / "evaluation.json").is_file():
+    if not ended(run):
         command = [sys.executable, "-m", "open_mythos", "train", recipe, f"seed={seed}", f"kind={kind}"]
         command += CHANGES.get((recipe, kind), [])
         log = RUNS / recipe / f"{kind}-{seed}.txt"
@@ -68,6 +68,11 @@ def train(recipe: str, kind: str, seed: int) -> Path:
                 check=True, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
     return run
+
+
+def ended(run: Path) -> bool:
+    """Whether the run is trained and measured."""
+    return (run / "evaluation.json").is_file()
 
 
 def minutes(run: Path) -> float:
@@ -90,7 +95,9 @@ def least_step(found: Evaluation) -> float:
 
 def collect(recipe: str) -> dict[str, Any]:
     """All figures of a recipe, as lists over seeds."""
-    runs = {kind: [RUNS / recipe / f"{kind}-{seed}" for seed in seeds] for kind, seeds in SEEDS.items()}
+    runs = {
+        kind: [run for seed in seeds if ended(run := RUNS / recipe / f"{kind}-{seed}")] for kind, seeds in SEEDS.items()
+    }
     found = {kind: [load_evaluation(run) for run in of] for kind, of in runs.items()}
     result: dict[str, Any] = {"minutes": {kind: [minutes(run) for run in of] for kind, of in runs.items()}}
     if recipe == "text":
@@ -112,7 +119,9 @@ def collect(recipe: str) -> dict[str, Any]:
 
 
 def shown(values: list[float], digits: int = 4) -> str:
-    """Mean, and the worst of several."""
+    """Mean, and the worst of several; a dash for none."""
+    if not values:
+        return "–"
     worst = f" ({min(values):.{digits}f})" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{worst}"
 
@@ -160,8 +169,9 @@ def markdown(results: dict[str, Any]) -> str:
         means = [mean(curve[n] for curve in curves["looped"]) for n in loops]
         lines.append(f"| looped | {' | '.join(f'{value:.4f}' for value in means)} |")
         for kind in ("single", "unrolled"):
-            values = [value for curve in curves[kind] for value in curve.values()]
-            lines.append(f"| {kind} (one depth) | {mean(values):.4f} |" + " |" * (len(loops) - 1))
+            for n, bits in (curves[kind][0] if curves[kind] else {}).items():
+                cells = [f"{bits:.4f}" if int(n) == int(at_loops) else "" for at_loops in loops]
+                lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -169,14 +179,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--no-train", action="store_true", help="collect what has ended, and train nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "reasoners.json")
     args = parser.parse_args()
     work = [(recipe, kind, seed) for kind, seeds in SEEDS.items() for seed in seeds for recipe in args.recipes]
+    work = [] if args.no_train else work
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = pool.map(lambda job: train(*job), work)
         list(track(jobs, total=len(work), description="training", console=Console(stderr=True), transient=True))
     results = json.loads(args.out.read_text())["results"] if args.out.is_file() else {}
-    results |= {recipe: collect(recipe) for recipe in args.recipes}
+    results |= {recipe: collect(recipe) for recipe in args.recipes if ended(RUNS / recipe / "looped-0")}
     results = {recipe: json.loads(json.dumps(results[recipe])) for recipe in BARS if recipe in results}
     conditions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
