@@ -23,7 +23,8 @@ def train_gate(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the gate; as the run's config says.")] = None,
     min_difficulty: Annotated[int | None, typer.Option(help="Easiest problems; as in training.")] = None,
     max_difficulty: Annotated[
-        int | None, typer.Option(help="Hardest problems, which may be harder than in training; as there.")
+        int | None,
+        typer.Option(help="Hardest problems, which may be harder than the model's; as the run's config says."),
     ] = None,
     loops: Annotated[
         int | None, typer.Option(min=1, help="Loops that solve the hardest; as the run's config says.")
@@ -64,9 +65,14 @@ def settings(
     """
     if cfg.kind != "looped":
         raise ValueError(f"this is a baseline (kind={cfg.kind!r}), whose depth cannot be chosen; give a looped model")
-    gate = {"steps": steps or cfg.gate.steps or GateConfig().steps, "loops": loops or cfg.gate.loops}
     low = cfg.task.min_difficulty if min_difficulty is None else min_difficulty
-    high = max(low, cfg.task.max_difficulty) if max_difficulty is None else max_difficulty
+    known = cfg.gate.max_difficulty or cfg.task.max_difficulty
+    high = max(low, known) if max_difficulty is None else max_difficulty
+    gate = {
+        "steps": steps or cfg.gate.steps or GateConfig().steps,
+        "loops": loops or cfg.gate.loops,
+        "max_difficulty": max(0, high),
+    }
     task = dataclasses.replace(cfg.task, min_difficulty=low, max_difficulty=high)
     return dataclasses.replace(cfg, gate=dataclasses.replace(cfg.gate, **gate), task=task)
 
