@@ -38,11 +38,13 @@ def chain_sum() -> TrainConfig:
 
 def p_hop() -> TrainConfig:
     """Look up what follows, then what follows that: trained on 6 hops, tested on 12."""
-    return _reasoner(
+    cfg = _reasoner(
         "p_hop", range(1, 7), loops=15, steps=1500, reach=2, share=0.5, lr=8e-4, gate=(12, 48),
         options={"symbols": 14, "questions": 7},
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128], 128),
     )  # fmt: skip
+    cfg.loops.minimum = 3  # of one or two loops there is nothing to learn here: not even one hop is within reach
+    return cfg
 
 
 def addition() -> TrainConfig:
