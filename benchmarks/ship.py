@@ -68,12 +68,14 @@ A recurrent-depth transformer of {n_parameters:,} parameters that solves `{cfg.t
 {cfg.loops.minimum} to {cfg.loops.maximum} loops; the same weights, run for more, solve longer problems.
 
 ```python
+import torch
 from open_mythos import OpenMythos, tasks
 
 model = OpenMythos.from_pretrained("{name}")
 task = tasks.load("{cfg.task.name}"{options})
 ids, answers, _ = task.batch(1, {grid.difficulties[-1]})
-print(task.render(model(ids, n_loops={grid.loops[-1]}).argmax(-1)[0].tolist()))
+with torch.inference_mode():
+    print(task.render(model(ids, n_loops={grid.loops[-1]}).argmax(-1)[0].tolist()))
 ```
 
 ## Accuracy by difficulty and loops
@@ -104,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     for name, source in NAMES.items():
         run = RUNS / source / f"looped-{args.seed}"
-        if run.is_dir():
+        if (run / "evaluation.json").is_file():
             print(f"{name}: {ship(name, run)}")
     print(f"{CONFIG_FILE}, {WEIGHTS_FILE}, {TRAINING_FILE}, {FIGURES} and {CARD} of each are in {SHIPPED}.")
 
