@@ -130,8 +130,8 @@ def shown(values: list[float], digits: int = 4) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The README's tables."""
     lines = [
-        "| recipe | asked | bar: mean (worst) | looped | one loop | unrolled, untied | minutes |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | asked | bar: mean (worst) | looped | seeds | one loop | unrolled, untied | minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for recipe, result in results.items():
         for i, bar in enumerate(result.get("bars", ())):
@@ -140,9 +140,10 @@ def markdown(results: dict[str, Any]) -> str:
             wanted = f"≥ {bar['mean']:g}" + (f" ({bar['worst']:g})" if bar["worst"] else "") if bar["mean"] else "none"
             name = f"`{recipe}`" if i == 0 else ""
             took = f"{mean(result['minutes']['looped']):.1f}" if i == 0 else ""
+            looped, single, unrolled = (bar[kind] for kind in ("looped", "single", "unrolled"))
             lines.append(
-                f"| {name} | {asked} | {wanted} | {shown(bar['looped'])} | {shown(bar['single'])} "
-                f"| {shown(bar['unrolled'])} | {took} |"
+                f"| {name} | {asked} | {wanted} | {shown(looped)} | {len(looped)} | {shown(single)} | {shown(unrolled)} "
+                f"| {took} |"
             )
     lines += [
         "",

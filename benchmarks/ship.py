@@ -55,7 +55,7 @@ def card(name: str, cfg: TrainConfig, grid: DepthGrid, n_parameters: int) -> str
         for n, a, u in zip(grid.loops, grid.accuracy.T.tolist(), grid.loops_used.T.tolist(), strict=True)
     ]
     made = f"mythos train {cfg.recipe} seed={cfg.seed}"
-    options = "".join(f", {key}={value!r}" for key, value in cfg.task.options.items())
+    options = "".join(f", {key}={json.dumps(value)}" for key, value in cfg.task.options.items())
     return f"""---
 license: mit
 library_name: open_mythos
