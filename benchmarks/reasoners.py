@@ -142,8 +142,8 @@ def markdown(results: dict[str, Any]) -> str:
             took = f"{mean(result['minutes']['looped']):.1f}" if i == 0 else ""
             looped, single, unrolled = (bar[kind] for kind in ("looped", "single", "unrolled"))
             lines.append(
-                f"| {name} | {asked} | {wanted} | {shown(looped)} | {len(looped)} | {shown(single)} | {shown(unrolled)} "
-                f"| {took} |"
+                f"| {name} | {asked} | {wanted} | {shown(looped)} | {len(looped)} "
+                f"| {shown(single)} | {shown(unrolled)} | {took} |"
             )
     lines += [
         "",
