@@ -26,10 +26,10 @@ def rope_complex(x: Tensor, positions: Tensor, theta: float) -> Tensor:
         (B, T, H, D).
     """
     D = x.shape[-1]
-    frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
-    angles = positions.float()[..., None] * frequencies
+    frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angles = positions.double()[..., None] * frequencies  # float32 is off by 1e-4 at a few thousand positions
     phasors = torch.polar(torch.ones_like(angles), angles)
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], D // 2, 2).contiguous())
+    pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], D // 2, 2).contiguous())
     return torch.view_as_real(pairs * phasors[..., None, :]).flatten(-2).to(x.dtype)
 
 
