@@ -22,7 +22,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
-from open_mythos.training.runs import METRICS, MODEL, TRAINING_FILE, load_model, model_dir, training_config
+from open_mythos.training.runs import METRICS, TRAINING_FILE, home_dir, load_model, model_dir, training_config
 
 SHALLOW, DEEP = 8, 32
 """Loops between which a text model is asked to stay as good as it was."""
@@ -93,8 +93,7 @@ def as_seeds(text: str) -> list[int]:
 
 def default_directory(checkpoint: str) -> Path:
     """``evaluation`` inside the run or the model's directory; in ``runs`` if that is not ours to write to."""
-    directory = model_dir(checkpoint)
-    home = directory.parent if directory.name == MODEL else directory
+    home = home_dir(model_dir(checkpoint))
     if Path(checkpoint).exists() and os.access(home, os.W_OK):
         return home / "evaluation"
     return Path("runs") / f"eval-{Path(checkpoint).name}"

@@ -15,7 +15,7 @@ from open_mythos.cli.console import clear_errors, console, progress, table
 from open_mythos.training.config import GateConfig, TrainConfig
 from open_mythos.training.gate import ROUNDS
 from open_mythos.training.gate import train_gate as teach
-from open_mythos.training.runs import MODEL, TRAINING_FILE, load_model, model_dir, training_config
+from open_mythos.training.runs import TRAINING_FILE, home_dir, load_model, model_dir, training_config
 
 
 def train_gate(
@@ -66,8 +66,7 @@ def settings(
     if cfg.kind != "looped":
         raise ValueError(f"this is a baseline (kind={cfg.kind!r}), whose depth cannot be chosen; give a looped model")
     low = cfg.task.min_difficulty if min_difficulty is None else min_difficulty
-    known = cfg.gate.max_difficulty or cfg.task.max_difficulty
-    high = max(low, known) if max_difficulty is None else max_difficulty
+    high = max(low, cfg.hardest_for_gate) if max_difficulty is None else max_difficulty
     gate = {
         "steps": steps or cfg.gate.steps or GateConfig().steps,
         "loops": loops or cfg.gate.loops,
@@ -81,8 +80,7 @@ def beside(checkpoint: str) -> Path:
     """``NAME-gate`` next to the run or the model's directory; in ``runs`` for a shipped model."""
     if not Path(checkpoint).exists():
         return Path("runs") / f"{checkpoint}-gate"
-    directory = model_dir(checkpoint).resolve()
-    home = directory.parent if directory.name == MODEL else directory
+    home = home_dir(model_dir(checkpoint).resolve())
     return home.with_name(f"{home.name}-gate")
 
 

@@ -40,7 +40,7 @@ def parameters(cfg: MythosConfig) -> Parameters:
     return Parameters(total, total - _routed(ffn, cfg.n_experts - cfg.n_experts_per_tok))
 
 
-def flops_per_token(cfg: MythosConfig, n_loops: int, context: int) -> int:
+def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
     """Floating-point operations to decode one token that sees ``context`` tokens, its own included.
 
     Counts the matrix products, two operations per multiply-add: every matrix that the token meets, once for each
@@ -50,7 +50,7 @@ def flops_per_token(cfg: MythosConfig, n_loops: int, context: int) -> int:
 
     Args:
         cfg: the model's config.
-        n_loops: loops that the token runs.
+        n_loops: loops that the token runs; a mean over tokens, where they halt at different ones.
         context: tokens that it sees, at least 1.
     """
     model = _without_storage(cfg)

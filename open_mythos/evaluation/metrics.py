@@ -244,9 +244,8 @@ def compute_matched(
 def cost_curve(grid: DepthGrid, cfg: MythosConfig, length: int) -> list[Point]:
     """The first row of ``grid`` against the operations of its mean loops, for problems of ``length`` tokens."""
     context = (length + 1) // 2  # what a token sees, on average
-    one, two = (flops_per_token(cfg, n, context) for n in (1, 2))
     rows = zip(grid.accuracy[0].tolist(), grid.loops_used[0].tolist(), strict=True)
-    return [Point(one + (used - 1) * (two - one), accuracy, used) for accuracy, used in rows]
+    return [Point(flops_per_token(cfg, used, context), accuracy, used) for accuracy, used in rows]
 
 
 def accuracy_at(curve: Sequence[Point], flops: float) -> float:

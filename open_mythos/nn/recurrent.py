@@ -179,15 +179,19 @@ class RecurrentBlock(nn.Module):
         u = self.block(u, freqs, mask, kv_cache, loop_slot(loop), active)
         if self.lora is not None:
             u = u + self.lora(e, loop)
-        return self.norm(u)
+        h = self.norm(u)
+        if self.training and self.cfg.state_noise:
+            noise = self.cfg.state_noise * torch.randn_like(h)
+            if mask is not None and mask.valid is not None:
+                noise = noise * mask.valid[:, -h.shape[1] :].unsqueeze(-1)
+            h = h + noise
+        return h
 
     def _all_positions(
         self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, cache: Cache | None, live: Tensor
     ) -> Iterator[LoopState]:
         for loop in range(n_loops):
             h = self.step(h, e, loop, freqs, mask, cache)
-            if self.training and self.cfg.state_noise:
-                h = h + self.cfg.state_noise * torch.randn_like(h) * live.unsqueeze(-1)
             yield LoopState(loop, h, live, None if self.training else self.act(h))
 
     def _running_positions(

@@ -201,8 +201,7 @@ def _contender(cfg: TrainConfig, task: tasks.Task, measured: list[Evaluation | d
     flops = []
     for difficulty, row in zip(cfg.evaluation.difficulties, used.tolist(), strict=False):
         context = (task.length(difficulty) + 1) // 2  # what a token sees, on average
-        outside, with_one = (flops_per_token(cfg.model, n, context) for n in (0, 1))
-        flops.append([outside + n * (with_one - outside) for n in row])
+        flops.append([flops_per_token(cfg.model, n, context) for n in row])
     with torch.device("meta"):
         parameters = sum(p.numel() for p in baselines.build(cfg).parameters())
     return Contender(

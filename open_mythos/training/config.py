@@ -134,6 +134,11 @@ class TrainConfig(Checked):
     max_bad_steps: int = size(10)  # non-finite steps in a row after which training stops
     loggers: str = text("")  # besides metrics.jsonl: tensorboard, trackio, wandb, separated by commas
 
+    @property
+    def hardest_for_gate(self) -> int:
+        """The greatest difficulty that the halting gate learns from."""
+        return self.gate.max_difficulty or self.task.max_difficulty
+
     def validate(self) -> None:
         super().validate()
         must(

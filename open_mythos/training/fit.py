@@ -208,8 +208,7 @@ def add_gate(model: OpenMythos, task: Task, cfg: TrainConfig, begin: Callable[[s
     """Teach the finished model when to halt, and let it."""
     begin("halting gate")
     generator = torch.Generator().manual_seed(1000 * cfg.seed + GATE_SEED)
-    hardest = cfg.gate.max_difficulty or cfg.task.max_difficulty
-    train_gate(model, task, cfg.gate, cfg.task.min_difficulty, hardest, generator, begin)
+    train_gate(model, task, cfg.gate, cfg.task.min_difficulty, cfg.hardest_for_gate, generator, begin)
 
 
 def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:

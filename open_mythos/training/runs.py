@@ -45,6 +45,11 @@ def model_dir(source: str | Path) -> Path:
     raise ValueError(f"{source} is no directory{hint}")
 
 
+def home_dir(directory: Path) -> Path:
+    """The run that a model's ``directory`` lies in, or itself if it lies in none."""
+    return directory.parent if directory.name == MODEL else directory
+
+
 def training_config(source: str | Path) -> TrainConfig:
     """How the model found by :func:`model_dir` was trained.
 

@@ -243,7 +243,7 @@ def _check_fit(cfg: TrainConfig, task: tasks.Task) -> None:
         f"model.vocab_size={cfg.model.vocab_size}, but {cfg.task.name} has {task.vocab_size} tokens; "
         f"use model.vocab_size={task.vocab_size}",
     )
-    trained = (cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.gate.max_difficulty or cfg.task.max_difficulty)
+    trained = (cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.hardest_for_gate)
     difficulties = (*trained, *cfg.evaluation.difficulties)
     for difficulty in difficulties:
         task.check(difficulty)

@@ -59,14 +59,12 @@ def unroll(
     Yields:
         One :class:`Stage` a loop in which any sequence has gradient, in order.
     """
-    everyone = torch.arange(len(e), device=e.device)
+    everyone, ends = torch.arange(len(e), device=e.device), n_loops.to(e.device)
     last, first = n_loops.tolist(), (n_loops - n_grad).tolist()
     assert min(last) >= 1 and int(n_grad.min()) >= 1
 
     def step(h: Tensor, rows: Tensor, loop: int) -> Tensor:
-        h = model.recurrent.step(h, _take(e, rows), loop, *rows_of(freqs, mask, rows))
-        noise = model.cfg.state_noise
-        return h + noise * torch.randn_like(h) if noise else h
+        return model.recurrent.step(h, _take(e, rows), loop, *rows_of(freqs, mask, rows))
 
     for loop in range(max(last)):
         quiet = everyone[[loop < start for start in first]]
@@ -81,7 +79,7 @@ def unroll(
             if damping < 1:
                 after = before + damping * (after - before)
             h = _put(h, loud, after)
-            yield Stage(loud, before, after, n_loops.to(e.device)[loud] - 1 - loop)
+            yield Stage(loud, before, after, ends[loud] - 1 - loop)
 
 
 def rows_of(freqs: Tensor, mask: CausalMask, rows: Tensor) -> tuple[Tensor, CausalMask]:

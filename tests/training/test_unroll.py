@@ -98,3 +98,14 @@ def test_state_noise_is_added_at_every_loop(model):
         model.cfg.state_noise = 0.0
         plain = list(unroll(model, h, e, freqs, mask, torch.ones(B).long(), torch.ones(B).long()))[-1].after
     assert 0.4 < float((noisy - plain).std()) < 0.6
+
+
+def test_padding_gets_no_noise(model):
+    valid = torch.arange(T) < torch.tensor([[7], [4], [6], [2]])
+    h, e, freqs, mask = encoded(model, valid)
+    after = []
+    for model.cfg.state_noise in (0.5, 0.0):
+        with torch.no_grad():
+            after.append(list(unroll(model, h, e, freqs, mask, torch.ones(B).long(), torch.ones(B).long()))[-1].after)
+    moved = after[0].ne(after[1]).any(-1)
+    assert torch.equal(moved, valid)
