@@ -100,9 +100,9 @@ def _loops(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tens
             u = u + _lora(recurrent.lora, e, loop)
         if isinstance(recurrent.norm, RMSNorm):
             u = _norm(recurrent.norm, u)
-        h = torch.where(running[..., None], u, h)
+        before, h = h, torch.where(running[..., None], u, h)
         if cfg.halting and not model.training:
-            mass = mass + torch.where(running, _gate(recurrent.act, h).detach(), 0.0)
+            mass = mass + torch.where(running, _gate(recurrent.act, before, h).detach(), 0.0)
             running = running & (mass < cfg.act_threshold)
     return h
 
@@ -193,9 +193,11 @@ def _expert(ffn: Expert, x: Tensor) -> Tensor:
     return _linear(ffn.down, F.silu(_linear(ffn.gate, x)) * _linear(ffn.up, x))
 
 
-def _gate(act: ACTHalting, h: Tensor) -> Tensor:
+def _gate(act: ACTHalting, before: Tensor, h: Tensor) -> Tensor:
+    change = torch.linalg.vector_norm(h - before, dim=-1) / torch.linalg.vector_norm(h, dim=-1)
     h = h / torch.sqrt((h * h).mean(-1, keepdim=True) + 1e-6)
-    found = F.silu(_linear(act.hidden, h)) / math.sqrt(act.halt.in_features)
+    seen = _linear(act.hidden, h) + torch.log(change[..., None] + 1e-3) * act.motion / act.std
+    found = F.silu(seen) / math.sqrt(act.halt.in_features)
     return torch.sigmoid(((found * act.halt.weight[0]).sum(-1) + act.halt.bias) / act.std)
 
 

@@ -67,6 +67,7 @@ def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         gate = model.recurrent.act
         gate.halt.weight.normal_(std=3.0 * gate.std)  # the gate divides by what it is stored at
+        gate.motion.normal_(std=0.1 * gate.std)
         gate.halt.bias.fill_(gate_bias * gate.std)
         model.recurrent.block.ffn.router_bias.normal_(std=0.1)
         if model.recurrent.lora is not None:

@@ -36,7 +36,7 @@ def eval(
     loops: Annotated[str | None, typer.Option(help="As in 1,2,4,8.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Problems of each difficulty.")] = None,
     seeds: Annotated[str, typer.Option(help="Of the problems, as in 0,1,2.")] = "0",
-    halting: Annotated[bool | None, typer.Option(help="The checkpoint's own setting if left out.")] = None,
+    halting: Annotated[bool, typer.Option(help="Whether positions may stop early in the grid, too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Directory for table and picture.")] = None,
 ) -> None:
     """Accuracy over difficulty and loops, and what depth does."""
@@ -110,7 +110,7 @@ def next_step(checkpoint: str) -> str:
 
 
 def eval_problems(
-    model: OpenMythos, task: tasks.Task, cfg: TrainConfig, seeds: list[int], halting: bool | None, out: Path
+    model: OpenMythos, task: tasks.Task, cfg: TrainConfig, seeds: list[int], halting: bool, out: Path
 ) -> Path:
     asked = cfg.evaluation
     with progress(n_steps(asked.difficulties, seeds)) as begin:
@@ -172,7 +172,7 @@ def show_metrics(found: Evaluation) -> None:
 
 
 def show_halting(found: Evaluation) -> None:
-    """What halting saves, and accuracy at equal operations; nothing where halting is off."""
+    """What halting saves, and accuracy at equal operations; nothing for a model that does not halt."""
     halting, matched = found.metrics["halting"], found.metrics["compute_matched"]
     if halting is None:
         return
@@ -200,7 +200,7 @@ def share(x: float) -> str:
 # -- text
 
 
-def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, halting: bool | None, out: Path) -> Path:
+def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, halting: bool, out: Path) -> Path:
     asked = cfg.evaluation
     with progress(len(asked.difficulties)) as begin:
         found = {}

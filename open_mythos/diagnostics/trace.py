@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.model import OpenMythos
+from open_mythos.nn.halting import ask
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.recurrent import check_n_loops
 from open_mythos.ops.experts import expert_counts
@@ -60,22 +61,17 @@ def trace(
         loops_used = torch.zeros_like(input_ids, dtype=torch.int64)
         for state in model.recurrent.iterate(h, e, freqs, mask, n_loops):
             loops_used += state.ran
-            assert state.halting is not None, "the gate gives a probability in eval mode"
+            assert state.halting is not None and state.change is not None, "both are there in eval mode"
             halting.append(state.halting)
-            delta.append(torch.where(state.ran, _relative_change(h, state.h), 0.0))
+            delta.append(torch.where(state.ran, state.change, 0.0))
             h = state.h
         logits = model.head(model.decode(h, freqs, mask))
         idle = n_loops - len(delta)
-        halting += [model.recurrent.act(h)] * idle
-        delta += [torch.zeros(input_ids.shape, device=h.device)] * idle
+        still = torch.zeros(input_ids.shape, device=h.device)
+        halting += [ask(model.recurrent.act, h, still)] * idle
+        delta += [still] * idle
         load += [torch.zeros(model.cfg.n_experts, device=h.device)] * idle
     return Trace(logits, loops_used, torch.stack(halting), torch.stack(delta), torch.stack(load))
-
-
-def _relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """``|after - before| / |after|`` over the last axis, in float32."""
-    size = after.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (after.float() - before.float()).norm(dim=-1) / size
 
 
 @contextmanager

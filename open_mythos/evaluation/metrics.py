@@ -164,6 +164,18 @@ class HaltingGain(NamedTuple):
     saved: float
 
 
+def enough_loops(model: OpenMythos, task: Task, difficulty: int, most: int, examples: int = 256, seed: int = 0) -> int:
+    """Fewest loops, up to ``most``, at which accuracy is within .001 of the best. Halting is off.
+
+    Args:
+        model: run in eval mode; put back after.
+        task, difficulty, examples, seed: the problems, those of ``depth_grid``.
+        most: loops that are tried.
+    """
+    grid = depth_grid(model, task, [difficulty], range(1, most + 1), examples, seed, halting=False)
+    return overthinking_damage(grid, most)[0].best_loops
+
+
 def fixed_vs_halting(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: int, examples: int = 256, seed: int = 0
 ) -> HaltingGain:

@@ -12,6 +12,7 @@ from open_mythos.evaluation.grid import DepthGrid, combine, depth_grid
 from open_mythos.evaluation.metrics import (
     accuracy_at,
     compute_matched,
+    enough_loops,
     fixed_vs_halting,
     initial_state_gap,
     overthinking_damage,
@@ -33,7 +34,7 @@ class Evaluation:
         grids: one for each seed of the problems.
         metrics: plain values. ``"difficulties"``: for each difficulty a dictionary of its damage by overthinking,
             settle rate and gap between initial states. ``"halting"`` and ``"compute_matched"``: see the functions of
-            these names in :mod:`open_mythos.evaluation.metrics`; None where halting is off.
+            these names in :mod:`open_mythos.evaluation.metrics`; None for a model that does not halt.
     """
 
     grids: list[DepthGrid]
@@ -84,13 +85,14 @@ def evaluate(
     loops: Sequence[int],
     examples: int = 256,
     seeds: Sequence[int] = (0,),
-    halting: bool | None = None,
+    halting: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure the depth grid for each seed of the problems, and the metrics on those of the first.
 
     Arguments and errors are those of :func:`~open_mythos.evaluation.grid.depth_grid`; ``progress`` is called
-    :func:`n_steps` times or less.
+    :func:`n_steps` times or less. The grid shows what depth does, so every position runs all loops unless ``halting``
+    says otherwise; what halting saves is measured in any case, if the model halts.
     """
     begin = progress or (lambda what: None)
     grids = [depth_grid(model, task, difficulties, loops, examples, seed, halting, begin) for seed in seeds]
@@ -107,9 +109,11 @@ def evaluate(
             "from_start": {name: result._asdict() for name, result in starts.items()},
         })  # fmt: skip
     found["halting"] = found["compute_matched"] = None
-    if grids[0].halting:
+    if model.cfg.halting:
         hardest = max(difficulties)
-        enough = damages[list(difficulties).index(hardest)].best_loops
+        begin("loops that the hardest needs")
+        most = damages[list(difficulties).index(hardest)].best_loops
+        enough = enough_loops(model, task, hardest, most, examples, seed)
         begin("fixed against halting")
         gain = fixed_vs_halting(model, task, difficulties, enough, examples, seed)
         found["halting"] = {"difficulties": list(difficulties), **gain._asdict()}
@@ -120,7 +124,7 @@ def evaluate(
 
 def n_steps(difficulties: Sequence[int], seeds: Sequence[int]) -> int:
     """How often :func:`evaluate` says what it begins, at most."""
-    return (len(seeds) + 1) * len(difficulties) + 2
+    return (len(seeds) + 1) * len(difficulties) + 3
 
 
 def _compute_matched(

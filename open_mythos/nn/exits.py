@@ -28,14 +28,16 @@ class LoopState:
         loop: number of the loop, from 0.
         h: (B, T, dim) state after it.
         ran: (B, T) bool, the positions that this loop computed.
-        halting: (B, T) probability that the gate gives ``h``; None in training, when nothing halts.
+        change: (B, T) ``|h_t - h_{t-1}| / |h_t|``; None in training, when nothing halts.
+        halting: (B, T) probability that the gate gives; None in training.
         logits: (B, T, vocab_size) predictions from ``h``; None unless the exit in use reads them.
     """
 
     loop: int
     h: Tensor
     ran: Tensor
-    halting: Tensor | None
+    change: Tensor | None = None
+    halting: Tensor | None = None
     logits: Tensor | None = None
 
 
@@ -124,10 +126,14 @@ class StateChange(_AtRest):
 
     threshold: float = 0.03
     patience: int = 1
+    compares: ClassVar[int] = 1
+
+    def watch(self, state: LoopState) -> Tensor:
+        assert state.change is not None, "there is a change in eval mode"
+        return state.change.detach()
 
     def still(self, *seen: Tensor) -> Tensor:
-        before, now = seen
-        return _size(now.float() - before.float()) < self.threshold * _size(now)
+        return seen[-1] < self.threshold
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,14 @@ from open_mythos.nn.norm import rms_normalise
 
 _CAUTION = 30.0  # how much worse it is to halt a state that still moves than to run one that has settled
 _START = -4.0  # logit of a new gate: it lets 50 loops pass before it halts anything
+_FINEST = 1e-3  # changes below it look alike: bfloat16 knows none that are smaller
 
 
 class ACTHalting(nn.Module):
-    """The halting gate: a probability for each position, from its state alone: (B, T, dim) -> (B, T).
+    """The halting gate: a probability for each position, from its state and how far that has just moved.
+
+    Both are needed. A position that the solution has not reached yet may sit as still as one that is done, and a state
+    that is only passing through may look like a final one.
 
     Args:
         dim: width of the state.
@@ -26,6 +30,7 @@ class ACTHalting(nn.Module):
     def __init__(self, dim: int, std: float = WEIGHT_STD) -> None:
         super().__init__()
         self.hidden = Linear(dim, min(dim, 256), std=std)
+        self.motion = nn.Parameter(torch.zeros(min(dim, 256)))  # what a hidden unit makes of the change
         self.halt = nn.Linear(min(dim, 256), 1)
         self.std = std
         self.reset()
@@ -35,9 +40,37 @@ class ACTHalting(nn.Module):
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, _START * self.std)
 
-    def forward(self, h: Tensor) -> Tensor:
-        found = F.silu(self.hidden(rms_normalise(h))) * self.halt.in_features**-0.5
+    def forward(self, h: Tensor, change: Tensor | None = None) -> Tensor:
+        """(B, T, dim) states, and their :func:`relative_change` (B, T), 1 if None, to (B, T) probabilities."""
+        seen = self.hidden(rms_normalise(h))
+        if change is not None:
+            seen = seen + (change.to(seen.dtype) + _FINEST).log().unsqueeze(-1) * self.motion / self.std
+        found = F.silu(seen) * self.halt.in_features**-0.5
         return (self.halt(found).squeeze(-1) / self.std).sigmoid()
+
+
+_FORWARD = ACTHalting.forward
+
+
+def ask(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
+    """What the gate ``act`` says of states and their :func:`relative_change`; one of somebody else's sees states alone.
+
+    Args:
+        act: an :class:`ACTHalting`, or what was put in its place or in that of its ``forward``.
+        h: (B, T, dim).
+        change: (B, T).
+
+    Returns:
+        (B, T) probabilities.
+    """
+    own = getattr(act.forward, "__func__", None) is _FORWARD
+    return act(h, change) if own else act(h)
+
+
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """``|after - before| / |after|`` over the last axis, in float32; 0 where both are 0."""
+    size = after.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (after.float() - before.float()).norm(dim=-1) / size
 
 
 def from_here_on(holds: Tensor) -> Tensor:
@@ -81,14 +114,15 @@ def gate_loss(act: nn.Module, states: Tensor, live: Tensor, tolerance: float) ->
 
     Args:
         act: the gate.
-        states: (loops, B, T, dim).
+        states: (1 + loops, B, T, dim), the first before any loop.
         live: (B, T) bool, False at padding.
         tolerance: see :func:`settled`.
     """
     states = states.detach()
-    known = states[:-1]  # whether the last has settled is not known
-    probability = act(known.flatten(0, 1)).view(known.shape[:-1])
-    losses = surprise(probability, settled(states, tolerance)[:-1], _CAUTION)
+    known = states[1:-1]  # whether the last has settled is not known
+    change = relative_change(states[:-2], known)
+    probability = ask(act, known.flatten(0, 1), change.flatten(0, 1)).view(known.shape[:-1])
+    losses = surprise(probability, settled(states[1:], tolerance)[:-1], _CAUTION)
     return (losses * live).sum() / (live.sum() * len(known)).clamp(min=1)
 
 

@@ -15,7 +15,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, Gate, LoopState
-from open_mythos.nn.halting import ACTHalting, gate_loss, with_loss
+from open_mythos.nn.halting import ACTHalting, ask, gate_loss, relative_change, with_loss
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.modes import eval_mode
@@ -117,10 +117,10 @@ class RecurrentBlock(nn.Module):
             n_loops, explored = max(2, self.cfg.max_loop_iters), [h[:n]]
             for loop in range(n_loops):
                 explored.append(self.step(explored[-1], e[:n], loop, rows, whole))
-            states = torch.stack(explored[1:])
+            states = torch.stack(explored)
         if n_warm:
             depths = torch.arange(n_warm, device=h.device) * n_loops // n_warm
-            h = torch.cat([states[depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])
+            h = torch.cat([states[1 + depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])
         if not self.cfg.halting:
             return h, None
         loss = gate_loss(self.act, states, e[:n].detach().ne(0).any(-1), self.cfg.halting_tolerance)
@@ -191,8 +191,8 @@ class RecurrentBlock(nn.Module):
         self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, cache: Cache | None, live: Tensor
     ) -> Iterator[LoopState]:
         for loop in range(n_loops):
-            h = self.step(h, e, loop, freqs, mask, cache)
-            yield LoopState(loop, h, live, None if self.training else self.act(h))
+            before, h = h, self.step(h, e, loop, freqs, mask, cache)
+            yield self._seen(loop, before, h, live)
 
     def _running_positions(
         self,
@@ -216,9 +216,10 @@ class RecurrentBlock(nn.Module):
                 break
             e_N, freqs_N = active.gather(e), active.gather(freqs)
             h_N = self.step(active.gather(h), e_N, loop, freqs_N, active.mask(mask), cache, active)
-            h = active.scatter(h_N, into=h)
-            logits = readout(h, loop) if readout is not None and exit.needs_predictions else None
-            state = LoopState(loop, h, running, self.act(h), logits)
+            before, h = h, active.scatter(h_N, into=h)
+            state = self._seen(loop, before, h, running)
+            if readout is not None and exit.needs_predictions:
+                state.logits = readout(h, loop)
             yield state
             stops, carried = exit.check(carried, state)
             running = running & ~stops
@@ -226,6 +227,12 @@ class RecurrentBlock(nn.Module):
             first_idle = loop if len(active) == 0 else n_loops
             for idle in range(first_idle, n_loops):
                 cache.slot(loop_slot(idle)).update(active.rows)
+
+    def _seen(self, loop: int, before: Tensor, h: Tensor, ran: Tensor) -> LoopState:
+        if self.training:
+            return LoopState(loop, h, ran)
+        change = relative_change(before, h)
+        return LoopState(loop, h, ran, change, ask(self.act, h, change))
 
 
 def check_n_loops(n_loops: Any, default: int) -> int:

@@ -28,12 +28,13 @@ ROUNDS = 6
 _CAUTION = 100.0  # how much worse it is to stop too early than too late: who stops wrongly misleads all that read him
 _KEPT = 2**14  # states kept of each kind and each run of a chunk of problems
 _BATCH = 4096  # states of one step
-_TRIALS = 128  # problems on which the line is drawn, and as many on which the result is measured
-_LOSS = 0.002  # of accuracy that the line may cost there
-_SHIFTS = [shift / 2 for shift in range(4, -25, -1)]  # logits by which the line may be moved, from hasty to cautious
+_TRIALS = 256  # problems on which the line is drawn, and as many on which the result is measured
+_LOSS = 0.001  # of accuracy that the line may cost there
+_SHIFTS = range(2, -13, -1)  # logits by which the line may be moved, from hasty to cautious
+_MARGIN = 1  # logits of caution beyond that, since other problems will be met than those
 
-Examples = tuple[Tensor, Tensor]
-"""States (N, dim), and whether one may stop there, (N,) bool."""
+Examples = tuple[Tensor, Tensor, Tensor]
+"""States (N, dim), how far they have just moved (N,), and whether one may stop there, (N,) bool."""
 
 
 def train_gate(
@@ -141,7 +142,7 @@ def examples(
         asked = batch.targets != UNSCORED
         wrong = asked & (last_word.argmax(-1) != batch.targets)
         for states in runs:
-            h = torch.stack([state.h for state in states])
+            h, change = torch.stack([state.h for state in states]), torch.stack([_change(state) for state in states])
             strays = torch.stack([_kl(last_word, predict(state.h)) for state in states])
             may_stop = torch.where(
                 asked, from_here_on(strays <= tolerance), settled(h, model.cfg.halting_tolerance, end)
@@ -150,12 +151,12 @@ def examples(
             # Most states are long settled; keep as many of those that are not.
             for told_so in (told & may_stop, told & ~may_stop):
                 kept = torch.randperm(int(told_so.sum()), generator=generator)[:_KEPT].to(h.device)
-                found.append((h[told_so][kept], may_stop[told_so][kept]))
+                found.append((h[told_so][kept], change[told_so][kept], may_stop[told_so][kept]))
     return found
 
 
 def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> None:
-    """Move the gate's bias to where it halts soonest without costing more than ``_LOSS`` of accuracy.
+    """Move the gate's bias to where it halts soonest without costing more than ``_LOSS`` of accuracy, and a bit on.
 
     A gate that is too hasty costs loops as well: who waits for the answer of a position that stopped wrongly waits
     forever. So from hasty to cautious, loops fall, and rise again once accuracy is safe.
@@ -171,7 +172,7 @@ def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> N
             if loops > fewest:
                 break
             best, fewest = shift, loops
-    bias.copy_(learned + best * act.std)
+    bias.copy_(learned + (best - _MARGIN) * act.std)
 
 
 def _fit(
@@ -181,13 +182,13 @@ def _fit(
     n_steps: int,
     generator: torch.Generator,
 ) -> None:
-    states, may_stop = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    states, change, may_stop = (torch.cat(parts) for parts in zip(*seen, strict=True))
     if not len(states):
         return
     for _ in range(n_steps):
         drawn = torch.randint(len(states), (_BATCH,), generator=generator).to(states.device)
         with torch.enable_grad():
-            loss = surprise(act(states[drawn]), may_stop[drawn], _CAUTION).mean()
+            loss = surprise(act(states[drawn], change[drawn]), may_stop[drawn], _CAUTION).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -198,6 +199,11 @@ def _measure(model: OpenMythos, task: Task, problems: Batch, n_loops: int, halti
     with measuring(model, halting=halting):
         scores = score_by_loops(model, task, problems, [n_loops])
     return float(scores.tokens.mean()), float(scores.loops_used)
+
+
+def _change(state: LoopState) -> Tensor:
+    assert state.change is not None, "there is a change in eval mode"
+    return state.change
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Counting(nn.Module):
             if not ran.any():
                 return
             h = h + torch.tensor([1.0, 0.0, 0.0]) * ran.unsqueeze(-1)
-            yield LoopState(loop, h, ran, None)
+            yield LoopState(loop, h, ran)
 
     def decode(self, h: Tensor, *context: Any) -> Tensor:
         return h

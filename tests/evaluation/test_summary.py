@@ -20,7 +20,7 @@ def model() -> Counting:
 
 def test_with_halting(model: Counting) -> None:
     told: list[str] = []
-    found = evaluate(model, Copy(), [2, 4], [1, 4, 64], examples=6, seeds=(0, 5), progress=told.append)
+    found = evaluate(model, Copy(), [2, 4], [1, 4, 64], examples=6, seeds=(0, 5), halting=True, progress=told.append)
     assert [grid.seed for grid in found.grids] == [0, 5] and len(told) == n_steps([2, 4], [0, 5])
     easy, hard = found.metrics["difficulties"]
     assert (easy["difficulty"], easy["best_loops"], easy["deepest"], easy["damage"]) == (2, 4, 64, 0)
@@ -34,8 +34,15 @@ def test_with_halting(model: Counting) -> None:
         assert 0 < point["fixed_accuracy"] <= point["accuracy"] <= 1
 
 
-def test_without_halting(model: Counting) -> None:
-    found = evaluate(model, Copy(), [2], [1], examples=3, halting=False)
+def test_the_grid_shows_what_depth_does_and_halting_is_measured_beside_it(model: Counting) -> None:
+    found = evaluate(model, Copy(), [4], [1, 32], examples=6)
+    assert found.grids[0].loops_used.tolist() == [[1, 32]] and not found.grids[0].halting
+    assert found.metrics["halting"]["loops_fixed"] == 4, "not 32, which nobody needs"
+
+
+def test_a_model_that_does_not_halt(model: Counting) -> None:
+    model.cfg.halting = False
+    found = evaluate(model, Copy(), [2], [1], examples=3)
     assert found.metrics["halting"] is None and found.metrics["compute_matched"] is None
     assert found.metrics["difficulties"][0]["settle_rate"] is None, "one loop says nothing about settling"
 

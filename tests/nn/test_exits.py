@@ -10,6 +10,7 @@ from torch import Tensor
 from open_mythos import KVCache, OpenMythos, reference
 from open_mythos.nn import exits
 from open_mythos.nn.exits import Acceleration, Exit, Gate, LoopState, PredictionKL, StableArgmax, StateChange
+from open_mythos.nn.halting import relative_change
 
 LOOPS = 7
 # Settings at which a tiny model's positions stop at different loops, some of them never.
@@ -22,12 +23,15 @@ each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
 def stops(rule: Exit, first: list[float], states: list[list[float]], logits: bool = False) -> list[bool]:
     """What the rule says of one position after each loop; ``states`` are its states, or its logits."""
-    carried, found = rule.init(torch.tensor([[first]])), []
+    before = torch.tensor([[first]])
+    carried, found = rule.init(before), []
     for loop, values in enumerate(states):
         value = torch.tensor([[values]])
         h = torch.zeros(1, 1, len(first)) if logits else value
-        state = LoopState(loop, h, torch.ones(1, 1, dtype=torch.bool), None, value if logits else None)
+        ran, change = torch.ones(1, 1, dtype=torch.bool), relative_change(before, h)
+        state = LoopState(loop, h, ran, change, logits=value if logits else None)
         may_stop, carried = rule.check(carried, state)
+        before = h
         found.append(bool(may_stop))
     return found
 
@@ -123,7 +127,7 @@ def slow(model: OpenMythos, ids: Tensor, rule: Exit, valid: Tensor | None = None
         u = reference._norm(block.norm, u + reference._lora(block.lora, e, loop))
         past_h.append(torch.where(running[..., None], u, past_h[-1]))
         past_logits.append(predict(past_h[-1]))
-        mass = mass + reference._gate(block.act, past_h[-1])
+        mass = mass + reference._gate(block.act, *past_h[-2:])
         used += running
         for cell in map(tuple, running.nonzero().tolist()):
             running[cell] = not plain(rule, past_h, past_logits, float(mass[cell]), cell)

@@ -68,7 +68,8 @@ def test_the_gate_learns_what_settling_looks_like():
     done, moving = torch.randn(64, 8) + 2, torch.randn(3, 64, 8) - 2  # settled states are recognisable
 
     def states(first_done: int) -> torch.Tensor:
-        return torch.stack([moving[t] if t < first_done else done for t in range(4)]).unsqueeze(2)
+        loops = [moving[t] if t < first_done else done for t in range(4)]
+        return torch.stack([moving[0], *loops]).unsqueeze(2)
 
     live = torch.ones(64, 1, dtype=torch.bool)
     for step in range(400):
@@ -81,7 +82,7 @@ def test_the_gate_learns_what_settling_looks_like():
 
 
 def test_padding_teaches_nothing():
-    act, states = ACTHalting(4), torch.randn(3, 2, 5, 4)
+    act, states = ACTHalting(4), torch.randn(4, 2, 5, 4)
     torch.nn.init.normal_(act.halt.weight)
     live = torch.tensor([[True] * 5, [False] * 5])
     assert_near(gate_loss(act, states, live, 0.1), gate_loss(act, states[:, :1], live[:1], 0.1), 1e-6)

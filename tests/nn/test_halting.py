@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import assert_near, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos.nn.exits import Gate, LoopState
-from open_mythos.nn.halting import ACTHalting
+from open_mythos.nn.halting import ACTHalting, relative_change
 from open_mythos.ops import reference
 
 four = st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.5, 0.9, 0.99, 1.0]), min_size=4, max_size=4)
@@ -19,7 +19,7 @@ def decisions(gate: Gate, p: Tensor) -> Tensor:
     """(loops, B, T) whether the gate lets go at each loop, of probabilities (loops, B, T)."""
     carried, found = gate.init(torch.zeros(*p.shape[1:], 2)), []
     for loop, row in enumerate(p):
-        state = LoopState(loop, torch.zeros(*row.shape, 2), torch.ones_like(row, dtype=torch.bool), row)
+        state = LoopState(loop, torch.zeros(*row.shape, 2), torch.ones_like(row, dtype=torch.bool), halting=row)
         stops, carried = gate.check(carried, state)
         found.append(stops)
     return torch.stack(found)
@@ -30,6 +30,21 @@ def test_the_gate_is_a_probability_for_each_position():
     p = gate(torch.randn(3, 5, 32) * 100)
     assert p.shape == (3, 5) and len(p.unique()) == 15
     assert (p >= 0).all() and (p <= 1).all()
+
+
+def test_the_gate_sees_how_far_a_state_has_moved():
+    gate = tiny_model().recurrent.act
+    h = torch.randn(3, 5, 32)
+    moved, resting = gate(h, torch.full((3, 5), 0.5)), gate(h, torch.full((3, 5), 0.005))
+    assert (moved != resting).all()
+    assert_near(gate(h, torch.full((3, 5), 1e-6)), gate(h, torch.full((3, 5), 1e-7)), 1e-3)  # as bfloat16 would
+
+
+def test_relative_change_is_a_share_of_where_it_went():
+    before = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    after = torch.tensor([[6.0, 8.0], [0.0, 2.0], [0.0, 0.0], [1.0, 0.0]])
+    assert relative_change(before, after).tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert relative_change(before.bfloat16(), after.bfloat16()).dtype == torch.float32
 
 
 def test_a_new_gate_treats_all_states_alike_and_halts_none_early():
@@ -70,7 +85,8 @@ def test_mass_is_summed_in_single_precision(dtype):
 
 
 def test_no_gradient_flows_through_the_decision():
-    state = LoopState(0, torch.zeros(1, 2, 3), torch.ones(1, 2).bool(), torch.tensor([[0.2, 0.6]], requires_grad=True))
+    p = torch.tensor([[0.2, 0.6]], requires_grad=True)
+    state = LoopState(0, torch.zeros(1, 2, 3), torch.ones(1, 2).bool(), halting=p)
     _, (mass,) = Gate(0.5).check(Gate(0.5).init(state.h), state)
     assert not mass.requires_grad
 

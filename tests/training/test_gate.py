@@ -99,7 +99,7 @@ def test_a_gate_that_is_there_may_be_taught_again():
 def labels(model: OpenMythos, batch: Batch, closed: bool = False) -> tuple[int, int]:
     """How many states may stop, and how many may not."""
     found = examples(model, batch, LOOPS, 0.01, generator(), closed)
-    told = torch.cat([may_stop for _, may_stop in found])
+    told = torch.cat([may_stop for _, _, may_stop in found])
     return int(told.sum()), int((~told).sum())
 
 
