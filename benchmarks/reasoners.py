@@ -22,14 +22,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from open_mythos.evaluation.summary import Evaluation
+from open_mythos import tasks
+from open_mythos.evaluation import Evaluation, depth_grid
+from open_mythos.evaluation.metrics import enough_loops
 from open_mythos.training.fit import load_evaluation
+from open_mythos.training.runs import load_model, training_config
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "reasoners"
 RUN_BY_RUN = (("looped", 0), ("single", 0), ("looped", 1), ("looped", 2), ("unrolled", 0))  # the dearest last
 # The unrolled baseline has loops.maximum blocks. Text is answered at 8 loops, though trained at up to 32.
 CHANGES = {("text", "unrolled"): ["loops.maximum=8"]}
+BEYOND = 8  # times the loops needed, at which nothing may be lost
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,22 @@ def at(found: Evaluation, difficulty: int, loops: int | None = None, measure: st
     return float(getattr(grid, measure)[grid.difficulties.index(difficulty)][column])
 
 
+def beyond(recipe: str, run: Path) -> list[dict[str, float]]:
+    """For each bar's difficulty, the loops it needs, and accuracy there and at ``BEYOND`` times as many."""
+    kept = run / "beyond.json"
+    if not kept.is_file():
+        model, cfg = load_model(str(run)), training_config(str(run))
+        task, found = tasks.load(cfg.task.name, **cfg.task.options), []
+        for difficulty, loops in {bar.difficulty: bar.loops for bar in BARS[recipe]}.items():
+            examples = max(16, min(256, 8192 // task.length(difficulty)))
+            needed = enough_loops(model, task, difficulty, loops, examples)
+            grid = depth_grid(model, task, [difficulty], [needed, BEYOND * needed], examples, halting=False)
+            there, deeper = grid.accuracy[0].tolist()
+            found.append({"difficulty": difficulty, "needed": needed, "accuracy": there, "deeper": deeper})
+        kept.write_text(json.dumps(found, indent=1) + "\n")
+    return json.loads(kept.read_text())
+
+
 def least_step(found: Evaluation) -> float:
     """The worst that any number of loops does to the accuracy at fewer: 0 or, if accuracy falls somewhere, below."""
     accuracy = found.grids[0].accuracy
@@ -115,6 +135,7 @@ def collect(recipe: str) -> dict[str, Any]:
         for bar in BARS[recipe]
     ]
     result["least_step"] = [least_step(one) for one in looped]
+    result["beyond"] = [beyond(recipe, run) for run in runs["looped"]]
     result["halting"] = [one.metrics["halting"] for one in looped]
     return result
 
@@ -159,6 +180,23 @@ def markdown(results: dict[str, Any]) -> str:
                 f"| `{recipe}` | {fixed:.0f} | {used:.1f} | {used / fixed:.0%} (at most {most:.0%}) "
                 f"| {shown([gain['accuracy_fixed'] for gain in gains])} "
                 f"| {shown([gain['accuracy_halting'] for gain in gains])} |"
+            )
+    lines += [
+        "",
+        "| recipe | asked | loops needed (most) | accuracy there | at 8 times as many | lost (most) "
+        "| most lost by any loop |",
+        "|---" * 7 + "|",
+    ]
+    for recipe, result in results.items():
+        for i, cells in enumerate(zip(*result.get("beyond", ()), strict=True)):
+            needed = [cell["needed"] for cell in cells]
+            lost = [cell["accuracy"] - cell["deeper"] for cell in cells]
+            name, worst = (f"`{recipe}`", f"{-min(result['least_step']):.4f}") if i == 0 else ("", "")
+            asked = f"{cells[0]['difficulty']} {result['grids'][0]['unit']}"
+            lines.append(
+                f"| {name} | {asked} | {mean(needed):.0f} ({max(needed)}) "
+                f"| {shown([cell['accuracy'] for cell in cells])} | {shown([cell['deeper'] for cell in cells])} "
+                f"| {mean(lost):.4f} ({max(lost):.4f}) | {worst} |"
             )
     if "text" in results:
         curves = results["text"]["bits_per_byte"]

@@ -19,6 +19,7 @@ from open_mythos.evaluation.metrics import BEYOND
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.model import OpenMythos
+from open_mythos.nn.exits import Exit, parse
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
@@ -36,7 +37,10 @@ def eval(
     loops: Annotated[str | None, typer.Option(help="As in 1,2,4,8.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Problems of each difficulty.")] = None,
     seeds: Annotated[str, typer.Option(help="Of the problems, as in 0,1,2.")] = "0",
-    halting: Annotated[bool, typer.Option(help="Whether positions may stop early in the grid, too.")] = False,
+    exit: Annotated[
+        str | None,
+        typer.Option(help="Let positions stop early: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for table and picture.")] = None,
 ) -> None:
     """Accuracy over difficulty and loops, and what depth does."""
@@ -44,11 +48,12 @@ def eval(
         model = load_model(checkpoint)
         cfg = settings(checkpoint, model.cfg, task, option or [], difficulties, loops, examples)
         made = tasks.load(cfg.task.name, **cfg.task.options)
+        leave = None if exit is None else parse(exit)
         out = out or default_directory(checkpoint)
         if isinstance(made, Text):
-            path = eval_text(model, made, cfg, halting, out)
+            path = eval_text(model, made, cfg, leave, out)
         else:
-            path = eval_problems(model, made, cfg, as_seeds(seeds), halting, out)
+            path = eval_problems(model, made, cfg, as_seeds(seeds), leave, out)
     picture = out / "grid.png"
     also = f"   picture: {picture}" if picture.is_file() else ""
     console.print(f"Everything: {path}{also}\n{next_step(checkpoint)}", highlight=False, soft_wrap=True)
@@ -110,15 +115,15 @@ def next_step(checkpoint: str) -> str:
 
 
 def eval_problems(
-    model: OpenMythos, task: tasks.Task, cfg: TrainConfig, seeds: list[int], halting: bool, out: Path
+    model: OpenMythos, task: tasks.Task, cfg: TrainConfig, seeds: list[int], exit: Exit | None, out: Path
 ) -> Path:
     asked = cfg.evaluation
     with progress(n_steps(asked.difficulties, seeds)) as begin:
-        found = evaluate(model, task, asked.difficulties, asked.loops, asked.examples, seeds, halting, begin)
+        found = evaluate(model, task, asked.difficulties, asked.loops, asked.examples, seeds, exit, begin)
     path = found.save(out)
     trained = (cfg.task.max_difficulty, model.cfg.max_loop_iters) if cfg.task.name == task.name else None
     draw(found, out / "grid.png", trained)
-    show_grid(found)
+    show_grid(found, exit)
     show_metrics(found)
     show_halting(found)
     return path
@@ -135,11 +140,11 @@ def draw(found: Evaluation, path: Path, trained: tuple[int, int] | None) -> None
     plots.accuracy_grid(mean, grid.difficulties, grid.loops, path, grid.unit, grid.chance, trained)
 
 
-def show_grid(found: Evaluation) -> None:
+def show_grid(found: Evaluation, exit: Exit | None) -> None:
     grid, mean = found.grids[0], combine(found.grids)["accuracy"].mean
-    state = "on" if grid.halting else "off"
+    state = "none stops early" if exit is None else f"exit {exit}"
     n_problems = grid.examples * len(found.grids)
-    shown = table(f"{grid.task}: accuracy by loops, halting {state}, {n_problems} problems a row", grid.unit)
+    shown = table(f"{grid.task}: accuracy by loops, {state}, {n_problems} problems a row", grid.unit)
     for count in grid.loops:
         shown.add_column(str(count), justify="right")
     for difficulty, row in zip(grid.difficulties, mean.tolist(), strict=True):
@@ -147,6 +152,10 @@ def show_grid(found: Evaluation) -> None:
         cells = [RichText(share(accuracy), "bold" if i == best else "") for i, accuracy in enumerate(row)]
         shown.add_row(str(difficulty), *cells)
     console.print(shown)
+    if exit is not None:
+        used = zip(grid.difficulties, grid.loops_used[:, -1].tolist(), strict=True)
+        ran = ", ".join(f"{n:.1f} with {difficulty} {grid.unit}" for difficulty, n in used)
+        console.print(f"loops that a position ran, of {grid.loops[-1]}: {ran}", style="dim", highlight=False)
 
 
 def show_metrics(found: Evaluation) -> None:
@@ -200,13 +209,13 @@ def share(x: float) -> str:
 # -- text
 
 
-def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, halting: bool, out: Path) -> Path:
+def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: Exit | None, out: Path) -> Path:
     asked = cfg.evaluation
     with progress(len(asked.difficulties)) as begin:
         found = {}
         for length in asked.difficulties:
             begin(f"{length} {task.unit}")
-            found[length] = bits_per_byte(model, task, asked.loops, length, asked.examples, halting)
+            found[length] = bits_per_byte(model, task, asked.loops, length, asked.examples, exit)
     path = out / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     # As in a run's own evaluation.json, which has the first length alone; then all of them.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.model import OpenMythos
+from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
 from open_mythos.tasks.base import UNSCORED, Batch
 
@@ -59,6 +60,7 @@ def readings(
     loops: Iterable[int],
     valid: Tensor | None = None,
     start: Callable[[Tensor], Tensor] | None = None,
+    exit: Exit | None = None,
 ) -> Iterator[Reading]:
     """The model after each of ``loops``, in rising order, from one run; use it inside :func:`measuring`.
 
@@ -68,6 +70,7 @@ def readings(
         loops: numbers of loops to read at.
         valid: (B, T) bool, False at padding; None where there is none.
         start: the state before the first loop, from the encoded input (B, T, dim); the model's own if None.
+        exit: when a position stops looping; with None, when the gate says so if ``cfg.halting``, else never.
 
     Raises:
         ValueError: if ``loops`` is empty or holds a number below 1.
@@ -77,12 +80,16 @@ def readings(
         raise ValueError(f"loops={wanted}; give one or more integers of at least 1")
     e, freqs, mask = model.encode(ids, attention_mask=valid)
     h, used = (start or model.first_state)(e), torch.zeros_like(ids)
-    for state in model.recurrent.iterate(h, e, freqs, mask, wanted[-1]):
+
+    def predict(h: Tensor, loop: int) -> Tensor:
+        return model.head(model.decode(h, freqs, mask))
+
+    for state in model.recurrent.iterate(h, e, freqs, mask, wanted[-1], exit=exit, readout=predict):
         h, used = state.h, used + state.ran
         if state.loop + 1 == wanted[0]:
-            yield Reading(wanted.pop(0), h, model.head(model.decode(h, freqs, mask)), used)
+            yield Reading(wanted.pop(0), h, predict(h, state.loop), used)
     if wanted:  # every position halted early: deeper counts all see these states
-        last = Reading(wanted[0], h, model.head(model.decode(h, freqs, mask)), used)
+        last = Reading(wanted[0], h, predict(h, wanted[0]), used)
         yield from (last._replace(loops=n) for n in wanted)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.evaluation.intervals import normal_interval, student_interval, wilson_interval
 from open_mythos.model import OpenMythos
+from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import Batch, Task
 
 
@@ -88,6 +89,7 @@ def depth_grid(
     seed: int = 0,
     halting: bool | None = None,
     progress: Callable[[str], None] | None = None,
+    exit: Exit | None = None,
 ) -> DepthGrid:
     """Measure ``model`` on new problems: for each difficulty one run, read at every loop count.
 
@@ -103,6 +105,7 @@ def depth_grid(
         seed: of the problems.
         halting: stands in for ``cfg.halting``; None measures the model as it is configured.
         progress: called as each difficulty begins.
+        exit: when a position stops looping, in place of the gate.
 
     Raises:
         ValueError: for problems that do not fit the model, difficulties or loops that do not exist, or none of them.
@@ -110,12 +113,12 @@ def depth_grid(
     check_fit(model, task, difficulties, examples)
     rows = []
     with measuring(model, halting):
-        halts = model.cfg.halting
+        halts = exit is not None or model.cfg.halting
         for difficulty in difficulties:
             if progress is not None:
                 progress(f"{difficulty} {task.unit}")
             problems = task.batch(examples, difficulty, torch.Generator().manual_seed(seed))
-            rows.append(score_by_loops(model, task, problems, loops))
+            rows.append(score_by_loops(model, task, problems, loops, exit))
     accuracy, exact = torch.stack([row.tokens for row in rows]), torch.stack([row.exact for row in rows])
     low, high = normal_interval(accuracy)
     exact_low, exact_high = wilson_interval(exact.mean(-1), examples)
@@ -151,18 +154,20 @@ class Scores(NamedTuple):
     loops_used: Tensor
 
 
-def score_by_loops(model: OpenMythos, task: Task, batch: Batch, loops: Sequence[int]) -> Scores:
+def score_by_loops(
+    model: OpenMythos, task: Task, batch: Batch, loops: Sequence[int], exit: Exit | None = None
+) -> Scores:
     """Score ``batch`` at each of ``loops``, a chunk of rows at a time; use it inside ``measuring``."""
-    parts = [_score_chunk(model, task, part, loops) for part in chunks(batch, device_of(model))]
+    parts = [_score_chunk(model, task, part, loops, exit) for part in chunks(batch, device_of(model))]
     tokens, exact, used = torch.cat(parts, -1).double()
     n_valid = batch.ids.numel() if batch.valid is None else int(batch.valid.sum())
     return Scores(tokens, exact, used.sum(1) / n_valid)
 
 
-def _score_chunk(model: OpenMythos, task: Task, part: Batch, loops: Sequence[int]) -> Tensor:
+def _score_chunk(model: OpenMythos, task: Task, part: Batch, loops: Sequence[int], exit: Exit | None) -> Tensor:
     """(3, L, n): share of tokens right, whether all are, and loops used, summed over positions."""
     found = []
-    for reading in readings(model, part.ids, loops, part.valid):
+    for reading in readings(model, part.ids, loops, part.valid, exit=exit):
         score = task.score(reading.logits.argmax(-1), part.targets)
         found.append(torch.stack([score.tokens, score.exact.float(), reading.used.sum(1).float()]))
     return torch.stack(found, 1).cpu()

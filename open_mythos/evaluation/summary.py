@@ -19,6 +19,7 @@ from open_mythos.evaluation.metrics import (
     settle_rate,
 )
 from open_mythos.model import OpenMythos
+from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import Task
 
 FILE = "evaluation.json"
@@ -85,17 +86,17 @@ def evaluate(
     loops: Sequence[int],
     examples: int = 256,
     seeds: Sequence[int] = (0,),
-    halting: bool = False,
+    exit: Exit | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure the depth grid for each seed of the problems, and the metrics on those of the first.
 
     Arguments and errors are those of :func:`~open_mythos.evaluation.grid.depth_grid`; ``progress`` is called
-    :func:`n_steps` times or less. The grid shows what depth does, so every position runs all loops unless ``halting``
-    says otherwise; what halting saves is measured in any case, if the model halts.
+    :func:`n_steps` times or less. The grid shows what depth does, so every position runs all loops unless an ``exit``
+    says otherwise; what the gate saves is measured in any case, if the model halts.
     """
     begin = progress or (lambda what: None)
-    grids = [depth_grid(model, task, difficulties, loops, examples, seed, halting, begin) for seed in seeds]
+    grids = [depth_grid(model, task, difficulties, loops, examples, seed, False, begin, exit) for seed in seeds]
     few, seed, deepest = min(examples, METRIC_EXAMPLES), seeds[0], grids[0].loops[-1]
     found: dict[str, Any] = {"trained_loops": model.cfg.max_loop_iters, "difficulties": []}
     damages = overthinking_damage(grids[0], model.cfg.max_loop_iters)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.evaluation.grid import check_fit
 from open_mythos.model import OpenMythos
+from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import UNSCORED
 from open_mythos.tasks.text import Text
 
 
 def bits_per_byte(
-    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, halting: bool | None = None
+    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
 ) -> dict[int, float]:
     """Bits that the model needs for a byte of text, at each number of loops, all from one run.
 
@@ -28,7 +29,7 @@ def bits_per_byte(
         loops: numbers of loops to measure at.
         length: tokens of context.
         windows: how many stretches of that length, evenly spaced over the text.
-        halting: stands in for ``cfg.halting``; None measures the model as it is configured.
+        exit: when a position stops looping; with None, every position runs all loops.
 
     Returns:
         ``{loops: bits}`` in rising order.
@@ -38,9 +39,9 @@ def bits_per_byte(
     """
     check_fit(model, task, [length], windows)
     batch, nats = task.windows(length, windows), dict.fromkeys(sorted(set(loops)), 0.0)
-    with measuring(model, halting):
+    with measuring(model, halting=False):
         for part in chunks(batch, device_of(model)):
-            for reading in readings(model, part.ids, nats, part.valid):
+            for reading in readings(model, part.ids, nats, part.valid, exit=exit):
                 nats[reading.loops] += float(F.cross_entropy(
                     reading.logits.flatten(0, 1).float(), part.targets.flatten(), ignore_index=UNSCORED, reduction="sum"
                 ))  # fmt: skip

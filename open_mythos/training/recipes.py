@@ -31,7 +31,7 @@ def prefix_sums() -> TrainConfig:
 def chain_sum() -> TrainConfig:
     """The sum of digits modulo 7, asked once at the end: trained on 5 digits."""
     cfg = _reasoner(
-        "chain_sum", range(2, 6), loops=12, steps=3000, reach=2, taps=0, stale=0.5, gate=(32, 64),
+        "chain_sum", range(2, 6), loops=12, steps=1600, reach=2, taps=0, stale=0.5, gate=(32, 64), batch_size=256,
         evaluation=EvalConfig([5, 8, 16, 32], [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128], 256),
     )  # fmt: skip
     cfg.loops.minimum = 6  # asked before all digits are in reach, some seeds learn nothing

@@ -34,7 +34,7 @@ def test_a_run_by_its_own_settings(run: Path) -> None:
     found = Evaluation.load(run / "evaluation")
     (grid,) = found.grids
     assert (grid.task, grid.difficulties, grid.loops, grid.examples) == ("parity", [8, 16], [1, 2, 4, 8], 8)
-    assert grid.halting and found.metrics["halting"] is not None, "as the model is configured"
+    assert not grid.halting and found.metrics["halting"] is not None, "the gate is measured beside what depth does"
     assert (run / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert f"Everything: {run}/evaluation/evaluation.json" in done.output and f"mythos report {run}" in done.output
     assert "what depth does" in done.output and "at equal operations" in done.output
@@ -44,14 +44,14 @@ def test_other_settings(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run_eval(
         run, "--task", "prefix_sums", "--option", "modulus=2", "--difficulties", "5", "--loops", "3,1",
-        "--examples", "4", "--seeds", "3,4", "--no-halting", "--out", out,
+        "--examples", "4", "--seeds", "3,4", "--exit", "change:0.5", "--out", out,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     first, second = Evaluation.load(out).grids
     assert (first.task, first.options, first.difficulties, first.loops) == ("prefix_sums", {"modulus": 2}, [5], [1, 3])
-    assert (first.seed, second.seed, first.examples, first.halting) == (3, 4, 4, False)
+    assert (first.seed, second.seed, first.examples, first.halting) == (3, 4, 4, True)
     assert "8 problems a row" in " ".join(done.output.split())
-    assert "at equal operations" not in done.output
+    assert "loops that a position ran, of 3:" in done.output
 
 
 def test_a_models_directory_names_no_task(tmp_path: Path) -> None:
@@ -115,6 +115,7 @@ def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.M
     ("args", "message"),
     [
         (["--task", "pariti"], "did you mean 'parity'?"),
+        (["--exit", "gates"], "there is no exit 'gates'; did you mean 'gate'?"),
         (["--loops", "0"], "evaluation.loops=0 is too small"),
         (["--seeds", "one"], "--seeds 'one' should be whole numbers"),
         (["--option", "bits=3"], "parity has no option 'bits'"),

@@ -32,7 +32,8 @@ class Counting(nn.Module):
     """Its state at a position is (loops run, token, as it started), and position t is right from loop t + 1 on.
 
     After ``forgets`` loops all is wrong. Where the third number is above 0, the answer is wrong too: the model's own
-    start and zeros are alike, and half of all noise is bad. With halting, a position stops as soon as it is right.
+    start and zeros are alike, and half of all noise is bad. With halting or any exit, a position stops as soon as
+    it is right.
     """
 
     def __init__(self, forgets: int = 10**6) -> None:
@@ -56,11 +57,14 @@ class Counting(nn.Module):
     def first_state(self, e: Tensor) -> Tensor:
         return e
 
-    def iterate(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int) -> Iterator[LoopState]:
+    def iterate(
+        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, exit: Any, readout: Any
+    ) -> Iterator[LoopState]:
         live = torch.ones(h.shape[:2], dtype=torch.bool) if mask.valid is None else mask.valid
         h = torch.stack([torch.zeros_like(h[..., 0]), e[..., 1], h[..., 2]], -1)
         for loop in range(n_loops):
-            ran = live & (torch.arange(h.shape[1]) >= loop) if self.cfg.halting else live
+            halts = self.cfg.halting or exit is not None
+            ran = live & (torch.arange(h.shape[1]) >= loop) if halts else live
             if not ran.any():
                 return
             h = h + torch.tensor([1.0, 0.0, 0.0]) * ran.unsqueeze(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from open_mythos.evaluation import depth
 from open_mythos.evaluation.text import bits_per_byte
+from open_mythos.nn.exits import StableArgmax
 from open_mythos.tasks.base import UNSCORED, Batch
 
 
@@ -43,10 +44,10 @@ def test_known_bits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[2] == pytest.approx(20 * (right + 3 * wrong) / n_bytes), "of four, the first alone is right"
 
 
-def test_halting_is_asked_for() -> None:
+def test_an_exit_is_asked_for() -> None:
     """Where a position stops as soon as it is right, its logit stays at position + 1."""
     task, model = CopyText(), Counting()
-    found = bits_per_byte(model, task, [50], length=5, windows=20, halting=True)
+    found = bits_per_byte(model, task, [50], length=5, windows=20, exit=StableArgmax())
     nats = sum(20 * math.log(1 + 2 * math.exp(-n)) for n in (2, 3, 4, 5))
     assert found[50] == pytest.approx(nats / math.log(2) / task.bytes_of(task.windows(5, 20).targets[:, 1:]).sum())
 

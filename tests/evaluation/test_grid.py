@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from counting import Copy, Counting
-from helpers import tiny_model
+from helpers import loops_used, tiny_model
 
 from open_mythos.evaluation import DepthGrid, combine, depth, depth_grid
+from open_mythos.nn.exits import Exit, StableArgmax, StateChange
 
 
 def test_known_accuracy() -> None:
@@ -31,6 +32,17 @@ def test_halting_is_asked_for_and_put_back() -> None:
     assert grid.halting and not model.cfg.halting
     assert grid.loops_used.tolist() == [[1, 1.75, 2.5]], "position t stops after t + 1 loops"
     assert grid.accuracy.tolist() == [[0.25, 0.5, 1]], "deeper than the last loop that ran is as that loop"
+
+
+@pytest.mark.parametrize("exit", [StateChange(0.06), StableArgmax(2)], ids=str)
+def test_any_exit_stops_positions_as_it_does_in_the_model(exit: Exit) -> None:
+    model, task = tiny_model(halting=False), Copy()
+    grid = depth_grid(model, task, [6], [2, 7], examples=9, exit=exit)
+    ids, targets, _ = task.batch(9, 6, torch.Generator().manual_seed(0))
+    assert grid.halting and 1 < grid.loops_used[0, 1] < 7
+    assert grid.loops_used[0, 1] == pytest.approx(loops_used(model, ids, 7, exit=exit).double().mean().item())
+    right = (model(ids, n_loops=7, exit=exit).argmax(-1) == targets).double().mean().item()
+    assert grid.curve(6)[7] == pytest.approx(right)
 
 
 @pytest.mark.parametrize("halting", [False, True])

@@ -8,6 +8,7 @@ from helpers import tiny_config
 
 from open_mythos.evaluation import Evaluation, evaluate
 from open_mythos.evaluation.summary import FILE, n_steps
+from open_mythos.nn.exits import Gate
 from open_mythos.training.baselines import UnrolledMythos
 
 
@@ -20,7 +21,7 @@ def model() -> Counting:
 
 def test_with_halting(model: Counting) -> None:
     told: list[str] = []
-    found = evaluate(model, Copy(), [2, 4], [1, 4, 64], examples=6, seeds=(0, 5), halting=True, progress=told.append)
+    found = evaluate(model, Copy(), [2, 4], [1, 4, 64], examples=6, seeds=(0, 5), exit=Gate(), progress=told.append)
     assert [grid.seed for grid in found.grids] == [0, 5] and len(told) == n_steps([2, 4], [0, 5])
     easy, hard = found.metrics["difficulties"]
     assert (easy["difficulty"], easy["best_loops"], easy["deepest"], easy["damage"]) == (2, 4, 64, 0)
