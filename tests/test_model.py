@@ -188,9 +188,11 @@ def test_one_token_and_one_row_of_padding(attn_type, training):
     assert_near(logits[:1], model(ids[:1], 3))
 
 
-def test_padding_is_not_counted_as_expert_load():
-    model = tiny_model(prelude_layers=1).train()
-    model(tokens(2, 6), 3, attention_mask=left_padding([6, 2], 6))
+@pytest.mark.parametrize("on_the_left", [True, False])
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_padding_is_not_counted_as_expert_load(attn_type, on_the_left):
+    model, mask = tiny_model(attn_type, prelude_layers=1).train(), left_padding([6, 2], 6)
+    model(tokens(2, 6), 3, attention_mask=mask if on_the_left else mask.flip(1))
     assert model.recurrent.block.ffn.expert_load.sum() == (6 + 2) * 3 * 2  # tokens, loops, experts per token
 
 

@@ -16,7 +16,7 @@ Rows = dict[str, Tensor]
 
 
 def without_padding(rows: Rows, valid: Tensor) -> Rows:
-    """``rows`` (B, T, ...), zero at padding: they are so already, and no gradient may pass there.
+    """``rows`` (B, T, ...), zero at padding, where no gradient may pass either.
 
     The norm of a zero row multiplies gradients by a thousand, which overflows over a few loops, and infinity times
     zero is not a number.
@@ -87,6 +87,8 @@ class CausalAttention(nn.Module):
             rows = cache.slot(cache_key).update(rows)
         mask = mask or CausalMask(q.shape[1], next(iter(rows.values())).shape[1])
         out = self.read(q, rows, mask)
+        if mask.valid is not None and (active is None or active.is_everything):  # padding halts after the first loop
+            out = without_padding({"out": out}, mask.valid)["out"]  # behind a convolution it sees real tokens
         return self.wo((active.unpack(out) if active is not None else out).flatten(2))
 
     def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
