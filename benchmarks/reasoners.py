@@ -168,23 +168,30 @@ def markdown(results: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "| recipe | loops, fixed | loops, halting | share | accuracy, fixed | accuracy, halting |",
-        "|---" * 6 + "|",
+        "Halting: problems of all measured difficulties in one batch, the gate against the fewest loops that the "
+        "hardest of them needs.",
+        "",
+        "| recipe | loops, fixed | loops, halting | share (most) | accuracy, fixed | accuracy, halting | lost (most) |",
+        "|---" * 7 + "|",
     ]
     for recipe, result in results.items():
         if "halting" in result:
             gains = result["halting"]
             fixed, used = (mean(gain[name] for gain in gains) for name in ("loops_fixed", "loops_halting"))
             most = max(gain["loops_halting"] / gain["loops_fixed"] for gain in gains)
+            lost = [gain["accuracy_fixed"] - gain["accuracy_halting"] for gain in gains]
             lines.append(
-                f"| `{recipe}` | {fixed:.0f} | {used:.1f} | {used / fixed:.0%} (at most {most:.0%}) "
+                f"| `{recipe}` | {fixed:.0f} | {used:.1f} | {used / fixed:.0%} ({most:.0%}) "
                 f"| {shown([gain['accuracy_fixed'] for gain in gains])} "
-                f"| {shown([gain['accuracy_halting'] for gain in gains])} |"
+                f"| {shown([gain['accuracy_halting'] for gain in gains])} | {mean(lost):.4f} ({max(lost):.4f}) |"
             )
     lines += [
         "",
-        "| recipe | asked | loops needed (most) | accuracy there | at 8 times as many | lost (most) "
-        "| most lost by any loop |",
+        f"Thinking on: accuracy at {BEYOND} times the loops needed, and the most that accuracy falls from any depth to "
+        "a deeper one, over all difficulties and depths measured.",
+        "",
+        f"| recipe | asked | loops needed (most) | accuracy there | at {BEYOND} times as many | lost (most) "
+        "| greatest fall |",
         "|---" * 7 + "|",
     ]
     for recipe, result in results.items():

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.text import Text as RichText
 
 from open_mythos import plots, tasks
-from open_mythos.cli.console import clear_errors, console, progress, si, table
+from open_mythos.cli.console import clear_errors, console, progress, table
+from open_mythos.cli.measured import share, show_grid, show_halting, show_text
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation.grid import combine
 from open_mythos.evaluation.metrics import BEYOND
@@ -24,9 +24,6 @@ from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
 from open_mythos.training.runs import METRICS, TRAINING_FILE, home_dir, load_model, model_dir, training_config
-
-SHALLOW, DEEP = 8, 32
-"""Loops between which a text model is asked to stay as good as it was."""
 
 
 def eval(
@@ -83,7 +80,7 @@ def settings(
     asked = {"difficulties": difficulties, "loops": loops, "examples": examples}
     changes = [f"evaluation.{name}={value}" for name, value in asked.items() if value is not None]
     if cfg.kind != "looped" and loops is None:
-        changes.append(f"evaluation.loops={model.max_loop_iters}")  # a baseline has one depth
+        changes.append(f"evaluation.loops={cfg.depths[0]}")  # a baseline has one
     if cfg.task.name == Text.name:
         changes.append("task.options.split=held_out")
     return override(cfg, [*changes, *(f"task.options.{option}" for option in options)])
@@ -123,7 +120,7 @@ def eval_problems(
     path = found.save(out)
     trained = (cfg.task.max_difficulty, model.cfg.max_loop_iters) if cfg.task.name == task.name else None
     draw(found, out / "grid.png", trained)
-    show_grid(found, exit)
+    show_grid(found, cfg.task.max_difficulty if trained else 0, exit)
     show_metrics(found)
     show_halting(found)
     return path
@@ -138,24 +135,6 @@ def draw(found: Evaluation, path: Path, trained: tuple[int, int] | None) -> None
         console.print(f"no picture: {error}", markup=False)
         return
     plots.accuracy_grid(mean, grid.difficulties, grid.loops, path, grid.unit, grid.chance, trained)
-
-
-def show_grid(found: Evaluation, exit: Exit | None) -> None:
-    grid, mean = found.grids[0], combine(found.grids)["accuracy"].mean
-    state = "none stops early" if exit is None else f"exit {exit}"
-    n_problems = grid.examples * len(found.grids)
-    shown = table(f"{grid.task}: accuracy by loops, {state}, {n_problems} problems a row", grid.unit)
-    for count in grid.loops:
-        shown.add_column(str(count), justify="right")
-    for difficulty, row in zip(grid.difficulties, mean.tolist(), strict=True):
-        best = row.index(max(row))
-        cells = [RichText(share(accuracy), "bold" if i == best else "") for i, accuracy in enumerate(row)]
-        shown.add_row(str(difficulty), *cells)
-    console.print(shown)
-    if exit is not None:
-        used = zip(grid.difficulties, grid.loops_used[:, -1].tolist(), strict=True)
-        ran = ", ".join(f"{n:.1f} with {difficulty} {grid.unit}" for difficulty, n in used)
-        console.print(f"loops that a position ran, of {grid.loops[-1]}: {ran}", style="dim", highlight=False)
 
 
 def show_metrics(found: Evaluation) -> None:
@@ -180,32 +159,6 @@ def show_metrics(found: Evaluation) -> None:
     )  # fmt: skip
 
 
-def show_halting(found: Evaluation) -> None:
-    """What halting saves, and accuracy at equal operations; nothing for a model that does not halt."""
-    halting, matched = found.metrics["halting"], found.metrics["compute_matched"]
-    if halting is None:
-        return
-    shown = table("difficulties mixed in one batch", "", "accuracy", "loops")
-    shown.add_row("fixed count", share(halting["accuracy_fixed"]), f"{halting['loops_fixed']:.1f}")
-    shown.add_row("halting", share(halting["accuracy_halting"]), f"{halting['loops_halting']:.1f}")
-    shown.add_row("saved", "", f"{halting['saved']:.0%}")
-    console.print(shown)
-    title = f"at equal operations, {matched['difficulty']} {found.grids[0].unit}"
-    shown = table(title, "act_threshold", "loops", "a token", "halting", "fixed count")
-    for threshold, curve in matched["halting"].items():
-        point: dict[str, Any] = curve[-1]
-        cost = si(point["flops"], "FLOP")
-        shown.add_row(
-            threshold, f"{point['loops']:.1f}", cost, share(point["accuracy"]), share(point["fixed_accuracy"])
-        )
-    console.print(shown)
-
-
-def share(x: float) -> str:
-    """A share in four characters: ``.731``, ``1.00``."""
-    return f"{x:.3f}".removeprefix("0")[:4]
-
-
 # -- text
 
 
@@ -223,17 +176,3 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: Exit | None
     path.write_text(json.dumps(data | {"task": task.name, "options": task.to_dict()}, indent=1) + "\n")
     show_text(found)
     return path
-
-
-def show_text(found: dict[int, dict[int, float]]) -> None:
-    """A column for each length; the least bits bold."""
-    shown = table("bits per byte of held-out text", "loops", *(f"{length} tokens" for length in found))
-    curves = list(found.values())
-    for n in curves[0]:
-        cells = ((curve[n], "bold" if curve[n] == min(curve.values()) else "") for curve in curves)
-        shown.add_row(str(n), *(RichText(f"{bits:.4f}", style) for bits, style in cells))
-    if {SHALLOW, DEEP} <= curves[0].keys():
-        shown.add_section()
-        changes = (curve[DEEP] / curve[SHALLOW] - 1 for curve in curves)
-        shown.add_row(f"from {SHALLOW} to {DEEP}", *(f"{change:+.2%}" for change in changes))
-    console.print(shown)

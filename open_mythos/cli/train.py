@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from open_mythos.cli.console import clear_errors, console, fail, si, table
-from open_mythos.evaluation import DepthGrid
+from open_mythos.cli.measured import show_grid, show_halting, show_text
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import Watch, fit, load_evaluation
 from open_mythos.training.loggers import Record
@@ -23,7 +23,6 @@ from open_mythos.training.recipes import RECIPES, configured
 from open_mythos.training.trainer import TrainingError
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to update
-MANY = 0.9995  # shown in bold: right, to three digits
 
 
 def train(
@@ -159,27 +158,7 @@ def live_line(numbers: Record, steps: int) -> str:
 def show_evaluation(cfg: TrainConfig, run: Path) -> None:
     found = load_evaluation(run)
     if isinstance(found, dict):
-        shown = table("bits per byte of held-out text", "loops", "bits")
-        for loops, bits in found.items():
-            shown.add_row(str(loops), f"{bits:.4f}")
-        console.print(shown)
+        show_text({cfg.evaluation.difficulties[0]: found})
         return
-    show_grid(found.grids[0], cfg.task.max_difficulty)
-    if halting := found.metrics["halting"]:
-        console.print(
-            f"Halting, all of these mixed: {halting['loops_halting']:.1f} loops in place of "
-            f"{halting['loops_fixed']:.0f}, accuracy {halting['accuracy_halting']:.3f} in place of "
-            f"{halting['accuracy_fixed']:.3f}.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def show_grid(grid: DepthGrid, trained: int) -> None:
-    names = [f"{n} {grid.unit}" + (" (trained)" if n <= trained else "") for n in grid.difficulties]
-    shown = table(f"accuracy by loops (guessing: {grid.chance:.3f})", "loops", *names)
-    for i, loops in enumerate(grid.loops):
-        values = grid.accuracy[:, i].tolist()
-        shown.add_row(
-            str(loops), *(f"[bold]{value:.3f}[/bold]" if value >= MANY else f"{value:.3f}" for value in values)
-        )
-    console.print(shown)
+    show_grid(found, cfg.task.max_difficulty)
+    show_halting(found)

@@ -71,7 +71,7 @@ def gather(
     begin("following an example")
     difficulty = _difficulty(cfg, task) if difficulty is None else difficulty
     task.check(difficulty)
-    n_loops = _loops(cfg, model, task.length(difficulty)) if n_loops is None else n_loops
+    n_loops = max(1, min(max(cfg.depths), MOST_CELLS // task.length(difficulty))) if n_loops is None else n_loops
     must(
         cfg.kind != "unrolled" or n_loops <= model.cfg.max_loop_iters,
         f"{n_loops} loops, but an unrolled model has {model.cfg.max_loop_iters} blocks and no more; leave --loops out",
@@ -104,8 +104,7 @@ def _evaluation(run: Path, cfg: TrainConfig, model: OpenMythos, task: tasks.Task
     """The run's own evaluation, or one made now; of text, bits per byte by loops."""
     if (run / runs.EVALUATION).is_file():
         return load_evaluation(run)
-    asked = cfg.evaluation
-    loops = asked.loops if cfg.kind == "looped" else [model.cfg.max_loop_iters]
+    asked, loops = cfg.evaluation, cfg.depths
     if isinstance(task, Text):
         return bits_per_byte(model, task, loops, asked.difficulties[0], asked.examples)
     return Evaluation([depth_grid(model, task, asked.difficulties, loops, asked.examples)], {})
@@ -151,11 +150,6 @@ def _facts(found: Evaluation | dict[int, float]) -> list[tuple[str, str]]:
 def _difficulty(cfg: TrainConfig, task: tasks.Task) -> int:
     harder = (d for d in sorted(cfg.evaluation.difficulties) if d > cfg.task.max_difficulty)
     return next((d for d in harder if task.length(d) <= MOST_TOKENS), cfg.task.max_difficulty)
-
-
-def _loops(cfg: TrainConfig, model: OpenMythos, length: int) -> int:
-    most = max(cfg.evaluation.loops) if cfg.kind == "looped" else model.cfg.max_loop_iters
-    return max(1, min(most, MOST_CELLS // length))
 
 
 def _training(path: Path) -> dict[str, Any] | None:

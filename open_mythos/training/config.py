@@ -139,6 +139,11 @@ class TrainConfig(Checked):
         """The greatest difficulty that the halting gate learns from."""
         return self.gate.max_difficulty or self.task.max_difficulty
 
+    @property
+    def depths(self) -> list[int]:
+        """The numbers of loops at which the model is measured; a baseline has one depth."""
+        return {"single": [1], "unrolled": [self.loops.maximum]}.get(self.kind, self.evaluation.loops)
+
     def validate(self) -> None:
         super().validate()
         must(

@@ -214,12 +214,11 @@ def add_gate(model: OpenMythos, task: Task, cfg: TrainConfig, begin: Callable[[s
 def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
     """Measure what ``cfg.evaluation`` asks for into RUN/evaluation.json. A baseline has one depth."""
     asked = cfg.evaluation
-    loops = asked.loops if cfg.kind == "looped" else [model.cfg.max_loop_iters]
     if not isinstance(task, Text):
-        evaluate(model, task, asked.difficulties, loops, asked.examples, progress=begin).save(run)
+        evaluate(model, task, asked.difficulties, cfg.depths, asked.examples, progress=begin).save(run)
         return
     begin("held-out text")
-    bits = bits_per_byte(model, replace(task, split="held_out"), loops, asked.difficulties[0], asked.examples)
+    bits = bits_per_byte(model, replace(task, split="held_out"), cfg.depths, asked.difficulties[0], asked.examples)
     (run / runs.EVALUATION).write_text(json.dumps({"bits_per_byte": bits}, indent=1) + "\n")
 
 

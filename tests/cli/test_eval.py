@@ -50,7 +50,7 @@ def test_other_settings(run: Path, tmp_path: Path) -> None:
     first, second = Evaluation.load(out).grids
     assert (first.task, first.options, first.difficulties, first.loops) == ("prefix_sums", {"modulus": 2}, [5], [1, 3])
     assert (first.seed, second.seed, first.examples, first.halting) == (3, 4, 4, True)
-    assert "8 problems a row" in " ".join(done.output.split())
+    assert "8 problems each" in " ".join(done.output.split())
     assert "loops that a position ran, of 3:" in done.output
 
 
