@@ -23,8 +23,8 @@ from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import Task
 
 FILE = "evaluation.json"
-METRIC_EXAMPLES = 16
-"""Most problems that a metric is measured on: each takes runs of its own, to full depth."""
+METRIC_TOKENS = 4096
+"""As many problems as have so many tokens together are what a metric is measured on: each takes runs of its own."""
 
 
 @dataclass(eq=False)
@@ -97,16 +97,21 @@ def evaluate(
     """
     begin = progress or (lambda what: None)
     grids = [depth_grid(model, task, difficulties, loops, examples, seed, False, begin, exit) for seed in seeds]
-    few, seed, deepest = min(examples, METRIC_EXAMPLES), seeds[0], grids[0].loops[-1]
+    seed, deepest = seeds[0], grids[0].loops[-1]
+
+    def few(difficulty: int) -> int:
+        return max(1, min(examples, METRIC_TOKENS // task.length(difficulty)))
+
     found: dict[str, Any] = {"trained_loops": model.cfg.max_loop_iters, "difficulties": []}
     damages = overthinking_damage(grids[0], model.cfg.max_loop_iters)
     for difficulty, damage in zip(difficulties, damages, strict=True):
         begin(f"does it settle: {difficulty} {task.unit}")
-        starts = initial_state_gap(model, task, difficulty, deepest, few, seed)
+        n = few(difficulty)
+        starts = initial_state_gap(model, task, difficulty, deepest, n, seed)
         found["difficulties"].append({
             "difficulty": difficulty,
             **damage._asdict(),
-            "settle_rate": settle_rate(model, task, difficulty, deepest, few, seed) if deepest > 1 else None,
+            "settle_rate": settle_rate(model, task, difficulty, deepest, n, seed) if deepest > 1 else None,
             "from_start": {name: result._asdict() for name, result in starts.items()},
         })  # fmt: skip
     found["halting"] = found["compute_matched"] = None
@@ -114,12 +119,12 @@ def evaluate(
         hardest = max(difficulties)
         begin("loops that the hardest needs")
         most = damages[list(difficulties).index(hardest)].best_loops
-        enough = enough_loops(model, task, hardest, most, examples, seed)
+        enough = enough_loops(model, task, hardest, most, few(hardest), seed)
         begin("fixed against halting")
         gain = fixed_vs_halting(model, task, difficulties, enough, examples, seed)
         found["halting"] = {"difficulties": list(difficulties), **gain._asdict()}
         begin("accuracy at equal operations")
-        found["compute_matched"] = _compute_matched(model, task, hardest, loops, few, seed)
+        found["compute_matched"] = _compute_matched(model, task, hardest, loops, few(hardest), seed)
     return Evaluation(grids, found)
 
 
