@@ -85,6 +85,10 @@ class KVCache:
         """The slot called ``name``, made empty if it is new."""
         return self._slots.setdefault(name, CacheSlot())
 
+    def slot_length(self, name: str) -> int:
+        """Tokens held by one slot; 0 if there is none of that name."""
+        return self._slots[name].length if name in self._slots else 0
+
     def lengths(self) -> dict[str, int]:
         """Tokens held by each slot."""
         return {name: slot.length for name, slot in self._slots.items()}
@@ -157,6 +161,9 @@ class DictCache:
 
     def slot(self, name: str) -> _DictSlot:
         return _DictSlot(self._data, name)
+
+    def slot_length(self, name: str) -> int:
+        return next(iter(self._data[name].values())).shape[1] if name in self._data else 0
 
     def lengths(self) -> dict[str, int]:
         return {name: next(iter(rows.values())).shape[1] for name, rows in self._data.items() if name != PADDING_SLOT}

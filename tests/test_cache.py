@@ -9,6 +9,7 @@ from torch import Tensor
 
 from open_mythos import KVCache, OpenMythos
 from open_mythos.cache import PADDING_SLOT, as_cache
+from open_mythos.nn import attention, conv
 
 T = 12
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
@@ -52,6 +53,23 @@ def test_cached_logits_are_the_uncached_ones(attn_type, sizes, n_loops, as_dict,
     cached = in_chunks(model, ids, sizes, n_loops, {} if as_dict else KVCache(), mask)
     real = torch.ones(3, T, dtype=torch.bool) if mask is None else mask
     assert_near(cached[real], whole[real])
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("gate_bias", [-20.0, -1.0], ids=["none halts", "some halt"])
+@pytest.mark.parametrize("local_share", [0.0, 0.5, 1.0])
+def test_few_queries_of_many_rows_convolve_none_of_them(attn_type, gate_bias, local_share, monkeypatch):
+    model = tiny_model(attn_type, gate_bias=gate_bias, local_share=local_share, max_seq_len=64)
+    ids, mask = tokens(3, 60), left_padding([60, 41, 24], 60)
+    with torch.no_grad():
+        whole = model(ids, 4, attention_mask=mask)
+    convolved: list[int] = []
+    for module in (attention, conv):
+        plain = module.causal_conv
+        monkeypatch.setattr(module, "causal_conv", lambda x, taps, f=plain: convolved.append(x.shape[1]) or f(x, taps))
+    cached = in_chunks(model, ids, [52, 1, 3, 1, 1, 2], 4, KVCache(), mask)
+    assert_near(cached[mask], whole[mask])
+    assert {n for n in convolved if n >= 12} == {52}, "the prompt's rows, once a loop, and then a window at most"
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)

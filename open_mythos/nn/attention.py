@@ -9,10 +9,12 @@ from open_mythos.cache import Cache, as_cache
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.linear import Linear
-from open_mythos.ops.attention import CausalMask, attend, attend_local
+from open_mythos.ops.attention import CausalMask, attend, attend_convolved, attend_local, causal_conv
 from open_mythos.ops.rope import rope_rows
 
 Rows = dict[str, Tensor]
+
+_FEW = 16  # rows for one query, from which on they are not convolved before they are read
 
 
 def without_padding(rows: Rows, valid: Tensor) -> Rows:
@@ -77,7 +79,7 @@ class CausalAttention(nn.Module):
                 f"to the model as attention_mask"
             )
         cache = as_cache(kv_cache)
-        freqs = rope_rows(freqs, cache.lengths().get(cache_key, 0) if cache is not None else 0, x.shape[1])
+        freqs = rope_rows(freqs, cache.slot_length(cache_key) if cache is not None else 0, x.shape[1])
         q, rows = self.project(x, freqs)
         if active is not None:
             q, rows = active.pack(q), active.merge(rows)
@@ -99,17 +101,48 @@ class CausalAttention(nn.Module):
         """What the queries find in all rows: (B, T, H, Dv)."""
         raise NotImplementedError
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None = None) -> Tensor:
-        """Local attention for the first ``n_local_heads`` heads, global for the rest; shapes as ops.attention."""
-        n = self.n_local_heads
-        if n == 0:
-            return attend(q, k, v, mask, scale)
-        near, far = range(n), range(n, self.n_heads)
-        local = attend_local(
-            q[:, :, :n], self._read_by(near, k), self._read_by(near, v), self.local_window, mask, scale
-        )
-        everywhere = attend(q[:, :, n:], self._read_by(far, k), self._read_by(far, v), mask, scale)
-        return torch.cat([local, everywhere], dim=2)
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: CausalMask,
+        scale: float | None = None,
+        taps: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Local attention for the first ``n_local_heads`` heads, global for the rest; shapes as ops.attention.
+
+        ``taps`` (1, K, G, D) and (1, K, G, Dv) are of a short convolution that keys and values have still to pass;
+        nothing of their length is then written (see :func:`attend_convolved`).
+        """
+        n, found = self.n_local_heads, []
+        if n:
+            near = range(n)
+            k_near, v_near, mask_near = self._read_by(near, k), self._read_by(near, v), mask
+            if taps is not None:
+                needed = min(k.shape[1], mask.n_new + self.local_window - 1 + taps[0].shape[1] - 1)
+                k_near, v_near = (
+                    causal_conv(x[:, -needed:].flatten(2), self._read_by(near, tap).flatten(2)[0]).unflatten(
+                        2, x.shape[2:]
+                    )
+                    for x, tap in zip((k_near, v_near), taps, strict=True)
+                )
+                mask_near = mask.last(needed)
+            found.append(attend_local(q[:, :, :n], k_near, v_near, self.local_window, mask_near, scale))
+        if n < self.n_heads:
+            far = range(n, self.n_heads)
+            q_far, k_far, v_far = q[:, :, n:], self._read_by(far, k), self._read_by(far, v)
+            if taps is None:
+                found.append(attend(q_far, k_far, v_far, mask, scale))
+            else:
+                k_taps, v_taps = (self._read_by(far, tap)[0] for tap in taps)
+                found.append(attend_convolved(q_far, k_far, v_far, k_taps, v_taps, mask, scale))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+    @staticmethod
+    def are_few(q: Tensor, rows: Rows) -> bool:
+        """Whether there are so few queries that convolving all rows for them would cost more than reading them."""
+        return q.shape[1] * _FEW <= next(iter(rows.values())).shape[1]
 
     def _read_by(self, heads: range, x: Tensor) -> Tensor:
         """The key/value heads of ``x`` (B, S, G, D) that the query ``heads`` read."""

@@ -40,5 +40,9 @@ class ShortConv(nn.Module):
         with torch.no_grad():
             self.taps.normal_(std=0.1).add_(start).mul_(self.std)
 
+    def kernel(self) -> Tensor:
+        """The taps of every channel: (n_taps, channels)."""
+        return self.taps.repeat_interleave(self.share, dim=1) / self.std
+
     def forward(self, x: Tensor) -> Tensor:
-        return causal_conv(x, self.taps.repeat_interleave(self.share, dim=1) / self.std)
+        return causal_conv(x, self.kernel())

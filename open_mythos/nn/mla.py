@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
@@ -76,9 +77,15 @@ class MLAttention(CausalAttention):
         up_k, up_v = self._up_projections()
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, up_k)
-        c_kv = self._mixed_latents(rows)
+        taps = None
+        if self.conv is not None and self.are_few(q, rows):
+            c_kv, of_latents = rows["c_kv"], self.conv.kernel()[None, :, None]
+            of_rotary = F.pad(of_latents.new_ones(1, 1, 1, self.rope_dim), (0, 0, 0, 0, 0, of_latents.shape[1] - 1))
+            taps = torch.cat([of_latents, of_rotary], -1), of_latents
+        else:
+            c_kv = self._mixed_latents(rows)
         keys = torch.cat([c_kv, rows["k_rope"]], -1).unsqueeze(2)
-        found = self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale)
+        found = self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale, taps)
         return torch.einsum("bthr,hdr->bthd", found, up_v)
 
     def _mixed_latents(self, rows: Rows) -> Tensor:

@@ -144,7 +144,7 @@ class RecurrentBlock(nn.Module):
             raise ValueError(f"exit={exit} reads predictions; give it to the model, or a readout to the block")
         cache = as_cache(kv_cache)
         B, T, _ = e.shape
-        past = cache.lengths().get(loop_slot(0), 0) if cache is not None else 0
+        past = cache.slot_length(loop_slot(0)) if cache is not None else 0
         freqs = rope_rows(freqs, past, T)
         mask = mask or CausalMask(T, past + T)
         live = mask.valid[:, -T:] if mask.valid is not None else torch.ones(B, T, dtype=torch.bool, device=e.device)

@@ -23,12 +23,14 @@ class CausalMask:
         valid: (B, S) bool, False at padding; None if there is none. A padding query sees itself, so that no
             softmax is over nothing.
         positions: (B, T) key position of each query, for queries that are not the last T tokens in order.
+        first: position of the first new token, from which on queries stand; ``S - T`` if None.
     """
 
     n_queries: int
     n_keys: int
     valid: Tensor | None = None
     positions: Tensor | None = None
+    first: int | None = None
     _dense: Tensor | None = field(default=None, init=False, repr=False)
 
     def query_positions(self, device: torch.device) -> Tensor:
@@ -36,6 +38,21 @@ class CausalMask:
         if self.positions is not None:
             return self.positions
         return torch.arange(self.n_keys - self.n_queries, self.n_keys, device=device).unsqueeze(0)
+
+    @property
+    def n_new(self) -> int:
+        """Keys from the first that may be a query on."""
+        return self.n_queries if self.first is None else self.n_keys - self.first
+
+    def last(self, n_keys: int) -> CausalMask:
+        """The mask of the same queries for the last ``n_keys`` keys alone, ``n_new`` at least."""
+        cut = self.n_keys - n_keys
+        return CausalMask(
+            self.n_queries, n_keys,
+            None if self.valid is None else self.valid[:, cut:],
+            None if self.positions is None else (self.positions - cut).clamp(min=0),  # of unused slots, anything
+            None if self.first is None else self.first - cut,
+        )  # fmt: skip
 
     @property
     def is_plain(self) -> bool:
@@ -90,6 +107,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | Non
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def attend_convolved(
+    q: Tensor, k: Tensor, v: Tensor, k_taps: Tensor, v_taps: Tensor, mask: CausalMask, scale: float | None = None
+) -> Tensor:
+    """:func:`attend` to keys and values behind a :func:`causal_conv`, which is not computed: for few queries.
+
+    A convolution is linear, so it moves to the queries and to what they find: ``q . sum_j tap_j k[s - j]`` is
+    ``sum_j (q tap_j) . k[s - j]``, one product with the keys as they are and a shift of its scores; likewise
+    ``sum_s w[s] sum_j tap_j v[s - j]`` is ``sum_j tap_j sum_u w[u + j] v[u]``. Keys and values are read once, and
+    nothing of their size is written.
+
+    Args:
+        q, k, v, mask, scale: as :func:`attend`.
+        k_taps: (K, G, D).
+        v_taps: (K, G, Dv).
+
+    Returns:
+        (B, T, H, Dv).
+    """
+    T, H, D = q.shape[1:]
+    S, G, K = *k.shape[1:3], len(k_taps)
+    q_BGTRD = q.unflatten(2, (G, H // G)).transpose(1, 2) * (D**-0.5 if scale is None else scale)
+    q_BGKTRD = q_BGTRD.unsqueeze(2) * k_taps.transpose(0, 1)[:, :, None, None]
+    products = (q_BGKTRD.flatten(2, 4) @ k.permute(0, 2, 3, 1)).unflatten(2, (K, T, H // G))
+    scores = torch.stack([F.pad(products[:, :, j], (j, 0))[..., :S] for j in range(K)]).sum(0, dtype=torch.float32)
+    if not mask.is_plain or T > 1:  # scores are (B, G, T, R, S)
+        scores = scores.masked_fill(~mask.dense(q.device).unsqueeze(3), float("-inf"))
+    weights = scores.softmax(-1).to(v.dtype)
+    shifted = torch.stack([F.pad(weights[..., j:], (0, min(j, S))) for j in range(K)], 2)  # (B, G, K, T, R, S)
+    found = (shifted.flatten(2, 4) @ v.transpose(1, 2)).unflatten(2, (K, T, H // G))
+    return (found * v_taps.transpose(0, 1)[:, :, None, None]).sum(2).transpose(1, 2).flatten(2, 3)
 
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask, scale: float | None = None) -> Tensor:

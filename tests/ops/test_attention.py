@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos.ops import reference
-from open_mythos.ops.attention import CausalMask, attend, attend_local, causal_conv
+from open_mythos.ops.attention import CausalMask, attend, attend_convolved, attend_local, causal_conv
 
 
 def allowed(T: int, S: int, valid: Tensor | None, positions: Tensor | None, window: int | None = None) -> Tensor:
@@ -48,6 +48,18 @@ def test_attend_is_explicit_softmax(problem, scale):
         q, k, v, allowed(q.shape[1], k.shape[1], valid, positions), q.shape[-1] ** -0.5 if scale is None else scale
     )
     assert_near(attend(q, k, v, mask, scale), expected)
+
+
+@given(problems(), st.integers(1, 4), st.none() | st.floats(0.1, 2.0))
+def test_attend_convolved_is_attention_to_convolved_rows(problem, n_taps, scale):
+    q, k, v, valid, positions = problem
+    mask = CausalMask(q.shape[1], k.shape[1], valid, positions)
+    k_taps, v_taps = torch.randn(n_taps, *k.shape[2:]), torch.randn(n_taps, *v.shape[2:])
+    expected = attend(
+        q, reference.causal_conv(k.flatten(2), k_taps.flatten(1)).view_as(k),
+        reference.causal_conv(v.flatten(2), v_taps.flatten(1)).view_as(v), mask, scale,
+    )  # fmt: skip
+    assert_near(attend_convolved(q, k, v, k_taps, v_taps, mask, scale), expected)
 
 
 @given(problems(), st.integers(1, 11))
