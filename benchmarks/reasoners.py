@@ -155,6 +155,11 @@ def shown(values: list[float], digits: int = 4) -> str:
     return f"{mean(values):.{digits}f}{worst}"
 
 
+def signed(x: float) -> str:
+    """Four digits, and no minus before a zero."""
+    return f"{round(x, 4) + 0.0:.4f}"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The README's tables."""
     lines = [
@@ -189,7 +194,7 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(
                 f"| `{recipe}` | {fixed:.0f} | {used:.1f} | {used / fixed:.0%} ({most:.0%}) "
                 f"| {shown([gain['accuracy_fixed'] for gain in gains])} "
-                f"| {shown([gain['accuracy_halting'] for gain in gains])} | {mean(lost):.4f} ({max(lost):.4f}) |"
+                f"| {shown([gain['accuracy_halting'] for gain in gains])} | {signed(mean(lost))} ({signed(max(lost))}) |"
             )
     lines += [
         "",
@@ -209,7 +214,7 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {asked} | {mean(needed):.0f} ({max(needed)}) "
                 f"| {shown([cell['accuracy'] for cell in cells])} | {shown([cell['deeper'] for cell in cells])} "
-                f"| {mean(lost):.4f} ({max(lost):.4f}) | {worst} |"
+                f"| {signed(mean(lost))} ({signed(max(lost))}) | {worst} |"
             )
     if "text" in results:
         curves = results["text"]["bits_per_byte"]
