@@ -194,7 +194,8 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(
                 f"| `{recipe}` | {fixed:.0f} | {used:.1f} | {used / fixed:.0%} ({most:.0%}) "
                 f"| {shown([gain['accuracy_fixed'] for gain in gains])} "
-                f"| {shown([gain['accuracy_halting'] for gain in gains])} | {signed(mean(lost))} ({signed(max(lost))}) |"
+                f"| {shown([gain['accuracy_halting'] for gain in gains])} "
+                f"| {signed(mean(lost))} ({signed(max(lost))}) |"
             )
     lines += [
         "",
