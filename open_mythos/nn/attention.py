@@ -13,6 +13,8 @@ from open_mythos.ops.attention import CausalMask, attend, attend_convolved, atte
 from open_mythos.ops.rope import rope_rows
 
 Rows = dict[str, Tensor]
+Taps = tuple[Tensor, Tensor]
+"""Of keys (1, K, G, D) and of values (1, K, G, Dv)."""
 
 _FEW = 16  # rows for one query, from which on they are not convolved before they are read
 
@@ -108,36 +110,43 @@ class CausalAttention(nn.Module):
         v: Tensor,
         mask: CausalMask,
         scale: float | None = None,
-        taps: tuple[Tensor, Tensor] | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Local attention for the first ``n_local_heads`` heads, global for the rest; shapes as ops.attention.
 
-        ``taps`` (1, K, G, D) and (1, K, G, Dv) are of a short convolution that keys and values have still to pass;
-        nothing of their length is then written (see :func:`attend_convolved`).
+        ``taps`` are of a short convolution that keys and values have still to pass; nothing of their length is then
+        written (see :func:`attend_convolved`).
         """
         n, found = self.n_local_heads, []
         if n:
-            near = range(n)
-            k_near, v_near, mask_near = self._read_by(near, k), self._read_by(near, v), mask
-            if taps is not None:
-                needed = min(k.shape[1], mask.n_new + self.local_window - 1 + taps[0].shape[1] - 1)
-                k_near, v_near = (
-                    causal_conv(x[:, -needed:].flatten(2), self._read_by(near, tap).flatten(2)[0]).unflatten(
-                        2, x.shape[2:]
-                    )
-                    for x, tap in zip((k_near, v_near), taps, strict=True)
-                )
-                mask_near = mask.last(needed)
-            found.append(attend_local(q[:, :, :n], k_near, v_near, self.local_window, mask_near, scale))
+            found.append(self._attend_near(range(n), q, k, v, mask, scale, taps))
         if n < self.n_heads:
-            far = range(n, self.n_heads)
-            q_far, k_far, v_far = q[:, :, n:], self._read_by(far, k), self._read_by(far, v)
-            if taps is None:
-                found.append(attend(q_far, k_far, v_far, mask, scale))
-            else:
-                k_taps, v_taps = (self._read_by(far, tap)[0] for tap in taps)
-                found.append(attend_convolved(q_far, k_far, v_far, k_taps, v_taps, mask, scale))
+            found.append(self._attend_far(range(n, self.n_heads), q, k, v, mask, scale, taps))
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+    def _attend_near(
+        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None, taps: Taps | None
+    ) -> Tensor:
+        """Local attention of some heads; only the rows that a window holds are convolved."""
+        q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)
+        if taps is not None:
+            n_taps = taps[0].shape[1]
+            needed = min(k.shape[1], mask.n_new + self.local_window - 1 + n_taps - 1)
+            k_taps, v_taps = (self._read_by(heads, tap)[0].flatten(1) for tap in taps)
+            k = causal_conv(k[:, -needed:].flatten(2), k_taps).unflatten(2, k.shape[2:])
+            v = causal_conv(v[:, -needed:].flatten(2), v_taps).unflatten(2, v.shape[2:])
+            mask = mask.last(needed)
+        return attend_local(q, k, v, self.local_window, mask, scale)
+
+    def _attend_far(
+        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None, taps: Taps | None
+    ) -> Tensor:
+        """Global attention of some heads."""
+        q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)
+        if taps is None:
+            return attend(q, k, v, mask, scale)
+        k_taps, v_taps = (self._read_by(heads, tap)[0] for tap in taps)
+        return attend_convolved(q, k, v, k_taps, v_taps, mask, scale)
 
     @staticmethod
     def are_few(q: Tensor, rows: Rows) -> bool:
