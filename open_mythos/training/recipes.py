@@ -70,7 +70,7 @@ def permutations() -> TrainConfig:
 
 
 def maze() -> TrainConfig:
-    """Which cells of a grid can be reached from the start? Trained on 7 x 7, tested on 11 x 11."""
+    """Which cells of a grid can be reached from the start? Trained on 7 x 7; larger grids are at chance as yet."""
     return _reasoner(
         "maze", range(4, 8), loops=16, steps=1500, share=0.0, prelude=1,
         evaluation=EvalConfig([7, 9, 11], [1, 2, 4, 8, 16, 32, 64], 128),
