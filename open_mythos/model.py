@@ -95,7 +95,7 @@ class OpenMythos(nn.Module):
         if predicting is not None:
             self._check_predictions(predicting, past, exit)
         e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops)
-        readout = self._readout(freqs, mask, cache)
+        readout = self.readout(freqs, mask, cache)
         h = self.recurrent(self.first_state(e), e, freqs, mask, n_loops, cache, exit, readout)
         if predicting is not None:
             for layer in range(len(self.coda)):
@@ -151,8 +151,13 @@ class OpenMythos(nn.Module):
         h = self.norm(h)
         return h if mask.valid is None else h.masked_fill(~mask.valid[:, -h.shape[1] :].unsqueeze(-1), 0)
 
-    def _readout(self, freqs: Tensor, mask: CausalMask, cache: Cache | None = None) -> Readout:
-        """How exits read predictions from the states after a loop."""
+    def readout(self, freqs: Tensor, mask: CausalMask, cache: Cache | None = None) -> Readout:
+        """Reads predictions from states: ``(h (B, T, dim), loop) -> (B, T, vocab_size)``, as exits ask for them.
+
+        Args:
+            freqs, mask: as :meth:`encode` gave them.
+            cache: keeps what each loop's states give the coda apart; with None, the loop plays no part.
+        """
         return lambda h, loop: self.head(self.decode(h, freqs, mask, cache, loop))
 
     def iterate(
@@ -166,7 +171,7 @@ class OpenMythos(nn.Module):
             inputs: ``start_pos`` and ``attention_mask``, as :meth:`forward`.
         """
         e, freqs, mask = self.encode(input_ids, **inputs)
-        readout = self._readout(freqs, mask)
+        readout = self.readout(freqs, mask)
         for state in self.recurrent.iterate(self.first_state(e), e, freqs, mask, n_loops, exit=exit, readout=readout):
             yield state, readout(state.h, state.loop) if state.logits is None else state.logits
 

@@ -80,10 +80,7 @@ def readings(
         raise ValueError(f"loops={wanted}; give one or more integers of at least 1")
     e, freqs, mask = model.encode(ids, attention_mask=valid)
     h, used = (start or model.first_state)(e), torch.zeros_like(ids)
-
-    def predict(h: Tensor, loop: int) -> Tensor:
-        return model.head(model.decode(h, freqs, mask))
-
+    predict = model.readout(freqs, mask)
     for state in model.recurrent.iterate(h, e, freqs, mask, wanted[-1], exit=exit, readout=predict):
         h, used = state.h, used + state.ran
         if state.loop + 1 == wanted[0]:

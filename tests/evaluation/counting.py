@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,6 +72,9 @@ class Counting(nn.Module):
 
     def decode(self, h: Tensor, *context: Any) -> Tensor:
         return h
+
+    def readout(self, *context: Any) -> Callable[[Tensor, int], Tensor]:
+        return lambda h, loop: self.head(self.decode(h))
 
     def head(self, h: Tensor) -> Tensor:
         count, token, start = h.unbind(-1)
