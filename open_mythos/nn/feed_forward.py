@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import WEIGHT_STD, Linear, residual_gain
+from open_mythos.nn.linear import WEIGHT_STD, Linear, residual_gain, side_by_side
 
 
 class Expert(nn.Module):
@@ -27,4 +27,5 @@ class Expert(nn.Module):
         self.down = Linear(expert_dim, dim, gain=residual_gain(n_layers), std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = side_by_side(x, self.gate, self.up)
+        return self.down(F.silu(gate) * up)

@@ -7,7 +7,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
-from open_mythos.nn.linear import Linear, residual_gain
+from open_mythos.nn.linear import Linear, residual_gain, side_by_side
 from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.rope import apply_rope
 
@@ -36,9 +36,7 @@ class GQAttention(CausalAttention):
         self.v_conv = ShortConv(kv_dim, cfg.conv_taps, std=std) if cfg.conv_taps else None
 
     def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
-        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        q, k, v = (rows.unflatten(-1, (-1, self.head_dim)) for rows in side_by_side(x, self.wq, self.wk, self.wv))
         return apply_rope(q, freqs), {"k": apply_rope(k, freqs), "v": v}
 
     def read(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:

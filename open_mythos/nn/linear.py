@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from open_mythos.ops.linear import linear, linears
 
 WEIGHT_STD = 0.02
 """Default of ``MythosConfig.weight_std``, for layers built without a config."""
@@ -48,8 +49,13 @@ class Linear(nn.Module):
         nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) * self.scale
+        return linear(x, self.weight, self.scale)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
         return f"{in_features}, {out_features}, scale={self.scale:.3g}"
+
+
+def side_by_side(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What several layers make of one input, faster than one after the other."""
+    return linears(x, [layer.weight for layer in layers], [layer.scale for layer in layers])

@@ -9,7 +9,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
-from open_mythos.nn.linear import Linear, residual_gain
+from open_mythos.nn.linear import Linear, residual_gain, side_by_side
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.rope import apply_rope
@@ -48,9 +48,10 @@ class MLAttention(CausalAttention):
         self.conv = ShortConv(self.latent_dim, cfg.conv_taps, std=std) if cfg.conv_taps else None
 
     def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
-        q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_heads, self.nope_dim + self.rope_dim))
+        q_latent, kv = side_by_side(x, self.q_down, self.kv_down)
+        q = self.q_up(self.q_norm(q_latent)).unflatten(-1, (self.n_heads, self.nope_dim + self.rope_dim))
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
-        c_kv, k_rope = self.kv_down(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        c_kv, k_rope = kv.split([self.latent_dim, self.rope_dim], dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), freqs).squeeze(2)
         return torch.cat([q_nope, apply_rope(q_rope, freqs)], -1), {"c_kv": self.kv_norm(c_kv), "k_rope": k_rope}
 

@@ -11,6 +11,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.linear import Linear, fan_in_scale, residual_gain
 from open_mythos.ops.experts import expert_counts, grouped_swiglu
+from open_mythos.ops.linear import product_dtype
 
 
 class MoEFFN(nn.Module):
@@ -73,20 +74,14 @@ class MoEFFN(nn.Module):
         if self.training:
             _count(self.expert_load, chosen, tokens.detach())
         # The stored weights' scales are applied to tokens and mixing weights, which are smaller than the experts.
-        dtype = self._product_dtype(tokens)
+        dtype = product_dtype(tokens)
         out = grouped_swiglu(
-            (tokens * self.gate_up_scale).to(dtype), self.gate_up.to(dtype), self.down.to(dtype),
-            chosen, weights * self.down_scale,
+            tokens.to(dtype), self.gate_up.to(dtype), self.down.to(dtype),
+            chosen, weights * self.down_scale, self.gate_up_scale,
         ).to(tokens.dtype)  # fmt: skip
         if self.shared is not None:
             out = out + self.shared(tokens)
         return out.view(x.shape)
-
-    @staticmethod
-    def _product_dtype(tokens: Tensor) -> torch.dtype:
-        """The dtype of a matrix product with ``tokens``: theirs, or autocast's."""
-        device = tokens.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
     @torch.no_grad()
     def update_bias(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from open_mythos.ops.linear import rms_norm
+
 
 class RMSNorm(nn.Module):
     """``weight * x / rms(x)`` over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
@@ -18,10 +20,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalise(x, self.eps) * self.weight.to(x.dtype)
-
-
-def rms_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x`` at a root mean square of one over the last axis, in x's dtype."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

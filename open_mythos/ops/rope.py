@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in real arithmetic.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) as complex products.
 
 Shape letters: B batch, T tokens, H heads, D channels of a head.
 """
@@ -51,9 +51,13 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
         freqs = torch.view_as_real(freqs)
     if freqs.shape[-3] != x.shape[1]:
         raise RuntimeError(f"freqs hold {freqs.shape[-3]} positions and x has {x.shape[1]}; pass one row per token")
-    cos, sin = freqs.unsqueeze(-3).unbind(-1)  # each (T or B,T) x 1 x D/2
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    freqs = freqs.unsqueeze(-3)  # (T or B,T) x 1 x D/2 x 2
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # compilers know no complex numbers
+        (cos, sin), (even, odd) = freqs.unbind(-1), pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(freqs))
     return turned.flatten(-2).to(x.dtype)
 
 

@@ -6,7 +6,8 @@ from helpers import assert_near
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_mythos.ops.experts import expert_counts, grouped_matmul, grouped_swiglu
+from open_mythos.ops import experts as experts_module
+from open_mythos.ops.experts import Rows, expert_counts, grouped_swiglu
 from open_mythos.ops.reference import moe_loop
 
 
@@ -63,16 +64,38 @@ def test_counts(choices):
     assert expert_counts(experts, 6).tolist() == [experts.eq(expert).sum() for expert in range(6)]
 
 
-def test_grouped_matmul_compiles_and_trains():
+@pytest.mark.parametrize("waste, padded", [(0.0, False), (100.0, True)], ids=["grouped", "padded"])
+@pytest.mark.parametrize("N, E, K, D, F", [(9, 4, 2, 13, 7), (5, 3, 3, 8, 6), (7, 5, 1, 16, 12)])
+def test_both_kinds_of_rows_are_the_double_loop(waste, padded, N, E, K, D, F, monkeypatch):
+    monkeypatch.setattr(experts_module, "_WASTE", waste)
+    torch.manual_seed(0)
+    chosen = torch.rand(N, E).topk(K).indices
+    assert (Rows.of(chosen, E).ends_E is None) == padded
+    parts = torch.randn(N, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.rand(N, K)
+    x, gate_up, down, weights = inputs = [part.requires_grad_() for part in parts]
+    fast = grouped_swiglu(x, gate_up, down, chosen, weights, scale=0.3)
+    slow = moe_loop(x, gate_up * 0.3, down, chosen, weights)
+    assert_near(fast, slow)
+    cotangent = torch.randn_like(slow)
+    for got, wanted in zip(
+        torch.autograd.grad(fast, inputs, cotangent), torch.autograd.grad(slow, inputs, cotangent), strict=True
+    ):
+        assert_near(got, wanted)
+    with torch.no_grad():
+        assert_near(grouped_swiglu(x, gate_up, down, chosen, weights, scale=0.3), slow)
+
+
+def test_it_compiles_and_trains():
     """Inductor cannot lower ``grouped_mm`` in float32, so compiled code calls it as an operator."""
     torch.manual_seed(0)
-    x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(3, 7, 5, requires_grad=True)
-    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    inputs = torch.randn(6, 5), torch.randn(3, 14, 5), torch.randn(3, 5, 7), torch.rand(6, 2)
+    x, gate_up, down, weights = inputs = [part.requires_grad_() for part in inputs]
+    chosen = torch.rand(6, 3).topk(2).indices
 
-    def loss(x, weight):
-        return grouped_matmul(x, weight, ends).square().sum()
+    def loss(x, gate_up, down, weights):
+        return grouped_swiglu(x, gate_up, down, chosen, weights).square().sum()
 
-    expected = torch.autograd.grad(loss(x, weight), (x, weight))
+    expected = torch.autograd.grad(loss(*inputs), inputs)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for actual, wanted in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), expected, strict=True):
+    for actual, wanted in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
         assert_near(actual, wanted)

@@ -1,0 +1,130 @@
+"""Matrix products with a factor, and root-mean-square normalisation, with as few passes over memory as there can be.
+
+Shape letters: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
+    """``scale * x @ weight.T``: (..., I) -> (..., O)."""
+    return linears(x, [weight_OI], [scale])[0]
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, ...]:
+    """``scale * x @ weight.T`` for several weights (O, I) of one input (..., I): a tuple of (..., O).
+
+    The factor is the product's own and costs nothing, forward or backward, and the gradients of ``x`` are summed where
+    the products are made. Under autocast the products are of its dtype.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or any(type(w) not in _PLAIN for w in weights):
+        # A compiler joins the factor to the product by itself; quantised and distributed weights know F.linear alone.
+        return tuple(F.linear(x, weight) * scale for weight, scale in zip(weights, scales, strict=True))
+    dtype = product_dtype(x)
+    x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
+        return _Linears.apply(x, tuple(scales), *weights)
+    x_NI = x.reshape(-1, x.shape[-1])
+    products = [_scaled_product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
+    return tuple(product.view(*x.shape[:-1], -1) for product in products)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with ``x``: its own, or autocast's."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale * a @ b`` of matrices."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+class _Linears(torch.autograd.Function):
+    """:func:`linears` with a backward pass that writes every gradient once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.scales = scales
+        ctx.save_for_backward(x, *weights)
+        x_NI = x.reshape(-1, x.shape[-1])
+        products = [_scaled_product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
+        return tuple(product.view(*x.shape[:-1], -1) for product in products)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        x_NI = x.reshape(-1, x.shape[-1])
+        grad_x, grad_weights = None, []
+        for i, (grad, weight, scale) in enumerate(zip(grads, weights, ctx.scales, strict=True)):
+            grad_NO = grad.reshape(-1, grad.shape[-1])
+            if ctx.needs_input_grad[0]:
+                if grad_x is None:
+                    grad_x = _scaled_product(grad_NO, weight, scale)
+                else:
+                    grad_x.addmm_(grad_NO, weight, alpha=scale)
+            needed = ctx.needs_input_grad[2 + i]
+            grad_weights.append(_scaled_product(grad_NO.t(), x_NI, scale) if needed else None)
+        return None if grad_x is None else grad_x.view(x.shape), None, *grad_weights
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """``weight * x / rms(x)`` over the last axis, in x's dtype; the mean square is taken in float32.
+
+    Args:
+        x: (..., dim).
+        weight: (dim,), ones if None.
+        eps: added to the mean square.
+    """
+    if weight is not None:
+        weight = weight.to(x.dtype)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and (needs_grad or x.dtype.itemsize < 4):  # there PyTorch squares float16 in float16
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """:func:`rms_norm` where PyTorch has no kernel of its own for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        wide = _wide(x)
+        inverse = torch.linalg.vecdot(wide, wide).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, weight)
+        out = wide * inverse
+        return (out if weight is None else out.mul_(weight)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, inverse, weight = ctx.saved_tensors
+        wide, grad = _wide(x), _wide(grad)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            normed = (wide * inverse).mul_(grad)
+            grad_weight = normed.view(-1, normed.shape[-1]).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        out = grad * inverse if weight is None else (grad * weight).mul_(inverse)
+        along = torch.linalg.vecdot(out, wide).unsqueeze(-1).mul_(inverse.square()).div_(-x.shape[-1])
+        return out.addcmul_(wide, along).to(x.dtype), grad_weight, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
