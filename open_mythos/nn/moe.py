@@ -11,7 +11,6 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.linear import Linear, fan_in_scale, residual_gain
 from open_mythos.ops.experts import expert_counts, grouped_swiglu
-from open_mythos.ops.linear import product_dtype
 
 
 class MoEFFN(nn.Module):
@@ -73,12 +72,10 @@ class MoEFFN(nn.Module):
         chosen, weights = self.route(tokens)
         if self.training:
             _count(self.expert_load, chosen, tokens.detach())
-        # The stored weights' scales are applied to tokens and mixing weights, which are smaller than the experts.
-        dtype = product_dtype(tokens)
-        out = grouped_swiglu(
-            tokens.to(dtype), self.gate_up.to(dtype), self.down.to(dtype),
-            chosen, weights * self.down_scale, self.gate_up_scale,
-        ).to(tokens.dtype)  # fmt: skip
+        # The scale of `down` is applied to the mixing weights, which are smaller.
+        out = grouped_swiglu(tokens, self.gate_up, self.down, chosen, weights * self.down_scale, self.gate_up_scale).to(
+            tokens.dtype
+        )
         if self.shared is not None:
             out = out + self.shared(tokens)
         return out.view(x.shape)

@@ -6,16 +6,18 @@ width. The slow, obvious twin is :func:`open_mythos.ops.reference.moe_loop`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.ops.linear import product_dtype
+from open_mythos.ops.one_gradient import OneGradient, one_gradient
+
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
-_SMALL = 128  # rows of an expert from which on its own matrix product is as fast as a batch of padded ones
-_WASTE = 2.5  # padded rows for a real one, from which on padding costs more than it saves
+_CALL = 48  # a product of its own for an expert takes as much longer as this many rows would
 
 
 def grouped_swiglu(
@@ -35,17 +37,21 @@ def grouped_swiglu(
         scale: factor of ``gate_up``.
 
     Returns:
-        (N, D) in x's dtype.
+        (N, D) in x's dtype, or autocast's.
     """
-    x_ND = x_ND * scale
-    weights_NK = weights_NK.to(x_ND.dtype)
+    dtype = product_dtype(x_ND)
+    x_ND, weights_NK = (x_ND * scale).to(dtype), weights_NK.to(dtype)
+    if len(gate_up_E2FD) > 1 and not torch.compiler.is_compiling() and _is_trained(gate_up_E2FD, down_EDF):
+        gate_up, down = one_gradient(gate_up_E2FD, dtype), one_gradient(down_EDF, dtype)
+        return _GroupedSwiGLU.apply(x_ND, gate_up.weight, down.weight, experts_NK, weights_NK, gate_up, down)
+    gate_up_E2FD, down_EDF = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     if len(gate_up_E2FD) == 1:  # nothing to bring together
         gate_NF, up_NF = F.linear(x_ND, gate_up_E2FD[0]).chunk(2, dim=-1)
         return F.linear(F.silu(gate_NF) * up_NF, down_EDF[0]) * weights_NK
     if torch.compiler.is_compiling():
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
-        return _GroupedSwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
+        return _GroupedSwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, None, None)
     return _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, Rows.of(experts_NK, len(gate_up_E2FD)))[0]
 
 
@@ -59,39 +65,49 @@ def expert_counts(experts_NK: Tensor, n_experts: int) -> Tensor:
 class Rows:
     """Which token stands in which row, rows of one expert side by side.
 
-    Either as many rows as there are choices, for products of groups of any size; or C rows for every expert, the last
-    ones idle where it has fewer tokens, for one batched product, which is faster where experts have few tokens.
+    There are two layouts. *Grouped* has as many rows as there are choices, for products of groups of any size.
+    *Batched* gives every expert C rows, idle ones at the end where it has fewer tokens, for one batched product, which
+    is several times as fast where experts have few tokens; the rest of the more popular experts' rows follows.
 
     Attributes:
         token_P: token of each row; any at idle ones.
         place_NK: row of each choice.
-        ends_E: int32, where each expert's rows end; None if every expert has C.
         n_experts: E.
+        ends_E: int32, where each expert's rows end; None if batched.
+        width: C; 0 if grouped.
+        rest: expert, first row and end of those that have more than C.
     """
 
     token_P: Tensor
     place_NK: Tensor
-    ends_E: Tensor | None
     n_experts: int
+    ends_E: Tensor | None = None
+    width: int = 0
+    rest: list[tuple[int, int, int]] = field(default_factory=list)
 
     @staticmethod
-    def of(experts_NK: Tensor, n_experts: int, may_pad: bool = True) -> Rows:
-        """Rows for the choices ``experts_NK``; without idle ones unless ``may_pad``."""
+    def of(experts_NK: Tensor, n_experts: int, may_batch: bool = True) -> Rows:
+        """Rows for the choices ``experts_NK``, in the layout that is faster, or grouped."""
         device, n_choices, K = experts_NK.device, experts_NK.numel(), experts_NK.shape[1]
         expert_M, order_M = experts_NK.flatten().sort(stable=True)
         counts_E = expert_counts(experts_NK, n_experts)
         ends_E = counts_E.cumsum(0)
-        row_M, n_rows = torch.arange(n_choices, device=device), n_choices
-        # The width of a batch has to be known here, for which one would have to wait for a GPU.
-        if may_pad and device.type == "cpu" and n_choices < _SMALL * n_experts:
-            most = int(counts_E.max())
-            if most * n_experts <= _WASTE * n_choices:
-                row_M = row_M + (torch.arange(n_experts) * most - ends_E + counts_E)[expert_M]
-                n_rows, ends_E = most * n_experts, None
+        row_M, n_rows, width, rest = torch.arange(n_choices, device=device), n_choices, 0, []
+        # The layout depends on the counts, for which one would have to wait for a GPU, and there is no need to.
+        if may_batch and device.type == "cpu":
+            width = _best_width(counts_E)
+        if width:
+            rank_M = row_M - (ends_E - counts_E)[expert_M]
+            over_M = rank_M >= width
+            first_rest = n_experts * width
+            row_M = torch.where(over_M, first_rest + over_M.cumsum(0) - 1, expert_M * width + rank_M)
+            more_E = (counts_E - width).clamp(min=0)
+            n_rows = first_rest + int(more_E.sum())
+            ends = (first_rest + more_E.cumsum(0)).tolist()
+            rest = [(e, end - n, end) for e, (n, end) in enumerate(zip(more_E.tolist(), ends, strict=True)) if n]
         token_P = torch.zeros(n_rows, dtype=torch.int64, device=device).scatter_(0, row_M, order_M // K)
-        place_M = torch.empty_like(row_M).scatter_(0, order_M, row_M)
-        ends_E = None if ends_E is None else ends_E.to(torch.int32)
-        return Rows(token_P, place_M.view_as(experts_NK), ends_E, n_experts)
+        place_NK = torch.empty_like(row_M).scatter_(0, order_M, row_M).view_as(experts_NK)
+        return Rows(token_P, place_NK, n_experts, None if width else ends_E.to(torch.int32), width, rest)
 
     def spread(self, x_NK: Tensor) -> Tensor:
         """A number for each choice to one for each row, (P, 1); 0 at idle ones."""
@@ -105,14 +121,42 @@ class Rows:
         """Rows times the matrix of their expert: (P, O)."""
         if self.ends_E is not None:
             return _grouped_mm(x_PI, weight_EIO, self.ends_E)
-        return torch.bmm(x_PI.unflatten(0, (self.n_experts, -1)), weight_EIO).flatten(0, 1)
+        out_PO = x_PI.new_empty(len(x_PI), weight_EIO.shape[2])
+        torch.bmm(self._batched(x_PI), weight_EIO, out=self._batched(out_PO))
+        for expert, start, end in self.rest:
+            torch.mm(x_PI[start:end], weight_EIO[expert], out=out_PO[start:end])
+        return out_PO
 
     def outer(self, x_PI: Tensor, y_PO: Tensor) -> Tensor:
         """For every expert the sum over its rows of ``x y^T``: (E, I, O)."""
         if self.ends_E is not None:
             return _grouped_outer(x_PI, y_PO, self.ends_E)
-        x_EIC = x_PI.unflatten(0, (self.n_experts, -1)).transpose(1, 2)
-        return torch.bmm(x_EIC, y_PO.unflatten(0, (self.n_experts, -1)))
+        out_EIO = x_PI.new_zeros(self.n_experts, x_PI.shape[1], y_PO.shape[1])
+        self.add_outer(x_PI, y_PO, out_EIO)
+        return out_EIO
+
+    def add_outer(self, x_PI: Tensor, y_PO: Tensor, into_EIO: Tensor) -> None:
+        """:meth:`outer`, added in place."""
+        if self.ends_E is not None or into_EIO.dtype != x_PI.dtype:
+            into_EIO.add_(self.outer(x_PI, y_PO))
+            return
+        into_EIO.baddbmm_(self._batched(x_PI).transpose(1, 2), self._batched(y_PO))
+        for expert, start, end in self.rest:
+            into_EIO[expert].addmm_(x_PI[start:end].t(), y_PO[start:end])
+
+    def _batched(self, x_PI: Tensor) -> Tensor:
+        """The first C rows of every expert: (E, C, I)."""
+        return x_PI[: self.n_experts * self.width].unflatten(0, (self.n_experts, self.width))
+
+
+def _best_width(counts_E: Tensor) -> int:
+    """The C of the batched layout that costs least, in rows; 0 if the grouped one costs less."""
+    some_C = counts_E.unique()
+    over_CE = (counts_E - some_C.unsqueeze(1)).clamp(min=0)
+    cost_C = len(counts_E) * some_C + over_CE.sum(1) + _CALL * over_CE.gt(0).sum(1)
+    best = cost_C.argmin()
+    grouped = counts_E.sum() + _CALL * counts_E.gt(0).sum()
+    return int(some_C[best]) if cost_C[best] < grouped else 0
 
 
 def _forward(
@@ -133,8 +177,10 @@ def _backward(
     weights_NK: Tensor,
     hidden_P2F: Tensor,
     rows: Rows,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate_up, down and the mixing weights.
+    gate_up: OneGradient | None = None,
+    down: OneGradient | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of x, gate_up, down and the mixing weights; those of the weights are None if they go to a sum.
 
     A mixing weight scales its expert's activation as well as its result, so its gradient is that activation times the
     unmixed gradient, and no expert's result has to be kept. Idle rows have weight 0, which ends every sum over them.
@@ -146,33 +192,55 @@ def _backward(
     grad_PD = grad_ND[rows.token_P]
     grad_act_PF = rows.product(grad_PD, down_EDF)
     grad_weights_NK = torch.linalg.vecdot(grad_act_PF, act_PF)[rows.place_NK]
-    grad_down = rows.outer(grad_PD, act_PF.mul_(weight_P1))
+    grad_down = _outer(rows, grad_PD, act_PF.mul_(weight_P1), down)
     grad_act_PF.mul_(weight_P1)
     grad_hidden_P2F = torch.empty_like(hidden_P2F)
     grad_gate_PF, grad_up_PF = grad_hidden_P2F.chunk(2, dim=-1)
     torch.mul(grad_act_PF, silu_PF, out=grad_up_PF)
     grad_gate_PF.copy_(torch.ops.aten.silu_backward(grad_act_PF.mul_(up_PF), gate_PF))
-    grad_gate_up = rows.outer(grad_hidden_P2F, x_ND[rows.token_P])
+    grad_gate_up = _outer(rows, grad_hidden_P2F, x_ND[rows.token_P], gate_up)
     grad_x = rows.gather_sum(rows.product(grad_hidden_P2F, gate_up_E2FD))
     return grad_x, grad_gate_up, grad_down, grad_weights_NK
+
+
+def _outer(rows: Rows, x_PI: Tensor, y_PO: Tensor, one: OneGradient | None) -> Tensor | None:
+    """:meth:`Rows.outer`; or None, where the gradient is added up elsewhere or nobody asked for it."""
+    if one is None:
+        return rows.outer(x_PI, y_PO)
+    if one.is_wanted:
+        rows.add_outer(x_PI, y_PO, one.sum)
+    return None
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor
+        ctx: Any,
+        x_ND: Tensor,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+        experts_NK: Tensor,
+        weights_NK: Tensor,
+        gate_up: OneGradient | None,
+        down: OneGradient | None,
     ) -> Tensor:
-        rows = Rows.of(experts_NK, len(gate_up_E2FD))
-        out_ND, hidden_P2F = _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, rows)
-        ctx.rows = rows
+        ctx.rows, ctx.sums = Rows.of(experts_NK, len(gate_up_E2FD)), (gate_up, down)
+        out_ND, hidden_P2F = _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, ctx.rows)
         ctx.save_for_backward(x_ND, gate_up_E2FD, down_EDF, weights_NK, hidden_P2F)
         return out_ND
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_gate_up, grad_down, grad_weights = _backward(grad_ND, *ctx.saved_tensors, ctx.rows)
-        return grad_x, grad_gate_up, grad_down, None, grad_weights
+        x_ND, gate_up_E2FD, down_EDF, weights_NK, hidden_P2F = ctx.saved_tensors
+        grad_x, grad_gate_up, grad_down, grad_weights = _backward(
+            grad_ND, x_ND, gate_up_E2FD, down_EDF, weights_NK, hidden_P2F, ctx.rows, *ctx.sums
+        )
+        return grad_x, grad_gate_up, grad_down, None, grad_weights, None, None
+
+
+def _is_trained(*weights: Tensor) -> bool:
+    return torch.is_grad_enabled() and all(weight.requires_grad and weight.is_leaf for weight in weights)
 
 
 def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
@@ -201,7 +269,7 @@ def _grouped_outer(x_PI: Tensor, y_PO: Tensor, ends_E: Tensor) -> Tensor:
 def _grouped_swiglu_op(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = Rows.of(experts_NK, len(gate_up_E2FD), may_pad=False)
+    rows = Rows.of(experts_NK, len(gate_up_E2FD), may_batch=False)
     out_ND, hidden_P2F = _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, rows)
     return out_ND, hidden_P2F.contiguous()
 
@@ -218,9 +286,9 @@ def _grouped_swiglu_backward_op(
     grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor,
     hidden_P2F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = Rows.of(experts_NK, len(gate_up_E2FD), may_pad=False)
+    rows = Rows.of(experts_NK, len(gate_up_E2FD), may_batch=False)
     grads = _backward(grad_ND, x_ND, gate_up_E2FD, down_EDF, weights_NK, hidden_P2F, rows)
-    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+    return tuple(grad.contiguous() for grad in grads if grad is not None)  # type: ignore[return-value]
 
 
 @_grouped_swiglu_backward_op.register_fake

@@ -64,13 +64,13 @@ def test_counts(choices):
     assert expert_counts(experts, 6).tolist() == [experts.eq(expert).sum() for expert in range(6)]
 
 
-@pytest.mark.parametrize("waste, padded", [(0.0, False), (100.0, True)], ids=["grouped", "padded"])
+@pytest.mark.parametrize("width", [0, 1, 2, 100], ids=["grouped", "nearly all in the rest", "some", "no rest"])
 @pytest.mark.parametrize("N, E, K, D, F", [(9, 4, 2, 13, 7), (5, 3, 3, 8, 6), (7, 5, 1, 16, 12)])
-def test_both_kinds_of_rows_are_the_double_loop(waste, padded, N, E, K, D, F, monkeypatch):
-    monkeypatch.setattr(experts_module, "_WASTE", waste)
+def test_both_kinds_of_layouts_are_the_double_loop(width, N, E, K, D, F, monkeypatch):
+    monkeypatch.setattr(experts_module, "_best_width", lambda counts: width)
     torch.manual_seed(0)
     chosen = torch.rand(N, E).topk(K).indices
-    assert (Rows.of(chosen, E).ends_E is None) == padded
+    assert Rows.of(chosen, E).width == width
     parts = torch.randn(N, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.rand(N, K)
     x, gate_up, down, weights = inputs = [part.requires_grad_() for part in parts]
     fast = grouped_swiglu(x, gate_up, down, chosen, weights, scale=0.3)
@@ -88,8 +88,8 @@ def test_both_kinds_of_rows_are_the_double_loop(waste, padded, N, E, K, D, F, mo
 def test_it_compiles_and_trains():
     """Inductor cannot lower ``grouped_mm`` in float32, so compiled code calls it as an operator."""
     torch.manual_seed(0)
-    inputs = torch.randn(6, 5), torch.randn(3, 14, 5), torch.randn(3, 5, 7), torch.rand(6, 2)
-    x, gate_up, down, weights = inputs = [part.requires_grad_() for part in inputs]
+    parts = torch.randn(6, 5), torch.randn(3, 14, 5), torch.randn(3, 5, 7), torch.rand(6, 2)
+    inputs = [part.requires_grad_() for part in parts]
     chosen = torch.rand(6, 3).topk(2).indices
 
     def loss(x, gate_up, down, weights):
@@ -99,3 +99,12 @@ def test_it_compiles_and_trains():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
         assert_near(actual, wanted)
+
+
+def test_uneven_and_many_experts_are_batched_and_few_large_ones_are_not():
+    torch.manual_seed(0)
+    skewed = (torch.rand(512, 256) + torch.randn(256) / 50).topk(4).indices
+    rows = Rows.of(skewed, 256)
+    assert 0 < rows.width < expert_counts(skewed, 256).max() and rows.rest
+    assert len(rows.token_P) < 3 * skewed.numel()
+    assert Rows.of(torch.rand(1024, 8).topk(2).indices, 8).width == 0

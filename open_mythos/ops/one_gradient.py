@@ -1,0 +1,84 @@
+"""One gradient for a weight that is used many times: every use adds to it in place.
+
+A weight of a recurrent block is used once a loop. Autograd makes a gradient for every use and then adds them up; for
+many experts, most of a training step goes by writing and reading those.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class OneGradient:
+    """A weight as its uses see it, and what they have added to its gradient in the backward pass that is under way.
+
+    Args:
+        weight: a leaf that requires a gradient.
+        dtype: of the products it is used in; the gradient is summed in the weight's own.
+
+    Attributes:
+        weight: what uses compute with, in ``dtype``.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self._sum: Tensor | None = None
+        self._leaf = weight.detach()
+        self._made_of = (weight.data_ptr(), weight._version, dtype)
+        self._is_open = True
+        self.weight = _Used.apply(weight, dtype, weakref.ref(self))
+
+    def serves(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a new use may join: the weight is as it was, and no backward pass has come by yet."""
+        return self._is_open and self._made_of == (weight.data_ptr(), weight._version, dtype)
+
+    @property
+    def is_wanted(self) -> bool:
+        """In the backward pass of a use: whether this pass asks for the weight's gradient."""
+        return torch._C._will_engine_execute_node(self.weight.grad_fn)
+
+    @property
+    def sum(self) -> Tensor:
+        """What uses add their share to, in place."""
+        if self._sum is None:
+            self._sum = torch.zeros_like(self._leaf)
+        return self._sum
+
+    def take(self) -> Tensor | None:
+        """The sum of all uses, once they have added to it."""
+        total, self._sum, self._is_open = self._sum, None, False
+        return total
+
+
+class _Used(torch.autograd.Function):
+    """The weight itself. Its gradient comes not from what uses return, which is nothing, but from what they added."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, owner: weakref.ref[OneGradient]) -> Tensor:
+        ctx.owner = owner
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight) if weight.dtype == dtype else weight.to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        assert grad is None, "a use returns no gradient of its own"
+        owner = ctx.owner()
+        return None if owner is None else owner.take(), None, None
+
+
+_latest: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> weak reference to its OneGradient
+
+
+def one_gradient(weight: Tensor, dtype: torch.dtype) -> OneGradient:
+    """The :class:`OneGradient` that earlier uses of ``weight`` hold and this one may join, else a new one."""
+    reference = _latest.get(weight)
+    one = None if reference is None else reference()
+    if one is None or not one.serves(weight, dtype):
+        one = OneGradient(weight, dtype)
+        _latest[weight] = weakref.ref(one)
+    return one
