@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CHUNK = 32  # queries that local attention takes together
+
 
 @dataclass
 class CausalMask:
@@ -32,6 +34,7 @@ class CausalMask:
     positions: Tensor | None = None
     first: int | None = None
     _dense: Tensor | None = field(default=None, init=False, repr=False)
+    _bands: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def query_positions(self, device: torch.device) -> Tensor:
         """(B or 1, T)."""
@@ -73,6 +76,31 @@ class CausalMask:
             seen = seen & self.valid.unsqueeze(1) | (key == at)
         return seen.unsqueeze(1)
 
+    def chunk(self, window: int) -> int:
+        """How many queries local attention takes together: keys that not all of them see are what it wastes."""
+        return max(min(_CHUNK, self.n_queries), window - 1)
+
+    def chunked_band(self, window: int, B: int, device: torch.device) -> Tensor:
+        """(B * chunks, 1, chunk, chunk + window - 1) bool: who sees whom in chunks; made once for all loops."""
+        key = (window, B, device)
+        if key not in self._bands:
+            self._bands[key] = self._make_chunked_band(window, device).expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        return self._bands[key]
+
+    def _make_chunked_band(self, window: int, device: torch.device) -> Tensor:
+        """(B or 1, chunks, chunk, chunk + window - 1)."""
+        chunk = self.chunk(window)
+        n_chunks = -(-self.n_queries // chunk)
+        at = torch.arange(chunk, device=device).unsqueeze(1)
+        key = torch.arange(chunk + window - 1, device=device)
+        near = (key >= at) & (key < at + window)  # query i stands at key i + window - 1
+        position = torch.arange(n_chunks, device=device).unsqueeze(1) * chunk + key
+        position = position + self.n_keys - self.n_queries - window + 1
+        real = ((position >= 0) & (position < self.n_keys)).unsqueeze(0)
+        if self.valid is not None:
+            real = real & self.valid[:, position.clamp(0, self.n_keys - 1)]
+        return near & real.unsqueeze(2) | (key == at + window - 1)
+
     def band(self, key_positions: Tensor) -> Tensor:
         """True where ``key_positions`` (B or 1, T, W) hold a key that the query may look at (itself always)."""
         seen = key_positions >= 0
@@ -97,16 +125,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | Non
     Returns:
         (B, T, H, Dv).
     """
+    dense = None if mask.is_plain else mask.dense(q.device)
+    return _sdpa(q, k, v, dense, is_causal=mask.is_plain and mask.n_queries > 1, scale=scale)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """PyTorch's attention for (B, T, H, D) tensors; ``allowed`` is (B or 1, 1, T, S) bool."""
+    D, Dv = q.shape[-1], v.shape[-1]
+    if Dv != D and q.shape[1] > 1:  # the kernels that keep no T x S scores want one width
+        scale = D**-0.5 if scale is None else scale
+        q, k, v = (F.pad(x, (0, max(D, Dv) - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if mask.is_plain else mask.dense(q.device),
-        is_causal=mask.is_plain and mask.n_queries > 1,
+        attn_mask=allowed,
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[..., :Dv]
 
 
 def attend_convolved(
@@ -147,6 +187,8 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask,
     Shapes as in :func:`attend`.
     """
     T, H, D, G = *q.shape[1:], k.shape[2]
+    if mask.positions is None and T > 1:
+        return _attend_chunks(q, k, v, window, mask, scale)
     offsets = torch.arange(window - 1, -1, -1, device=q.device)
     at = mask.query_positions(q.device).unsqueeze(-1) - offsets  # (B|1, T, W)
     if mask.positions is None:
@@ -159,6 +201,25 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask,
     weights = scores.masked_fill(~mask.band(at)[:, :, None, None], float("-inf")).softmax(-1).to(v.dtype)
     found = [weights[..., w, None] * v_BTGD.unsqueeze(3) for w, v_BTGD in enumerate(v_W)]
     return sum(found[1:], found[0]).flatten(2, 3)
+
+
+def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask, scale: float | None) -> Tensor:
+    """:meth:`attend_local` for the last T positions, in chunks of queries and the keys that any of them sees."""
+    B, T = q.shape[:2]
+    chunk = mask.chunk(window)
+    n_chunks = -(-T // chunk)
+    q = F.pad(q, (0, 0, 0, 0, 0, n_chunks * chunk - T)).unflatten(1, (n_chunks, chunk)).flatten(0, 1)
+    k, v = (_windows(x, T, window, n_chunks, chunk) for x in (k, v))
+    found = _sdpa(q, k, v, mask.chunked_band(window, B, q.device), scale=scale)
+    return found.unflatten(0, (B, n_chunks)).flatten(1, 2)[:, :T]
+
+
+def _windows(x_BSGD: Tensor, T: int, window: int, n_chunks: int, chunk: int) -> Tensor:
+    """The rows that each chunk of the last T positions sees, zeros outside: (B * chunks, chunk + window - 1, G, D)."""
+    first = x_BSGD.shape[1] - T - window + 1
+    end = (n_chunks + 1) * chunk - T - window + 1
+    x = F.pad(x_BSGD[:, max(first, 0) :], (0, 0, 0, 0, max(-first, 0), end)).unflatten(1, (n_chunks + 1, chunk))
+    return torch.cat([x[:, :-1], x[:, 1:, : window - 1]], dim=2).flatten(0, 1)
 
 
 def _shifted(x_BSGD: Tensor, T: int, window: int) -> list[Tensor]:

@@ -118,3 +118,20 @@ def test_causal_conv_is_the_double_loop(B, S, C, K):
     expected = torch.autograd.grad((slow * weight).sum(), (x, taps))
     for actual, wanted in zip(torch.autograd.grad((fast * weight).sum(), (x, taps)), expected, strict=True):
         assert_near(actual, wanted)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("T, S, window, Dv", [(70, 70, 6, 8), (64, 64, 33, 4), (33, 50, 6, 8), (40, 45, 50, 12)])
+def test_local_attention_in_several_chunks(T, S, window, Dv, padded):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, T, 4, 8), torch.randn(3, S, 2, 8), torch.randn(3, S, 2, Dv)
+    valid = left_padding([0, 7, 41], S) if padded else None
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    fast = attend_local(q, k, v, window, CausalMask(T, S, valid))
+    slow = reference.attention(q, k, v, allowed(T, S, valid, None, window), 8**-0.5)
+    assert_near(fast, slow)
+    cotangent = torch.randn_like(slow)
+    for got, wanted in zip(
+        torch.autograd.grad(fast, inputs, cotangent), torch.autograd.grad(slow, inputs, cotangent), strict=True
+    ):
+        assert_near(got, wanted)

@@ -101,10 +101,10 @@ def test_it_compiles_and_trains():
         assert_near(actual, wanted)
 
 
-def test_uneven_and_many_experts_are_batched_and_few_large_ones_are_not():
+def test_uneven_experts_are_batched_and_mostly_idle_ones_are_not():
     torch.manual_seed(0)
     skewed = (torch.rand(512, 256) + torch.randn(256) / 50).topk(4).indices
     rows = Rows.of(skewed, 256)
     assert 0 < rows.width < expert_counts(skewed, 256).max() and rows.rest
     assert len(rows.token_P) < 3 * skewed.numel()
-    assert Rows.of(torch.rand(1024, 8).topk(2).indices, 8).width == 0
+    assert Rows.of(torch.randint(3, (512, 1)), 256).width == 0
