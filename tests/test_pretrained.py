@@ -14,7 +14,6 @@ from open_mythos.evaluation import DepthGrid, depth_grid
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.training.runs import load_model, model_dir, training_config
 
-
 TEXT = "text-tiny"
 REASONERS = [name for name in shipped() if name != TEXT]
 
