@@ -15,6 +15,7 @@ from open_mythos.cache import Cache, KVCache, as_cache, coda_slot, loop_slot, pr
 from open_mythos.config import MythosConfig
 from open_mythos.generation.generate import check_ids, generate, stream
 from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.speculative import Draft
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.norm import RMSNorm
@@ -208,7 +209,7 @@ class OpenMythos(nn.Module):
             return
         lengths = cache.lengths()
         for loop in range(n_loops):
-            held = lengths.get(loop_slot(loop), 0)
+            held = lengths.get(loop_slot(loop, cache), 0)
             if held != past:
                 raise ValueError(
                     f"n_loops={n_loops}, but loop {loop + 1} of the cache holds {held} of its {past} tokens; "
@@ -265,6 +266,9 @@ class OpenMythos(nn.Module):
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         exit: Exit | None = None,
+        cache_loops: int | None = None,
+        draft_loops: int | None = None,
+        draft_tokens: int = 4,
     ) -> Tensor:
         """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
 
@@ -277,6 +281,11 @@ class OpenMythos(nn.Module):
             attention_mask: (B, T), 0 at padding.
             generator: random state to draw from.
             exit: when a position stops looping; see :meth:`forward`.
+            cache_loops: share the loops' keys and values among so many slots, to need less memory; see
+                :class:`~open_mythos.cache.KVCache`.
+            draft_loops: guess tokens at so few loops first, and verify several at once: faster, and the same tokens,
+                or the same distribution of them; see :mod:`open_mythos.generation.speculative`.
+            draft_tokens: how many to guess at a time, with ``draft_loops``.
 
         Returns:
             (B, T + max_new_tokens).
@@ -284,10 +293,10 @@ class OpenMythos(nn.Module):
         Raises:
             ValueError: for input, sampling options or lengths that do not fit.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p)
         return generate(
-            self, input_ids, max_new_tokens, eos_token_id, n_loops=n_loops, sampling=sampling,
-            attention_mask=attention_mask, generator=generator, exit=exit,
+            self, input_ids, max_new_tokens, n_loops=n_loops, sampling=Sampling(temperature, top_k, top_p, min_p),
+            eos_token_id=eos_token_id, attention_mask=attention_mask, generator=generator, exit=exit,
+            cache_loops=cache_loops, draft=None if draft_loops is None else Draft(draft_loops, draft_tokens),
         )  # fmt: skip
 
     def stream(
@@ -303,10 +312,16 @@ class OpenMythos(nn.Module):
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         exit: Exit | None = None,
+        cache_loops: int | None = None,
+        draft_loops: int | None = None,
+        draft_tokens: int = 4,
     ) -> Iterator[Tensor]:
         """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        return stream(self, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator, exit)
+        return stream(
+            self, input_ids, max_new_tokens, n_loops=n_loops, sampling=Sampling(temperature, top_k, top_p, min_p),
+            eos_token_id=eos_token_id, attention_mask=attention_mask, generator=generator, exit=exit,
+            cache_loops=cache_loops, draft=None if draft_loops is None else Draft(draft_loops, draft_tokens),
+        )  # fmt: skip
 
     # -- files
 
