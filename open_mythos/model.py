@@ -94,7 +94,7 @@ class OpenMythos(nn.Module):
         predicting = cache if exit is not None and exit.needs_predictions else None
         past = cache.length if cache is not None else 0
         if predicting is not None:
-            self._check_predictions(predicting, past, exit)
+            self._check_predictions(predicting, past, exit, n_loops)
         e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops)
         readout = self.readout(freqs, mask, cache)
         h = self.recurrent(self.first_state(e), e, freqs, mask, n_loops, cache, exit, readout)
@@ -216,12 +216,15 @@ class OpenMythos(nn.Module):
                     f"use n_loops of at most {loop}, or fill a new cache with {n_loops} loops"
                 )
 
-    def _check_predictions(self, cache: Cache, past: int, exit: Exit | None) -> None:
+    def _check_predictions(self, cache: Cache, past: int, exit: Exit | None, n_loops: int) -> None:
+        if past == 0 or not self.coda:
+            return
         lengths = cache.lengths()
-        if past and self.coda and lengths.get(coda_slot(0, 0), 0) != past:
+        held = next((loop for loop in range(n_loops) if lengths.get(coda_slot(0, loop), 0) != past), n_loops)
+        if held < n_loops:
             raise ValueError(
-                f"exit={exit} reads predictions, and the cache lacks those of its {past} tokens; give the exit from "
-                f"the first call on, or start a new cache"
+                f"exit={exit} reads predictions after each of n_loops={n_loops}, and the cache has those of {held} for "
+                f"its {past} tokens; give the exit and as many loops from the first call on, or start a new cache"
             )
 
     def _valid(self, attention_mask: Tensor | None, B: int, T: int, past: int, cache: Cache | None) -> Tensor | None:
