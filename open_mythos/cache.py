@@ -145,7 +145,10 @@ class KVCache:
 
 
 class _DictSlot:
-    """A slot of a plain dict: each update replaces the tensors by longer ones."""
+    """A slot of a plain dict: each update replaces the tensors by longer ones.
+
+    No two loops share one, so that new rows always stand behind the last, and ``at`` says nothing new.
+    """
 
     def __init__(self, cache: dict[str, Any], name: str) -> None:
         self._cache, self._name = cache, name
@@ -156,7 +159,7 @@ class _DictSlot:
 
     def update(self, new: dict[str, Tensor], at: int | None = None) -> dict[str, Tensor]:
         old = self._cache.get(self._name)
-        rows = new if old is None else {name: torch.cat([old[name][:, :at], rows], 1) for name, rows in new.items()}
+        rows = new if old is None else {name: torch.cat([old[name], rows], 1) for name, rows in new.items()}
         self._cache[self._name] = rows
         return rows
 

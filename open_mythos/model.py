@@ -88,6 +88,25 @@ class OpenMythos(nn.Module):
         exit: Exit | None = None,
     ) -> Tensor:
         """What the head reads, (B, T, dim); arguments as :meth:`forward`."""
+        cache = as_cache(kv_cache)
+        return self.decode(*self.states(input_ids, n_loops, cache, start_pos, attention_mask, exit), cache)
+
+    def states(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = None,
+        kv_cache: Cache | dict[str, Any] | None = None,
+        start_pos: int | None = None,
+        attention_mask: Tensor | None = None,
+        exit: Exit | None = None,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, CausalMask]:
+        """The states after the last loop, (B, T, dim), with the (cos, sin) and the mask that :meth:`decode` takes.
+
+        Args:
+            input_ids, n_loops, kv_cache, start_pos, attention_mask, exit: as :meth:`forward`.
+            first: states to start from, (B, T, dim); those of :meth:`first_state` if None.
+        """
         n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         cache = as_cache(kv_cache)
         exit = self.recurrent.choose_exit(exit)
@@ -97,11 +116,12 @@ class OpenMythos(nn.Module):
             self._check_predictions(predicting, past, exit, n_loops)
         e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops)
         readout = self.readout(freqs, mask, cache)
-        h = self.recurrent(self.first_state(e), e, freqs, mask, n_loops, cache, exit, readout)
+        first = self.first_state(e) if first is None else first
+        h = self.recurrent(first, e, freqs, mask, n_loops, cache, exit, readout)
         if predicting is not None:
             for layer in range(len(self.coda)):
                 repeat_rows(predicting, [coda_slot(layer, loop) for loop in range(n_loops)], past)
-        return self.decode(h, freqs, mask, cache)
+        return h, freqs, mask
 
     def encode(
         self,
@@ -217,15 +237,14 @@ class OpenMythos(nn.Module):
                 )
 
     def _check_predictions(self, cache: Cache, past: int, exit: Exit | None, n_loops: int) -> None:
-        if past == 0 or not self.coda:
-            return
         lengths = cache.lengths()
-        held = next((loop for loop in range(n_loops) if lengths.get(coda_slot(0, loop), 0) != past), n_loops)
-        if held < n_loops:
-            raise ValueError(
-                f"exit={exit} reads predictions after each of n_loops={n_loops}, and the cache has those of {held} for "
-                f"its {past} tokens; give the exit and as many loops from the first call on, or start a new cache"
-            )
+        for loop in range(n_loops) if past and self.coda else ():
+            if lengths.get(coda_slot(0, loop), 0) != past:
+                raise ValueError(
+                    f"exit={exit} reads predictions, and the cache lacks those of its {past} tokens after loop "
+                    f"{loop + 1} of n_loops={n_loops}; give the exit, and as many loops, from the first call on, or "
+                    f"start a new cache"
+                )
 
     def _valid(self, attention_mask: Tensor | None, B: int, T: int, past: int, cache: Cache | None) -> Tensor | None:
         known = cache.valid if cache is not None else None
@@ -272,6 +291,7 @@ class OpenMythos(nn.Module):
         cache_loops: int | None = None,
         draft_loops: int | None = None,
         draft_tokens: int = 4,
+        warm_start: bool = False,
     ) -> Tensor:
         """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
 
@@ -289,6 +309,8 @@ class OpenMythos(nn.Module):
             draft_loops: guess tokens at so few loops first, and verify several at once: faster, and the same tokens,
                 or the same distribution of them; see :mod:`open_mythos.generation.speculative`.
             draft_tokens: how many to guess at a time, with ``draft_loops``.
+            warm_start: let each new token start from the last state of the one before it, not from ``first_state``
+                (Huginn, arXiv:2502.05171); for models that were trained to start anywhere.
 
         Returns:
             (B, T + max_new_tokens).
@@ -300,6 +322,7 @@ class OpenMythos(nn.Module):
             self, input_ids, max_new_tokens, n_loops=n_loops, sampling=Sampling(temperature, top_k, top_p, min_p),
             eos_token_id=eos_token_id, attention_mask=attention_mask, generator=generator, exit=exit,
             cache_loops=cache_loops, draft=None if draft_loops is None else Draft(draft_loops, draft_tokens),
+            warm_start=warm_start,
         )  # fmt: skip
 
     def stream(
@@ -318,12 +341,14 @@ class OpenMythos(nn.Module):
         cache_loops: int | None = None,
         draft_loops: int | None = None,
         draft_tokens: int = 4,
+        warm_start: bool = False,
     ) -> Iterator[Tensor]:
         """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
         return stream(
             self, input_ids, max_new_tokens, n_loops=n_loops, sampling=Sampling(temperature, top_k, top_p, min_p),
             eos_token_id=eos_token_id, attention_mask=attention_mask, generator=generator, exit=exit,
             cache_loops=cache_loops, draft=None if draft_loops is None else Draft(draft_loops, draft_tokens),
+            warm_start=warm_start,
         )  # fmt: skip
 
     # -- files

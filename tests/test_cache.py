@@ -410,7 +410,7 @@ def test_calls_may_differ_in_loops_once_every_shared_slot_is_filled(exit):
             assert model(ids[:, i : i + 1], n_loops, cache, exit=exit).shape == (2, 1, 23)
         cache = KVCache(3)
         model(ids[:, :4], 2, cache, exit=exit)
-        with pytest.raises(ValueError, match=r"n_loops=3.*at most 2" if exit is None else "predictions.*n_loops=3"):
+        with pytest.raises(ValueError, match=r"n_loops=3.*at most 2" if exit is None else "loop 3 of n_loops=3"):
             model(ids[:, 4:], 3, cache, exit=exit)
         assert model(ids[:, 4:], 2, cache, exit=exit).shape == (2, 8, 23)
 

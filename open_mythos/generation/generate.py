@@ -36,6 +36,7 @@ def stream(
     exit: Exit | None = None,
     cache_loops: int | None = None,
     draft: Draft | None = None,
+    warm_start: bool = False,
 ) -> Iterator[Tensor]:
     """New tokens as they are made, (B,) at a time; ends early once every row has produced ``eos_token_id``.
 
@@ -51,6 +52,7 @@ def stream(
         exit: when a position stops looping; see :meth:`OpenMythos.forward`.
         cache_loops: slots for the loops' keys and values; see :class:`KVCache`.
         draft: guess tokens at fewer loops first; see :mod:`open_mythos.generation.speculative`.
+        warm_start: start each new token from the last state of the one before it.
 
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
@@ -62,7 +64,7 @@ def stream(
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
     cache = KVCache(cache_loops)
     if draft is None:
-        new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit)
+        new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start)
     else:
         _check_draft(model, draft, n_loops, exit, cache_loops)
         speculation = Speculation(model, n_loops, draft, sampling, eos_token_id, generator, cache)
@@ -79,13 +81,16 @@ def _one_by_one(
     attention_mask: Tensor | None,
     generator: torch.Generator | None,
     exit: Exit | None,
+    warm_start: bool,
 ) -> Iterator[Tensor]:
     """(B, 1) tokens without end."""
-    tokens, mask = input_ids, attention_mask
+    tokens, mask, first = input_ids, attention_mask, None
     while True:
         with eval_mode(model), torch.no_grad():
-            last = model.hidden(tokens, n_loops, cache, attention_mask=mask, exit=exit)[:, -1]
+            h, freqs, seen = model.states(tokens, n_loops, cache, attention_mask=mask, exit=exit, first=first)
+            last = model.decode(h, freqs, seen, cache)[:, -1]
             tokens, mask = sampling.draw(model.head(last), generator).unsqueeze(1), None
+            first = h[:, -1:] if warm_start else None
         yield tokens
 
 
