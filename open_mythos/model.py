@@ -309,8 +309,9 @@ class OpenMythos(nn.Module):
             draft_loops: guess tokens at so few loops first, and verify several at once: faster, and the same tokens,
                 or the same distribution of them; see :mod:`open_mythos.generation.speculative`.
             draft_tokens: how many to guess at a time, with ``draft_loops``.
-            warm_start: let each new token start from the last state of the one before it, not from ``first_state``
-                (Huginn, arXiv:2502.05171); for models that were trained to start anywhere.
+            warm_start: start each new token from the last state of the one before it (Huginn, arXiv:2502.05171), for
+                models with ``state_init="noise"``. Meant to save loops where an exit ends them; on the models
+                measured here it does not (``benchmarks/decoding.py``).
 
         Returns:
             (B, T + max_new_tokens).

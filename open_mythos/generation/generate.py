@@ -52,7 +52,7 @@ def stream(
         exit: when a position stops looping; see :meth:`OpenMythos.forward`.
         cache_loops: slots for the loops' keys and values; see :class:`KVCache`.
         draft: guess tokens at fewer loops first; see :mod:`open_mythos.generation.speculative`.
-        warm_start: start each new token from the last state of the one before it.
+        warm_start: start each new token from the last state of the one before it; see :meth:`OpenMythos.generate`.
 
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
@@ -62,6 +62,8 @@ def stream(
     n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
     if attention_mask is not None and attention_mask.bool().int().diff(dim=1).lt(0).any():
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
+    if warm_start:
+        _check_warm_start(model, draft)
     cache = KVCache(cache_loops)
     if draft is None:
         new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start)
@@ -153,4 +155,18 @@ def _check_draft(model: OpenMythos, draft: Draft, n_loops: int, exit: Exit | Non
         raise ValueError(
             f"draft_loops={draft.loops} goes on from the keys of every loop, and cache_loops={cache_loops} keeps "
             f"{cache_loops} of {n_loops}; leave out one of them"
+        )
+
+
+def _check_warm_start(model: OpenMythos, draft: Draft | None) -> None:
+    """ValueError unless the model was trained to start anywhere, and tokens are made one by one."""
+    if model.cfg.state_init != "noise":
+        raise ValueError(
+            f"warm_start=True, but the model was trained to start from state_init={model.cfg.state_init!r} and nothing "
+            f"else; leave warm_start out, or use a model that was trained with state_init='noise'"
+        )
+    if draft is not None:
+        raise ValueError(
+            f"warm_start=True needs the last state of a token for the next, and draft_loops={draft.loops} makes the "
+            f"next before; leave out one of them"
         )
