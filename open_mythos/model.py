@@ -306,8 +306,9 @@ class OpenMythos(nn.Module):
             exit: when a position stops looping; see :meth:`forward`.
             cache_loops: share the loops' keys and values among so many slots, to need less memory; see
                 :class:`~open_mythos.cache.KVCache`.
-            draft_loops: guess tokens at so few loops first, and verify several at once: faster, and the same tokens,
-                or the same distribution of them; see :mod:`open_mythos.generation.speculative`.
+            draft_loops: guess tokens at so few loops first, 1 or 2, and verify several at once: faster for one row or
+                few, with the same tokens, or the same distribution of them; see
+                :mod:`open_mythos.generation.speculative`.
             draft_tokens: how many to guess at a time, with ``draft_loops``.
             warm_start: start each new token from the last state of the one before it (Huginn, arXiv:2502.05171), for
                 models with ``state_init="noise"``. Meant to save loops where an exit ends them; on the models
