@@ -57,6 +57,7 @@ class Speculation:
         sampling: how to draw, both draft and output.
         eos_token_id: rows that have produced it go on with anything.
         generator: random state to draw from.
+        cache: empty; holds in the end every token but the last.
     """
 
     model: OpenMythos
