@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.fields import must
+
 PADDING_SLOT = "padding"
 """Slot of a plain-dict cache that holds which cached tokens are real; present only if some are padding."""
 
@@ -16,8 +18,10 @@ def prelude_slot(layer: int) -> str:
     return f"prelude_{layer}"
 
 
-def loop_slot(loop: int) -> str:
-    return f"recurrent_loop_{loop}"
+def loop_slot(loop: int, cache: Cache | None = None) -> str:
+    """The slot that a loop writes and reads; a ``cache`` of fewer slots than loops uses them in turn."""
+    n_slots = cache.cache_loops if cache is not None else None
+    return f"recurrent_loop_{loop if n_slots is None else loop % n_slots}"
 
 
 def coda_slot(layer: int, loop: int | None = None) -> str:
@@ -37,10 +41,13 @@ class CacheSlot:
         """The used part of each buffer, (B, length, ...), as views."""
         return {name: buffer[:, : self.length] for name, buffer in self._buffers.items()}
 
-    def update(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Append ``new`` rows, (B, T, ...) each, and return all rows, (B, length, ...)."""
-        start, end = self.length, self.length + next(iter(new.values())).shape[1]
-        past = self.rows
+    def update(self, new: dict[str, Tensor], at: int | None = None) -> dict[str, Tensor]:
+        """Write ``new`` rows, (B, T, ...) each, and return all rows, (B, length, ...).
+
+        They stand at position ``at``, behind all others if None; what the slot held from there on is given up.
+        """
+        start = self.length = self.length if at is None else self._checked(at)
+        end, past = start + next(iter(new.values())).shape[1], self.rows
         for name, rows in new.items():
             self._reserve(name, rows, end)
             self._buffers[name][:, start:end] = rows.detach()
@@ -49,6 +56,10 @@ class CacheSlot:
             # Autograd must not meet buffers that later tokens overwrite.
             return {name: torch.cat([past[name].clone(), rows], 1) if start else rows for name, rows in new.items()}
         return self.rows
+
+    def _checked(self, at: int) -> int:
+        assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
+        return at
 
     def _reserve(self, name: str, like: Tensor, length: int) -> None:
         buffer = self._buffers.get(name)
@@ -65,9 +76,23 @@ class KVCache:
     """The cache to use: ``model(ids, kv_cache=cache)`` appends to it, any number of tokens at a time.
 
     It knows its length and its size, and can be cut back (:meth:`truncate`) or emptied (:meth:`reset`).
+
+    Args:
+        cache_loops: slots for the loops of the recurrent block, at least 1; one for each loop if None. With k of them,
+            loop t writes and reads slot ``t mod k`` (Huginn, arXiv:2502.05171): for tokens of the same call it finds
+            what it wrote itself, and for earlier ones what the deepest of the loops that share the slot has left.
+            Memory no longer grows with the loops, and logits come to depend on how the tokens were divided into
+            calls. Predictions that an exit reads are kept for every loop all the same.
+
+    Raises:
+        ValueError: for a ``cache_loops`` below 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache_loops: int | None = None) -> None:
+        if cache_loops is not None:
+            whole = isinstance(cache_loops, int) and not isinstance(cache_loops, bool)
+            must(whole and cache_loops >= 1, f"cache_loops={cache_loops!r}; use a whole number of at least 1, or None")
+        self.cache_loops = cache_loops
         self._slots: dict[str, CacheSlot] = {}
         self.valid: Tensor | None = None  # (B, length) bool, False at padding; None while there is none
 
@@ -120,7 +145,10 @@ class KVCache:
 
 
 class _DictSlot:
-    """A slot of a plain dict: each update replaces the tensors by longer ones."""
+    """A slot of a plain dict: each update replaces the tensors by longer ones.
+
+    No two loops share one, so that new rows always stand behind the last, and ``at`` says nothing new.
+    """
 
     def __init__(self, cache: dict[str, Any], name: str) -> None:
         self._cache, self._name = cache, name
@@ -129,7 +157,7 @@ class _DictSlot:
     def rows(self) -> dict[str, Tensor]:
         return self._cache[self._name]
 
-    def update(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+    def update(self, new: dict[str, Tensor], at: int | None = None) -> dict[str, Tensor]:
         old = self._cache.get(self._name)
         rows = new if old is None else {name: torch.cat([old[name], rows], 1) for name, rows in new.items()}
         self._cache[self._name] = rows
@@ -138,6 +166,8 @@ class _DictSlot:
 
 class DictCache:
     """A plain dict, ``{slot: {name: tensor}}``, seen through the interface of :class:`KVCache`."""
+
+    cache_loops = None
 
     def __init__(self, data: dict[str, Any]) -> None:
         self._data = data

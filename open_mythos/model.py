@@ -15,6 +15,7 @@ from open_mythos.cache import Cache, KVCache, as_cache, coda_slot, loop_slot, pr
 from open_mythos.config import MythosConfig
 from open_mythos.generation.generate import check_ids, generate, stream
 from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.speculative import Draft
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.norm import RMSNorm
@@ -87,20 +88,40 @@ class OpenMythos(nn.Module):
         exit: Exit | None = None,
     ) -> Tensor:
         """What the head reads, (B, T, dim); arguments as :meth:`forward`."""
+        cache = as_cache(kv_cache)
+        return self.decode(*self.states(input_ids, n_loops, cache, start_pos, attention_mask, exit), cache)
+
+    def states(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = None,
+        kv_cache: Cache | dict[str, Any] | None = None,
+        start_pos: int | None = None,
+        attention_mask: Tensor | None = None,
+        exit: Exit | None = None,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, CausalMask]:
+        """The states after the last loop, (B, T, dim), with the (cos, sin) and the mask that :meth:`decode` takes.
+
+        Args:
+            input_ids, n_loops, kv_cache, start_pos, attention_mask, exit: as :meth:`forward`.
+            first: states to start from, (B, T, dim); those of :meth:`first_state` if None.
+        """
         n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         cache = as_cache(kv_cache)
         exit = self.recurrent.choose_exit(exit)
         predicting = cache if exit is not None and exit.needs_predictions else None
         past = cache.length if cache is not None else 0
         if predicting is not None:
-            self._check_predictions(predicting, past, exit)
+            self._check_predictions(predicting, past, exit, n_loops)
         e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops)
         readout = self.readout(freqs, mask, cache)
-        h = self.recurrent(self.first_state(e), e, freqs, mask, n_loops, cache, exit, readout)
+        first = self.first_state(e) if first is None else first
+        h = self.recurrent(first, e, freqs, mask, n_loops, cache, exit, readout)
         if predicting is not None:
             for layer in range(len(self.coda)):
                 repeat_rows(predicting, [coda_slot(layer, loop) for loop in range(n_loops)], past)
-        return self.decode(h, freqs, mask, cache)
+        return h, freqs, mask
 
     def encode(
         self,
@@ -208,20 +229,22 @@ class OpenMythos(nn.Module):
             return
         lengths = cache.lengths()
         for loop in range(n_loops):
-            held = lengths.get(loop_slot(loop), 0)
+            held = lengths.get(loop_slot(loop, cache), 0)
             if held != past:
                 raise ValueError(
                     f"n_loops={n_loops}, but loop {loop + 1} of the cache holds {held} of its {past} tokens; "
                     f"use n_loops of at most {loop}, or fill a new cache with {n_loops} loops"
                 )
 
-    def _check_predictions(self, cache: Cache, past: int, exit: Exit | None) -> None:
+    def _check_predictions(self, cache: Cache, past: int, exit: Exit | None, n_loops: int) -> None:
         lengths = cache.lengths()
-        if past and self.coda and lengths.get(coda_slot(0, 0), 0) != past:
-            raise ValueError(
-                f"exit={exit} reads predictions, and the cache lacks those of its {past} tokens; give the exit from "
-                f"the first call on, or start a new cache"
-            )
+        for loop in range(n_loops) if past and self.coda else ():
+            if lengths.get(coda_slot(0, loop), 0) != past:
+                raise ValueError(
+                    f"exit={exit} reads predictions, and the cache lacks those of its {past} tokens after loop "
+                    f"{loop + 1} of n_loops={n_loops}; give the exit, and as many loops, from the first call on, or "
+                    f"start a new cache"
+                )
 
     def _valid(self, attention_mask: Tensor | None, B: int, T: int, past: int, cache: Cache | None) -> Tensor | None:
         known = cache.valid if cache is not None else None
@@ -265,6 +288,10 @@ class OpenMythos(nn.Module):
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         exit: Exit | None = None,
+        cache_loops: int | None = None,
+        draft_loops: int | None = None,
+        draft_tokens: int = 4,
+        warm_start: bool = False,
     ) -> Tensor:
         """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
 
@@ -277,6 +304,15 @@ class OpenMythos(nn.Module):
             attention_mask: (B, T), 0 at padding.
             generator: random state to draw from.
             exit: when a position stops looping; see :meth:`forward`.
+            cache_loops: share the loops' keys and values among so many slots, to need less memory; see
+                :class:`~open_mythos.cache.KVCache`.
+            draft_loops: guess tokens at so few loops first, 1 or 2, and verify several at once: faster for one row or
+                few, with the same tokens, or the same distribution of them; see
+                :mod:`open_mythos.generation.speculative`.
+            draft_tokens: how many to guess at a time, with ``draft_loops``.
+            warm_start: start each new token from the last state of the one before it (Huginn, arXiv:2502.05171), for
+                models with ``state_init="noise"``. Meant to save loops where an exit ends them; on the models
+                measured here it does not (``benchmarks/decoding.py``).
 
         Returns:
             (B, T + max_new_tokens).
@@ -284,10 +320,11 @@ class OpenMythos(nn.Module):
         Raises:
             ValueError: for input, sampling options or lengths that do not fit.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p)
         return generate(
-            self, input_ids, max_new_tokens, eos_token_id, n_loops=n_loops, sampling=sampling,
-            attention_mask=attention_mask, generator=generator, exit=exit,
+            self, input_ids, max_new_tokens, n_loops=n_loops, sampling=Sampling(temperature, top_k, top_p, min_p),
+            eos_token_id=eos_token_id, attention_mask=attention_mask, generator=generator, exit=exit,
+            cache_loops=cache_loops, draft=None if draft_loops is None else Draft(draft_loops, draft_tokens),
+            warm_start=warm_start,
         )  # fmt: skip
 
     def stream(
@@ -303,10 +340,18 @@ class OpenMythos(nn.Module):
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         exit: Exit | None = None,
+        cache_loops: int | None = None,
+        draft_loops: int | None = None,
+        draft_tokens: int = 4,
+        warm_start: bool = False,
     ) -> Iterator[Tensor]:
         """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        return stream(self, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator, exit)
+        return stream(
+            self, input_ids, max_new_tokens, n_loops=n_loops, sampling=Sampling(temperature, top_k, top_p, min_p),
+            eos_token_id=eos_token_id, attention_mask=attention_mask, generator=generator, exit=exit,
+            cache_loops=cache_loops, draft=None if draft_loops is None else Draft(draft_loops, draft_tokens),
+            warm_start=warm_start,
+        )  # fmt: skip
 
     # -- files
 

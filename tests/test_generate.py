@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from open_mythos import OpenMythos
+from open_mythos import KVCache, OpenMythos
 from open_mythos.generation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p
+from open_mythos.nn.exits import StateChange
 
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
 rows = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12, unique=True).map(lambda r: torch.tensor([r]))
@@ -294,3 +295,38 @@ def test_bad_prompts(input_ids):
 def test_a_mask_of_another_shape():
     with pytest.raises(ValueError, match="attention_mask"):
         MODELS["gqa"].generate(tokens(1, 4), 2, attention_mask=torch.ones(1, 3))
+
+
+# -- warm starts
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("exit", [None, StateChange(0.5)], ids=str)
+def test_a_warm_start_is_the_last_state_of_the_token_before(attn_type, exit):
+    model, ids, mask = tiny_model(attn_type, state_init="noise"), tokens(2, 5), left_padding([5, 3], 5)
+    made, new, first, cache, valid, generator = [], ids, None, KVCache(), mask, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(10):
+            h, freqs, seen = model.states(new, 3, cache, attention_mask=valid, exit=exit, first=first)
+            logits = model.head(model.decode(h, freqs, seen, cache))[:, -1]
+            new = Sampling(top_k=None).draw(logits, generator).unsqueeze(1)
+            made.append(new)
+            first, valid = h[:, -1:], None
+
+    def generated(**changes) -> Tensor:
+        options = dict(n_loops=3, top_k=None, attention_mask=mask, exit=exit, warm_start=True) | changes
+        streamed = torch.stack(list(model.stream(ids, 10, generator=torch.Generator().manual_seed(0), **options)), 1)
+        whole = model.generate(ids, 10, generator=torch.Generator().manual_seed(0), **options)
+        assert torch.equal(whole[:, 5:], streamed)
+        return streamed
+
+    assert torch.equal(generated(), torch.cat(made, 1))
+    assert not torch.equal(generated(), generated(warm_start=False))
+
+
+def test_only_models_trained_to_start_anywhere_start_warm():
+    for state_init in ("input", "zero"):
+        with pytest.raises(ValueError, match=f"state_init='{state_init}'.*'noise'"):
+            tiny_model(state_init=state_init).generate(tokens(1, 3), 2, warm_start=True)
+    with pytest.raises(ValueError, match="draft_loops=1"):
+        tiny_model(state_init="noise", halting=False).generate(tokens(1, 3), 2, warm_start=True, draft_loops=1)

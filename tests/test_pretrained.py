@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ import torch
 from open_mythos import MythosConfig, OpenMythos, tasks
 from open_mythos.checkpoint import SHIPPED, CheckpointError, shipped
 from open_mythos.evaluation import DepthGrid, depth_grid
+from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.training.runs import load_model, model_dir, training_config
+
+TEXT = "text-tiny"
+REASONERS = [name for name in shipped() if name != TEXT]
 
 
 def figures(name: str) -> DepthGrid:
@@ -18,12 +23,12 @@ def figures(name: str) -> DepthGrid:
 
 
 def test_there_are_some_and_each_is_small():
-    assert {"parity-tiny", "chain-sum-tiny", "p-hop-tiny"} <= set(shipped())
+    assert {"parity-tiny", "chain-sum-tiny", "p-hop-tiny", TEXT} <= set(shipped())
     for name in shipped():
         assert (SHIPPED / name / "model.safetensors").stat().st_size <= 1_000_000
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", REASONERS)
 def test_the_card_measured_again(name):
     claimed, cfg = figures(name), training_config(name)
     task = tasks.load(cfg.task.name, **cfg.task.options)
@@ -35,12 +40,25 @@ def test_the_card_measured_again(name):
     torch.testing.assert_close(found.loops_used, claimed.loops_used, atol=0.5, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", REASONERS)
 def test_the_card_shows_these_figures(name):
     text, claimed = (SHIPPED / name / "README.md").read_text(), figures(name)
     for n, accuracies, used in zip(claimed.loops, claimed.accuracy.T, claimed.loops_used.T, strict=True):
         cells = (f"{a:.4f} ({u:.1f})" for a, u in zip(accuracies.tolist(), used.tolist(), strict=True))
         assert f"| {n} | {' | '.join(cells)} |" in text
+
+
+def test_the_card_of_text_measured_again():
+    claimed = json.loads((SHIPPED / TEXT / "figures.json").read_text())
+    model, task = OpenMythos.from_pretrained(TEXT), tasks.load("text", split="held_out")
+    assert task.version == claimed["version"] and model.embed.weight.dtype == torch.bfloat16
+    bits = {int(n): found for n, found in claimed["bits_per_byte"].items()}
+    found = bits_per_byte(model.float(), task, bits, claimed["length"], claimed["windows"])
+    # Every Python brings its own standard library.
+    tolerance = 1e-3 if platform.python_version() == claimed["python"] else 0.1
+    assert found == pytest.approx(bits, abs=tolerance)
+    text = (SHIPPED / TEXT / "README.md").read_text()
+    assert all(f"| {n} | {cell:.4f} |" in text for n, cell in bits.items())
 
 
 def test_names_are_for_every_command_and_a_directory_comes_first(tmp_path, monkeypatch):

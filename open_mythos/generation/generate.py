@@ -1,7 +1,8 @@
-"""Prefill once, then decode one token at a time."""
+"""Prefill once, then decode: one token at a time, or drafted ahead."""
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache
 from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.recurrent import check_n_loops
@@ -32,6 +34,9 @@ def stream(
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     exit: Exit | None = None,
+    cache_loops: int | None = None,
+    draft: Draft | None = None,
+    warm_start: bool = False,
 ) -> Iterator[Tensor]:
     """New tokens as they are made, (B,) at a time; ends early once every row has produced ``eos_token_id``.
 
@@ -45,6 +50,9 @@ def stream(
         attention_mask: (B, T), 0 at padding.
         generator: random state to draw from; on the model's device.
         exit: when a position stops looping; see :meth:`OpenMythos.forward`.
+        cache_loops: slots for the loops' keys and values; see :class:`KVCache`.
+        draft: guess tokens at fewer loops first; see :mod:`open_mythos.generation.speculative`.
+        warm_start: start each new token from the last state of the one before it; see :meth:`OpenMythos.generate`.
 
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
@@ -54,34 +62,51 @@ def stream(
     n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
     if attention_mask is not None and attention_mask.bool().int().diff(dim=1).lt(0).any():
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
-    return _tokens(model, input_ids, max_new_tokens, n_loops, sampling, eos_token_id, attention_mask, generator, exit)
+    if warm_start:
+        _check_warm_start(model, draft)
+    cache = KVCache(cache_loops)
+    if draft is None:
+        new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start)
+    else:
+        _check_draft(model, draft, n_loops, exit, cache_loops)
+        speculation = Speculation(model, n_loops, draft, sampling, eos_token_id, generator, cache)
+        new = speculation.blocks(input_ids, max_new_tokens, attention_mask)
+    return _until_done(new, max_new_tokens, eos_token_id)
 
 
-def _tokens(
+def _one_by_one(
     model: OpenMythos,
     input_ids: Tensor,
-    max_new_tokens: int,
-    n_loops: int | None,
+    n_loops: int,
+    cache: KVCache,
     sampling: Sampling,
-    eos_token_id: int | None,
     attention_mask: Tensor | None,
     generator: torch.Generator | None,
     exit: Exit | None,
+    warm_start: bool,
 ) -> Iterator[Tensor]:
-    cache = KVCache()
-    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    tokens, mask = input_ids, attention_mask
-    for _ in range(max_new_tokens):
+    """(B, 1) tokens without end."""
+    tokens, mask, first = input_ids, attention_mask, None
+    while True:
         with eval_mode(model), torch.no_grad():
-            last = model.hidden(tokens, n_loops, cache, attention_mask=mask, exit=exit)[:, -1]
-            new = sampling.draw(model.head(last), generator)
+            h, freqs, seen = model.states(tokens, n_loops, cache, attention_mask=mask, exit=exit, first=first)
+            last = model.decode(h, freqs, seen, cache)[:, -1]
+            tokens, mask = sampling.draw(model.head(last), generator).unsqueeze(1), None
+            first = h[:, -1:] if warm_start else None
+        yield tokens
+
+
+def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, eos_token_id: int | None) -> Iterator[Tensor]:
+    """The columns of (B, n) blocks, each row's first ``eos_token_id`` repeated, until all rows have one."""
+    columns = itertools.chain.from_iterable(block.unbind(1) for block in blocks)
+    done: Tensor | None = None
+    for new in itertools.islice(columns, max_new_tokens):
         if eos_token_id is not None:
-            new = torch.where(done, eos_token_id, new)
-            done = done | (new == eos_token_id)
+            new = new if done is None else torch.where(done, eos_token_id, new)
+            done = new == eos_token_id
         yield new
-        if eos_token_id is not None and bool(done.all()):
+        if done is not None and bool(done.all()):
             return
-        tokens, mask = new.unsqueeze(1), None
 
 
 def generate(
@@ -113,4 +138,35 @@ def check_lengths(model: OpenMythos, input_ids: Tensor, max_new_tokens: int) -> 
         raise ValueError(
             f"{input_ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} make {total}, more than "
             f"max_seq_len={limit}; ask for at most {max(0, limit - input_ids.shape[1])} or raise model.cfg.max_seq_len"
+        )
+
+
+def _check_draft(model: OpenMythos, draft: Draft, n_loops: int, exit: Exit | None, cache_loops: int | None) -> None:
+    """ValueError unless drafted tokens can be what a plain run makes."""
+    if draft.loops >= n_loops:
+        raise ValueError(f"draft_loops={draft.loops} of n_loops={n_loops}; use fewer, or leave draft_loops out")
+    if exit is not None or model.cfg.halting:
+        which = f"exit={exit}" if exit is not None else "the halting gate"
+        raise ValueError(
+            f"draft_loops={draft.loops} runs every token for all {n_loops} loops, but {which} stops some early; leave "
+            f"out draft_loops, or the exit and set model.cfg.halting=False"
+        )
+    if cache_loops is not None and cache_loops < n_loops:
+        raise ValueError(
+            f"draft_loops={draft.loops} goes on from the keys of every loop, and cache_loops={cache_loops} keeps "
+            f"{cache_loops} of {n_loops}; leave out one of them"
+        )
+
+
+def _check_warm_start(model: OpenMythos, draft: Draft | None) -> None:
+    """ValueError unless the model was trained to start anywhere, and tokens are made one by one."""
+    if model.cfg.state_init != "noise":
+        raise ValueError(
+            f"warm_start=True, but the model was trained to start from state_init={model.cfg.state_init!r} and nothing "
+            f"else; leave warm_start out, or use a model that was trained with state_init='noise'"
+        )
+    if draft is not None:
+        raise ValueError(
+            f"warm_start=True needs the last state of a token for the next, and draft_loops={draft.loops} makes the "
+            f"next before; leave out one of them"
         )

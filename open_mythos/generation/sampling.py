@@ -38,7 +38,7 @@ class Sampling:
             raise ValueError(f"min_p={self.min_p}; use a number in [0, 1], or None")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, vocab) float32 probabilities, filters applied in the order temperature, top-k, top-p, min-p."""
+        """(..., vocab) logits to float32 probabilities; filters apply in the order temperature, top-k, top-p, min-p."""
         logits = logits.float()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -55,7 +55,12 @@ class Sampling:
         """One token for each row: (B, vocab) -> (B,) int64."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
+        return choose(self.probabilities(logits), generator)
+
+
+def choose(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token for each row of (B, vocab) probabilities, which need not add up to 1: (B,) int64."""
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -68,7 +68,8 @@ class CausalAttention(nn.Module):
             freqs: rotary phasors or (cos, sin) pairs of these tokens, see :func:`open_mythos.ops.rope.apply_rope`.
                 A table of more positions than tokens is read from the first position that the cache lacks.
             mask: who sees whom; plain causal if None.
-            kv_cache: rows of earlier tokens; this call's are appended.
+            kv_cache: rows of earlier tokens; this call's are written where ``mask`` says that the new tokens stand, or
+                appended.
             cache_key: slot of the cache.
             active: which positions of the batch ``x`` holds, when some have halted.
 
@@ -88,7 +89,7 @@ class CausalAttention(nn.Module):
         if mask is not None and mask.valid is not None:
             rows = without_padding(rows, mask.valid)
         if cache is not None:
-            rows = cache.slot(cache_key).update(rows)
+            rows = cache.slot(cache_key).update(rows, None if mask is None else mask.n_keys - mask.n_new)
         mask = mask or CausalMask(q.shape[1], next(iter(rows.values())).shape[1])
         out = self.read(q, rows, mask)
         if mask.valid is not None and (active is None or active.is_everything):  # padding halts after the first loop

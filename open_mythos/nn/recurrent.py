@@ -63,6 +63,7 @@ class RecurrentBlock(nn.Module):
         kv_cache: Cache | dict[str, Any] | None = None,
         exit: Exit | None = None,
         readout: Readout | None = None,
+        first_loop: int = 0,
     ) -> Tensor:
         """Run the loops.
 
@@ -75,19 +76,21 @@ class RecurrentBlock(nn.Module):
             kv_cache: one slot per loop.
             exit: when a position stops; with None, when the gate says so if ``cfg.halting``, else after the last loop.
             readout: predictions from states, called after every loop for an exit that needs them, and else never.
+            first_loop: loops that were run before, if ``h`` is the state after them; no exit may be in use then.
 
         Returns:
             (B, T, dim): each position's state at the loop where it halted, or after the last.
 
         Raises:
-            ValueError: for an exit in training mode, or one that needs a readout and has none.
+            ValueError: for an exit in training mode, or one that needs a readout and has none, or a ``first_loop``
+                that is not below ``n_loops``.
         """
         loss = None
         if self.training and isinstance(self.block.ffn, MoEFFN):
             self.block.ffn.update_bias()  # before any loop of this step, explored ones and a compiled block's too
         if self.training and torch.is_grad_enabled() and kv_cache is None:
             h, loss = self._explore(h, e, freqs, mask)
-        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache, exit, readout):
+        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache, exit, readout, first_loop):
             h = state.h
         return h if loss is None else with_loss(h, _GATE_WEIGHT * loss)
 
@@ -136,20 +139,25 @@ class RecurrentBlock(nn.Module):
         kv_cache: Cache | dict[str, Any] | None = None,
         exit: Exit | None = None,
         readout: Readout | None = None,
+        first_loop: int = 0,
     ) -> Iterator[LoopState]:
         """As :meth:`forward`, handing out the state after every loop; ends early when all positions have halted."""
         n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         exit = self.choose_exit(exit)
         if exit is not None and exit.needs_predictions and readout is None:
             raise ValueError(f"exit={exit} reads predictions; give it to the model, or a readout to the block")
+        if not 0 <= first_loop < n_loops:
+            raise ValueError(f"first_loop={first_loop} of n_loops={n_loops}; use 0 to {n_loops - 1}")
+        if first_loop and exit is not None:
+            raise ValueError(f"exit={exit} has not seen the loops before first_loop={first_loop}; start at 0")
         cache = as_cache(kv_cache)
         B, T, _ = e.shape
-        past = cache.slot_length(loop_slot(0)) if cache is not None else 0
+        past = cache.slot_length(loop_slot(first_loop, cache)) if cache is not None else 0
         freqs = rope_rows(freqs, past, T)
         mask = mask or CausalMask(T, past + T)
         live = mask.valid[:, -T:] if mask.valid is not None else torch.ones(B, T, dtype=torch.bool, device=e.device)
         if exit is None:
-            yield from self._all_positions(h, e, freqs, mask, n_loops, cache, live)
+            yield from self._all_positions(h, e, freqs, mask, range(first_loop, n_loops), cache, live)
         else:
             yield from self._running_positions(h, e, freqs, mask, n_loops, cache, live, exit, readout)
 
@@ -176,7 +184,7 @@ class RecurrentBlock(nn.Module):
         if self.cfg.loop_index_dim:
             # Padding must stay zero, and the code is added to whatever is there.
             u = loop_index_embedding(u, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
-        u = self.block(u, freqs, mask, kv_cache, loop_slot(loop), active)
+        u = self.block(u, freqs, mask, kv_cache, loop_slot(loop, kv_cache), active)
         if self.lora is not None:
             u = u + self.lora(e, loop)
         h = self.norm(u)
@@ -188,9 +196,9 @@ class RecurrentBlock(nn.Module):
         return h
 
     def _all_positions(
-        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, cache: Cache | None, live: Tensor
+        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, loops: range, cache: Cache | None, live: Tensor
     ) -> Iterator[LoopState]:
-        for loop in range(n_loops):
+        for loop in loops:
             before, h = h, self.step(h, e, loop, freqs, mask, cache)
             yield self._seen(loop, before, h, live)
 
@@ -226,7 +234,7 @@ class RecurrentBlock(nn.Module):
         if cache is not None:
             first_idle = loop if len(active) == 0 else n_loops
             for idle in range(first_idle, n_loops):
-                cache.slot(loop_slot(idle)).update(active.rows)
+                cache.slot(loop_slot(idle, cache)).update(active.rows, mask.n_keys - mask.n_queries)
 
     def _seen(self, loop: int, before: Tensor, h: Tensor, ran: Tensor) -> LoopState:
         if self.training:

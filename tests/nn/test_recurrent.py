@@ -8,7 +8,9 @@ from helpers import ATTENTION, assert_near, left_padding, loops_used, tiny_model
 
 from open_mythos import KVCache, OpenMythos
 from open_mythos.nn.active import ActiveTokens
+from open_mythos.nn.exits import StateChange
 from open_mythos.ops import reference
+from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.rope import precompute_rope_freqs, rope_table
 
 
@@ -198,3 +200,39 @@ def test_halted_positions_keep_their_last_rows():
     first, second = torch.randn(1, 3, 2), torch.randn(1, 2, 2)
     rows = ActiveTokens(some, ActiveTokens(all_run).merge({"k": first})).merge({"k": second})["k"]
     assert torch.equal(rows, torch.stack([second[0, 0], first[0, 1], second[0, 1]]).unsqueeze(0))
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("first_loop", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_loops_go_on_where_they_left_off(attn_type, first_loop, padded):
+    """States, keys and values of the first loops, made one token at a time; the others for all tokens at once."""
+    model, ids = tiny_model(attn_type, halting=False, state_init="zero"), tokens(2, 6)
+    mask = left_padding([6, 4], 6) if padded else None
+    cache = KVCache()
+    with torch.no_grad():
+        whole = model.states(ids, 5, attention_mask=mask)[0]
+        now = None if mask is None else mask[:, :3]
+        model(ids[:, :3], 5, cache, attention_mask=now)
+        states = [model.states(ids[:, i : i + 1], first_loop, cache)[0] for i in range(3, 6)]
+        e, freqs, _ = model.encode(ids, attention_mask=mask)
+        h = model.recurrent(
+            torch.cat(states, 1),
+            e[:, 3:],
+            freqs[..., 3:, :, :],
+            CausalMask(3, 6, mask),
+            5,
+            cache,
+            first_loop=first_loop,
+        )
+    assert_near(h, whole[:, 3:])
+
+
+def test_loops_that_cannot_go_on():
+    model, ids = tiny_model(halting=False), tokens(2, 5)
+    e, freqs, mask = model.encode(ids)
+    for first_loop in (-1, 4):
+        with pytest.raises(ValueError, match=f"first_loop={first_loop} of n_loops=4"):
+            model.recurrent(e, e, freqs, mask, 4, first_loop=first_loop)
+    with pytest.raises(ValueError, match=r"StateChange.*first_loop=2"):
+        model.recurrent(e, e, freqs, mask, 4, exit=StateChange(), first_loop=2)

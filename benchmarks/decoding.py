@@ -1,0 +1,272 @@
+"""Decoding that uses recurrence, on the shipped models: memory of the loops' cache, drafting ahead, warm starts.
+
+    python benchmarks/decoding.py [--only budget speculation warm] [--out benchmarks/results/decoding.json]
+
+One thread. Five minutes, and five more the first time, to train the model that warm starts need (runs/decoding). Bits
+per byte are of text-tiny's held-out text, fed through the cache; accuracy is of problems fed token by token. Figures of
+a part that is not asked for are kept.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos import KVCache, OpenMythos, tasks
+from open_mythos.evaluation.depth import measuring
+from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.speculative import Draft, Speculation
+from open_mythos.nn.exits import Exit, StateChange
+from open_mythos.tasks.base import UNSCORED
+from open_mythos.training.runs import training_config
+
+ROOT = Path(__file__).parent.parent
+NOISE_RUN = ROOT / "runs" / "decoding" / "text-noise"
+SLOTS = (1, 2, 4, None)
+TEXT_LOOPS, WINDOW, WINDOWS = 8, 128, 64
+PROBLEMS = {"chain-sum-tiny": (16, 32), "p-hop-tiny": (12, 32)}  # difficulty, loops
+PROMPT, NEW, PROMPTS, BATCH = 64, 96, 6, 3
+DRAFTS = {8: ((1, 4), (2, 4)), 16: ((2, 4),), 32: ((2, 8),)}  # n_loops: (draft_loops, draft_tokens)
+THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
+MOST_LOOPS = 32
+
+
+@cache
+def text() -> tasks.Task:
+    return tasks.load("text", split="held_out")
+
+
+@cache
+def text_model() -> OpenMythos:
+    return OpenMythos.from_pretrained("text-tiny").float()
+
+
+def fed(model: OpenMythos, ids: Tensor, n_loops: int, kv_cache: KVCache, chunk: int) -> Tensor:
+    """Logits of (B, T) tokens that go through the cache ``chunk`` at a time."""
+    return torch.cat([model(part, n_loops, kv_cache) for part in ids.split(chunk, 1)], 1)
+
+
+def bits(logits: Tensor, targets: Tensor) -> float:
+    """Bits per byte; a token of text-tiny is a byte."""
+    return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten())) / math.log(2)
+
+
+# -- slots for the loops
+
+
+def budget() -> dict[str, Any]:
+    """Bytes of the cache for a token, and what is lost, by number of slots."""
+    batch, rows = text().windows(WINDOW, WINDOWS), []
+    with measuring(text_model()):
+        for chunk in (1, 16):
+            for slots in SLOTS:
+                held = KVCache(slots)
+                found = bits(fed(text_model(), batch.ids, TEXT_LOOPS, held, chunk), batch.targets)
+                rows.append({
+                    "model": "text-tiny", "loops": TEXT_LOOPS, "chunk": chunk, "slots": slots,
+                    "bytes_per_token": held.nbytes / batch.ids.numel(), "bits_per_byte": found,
+                })  # fmt: skip
+    for name, (difficulty, loops) in PROBLEMS.items():
+        model, trained = OpenMythos.from_pretrained(name), training_config(name).task
+        task = tasks.load(trained.name, **trained.options)
+        problems = task.batch(128, difficulty, torch.Generator().manual_seed(0))
+        assert problems.valid is None
+        scored = problems.targets != UNSCORED
+        with measuring(model, halting=False):
+            for slots in SLOTS:
+                held = KVCache(slots)
+                answers = fed(model, problems.ids, loops, held, 1).argmax(-1)
+                rows.append({
+                    "model": name, "loops": loops, "chunk": 1, "slots": slots,
+                    "bytes_per_token": held.nbytes / problems.ids.numel(),
+                    "accuracy": float((answers == problems.targets)[scored].float().mean()),
+                })  # fmt: skip
+    return {"rows": rows, "windows": WINDOWS, "window": WINDOW, "problems": 128}
+
+
+# -- drafting ahead
+
+
+def speculation() -> dict[str, Any]:
+    """Tokens per second with and without a draft, each prompt with one after the other."""
+    prompts, rows = text().windows(PROMPT, PROMPTS).ids, []
+    continued(prompts, 2, 0.0, Draft(1), seed=0)  # what is done once is not timed
+    settings = [
+        (rows_at_once, temperature, n_loops, drafts)
+        for rows_at_once, loops in ((1, tuple(DRAFTS)), (BATCH, (8,)))
+        for temperature in (0.0, 1.0)
+        for n_loops, drafts in DRAFTS.items()
+        if n_loops in loops
+    ]
+    for rows_at_once, temperature, n_loops, drafts in settings:
+        tries: list[Draft | None] = [None, *(Draft(*draft) for draft in drafts)]
+        seconds, sizes, same = dict.fromkeys(tries, 0.0), {draft: [] for draft in tries}, dict.fromkeys(tries, True)
+        for i, prompt in enumerate(prompts.split(rows_at_once)):
+            plain = None
+            for draft in tries:
+                started = time.perf_counter()
+                made = continued(prompt, n_loops, temperature, draft, seed=i)
+                seconds[draft] += time.perf_counter() - started
+                new = torch.cat(made, 1)
+                plain = new if draft is None else plain
+                same[draft] &= torch.equal(new, plain)
+                sizes[draft] += [block.shape[1] for block in made[1:]]
+        n_new = NEW * len(prompts)
+        for draft in tries[1:]:
+            rows.append({
+                "rows": rows_at_once, "temperature": temperature, "loops": n_loops, "draft_loops": draft.loops,
+                "draft_tokens": draft.tokens, "plain_per_second": n_new / seconds[None],
+                "drafted_per_second": n_new / seconds[draft], "speedup": seconds[None] / seconds[draft],
+                "per_round": sum(sizes[draft]) / len(sizes[draft]),
+                "kept": acceptance(sizes[draft], draft), "same_tokens": same[draft] if temperature == 0 else None,
+            })  # fmt: skip
+    return {"rows": rows, "prompt": PROMPT, "new": NEW, "prompts": PROMPTS}
+
+
+def continued(prompt: Tensor, n_loops: int, temperature: float, draft: Draft | None, seed: int) -> list[Tensor]:
+    """``NEW`` tokens, (B, n) at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    if draft is None:
+        new = text_model().stream(prompt, NEW, n_loops, temperature, generator=generator)
+        return [column.unsqueeze(1) for column in new]
+    return list(Speculation(text_model(), n_loops, draft, Sampling(temperature), None, generator).blocks(prompt, NEW))
+
+
+def acceptance(sizes: list[int], draft: Draft) -> float:
+    """Share of the drafted tokens which were put to the test that were kept."""
+    kept = sum(size - 1 for size in sizes)
+    return kept / (kept + sum(size <= draft.tokens for size in sizes))
+
+
+# -- warm starts
+
+
+class Counting(Exit):
+    """Another exit, and how many loops were run with it."""
+
+    def __init__(self, exit: Exit) -> None:
+        self.exit, self.ran = exit, 0
+
+    def init(self, h: Tensor) -> tuple[Tensor, ...]:
+        return self.exit.init(h)
+
+    def check(self, carried: tuple[Tensor, ...], state: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self.ran += int(state.ran.sum())
+        return self.exit.check(carried, state)
+
+
+def warm() -> dict[str, Any]:
+    """Loops and bits per byte where a token stops once its state rests, by where its state starts."""
+    rows: list[dict[str, Any]] = []
+    for name, model, starts in (
+        ("trained from noise", noise_model(), ("zeros", "noise", "predecessor")),
+        ("text-tiny, trained from its input", text_model(), ("input", "predecessor")),
+    ):
+        for start in starts:
+            for threshold in THRESHOLDS:
+                rows.append(
+                    {"model": name, "start": start, "threshold": threshold, **one_by_one(model, start, threshold)}
+                )
+    return {"rows": rows, "windows": WINDOWS, "window": WINDOW, "most_loops": MOST_LOOPS}
+
+
+def one_by_one(model: OpenMythos, start: str, threshold: float) -> dict[str, float]:
+    """Bits per byte and mean loops of text fed a token at a time."""
+    batch, held, exit = text().windows(WINDOW, WINDOWS), KVCache(), Counting(StateChange(threshold))
+    generator = torch.Generator().manual_seed(0)
+    found, first = [], None
+    with measuring(model):
+        for token in batch.ids.split(1, 1):
+            h, freqs, mask = model.states(token, MOST_LOOPS, held, exit=exit, first=first)
+            found.append(model.head(model.decode(h, freqs, mask, held)))
+            first = {"predecessor": h, "noise": torch.randn(h.shape, generator=generator)}.get(start)
+    return {"bits_per_byte": bits(torch.cat(found, 1), batch.targets), "loops": exit.ran / batch.ids.numel()}
+
+
+def noise_model() -> OpenMythos:
+    """The text recipe's model, trained to start from random states; trained now if there is none."""
+    if not (NOISE_RUN / "evaluation.json").is_file():
+        command = [sys.executable, "-m", "open_mythos", "train", "text", "model.state_init=noise"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, "--out", str(NOISE_RUN), "--resume", "auto"], check=True, env=env)
+    return OpenMythos.from_pretrained(NOISE_RUN / "model")
+
+
+# -- tables
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    heads = list(heads)
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines: list[str] = []
+    if "budget" in results:
+        lines += table(
+            ("model", "loops", "tokens a call", "slots", "bytes per token", "quality"),
+            (
+                (r["model"], r["loops"], r["chunk"], r["slots"] or "one per loop", f"{r['bytes_per_token']:.0f}",
+                 f"{r['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in r else f"{r['accuracy']:.4f} right")
+                for r in results["budget"]["rows"]
+            ),
+        )  # fmt: skip
+    if "speculation" in results:
+        lines += table(
+            ("rows", "temperature", "loops", "draft loops", "draft tokens", "kept", "tokens a round", "tokens/s plain",
+             "drafted", "faster"),
+            (
+                (r["rows"], f"{r['temperature']:g}", r["loops"], r["draft_loops"], r["draft_tokens"],
+                 f"{r['kept']:.2f}", f"{r['per_round']:.2f}", f"{r['plain_per_second']:.0f}",
+                 f"{r['drafted_per_second']:.0f}", f"{r['speedup']:.2f}x")
+                for r in results["speculation"]["rows"]
+            ),
+        )  # fmt: skip
+    if "warm" in results:
+        lines += table(
+            ("model", "start", *(f"stop below {t:g}: bits (loops)" for t in THRESHOLDS)),
+            (
+                (name, start, *(
+                    f"{r['bits_per_byte']:.4f} ({r['loops']:.2f})"
+                    for r in results["warm"]["rows"] if (r["model"], r["start"]) == (name, start)
+                ))
+                for name, start in dict.fromkeys((r["model"], r["start"]) for r in results["warm"]["rows"])
+            ),
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+PARTS = {"budget": budget, "speculation": speculation, "warm": warm}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "decoding.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(args.out.read_text())["results"] if args.out.is_file() else {}
+    results |= {part: PARTS[part]() for part in args.only}
+    results = {part: results[part] for part in PARTS if part in results}
+    conditions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"conditions": conditions | {"threads": 1}, "results": results}, indent=1) + "\n")
+    print(markdown(results))
+    print(f"Results: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
