@@ -42,7 +42,8 @@ class ShortConv(nn.Module):
 
     def kernel(self) -> Tensor:
         """The taps of every channel: (n_taps, channels)."""
-        return self.taps.repeat_interleave(self.share, dim=1) / self.std
+        taps = self.taps / self.std
+        return taps if self.share == 1 else taps.unsqueeze(2).expand(-1, -1, self.share).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return causal_conv(x, self.kernel())

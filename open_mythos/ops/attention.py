@@ -167,18 +167,30 @@ def attend_convolved(
     Returns:
         (B, T, H, Dv).
     """
-    T, H, D = q.shape[1:]
+    B, T, H, D = q.shape
     S, G, K = *k.shape[1:3], len(k_taps)
-    q_BGTRD = q.unflatten(2, (G, H // G)).transpose(1, 2) * (D**-0.5 if scale is None else scale)
-    q_BGKTRD = q_BGTRD.unsqueeze(2) * k_taps.transpose(0, 1)[:, :, None, None]
-    products = (q_BGKTRD.flatten(2, 4) @ k.permute(0, 2, 3, 1)).unflatten(2, (K, T, H // G))
-    scores = torch.stack([F.pad(products[:, :, j], (j, 0))[..., :S] for j in range(K)]).sum(0, dtype=torch.float32)
+    q_BGKTRD = q.unflatten(2, (G, 1, -1)).permute(0, 2, 3, 1, 4, 5) * k_taps.transpose(0, 1)[:, :, None, None]
+    products = _products(q_BGKTRD.reshape(B, G, -1, D), k.permute(0, 2, 3, 1), D**-0.5 if scale is None else scale)
+    products = products.view(B, G, K, T, H // G, S)
+    scores = products[:, :, 0].float()
+    for j in range(1, min(K, S)):
+        scores[..., j:] += products[:, :, j, ..., : S - j]
     if not mask.is_plain or T > 1:  # scores are (B, G, T, R, S)
         scores = scores.masked_fill(~mask.dense(q.device).unsqueeze(3), float("-inf"))
-    weights = scores.softmax(-1).to(v.dtype)
-    shifted = torch.stack([F.pad(weights[..., j:], (0, min(j, S))) for j in range(K)], 2)  # (B, G, K, T, R, S)
-    found = (shifted.flatten(2, 4) @ v.transpose(1, 2)).unflatten(2, (K, T, H // G))
+    weights = F.pad(scores.softmax(-1).to(v.dtype), (0, K - 1))
+    shifted = weights.unfold(-1, S, 1).movedim(-2, 2)  # (B, G, K, T, R, S)
+    found = _products(shifted.reshape(B, G, -1, S), v.transpose(1, 2), 1.0).view(B, G, K, T, H // G, -1)
     return (found * v_taps.transpose(0, 1)[:, :, None, None]).sum(2).transpose(1, 2).flatten(2, 3)
+
+
+def _products(a_BGMI: Tensor, b_BGIO: Tensor, scale: float) -> Tensor:
+    """``scale * a @ b`` for cached ``b``, whose rows and heads are not one axis in memory and must not be copied."""
+    zero = a_BGMI.new_empty(())
+    parts = [
+        torch.baddbmm(zero, a_BMI, b_BIO, beta=0, alpha=scale)
+        for a_BMI, b_BIO in zip(a_BGMI.unbind(1), b_BGIO.unbind(1), strict=True)
+    ]
+    return parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, 1)
 
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask, scale: float | None = None) -> Tensor:
@@ -189,6 +201,8 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask,
     T, H, D, G = *q.shape[1:], k.shape[2]
     if mask.positions is None and T > 1:
         return _attend_chunks(q, k, v, window, mask, scale)
+    if mask.is_plain:
+        return _attend_last(q, k[:, -window:], v[:, -window:], D**-0.5 if scale is None else scale)
     offsets = torch.arange(window - 1, -1, -1, device=q.device)
     at = mask.query_positions(q.device).unsqueeze(-1) - offsets  # (B|1, T, W)
     if mask.positions is None:
@@ -212,6 +226,13 @@ def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMas
     k, v = (_windows(x, T, window, n_chunks, chunk) for x in (k, v))
     found = _sdpa(q, k, v, mask.chunked_band(window, B, q.device), scale=scale)
     return found.unflatten(0, (B, n_chunks)).flatten(1, 2)[:, :T]
+
+
+def _attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one query to all of a few keys; products of so few numbers are sums."""
+    q_BGRD = (q * scale).unflatten(2, (k.shape[2], -1))
+    weights = (q_BGRD * k.unsqueeze(3)).sum(-1, keepdim=True, dtype=torch.float32).softmax(1)
+    return (weights.to(v.dtype) * v.unsqueeze(3)).sum(1, keepdim=True).flatten(2, 3)
 
 
 def _windows(x_BSGD: Tensor, T: int, window: int, n_chunks: int, chunk: int) -> Tensor:
@@ -242,4 +263,8 @@ def causal_conv(x_BSC: Tensor, taps_KC: Tensor) -> Tensor:
     """Depth-wise causal convolution ``y[s] = sum_k taps[k] * x[s - k]``, zeros before the first row."""
     S = x_BSC.shape[1]
     padded = F.pad(x_BSC, (0, 0, len(taps_KC) - 1, 0))
-    return sum(tap * padded[:, len(taps_KC) - 1 - k :][:, :S] for k, tap in enumerate(taps_KC))
+    first, *others = [padded[:, len(taps_KC) - 1 - k :][:, :S] for k in range(len(taps_KC))]
+    out = first * taps_KC[0]
+    for tap, shifted in zip(taps_KC[1:], others, strict=True):
+        out = torch.addcmul(out, shifted, tap)
+    return out

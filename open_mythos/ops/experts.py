@@ -17,6 +17,7 @@ from open_mythos.ops.linear import product_dtype
 from open_mythos.ops.one_gradient import OneGradient, one_gradient
 
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
+_FEW = 8  # choices up to which bringing rows together costs more than it saves
 _CALL = 48  # a product of its own for an expert takes as much longer as this many rows would
 
 
@@ -52,7 +53,19 @@ def grouped_swiglu(
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
         return _GroupedSwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, None, None)
+    if experts_NK.numel() <= _FEW and experts_NK.device.type == "cpu":
+        return _one_by_one(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
     return _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, Rows.of(experts_NK, len(gate_up_E2FD)))[0]
+
+
+def _one_by_one(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """For a token or two: matrices times vectors, where they stand."""
+    out_ND = torch.zeros_like(x_ND)
+    for x_D, out_D, experts_K, weights_K in zip(x_ND, out_ND, experts_NK.tolist(), weights_NK, strict=True):
+        for expert, weight in zip(experts_K, weights_K, strict=True):
+            gate_F, up_F = torch.mv(gate_up_E2FD[expert], x_D).chunk(2)
+            out_D.addmv_(down_EDF[expert], F.silu(gate_F).mul_(up_F).mul_(weight))
+    return out_ND
 
 
 def expert_counts(experts_NK: Tensor, n_experts: int) -> Tensor:

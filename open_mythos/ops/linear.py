@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_FEW = 8192  # inputs up to which another call costs more than another pass
+
 
 def linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
     """``scale * x @ weight.T``: (..., I) -> (..., O)."""
@@ -29,6 +31,8 @@ def linears(x: Tensor, weights: Sequence[Tensor], scales: Sequence[float]) -> tu
         return tuple(F.linear(x, weight) * scale for weight, scale in zip(weights, scales, strict=True))
     dtype = product_dtype(x)
     x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    if not torch.is_grad_enabled() and x.numel() <= _FEW:
+        return tuple(F.linear(x, weight).mul_(scale) for weight, scale in zip(weights, scales, strict=True))
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return _Linears.apply(x, tuple(scales), *weights)
     x_NI = x.reshape(-1, x.shape[-1])
