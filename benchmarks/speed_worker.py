@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -104,8 +105,7 @@ class Llama:
         return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits, cache
 
     def rewound(self, cache: Any, length: int) -> Any:
-        cache.crop(length)
-        return cache
+        return copy.deepcopy(cache)
 
     def next(self, ids: Tensor, cache: Any, position: int) -> Tensor:
         return self.model(ids, past_key_values=cache, use_cache=True).logits
@@ -145,9 +145,10 @@ def spread_experts(side: Ours, ids: Tensor) -> None:
     weights would change nothing, as the choice is of the largest.
     """
     router = side.model.recurrent.block.ffn.router
-    common = torch.stack([x.mean(0) for x in router_inputs(side, ids)])
-    directions = torch.linalg.qr(common.T).Q
-    router.weight -= (router.weight @ directions) @ directions.T
+    for _ in range(2):  # what the router does changes what it sees at the next loop
+        common = torch.stack([x.mean(0) for x in router_inputs(side, ids)])
+        directions = torch.linalg.qr(common.T).Q
+        router.weight -= (router.weight @ directions) @ directions.T
 
 
 # -- workloads: a task's repetition
@@ -246,24 +247,32 @@ def main() -> None:
     def reply(found: dict[str, Any]) -> None:
         print(json.dumps(found), file=replies, flush=True)
 
+    try:
+        built, repetition = make_ready(task)
+        reply(built)
+        for _ in sys.stdin:
+            reply(repetition())
+    except (ImportError, Missing) as error:
+        reply({"missing": str(error)})
+    except Exception:
+        reply({"failed": traceback.format_exc()})
+
+
+def make_ready(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Measured]]:
+    """What was built, and its repetition, which has been run once unless it measures memory."""
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    try:
-        side = SIDES[task["side"]](task["model"], task["loops"])
-        ids = torch.randint(task["model"]["vocab_size"], (task["batch"], task["tokens"] + 1))
-        built: dict[str, Any] = {"parameters": sum(p.numel() for p in side.model.parameters())}
-        if task["spread"]:
-            spread_experts(side, ids[:, :-1])
-        repetition = WORKS[task["work"]](side, ids, task)
-        if task["work"] != "memory":
-            repetition()  # the first one warms up
-        if task["work"] == "train" and task["side"] != "llama":
-            built["experts_used"] = experts_used(side, ids[:, :-1])
-    except (ImportError, Missing) as error:
-        return reply({"missing": str(error)})
-    reply(built)
-    for _ in sys.stdin:
-        reply(repetition())
+    side = SIDES[task["side"]](task["model"], task["loops"])
+    ids = torch.randint(task["model"]["vocab_size"], (task["batch"], task["tokens"] + 1))
+    built: dict[str, Any] = {"parameters": sum(p.numel() for p in side.model.parameters())}
+    if task["spread"]:
+        spread_experts(side, ids[:, :-1])
+    repetition = WORKS[task["work"]](side, ids, task)
+    if task["work"] != "memory":
+        repetition()
+    if task["work"] == "train" and task["side"] != "llama":
+        built["experts_used"] = experts_used(side, ids[:, :-1])
+    return built, repetition
 
 
 if __name__ == "__main__":
