@@ -13,7 +13,6 @@ and results are kept after every workload.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from speed_cases import CASES, Case, Task
+
+from open_mythos.diagnostics.machine import describe
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).with_name("speed_worker.py")
@@ -118,7 +119,7 @@ def measure(case: Case, pythons: dict[str, Path], threads: int, repeat: int, say
     left_out |= {name: f"no interpreter for {case.sides[name].side}" for name in case.sides if name not in workers}
     ratios = [ratio(sides, *pair) for pair in case.ratios if set(pair) <= sides.keys()]
     return {"what": case.what, "bar": case.bar, "sides": sides, "ratios": ratios, "left_out": left_out,
-            "threads": threads, "date": date.today().isoformat()}  # fmt: skip
+            "date": date.today().isoformat()}  # fmt: skip
 
 
 def ratio(sides: dict[str, Any], of: str, to: str) -> dict[str, Any]:
@@ -153,14 +154,6 @@ def reference_python(given: Path | None, say: Any) -> Path:
                 raise RuntimeError(f"{' '.join(words)} failed:\n{made.stderr.strip()[-2000:]}")
         done.touch()
     return python
-
-
-def cpu_name() -> str:
-    try:
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name"))
-    except (OSError, subprocess.CalledProcessError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # -- results
@@ -221,11 +214,11 @@ def main() -> None:
             pythons |= {"reference": theirs, "llama": theirs}
         except RuntimeError as error:
             screen.print(f"no reference and no Llama: {error}", style="yellow", highlight=False, markup=False)
-    conditions = {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()
-    }  # fmt: skip
+    torch.set_num_threads(args.threads)
+    conditions = describe(torch.device("cpu"))
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    results = kept["results"] if kept.get("conditions") == conditions else {}  # never two machines in one table
+    # Never two machines, nor two counts of threads, in one table.
+    results = kept["results"] if kept.get("conditions") == conditions else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     failed = False
     for name in args.only:
