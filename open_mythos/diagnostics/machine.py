@@ -26,7 +26,8 @@ def repeat(work: Callable[[], Any], device: torch.device, seconds: float) -> lis
         device: waited for before each look at the clock.
         seconds: in all, warming up included; no repetition beyond the third is begun after that.
     """
-    begun, times = time.perf_counter(), []
+    times: list[float] = []
+    begun = time.perf_counter()
     while len(times) < 4 or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
         work()
