@@ -193,6 +193,10 @@ def show(found: dict[str, Any], console: Console) -> None:
     table = Table("", "ratio", "least", "greatest", "reached", "", title=found["what"], title_justify="left")
     for row in rows(found):
         table.add_row(*row)
+    alone = found["sides"].items() if not found["ratios"] else ()
+    for name, side in alone:  # nothing to divide by
+        for unit in (name for name, value in side.items() if isinstance(value, list)):
+            table.add_row(name, "", "", "", f"{median(side[unit]):,.0f} {unit}", "")
     console.print(table)
     for name, why in found["left_out"].items():
         console.print(f"left out: {name}: {why}", style="yellow", highlight=False)

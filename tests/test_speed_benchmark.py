@@ -12,6 +12,7 @@ import speed
 import speed_worker
 import torch
 from helpers import TINY, assert_near, tokens
+from rich.console import Console
 from speed_cases import CASES, DENSE, SHAPE, Case, Task, llama_config, llama_flops
 
 from open_mythos import MythosConfig
@@ -67,6 +68,15 @@ def test_sides_take_turns_and_what_is_missing_is_left_out() -> None:
     assert [(entry["of"], entry["to"]) for entry in found["ratios"]] == [("ours", "ours, bf16")]
     table = speed.markdown({"train": found})
     assert "| training | ours / ours, bf16 |" in table and "4 / 4 experts used" in table
+
+
+def test_a_side_with_nothing_to_divide_by_is_shown() -> None:
+    sides = {"ours": {"tokens/s": [4321.0]}}
+    found = {"what": "training", "sides": sides, "ratios": [], "left_out": {"reference": "gone"}}
+    console = Console(record=True, width=100)
+    speed.show(found, console)
+    shown = console.export_text()
+    assert "4,321 tokens/s" in shown and "left out: reference: gone" in shown
 
 
 def test_memory_is_that_of_a_fresh_process_each_time() -> None:
