@@ -73,9 +73,9 @@ def markdown(results: dict[str, Any]) -> str:
     at = results["conditions"]
     lines = [
         f"{at['name']}, {at['threads']} of {at['cores']} cores, torch {at['torch']}, float32, {at['date']}: matrix "
-        f"products {results['peaks']['matmul'] / 1e9:.0f} GFLOP/s, reading {results['peaks']['read'] / 1e9:.0f} GB/s. Width "
-        f"{DIM}, one prelude and one coda block, 8 routed experts of which a token meets 2, GQA, 4 loops, where a "
-        f"table does not say otherwise. Training: steps of {TRAINED[0]} x {TRAINED[1]} tokens. Decoding: one row, "
+        f"products {results['peaks']['matmul'] / 1e9:.0f} GFLOP/s, reading {results['peaks']['read'] / 1e9:.0f} GB/s. "
+        f"Width {DIM}, one prelude and one coda block, 8 routed experts of which a token meets 2, GQA, 4 loops, where "
+        f"a table does not say otherwise. Training: steps of {TRAINED[0]} x {TRAINED[1]} tokens. Decoding: one row, "
         f"after {READ} tokens. Prompts: {READ} tokens.",
     ]
     for title, columns, rows in (loops_table(results), experts_table(results), context_table(results)):
