@@ -1,4 +1,4 @@
-"""Everything that README.md shows runs."""
+"""Everything that README.md and the pages in docs show runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from open_mythos.cli import COMMANDS, app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("block", BLOCKS)
 def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out
@@ -29,14 +31,16 @@ def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_commands_exist() -> None:
-    for command in re.findall(r"^mythos ([\w-]+)", README, re.MULTILINE):
-        assert command in COMMANDS
+    for page in PAGES:
+        for command in re.findall(r"^mythos ([\w-]+)", page.read_text(), re.MULTILINE):
+            assert command in COMMANDS
     assert CliRunner().invoke(app, ["info", "1b"]).exit_code == 0
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("name, key", [("claims", "claims"), ("reasoners", "results")])

@@ -53,14 +53,55 @@ def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
         n_loops: loops that the token runs; a mean over tokens, where they halt at different ones.
         context: tokens that it sees, at least 1.
     """
-    model = _without_storage(cfg)
-    layers = [*model.prelude, *model.coda]
-    outside = _matrices(model.head, *layers) + len(layers) * _attention(cfg, context, n_local=0)
-    loop = _matrices(model.recurrent) + _routed(model.recurrent.block.ffn, cfg.n_experts_per_tok)
-    if model.recurrent.lora is not None:
-        loop += model.recurrent.lora.B.numel()
-    loop += _attention(cfg, context, cfg.n_local_heads)
-    return FLOPS_PER_MULTIPLY_ADD * (outside + n_loops * loop)
+    return FLOPS_PER_MULTIPLY_ADD * _forward(cfg, n_loops, context, min(cfg.local_window, context), absorbed=True)
+
+
+def flops_per_prompt_token(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
+    """As :func:`flops_per_token`, for a token of a prompt that is read in one pass: the mean over its ``n_tokens``.
+
+    Token i sees i tokens, and MLA is counted in its expanded form.
+    """
+    return FLOPS_PER_MULTIPLY_ADD * _forward(cfg, n_loops, *_mean_context(cfg, n_tokens), absorbed=False)
+
+
+def flops_per_trained_token(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
+    """As :func:`flops_per_prompt_token`, for a step of training with gradient through all loops.
+
+    The backward pass counts twice the forward pass. The halting gate, which no loop of training asks, is left out,
+    and so is what recomputation, exploration for the gate and warm starts add.
+    """
+    gate = n_loops * _matrices(_without_storage(cfg).recurrent.act)
+    forward = _forward(cfg, n_loops, *_mean_context(cfg, n_tokens), absorbed=False) - gate
+    return 3 * FLOPS_PER_MULTIPLY_ADD * forward
+
+
+def bytes_per_decoding_step(
+    cfg: MythosConfig, n_loops: int, context: int, batch: int = 1, bytes_per_number: int = 4
+) -> float:
+    """Bytes that must be read to decode one token for each of ``batch`` rows: weights of matrices, and cached rows.
+
+    A weight counts each time it is used, so those of the recurrent block ``n_loops`` times: a block that stays in the
+    processor's own cache is read from memory less often than that. Of the experts, so many are counted as rows that
+    choose at random would meet; of the cached rows, those that a head sees.
+
+    Args:
+        cfg: the model's config.
+        n_loops: loops that are run.
+        context: tokens that the token sees, its own included.
+        batch: rows.
+        bytes_per_number: of weights and cache; 2 for bfloat16, 4 for float32.
+    """
+    met = cfg.n_experts * (1 - (1 - cfg.n_experts_per_tok / cfg.n_experts) ** batch)
+    outside, loop = _weights(cfg, met)
+    rows_outside = (cfg.prelude_layers + cfg.coda_layers) * context * _row(cfg)
+    window, n_local = min(cfg.local_window, context), cfg.n_local_heads
+    if cfg.attn_type == "gqa":  # heads share rows in groups, the local ones first
+        per_group = cfg.n_heads // cfg.n_kv_heads
+        near = n_local // per_group  # groups that no head reads in full
+        rows_loop = ((cfg.n_kv_heads - near) * context + near * window) * 2 * cfg.head_dim
+    else:
+        rows_loop = (window if n_local == cfg.n_heads else context) * _row(cfg)
+    return bytes_per_number * (outside + n_loops * loop + batch * (rows_outside + n_loops * rows_loop))
 
 
 def _without_storage(cfg: MythosConfig) -> OpenMythos:
@@ -85,11 +126,42 @@ def _routed(ffn: nn.Module, n_experts: int) -> int:
     return n_experts * (ffn.gate_up[0].numel() + ffn.down[0].numel())
 
 
-def _attention(cfg: MythosConfig, context: int, n_local: int) -> int:
-    """Multiply-adds of one token's scores and values in a layer, ``n_local`` of whose heads see a window only."""
-    keys_read = (cfg.n_heads - n_local) * context + n_local * min(cfg.local_window, context)  # summed over heads
-    per_key = 2 * cfg.head_dim if cfg.attn_type == "gqa" else 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    return keys_read * per_key
+def _weights(cfg: MythosConfig, n_experts: float) -> tuple[int, float]:
+    """Weights of the matrices outside of the loop, and of those in it with so many of the routed experts."""
+    model = _without_storage(cfg)
+    loop = _matrices(model.recurrent) + _routed(model.recurrent.block.ffn, 1) * n_experts
+    if model.recurrent.lora is not None:
+        loop += model.recurrent.lora.B.numel()
+    return _matrices(model.head, *model.prelude, *model.coda), loop
+
+
+def _forward(cfg: MythosConfig, n_loops: float, seen: float, seen_near: float, absorbed: bool) -> float:
+    """Multiply-adds of one token that sees ``seen`` tokens, and ``seen_near`` through a local head."""
+    outside, loop = _weights(cfg, cfg.n_experts_per_tok)
+    if cfg.attn_type == "gqa":
+        per_key = 2 * cfg.head_dim
+    elif absorbed:
+        per_key = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    else:
+        per_key = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+    n_local = cfg.n_local_heads
+    far = cfg.n_heads * seen * per_key
+    near = ((cfg.n_heads - n_local) * seen + n_local * seen_near) * per_key
+    return outside + (cfg.prelude_layers + cfg.coda_layers) * far + n_loops * (loop + near)
+
+
+def _mean_context(cfg: MythosConfig, n_tokens: int) -> tuple[float, float]:
+    """Tokens that a token of a prompt sees on average, and through a local head."""
+    window = min(cfg.local_window, n_tokens)
+    near = (window * (window + 1) / 2 + (n_tokens - window) * window) / n_tokens
+    return (n_tokens + 1) / 2, near
+
+
+def _row(cfg: MythosConfig) -> int:
+    """Numbers that a cache holds for one token in one slot."""
+    if cfg.attn_type == "gqa":
+        return 2 * cfg.n_kv_heads * cfg.head_dim
+    return cfg.kv_lora_rank + cfg.qk_rope_head_dim
 
 
 def cache_bytes_per_token(cfg: MythosConfig, n_loops: int, bytes_per_number: int = 2) -> int:
@@ -101,6 +173,4 @@ def cache_bytes_per_token(cfg: MythosConfig, n_loops: int, bytes_per_number: int
         bytes_per_number: 2 for bfloat16, 4 for float32.
     """
     slots = cfg.prelude_layers + n_loops + cfg.coda_layers
-    gqa = 2 * cfg.n_kv_heads * cfg.head_dim
-    mla = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    return slots * (gqa if cfg.attn_type == "gqa" else mla) * bytes_per_number
+    return slots * _row(cfg) * bytes_per_number

@@ -9,7 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import open_mythos.nn.attention as attention
 import open_mythos.ops.attention as ops
 from open_mythos import VARIANTS, KVCache
-from open_mythos.diagnostics import cache_bytes, cache_bytes_per_token, flops_per_token, parameters
+from open_mythos.diagnostics import (
+    bytes_per_decoding_step,
+    cache_bytes,
+    cache_bytes_per_token,
+    flops_per_prompt_token,
+    flops_per_token,
+    flops_per_trained_token,
+    parameters,
+)
 from open_mythos.diagnostics.cost import FLOPS_PER_MULTIPLY_ADD
 
 CHANGES = [{}, {"conv_taps": 0, "lora_rank": 0, "local_window": 0}, {"n_shared_experts": 0, "prelude_layers": 2}]
@@ -92,3 +100,49 @@ def test_flops_grow_by_the_same_amount_with_every_loop_and_token():
     assert by_loops[2] - by_loops[1] == by_loops[1] - by_loops[0] > 0
     by_context = [flops_per_token(cfg, 2, n) for n in (10, 11, 12)]
     assert by_context[2] - by_context[1] == by_context[1] - by_context[0] > 0
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 9])
+def test_a_token_of_a_prompt_costs_the_mean_over_the_prompt(n_tokens):
+    cfg = tiny_config("gqa")
+    alone = [flops_per_token(cfg, 2, context) for context in range(1, n_tokens + 1)]
+    assert flops_per_prompt_token(cfg, 2, n_tokens) == pytest.approx(sum(alone) / n_tokens)
+
+
+def test_mla_reads_a_prompt_in_its_expanded_form():
+    cfg = tiny_config("mla", local_window=0)
+    per_pair = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
+    layers = cfg.prelude_layers + 2 + cfg.coda_layers
+    grown = flops_per_prompt_token(cfg, 2, 3) - flops_per_prompt_token(cfg, 2, 1)  # one token more, on average
+    assert grown == FLOPS_PER_MULTIPLY_ADD * layers * per_pair
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_step_of_training_costs_what_pytorch_counts(attn_type):
+    model = tiny_model(attn_type, halting=False, local_window=0).train()
+    custom = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        model(tokens(5, 1), 3).square().sum().backward()
+    assert 5 * flops_per_trained_token(model.cfg, 3, 1) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_bytes_of_a_decoding_step(attn_type):
+    cfg = tiny_config(attn_type)
+    weights = bytes_per_decoding_step(cfg, 3, 0)
+    assert weights == 4 * flops_per_token(cfg, 3, 0) / FLOPS_PER_MULTIPLY_ADD  # one row uses each weight once
+    whole = tiny_config(attn_type, local_window=0)
+    rows = bytes_per_decoding_step(whole, 3, 20) - weights
+    assert rows == 20 * cache_bytes_per_token(whole, 3, 4)
+    assert bytes_per_decoding_step(whole, 3, 20, bytes_per_number=2) == (weights + rows) / 2
+    near = {"gqa": 0.5, "mla": 0.0}[attn_type]  # 3 of 4 heads are local: 1 of 2 groups, and none of one latent
+    unread = 3 * near * (20 - cfg.local_window) * cache_bytes_per_token(cfg, 0, 4) / 2
+    assert bytes_per_decoding_step(cfg, 3, 20) == weights + rows - unread
+
+
+def test_rows_share_weights_and_meet_more_experts():
+    cfg = tiny_config()
+    one, two, many = (bytes_per_decoding_step(cfg, 2, 0, batch) for batch in (1, 2, 1000))
+    expert = 4 * 2 * 3 * cfg.dim * cfg.expert_dim  # bytes, loops, matrices
+    assert two - one == pytest.approx(expert)  # the second row's two experts of four: one is new, on average
+    assert many - one == pytest.approx(2 * expert)

@@ -1,0 +1,244 @@
+"""Speed and memory beside the reference implementation and a dense Llama of as many operations, on this CPU.
+
+    python benchmarks/speed.py [--only NAME ...] [--threads N] [--repeat N] [--reference PYTHON] [--out FILE]
+
+The reference is open-mythos 0.5.0, which has this library's import name, so it runs under an interpreter of its own; so
+does the Llama of Hugging Face transformers. Without --reference, one is made in runs/reference-venv (once; it downloads
+torch). What is missing there is left out, with a line that says so. Every side of a workload is a process; all of them
+are made ready, then they take turns, one repetition each, and only one computes at a time. A ratio is the median over
+turns, so what slows a machine for a while slows both sides. Keep the machine free of other work; an hour on two cores,
+and results are kept after every workload.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from speed_cases import CASES, Case, Task
+
+from open_mythos.diagnostics.machine import describe
+
+ROOT = Path(__file__).parent.parent
+WORKER = Path(__file__).with_name("speed_worker.py")
+VENV = ROOT / "runs" / "reference-venv"
+# The reference pins an older torch than its code needs; both sides get the same.
+PACKAGES = (["torch=={torch}", "transformers>=5.17,<6"], ["--no-deps", "open-mythos==0.5.0"])
+
+# -- measuring
+
+
+@dataclass
+class Worker:
+    """A process of one side.
+
+    Attributes:
+        built: what it said of what it made; under ``missing``, why it cannot do its task.
+        found: a dict of each repetition.
+    """
+
+    python: Path
+    task: Task
+    threads: int
+    built: dict[str, Any] = field(default_factory=dict)
+    found: list[dict[str, float]] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Returns once it is ready; a memory task's is ready for one repetition only."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        if self.task.side == "ours":
+            environment["PYTHONPATH"] = str(ROOT)
+        else:
+            environment.pop("PYTHONPATH", None)
+        if self.task.work == "memory":  # glibc keeps what is freed between other things unless told to give it back
+            environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
+        self.process = subprocess.Popen(
+            [str(self.python), str(WORKER), json.dumps(asdict(self.task) | {"threads": self.threads})],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+            cwd=tempfile.gettempdir(),  # where neither side's package lies
+        )  # fmt: skip
+        self.built = self._reply()
+
+    def repeat(self) -> None:
+        if self.task.work == "memory" and self.found:
+            self.stop()
+            self.start()
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        self.found.append(self._reply())
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = json.loads(line) if line else {"failed": "it was killed, as for want of memory"}
+        if "failed" in found:
+            raise RuntimeError(f"{self.task}: {found['failed']}")
+        return found
+
+
+def measure(case: Case, pythons: dict[str, Path], threads: int, repeat: int, say: Any) -> dict[str, Any]:
+    """Ready-made figures of one case: of each side, every repetition; of each ratio, median, least and greatest."""
+    workers = {name: Worker(pythons[task.side], task, threads) for name, task in case.sides.items()
+               if task.side in pythons}  # fmt: skip
+    started: dict[str, Worker] = {}
+    try:
+        for name, worker in workers.items():
+            say(f"{name}: getting ready")
+            started[name] = worker
+            worker.start()
+        ready = {name: worker for name, worker in started.items() if "missing" not in worker.built}
+        for turn in range(repeat):
+            say(f"turn {turn + 1} of {repeat}")
+            for worker in list(ready.values())[:: 1 if turn % 2 == 0 else -1]:
+                worker.repeat()
+    finally:
+        for worker in started.values():
+            worker.stop()
+    sides = {
+        name: worker.built | {unit: [found[unit] for found in worker.found] for unit in worker.found[0]}
+        for name, worker in ready.items()
+    }
+    left_out = {name: worker.built["missing"] for name, worker in started.items() if name not in ready}
+    left_out |= {name: f"no interpreter for {case.sides[name].side}" for name in case.sides if name not in workers}
+    ratios = [ratio(sides, *pair) for pair in case.ratios if set(pair) <= sides.keys()]
+    return {"what": case.what, "bar": case.bar, "sides": sides, "ratios": ratios, "left_out": left_out,
+            "date": date.today().isoformat()}  # fmt: skip
+
+
+def ratio(sides: dict[str, Any], of: str, to: str) -> dict[str, Any]:
+    """For every unit, one side's figures over another's, turn by turn: median, least, greatest."""
+    units = [unit for unit, values in sides[of].items() if isinstance(values, list)]
+    turns = {unit: [a / b for a, b in zip(sides[of][unit], sides[to][unit], strict=True)] for unit in units}
+    return {"of": of, "to": to} | {unit: [median(x), min(x), max(x)] for unit, x in turns.items()}
+
+
+# -- interpreters
+
+
+def reference_python(given: Path | None, say: Any) -> Path:
+    """An interpreter with the reference and transformers, made if none is given.
+
+    Raises:
+        RuntimeError: if it is not there, or could not be made, with pip's own words.
+    """
+    if given is not None:
+        if not given.is_file():
+            raise RuntimeError(f"--reference {given} is no file; give the path of an interpreter")
+        return given
+    python, done = VENV / "bin" / "python", VENV / "complete"
+    if not done.is_file():
+        say(f"making {VENV.relative_to(ROOT)}: downloads torch and transformers, once")
+        commands = [[sys.executable, "-m", "venv", "--clear", str(VENV)]]
+        commands += [[str(python), "-m", "pip", "install", "--quiet", *words] for words in PACKAGES]
+        for command in commands:
+            words = [word.format(torch=torch.__version__.split("+")[0]) for word in command]
+            made = subprocess.run(words, capture_output=True, text=True)
+            if made.returncode:
+                raise RuntimeError(f"{' '.join(words)} failed:\n{made.stderr.strip()[-2000:]}")
+        done.touch()
+    return python
+
+
+# -- results
+
+
+def rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """For each ratio of a case: its sides, median, least, greatest, what each side reached, and a note."""
+    for entry in found["ratios"]:
+        of, to = entry["of"], entry["to"]
+        for unit in (name for name, value in entry.items() if isinstance(value, list)):
+            reached = " / ".join(f"{median(found['sides'][side][unit]):,.0f}" for side in (of, to))
+            yield [f"{of} / {to}", *(f"{x:.2f}" for x in entry[unit]), f"{reached} {unit}", note(found, of, to)]
+
+
+def note(found: dict[str, Any], of: str, to: str) -> str:
+    """The bar and the parameters beside the Llama; else experts used, where both sides have some."""
+    sides = [found["sides"][name] for name in (of, to)]
+    if to == "llama":
+        parameters = " / ".join(f"{side['parameters'] / 1e6:.1f}M" for side in sides)
+        return f"bar {found['bar']}; {parameters} parameters"
+    if all("experts_used" in side for side in sides):
+        return " / ".join(f"{side['experts_used']:.0f}" for side in sides) + " experts used"
+    return ""
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table with a line for each ratio."""
+    lines = ["| workload | | ratio (least – greatest) | reached | |", "|---" * 5 + "|"]
+    for found in results.values():
+        for i, (sides, middle, low, high, reached, noted) in enumerate(rows(found)):
+            what = found["what"] if i == 0 else ""
+            lines.append(f"| {what} | {sides} | {middle} ({low} – {high}) | {reached} | {noted} |")
+    return "\n".join(lines)
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    table = Table("", "ratio", "least", "greatest", "reached", "", title=found["what"], title_justify="left")
+    for row in rows(found):
+        table.add_row(*row)
+    alone = found["sides"].items() if not found["ratios"] else ()
+    for name, side in alone:  # nothing to divide by
+        for unit in (name for name, value in side.items() if isinstance(value, list)):
+            table.add_row(name, "", "", "", f"{median(side[unit]):,.0f} {unit}", "")
+    console.print(table)
+    for name, why in found["left_out"].items():
+        console.print(f"left out: {name}: {why}", style="yellow", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeat", type=int, default=7, help="turns that every side takes")
+    parser.add_argument("--reference", type=Path, metavar="PYTHON", help="interpreter with open-mythos 0.5.0")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "speed.json")
+    args = parser.parse_args()
+    console, screen = Console(), Console(stderr=True)
+    pythons = {"ours": Path(sys.executable)}
+    with screen.status("") as status:
+        try:
+            theirs = reference_python(args.reference, status.update)
+            pythons |= {"reference": theirs, "llama": theirs}
+        except RuntimeError as error:
+            screen.print(f"no reference and no Llama: {error}", style="yellow", highlight=False, markup=False)
+    torch.set_num_threads(args.threads)
+    conditions = describe(torch.device("cpu"))
+    kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    # Never two machines, nor two counts of threads, in one table.
+    results = kept["results"] if kept.get("conditions") == conditions else {}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in args.only:
+        try:
+            with screen.status(name) as status:
+                results[name] = measure(CASES[name], pythons, args.threads, args.repeat, status.update)
+        except RuntimeError as error:
+            failed = True
+            screen.print(f"{name} failed: {error}", style="red", highlight=False, markup=False)
+            continue
+        show(results[name], console)
+        ordered = {name: results[name] for name in CASES if name in results}
+        args.out.write_text(json.dumps({"conditions": conditions, "results": ordered}, indent=1) + "\n")
+    console.print(f"Results: {args.out}", soft_wrap=True, highlight=False)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""``mythos bench``: how fast a model runs here, and what share of the machine's own rates that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import date
+from enum import StrEnum
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from open_mythos.cli.console import clear_errors, console, progress, si, table
+from open_mythos.cli.info import find_config
+from open_mythos.config import MythosConfig
+from open_mythos.diagnostics import parameters
+from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
+from open_mythos.diagnostics.speed import Speed, decode_speed, prefill_speed, train_speed
+from open_mythos.model import OpenMythos
+from open_mythos.training.runs import load_model, model_dir
+
+_HEAD, _VOCABULARY = 64, 8192  # of the shapes that --dim makes
+_SIZES = {"train": (8, 256), "prefill": (1, 1024), "decode": (1, 512)}  # rows and tokens of each
+
+
+class Work(StrEnum):
+    train = "train"
+    prefill = "prefill"
+    decode = "decode"
+
+
+class Dtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Attention(StrEnum):
+    gqa = "gqa"
+    mla = "mla"
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A variant such as 100m, a run, a model's directory, or the name of a shipped model."),
+    ] = None,
+    dim: Annotated[int | None, typer.Option(min=64, help="Width, without MODEL; a multiple of 64.  [512]")] = None,
+    attn: Annotated[Attention | None, typer.Option(help="Attention, without MODEL.  [gqa]")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts, without MODEL.  [8]")] = None,
+    loops: Annotated[int | None, typer.Option(min=1, help="Loops; the model's own, or 4.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="bf16: training by autocast, the rest in bf16 weights.")] = Dtype.fp32,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows; 8 for training, else 1.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a row: 256 trained on, 1024 read, 512 before decoding.")
+    ] = None,
+    only: Annotated[list[Work] | None, typer.Option(help="What to time; may be repeated.  [all three]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; as many as torch takes.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For each thing timed; three repetitions at least.")] = 6.0,
+) -> None:
+    """How fast a model trains, reads and decodes here, beside what the machine can do."""
+    with clear_errors():
+        if threads is not None:
+            torch.set_num_threads(threads)
+        at = chosen_device(device)
+        number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
+        timed = build(model, dim, attn, experts, loops).to(at)
+        n_loops = timed.cfg.max_loop_iters
+        works = list(Work) if not only else [work for work in Work if work in only]
+        sizes = {work: (batch or _SIZES[work][0], tokens or _SIZES[work][1]) for work in works}
+        longest = max(tokens for _, tokens in sizes.values()) + 64
+        timed.cfg.max_seq_len = max(timed.cfg.max_seq_len, longest)
+        with progress(n_steps=2 + len(works)) as begin:
+            begin("matrix products")
+            peak = matmul_rate(number, at, min(seconds, 2.0))
+            begin("memory")
+            reading = read_rate(at, min(seconds, 1.0))
+            found = [measure(timed, work, *sizes[work], n_loops, number, seconds, begin) for work in works]
+    name = model or f"dim {timed.cfg.dim}, {timed.cfg.attn_type.upper()}, {timed.cfg.n_experts} experts"
+    conditions = describe(at) | {"dtype": str(dtype), "date": date.today().isoformat()}
+    show(name, timed.cfg, found, peak, reading, conditions)
+    print(json.dumps(record(name, timed.cfg, found, peak, reading, conditions)))
+
+
+def build(
+    model: str | None, dim: int | None, attn: Attention | None, experts: int | None, loops: int | None
+) -> OpenMythos:
+    """The model to time, with every position running every loop.
+
+    Raises:
+        ValueError: for a model and a shape at once, or either that does not do.
+    """
+    shape = {"--dim": dim, "--attn": attn, "--experts": experts}
+    if model is None:
+        made = OpenMythos(shaped(dim or 512, attn or Attention.gqa, experts or 8, loops or 4))
+    else:
+        if given := [option for option, value in shape.items() if value is not None]:
+            raise ValueError(f"{model} has a shape of its own; leave out {' and '.join(given)}, or the model")
+        made = saved_or_new(model)
+    made.cfg.halting = False
+    made.cfg.max_loop_iters = loops or made.cfg.max_loop_iters  # what training explores, too
+    return made
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """``name``, or CUDA if there is any, or the CPU. ValueError for what this machine does not have."""
+    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    if name not in (None, *here):
+        raise ValueError(f"--device {name!r} is not to be had here; use {' or '.join(here)}")
+    return torch.device(name or here[0])
+
+
+def saved_or_new(name: str) -> OpenMythos:
+    """A saved model, or one of a variant's or a file's config, with random weights."""
+    try:
+        model_dir(name)
+    except ValueError:
+        return OpenMythos(find_config(name))
+    return load_model(name)
+
+
+def shaped(dim: int, attn: str, experts: int, loops: int) -> MythosConfig:
+    """A model of a width, other sizes in proportion: heads of 64, experts as wide as the model, two for each token."""
+    if dim % _HEAD:
+        raise ValueError(f"--dim {dim} is no multiple of {_HEAD}, the width of a head; use {dim // _HEAD * _HEAD}")
+    heads = dim // _HEAD
+    return MythosConfig(
+        vocab_size=_VOCABULARY, dim=dim, n_heads=heads, n_kv_heads=heads // 2 if heads % 2 == 0 else heads,
+        max_loop_iters=loops, prelude_layers=1, coda_layers=1, attn_type=attn,
+        kv_lora_rank=dim // 4, q_lora_rank=dim // 2, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=_HEAD,
+        n_experts=experts, n_shared_experts=1, n_experts_per_tok=min(2, experts), expert_dim=dim,
+    )  # fmt: skip
+
+
+def measure(
+    model: OpenMythos,
+    work: Work,
+    batch: int,
+    tokens: int,
+    n_loops: int,
+    dtype: torch.dtype,
+    seconds: float,
+    begin: Callable[[str], None],
+) -> Speed:
+    begin(work)
+    if work is Work.train:
+        return train_speed(model.float(), batch, tokens, n_loops, dtype, seconds)
+    timed = prefill_speed if work is Work.prefill else decode_speed
+    return timed(model.to(dtype), batch, tokens, n_loops, seconds)
+
+
+def show(
+    name: str, cfg: MythosConfig, found: list[Speed], peak: float, reading: float, conditions: dict[str, Any]
+) -> None:
+    dtype = conditions["dtype"]
+    shown = table(
+        f"{name}: {cfg.max_loop_iters} loops, {dtype}", "", "tokens", "tokens/s", "FLOP/s", "of peak", "B/s", "of peak"
+    )
+    for one in found:
+        read = one.bytes_per_second
+        shown.add_row(
+            one.work, f"{one.batch} x {one.tokens}", f"{one.tokens_per_second:,.0f}", si(one.flops_per_second),
+            f"{one.flops_per_second / peak:.0%}", "" if read is None else si(read),
+            "" if read is None else f"{read / reading:.0%}",
+        )  # fmt: skip
+    console.print(shown)
+    console.print(
+        f"peaks measured: matrix products in {dtype} {si(peak, 'FLOP/s')}, reading {si(reading, 'B/s')}. "
+        f"{conditions['name']}, {conditions['threads']} threads, torch {conditions['torch']}.\n"
+        "B/s: weights once for each use, and the cache; over 100% where the loop's weights stay in the processor's "
+        "own cache.",
+        style="dim", highlight=False,
+    )  # fmt: skip
+
+
+def record(
+    name: str, cfg: MythosConfig, found: list[Speed], peak: float, reading: float, conditions: dict[str, Any]
+) -> dict[str, Any]:
+    """What the table shows, and everything it came from."""
+    works = {}
+    for one in found:
+        read = one.bytes_per_second
+        works[one.work] = dataclasses.asdict(one) | {
+            "tokens_per_second": one.tokens_per_second, "flops_share": one.flops_per_second / peak,
+            "bytes_share": None if read is None else read / reading,
+        }  # fmt: skip
+    count = dataclasses.asdict(parameters(cfg))
+    peaks = {"matmul_flops_per_second": peak, "read_bytes_per_second": reading}
+    return {"model": name, "config": json.loads(cfg.to_json()), "parameters": count, "works": works, "peaks": peaks,
+            "conditions": conditions}  # fmt: skip

@@ -1,0 +1,90 @@
+"""What the machine can do: the rates that a model's speed is a share of, measured, and what it is called."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+MATMULS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (2048, 1024, 4096), (8192, 8192, 8192))
+"""Rows, inner width and columns of the products tried; the last is for an accelerator, which the others leave idle."""
+_READ_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than a processor's own cache holds
+
+
+def repeat(work: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
+    """Seconds that each repetition took, three at least, after one that warms up and does not count.
+
+    Args:
+        work: what is repeated.
+        device: waited for before each look at the clock.
+        seconds: in all, warming up included; no repetition beyond the third is begun after that.
+    """
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - begun < seconds:
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what has been asked of the device; a CPU has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> float:
+    """Floating-point operations a second of matrix products: the best of several sizes, each at its best.
+
+    Args:
+        dtype: of both matrices.
+        device: where they lie; on a CPU, with the threads that torch is set to.
+        seconds: in all.
+    """
+    shapes = MATMULS[:-1] if device.type == "cpu" else MATMULS
+    best = 0.0
+    for rows, inner, columns in shapes:
+        x, weight = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, columns))
+        least = min(repeat(partial(F.linear, x, weight), device, seconds / len(shapes)))
+        best = max(best, 2 * rows * inner * columns / least)
+    return best
+
+
+@torch.no_grad()
+def read_rate(device: torch.device, seconds: float = 1.0, n_bytes: int | None = None) -> float:
+    """Bytes a second that are read from memory, at best, while a long float32 vector is summed.
+
+    Args:
+        device: as :func:`matmul_rate`.
+        seconds: in all.
+        n_bytes: size of the vector; far more than a processor's own cache holds if None.
+    """
+    x = torch.ones((n_bytes or _READ_BYTES[device.type]) // 4, device=device)
+    return x.nbytes / min(repeat(x.sum, device, seconds))
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Conditions of a measurement: what ran it, on how many threads, and which versions."""
+    found = {"device": device.type, "name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["name"] = torch.cuda.get_device_name(device)
+    return found | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def cpu_name() -> str:
+    """The processor's model, as ``lscpu`` says it, or what Python knows."""
+    try:
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name"))
+    except (OSError, subprocess.CalledProcessError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,137 @@
+"""How fast a model trains, reads a prompt and decodes, and what share of the machine's rates that is."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.cache import KVCache
+from open_mythos.diagnostics.cost import (
+    FLOPS_PER_MULTIPLY_ADD,
+    bytes_per_decoding_step,
+    flops_per_prompt_token,
+    flops_per_token,
+    flops_per_trained_token,
+)
+from open_mythos.diagnostics.machine import repeat
+from open_mythos.model import OpenMythos
+
+NEW = 16  # tokens that one repetition of decoding makes
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Repetitions of one piece of work.
+
+    Attributes:
+        work: train, prefill or decode.
+        batch, tokens: rows, and tokens of each: those trained on, read, or held before decoding.
+        n_loops: loops of every token.
+        per_repetition: tokens that each repetition handles.
+        flops: operations of a repetition, as :mod:`open_mythos.diagnostics.cost` counts them.
+        bytes: that a repetition must read; None unless it decodes.
+        seconds: of each repetition.
+    """
+
+    work: str
+    batch: int
+    tokens: int
+    n_loops: int
+    per_repetition: int
+    flops: float
+    bytes: float | None
+    seconds: list[float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median repetition, as the other rates."""
+        return self.per_repetition / median(self.seconds)
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.flops / median(self.seconds)
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return None if self.bytes is None else self.bytes / median(self.seconds)
+
+
+def train_speed(
+    model: OpenMythos, batch: int, tokens: int, n_loops: int, dtype: torch.dtype = torch.float32, seconds: float = 10.0
+) -> Speed:
+    """Steps of training: forward, cross-entropy, backward, AdamW. The model's weights change.
+
+    Args:
+        model: in float32, on the device to use.
+        batch, tokens: as :class:`Speed`.
+        n_loops: loops, all with gradient.
+        dtype: bfloat16 for autocast to it.
+        seconds: in all; see :func:`~open_mythos.diagnostics.machine.repeat`.
+    """
+    ids, device = _random_ids(model, batch, tokens + 1), model.embed.weight.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    halves = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+    def step() -> None:
+        with halves:
+            logits = model(ids[:, :-1], n_loops)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    flops = batch * tokens * flops_per_trained_token(model.cfg, n_loops, tokens)
+    model.train()
+    times = repeat(step, device, seconds)
+    model.eval()
+    return Speed("train", batch, tokens, n_loops, batch * tokens, flops, None, times)
+
+
+@torch.inference_mode()
+def prefill_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seconds: float = 5.0) -> Speed:
+    """Prompts read into a cache, up to the logits of their last position; arguments as :func:`train_speed`.
+
+    The model may be in any dtype, and is left in eval mode.
+    """
+    ids, head = _random_ids(model, batch, tokens), FLOPS_PER_MULTIPLY_ADD * model.head.weight.numel()
+    model.eval()
+    times = repeat(lambda: _read(model, ids, n_loops), ids.device, seconds)
+    a_token = flops_per_prompt_token(model.cfg, n_loops, tokens) - head
+    return Speed("prefill", batch, tokens, n_loops, ids.numel(), ids.numel() * a_token + batch * head, None, times)
+
+
+@torch.inference_mode()
+def decode_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seconds: float = 5.0) -> Speed:
+    """The likeliest token, ``NEW`` times a repetition, after ``tokens`` that are in the cache; else as above."""
+    ids = _random_ids(model, batch, tokens)
+    model.eval()
+    first, cache = _read(model, ids, n_loops)
+
+    def decode() -> None:
+        cache.truncate(tokens)
+        token = first
+        for _ in range(NEW):
+            token = model(token, n_loops, cache).argmax(-1)
+
+    times = repeat(decode, ids.device, seconds)
+    contexts = range(tokens + 1, tokens + NEW + 1)
+    flops = batch * sum(flops_per_token(model.cfg, n_loops, context) for context in contexts)
+    size = model.embed.weight.element_size()
+    read = sum(bytes_per_decoding_step(model.cfg, n_loops, context, batch, size) for context in contexts)
+    return Speed("decode", batch, tokens, n_loops, batch * NEW, flops, read, times)
+
+
+def _random_ids(model: OpenMythos, batch: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.cfg.vocab_size, (batch, tokens), generator=generator).to(model.embed.weight.device)
+
+
+def _read(model: OpenMythos, ids: Tensor, n_loops: int) -> tuple[Tensor, KVCache]:
+    """The likeliest next token (B, 1), and a cache of the prompt."""
+    cache = KVCache()
+    return model.head(model.hidden(ids, n_loops, cache)[:, -1:]).argmax(-1), cache

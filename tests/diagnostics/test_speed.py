@@ -1,0 +1,58 @@
+"""Rates are operations and bytes over seconds, and what is timed is the whole work."""
+
+import pytest
+import torch
+from helpers import tiny_model
+
+from open_mythos.diagnostics import flops_per_prompt_token, flops_per_trained_token, machine, speed
+
+CPU = torch.device("cpu")
+
+
+def test_repetitions_after_one_that_warms_up():
+    done = []
+    times = machine.repeat(lambda: done.append(0), CPU, seconds=0)
+    assert len(done) == 4 and len(times) == 3
+    assert len(machine.repeat(lambda: None, CPU, seconds=0.05)) > 3
+
+
+def test_machine_rates_are_work_over_the_least_time(monkeypatch):
+    monkeypatch.setattr(machine, "repeat", lambda *_: [4.0, 2.0, 3.0])
+    monkeypatch.setattr(machine, "MATMULS", ((2, 3, 5), (4, 4, 4), (9, 9, 9)))
+    assert machine.matmul_rate(torch.float32, CPU) == 2 * 4 * 4 * 4 / 2  # the last shape is no CPU's
+    assert machine.read_rate(CPU, n_bytes=64) == 32
+
+
+def test_conditions_say_what_ran_it():
+    found = machine.describe(CPU)
+    assert found["name"] and found["threads"] == torch.get_num_threads() and found["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_trains(dtype):
+    model = tiny_model(halting=False)
+    before = model.embed.weight.detach().clone()
+    found = speed.train_speed(model, 2, 8, 3, dtype, seconds=0)
+    assert not torch.equal(before, model.embed.weight)
+    assert found.flops == 16 * flops_per_trained_token(model.cfg, 3, 8)
+    assert found.tokens_per_second == 16 / sorted(found.seconds)[1] and found.bytes_per_second is None
+
+
+def test_a_prompt_and_tokens_after_it(monkeypatch):
+    model, seen = tiny_model(halting=False), []
+    monkeypatch.setattr(speed, "NEW", 4)
+    hidden = model.hidden
+
+    def watched(ids, n_loops, cache, *rest):
+        seen.append((ids.shape[1], cache.length))
+        return hidden(ids, n_loops, cache, *rest)
+
+    model.hidden = watched
+    read = speed.prefill_speed(model, 2, 8, 3, seconds=0)
+    assert seen == [(8, 0)] * 4
+    head = 2 * model.head.weight.numel()
+    assert read.flops == 16 * flops_per_prompt_token(model.cfg, 3, 8) - 14 * head  # the head reads two positions
+    seen.clear()
+    decoded = speed.decode_speed(model, 2, 8, 3, seconds=0)
+    assert seen == [(8, 0)] + [(1, 8 + i) for i in range(4)] * 4
+    assert decoded.per_repetition == 8 and decoded.bytes_per_second > 0

@@ -1,0 +1,127 @@
+"""benchmarks/speed.py: sides do the same work, ratios are what they say, and what is missing is said."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import speed
+import speed_worker
+import torch
+from helpers import TINY, assert_near, tokens
+from rich.console import Console
+from speed_cases import CASES, DENSE, SHAPE, Case, Task, llama_config, llama_flops
+
+from open_mythos import MythosConfig
+from open_mythos.diagnostics import flops_per_token, flops_per_trained_token
+
+MODEL = {name: value for name, value in TINY.items() if name != "halting"}
+HERE = {"ours": Path(sys.executable)}
+
+
+def quiet(what: str) -> None:
+    pass
+
+
+def test_there_is_a_workload_of_every_kind_and_each_ratio_is_of_its_sides() -> None:
+    works = {task.work for case in CASES.values() for task in case.sides.values()}
+    assert works == set(speed_worker.WORKS)
+    for case in CASES.values():
+        assert all(set(pair) <= case.sides.keys() for pair in case.ratios)
+
+
+@pytest.mark.parametrize("changes", [DENSE, {}])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_llama_costs_as_many_operations(changes: dict[str, Any], training: bool) -> None:
+    model = SHAPE | changes
+    llama = llama_config(model, 8, 512, training)
+    cfg = MythosConfig(**model)
+    ours = flops_per_trained_token(cfg, 8, 512) / 3 if training else flops_per_token(cfg, 8, 512)
+    assert llama_flops(llama, 256.5 if training else 512) == pytest.approx(ours, rel=0.02)
+    assert llama["num_hidden_layers"] == 10
+
+
+def test_operations_of_a_llama_are_those_of_its_matrices() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = llama_config(SHAPE, 8, 512, training=True)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert llama_flops(config, 0) == 2 * weights
+
+
+def test_a_ratio_is_taken_turn_by_turn() -> None:
+    sides = {"a": {"tokens/s": [10.0, 40.0, 90.0], "parameters": 1}, "b": {"tokens/s": [10.0, 20.0, 30.0]}}
+    assert speed.ratio(sides, "a", "b") == {"of": "a", "to": "b", "tokens/s": [2.0, 1.0, 3.0]}
+
+
+def test_sides_take_turns_and_what_is_missing_is_left_out() -> None:
+    ours = Task("ours", "train", MODEL, loops=2, batch=2, tokens=8)
+    sides = {"ours": ours, "ours, bf16": replace(ours, bf16=True), "reference": replace(ours, side="reference")}
+    case = Case("training", sides, [("ours", "ours, bf16"), ("ours", "reference")])
+    found = speed.measure(case, HERE, threads=1, repeat=3, say=quiet)
+    assert found["left_out"] == {"reference": "no interpreter for reference"}
+    assert [len(side["tokens/s"]) for side in found["sides"].values()] == [3, 3]
+    assert [(entry["of"], entry["to"]) for entry in found["ratios"]] == [("ours", "ours, bf16")]
+    table = speed.markdown({"train": found})
+    assert "| training | ours / ours, bf16 |" in table and "4 / 4 experts used" in table
+
+
+def test_a_side_with_nothing_to_divide_by_is_shown() -> None:
+    sides = {"ours": {"tokens/s": [4321.0]}}
+    found = {"what": "training", "sides": sides, "ratios": [], "left_out": {"reference": "gone"}}
+    console = Console(record=True, width=100)
+    speed.show(found, console)
+    shown = console.export_text()
+    assert "4,321 tokens/s" in shown and "left out: reference: gone" in shown
+
+
+def test_memory_is_that_of_a_fresh_process_each_time() -> None:
+    sides = {"ours": Task("ours", "memory", MODEL | {"max_seq_len": 256}, 8, 8, 256)}
+    found = speed.measure(Case("memory", sides, []), HERE, threads=1, repeat=2, say=quiet)
+    growth = found["sides"]["ours"]["growth MB"]
+    assert len(growth) == 2 and min(growth) > 0.5 * max(growth)  # in one process the second step would add nothing
+
+
+def test_a_side_that_breaks_says_so() -> None:
+    case = Case("broken", {"ours": Task("ours", "train", MODEL | {"dim": 31}, 2, 2, 8)}, [])
+    with pytest.raises(RuntimeError, match="dim=31 does not divide"):
+        speed.measure(case, HERE, threads=1, repeat=1, say=quiet)
+
+
+def test_no_interpreter_where_one_was_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="is no file"):
+        speed.reference_python(tmp_path / "python", quiet)
+
+
+# -- the worker's calls, in this process
+
+
+def test_decoding_by_hand_gives_the_logits_of_one_pass() -> None:
+    side, ids = speed_worker.Ours(MODEL, loops=3), tokens(1, 9)
+    side.model.eval()
+    with torch.inference_mode():
+        last, cache = side.prefill(ids[:, :6])
+        whole = side.logits(ids)
+        assert_near(last[:, 0], whole[:, 5])
+        for _ in range(2):
+            cache = side.rewound(cache, 6)
+            found = [side.next(ids[:, i : i + 1], cache, i) for i in range(6, 9)]
+            assert_near(torch.cat(found, 1), whole[:, 6:])
+
+
+def test_recomputed_loops_are_the_same_loops() -> None:
+    side, ids = speed_worker.Ours(MODEL, loops=3), tokens(2, 9)
+    assert_near(side.logits_recomputed(ids), side.logits(ids))
+
+
+def test_a_collapsed_router_is_spread() -> None:
+    side, ids = speed_worker.Ours(MODEL | {"n_experts": 16}, loops=2), tokens(8, 16)
+    with torch.no_grad():
+        side.model.embed.weight.mul_(0.1).add_(torch.randn(MODEL["dim"]))  # tokens all alike
+    assert speed_worker.experts_used(side, ids) < 10
+    speed_worker.spread_experts(side, ids)
+    assert speed_worker.experts_used(side, ids) > 14
