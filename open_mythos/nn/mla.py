@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
@@ -11,7 +10,7 @@ from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.linear import Linear, residual_gain, side_by_side
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.attention import CausalMask, attend_convolved, attend_local, causal_conv
 from open_mythos.ops.rope import apply_rope
 
 
@@ -78,16 +77,32 @@ class MLAttention(CausalAttention):
         up_k, up_v = self._up_projections()
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, up_k)
-        taps = None
         if self.conv is not None and self.are_few(q, rows):
-            c_kv, of_latents = rows["c_kv"], self.conv.kernel()[None, :, None]
-            of_rotary = F.pad(of_latents.new_ones(1, 1, 1, self.rope_dim), (0, 0, 0, 0, 0, of_latents.shape[1] - 1))
-            taps = torch.cat([of_latents, of_rotary], -1), of_latents
+            found = self.read_few(q_latent, q_rope, rows, mask, self.conv.kernel())
         else:
             c_kv = self._mixed_latents(rows)
-        keys = torch.cat([c_kv, rows["k_rope"]], -1).unsqueeze(2)
-        found = self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale, taps)
+            keys = torch.cat([c_kv, rows["k_rope"]], -1).unsqueeze(2)
+            found = self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale)
         return torch.einsum("bthr,hdr->bthd", found, up_v)
+
+    def read_few(self, q_latent: Tensor, q_rope: Tensor, rows: Rows, mask: CausalMask, taps: Tensor) -> Tensor:
+        """What a few queries find in latents that are convolved with ``taps`` (K, R): (B, T, H, R).
+
+        Nothing of the cache's length is written. Local heads convolve the few rows that they see.
+        """
+        c_kv, k_rope, found, n = rows["c_kv"], rows["k_rope"], [], self.n_local_heads
+        if n:
+            needed = min(c_kv.shape[1], mask.n_new + self.local_window - 1 + len(taps) - 1)
+            near = causal_conv(c_kv[:, -needed:], taps)
+            keys = torch.cat([near, k_rope[:, -needed:]], -1).unsqueeze(2)
+            q = torch.cat([q_latent[:, :, :n], q_rope[:, :, :n]], -1)
+            near_mask = mask.last(needed)
+            found.append(attend_local(q, keys, near.unsqueeze(2), self.local_window, near_mask, self.score_scale))
+        if n < self.n_heads:
+            c_kv, k_rope, taps = c_kv.unsqueeze(2), k_rope.unsqueeze(2), taps.unsqueeze(1)
+            beside = q_rope[:, :, n:], k_rope
+            found.append(attend_convolved(q_latent[:, :, n:], c_kv, c_kv, taps, taps, mask, self.score_scale, beside))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def _mixed_latents(self, rows: Rows) -> Tensor:
         """Latents after the short convolution: (B, S, R)."""

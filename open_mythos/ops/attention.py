@@ -150,7 +150,14 @@ def _sdpa(
 
 
 def attend_convolved(
-    q: Tensor, k: Tensor, v: Tensor, k_taps: Tensor, v_taps: Tensor, mask: CausalMask, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_taps: Tensor,
+    v_taps: Tensor,
+    mask: CausalMask,
+    scale: float | None = None,
+    beside: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """:func:`attend` to keys and values behind a :func:`causal_conv`, which is not computed: for few queries.
 
@@ -163,18 +170,25 @@ def attend_convolved(
         q, k, v, mask, scale: as :func:`attend`.
         k_taps: (K, G, D).
         v_taps: (K, G, Dv).
+        beside: channels of queries (B, T, H, P) and keys (B, S, G, P) whose products are added to the scores, and
+            which no convolution touches. With them, ``scale`` has no default.
 
     Returns:
         (B, T, H, Dv).
     """
     B, T, H, D = q.shape
     S, G, K = *k.shape[1:3], len(k_taps)
+    scale = D**-0.5 if scale is None else scale
     q_BGKTRD = q.unflatten(2, (G, 1, -1)).permute(0, 2, 3, 1, 4, 5) * k_taps.transpose(0, 1)[:, :, None, None]
-    products = _products(q_BGKTRD.reshape(B, G, -1, D), k.permute(0, 2, 3, 1), D**-0.5 if scale is None else scale)
+    products = _products(q_BGKTRD.reshape(B, G, -1, D), k.permute(0, 2, 3, 1), scale)
     products = products.view(B, G, K, T, H // G, S)
     scores = products[:, :, 0].float()
     for j in range(1, min(K, S)):
         scores[..., j:] += products[:, :, j, ..., : S - j]
+    if beside is not None:
+        q_BGTRP = beside[0].unflatten(2, (G, -1)).permute(0, 2, 1, 3, 4)
+        more = _products(q_BGTRP.reshape(B, G, -1, q_BGTRP.shape[-1]), beside[1].permute(0, 2, 3, 1), scale)
+        scores += more.view(B, G, T, H // G, S)
     if not mask.is_plain or T > 1:  # scores are (B, G, T, R, S)
         scores = scores.masked_fill(~mask.dense(q.device).unsqueeze(3), float("-inf"))
     weights = F.pad(scores.softmax(-1).to(v.dtype), (0, K - 1))
