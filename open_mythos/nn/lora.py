@@ -39,8 +39,11 @@ class LoRAAdapter(nn.Module):
         """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0."""
         if self.training:
             self.trained_loops.clamp_(min=loop_t + 1)
-        row = (self.trained_loops - 1).clamp(min=0, max=min(loop_t, self.scale.num_embeddings - 1))
-        return nn.functional.linear(self.down(x) * self.scale(row), self.B)
+        return nn.functional.linear(self.down(x) * self.row(loop_t), self.B)
+
+    def row(self, loop_t: int) -> Tensor:
+        """The scale of loop ``loop_t``: (rank,)."""
+        return self.scale((self.trained_loops - 1).clamp(min=0, max=min(loop_t, self.scale.num_embeddings - 1)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Fit a table saved with another ``max_loops``: grow to it, or repeat its last row. Nothing trained is cut."""

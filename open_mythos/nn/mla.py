@@ -65,7 +65,7 @@ class MLAttention(CausalAttention):
 
     def read_expanded(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:
         """Every latent becomes H keys and values."""
-        up_k, up_v = self._up_projections()
+        up_k, up_v = self.up_projections()
         c_kv = self._mixed_latents(rows)
         k_nope = torch.einsum("bsr,hdr->bshd", c_kv, up_k)
         k_rope = rows["k_rope"].unsqueeze(2).expand(-1, -1, self.n_heads, -1)
@@ -74,23 +74,26 @@ class MLAttention(CausalAttention):
 
     def read_absorbed(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:
         """The latents are the keys and values of one shared head: ``q^T (U c) = (U^T q)^T c``."""
-        up_k, up_v = self._up_projections()
+        up_k, up_v = self.up_projections()
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, up_k)
-        if self.conv is not None and self.are_few(q, rows):
-            found = self.read_few(q_latent, q_rope, rows, mask, self.conv.kernel())
-        else:
-            c_kv = self._mixed_latents(rows)
-            keys = torch.cat([c_kv, rows["k_rope"]], -1).unsqueeze(2)
-            found = self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale)
-        return torch.einsum("bthr,hdr->bthd", found, up_v)
+        few = self.conv is not None and self.are_few(q, rows)
+        taps = self.conv.kernel() if self.conv is not None and few else None
+        if not few:
+            rows = {"c_kv": self._mixed_latents(rows), "k_rope": rows["k_rope"]}
+        return torch.einsum("bthr,hdr->bthd", self.read_latents(q_latent, q_rope, rows, mask, taps), up_v)
 
-    def read_few(self, q_latent: Tensor, q_rope: Tensor, rows: Rows, mask: CausalMask, taps: Tensor) -> Tensor:
-        """What a few queries find in latents that are convolved with ``taps`` (K, R): (B, T, H, R).
+    def read_latents(
+        self, q_latent: Tensor, q_rope: Tensor, rows: Rows, mask: CausalMask, taps: Tensor | None
+    ) -> Tensor:
+        """What queries find in latents, which ``taps`` (K, R) have still to convolve unless None: (B, T, H, R).
 
-        Nothing of the cache's length is written. Local heads convolve the few rows that they see.
+        With taps, which are for few queries, nothing of the cache's length is written.
         """
         c_kv, k_rope, found, n = rows["c_kv"], rows["k_rope"], [], self.n_local_heads
+        if taps is None:
+            keys = torch.cat([c_kv, k_rope], -1).unsqueeze(2)
+            return self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale)
         if n:
             needed = min(c_kv.shape[1], mask.n_new + self.local_window - 1 + len(taps) - 1)
             near = causal_conv(c_kv[:, -needed:], taps)
@@ -108,7 +111,7 @@ class MLAttention(CausalAttention):
         """Latents after the short convolution: (B, S, R)."""
         return rows["c_kv"] if self.conv is None else self.conv(rows["c_kv"])
 
-    def _up_projections(self) -> list[Tensor]:
+    def up_projections(self) -> list[Tensor]:
         """Key part (H, nope_dim, R) and value part (H, v_dim, R) of ``kv_up``."""
         weight = (self.kv_up.weight * self.kv_up.scale).unflatten(0, (self.n_heads, self.nope_dim + self.v_dim))
         return list(weight.split([self.nope_dim, self.v_dim], dim=1))

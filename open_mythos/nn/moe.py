@@ -58,7 +58,10 @@ class MoEFFN(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts (..., topk) int64, best first, and their mixing weights (..., topk) float32."""
-        logits = self.router(x).float()
+        return self.choose(self.router(x).float())
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`route`, from the router's logits (..., n_experts) in float32."""
         chosen = (logits + self.router_bias).topk(self.topk, dim=-1).indices
         scores = logits.gather(-1, chosen).sigmoid()
         if self.topk > 1:

@@ -1,0 +1,201 @@
+"""The model's arithmetic for a few new tokens at a time, with weights made ready beforehand.
+
+At one token a step, time goes not by multiplications but by operations. So everything that depends on the weights alone
+is done once for a whole text: factors, norms and projections of one input become one matrix. What is computed is what
+the modules compute, up to rounding; they are the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.cache import Cache, coda_slot, loop_slot, prelude_slot
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.gqa import GQAttention
+from open_mythos.nn.linear import Linear
+from open_mythos.nn.mla import MLAttention
+from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.experts import grouped_swiglu
+from open_mythos.ops.loop_index import loop_index_embedding
+from open_mythos.ops.rope import apply_rope, rope_table
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What all blocks need to know of the tokens at hand.
+
+    Attributes:
+        shape: (B, T).
+        freqs: rotary (cos, sin) of the T positions, (T, P/2, 2).
+        mask: of these tokens.
+        cache: holds the tokens before these; these are written behind them.
+    """
+
+    shape: tuple[int, int]
+    freqs: Tensor
+    mask: CausalMask
+    cache: Cache
+
+    @property
+    def at(self) -> int:
+        """Position of the first token."""
+        return self.mask.n_keys - self.mask.n_new
+
+
+def _ready(layer: Linear, norm: RMSNorm | None = None) -> Tensor:
+    """The matrix (O, I) that a layer multiplies with, behind a norm without its weight."""
+    weight = layer.weight.float() * layer.scale
+    return (weight if norm is None else weight * norm.weight.float()).to(layer.weight.dtype)
+
+
+class _GQA:
+    """:class:`GQAttention`: (N, dim), normalised, to (N, H * D) for the output projection."""
+
+    def __init__(self, attn: GQAttention, norm: RMSNorm) -> None:
+        self.attn, self.head_dim = attn, attn.head_dim
+        self.heads = [attn.n_heads + attn.n_kv_heads, attn.n_kv_heads]
+        self.w_in = torch.cat([_ready(layer, norm) for layer in (attn.wq, attn.wk, attn.wv)])
+        self.taps = None
+        if attn.k_conv is not None and attn.v_conv is not None:
+            shape = 1, -1, attn.n_kv_heads, attn.head_dim
+            self.taps = attn.k_conv.kernel().view(shape), attn.v_conv.kernel().view(shape)
+
+    def __call__(self, x_ND: Tensor, tokens: Tokens, slot: str) -> Tensor:
+        qk, v = F.linear(x_ND, self.w_in).view(*tokens.shape, -1, self.head_dim).split(self.heads, 2)
+        q, k = apply_rope(qk, tokens.freqs).split([self.attn.n_heads, self.attn.n_kv_heads], 2)
+        rows = tokens.cache.slot(slot).update({"k": k, "v": v}, tokens.at)
+        found = self.attn.attend(q, rows["k"], rows["v"], tokens.mask, taps=self.taps)
+        return found.reshape(len(x_ND), -1)
+
+
+class _MLA:
+    """:class:`MLAttention`, absorbed: (N, dim), normalised, to (N, H * Dv) for the output projection."""
+
+    def __init__(self, attn: MLAttention, norm: RMSNorm) -> None:
+        self.attn = attn
+        self.w_in = torch.cat([_ready(attn.q_down, norm), _ready(attn.kv_down, norm)])
+        self.widths = [len(attn.q_down.weight), attn.latent_dim, attn.rope_dim]
+        self.w_q = _ready(attn.q_up, attn.q_norm)
+        up_k, up_v = attn.up_projections()
+        self.up_k, self.up_v = up_k.contiguous(), up_v.transpose(1, 2).contiguous()  # (H, nope, R), (H, R, Dv)
+        self.taps = None if attn.conv is None else attn.conv.kernel()
+
+    def __call__(self, x_ND: Tensor, tokens: Tokens, slot: str) -> Tensor:
+        attn, (B, T) = self.attn, tokens.shape
+        q, c_kv, k_rope = F.linear(x_ND, self.w_in).split(self.widths, 1)
+        c_kv = attn.kv_norm(c_kv)
+        q = F.linear(_normed(q, attn.q_norm.eps), self.w_q).view(B * T, attn.n_heads, -1)
+        turned = torch.cat([q[..., attn.nope_dim :], k_rope.unsqueeze(1)], 1).view(B, T, -1, attn.rope_dim)
+        q_rope, k_rope = apply_rope(turned, tokens.freqs).split([attn.n_heads, 1], 2)
+        new = {"c_kv": c_kv.view(B, T, -1), "k_rope": k_rope.squeeze(2)}
+        rows = tokens.cache.slot(slot).update(new, tokens.at)
+        q_latent = torch.bmm(q[..., : attn.nope_dim].transpose(0, 1), self.up_k).transpose(0, 1)
+        found = attn.read_latents(q_latent.view(B, T, attn.n_heads, -1), q_rope, rows, tokens.mask, self.taps)
+        return torch.bmm(found.reshape(B * T, attn.n_heads, -1).transpose(0, 1), self.up_v).transpose(0, 1).flatten(1)
+
+
+class _Block:
+    """:class:`TransformerBlock` on (N, dim)."""
+
+    def __init__(self, block: TransformerBlock) -> None:
+        attn, ffn = block.attn, block.ffn
+        assert isinstance(attn, GQAttention | MLAttention)
+        self.attn = _GQA(attn, block.attn_norm) if isinstance(attn, GQAttention) else _MLA(attn, block.attn_norm)
+        self.w_attn = _ready(attn.wo).t()
+        self.eps, self.moe = block.attn_norm.eps, ffn if isinstance(ffn, MoEFFN) else None
+        dense = ffn.shared if isinstance(ffn, MoEFFN) else ffn
+        gate_up = [] if dense is None else [_ready(dense.gate, block.ffn_norm), _ready(dense.up, block.ffn_norm)]
+        self.w_down = None if dense is None else _ready(dense.down).t()
+        if isinstance(ffn, MoEFFN):
+            gate_up.append(_ready(ffn.router, block.ffn_norm))
+            self.expert_norm = block.ffn_norm.weight * ffn.gate_up_scale
+        self.w_ffn = torch.cat(gate_up)
+        self.widths = [len(weight) for weight in gate_up]
+
+    def __call__(self, x_ND: Tensor, tokens: Tokens, slot: str) -> Tensor:
+        x_ND = torch.addmm(x_ND, self.attn(_normed(x_ND, self.eps), tokens, slot), self.w_attn)
+        normed = _normed(x_ND, self.eps)
+        parts = F.linear(normed, self.w_ffn).split(self.widths, 1)
+        if self.w_down is not None:
+            x_ND = torch.addmm(x_ND, F.silu(parts[0]).mul_(parts[1]), self.w_down)
+        if self.moe is not None:
+            chosen, weights = self.moe.choose(parts[-1].float())
+            x_ND = x_ND + grouped_swiglu(
+                normed * self.expert_norm, self.moe.gate_up, self.moe.down, chosen, weights * self.moe.down_scale
+            )
+        return x_ND
+
+
+def _normed(x_ND: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x_ND, x_ND.shape[-1:], None, eps)
+
+
+class Decoder:
+    """A model that decodes: :meth:`encode`, :meth:`loops` and :meth:`decode` are its three stages.
+
+    Made of a model's weights as they are; make a new one when they change. Rows must not hold padding.
+
+    Args:
+        model: in eval mode.
+        n_loops: the most loops that will be run.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: OpenMythos, n_loops: int) -> None:
+        self.model, recurrent = model, model.recurrent
+        self.prelude = [_Block(block) for block in model.prelude]
+        self.block = _Block(recurrent.block)
+        self.coda = [_Block(block) for block in model.coda]
+        self.A = recurrent.injection.get_A()
+        self.codes: list[Tensor | None] = [None] * n_loops
+        if model.cfg.loop_index_dim:
+            zero = torch.zeros_like(self.A)
+            self.codes = [loop_index_embedding(zero, loop, model.cfg.loop_index_dim) for loop in range(n_loops)]
+        self.lora_out = []
+        if recurrent.lora is not None:
+            lora = recurrent.lora
+            self.lora_out = [(lora.B * lora.row(loop)).t() for loop in range(n_loops)]
+
+    def encode(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Tokens]:
+        """The encoded input (N, dim) of tokens (B, T) behind those of the cache."""
+        (B, T), cfg, past = input_ids.shape, self.model.cfg, cache.length
+        freqs = rope_table(torch.arange(past, past + T, device=input_ids.device), cfg.rope_dim, cfg.rope_theta)
+        tokens = Tokens((B, T), freqs, CausalMask(T, past + T), cache)
+        x = F.embedding(input_ids.flatten(), self.model.embed.weight) * math.sqrt(cfg.dim)
+        for layer, block in enumerate(self.prelude):
+            x = block(x, tokens, prelude_slot(layer))
+        return self.model.input_norm(x), tokens
+
+    def first_state(self, e: Tensor) -> Tensor:
+        """(N, dim); see :meth:`OpenMythos.first_state`."""
+        return self.model.first_state(e)
+
+    def loops(self, h: Tensor, e: Tensor, tokens: Tokens, first: int, end: int) -> Tensor:
+        """States (N, dim) after loops ``first`` to ``end - 1``."""
+        recurrent, injected = self.model.recurrent, self.model.recurrent.injection.B * e
+        adapted = recurrent.lora.down(e) if recurrent.lora is not None else None
+        for loop in range(first, end):
+            code = self.codes[loop]
+            u = torch.addcmul(injected if code is None else injected + code, self.A, h)
+            u = self.block(u, tokens, loop_slot(loop, tokens.cache))
+            if adapted is not None:
+                u = torch.addmm(u, adapted, self.lora_out[loop])
+            h = recurrent.norm(u)
+        return h
+
+    def decode(self, h: Tensor, tokens: Tokens) -> Tensor:
+        """Logits (B, T, vocab_size) of states (N, dim)."""
+        for layer, block in enumerate(self.coda):
+            h = block(h, tokens, coda_slot(layer))
+        return self.model.head(self.model.norm(h)).view(*tokens.shape, -1)
