@@ -8,16 +8,20 @@ the modules compute, up to rounding; they are the reference.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.cache import Cache, coda_slot, loop_slot, prelude_slot
 from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.conv import ShortConv
+from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.gqa import GQAttention
+from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.moe import MoEFFN
@@ -108,7 +112,8 @@ class _MLA:
 class _Block:
     """:class:`TransformerBlock` on (N, dim)."""
 
-    def __init__(self, block: TransformerBlock) -> None:
+    def __init__(self, block: nn.Module) -> None:
+        assert isinstance(block, TransformerBlock)
         attn, ffn = block.attn, block.ffn
         assert isinstance(attn, GQAttention | MLAttention)
         self.attn = _GQA(attn, block.attn_norm) if isinstance(attn, GQAttention) else _MLA(attn, block.attn_norm)
@@ -141,61 +146,129 @@ def _normed(x_ND: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_ND, x_ND.shape[-1:], None, eps)
 
 
-class Decoder:
-    """A model that decodes: :meth:`encode`, :meth:`loops` and :meth:`decode` are its three stages.
-
-    Made of a model's weights as they are; make a new one when they change. Rows must not hold padding.
+class ModuleDecoder:
+    """Three stages by the model's own modules: for every model, padding, hooks and all. Rows may be padded on the left.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, without halting.
+    """
+
+    def __init__(self, model: OpenMythos) -> None:
+        self.model = model
+
+    def encode(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Tokens]:
+        """The encoded input (B, T, dim) of tokens (B, T) behind those of the cache."""
+        (B, T), (e, freqs, mask) = input_ids.shape, self.model.encode(input_ids, cache)
+        return e, Tokens((B, T), freqs, mask, cache)
+
+    def first_state(self, e: Tensor) -> Tensor:
+        """(B, T, dim); see :meth:`OpenMythos.first_state`."""
+        return self.model.first_state(e)
+
+    def loops(self, h: Tensor, e: Tensor, tokens: Tokens, first: int, end: int) -> Tensor:
+        """States (B, T, dim) after loops ``first`` to ``end - 1``."""
+        return self.model.recurrent(h, e, tokens.freqs, tokens.mask, end, tokens.cache, first_loop=first)
+
+    def decode(self, h: Tensor, tokens: Tokens) -> Tensor:
+        """Logits (B, T, vocab_size) of states (B, T, dim)."""
+        return self.model.head(self.model.decode(h, tokens.freqs, tokens.mask, tokens.cache))
+
+
+class Decoder(ModuleDecoder):
+    """As :class:`ModuleDecoder`, in few operations. Rows must not be padded.
+
+    Made of a model's weights as they are; make a new one when they change.
+
+    Args:
+        model: one that :func:`is_plain`, in eval mode, without halting.
         n_loops: the most loops that will be run.
     """
 
     @torch.no_grad()
     def __init__(self, model: OpenMythos, n_loops: int) -> None:
-        self.model, recurrent = model, model.recurrent
-        self.prelude = [_Block(block) for block in model.prelude]
+        super().__init__(model)
+        recurrent, cfg = model.recurrent, model.cfg
+        self.prelude, self.coda = ([_Block(block) for block in blocks] for blocks in (model.prelude, model.coda))
         self.block = _Block(recurrent.block)
-        self.coda = [_Block(block) for block in model.coda]
-        self.A = recurrent.injection.get_A()
-        self.codes: list[Tensor | None] = [None] * n_loops
-        if model.cfg.loop_index_dim:
-            zero = torch.zeros_like(self.A)
-            self.codes = [loop_index_embedding(zero, loop, model.cfg.loop_index_dim) for loop in range(n_loops)]
-        self.lora_out = []
-        if recurrent.lora is not None:
-            lora = recurrent.lora
-            self.lora_out = [(lora.B * lora.row(loop)).t() for loop in range(n_loops)]
+        self.A, zero = recurrent.injection.get_A(), torch.zeros_like(recurrent.injection.B)
+        self.codes = [
+            loop_index_embedding(zero, loop, cfg.loop_index_dim) if cfg.loop_index_dim else None
+            for loop in range(n_loops)
+        ]
+        lora = recurrent.lora
+        self.lora_up = None if lora is None else [(lora.B * lora.row(loop)).t() for loop in range(n_loops)]
 
     def encode(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Tokens]:
-        """The encoded input (N, dim) of tokens (B, T) behind those of the cache."""
         (B, T), cfg, past = input_ids.shape, self.model.cfg, cache.length
         freqs = rope_table(torch.arange(past, past + T, device=input_ids.device), cfg.rope_dim, cfg.rope_theta)
         tokens = Tokens((B, T), freqs, CausalMask(T, past + T), cache)
         x = F.embedding(input_ids.flatten(), self.model.embed.weight) * math.sqrt(cfg.dim)
         for layer, block in enumerate(self.prelude):
             x = block(x, tokens, prelude_slot(layer))
-        return self.model.input_norm(x), tokens
-
-    def first_state(self, e: Tensor) -> Tensor:
-        """(N, dim); see :meth:`OpenMythos.first_state`."""
-        return self.model.first_state(e)
+        return self.model.input_norm(x).view(B, T, -1), tokens
 
     def loops(self, h: Tensor, e: Tensor, tokens: Tokens, first: int, end: int) -> Tensor:
-        """States (N, dim) after loops ``first`` to ``end - 1``."""
-        recurrent, injected = self.model.recurrent, self.model.recurrent.injection.B * e
-        adapted = recurrent.lora.down(e) if recurrent.lora is not None else None
+        recurrent, shape = self.model.recurrent, h.shape
+        h, e = h.flatten(0, 1), e.flatten(0, 1)
+        injected = recurrent.injection.B * e
+        adapted = None if recurrent.lora is None else recurrent.lora.down(e)
         for loop in range(first, end):
             code = self.codes[loop]
             u = torch.addcmul(injected if code is None else injected + code, self.A, h)
             u = self.block(u, tokens, loop_slot(loop, tokens.cache))
-            if adapted is not None:
-                u = torch.addmm(u, adapted, self.lora_out[loop])
+            if adapted is not None and self.lora_up is not None:
+                u = torch.addmm(u, adapted, self.lora_up[loop])
             h = recurrent.norm(u)
-        return h
+        return h.view(shape)
 
     def decode(self, h: Tensor, tokens: Tokens) -> Tensor:
-        """Logits (B, T, vocab_size) of states (N, dim)."""
+        h = h.flatten(0, 1)
         for layer, block in enumerate(self.coda):
             h = block(h, tokens, coda_slot(layer))
         return self.model.head(self.model.norm(h)).view(*tokens.shape, -1)
+
+
+def make_decoder(model: OpenMythos, n_loops: int, padded: bool) -> ModuleDecoder:
+    """The fastest decoder that serves.
+
+    Args:
+        model: in eval mode, without halting.
+        n_loops: the most loops that will be run.
+        padded: whether rows hold padding.
+    """
+    return Decoder(model, n_loops) if not padded and is_plain(model) else ModuleDecoder(model)
+
+
+def is_plain(model: OpenMythos) -> bool:
+    """Whether the model's blocks are this library's own modules, with plain weights and nobody watching.
+
+    A hook would see nothing of a :class:`Decoder`, an adapter in place of a layer would not take part, and quantised
+    weights would be taken apart; and autocast chooses dtypes for products that are written otherwise here.
+    """
+    if torch.is_autocast_enabled(model.embed.weight.device.type):
+        return False
+    if vars(model.recurrent).keys() & {"forward", "iterate", "step"}:
+        return False
+    for part in (model.prelude, model.recurrent.block, model.recurrent.injection, model.coda):
+        for module in part.modules():
+            if type(module) not in _OWN or module._forward_hooks or module._forward_pre_hooks:
+                return False
+            if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
+                return False
+            if "forward" in vars(module):
+                return False
+    return True
+
+
+_OWN = (
+    TransformerBlock, GQAttention, MLAttention, MoEFFN, Expert, Linear, RMSNorm, ShortConv, LTIInjection, nn.ModuleList,
+    nn.Dropout,
+)  # fmt: skip
+
+
+def together(parts: Sequence[Tokens]) -> Tokens:
+    """Tokens that were encoded one after another, as one sequence."""
+    T = sum(part.shape[1] for part in parts)
+    cache, first = parts[0].cache, parts[0].at
+    freqs = torch.cat([part.freqs for part in parts], -3)
+    return Tokens((parts[0].shape[0], T), freqs, CausalMask(T, first + T, cache.valid), cache)

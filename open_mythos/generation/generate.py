@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import KVCache
+from open_mythos.generation.decoder import make_decoder
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit
@@ -86,14 +87,23 @@ def _one_by_one(
     warm_start: bool,
 ) -> Iterator[Tensor]:
     """(B, 1) tokens without end."""
-    tokens, mask, first = input_ids, attention_mask, None
+    with eval_mode(model), torch.no_grad():
+        h, freqs, mask = model.states(input_ids, n_loops, cache, attention_mask=attention_mask, exit=exit)
+        logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
+        adaptive = model.recurrent.choose_exit(exit) is not None
+        decoder = None if adaptive else make_decoder(model, n_loops, padded=cache.valid is not None)
     while True:
-        with eval_mode(model), torch.no_grad():
-            h, freqs, seen = model.states(tokens, n_loops, cache, attention_mask=mask, exit=exit, first=first)
-            last = model.decode(h, freqs, seen, cache)[:, -1]
-            tokens, mask = sampling.draw(model.head(last), generator).unsqueeze(1), None
-            first = h[:, -1:] if warm_start else None
+        tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
+        with eval_mode(model), torch.no_grad():
+            first = h[:, -1:] if warm_start else None
+            if decoder is None:
+                h, freqs, mask = model.states(tokens, n_loops, cache, exit=exit, first=first)
+                logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
+            else:
+                e, ctx = decoder.encode(tokens, cache)
+                h = decoder.loops(decoder.first_state(e) if first is None else first, e, ctx, 0, n_loops)
+                logits = decoder.decode(h, ctx)[:, -1]
 
 
 def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, eos_token_id: int | None) -> Iterator[Tensor]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache
 from open_mythos.fields import must
+from open_mythos.generation.decoder import ModuleDecoder, make_decoder, together
 from open_mythos.generation.sampling import Sampling, choose
 from open_mythos.nn.modes import eval_mode
-from open_mythos.ops.attention import CausalMask
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
@@ -67,10 +67,13 @@ class Speculation:
     eos_token_id: int | None = None
     generator: torch.Generator | None = None
     cache: KVCache = field(default_factory=KVCache)
+    _decoder: ModuleDecoder = field(init=False, repr=False)
 
     def blocks(self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
         """New tokens as they are accepted, ``max_new_tokens`` in all: (B, 1 to draft.tokens + 1) at a time."""
         with eval_mode(self.model), torch.no_grad():
+            padded = attention_mask is not None and not bool(attention_mask.all())
+            self._decoder = make_decoder(self.model, self.n_loops, padded)
             last = self.model.hidden(input_ids, self.n_loops, self.cache, attention_mask=attention_mask)[:, -1]
             new = self.sampling.draw(self.model.head(last), self.generator).unsqueeze(1)
         done, left = torch.zeros_like(new, dtype=torch.bool), max_new_tokens
@@ -84,20 +87,19 @@ class Speculation:
 
     def _round(self, token: Tensor, n_drafted: int, done: Tensor) -> Tensor:
         """The tokens that follow ``token`` (B, 1), the last one given out and not yet in the cache."""
-        model, cache, past = self.model, self.cache, self.cache.length
+        decoder, cache, past = self._decoder, self.cache, self.cache.length
         drafted, guesses, seen = [token], [], []
         for i in range(n_drafted + 1):
-            e, freqs, mask = model.encode(drafted[i], cache, n_loops=self.draft.loops)
-            h = model.recurrent(model.first_state(e), e, freqs, mask, self.draft.loops, cache)
-            seen.append((h, e, freqs))
+            e, tokens = decoder.encode(drafted[i], cache)
+            h = decoder.loops(decoder.first_state(e), e, tokens, 0, self.draft.loops)
+            seen.append((h, e, tokens))
             if i < n_drafted:
-                guesses.append(self.sampling.probabilities(model.head(model.decode(h, freqs, mask, cache))))
+                guesses.append(self.sampling.probabilities(decoder.decode(h, tokens)))
                 drafted.append(choose(guesses[i][:, 0], self.generator).unsqueeze(1))
-        states, inputs, phasors = zip(*seen, strict=True)
-        e, freqs = torch.cat(inputs, 1), torch.cat(phasors, -3)
-        mask = CausalMask(n_drafted + 1, past + n_drafted + 1, cache.valid)
-        h = model.recurrent(torch.cat(states, 1), e, freqs, mask, self.n_loops, cache, None, None, self.draft.loops)
-        p = self.sampling.probabilities(model.head(model.decode(h, freqs, mask, cache)))
+        states, inputs, parts = zip(*seen, strict=True)
+        tokens = together(parts)
+        h = decoder.loops(torch.cat(states, 1), torch.cat(inputs, 1), tokens, self.draft.loops, self.n_loops)
+        p = self.sampling.probabilities(decoder.decode(h, tokens))
         q, y = torch.cat([p[:, :0], *guesses], 1), torch.cat(drafted, 1)
         after_eos = torch.cat([done, self._is_eos(y[:, 1:])], 1).cumsum(1).bool()[:, :n_drafted]
         new = accept(p, q, y[:, 1:], after_eos, self.generator)

@@ -12,7 +12,8 @@ from torch import nn
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode restored after."""
     was_training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in was_training:
+        module.training = False
     try:
         yield
     finally:
