@@ -204,7 +204,8 @@ class OpenMythos(nn.Module):
         return past, self._valid(attention_mask, B, T, past, cache)
 
     def _check_slots(self, cache: Cache, past: int, n_loops: int) -> None:
-        if past == 0:
+        # No slot holds more than that of the loop before, so one tells of all.
+        if past == 0 or cache.slot_length(loop_slot(n_loops - 1)) == past:
             return
         lengths = cache.lengths()
         for loop in range(n_loops):

@@ -10,35 +10,47 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.fields import must, nearest
+from open_mythos.nn.halting import ask, relative_change
 
 Carried = tuple[Tensor, ...]
 
 
 @dataclass
 class LoopState:
-    """What there is to see after one loop.
+    """What there is to see after one loop. What costs something is computed when it is first read.
 
     Attributes:
         loop: number of the loop, from 0.
         h: (B, T, dim) state after it.
         ran: (B, T) bool, the positions that this loop computed.
-        change: (B, T) ``|h_t - h_{t-1}| / |h_t|``; None in training, when nothing halts.
-        halting: (B, T) probability that the gate gives; None in training.
+        before: (B, T, dim) state before it; None in training, when nothing halts.
+        gate: the block's gate, to be asked; None in training.
         logits: (B, T, vocab_size) predictions from ``h``; None unless the exit in use reads them.
     """
 
     loop: int
     h: Tensor
     ran: Tensor
-    change: Tensor | None = None
-    halting: Tensor | None = None
+    before: Tensor | None = None
+    gate: nn.Module | None = None
     logits: Tensor | None = None
+
+    @cached_property
+    def change(self) -> Tensor | None:
+        """(B, T) ``|h_t - h_{t-1}| / |h_t|``; None in training."""
+        return None if self.before is None else relative_change(self.before, self.h)
+
+    @cached_property
+    def halting(self) -> Tensor | None:
+        """(B, T) probability that the gate gives; None in training."""
+        return None if self.gate is None or self.change is None else ask(self.gate, self.h, self.change)
 
 
 class Exit(ABC):

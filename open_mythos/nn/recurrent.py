@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache, as_cache, loop_slot
+from open_mythos.cache import Cache, as_cache, loop_slot, repeat_rows
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, Gate, LoopState
-from open_mythos.nn.halting import ACTHalting, ask, gate_loss, relative_change, with_loss
+from open_mythos.nn.halting import ACTHalting, gate_loss, is_replaced, with_loss
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.modes import eval_mode
@@ -192,7 +192,10 @@ class RecurrentBlock(nn.Module):
     ) -> Iterator[LoopState]:
         for loop in range(n_loops):
             before, h = h, self.step(h, e, loop, freqs, mask, cache)
-            yield self._seen(loop, before, h, live)
+            state = LoopState(loop, h, live) if self.training else LoopState(loop, h, live, before, self.act)
+            if not self.training and is_replaced(self.act):
+                _ = state.halting  # whoever puts a gate there watches it, and nobody else may be asking
+            yield state
 
     def _running_positions(
         self,
@@ -209,30 +212,23 @@ class RecurrentBlock(nn.Module):
         carried, running = exit.init(h), live
         freqs = freqs.expand(len(e), *freqs.shape[-3:])
         active = ActiveTokens(torch.ones_like(live))  # padding runs the first loop, so that every position has rows
+        e_N, freqs_N, mask_N = e, freqs, mask
         for loop in range(n_loops):
-            if loop:
-                active = ActiveTokens(running, active.rows)
-            if len(active) == 0:
-                break
-            e_N, freqs_N = active.gather(e), active.gather(freqs)
-            h_N = self.step(active.gather(h), e_N, loop, freqs_N, active.mask(mask), cache, active)
+            h_N = self.step(active.gather(h), e_N, loop, freqs_N, mask_N, cache, active)
             before, h = h, active.scatter(h_N, into=h)
-            state = self._seen(loop, before, h, running)
-            if readout is not None and exit.needs_predictions:
-                state.logits = readout(h, loop)
+            logits = readout(h, loop) if readout is not None and exit.needs_predictions else None
+            state = LoopState(loop, h, running, before, self.act, logits)
             yield state
             stops, carried = exit.check(carried, state)
             running = running & ~stops
+            if (still := active.only(running)) is active:
+                continue
+            if len(still) == 0:
+                break
+            active = still
+            e_N, freqs_N, mask_N = active.gather(e), active.gather(freqs), active.mask(mask)
         if cache is not None:
-            first_idle = loop if len(active) == 0 else n_loops
-            for idle in range(first_idle, n_loops):
-                cache.slot(loop_slot(idle)).update(active.rows)
-
-    def _seen(self, loop: int, before: Tensor, h: Tensor, ran: Tensor) -> LoopState:
-        if self.training:
-            return LoopState(loop, h, ran)
-        change = relative_change(before, h)
-        return LoopState(loop, h, ran, change, ask(self.act, h, change))
+            repeat_rows(cache, [loop_slot(idle) for idle in range(loop, n_loops)], mask.n_keys - mask.n_queries)
 
 
 def check_n_loops(n_loops: Any, default: int) -> int:
