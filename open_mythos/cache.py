@@ -12,6 +12,9 @@ from torch import Tensor
 PADDING_SLOT = "padding"
 """Slot of a plain-dict cache that holds which cached tokens are real; present only if some are padding."""
 
+LOOPS_SLOT = "recurrent_loops"
+"""The one slot of all loops of the recurrent block, in a cache whose rows stand at different ones."""
+
 
 def prelude_slot(layer: int) -> str:
     return f"prelude_{layer}"

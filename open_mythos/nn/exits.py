@@ -27,7 +27,7 @@ class LoopState:
     """What there is to see after one loop. What costs something is computed when it is first read.
 
     Attributes:
-        loop: number of the loop, from 0.
+        loop: number of the loop, from 0; the greatest, if rows are at different ones.
         h: (B, T, dim) state after it.
         ran: (B, T) bool, the positions that this loop computed.
         before: (B, T, dim) state before it; None in training, when nothing halts.
@@ -110,13 +110,18 @@ class _AtRest(Exit):
 
     def init(self, h: Tensor) -> Carried:
         count = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
-        return (count,) if self.needs_predictions else (count, h.detach())
+        if self.needs_predictions or self.compares == 1:
+            return (count,)
+        # Of the states before the first nothing is known, and nothing is near it.
+        return (count, *[torch.full_like(h, math.nan)] * (self.compares - 2), h.detach())
 
     def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
         count, *seen = carried
-        seen = [*seen, self.watch(state)][-self.compares :]
-        count = (count + 1) * self.still(*seen) if len(seen) == self.compares else count
-        return count >= self.patience, (count, *seen)
+        seen = [*seen, self.watch(state)]
+        if len(seen) < self.compares:
+            return count >= self.patience, (count, *seen)
+        count = (count + 1) * self.still(*seen)
+        return count >= self.patience, (count, *seen[1:])
 
     def watch(self, state: LoopState) -> Tensor:
         """What the exit compares from loop to loop, (B, T, ...): the state, unless a subclass says otherwise."""

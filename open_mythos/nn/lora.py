@@ -35,11 +35,12 @@ class LoRAAdapter(nn.Module):
         nn.init.ones_(self.scale.weight)
         self.register_buffer("trained_loops", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: Tensor, loop_t: int) -> Tensor:
-        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0."""
+    def forward(self, x: Tensor, loop_t: int | Tensor) -> Tensor:
+        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0; (B, 1) integers for one of each row."""
         if self.training:
             self.trained_loops.clamp_(min=loop_t + 1)
-        row = (self.trained_loops - 1).clamp(min=0, max=min(loop_t, self.scale.num_embeddings - 1))
+        deepest = (self.trained_loops - 1).clamp(min=0, max=self.scale.num_embeddings - 1)
+        row = deepest.clamp(max=loop_t)
         return nn.functional.linear(self.down(x) * self.scale(row), self.B)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache, as_cache, loop_slot, repeat_rows
+from open_mythos.cache import LOOPS_SLOT, Cache, as_cache, loop_slot, repeat_rows
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.block import TransformerBlock
@@ -165,18 +165,22 @@ class RecurrentBlock(nn.Module):
         self,
         h: Tensor,
         e: Tensor,
-        loop: int,
+        loop: int | Tensor,
         freqs: Tensor,
         mask: CausalMask | None = None,
         kv_cache: Cache | None = None,
         active: ActiveTokens | None = None,
     ) -> Tensor:
-        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) for the positions in ``active``."""
+        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) for the positions in ``active``.
+
+        ``loop`` may be (B, 1) integers, one of each row, with a cache that knows them: rows are then in ``LOOPS_SLOT``.
+        """
+        slot = LOOPS_SLOT if isinstance(loop, Tensor) else loop_slot(loop)
         u = self.injection(h, e)
         if self.cfg.loop_index_dim:
             # Padding must stay zero, and the code is added to whatever is there.
             u = loop_index_embedding(u, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
-        u = self.block(u, freqs, mask, kv_cache, loop_slot(loop), active)
+        u = self.block(u, freqs, mask, kv_cache, slot, active)
         if self.lora is not None:
             u = u + self.lora(e, loop)
         h = self.norm(u)
