@@ -18,11 +18,12 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache, coda_slot, prelude_slot
 from open_mythos.generation.generate import check_lengths
-from open_mythos.generation.lanes import LaneCache
+from open_mythos.generation.lanes import LaneCache, Place
 from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.recurrent import check_n_loops
+from open_mythos.ops.attention import CausalMask
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
@@ -100,7 +101,9 @@ class DepthBatch:
         self._queue: deque[Request] = deque()
         self._running: list[_Row] = []
         self._left: list[_Row] = []
-        self._state: tuple[Tensor, ...] = ()  # h, e, freqs, and what the exit carries, of the running rows
+        # Of the running rows: h, e, freqs, loop, and what the exit carries, (n, 1, ...) each; and where they are.
+        self._state: tuple[Tensor, ...] = ()
+        self._place: Place
 
     def add(
         self,
@@ -139,7 +142,8 @@ class DepthBatch:
         served = []
         while self._queue and self._free:
             served.append(self._start(self._queue.popleft()))
-        if self._left and len(self._left) >= self._company * (len(self._left) + len(self._running)):
+        n_rows = len(self._left) + len(self._running)
+        if self._left and len(self._left) >= self._company * n_rows:
             served += [row.request for row in self._left]
             self._next_tokens()
         if self._running:
@@ -153,7 +157,7 @@ class DepthBatch:
         token = int(request.sampling.draw(self.model.head(last), request.generator))
         if self._accept(request, token):
             row = _Row(request, self._free.pop(), T)
-            self._cache.reserve(T + request.max_new_tokens, last.device)
+            self._cache.reserve(T + request.max_new_tokens, 1, last.device)
             self._cache.fill(row.lane, cache, self._layers, request.n_loops)
             self._enter([row])
         return request
@@ -167,14 +171,14 @@ class DepthBatch:
 
     def _loop(self) -> None:
         """One loop of every running row, from which those that have halted leave."""
-        rows, (h, e, freqs, *carried) = self._running, self._state
-        loops = [row.loop for row in rows]
-        mask = self._cache.at([row.lane for row in rows], [row.position for row in rows], loops, self._reach)
-        loop = torch.tensor(loops, device=h.device).unsqueeze(1)
-        before, h = h, self.model.recurrent.step(h, e, loop, freqs, mask, self._cache)
+        rows, (h, e, freqs, loop, *carried) = self._running, self._state
+        deepest = max(row.loop for row in rows)
+        self._cache.reserve(0, deepest + 1, h.device)
+        self._cache.go_to(self._place, loop)
+        before, h = h, self.model.recurrent.step(h, e, loop, freqs, self._place.mask, self._cache)
         stops = [False] * len(rows)
         if self.exit is not None:
-            state = LoopState(max(loops), h, torch.ones_like(loop, dtype=torch.bool), before, self.model.recurrent.act)
+            state = LoopState(deepest, h, torch.ones_like(loop, dtype=torch.bool), before, self.model.recurrent.act)
             stopped, kept = self.exit.check(tuple(carried), state)
             stops, carried = stopped.squeeze(1).tolist(), list(kept)
         stay = []
@@ -185,20 +189,21 @@ class DepthBatch:
                 self._left.append(row)
             else:
                 stay.append(i)
-        self._state = (h, e, freqs, *carried)
+        self._state = (h, e, freqs, loop + 1, *carried)
         if len(stay) < len(rows):
             self._running = [rows[i] for i in stay]
             at = torch.tensor(stay, dtype=torch.int64, device=h.device)
             self._state = tuple(x[at] for x in self._state)
+            self._place = self._place.select(at)
 
     def _next_tokens(self) -> None:
         """Coda, head and choice of a token for the rows that have left the loops; those that go on enter them again."""
         rows, self._left = self._left, []
         lanes, positions = [row.lane for row in rows], [row.position for row in rows]
         self._cache.leave(lanes, positions, [row.loop - 1 for row in rows])
-        mask = self._cache.at(lanes, positions)
         left_with = [row.left_with for row in rows if row.left_with is not None]
         h, freqs = (torch.cat(parts) for parts in zip(*left_with, strict=True))
+        mask = self._outside_loops(lanes, positions)
         logits = self.model.head(self.model.decode(h, freqs, mask, self._cache))[:, -1]
         on = []
         for row, token in zip(rows, self._draw(rows, logits), strict=True):
@@ -210,6 +215,14 @@ class DepthBatch:
                 self._free.append(row.lane)
         if on:
             self._enter(on)
+
+    def _outside_loops(self, lanes: list[int], positions: list[int]) -> CausalMask:
+        """Turn the cache to these tokens, for prelude and coda; the mask that they need."""
+        if not self._layers:
+            return CausalMask(1, 1)
+        place = self._cache.place(lanes, positions)
+        self._cache.go_to(place)
+        return place.mask
 
     @staticmethod
     def _draw(rows: list[_Row], logits: Tensor) -> list[int]:
@@ -223,17 +236,19 @@ class DepthBatch:
 
     def _enter(self, rows: list[_Row]) -> None:
         """Run the prelude on the newest token of each row and put it before its first loop."""
-        positions = [row.position for row in rows]
+        lanes, positions = [row.lane for row in rows], [row.position for row in rows]
         device = self.model.embed.weight.device
         ids = torch.tensor([[row.request.tokens[-1]] for row in rows], device=device)
-        mask = self._cache.at([row.lane for row in rows], positions)
-        at = torch.tensor(positions, device=device).unsqueeze(1)
-        e, freqs = self.model.encode_at(ids, at, mask, self._cache)
+        mask = self._outside_loops(lanes, positions)
+        e, freqs = self.model.encode_at(ids, torch.tensor(positions, device=device).unsqueeze(1), mask, self._cache)
         h = self.model.first_state(e)
-        new = (h, e, freqs, *(self.exit.init(h) if self.exit is not None else ()))
+        new = (h, e, freqs, torch.zeros_like(ids), *(self.exit.init(h) if self.exit is not None else ()))
         if self._running:
             new = tuple(torch.cat(pair) for pair in zip(self._state, new, strict=True))
         self._running, self._state = self._running + rows, new
+        self._place = self._cache.place(
+            [row.lane for row in self._running], [row.position for row in self._running], self._reach
+        )
 
 
 def generate_many(
