@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
 
 
+_COMPANY = 0.25
+"""Rows that have left the loops go on once they are this share of all: prelude, coda and head take a small model about
+as long for several rows as for one."""
+
+
 @dataclass(eq=False)
 class Request:
     """One sequence, from :meth:`DepthBatch.add`; ``tokens`` grows until it is ``done``.
@@ -91,9 +96,6 @@ class DepthBatch:
         # How far back the recurrent block looks: if all its heads are local, a window, and what is convolved into it.
         local = cfg.n_local_heads == cfg.n_heads
         self._reach = cfg.local_window + max(0, cfg.conv_taps - 1) if local else None
-        # Prelude, coda and head cost about the same for one row and for several. The more layers there are, the more it
-        # pays that rows wait for each other before them.
-        self._company = min(0.5, (2 + cfg.prelude_layers + cfg.coda_layers) / 8)
         self._layers = [prelude_slot(i) for i in range(cfg.prelude_layers)]
         self._layers += [coda_slot(i) for i in range(cfg.coda_layers)]
         self._cache = LaneCache(max_rows)
@@ -143,7 +145,7 @@ class DepthBatch:
         while self._queue and self._free:
             served.append(self._start(self._queue.popleft()))
         n_rows = len(self._left) + len(self._running)
-        if self._left and len(self._left) >= self._company * n_rows:
+        if self._left and len(self._left) >= _COMPANY * n_rows:
             served += [row.request for row in self._left]
             self._next_tokens()
         if self._running:
