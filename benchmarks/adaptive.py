@@ -133,10 +133,11 @@ class Replay:
 
 
 def plain(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
-    """Answers (n, T), all rows one token further at a time."""
+    """Answers (n, T), all rows one token further at a time; padding, behind a row's end, waits for no loop."""
     cache, answers = KVCache(), []
-    for column in batch.ids.unbind(1):
-        answers.append(model(column.unsqueeze(1), n_loops, cache, exit=exit).argmax(-1))
+    for t, column in enumerate(batch.ids.split(1, 1)):
+        real = None if batch.valid is None else batch.valid[:, t : t + 1]
+        answers.append(model(column, n_loops, cache, attention_mask=real, exit=exit).argmax(-1))
     return torch.cat(answers, 1)
 
 
