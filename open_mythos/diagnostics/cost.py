@@ -49,7 +49,7 @@ def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
     half of the prompt, and MLA reads that in its expanded form.
 
     Args:
-        cfg: the model's config.
+        cfg: the model's config; the gate is asked after every loop if ``cfg.halting``, and else not counted.
         n_loops: loops that the token runs; a mean over tokens, where they halt at different ones.
         context: tokens that it sees, at least 1.
     """
@@ -59,6 +59,8 @@ def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
     loop = _matrices(model.recurrent) + _routed(model.recurrent.block.ffn, cfg.n_experts_per_tok)
     if model.recurrent.lora is not None:
         loop += model.recurrent.lora.B.numel()
+    if not cfg.halting:  # then nobody asks the gate
+        loop -= _matrices(model.recurrent.act)
     loop += _attention(cfg, context, cfg.n_local_heads)
     return FLOPS_PER_MULTIPLY_ADD * (outside + n_loops * loop)
 
