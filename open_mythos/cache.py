@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,9 @@ from open_mythos.fields import must
 PADDING_SLOT = "padding"
 """Slot of a plain-dict cache that holds which cached tokens are real; present only if some are padding."""
 
+LOOPS_SLOT = "recurrent_loops"
+"""The one slot of all loops of the recurrent block, in a cache whose rows stand at different ones."""
+
 
 def prelude_slot(layer: int) -> str:
     return f"prelude_{layer}"
@@ -21,7 +25,12 @@ def prelude_slot(layer: int) -> str:
 def loop_slot(loop: int, cache: Cache | None = None) -> str:
     """The slot that a loop writes and reads; a ``cache`` of fewer slots than loops uses them in turn."""
     n_slots = cache.cache_loops if cache is not None else None
-    return f"recurrent_loop_{loop if n_slots is None else loop % n_slots}"
+    return _loop_slot(loop if n_slots is None else loop % n_slots)
+
+
+@functools.cache
+def _loop_slot(i: int) -> str:
+    return f"recurrent_loop_{i}"
 
 
 def coda_slot(layer: int, loop: int | None = None) -> str:
@@ -30,36 +39,78 @@ def coda_slot(layer: int, loop: int | None = None) -> str:
 
 
 class CacheSlot:
-    """Rows of one layer (or loop), in buffers that double when they are full and are written in place."""
+    """Rows of one layer (or loop), in buffers that double when they are full and are written in place.
+
+    The slot of a loop that the newest tokens did not need holds what the slot before it got (:meth:`repeat`). Nothing
+    is copied before some token comes that deep, and then all at once.
+    """
 
     def __init__(self) -> None:
         self.length = 0
+        self._written = 0  # tokens whose rows are in the buffers; those after them are in the slot before
+        self._before: CacheSlot | None = None
         self._buffers: dict[str, Tensor] = {}
 
     @property
     def rows(self) -> dict[str, Tensor]:
         """The used part of each buffer, (B, length, ...), as views."""
+        self._catch_up()
         return {name: buffer[:, : self.length] for name, buffer in self._buffers.items()}
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; 0 if nothing has been written."""
+        return next((len(buffer) for buffer in self._buffers.values()), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows written."""
+        return sum(buffer[:, : self._written].nbytes for buffer in self._buffers.values())
 
     def update(self, new: dict[str, Tensor], at: int | None = None) -> dict[str, Tensor]:
         """Write ``new`` rows, (B, T, ...) each, and return all rows, (B, length, ...).
 
         They stand at position ``at``, behind all others if None; what the slot held from there on is given up.
         """
-        start = self.length = self.length if at is None else self._checked(at)
-        end, past = start + next(iter(new.values())).shape[1], self.rows
+        if at is not None:
+            assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
+            self.truncate(at)
+        self._catch_up()
+        start = self.length
+        self._write(new)
+        self.length = self._written
+        if torch.is_grad_enabled() and any(rows.requires_grad for rows in new.values()):
+            # Autograd must not meet buffers that later tokens overwrite.
+            return {
+                name: torch.cat([self._buffers[name][:, :start].clone(), rows], 1) if start else rows
+                for name, rows in new.items()
+            }
+        return self.rows
+
+    def repeat(self, before: CacheSlot) -> None:
+        """Hold from here on what ``before`` holds, the slot of the loop before, always the same one."""
+        self._before, self.length = before, before.length
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first ``length``."""
+        self.length, self._written = min(self.length, length), min(self._written, length)
+
+    def _catch_up(self) -> None:
+        if self._written == self.length:
+            return
+        chain = [self]
+        while chain[-1]._written < self.length:
+            assert chain[-1]._before is not None, "what is not written is held by the slot before"
+            chain.append(chain[-1]._before)
+        for before, slot in pairwise(reversed(chain)):
+            slot._write({name: buffer[:, slot._written : self.length] for name, buffer in before._buffers.items()})
+
+    def _write(self, new: dict[str, Tensor]) -> None:
+        start, end = self._written, self._written + next(iter(new.values())).shape[1]
         for name, rows in new.items():
             self._reserve(name, rows, end)
             self._buffers[name][:, start:end] = rows.detach()
-        self.length = end
-        if torch.is_grad_enabled() and any(rows.requires_grad for rows in new.values()):
-            # Autograd must not meet buffers that later tokens overwrite.
-            return {name: torch.cat([past[name].clone(), rows], 1) if start else rows for name, rows in new.items()}
-        return self.rows
-
-    def _checked(self, at: int) -> int:
-        assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
-        return at
+        self._written = end
 
     def _reserve(self, name: str, like: Tensor, length: int) -> None:
         buffer = self._buffers.get(name)
@@ -68,7 +119,7 @@ class CacheSlot:
         capacity = length if buffer is None else max(length, 2 * buffer.shape[1])
         grown = torch.empty(like.shape[0], capacity, *like.shape[2:], dtype=like.dtype, device=like.device)
         if buffer is not None:
-            grown[:, : self.length] = buffer[:, : self.length]
+            grown[:, : self._written] = buffer[:, : self._written]
         self._buffers[name] = grown
 
 
@@ -103,12 +154,14 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows in use."""
-        return sum(t.numel() * t.element_size() for slot in self._slots.values() for t in slot.rows.values())
+        """Bytes of the rows in use; loops that no token has needed yet take none."""
+        return sum(slot.nbytes for slot in self._slots.values())
 
     def slot(self, name: str) -> CacheSlot:
         """The slot called ``name``, made empty if it is new."""
-        return self._slots.setdefault(name, CacheSlot())
+        if name not in self._slots:
+            self._slots[name] = CacheSlot()
+        return self._slots[name]
 
     def slot_length(self, name: str) -> int:
         """Tokens held by one slot; 0 if there is none of that name."""
@@ -121,7 +174,7 @@ class KVCache:
     @property
     def batch_size(self) -> int:
         """Rows of the batch it holds; 0 if empty."""
-        return max((len(t) for slot in self._slots.values() for t in slot.rows.values()), default=0)
+        return next((slot.batch_size for slot in self._slots.values() if slot.batch_size), 0)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``.
@@ -134,7 +187,7 @@ class KVCache:
         if length == 0:
             return self.reset()
         for slot in self._slots.values():
-            slot.length = min(slot.length, length)
+            slot.truncate(length)
         if self.valid is not None:
             self.valid = self.valid[:, :length]
 
@@ -154,6 +207,10 @@ class _DictSlot:
         self._cache, self._name = cache, name
 
     @property
+    def length(self) -> int:
+        return next(iter(self.rows.values())).shape[1] if self._name in self._cache else 0
+
+    @property
     def rows(self) -> dict[str, Tensor]:
         return self._cache[self._name]
 
@@ -162,6 +219,10 @@ class _DictSlot:
         rows = new if old is None else {name: torch.cat([old[name], rows], 1) for name, rows in new.items()}
         self._cache[self._name] = rows
         return rows
+
+    def repeat(self, before: _DictSlot) -> None:
+        start = self.length
+        self.update({name: rows[:, start:] for name, rows in before.rows.items()})
 
 
 class DictCache:
@@ -193,7 +254,7 @@ class DictCache:
         return _DictSlot(self._data, name)
 
     def slot_length(self, name: str) -> int:
-        return next(iter(self._data[name].values())).shape[1] if name in self._data else 0
+        return self.slot(name).length
 
     def lengths(self) -> dict[str, int]:
         return {name: next(iter(rows.values())).shape[1] for name, rows in self._data.items() if name != PADDING_SLOT}
@@ -207,10 +268,12 @@ def repeat_rows(cache: Cache, names: list[str], past: int) -> None:
 
     They are those of loops that no position needed any more: what there was to read did not change from then on.
     """
-    lengths = cache.lengths()
-    for before, name in pairwise(names):
-        if lengths.get(name, 0) <= past:
-            cache.slot(name).update({key: rows[:, past:] for key, rows in cache.slot(before).rows.items()})
+    before: Any = cache.slot(names[0])
+    for name in names[1:]:
+        slot: Any = cache.slot(name)  # of the same kind
+        if slot.length <= past:
+            slot.repeat(before)
+        before = slot
 
 
 def as_cache(kv_cache: KVCache | DictCache | dict[str, Any] | None) -> Cache | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from open_mythos import checkpoint
 from open_mythos.cache import Cache, KVCache, as_cache, coda_slot, loop_slot, prelude_slot, repeat_rows
 from open_mythos.config import MythosConfig
+from open_mythos.generation.depth_batching import generate_many
 from open_mythos.generation.generate import check_ids, generate, stream
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
@@ -139,18 +140,26 @@ class OpenMythos(nn.Module):
         past, valid = self._checked(input_ids, cache, start_pos, attention_mask, n_loops)
         T = input_ids.shape[1]
         mask = CausalMask(T, past + T, valid)
-        x = self.embed(input_ids) * math.sqrt(self.cfg.dim)
         if valid is None:
-            positions = torch.arange(past, past + T, device=x.device) + ((start_pos or 0) if cache is None else 0)
+            first = past if cache is not None else start_pos or 0
+            positions = torch.arange(first, first + T, device=input_ids.device)
         else:
-            x = x * valid[:, -T:].unsqueeze(-1)
             positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -T:]
         if cache is not None:
             cache.valid = valid
+        return *self.encode_at(input_ids, positions, mask, cache), mask
+
+    def encode_at(
+        self, input_ids: Tensor, positions: Tensor, mask: CausalMask, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`encode` of tokens whose ``positions`` (T,) or (B, T) and mask are known to fit: e and (cos, sin)."""
+        x = self.embed(input_ids) * math.sqrt(self.cfg.dim)
+        if mask.valid is not None:
+            x = x * mask.valid[:, -x.shape[1] :].unsqueeze(-1)
         freqs = rope_table(positions, self.cfg.rope_dim, self.cfg.rope_theta)
         for layer, block in enumerate(self.prelude):
             x = block(x, freqs, mask, cache, prelude_slot(layer))
-        return self.input_norm(x), freqs, mask
+        return self.input_norm(x), freqs
 
     def first_state(self, e: Tensor) -> Tensor:
         """The state before the first loop, as ``cfg.state_init`` says: (B, T, dim)."""
@@ -225,7 +234,8 @@ class OpenMythos(nn.Module):
         return past, self._valid(attention_mask, B, T, past, cache)
 
     def _check_slots(self, cache: Cache, past: int, n_loops: int) -> None:
-        if past == 0:
+        # No slot holds more than that of the loop before, so one tells of all.
+        if past == 0 or cache.slot_length(loop_slot(n_loops - 1)) == past:
             return
         lengths = cache.lengths()
         for loop in range(n_loops):
@@ -351,6 +361,46 @@ class OpenMythos(nn.Module):
             eos_token_id=eos_token_id, attention_mask=attention_mask, generator=generator, exit=exit,
             cache_loops=cache_loops, draft=None if draft_loops is None else Draft(draft_loops, draft_tokens),
             warm_start=warm_start,
+        )  # fmt: skip
+
+    def generate_many(
+        self,
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 64,
+        n_loops: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+        exit: Exit | None = None,
+        max_rows: int = 32,
+    ) -> list[Tensor]:
+        """Continue prompts of any lengths together; no token waits for the loops of another sequence's.
+
+        Greedy tokens are those that :meth:`generate` gives for each prompt alone. It pays with an exit, or with
+        ``n_loops`` that differ: see :class:`~open_mythos.generation.depth_batching.DepthBatch`.
+
+        Args:
+            prompts: (T,) token ids each, without padding.
+            max_new_tokens: how many tokens to add to each, at most.
+            n_loops: loops for every token; one number for each prompt, or one for all.
+            temperature, top_k, top_p, min_p: as :meth:`generate`.
+            eos_token_id: ends a sequence.
+            generator: random state to draw from, in the order in which tokens come.
+            exit: as :meth:`forward`; none that reads predictions.
+            max_rows: sequences decoded at once; others follow as these end.
+
+        Returns:
+            For each prompt, it and its new tokens, (T + new,); ends with ``eos_token_id`` if that came.
+
+        Raises:
+            ValueError: for input, options or lengths that do not fit, before anything is computed.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        return generate_many(
+            self, prompts, max_new_tokens, n_loops, sampling, eos_token_id, generator, exit, max_rows
         )  # fmt: skip
 
     # -- files

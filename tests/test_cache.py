@@ -10,7 +10,7 @@ from torch import Tensor
 from open_mythos import KVCache, OpenMythos
 from open_mythos.cache import PADDING_SLOT, as_cache
 from open_mythos.nn import attention, conv
-from open_mythos.nn.exits import PredictionKL
+from open_mythos.nn.exits import PredictionKL, StateChange
 
 T = 12
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
@@ -237,6 +237,24 @@ def test_kv_cache_knows_its_length_and_size():
             assert cache.nbytes == 4 * 2 * total * 2 * 16 * 4  # slots, rows, tokens, k and v, channels, bytes
     cache.reset()
     assert cache.length == 0 and cache.nbytes == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_loops_that_no_token_needs_take_no_memory(attn_type):
+    """Their slots are filled when a token comes that deep, and cut like the others before and after."""
+    model, ids, rule, cache = tiny_model(attn_type, halting=False), tokens(1, 12), StateChange(0.06), KVCache()
+    used, shared = loops_used(model, ids, 7, exit=rule)[0], KVCache()
+    assert used[:2].max() < used.max(), f"the first tokens were meant to stop earlier: {used}"
+    model(ids[:, :1], 1, shared, exit=rule)
+    bytes_of_a_row = shared.nbytes / 3  # prelude, one loop, coda
+    whole = model(ids, 7, exit=rule)
+    for part, held in (slice(2), 2), (slice(2, 5), 5), (slice(5, 12), 12):
+        assert_near(model(ids[:, part], 7, cache, exit=rule), whole[:, part])
+        assert cache.nbytes <= bytes_of_a_row * held * (2 + int(used[:held].max()))
+    cache.truncate(6)
+    assert cache.length == 6
+    assert_near(model(ids[:, 6:], 7, cache, exit=rule), whole[:, 6:])
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)

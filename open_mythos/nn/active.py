@@ -25,11 +25,30 @@ class ActiveTokens:
     def __init__(self, running: Tensor, rows: dict[str, Tensor] | None = None) -> None:
         self.running = running
         self.rows = rows or {}
-        self.row, self.col = running.nonzero(as_tuple=True)
-        self.slot = (running.cumsum(1) - 1)[self.row, self.col]
+
+    def only(self, running: Tensor) -> ActiveTokens:
+        """Those of these positions that still run, with the rows of the loop that is over."""
+        still = ActiveTokens(running, self.rows)
+        return self if len(still) == len(self) else still
+
+    @cached_property
+    def _n(self) -> int:
+        return int(self.running.sum())
 
     def __len__(self) -> int:
-        return len(self.row)
+        return self._n
+
+    @cached_property
+    def _at(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each running position."""
+        row, col = self.running.nonzero(as_tuple=True)
+        return row, col
+
+    @cached_property
+    def _packed_at(self) -> tuple[Tensor, Tensor]:
+        """Row of each running position, and its place among those of the row."""
+        row, col = self._at
+        return row, (self.running.cumsum(1) - 1)[row, col]
 
     @cached_property
     def width(self) -> int:
@@ -45,40 +64,39 @@ class ActiveTokens:
         """(B, T, ...) -> (1, N, ...)."""
         if self.is_everything:
             return x
-        return x[self.row, self.col].unsqueeze(0)
+        return x[self._at].unsqueeze(0)
 
     def scatter(self, new: Tensor, into: Tensor) -> Tensor:
         """``into`` (B, T, ...) with the running positions replaced by ``new`` (1, N, ...)."""
         if self.is_everything:
             return new
-        return into.index_put((self.row, self.col), new[0].to(into.dtype))
+        return into.index_put(self._at, new[0].to(into.dtype))
 
     def pack(self, x: Tensor) -> Tensor:
         """(1, N, ...) -> (B, width, ...), zeros behind each row's last."""
         if self.is_everything:
             return x
         packed = x.new_zeros(len(self.running), self.width, *x.shape[2:])
-        return packed.index_put((self.row, self.slot), x[0])
+        return packed.index_put(self._packed_at, x[0])
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(B, width, ...) -> (1, N, ...)."""
         if self.is_everything:
             return packed
-        return packed[self.row, self.slot].unsqueeze(0)
+        return packed[self._packed_at].unsqueeze(0)
 
     def mask(self, whole: CausalMask) -> CausalMask:
         """``whole``, the mask of all T positions of the batch, for the packed queries alone."""
         if self.is_everything:
             return whole
         first = whole.n_keys - whole.n_queries
-        positions = self.pack((self.col + first).unsqueeze(0))
+        positions = self.pack((self._at[1] + first).unsqueeze(0))
         return CausalMask(self.width, whole.n_keys, whole.valid, positions, first)
 
     def merge(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rows of all (B, T) positions: ``new`` ones (1, N, ...) where they run, the previous loop's elsewhere."""
-        shape = self.running.shape
-        self.rows = {
-            name: self.scatter(rows, into=self.rows[name] if self.rows else rows.new_zeros(*shape, *rows.shape[2:]))
-            for name, rows in new.items()
-        }
+        if self.is_everything:
+            self.rows = new
+        else:
+            self.rows = {name: self.scatter(rows, into=self.rows[name]) for name, rows in new.items()}
         return self.rows

@@ -10,35 +10,47 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.fields import must, nearest
+from open_mythos.nn.halting import ask, relative_change
 
 Carried = tuple[Tensor, ...]
 
 
 @dataclass
 class LoopState:
-    """What there is to see after one loop.
+    """What there is to see after one loop. What costs something is computed when it is first read.
 
     Attributes:
-        loop: number of the loop, from 0.
+        loop: number of the loop, from 0; the greatest, if rows are at different ones.
         h: (B, T, dim) state after it.
         ran: (B, T) bool, the positions that this loop computed.
-        change: (B, T) ``|h_t - h_{t-1}| / |h_t|``; None in training, when nothing halts.
-        halting: (B, T) probability that the gate gives; None in training.
+        before: (B, T, dim) state before it; None in training, when nothing halts.
+        gate: the block's gate, to be asked; None in training.
         logits: (B, T, vocab_size) predictions from ``h``; None unless the exit in use reads them.
     """
 
     loop: int
     h: Tensor
     ran: Tensor
-    change: Tensor | None = None
-    halting: Tensor | None = None
+    before: Tensor | None = None
+    gate: nn.Module | None = None
     logits: Tensor | None = None
+
+    @cached_property
+    def change(self) -> Tensor | None:
+        """(B, T) ``|h_t - h_{t-1}| / |h_t|``; None in training."""
+        return None if self.before is None else relative_change(self.before, self.h)
+
+    @cached_property
+    def halting(self) -> Tensor | None:
+        """(B, T) probability that the gate gives; None in training."""
+        return None if self.gate is None or self.change is None else ask(self.gate, self.h, self.change)
 
 
 class Exit(ABC):
@@ -98,13 +110,18 @@ class _AtRest(Exit):
 
     def init(self, h: Tensor) -> Carried:
         count = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
-        return (count,) if self.needs_predictions else (count, h.detach())
+        if self.needs_predictions or self.compares == 1:
+            return (count,)
+        # Of the states before the first nothing is known, and nothing is near it.
+        return (count, *[torch.full_like(h, math.nan)] * (self.compares - 2), h.detach())
 
     def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
         count, *seen = carried
-        seen = [*seen, self.watch(state)][-self.compares :]
-        count = (count + 1) * self.still(*seen) if len(seen) == self.compares else count
-        return count >= self.patience, (count, *seen)
+        seen = [*seen, self.watch(state)]
+        if len(seen) < self.compares:
+            return count >= self.patience, (count, *seen)
+        count = (count + 1) * self.still(*seen)
+        return count >= self.patience, (count, *seen[1:])
 
     def watch(self, state: LoopState) -> Tensor:
         """What the exit compares from loop to loop, (B, T, ...): the state, unless a subclass says otherwise."""

@@ -52,6 +52,11 @@ class ACTHalting(nn.Module):
 _FORWARD = ACTHalting.forward
 
 
+def is_replaced(act: nn.Module) -> bool:
+    """Whether somebody has put another gate in the place of ``act``, or in that of its ``forward``."""
+    return getattr(act.forward, "__func__", None) is not _FORWARD
+
+
 def ask(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
     """What the gate ``act`` says of states and their :func:`relative_change`; one of somebody else's sees states alone.
 
@@ -63,8 +68,7 @@ def ask(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
     Returns:
         (B, T) probabilities.
     """
-    own = getattr(act.forward, "__func__", None) is _FORWARD
-    return act(h, change) if own else act(h)
+    return act(h) if is_replaced(act) else act(h, change)
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:

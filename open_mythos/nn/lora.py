@@ -35,15 +35,16 @@ class LoRAAdapter(nn.Module):
         nn.init.ones_(self.scale.weight)
         self.register_buffer("trained_loops", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: Tensor, loop_t: int) -> Tensor:
-        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0."""
+    def forward(self, x: Tensor, loop_t: int | Tensor) -> Tensor:
+        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0; (B, 1) integers for one of each row."""
         if self.training:
             self.trained_loops.clamp_(min=loop_t + 1)
         return nn.functional.linear(self.down(x) * self.row(loop_t), self.B)
 
-    def row(self, loop_t: int) -> Tensor:
-        """The scale of loop ``loop_t``: (rank,)."""
-        return self.scale((self.trained_loops - 1).clamp(min=0, max=min(loop_t, self.scale.num_embeddings - 1)))
+    def row(self, loop_t: int | Tensor) -> Tensor:
+        """The scale of loop ``loop_t``: (rank,), or (B, 1, rank) for one of each row."""
+        deepest = (self.trained_loops - 1).clamp(min=0, max=self.scale.num_embeddings - 1)
+        return self.scale(deepest.clamp(max=loop_t))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Fit a table saved with another ``max_loops``: grow to it, or repeat its last row. Nothing trained is cut."""

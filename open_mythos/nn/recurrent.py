@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache, as_cache, loop_slot
+from open_mythos.cache import LOOPS_SLOT, Cache, as_cache, loop_slot, repeat_rows
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, Gate, LoopState
-from open_mythos.nn.halting import ACTHalting, ask, gate_loss, relative_change, with_loss
+from open_mythos.nn.halting import ACTHalting, gate_loss, is_replaced, with_loss
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.modes import eval_mode
@@ -173,18 +173,22 @@ class RecurrentBlock(nn.Module):
         self,
         h: Tensor,
         e: Tensor,
-        loop: int,
+        loop: int | Tensor,
         freqs: Tensor,
         mask: CausalMask | None = None,
         kv_cache: Cache | None = None,
         active: ActiveTokens | None = None,
     ) -> Tensor:
-        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) for the positions in ``active``."""
+        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) for the positions in ``active``.
+
+        ``loop`` may be (B, 1) integers, one of each row, with a cache that knows them: rows are then in ``LOOPS_SLOT``.
+        """
+        slot = LOOPS_SLOT if isinstance(loop, Tensor) else loop_slot(loop, kv_cache)
         u = self.injection(h, e)
         if self.cfg.loop_index_dim:
             # Padding must stay zero, and the code is added to whatever is there.
             u = loop_index_embedding(u, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
-        u = self.block(u, freqs, mask, kv_cache, loop_slot(loop, kv_cache), active)
+        u = self.block(u, freqs, mask, kv_cache, slot, active)
         if self.lora is not None:
             u = u + self.lora(e, loop)
         h = self.norm(u)
@@ -200,7 +204,10 @@ class RecurrentBlock(nn.Module):
     ) -> Iterator[LoopState]:
         for loop in loops:
             before, h = h, self.step(h, e, loop, freqs, mask, cache)
-            yield self._seen(loop, before, h, live)
+            state = LoopState(loop, h, live) if self.training else LoopState(loop, h, live, before, self.act)
+            if not self.training and is_replaced(self.act):
+                _ = state.halting  # whoever puts a gate there watches it, and nobody else may be asking
+            yield state
 
     def _running_positions(
         self,
@@ -217,30 +224,28 @@ class RecurrentBlock(nn.Module):
         carried, running = exit.init(h), live
         freqs = freqs.expand(len(e), *freqs.shape[-3:])
         active = ActiveTokens(torch.ones_like(live))  # padding runs the first loop, so that every position has rows
+        e_N, freqs_N, mask_N = e, freqs, mask
         for loop in range(n_loops):
-            if loop:
-                active = ActiveTokens(running, active.rows)
-            if len(active) == 0:
-                break
-            e_N, freqs_N = active.gather(e), active.gather(freqs)
-            h_N = self.step(active.gather(h), e_N, loop, freqs_N, active.mask(mask), cache, active)
+            h_N = self.step(active.gather(h), e_N, loop, freqs_N, mask_N, cache, active)
             before, h = h, active.scatter(h_N, into=h)
-            state = self._seen(loop, before, h, running)
-            if readout is not None and exit.needs_predictions:
-                state.logits = readout(h, loop)
+            logits = readout(h, loop) if readout is not None and exit.needs_predictions else None
+            state = LoopState(loop, h, running, before, self.act, logits)
             yield state
             stops, carried = exit.check(carried, state)
             running = running & ~stops
+            if (still := active.only(running)) is active:
+                continue
+            if len(still) == 0:
+                break
+            active = still
+            e_N, freqs_N, mask_N = active.gather(e), active.gather(freqs), active.mask(mask)
         if cache is not None:
-            first_idle = loop if len(active) == 0 else n_loops
-            for idle in range(first_idle, n_loops):
-                cache.slot(loop_slot(idle, cache)).update(active.rows, mask.n_keys - mask.n_queries)
-
-    def _seen(self, loop: int, before: Tensor, h: Tensor, ran: Tensor) -> LoopState:
-        if self.training:
-            return LoopState(loop, h, ran)
-        change = relative_change(before, h)
-        return LoopState(loop, h, ran, change, ask(self.act, h, change))
+            at = mask.n_keys - mask.n_queries
+            if cache.cache_loops is None:
+                repeat_rows(cache, [loop_slot(idle) for idle in range(loop, n_loops)], at)
+            else:  # loops share slots, so that what a deeper one would have written takes the place of what is there
+                for idle in range(loop + 1, n_loops):
+                    cache.slot(loop_slot(idle, cache)).update(active.rows, at)
 
 
 def check_n_loops(n_loops: Any, default: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def loop_index_embedding(h: Tensor, loop_t: int, loop_dim: int, theta: float = 10000.0) -> Tensor:
+def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: float = 10000.0) -> Tensor:
     """Add a sinusoidal code of the loop number to the first ``loop_dim`` channels.
 
     The code is that of Vaswani et al. 2017 (arXiv:1706.03762, 3.5) with the loop in place of the position;
@@ -14,7 +14,7 @@ def loop_index_embedding(h: Tensor, loop_t: int, loop_dim: int, theta: float = 1
 
     Args:
         h: state, (..., dim).
-        loop_t: loop number, from 0.
+        loop_t: loop number, from 0; or integers that broadcast with h's axes but the last, (B, 1) for one of each row.
         loop_dim: channels to write, even, at most dim.
         theta: base of the frequencies.
 
@@ -22,6 +22,6 @@ def loop_index_embedding(h: Tensor, loop_t: int, loop_dim: int, theta: float = 1
         (..., dim), in h's dtype.
     """
     exponent = torch.arange(0, loop_dim, 2, device=h.device, dtype=torch.float32) / loop_dim
-    angles = loop_t * theta**-exponent
-    code = torch.cat([angles.sin(), angles.cos()])
+    angles = (loop_t.unsqueeze(-1) if isinstance(loop_t, Tensor) else loop_t) * theta**-exponent
+    code = torch.cat([angles.sin(), angles.cos()], -1)
     return h + torch.nn.functional.pad(code, (0, h.shape[-1] - loop_dim)).to(h.dtype)

@@ -35,7 +35,9 @@ class UntiedBlocks(RecurrentBlock):
         """The first loop's block."""
         return cast(RecurrentBlock, self.blocks[0]).block
 
-    def step(self, h: Tensor, e: Tensor, loop: int, *inputs: Any) -> Tensor:
+    def step(self, h: Tensor, e: Tensor, loop: int | Tensor, *inputs: Any) -> Tensor:
+        if isinstance(loop, Tensor):
+            raise ValueError("this baseline has a block for each loop, so rows at different loops do not run together")
         if loop >= len(self.blocks):
             raise ValueError(
                 f"n_loops={loop + 1}, but this baseline has {len(self.blocks)} blocks and cannot go deeper"

@@ -10,7 +10,7 @@ from torch import Tensor
 from open_mythos import KVCache, OpenMythos, reference
 from open_mythos.nn import exits
 from open_mythos.nn.exits import Acceleration, Exit, Gate, LoopState, PredictionKL, StableArgmax, StateChange
-from open_mythos.nn.halting import relative_change
+from open_mythos.nn.halting import ask
 
 LOOPS = 7
 # Settings at which a tiny model's positions stop at different loops, some of them never.
@@ -28,8 +28,7 @@ def stops(rule: Exit, first: list[float], states: list[list[float]], logits: boo
     for loop, values in enumerate(states):
         value = torch.tensor([[values]])
         h = torch.zeros(1, 1, len(first)) if logits else value
-        ran, change = torch.ones(1, 1, dtype=torch.bool), relative_change(before, h)
-        state = LoopState(loop, h, ran, change, logits=value if logits else None)
+        state = LoopState(loop, h, torch.ones(1, 1, dtype=torch.bool), before, logits=value if logits else None)
         may_stop, carried = rule.check(carried, state)
         before = h
         found.append(bool(may_stop))
@@ -166,6 +165,15 @@ def test_predictions_are_read_only_by_those_who_need_them(rule, monkeypatch):
     monkeypatch.setattr(model, "decode", lambda *inputs: calls.append(1) or original(*inputs))
     model(tokens(2, 6), 3, exit=rule)
     assert len(calls) == (4 if isinstance(rule, PredictionKL | StableArgmax) else 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", [None, *RULES], ids=str)
+def test_the_gate_is_asked_only_by_who_heeds_it(rule, monkeypatch):
+    model, asked = tiny_model(halting=False), []
+    monkeypatch.setattr(exits, "ask", lambda act, h, change: asked.append(1) or ask(act, h, change))
+    model(tokens(2, 6), 3, exit=rule)
+    assert len(asked) == (3 if isinstance(rule, Gate) else 0)
 
 
 @torch.no_grad()

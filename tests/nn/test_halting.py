@@ -19,7 +19,8 @@ def decisions(gate: Gate, p: Tensor) -> Tensor:
     """(loops, B, T) whether the gate lets go at each loop, of probabilities (loops, B, T)."""
     carried, found = gate.init(torch.zeros(*p.shape[1:], 2)), []
     for loop, row in enumerate(p):
-        state = LoopState(loop, torch.zeros(*row.shape, 2), torch.ones_like(row, dtype=torch.bool), halting=row)
+        state = LoopState(loop, torch.zeros(*row.shape, 2), torch.ones_like(row, dtype=torch.bool))
+        state.halting = row
         stops, carried = gate.check(carried, state)
         found.append(stops)
     return torch.stack(found)
@@ -86,7 +87,8 @@ def test_mass_is_summed_in_single_precision(dtype):
 
 def test_no_gradient_flows_through_the_decision():
     p = torch.tensor([[0.2, 0.6]], requires_grad=True)
-    state = LoopState(0, torch.zeros(1, 2, 3), torch.ones(1, 2).bool(), halting=p)
+    state = LoopState(0, torch.zeros(1, 2, 3), torch.ones(1, 2).bool())
+    state.halting = p
     _, (mass,) = Gate(0.5).check(Gate(0.5).init(state.h), state)
     assert not mass.requires_grad
 

@@ -1,0 +1,264 @@
+"""Tokens per second with an adaptive exit against a fixed number of loops, and what it costs in accuracy.
+
+    python benchmarks/adaptive.py [--only parity p_hop] [--out benchmarks/results/adaptive.json]
+
+These models answer at the positions of a given sequence, so decoding means: problems are fed token by token through a
+cache, each position answered when its token comes, the next token given and not the answer. That is what generation
+costs. Batch 1 is the plain way of ``model.generate``. Batch 8 is eight problems of one size: in a plain batch, where a
+token waits for the slowest row's, and by depth batching (``DepthBatch``), where none does. "Mixed" are eight problems
+of several sizes, as requests of strangers would be; in a plain batch they are padded, which is not counted as tokens.
+
+The exit is chosen for each case on other problems (or training text) than those reported: the fewest loops, a gate's
+counted dearer, among those that lose no more than half the bar. A round times every way once, in turn; the ratio
+reported is the median over rounds. A quarter of an hour on one core, of which ``--retime`` repeats only the timing.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos import KVCache, OpenMythos, tasks
+from open_mythos.evaluation.depth import chunks, measuring, readings
+from open_mythos.generation.depth_batching import DepthBatch
+from open_mythos.nn import exits
+from open_mythos.nn.exits import Exit
+from open_mythos.tasks import UNSCORED, Batch
+from open_mythos.tasks.text import Text
+
+ROOT = Path(__file__).parent
+SPEEDUP, LOST = 1.8, 0.005  # the bar: times as fast, at no more accuracy (of text, share of its bits per byte) lost
+ROWS = 8
+GATE_COST = 1.12  # of a loop after which the gate is asked, against one after which only the change is measured
+TOKENS = 16384  # of the problems on which an exit is chosen, and of those reported
+GATES = ("gate:.99", "gate:.9", "gate:.5")
+RESTS = [f"change:{threshold:g}:{patience}" for threshold in (0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
+         for patience in (1, 2)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the size of its problems, the fixed loops that its card recommends there, and sizes to mix."""
+
+    model: str
+    task: str
+    difficulty: int
+    loops: int
+    sizes: tuple[int, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def problems(self, n: int, seed: int, mixed: bool = False) -> Batch:
+        """``n`` problems; seed 0 is for choosing an exit, others for what is reported."""
+        if self.task == "text":
+            return tasks.load("text", split="held_out" if seed else "train").windows(self.difficulty, n)  # type: ignore[attr-defined]
+        sizes = [self.sizes[i % len(self.sizes)] for i in range(n)] if mixed else [self.difficulty] * n
+        return self.made().mixed(sizes, torch.Generator().manual_seed(1000 + seed))
+
+    def made(self) -> tasks.Task:
+        return tasks.load(self.task, **dict(self.options))
+
+
+CASES = {
+    "parity": Case("parity-tiny", "parity", 96, 64, (24, 48, 96)),
+    "prefix_sums": Case("prefix-sums-tiny", "prefix_sums", 128, 64, (32, 64, 128)),
+    "chain_sum": Case("chain-sum-tiny", "chain_sum", 16, 32, (5, 8, 16)),
+    "p_hop": Case("p-hop-tiny", "p_hop", 12, 32, (6, 9, 12), (("symbols", 14), ("questions", 7))),
+    "permutations": Case("permutations-tiny", "permutations", 24, 32, (6, 12, 24), (("generators", "transpositions"),)),
+    "addition": Case("addition-tiny", "addition", 20, 32, (5, 10, 20)),
+    "text, 8 loops": Case("text-tiny", "text", 128, 8),
+    "text, 32 loops": Case("text-tiny", "text", 128, 32),
+}
+
+
+# -- accuracy, and the choice of an exit
+
+
+def quality(model: OpenMythos, case: Case, batch: Batch, exit: Exit | None) -> tuple[float, float]:
+    """Accuracy, or bits per byte, and the loops that a position ran, at ``case.loops`` or where the exit stops."""
+    task, right, nats, ran, n = case.made(), 0.0, 0.0, 0.0, 0
+    with measuring(model, halting=False):
+        for part in chunks(batch, torch.device("cpu")):
+            (reading,) = readings(model, part.ids, [case.loops], part.valid, exit=exit)
+            ran += float(reading.used.sum())
+            n += part.ids.numel() if part.valid is None else int(part.valid.sum())
+            right += float(task.score(reading.logits.argmax(-1), part.targets).tokens.sum())
+            logits, targets = reading.logits.flatten(0, 1), part.targets.flatten()
+            nats += float(F.cross_entropy(logits, targets, ignore_index=UNSCORED, reduction="sum"))
+    if isinstance(task, Text):
+        return nats / math.log(2) / int(task.bytes_of(batch.targets).sum()), ran / n
+    return right / len(batch.ids), ran / n
+
+
+def lost(case: Case, fixed: float, adaptive: float) -> float:
+    """Accuracy lost, or the share by which bits per byte have grown."""
+    return adaptive / fixed - 1 if case.task == "text" else fixed - adaptive
+
+
+def choose(model: OpenMythos, case: Case, examples: int) -> str:
+    """The cheapest exit that loses no more than half the bar on problems of its own."""
+    batch, best, least = case.problems(examples, 0), "gate:1", math.inf
+    fixed, _ = quality(model, case, batch, None)
+    for name in (*(GATES if model.cfg.halting else ()), *RESTS):
+        found, loops = quality(model, case, batch, exits.parse(name))
+        cost = loops * (GATE_COST if name in GATES else 1)
+        if cost < least and lost(case, fixed, found) <= LOST / 2:
+            best, least = name, cost
+    return best
+
+
+# -- decoding
+
+
+class Replay:
+    """Stands in for sampling: notes the likeliest token, and hands out the one that the problem goes on with."""
+
+    temperature = None
+
+    def __init__(self, given: Sequence[int]) -> None:
+        self.given, self.answers = iter([*given, 0]), list[int]()
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> int:
+        self.answers.append(int(logits.argmax(-1)))
+        return next(self.given)
+
+
+def plain(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
+    """Answers (n, T), all rows one token further at a time; padding, behind a row's end, waits for no loop."""
+    cache, answers = KVCache(), []
+    for t, column in enumerate(batch.ids.split(1, 1)):
+        real = None if batch.valid is None else batch.valid[:, t : t + 1]
+        answers.append(model(column, n_loops, cache, attention_mask=real, exit=exit).argmax(-1))
+    return torch.cat(answers, 1)
+
+
+def batched(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
+    """Answers (n, T), 0 at padding, each row going on as soon as it can."""
+    engine, replays = DepthBatch(model, exit, len(batch.ids)), []
+    lengths = [batch.ids.shape[1]] * len(batch.ids) if batch.valid is None else batch.valid.sum(1).tolist()
+    for row, length in zip(batch.ids.tolist(), lengths, strict=True):
+        replays.append(Replay(row[1:length]))
+        engine.add(torch.tensor(row[:1]), length, n_loops, replays[-1])  # type: ignore[arg-type]
+    while engine.busy:
+        engine.step()
+    answers = torch.zeros_like(batch.ids)
+    for row, (replay, length) in enumerate(zip(replays, lengths, strict=True)):
+        answers[row, :length] = torch.tensor(replay.answers)
+    return answers
+
+
+def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    answers = run()
+    return time.perf_counter() - start, answers
+
+
+def race(model: OpenMythos, case: Case, batch: Batch, exit: Exit, rounds: int) -> dict[str, Any]:
+    """Tokens per second of every way, times as fast as the fixed count, and answers that are not the plain way's."""
+    n = case.loops
+    ways: dict[str, Callable[[], Tensor]] = {
+        "fixed": lambda: plain(model, batch, n, None),
+        "plain": lambda: plain(model, batch, n, exit),
+    }
+    if len(batch.ids) > 1:
+        ways["batched"] = lambda: batched(model, batch, n, exit)
+    tokens = batch.ids.numel() if batch.valid is None else int(batch.valid.sum())
+    real = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    answers = {}
+    with measuring(model, halting=False):
+        plain(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n, exit)  # warm
+        for _ in range(rounds):
+            for way, run in ways.items():
+                took, answers[way] = timed(run)
+                seconds[way].append(took)
+    found: dict[str, Any] = {"tokens_per_s": {way: tokens / median(took) for way, took in seconds.items()}}
+    found["speedup"] = {
+        way: median(f / a for f, a in zip(seconds["fixed"], took, strict=True)) for way, took in seconds.items()
+    }
+    if "batched" in ways:
+        found["differing"] = float((answers["batched"] != answers["plain"])[real].float().mean())
+    return found
+
+
+def assess(model: OpenMythos, case: Case) -> dict[str, Any]:
+    """The exit that is chosen, and what it costs in accuracy."""
+    examples = max(64, TOKENS // case.problems(1, 0).ids.shape[1])
+    chosen = choose(model, case, examples)
+    fixed, _ = quality(model, case, batch := case.problems(examples, 1), None)
+    adaptive, loops = quality(model, case, batch, exits.parse(chosen))
+    return asdict(case) | {
+        "examples": examples, "exit": chosen, "fixed": fixed, "adaptive": adaptive,
+        "lost": lost(case, fixed, adaptive), "mean_loops": loops,
+    }  # fmt: skip
+
+
+def races(model: OpenMythos, case: Case, exit: Exit, rounds: int) -> dict[str, Any]:
+    """What every way of decoding gains."""
+    batches = {"batch 1": case.problems(1, 2), f"batch {ROWS}": case.problems(ROWS, 2)}
+    if case.sizes:
+        batches["mixed"] = case.problems(ROWS, 2, mixed=True)
+    return {name: race(model, case, batch, exit, rounds) for name, batch in batches.items()}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One line for each case: what is reached, in bold where it meets the bar."""
+    lines = [
+        "| case | fixed loops | exit | loops run | accuracy (text: bits/byte), fixed | lost | batch 1 "
+        f"| batch {ROWS}, plain | batch {ROWS}, depth-batched | mixed sizes, plain | mixed, depth-batched |",
+        "|---" * 11 + "|",
+    ]
+    for name, found in results.items():
+        kept = found["lost"] <= LOST
+
+        def cell(race: dict[str, Any] | None, way: str, kept: bool = kept) -> str:
+            if race is None:
+                return "–"
+            speedup = race["speedup"][way]
+            return f"**{speedup:.2f}x**" if kept and speedup >= SPEEDUP else f"{speedup:.2f}x"
+
+        eight, mixed = found[f"batch {ROWS}"], found.get("mixed")
+        cells = [cell(found["batch 1"], "plain")]
+        cells += [cell(race, way) for race in (eight, mixed) for way in ("plain", "batched")]
+        lines.append(
+            f"| {name}, {found['difficulty']} | {found['loops']} | `{found['exit']}` | {found['mean_loops']:.1f} "
+            f"| {found['fixed']:.4f} | {found['lost']:.4f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--text", default="text-tiny", help="the text model: a name or a directory")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--retime", action="store_true", help="keep the exits and accuracies in --out")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "adaptive.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(args.out.read_text())["results"] if args.out.is_file() else {}
+    for name in args.only:
+        case = CASES[name]
+        model = OpenMythos.from_pretrained(args.text if case.task == "text" else case.model).float().eval()
+        kept = results[name] if args.retime else assess(model, case)
+        results[name] = kept | races(model, case, exits.parse(kept["exit"]), args.rounds)
+        results = {known: results[known] for known in CASES if known in results}
+        conditions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        conditions |= {"threads": 1, "rounds": args.rounds, "dtype": "float32"}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
+    print(markdown(results))
+    print(f"\nResults: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

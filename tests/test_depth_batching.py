@@ -1,0 +1,170 @@
+"""Depth batching is right when nobody can tell from a sequence what ran beside it."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import ATTENTION, loops_used, tiny_model, tokens
+from torch import Tensor
+
+from open_mythos import OpenMythos
+from open_mythos.generation.depth_batching import DepthBatch
+from open_mythos.generation.sampling import Sampling
+from open_mythos.nn.exits import Acceleration, Exit, Gate, PredictionKL, StateChange
+from open_mythos.training.baselines import UnrolledMythos
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [tokens(n, seed=n) for n in (5, 1, 9, 3, 12, 2, 7)]
+LOOPS = [4, 7, 1, 6, 2, 5, 7]
+EXITS = [None, Gate(0.9), StateChange(0.06), StateChange(0.08, 2), Acceleration(0.05)]
+
+
+def model_of(attn_type: str = "gqa", **changes: Any) -> OpenMythos:
+    return tiny_model(attn_type, max_seq_len=64, **{"halting": False, **changes})
+
+
+def alone(model: OpenMythos, prompt: Tensor, n_new: int, n_loops: int, exit: Exit | None = None, **options) -> Tensor:
+    return model.generate(prompt.unsqueeze(0), n_new, n_loops, temperature=0, exit=exit, **options)[0]
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("exit", EXITS, ids=str)
+@pytest.mark.parametrize("max_rows", [1, 3, 32])
+def test_greedy_tokens_are_those_of_each_prompt_alone(attn_type, exit, max_rows):
+    """Prompts of every length, each with its own number of loops; with 3 rows, most start beside others' middle."""
+    model = model_of(attn_type)
+    together = model.generate_many(PROMPTS, 11, LOOPS, temperature=0, exit=exit, max_rows=max_rows)
+    for prompt, n_loops, found in zip(PROMPTS, LOOPS, together, strict=True):
+        assert torch.equal(found, alone(model, prompt, 11, n_loops, exit))
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("changes", [
+    dict(halting=True), dict(local_share=1.0), dict(local_share=1.0, conv_taps=0, local_window=1), dict(local_window=0),
+    dict(prelude_layers=0, coda_layers=0), dict(prelude_layers=2, coda_layers=0), dict(state_init="zero"),
+    dict(loop_index_dim=8), dict(loop_index_dim=8, lora_rank=0, state_norm=False),
+    dict(n_heads=6, n_kv_heads=3, dim=36),
+], ids=str)  # fmt: skip
+def test_every_part_of_a_model_on_and_off(attn_type, changes):
+    model = model_of(attn_type, **changes)
+    exit = None if changes.get("halting") else StateChange(0.06)
+    together = model.generate_many(PROMPTS[:4], 8, LOOPS[:4], temperature=0, exit=exit)
+    for prompt, n_loops, found in zip(PROMPTS, LOOPS, together, strict=False):
+        assert torch.equal(found, alone(model, prompt, 8, n_loops, exit))
+
+
+@pytest.mark.parametrize("exit", [StateChange(0.06), Gate(0.9)], ids=str)
+def test_a_token_runs_the_loops_that_it_needs_and_no_more(exit, monkeypatch):
+    model, computed = model_of(), []
+    original = model.recurrent.block.ffn.forward
+    monkeypatch.setattr(
+        model.recurrent.block.ffn, "forward", lambda x: computed.append(x.shape[:-1].numel()) or original(x)
+    )
+    batch = DepthBatch(model, exit)
+    requests = [batch.add(prompt, 9, 7, GREEDY) for prompt in PROMPTS]
+    batch.step()  # prompts run by themselves
+    del computed[:-1]
+    while batch.busy:
+        batch.step()
+    steps, computed_in_all = len(computed), sum(computed)
+    for request in requests:
+        whole = torch.cat([request.prompt, torch.tensor(request.tokens)]).unsqueeze(0)
+        used = loops_used(model, whole, 7, exit=exit)[0]
+        assert request.loops == used[len(request.prompt) : -1].tolist()
+    needed = [sum(request.loops) for request in requests]
+    assert computed_in_all == sum(needed)
+    assert max(needed) <= steps < 1.3 * max(needed)
+
+
+def test_who_needs_few_loops_does_not_wait_for_others():
+    batch = DepthBatch(model_of())
+    quick, *slow = [batch.add(prompt, 12, n, GREEDY) for prompt, n in zip(PROMPTS, (1, 7, 7, 7), strict=False)]
+    for _ in range(12):
+        batch.step()
+    assert quick.done and not any(len(request.tokens) > 3 for request in slow)
+
+
+def test_requests_come_and_go_while_others_run():
+    model, exit = model_of(), StateChange(0.06)
+    batch = DepthBatch(model, exit, max_rows=2)
+    first = batch.add(PROMPTS[0], 20, 7, GREEDY)
+    for _ in range(30):
+        batch.step()
+    assert 1 < len(first.tokens) < 20
+    later = [batch.add(prompt, n, 5, GREEDY) for prompt, n in zip(PROMPTS[1:4], (1, 3, 30), strict=True)]
+    served = []
+    while batch.busy:
+        served += batch.step()
+    assert not batch.step()
+    for request, n in zip([first, *later], (20, 1, 3, 30), strict=True):
+        assert request.done and len(request.tokens) == n
+        n_loops = 7 if request is first else 5
+        assert request.tokens == alone(model, request.prompt, n, n_loops, exit)[-n:].tolist()
+    assert all(served.count(request) == len(request.tokens) for request in later)
+
+
+def test_a_row_ends_with_eos():
+    model = model_of()
+    free = model.generate_many(PROMPTS, 12, 5, temperature=0)
+    eos = int(free[0][len(PROMPTS[0]) + 2])
+    ended = model.generate_many(PROMPTS, 12, 5, temperature=0, eos_token_id=eos)
+    for prompt, whole, found in zip(PROMPTS, free, ended, strict=True):
+        new = whole[len(prompt) :].tolist()
+        n = new.index(eos) + 1 if eos in new else 12
+        assert torch.equal(found, whole[: len(prompt) + n])
+
+
+def test_drawn_tokens_follow_a_seed_and_the_models_probabilities():
+    model, prompts = model_of(), [PROMPTS[0]] * 400
+    options = dict(n_loops=3, temperature=1.3, top_k=4, max_rows=400)
+
+    def drawn(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack(model.generate_many(prompts, 3, generator=generator, **options))[:, 5:]
+
+    found = drawn(0)
+    assert torch.equal(found, drawn(0)) and not torch.equal(found, drawn(1))
+    first = int(found[:, 0].mode().values)
+    of_first = found[found[:, 0] == first]
+    with torch.no_grad():
+        logits = model(torch.cat([PROMPTS[0], torch.tensor([first])]).unsqueeze(0), 3)[:, -1]
+    expected = Sampling(1.3, 4).probabilities(logits)[0]
+    assert (of_first[:, 1].bincount(minlength=23) / len(of_first) - expected).abs().max() < 0.15
+
+
+def test_requests_may_be_drawn_differently():
+    model, batch = model_of(), DepthBatch(model_of())
+    greedy = batch.add(PROMPTS[0], 6, 3, GREEDY)
+    free = batch.add(PROMPTS[0], 6, 3, Sampling(5.0, None), generator=torch.Generator().manual_seed(0))
+    while batch.busy:
+        batch.step()
+    assert greedy.tokens == alone(model, PROMPTS[0], 6, 3)[5:].tolist() != free.tokens
+
+
+def test_modes_and_prompts_are_left_as_they_were():
+    model = model_of(dropout=0.5).train()
+    prompt = PROMPTS[0].int()
+    (found,) = model.generate_many([prompt], 4, 3, temperature=0)
+    assert model.training and found.dtype == torch.int32 and torch.equal(found[:5], prompt)
+    assert not found.requires_grad
+    assert torch.equal(model.generate_many([prompt], 0)[0], prompt)
+    assert model.generate_many([], 4) == []
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(prompts=[tokens(1, 4)]), r"prompt is \(1, 4\)"), (dict(prompts=[[1, 2]]), "prompt is list"),
+    (dict(prompts=[torch.zeros(0, dtype=torch.long)]), "input_ids"), (dict(n_loops=[3, 3]), "2 numbers for 1 prompts"),
+    (dict(n_loops=0), "n_loops=0"), (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(top_k=0), "top_k=0"),
+    (dict(max_new_tokens=70), "max_seq_len=64"), (dict(max_rows=0), "max_rows=0"),
+    (dict(exit=PredictionKL()), "PredictionKL.*reads predictions"),
+], ids=str)  # fmt: skip
+def test_what_does_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        model_of().generate_many(**{"prompts": PROMPTS[:1], "max_new_tokens": 4, **options})
+
+
+def test_models_that_have_no_rows_at_different_loops():
+    with pytest.raises(ValueError, match=r"training mode.*eval\(\)"):
+        DepthBatch(model_of().train())
+    with pytest.raises(ValueError, match="a block for each loop"):
+        UnrolledMythos(model_of().cfg).eval().generate_many(PROMPTS[:1], 3)
