@@ -9,7 +9,7 @@ from open_mythos.cache import Cache, as_cache
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.linear import Linear
-from open_mythos.ops.attention import CausalMask, attend, attend_convolved, attend_local, causal_conv
+from open_mythos.ops.attention import CausalMask, attend, attend_convolved, attend_local, convolved_window
 from open_mythos.ops.rope import rope_rows
 
 Rows = dict[str, Tensor]
@@ -131,12 +131,9 @@ class CausalAttention(nn.Module):
         """Local attention of some heads; only the rows that a window holds are convolved."""
         q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)
         if taps is not None:
-            n_taps = taps[0].shape[1]
-            needed = min(k.shape[1], mask.n_new + self.local_window - 1 + n_taps - 1)
-            k_taps, v_taps = (self._read_by(heads, tap)[0].flatten(1) for tap in taps)
-            k = causal_conv(k[:, -needed:].flatten(2), k_taps).unflatten(2, k.shape[2:])
-            v = causal_conv(v[:, -needed:].flatten(2), v_taps).unflatten(2, v.shape[2:])
-            mask = mask.last(needed)
+            k_taps, v_taps = (self._read_by(heads, tap)[0] for tap in taps)
+            k, near = convolved_window(k, k_taps, mask, self.local_window)
+            v, mask = convolved_window(v, v_taps, mask, self.local_window)[0], near
         return attend_local(q, k, v, self.local_window, mask, scale)
 
     def _attend_far(

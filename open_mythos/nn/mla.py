@@ -10,7 +10,7 @@ from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.linear import Linear, residual_gain, side_by_side
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.attention import CausalMask, attend_convolved, attend_local, causal_conv
+from open_mythos.ops.attention import CausalMask, attend_convolved, attend_local, convolved_window
 from open_mythos.ops.rope import apply_rope
 
 
@@ -95,11 +95,9 @@ class MLAttention(CausalAttention):
             keys = torch.cat([c_kv, k_rope], -1).unsqueeze(2)
             return self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale)
         if n:
-            needed = min(c_kv.shape[1], mask.n_new + self.local_window - 1 + len(taps) - 1)
-            near = causal_conv(c_kv[:, -needed:], taps)
-            keys = torch.cat([near, k_rope[:, -needed:]], -1).unsqueeze(2)
+            near, near_mask = convolved_window(c_kv, taps, mask, self.local_window)
+            keys = torch.cat([near, k_rope[:, -near.shape[1] :]], -1).unsqueeze(2)
             q = torch.cat([q_latent[:, :, :n], q_rope[:, :, :n]], -1)
-            near_mask = mask.last(needed)
             found.append(attend_local(q, keys, near.unsqueeze(2), self.local_window, near_mask, self.score_scale))
         if n < self.n_heads:
             c_kv, k_rope, taps = c_kv.unsqueeze(2), k_rope.unsqueeze(2), taps.unsqueeze(1)

@@ -62,6 +62,11 @@ class CausalMask:
         """True where SDPA needs no mask: all tokens are queries, or one query sees every key."""
         return self.valid is None and self.positions is None and self.n_queries in (1, self.n_keys)
 
+    @property
+    def is_last(self) -> bool:
+        """True for one query that sees every key."""
+        return self.n_queries == 1 and self.is_plain
+
     def dense(self, device: torch.device) -> Tensor:
         """(B or 1, 1, T, S) bool, True where a query may look; made once for all layers and loops that ask."""
         if self._dense is None or self._dense.device != device:
@@ -176,6 +181,8 @@ def attend_convolved(
     Returns:
         (B, T, H, Dv).
     """
+    if mask.is_last:
+        return _attend_last(q, k, v, k_taps, v_taps, scale, beside)
     B, T, H, D = q.shape
     S, G, K = *k.shape[1:3], len(k_taps)
     scale = D**-0.5 if scale is None else scale
@@ -189,12 +196,42 @@ def attend_convolved(
         q_BGTRP = beside[0].unflatten(2, (G, -1)).permute(0, 2, 1, 3, 4)
         more = _products(q_BGTRP.reshape(B, G, -1, q_BGTRP.shape[-1]), beside[1].permute(0, 2, 3, 1), scale)
         scores += more.view(B, G, T, H // G, S)
-    if not mask.is_plain or T > 1:  # scores are (B, G, T, R, S)
-        scores = scores.masked_fill(~mask.dense(q.device).unsqueeze(3), float("-inf"))
+    scores = scores.masked_fill(~mask.dense(q.device).unsqueeze(3), float("-inf"))  # of (B, G, T, R, S)
     weights = F.pad(scores.softmax(-1).to(v.dtype), (0, K - 1))
     shifted = weights.unfold(-1, S, 1).movedim(-2, 2)  # (B, G, K, T, R, S)
     found = _products(shifted.reshape(B, G, -1, S), v.transpose(1, 2), 1.0).view(B, G, K, T, H // G, -1)
     return (found * v_taps.transpose(0, 1)[:, :, None, None]).sum(2).transpose(1, 2).flatten(2, 3)
+
+
+def _attend_last(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_taps: Tensor,
+    v_taps: Tensor,
+    scale: float | None = None,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """:func:`attend_convolved` for the last token alone, which sees every key: the same products, fewer operations."""
+    B, _, H, D = q.shape
+    S, G, K, R = *k.shape[1:3], len(k_taps), H // k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    zero, found = q.new_empty(()), []
+    for g in range(G):
+        q_BRD, k_taps_KD, v_taps_KD = q[:, 0, g * R : (g + 1) * R], k_taps[:, g], v_taps[:, g]
+        q_BKRD = q_BRD.unsqueeze(1) * k_taps_KD.unsqueeze(1)
+        products = torch.baddbmm(zero, q_BKRD.view(B, -1, D), k[:, :, g].transpose(1, 2), beta=0, alpha=scale)
+        products = products.view(B, K, R, S)
+        scores = products[:, 0].float()
+        for j in range(1, min(K, S)):
+            scores[..., j:].add_(products[:, j, :, : S - j])
+        if beside is not None:
+            more = beside[0][:, 0, g * R : (g + 1) * R], beside[1][:, :, g].transpose(1, 2)
+            scores.baddbmm_(*(x.float() for x in more), alpha=scale)
+        weights = F.pad(scores.softmax(-1), (0, K - 1)).to(v.dtype)
+        shifted = weights.as_strided((B, K, R, S), (R * (S + K - 1), 1, S + K - 1, 1)).reshape(B, -1, S)
+        found.append((torch.bmm(shifted, v[:, :, g]).view(B, K, R, -1) * v_taps_KD.unsqueeze(1)).sum(1))
+    return (found[0] if G == 1 else torch.cat(found, 1)).unsqueeze(1)
 
 
 def _products(a_BGMI: Tensor, b_BGIO: Tensor, scale: float) -> Tensor:
@@ -216,7 +253,7 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask,
     if mask.positions is None and T > 1:
         return _attend_chunks(q, k, v, window, mask, scale)
     if mask.is_plain:
-        return _attend_last(q, k[:, -window:], v[:, -window:], D**-0.5 if scale is None else scale)
+        return _attend_sums(q, k[:, -window:], v[:, -window:], D**-0.5 if scale is None else scale)
     offsets = torch.arange(window - 1, -1, -1, device=q.device)
     at = mask.query_positions(q.device).unsqueeze(-1) - offsets  # (B|1, T, W)
     if mask.positions is None:
@@ -242,7 +279,7 @@ def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMas
     return found.unflatten(0, (B, n_chunks)).flatten(1, 2)[:, :T]
 
 
-def _attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend_sums(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of one query to all of a few keys; products of so few numbers are sums."""
     q_BGRD = (q * scale).unflatten(2, (k.shape[2], -1))
     weights = (q_BGRD * k.unsqueeze(3)).sum(-1, keepdim=True, dtype=torch.float32).softmax(1)
@@ -275,10 +312,22 @@ def _rows_at(x_BSGD: Tensor, at: Tensor) -> Tensor:
 
 def causal_conv(x_BSC: Tensor, taps_KC: Tensor) -> Tensor:
     """Depth-wise causal convolution ``y[s] = sum_k taps[k] * x[s - k]``, zeros before the first row."""
+    return conv_end(F.pad(x_BSC, (0, 0, len(taps_KC) - 1, 0)), taps_KC, x_BSC.shape[1])
+
+
+def conv_end(x_BSC: Tensor, taps_KC: Tensor, n: int) -> Tensor:
+    """The last ``n`` rows of a :func:`causal_conv`, from ``n + K - 1`` rows at least."""
     S = x_BSC.shape[1]
-    padded = F.pad(x_BSC, (0, 0, len(taps_KC) - 1, 0))
-    first, *others = [padded[:, len(taps_KC) - 1 - k :][:, :S] for k in range(len(taps_KC))]
-    out = first * taps_KC[0]
-    for tap, shifted in zip(taps_KC[1:], others, strict=True):
-        out = torch.addcmul(out, shifted, tap)
+    out = x_BSC[:, S - n :] * taps_KC[0]
+    for j in range(1, len(taps_KC)):
+        out = torch.addcmul(out, x_BSC[:, S - n - j : S - j], taps_KC[j])
     return out
+
+
+def convolved_window(x: Tensor, taps: Tensor, mask: CausalMask, window: int) -> tuple[Tensor, CausalMask]:
+    """Of rows (B, S, ...) that ``taps`` (K, ...) have still to convolve, those that local heads see, and their mask."""
+    n_seen, more = mask.n_new + window - 1, len(taps) - 1
+    if x.shape[1] < n_seen + more:  # the text's start is in sight
+        n_seen = min(n_seen, x.shape[1])
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (more, 0))
+    return conv_end(x, taps, n_seen), mask.last(n_seen)

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import open_mythos.nn.attention as attention
 import open_mythos.nn.mla as mla
-import open_mythos.ops.experts as experts
 import open_mythos.ops.attention as ops
+import open_mythos.ops.experts as experts
 from open_mythos import VARIANTS, KVCache
 from open_mythos.diagnostics import (
     bytes_per_decoding_step,
