@@ -220,7 +220,7 @@ def _attend_last(
     for g in range(G):
         q_BRD, k_taps_KD, v_taps_KD = q[:, 0, g * R : (g + 1) * R], k_taps[:, g], v_taps[:, g]
         q_BKRD = q_BRD.unsqueeze(1) * k_taps_KD.unsqueeze(1)
-        products = torch.baddbmm(zero, q_BKRD.view(B, -1, D), k[:, :, g].transpose(1, 2), beta=0, alpha=scale)
+        products = torch.baddbmm(zero, q_BKRD.reshape(B, -1, D), k[:, :, g].transpose(1, 2), beta=0, alpha=scale)
         products = products.view(B, K, R, S)
         scores = products[:, 0].float()
         for j in range(1, min(K, S)):
