@@ -39,8 +39,10 @@ class Ours:
 
     def __init__(self, model: dict[str, Any], loops: int) -> None:
         from open_mythos import KVCache, MythosConfig, OpenMythos
+        from open_mythos.generation.decoder import make_decoder
 
         self.model, self.loops, self.new_cache = OpenMythos(MythosConfig(**model, halting=False)), loops, KVCache
+        self.make_decoder = make_decoder
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.model(ids, self.loops)
@@ -63,10 +65,11 @@ class Ours:
     def rewound(self, cache: Any, length: int) -> Any:
         """A cache that holds the prompt alone."""
         cache.truncate(length)
+        self.decoder = self.make_decoder(self.model, self.loops, padded=False)  # as generate() does for every text
         return cache
 
     def next(self, ids: Tensor, cache: Any, position: int) -> Tensor:
-        return self.model(ids, self.loops, cache)
+        return self.decoder.logits(ids, cache, self.loops)
 
 
 class Reference(Ours):

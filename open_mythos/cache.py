@@ -263,6 +263,18 @@ class DictCache:
 Cache = KVCache | DictCache
 
 
+def stand_in(cache: Cache, loop: int, n_loops: int, past: int) -> None:
+    """Let what tokens after ``past`` wrote at ``loop``, their last, stand for the loops behind it."""
+    if cache.cache_loops is None:
+        repeat_rows(cache, [loop_slot(idle) for idle in range(loop, n_loops)], past)
+        return
+    # Loops share slots, so what deeper ones would have written takes the place of what is there.
+    last = loop_slot(loop, cache)
+    new = {name: rows[:, past:] for name, rows in cache.slot(last).rows.items()}
+    for name in {loop_slot(idle, cache) for idle in range(loop + 1, n_loops)} - {last}:
+        cache.slot(name).update(new, past)
+
+
 def repeat_rows(cache: Cache, names: list[str], past: int) -> None:
     """Give each of the slots ``names`` that got nothing after ``past`` tokens what the slot before it got.
 

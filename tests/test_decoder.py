@@ -6,6 +6,7 @@ from helpers import assert_near
 
 from open_mythos import KVCache, MythosConfig, OpenMythos
 from open_mythos.generation.decoder import Decoder, ModuleDecoder, is_plain, make_decoder, together
+from open_mythos.nn.exits import StateChange
 
 KINDS = {
     "gqa": dict(attn_type="gqa"),
@@ -72,6 +73,29 @@ def test_generation_uses_it_and_gives_the_modules_tokens(monkeypatch):
     fast = model.generate(prompt, 30, temperature=0)
     monkeypatch.setattr("open_mythos.generation.generate.make_decoder", lambda model, *_, **__: ModuleDecoder(model))
     assert model.generate(prompt, 30, temperature=0).equal(fast)
+
+
+@pytest.mark.parametrize("cache_loops", [None, 2])
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_a_token_alone_stops_where_the_modules_stop_it(attn_type, cache_loops, monkeypatch):
+    model, prompt = a_model(attn_type=attn_type), torch.randint(0, 40, (1, 7))
+    exit, loops = StateChange(0.4), []
+    options = dict(temperature=0, exit=exit, cache_loops=cache_loops)
+    until = Decoder.loops_until
+
+    def watched(self, *args):
+        step = self.block
+        self.block = lambda *a: loops.append(1) or step(*a)
+        try:
+            return until(self, *args)
+        finally:
+            self.block = step
+
+    monkeypatch.setattr(Decoder, "loops_until", watched)
+    fast = model.generate(prompt, 30, **options)
+    assert 29 < len(loops) < 29 * 5, "some tokens stop early, and not all at once"
+    monkeypatch.setattr("open_mythos.generation.generate.make_decoder", lambda model, *_, **__: ModuleDecoder(model))
+    assert model.generate(prompt, 30, **options).equal(fast)
 
 
 def test_what_others_put_into_a_model_takes_part():

@@ -19,6 +19,7 @@ from open_mythos.diagnostics.cost import (
     flops_per_trained_token,
 )
 from open_mythos.diagnostics.machine import repeat
+from open_mythos.generation.decoder import make_decoder
 from open_mythos.model import OpenMythos
 
 NEW = 16  # tokens that one repetition of decoding makes
@@ -111,12 +112,13 @@ def decode_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, secon
     ids = _random_ids(model, batch, tokens)
     model.eval()
     first, cache = _read(model, ids, n_loops)
+    decoder = make_decoder(model, n_loops, padded=False)
 
     def decode() -> None:
         cache.truncate(tokens)
         token = first
         for _ in range(NEW):
-            token = model(token, n_loops, cache).argmax(-1)
+            token = decoder.logits(token, cache, n_loops).argmax(-1)
 
     times = repeat(decode, ids.device, seconds)
     contexts = range(tokens + 1, tokens + NEW + 1)

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache, coda_slot, loop_slot, prelude_slot
+from open_mythos.cache import Cache, coda_slot, loop_slot, prelude_slot, stand_in
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.conv import ShortConv
+from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.gqa import GQAttention
 from open_mythos.nn.injection import LTIInjection
@@ -169,6 +170,11 @@ class ModuleDecoder:
         """States (B, T, dim) after loops ``first`` to ``end - 1``."""
         return self.model.recurrent(h, e, tokens.freqs, tokens.mask, end, tokens.cache, first_loop=first)
 
+    def logits(self, input_ids: Tensor, cache: Cache, n_loops: int) -> Tensor:
+        """All three stages: (B, T) tokens to (B, T, vocab_size)."""
+        e, tokens = self.encode(input_ids, cache)
+        return self.decode(self.loops(self.first_state(e), e, tokens, 0, n_loops), tokens)
+
     def decode(self, h: Tensor, tokens: Tokens) -> Tensor:
         """Logits (B, T, vocab_size) of states (B, T, dim)."""
         return self.model.head(self.model.decode(h, tokens.freqs, tokens.mask, tokens.cache))
@@ -180,7 +186,7 @@ class Decoder(ModuleDecoder):
     Made of a model's weights as they are; make a new one when they change.
 
     Args:
-        model: one that :func:`is_plain`, in eval mode, without halting.
+        model: one that :func:`is_plain`, in eval mode.
         n_loops: the most loops that will be run.
     """
 
@@ -220,6 +226,21 @@ class Decoder(ModuleDecoder):
                 u = torch.addmm(u, adapted, self.lora_up[loop])
             h = recurrent.norm(u)
         return h.view(shape)
+
+    def loops_until(self, exit: Exit, h: Tensor, e: Tensor, tokens: Tokens, n_loops: int) -> Tensor:
+        """The state (1, 1, dim) of one position at the loop where ``exit`` stops it, or after the last.
+
+        The loops that it does not run find, when later tokens look, what it had at its last.
+        """
+        assert tokens.shape == (1, 1) and not exit.needs_predictions
+        carried, running = exit.init(h), torch.ones(1, 1, dtype=torch.bool, device=h.device)
+        for loop in range(n_loops):
+            before, h = h, self.loops(h, e, tokens, loop, loop + 1)
+            stops, carried = exit.check(carried, LoopState(loop, h, running, before, self.model.recurrent.act))
+            if bool(stops):
+                break
+        stand_in(tokens.cache, loop, n_loops, tokens.at)
+        return h
 
     def decode(self, h: Tensor, tokens: Tokens) -> Tensor:
         h = h.flatten(0, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import KVCache
-from open_mythos.generation.decoder import make_decoder
+from open_mythos.generation.decoder import Decoder, make_decoder
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit
@@ -90,20 +90,28 @@ def _one_by_one(
     with eval_mode(model), torch.no_grad():
         h, freqs, mask = model.states(input_ids, n_loops, cache, attention_mask=attention_mask, exit=exit)
         logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
-        adaptive = model.recurrent.choose_exit(exit) is not None
-        decoder = None if adaptive else make_decoder(model, n_loops, padded=cache.valid is not None)
+        stopping = model.recurrent.choose_exit(exit)
+        decoder = make_decoder(model, n_loops, padded=cache.valid is not None)
+        # One token alone stops by itself; several are the modules' work, and so are predictions that an exit reads.
+        alone = isinstance(decoder, Decoder) and len(input_ids) == 1
+        by_modules = stopping is not None and (not alone or stopping.needs_predictions)
     while True:
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
         with eval_mode(model), torch.no_grad():
             first = h[:, -1:] if warm_start else None
-            if decoder is None:
+            if by_modules:
                 h, freqs, mask = model.states(tokens, n_loops, cache, exit=exit, first=first)
                 logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
+                continue
+            e, seen = decoder.encode(tokens, cache)
+            first = decoder.first_state(e) if first is None else first
+            if stopping is None:
+                h = decoder.loops(first, e, seen, 0, n_loops)
             else:
-                e, ctx = decoder.encode(tokens, cache)
-                h = decoder.loops(decoder.first_state(e) if first is None else first, e, ctx, 0, n_loops)
-                logits = decoder.decode(h, ctx)[:, -1]
+                assert isinstance(decoder, Decoder)
+                h = decoder.loops_until(stopping, first, e, seen, n_loops)
+            logits = decoder.decode(h, seen)[:, -1]
 
 
 def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, eos_token_id: int | None) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.cache import LOOPS_SLOT, Cache, as_cache, loop_slot, repeat_rows
+from open_mythos.cache import LOOPS_SLOT, Cache, as_cache, loop_slot, stand_in
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.block import TransformerBlock
@@ -240,12 +240,7 @@ class RecurrentBlock(nn.Module):
             active = still
             e_N, freqs_N, mask_N = active.gather(e), active.gather(freqs), active.mask(mask)
         if cache is not None:
-            at = mask.n_keys - mask.n_queries
-            if cache.cache_loops is None:
-                repeat_rows(cache, [loop_slot(idle) for idle in range(loop, n_loops)], at)
-            else:  # loops share slots, so that what a deeper one would have written takes the place of what is there
-                for idle in range(loop + 1, n_loops):
-                    cache.slot(loop_slot(idle, cache)).update(active.rows, at)
+            stand_in(cache, loop, n_loops, mask.n_keys - mask.n_queries)
 
 
 def check_n_loops(n_loops: Any, default: int) -> int:

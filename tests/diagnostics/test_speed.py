@@ -5,6 +5,7 @@ import torch
 from helpers import tiny_model
 
 from open_mythos.diagnostics import flops_per_prompt_token, flops_per_trained_token, machine, speed
+from open_mythos.generation.decoder import Decoder
 
 CPU = torch.device("cpu")
 
@@ -53,6 +54,10 @@ def test_a_prompt_and_tokens_after_it(monkeypatch):
     head = 2 * model.head.weight.numel()
     assert read.flops == 16 * flops_per_prompt_token(model.cfg, 3, 8) - 14 * head  # the head reads two positions
     seen.clear()
+    encode = Decoder.encode
+    monkeypatch.setattr(
+        Decoder, "encode", lambda d, ids, cache: seen.append((ids.shape[1], cache.length)) or encode(d, ids, cache)
+    )
     decoded = speed.decode_speed(model, 2, 8, 3, seconds=0)
     assert seen == [(8, 0)] + [(1, 8 + i) for i in range(4)] * 4
     assert decoded.per_repetition == 8 and decoded.bytes_per_second > 0
