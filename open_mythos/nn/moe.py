@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
@@ -63,10 +64,9 @@ class MoEFFN(nn.Module):
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`route`, from the router's logits (..., n_experts) in float32."""
         chosen = (logits + self.router_bias).topk(self.topk, dim=-1).indices
-        scores = logits.gather(-1, chosen).sigmoid()
-        if self.topk > 1:
-            scores = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return chosen, scores
+        scores = logits.gather(-1, chosen)
+        # sigmoid / sum of sigmoids, but with a gradient where all of them underflow
+        return chosen, F.logsigmoid(scores).softmax(-1) if self.topk > 1 else scores.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])

@@ -139,7 +139,9 @@ def _sdpa(
 ) -> Tensor:
     """PyTorch's attention for (B, T, H, D) tensors; ``allowed`` is (B or 1, 1, T, S) bool."""
     D, Dv = q.shape[-1], v.shape[-1]
-    if Dv != D and q.shape[1] > 1:  # the kernels that keep no T x S scores want one width
+    # The kernels that keep no T x S scores want one width. Their backward pass makes the weights again from scores and
+    # their rounded normaliser, which explodes where scores are huge, as in a model that an optimizer has run away with.
+    if Dv != D and q.shape[1] > 1 and not torch.is_grad_enabled():
         scale = D**-0.5 if scale is None else scale
         q, k, v = (F.pad(x, (0, max(D, Dv) - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(

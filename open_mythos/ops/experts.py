@@ -83,7 +83,7 @@ class Rows:
     is several times as fast where experts have few tokens; the rest of the more popular experts' rows follows.
 
     Attributes:
-        token_P: token of each row; any at idle ones.
+        token_P: token of each row; N, behind the last, at idle ones.
         place_NK: row of each choice.
         n_experts: E.
         ends_E: int32, where each expert's rows end; None if batched.
@@ -118,9 +118,13 @@ class Rows:
             n_rows = first_rest + int(more_E.sum())
             ends = (first_rest + more_E.cumsum(0)).tolist()
             rest = [(e, end - n, end) for e, (n, end) in enumerate(zip(more_E.tolist(), ends, strict=True)) if n]
-        token_P = torch.zeros(n_rows, dtype=torch.int64, device=device).scatter_(0, row_M, order_M // K)
+        token_P = torch.full((n_rows,), len(experts_NK), device=device).scatter_(0, row_M, order_M // K)
         place_NK = torch.empty_like(row_M).scatter_(0, order_M, row_M).view_as(experts_NK)
         return Rows(token_P, place_NK, n_experts, None if width else ends_E.to(torch.int32), width, rest)
+
+    def gather(self, x_ND: Tensor) -> Tensor:
+        """Every row's token: (P, D), zeros at idle rows, which must not overflow in the expert of others."""
+        return (F.pad(x_ND, (0, 0, 0, 1)) if self.width else x_ND)[self.token_P]
 
     def spread(self, x_NK: Tensor) -> Tensor:
         """A number for each choice to one for each row, (P, 1); 0 at idle ones."""
@@ -176,7 +180,7 @@ def _forward(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor]:
     """The result (N, D), and the gates' and ups' products (P, 2F), which the backward pass starts from."""
-    hidden_P2F = rows.product(x_ND[rows.token_P], gate_up_E2FD.transpose(1, 2))
+    hidden_P2F = rows.product(rows.gather(x_ND), gate_up_E2FD.transpose(1, 2))
     gate_PF, up_PF = hidden_P2F.chunk(2, dim=-1)
     act_PF = F.silu(gate_PF).mul_(up_PF).mul_(rows.spread(weights_NK))
     return rows.gather_sum(rows.product(act_PF, down_EDF.transpose(1, 2))), hidden_P2F
@@ -202,7 +206,7 @@ def _backward(
     gate_PF, up_PF = hidden_P2F.chunk(2, dim=-1)
     silu_PF = F.silu(gate_PF)
     act_PF = silu_PF * up_PF
-    grad_PD = grad_ND[rows.token_P]
+    grad_PD = rows.gather(grad_ND)
     grad_act_PF = rows.product(grad_PD, down_EDF)
     grad_weights_NK = torch.linalg.vecdot(grad_act_PF, act_PF)[rows.place_NK]
     grad_down = _outer(rows, grad_PD, act_PF.mul_(weight_P1), down)
@@ -211,7 +215,7 @@ def _backward(
     grad_gate_PF, grad_up_PF = grad_hidden_P2F.chunk(2, dim=-1)
     torch.mul(grad_act_PF, silu_PF, out=grad_up_PF)
     grad_gate_PF.copy_(torch.ops.aten.silu_backward(grad_act_PF.mul_(up_PF), gate_PF))
-    grad_gate_up = _outer(rows, grad_hidden_P2F, x_ND[rows.token_P], gate_up)
+    grad_gate_up = _outer(rows, grad_hidden_P2F, rows.gather(x_ND), gate_up)
     grad_x = rows.gather_sum(rows.product(grad_hidden_P2F, gate_up_E2FD))
     return grad_x, grad_gate_up, grad_down, grad_weights_NK
 
