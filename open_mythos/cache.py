@@ -57,6 +57,18 @@ class CacheSlot:
             return {name: torch.cat([past[name].clone(), rows], 1) if start else rows for name, rows in new.items()}
         return self.rows
 
+    def open_row(self, at: int) -> tuple[int, int, int]:
+        """Count a row at position ``at``, for compiled code to write: addresses of both buffers, rows they have room for.
+
+        Buffers are (B, room, ...) in one piece. What the slot held from ``at`` on is given up.
+        """
+        self.length = self._checked(at)
+        for name, buffer in list(self._buffers.items()):
+            self._reserve(name, buffer, at + 1)
+        self.length = at + 1
+        first, second = self._buffers.values()
+        return first.data_ptr(), second.data_ptr(), first.shape[1]
+
     def _checked(self, at: int) -> int:
         assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
         return at

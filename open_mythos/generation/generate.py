@@ -12,6 +12,7 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache
 from open_mythos.generation.decoder import make_decoder
+from open_mythos.generation.native.decoder import CompiledDecoder, check_compilable
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit
@@ -38,6 +39,7 @@ def stream(
     cache_loops: int | None = None,
     draft: Draft | None = None,
     warm_start: bool = False,
+    compile: bool = False,
 ) -> Iterator[Tensor]:
     """New tokens as they are made, (B,) at a time; ends early once every row has produced ``eos_token_id``.
 
@@ -54,6 +56,7 @@ def stream(
         cache_loops: slots for the loops' keys and values; see :class:`KVCache`.
         draft: guess tokens at fewer loops first; see :mod:`open_mythos.generation.speculative`.
         warm_start: start each new token from the last state of the one before it; see :meth:`OpenMythos.generate`.
+        compile: decode by compiled code; see :mod:`open_mythos.generation.native.decoder`.
 
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
@@ -65,9 +68,13 @@ def stream(
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
     if warm_start:
         _check_warm_start(model, draft)
+    if compile:
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        adaptive = exit is not None or model.cfg.halting
+        check_compilable(model, adaptive, padded, drafted=draft is not None)
     cache = KVCache(cache_loops)
     if draft is None:
-        new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start)
+        new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start, compile)
     else:
         _check_draft(model, draft, n_loops, exit, cache_loops)
         speculation = Speculation(model, n_loops, draft, sampling, eos_token_id, generator, cache)
@@ -85,6 +92,7 @@ def _one_by_one(
     generator: torch.Generator | None,
     exit: Exit | None,
     warm_start: bool,
+    compile: bool,
 ) -> Iterator[Tensor]:
     """(B, 1) tokens without end."""
     with eval_mode(model), torch.no_grad():
@@ -92,12 +100,15 @@ def _one_by_one(
         logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
         adaptive = model.recurrent.choose_exit(exit) is not None
         decoder = None if adaptive else make_decoder(model, n_loops, padded=cache.valid is not None)
+        compiled = CompiledDecoder(model, n_loops) if compile else None
     while True:
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
         with eval_mode(model), torch.no_grad():
             first = h[:, -1:] if warm_start else None
-            if decoder is None:
+            if compiled is not None:
+                h, logits = compiled.step(tokens, cache, first)
+            elif decoder is None:
                 h, freqs, mask = model.states(tokens, n_loops, cache, exit=exit, first=first)
                 logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
             else:
