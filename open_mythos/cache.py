@@ -57,16 +57,17 @@ class CacheSlot:
             return {name: torch.cat([past[name].clone(), rows], 1) if start else rows for name, rows in new.items()}
         return self.rows
 
-    def open_row(self, at: int) -> tuple[int, int, int]:
-        """Count a row at position ``at``, for compiled code to write: addresses of both buffers, rows they have room for.
+    def open_row(self, at: int, batch: int) -> tuple[int, int, int]:
+        """Count a row at position ``at``, for compiled code to write; what the slot held from there on is given up.
 
-        Buffers are (B, room, ...) in one piece. What the slot held from ``at`` on is given up.
+        Returns the addresses of both buffers, each (B, room, ...) in one piece, and their room.
         """
         self.length = self._checked(at)
         for name, buffer in list(self._buffers.items()):
             self._reserve(name, buffer, at + 1)
         self.length = at + 1
         first, second = self._buffers.values()
+        assert len(first) == len(second) == batch, f"{batch} rows for a cache of {len(first)}"
         return first.data_ptr(), second.data_ptr(), first.shape[1]
 
     def _checked(self, at: int) -> int:

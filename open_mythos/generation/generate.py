@@ -74,7 +74,9 @@ def stream(
         check_compilable(model, adaptive, padded, drafted=draft is not None)
     cache = KVCache(cache_loops)
     if draft is None:
-        new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start, compile)
+        new = _one_by_one(
+            model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start, compile
+        )
     else:
         _check_draft(model, draft, n_loops, exit, cache_loops)
         speculation = Speculation(model, n_loops, draft, sampling, eos_token_id, generator, cache)
@@ -99,16 +101,17 @@ def _one_by_one(
         h, freqs, mask = model.states(input_ids, n_loops, cache, attention_mask=attention_mask, exit=exit)
         logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
         adaptive = model.recurrent.choose_exit(exit) is not None
-        decoder = None if adaptive else make_decoder(model, n_loops, padded=cache.valid is not None)
+        decoder = None if adaptive or compile else make_decoder(model, n_loops, padded=cache.valid is not None)
         compiled = CompiledDecoder(model, n_loops) if compile else None
     while True:
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
+        first = h[:, -1:] if warm_start else None
+        if compiled is not None:
+            h, logits = compiled.step(tokens, cache, first)
+            continue
         with eval_mode(model), torch.no_grad():
-            first = h[:, -1:] if warm_start else None
-            if compiled is not None:
-                h, logits = compiled.step(tokens, cache, first)
-            elif decoder is None:
+            if decoder is None:
                 h, freqs, mask = model.states(tokens, n_loops, cache, exit=exit, first=first)
                 logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
             else:

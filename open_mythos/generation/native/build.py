@@ -16,8 +16,11 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("decode.c")
 # Of the liberties of -ffast-math only those that no result shows.
-FLAGS = "-std=gnu11 -O3 -fPIC -shared -pthread -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
-NATIVE = (["-march=native"], ["-mcpu=native"], [])  # whichever this compiler knows first
+FLAGS = [
+    "-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread",
+    "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+]  # fmt: skip
+NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that this compiler knows
 
 
 def compiler() -> list[str] | None:

@@ -18,7 +18,11 @@
 
 typedef int64_t Size;
 
-enum { LANES = 16, CHUNK = 32 }; /* scratch rows are padded to LANES floats; context rows are read CHUNK at a time */
+enum {
+    LANES = 16,      /* scratch rows are padded to so many floats */
+    CHUNK = 32,      /* context rows read at a time */
+    PATIENCE = 2000, /* turns, of about half a microsecond, that a worker waits for the next token before it sleeps */
+};
 
 typedef struct {
     const float *w_in;             /* GQA: queries, keys, values (H D + 2 G D, dim); MLA: (Q + R + P, dim) */
@@ -44,7 +48,7 @@ typedef struct {
     Size start_from_input;
     float eps, score_scale;
     const double *frequencies;     /* (P / 2) */
-    const float *embed;            /* (vocab, dim), the head too */
+    const float *embed, *head;     /* (vocab, dim) each, one and the same in a model with a tied head */
     const float *input_norm, *A, *B, *state_norm, *norm; /* (dim) each; state_norm may be NULL */
     const float *codes;            /* (loops, dim) or NULL */
     const float *lora_down, *lora_up, *lora_scale; /* (rank, dim), (dim, rank), (loops, rank) */
@@ -167,7 +171,7 @@ static void turn(float *y, const float *x, const float *turns, Size n, float sca
 /* -- threads */
 
 static inline void relax(unsigned *spins) {
-    if (++*spins % 512 == 0) sched_yield(); /* someone may need this core, perhaps the one waited for */
+    if (++*spins > 128) sched_yield(); /* someone may need this core, perhaps the one waited for */
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -446,7 +450,7 @@ static void run_row(Worker *w, Size row) {
     if (w->id == 0) memcpy(step->state + row * dim, w->x, dim * sizeof(float));
     for (Size i = 0; i < m->n_coda; i++) run_block(w, block++, slot++, row);
     rms_norm(w->normed, w->x, m->norm, dim, m->eps);
-    shared_product(w, step->logits + row * m->vocab, m->embed, w->normed, dim, m->vocab);
+    shared_product(w, step->logits + row * m->vocab, m->head, w->normed, dim, m->vocab);
 }
 
 static void run(Worker *w) {
@@ -467,7 +471,7 @@ static void *work(void *argument) {
     Team *team = w->team;
     for (unsigned done = 0;; done++) {
         unsigned spins = 0;
-        while (atomic_load_explicit(&team->jobs, memory_order_acquire) == done && spins < 20000) relax(&spins);
+        while (atomic_load_explicit(&team->jobs, memory_order_acquire) == done && spins < PATIENCE) relax(&spins);
         if (atomic_load(&team->jobs) == done) {
             pthread_mutex_lock(&team->lock);
             while (atomic_load(&team->jobs) == done) pthread_cond_wait(&team->wake, &team->lock);

@@ -12,11 +12,14 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.cache import KVCache, coda_slot, loop_slot, prelude_slot
-from open_mythos.generation.decoder import _GQA, Decoder, _Block, is_plain
+from open_mythos.generation.decoder import _GQA, Decoder, _Block, is_own, is_plain
 from open_mythos.generation.native.build import library
+from open_mythos.nn.linear import Linear
+from open_mythos.nn.lora import LoRAAdapter
+from open_mythos.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
@@ -41,7 +44,7 @@ _CModel = _struct(
     "",
     "dim vocab H G D V mla Q N P n_prelude n_coda rank start_from_input",
     "eps score_scale",
-    "frequencies embed input_norm A B state_norm norm codes lora_down lora_up lora_scale blocks",
+    "frequencies embed head input_norm A B state_norm norm codes lora_down lora_up lora_scale blocks",
 )
 _CSlot = _struct("Slot", "first second", "capacity")
 _CStep = _struct("Step", "ids h state logits slots", "batch position n_loops")
@@ -63,72 +66,79 @@ class CompiledDecoder:
 
     @torch.no_grad()
     def __init__(self, model: OpenMythos, n_loops: int) -> None:
-        code, cfg = library(), model.cfg
-        self.model, self.n_loops, self._held = model, n_loops, []
+        code, threads = library(), torch.get_num_threads()
         decoder = Decoder(model, n_loops)
-        blocks = [*decoder.prelude, decoder.block, *decoder.coda]
-        self._blocks = (_CBlock * len(blocks))(*(self._block(block) for block in blocks))
-        shape = self._shape(decoder)
-        recurrent, lora = model.recurrent, model.recurrent.lora
-        exponent = torch.arange(0, cfg.rope_dim, 2, dtype=torch.float64) / cfg.rope_dim
-        codes = [of_loop for of_loop in decoder.codes if of_loop is not None]
-        c_model = _CModel(
-            dim=cfg.dim, vocab=cfg.vocab_size, n_prelude=len(decoder.prelude), n_coda=len(decoder.coda),
-            rank=0 if lora is None else len(lora.down.weight), start_from_input=cfg.state_init == "input",
-            eps=model.norm.eps, frequencies=self._at(cfg.rope_theta**-exponent, torch.float64),
-            embed=self._at(model.embed.weight), input_norm=self._at(model.input_norm.weight), A=self._at(decoder.A),
-            B=self._at(recurrent.injection.B), norm=self._at(model.norm.weight),
-            state_norm=self._at(recurrent.norm.weight) if cfg.state_norm else None,
-            codes=self._at(torch.stack(codes)) if codes else None,
-            blocks=ctypes.addressof(self._blocks), **shape,
-        )  # fmt: skip
-        if lora is not None:
-            c_model.lora_down = self._at(lora.down.weight * lora.down.scale)
-            c_model.lora_up = self._at(lora.B)
-            c_model.lora_scale = self._at(torch.stack([lora.row(loop) for loop in range(n_loops)]))
-        team = code.mythos_open(ctypes.byref(c_model), ctypes.c_int64(torch.get_num_threads()))
+        self._held: list[Tensor] = []
+        made = [self._block(block) for block in (*decoder.prelude, decoder.block, *decoder.coda)]
+        self._blocks = blocks = (_CBlock * len(made))(*made)
+        team = code.mythos_open(ctypes.byref(self._model(decoder, n_loops, blocks)), ctypes.c_int64(threads))
         if not team:
-            raise MemoryError(f"no memory or no threads for compiled decoding with {torch.get_num_threads()} threads")
-        self._team = ctypes.c_void_p(team)
+            raise MemoryError(
+                f"compiled decoding got no memory, or not its {threads} threads; see torch.set_num_threads"
+            )
+        self.cfg, self.n_loops = model.cfg, n_loops
+        self._team, self._run = ctypes.c_void_p(team), code.mythos_step
         weakref.finalize(self, code.mythos_close, self._team)
-        self._run = code.mythos_step
         self._slots = (_CSlot * (len(blocks) - 1 + n_loops))()
 
     def step(self, tokens: Tensor, cache: KVCache, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The state (B, 1, dim) after the last loop and the logits (B, vocab_size) of tokens (B, 1).
 
         Args:
-            tokens: int64, behind those of the cache.
-            cache: holds no padding and every slot that ``n_loops`` loops need; the tokens are appended.
+            tokens: behind those of the cache.
+            cache: holds some tokens, no padding, and all slots of ``n_loops`` loops; the new ones are appended.
             first: states to start from, (B, 1, dim); the model's own if None.
         """
-        B, cfg, position = len(tokens), self.model.cfg, cache.length
-        tokens = tokens.contiguous()
+        B, cfg, position, ids = len(tokens), self.cfg, cache.length, tokens.flatten().tolist()
+        assert len(ids) == B and all(0 <= token < cfg.vocab_size for token in ids), ids
         first = None if first is None else first.contiguous()
-        state, logits = torch.empty(B, 1, cfg.dim), torch.empty(B, cfg.vocab_size)
+        state = torch.empty(B, 1, cfg.dim, dtype=torch.float32)
+        logits = torch.empty(B, cfg.vocab_size, dtype=torch.float32)
         for at, name in zip(self._slots, self._names(cache), strict=True):
-            at.first, at.second, at.capacity = cache.slot(name).open_row(position)
+            at.first, at.second, at.capacity = cache.slot(name).open_row(position, B)
+        c_ids = (ctypes.c_int64 * B)(*ids)
         step = _CStep(
-            ids=tokens.data_ptr(), h=None if first is None else first.data_ptr(), state=state.data_ptr(),
+            ids=ctypes.addressof(c_ids), h=None if first is None else first.data_ptr(), state=state.data_ptr(),
             logits=logits.data_ptr(), slots=ctypes.addressof(self._slots), batch=B, position=position,
             n_loops=self.n_loops,
         )  # fmt: skip
         self._run(self._team, ctypes.byref(step))
         return state, logits
 
-    def _at(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+    def _names(self, cache: KVCache) -> list[str]:
+        """Slots in the order in which a token meets them."""
+        prelude = [prelude_slot(layer) for layer in range(self.cfg.prelude_layers)]
+        loops = [loop_slot(loop, cache) for loop in range(self.n_loops)]
+        return prelude + loops + [coda_slot(layer) for layer in range(self.cfg.coda_layers)]
+
+    # -- structs
+
+    def _at(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
         """Address of a tensor's numbers, row by row; they stay there as long as this decoder."""
-        if tensor is None:
-            return None
         self._held.append(tensor.detach().to(dtype).contiguous())
         return self._held[-1].data_ptr()
 
-    def _names(self, cache: KVCache) -> list[str]:
-        """Slots in the order in which a token meets them."""
-        cfg = self.model.cfg
-        prelude = [prelude_slot(layer) for layer in range(cfg.prelude_layers)]
-        loops = [loop_slot(loop, cache) for loop in range(self.n_loops)]
-        return prelude + loops + [coda_slot(layer) for layer in range(cfg.coda_layers)]
+    def _model(self, decoder: Decoder, n_loops: int, blocks: ctypes.Array) -> ctypes.Structure:
+        model, cfg = decoder.model, decoder.model.cfg
+        recurrent, lora = model.recurrent, model.recurrent.lora
+        exponent = torch.arange(0, cfg.rope_dim, 2, dtype=torch.float64) / cfg.rope_dim
+        codes = [code for code in decoder.codes if code is not None]
+        found = _CModel(
+            dim=cfg.dim, vocab=cfg.vocab_size, n_prelude=len(decoder.prelude), n_coda=len(decoder.coda),
+            start_from_input=cfg.state_init == "input", eps=model.norm.eps,
+            frequencies=self._at(cfg.rope_theta**-exponent, torch.float64), embed=self._at(model.embed.weight),
+            head=self._at(model.head.weight), input_norm=self._at(model.input_norm.weight), A=self._at(decoder.A),
+            B=self._at(recurrent.injection.B), norm=self._at(model.norm.weight),
+            codes=self._at(torch.stack(codes)) if codes else None, blocks=ctypes.addressof(blocks),
+            **self._shape(decoder),
+        )  # fmt: skip
+        if isinstance(recurrent.norm, RMSNorm):
+            found.state_norm = self._at(recurrent.norm.weight)
+        if lora is not None:
+            found.rank = len(lora.down.weight)
+            found.lora_down, found.lora_up = self._at(lora.down.weight * lora.down.scale), self._at(lora.B)
+            found.lora_scale = self._at(torch.stack([lora.row(loop) for loop in range(n_loops)]))
+        return found
 
     def _shape(self, decoder: Decoder) -> dict[str, Any]:
         attn = decoder.block.attn
@@ -164,6 +174,9 @@ class CompiledDecoder:
         return found
 
 
+_AROUND = (RMSNorm, LoRAAdapter, Linear, nn.Embedding, nn.Identity, nn.Linear)
+
+
 def check_compilable(model: OpenMythos, adaptive: bool, padded: bool, drafted: bool) -> None:
     """ValueError, saying what to change, unless :class:`CompiledDecoder` can continue a text with this model.
 
@@ -188,7 +201,8 @@ def check_compilable(model: OpenMythos, adaptive: bool, padded: bool, drafted: b
         raise ValueError("compile=True reads no padding; use prompts of one length, or leave compile out")
     if drafted:
         raise ValueError("compile=True makes tokens one by one, and draft_loops several at once; leave out one of them")
-    if not is_plain(model):
+    around = model.embed, model.input_norm, model.recurrent.norm, model.recurrent.lora, model.norm, model.head
+    if not is_plain(model) or not all(part is None or is_own(part, _AROUND) for part in around):
         raise ValueError(
             "compile=True knows this library's own modules alone, and the model has hooks, replaced or quantised "
             "layers, or autocast is on; leave compile out, or take those off"
