@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("decode.c")
+SOURCES = sorted([SOURCE, *SOURCE.parent.glob("*.h")])
 # Of the liberties of -ffast-math only those that no result shows.
 FLAGS = [
     "-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread",
@@ -56,7 +57,12 @@ def _cache() -> Path:
 
 def _key(command: list[str]) -> str:
     """Differs wherever the result could: a home directory may be shared by unlike machines."""
-    known = [SOURCE.read_bytes(), shlex.join([*command, *FLAGS]).encode(), platform.platform().encode(), _cpu()]
+    known = [
+        *(path.read_bytes() for path in SOURCES),
+        shlex.join([*command, *FLAGS]).encode(),
+        platform.platform().encode(),
+        _cpu(),
+    ]
     return hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
 
 

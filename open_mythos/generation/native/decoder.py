@@ -32,7 +32,7 @@ def _struct(name: str, pointers: str, sizes: str = "", floats: str = "", more: s
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-# Mirrors of the structs in decode.c.
+# Mirrors of the structs in team.h.
 _CBlock = _struct(
     "Block",
     "w_in w_q kv_norm up_k up_v k_taps v_taps w_out w_ffn w_down router_bias expert_norm gate_up down",
