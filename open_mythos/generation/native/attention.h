@@ -13,7 +13,7 @@ static void convolve(float *restrict y, Size y_width, const float *restrict rows
                      const float *restrict taps, Size n_taps, Size n, Size first, Size n_rows) {
     for (Size i = 0; i < n_rows; i++, y += y_width) {
         const float *restrict row = rows + (first + i) * row_width;
-        /* The next call's rows: a head's part of each, which hardware does not foresee; past the end it does no harm. */
+        /* The next call's rows: a head's part of each, unforeseen by hardware; past the end it does no harm. */
         for (Size d = 0; d < n; d += LANES) __builtin_prefetch(row + CHUNK * row_width + d);
         for (Size d = 0; d < n; d++) y[d] = taps[d] * row[d];
         for (Size j = 1; j < n_taps && j <= first + i; j++)
