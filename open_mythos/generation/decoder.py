@@ -270,14 +270,19 @@ def is_plain(model: OpenMythos) -> bool:
         return False
     if vars(model.recurrent).keys() & {"forward", "iterate", "step"}:
         return False
-    for part in (model.prelude, model.recurrent.block, model.recurrent.injection, model.coda):
-        for module in part.modules():
-            if type(module) not in _OWN or module._forward_hooks or module._forward_pre_hooks:
-                return False
-            if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
-                return False
-            if "forward" in vars(module):
-                return False
+    parts = model.prelude, model.recurrent.block, model.recurrent.injection, model.coda
+    return all(is_own(part, _OWN) for part in parts)
+
+
+def is_own(part: nn.Module, own: tuple[type[nn.Module], ...]) -> bool:
+    """Whether all of a module is of the classes ``own`` themselves, with plain weights, and nobody watching."""
+    for module in part.modules():
+        if type(module) not in own or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
+            return False
+        if "forward" in vars(module):
+            return False
     return True
 
 

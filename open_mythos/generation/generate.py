@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import KVCache
+<<<<<<< ours
 from open_mythos.generation.decoder import Decoder, make_decoder
+=======
+from open_mythos.generation.decoder import make_decoder
+from open_mythos.generation.native.decoder import CompiledDecoder, check_compilable
+>>>>>>> theirs
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit
@@ -38,6 +43,7 @@ def stream(
     cache_loops: int | None = None,
     draft: Draft | None = None,
     warm_start: bool = False,
+    compile: bool = False,
 ) -> Iterator[Tensor]:
     """New tokens as they are made, (B,) at a time; ends early once every row has produced ``eos_token_id``.
 
@@ -54,6 +60,7 @@ def stream(
         cache_loops: slots for the loops' keys and values; see :class:`KVCache`.
         draft: guess tokens at fewer loops first; see :mod:`open_mythos.generation.speculative`.
         warm_start: start each new token from the last state of the one before it; see :meth:`OpenMythos.generate`.
+        compile: decode by compiled code; see :mod:`open_mythos.generation.native.decoder`.
 
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
@@ -65,9 +72,15 @@ def stream(
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
     if warm_start:
         _check_warm_start(model, draft)
+    if compile:
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        adaptive = exit is not None or model.cfg.halting
+        check_compilable(model, adaptive, padded, drafted=draft is not None)
     cache = KVCache(cache_loops)
     if draft is None:
-        new = _one_by_one(model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start)
+        new = _one_by_one(
+            model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start, compile
+        )
     else:
         _check_draft(model, draft, n_loops, exit, cache_loops)
         speculation = Speculation(model, n_loops, draft, sampling, eos_token_id, generator, cache)
@@ -85,22 +98,37 @@ def _one_by_one(
     generator: torch.Generator | None,
     exit: Exit | None,
     warm_start: bool,
+    compile: bool,
 ) -> Iterator[Tensor]:
     """(B, 1) tokens without end."""
     with eval_mode(model), torch.no_grad():
         h, freqs, mask = model.states(input_ids, n_loops, cache, attention_mask=attention_mask, exit=exit)
         logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
+<<<<<<< ours
         stopping = model.recurrent.choose_exit(exit)
         decoder = make_decoder(model, n_loops, padded=cache.valid is not None)
         # One token alone stops by itself; several are the modules' work, and so are predictions that an exit reads.
         alone = isinstance(decoder, Decoder) and len(input_ids) == 1
         by_modules = stopping is not None and (not alone or stopping.needs_predictions)
+=======
+        adaptive = model.recurrent.choose_exit(exit) is not None
+        decoder = None if adaptive or compile else make_decoder(model, n_loops, padded=cache.valid is not None)
+        compiled = CompiledDecoder(model, n_loops) if compile else None
+>>>>>>> theirs
     while True:
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
+        first = h[:, -1:] if warm_start else None
+        if compiled is not None:
+            h, logits = compiled.step(tokens, cache, first)
+            continue
         with eval_mode(model), torch.no_grad():
+<<<<<<< ours
             first = h[:, -1:] if warm_start else None
             if by_modules:
+=======
+            if decoder is None:
+>>>>>>> theirs
                 h, freqs, mask = model.states(tokens, n_loops, cache, exit=exit, first=first)
                 logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
                 continue

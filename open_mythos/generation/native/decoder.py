@@ -1,0 +1,210 @@
+"""One token at a time through compiled code: the arithmetic of :class:`Decoder`, in one call a token.
+
+What :class:`~open_mythos.generation.decoder.Decoder` still spends at a token is calls of operations, some forty a loop.
+``decode.c`` makes none: it walks through the whole model with a few threads on the weights that a ``Decoder`` has made
+ready, and writes to the buffers of the same cache, which all else goes on reading.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.cache import KVCache, coda_slot, loop_slot, prelude_slot
+from open_mythos.generation.decoder import _GQA, Decoder, _Block, is_own, is_plain
+from open_mythos.generation.native.build import library
+from open_mythos.nn.linear import Linear
+from open_mythos.nn.lora import LoRAAdapter
+from open_mythos.nn.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
+
+
+def _struct(name: str, pointers: str, sizes: str = "", floats: str = "", more: str = "") -> type[ctypes.Structure]:
+    """A C struct of pointers, integers, floats and more pointers, in that order."""
+    kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (floats, ctypes.c_float), (more, ctypes.c_void_p))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# Mirrors of the structs in team.h.
+_CBlock = _struct(
+    "Block",
+    "w_in w_q kv_norm up_k up_v k_taps v_taps w_out w_ffn w_down router_bias expert_norm gate_up down",
+    "n_taps n_local window ffn n_experts topk expert_dim",
+    "down_scale",
+)
+_CModel = _struct(
+    "Model",
+    "",
+    "dim vocab H G D V mla Q N P n_prelude n_coda rank start_from_input",
+    "eps score_scale",
+    "frequencies embed head input_norm A B state_norm norm codes lora_down lora_up lora_scale blocks",
+)
+_CSlot = _struct("Slot", "first second", "capacity")
+_CStep = _struct("Step", "ids h state logits slots", "batch position n_loops")
+
+
+class CompiledDecoder:
+    """:class:`Decoder` in compiled code, for one new token of each row at a time.
+
+    Made of a model's weights as they are; make a new one when they change. Uses ``torch.get_num_threads()`` threads,
+    which last as long as it does.
+
+    Args:
+        model: one that :func:`check_compilable`, in eval mode, without halting.
+        n_loops: loops of every token.
+
+    Raises:
+        ValueError: without a C compiler.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: OpenMythos, n_loops: int) -> None:
+        code, threads = library(), torch.get_num_threads()
+        decoder = Decoder(model, n_loops)
+        self._held: list[Tensor] = []
+        made = [self._block(block) for block in (*decoder.prelude, decoder.block, *decoder.coda)]
+        self._blocks = blocks = (_CBlock * len(made))(*made)
+        team = code.mythos_open(ctypes.byref(self._model(decoder, n_loops, blocks)), ctypes.c_int64(threads))
+        if not team:
+            raise MemoryError(
+                f"compiled decoding got no memory, or not its {threads} threads; see torch.set_num_threads"
+            )
+        self.cfg, self.n_loops = model.cfg, n_loops
+        self._team, self._run = ctypes.c_void_p(team), code.mythos_step
+        weakref.finalize(self, code.mythos_close, self._team)
+        self._slots = (_CSlot * (len(blocks) - 1 + n_loops))()
+
+    def step(self, tokens: Tensor, cache: KVCache, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The state (B, 1, dim) after the last loop and the logits (B, vocab_size) of tokens (B, 1).
+
+        Args:
+            tokens: behind those of the cache.
+            cache: holds some tokens, no padding, and all slots of ``n_loops`` loops; the new ones are appended.
+            first: states to start from, (B, 1, dim); the model's own if None.
+        """
+        B, cfg, position, ids = len(tokens), self.cfg, cache.length, tokens.flatten().tolist()
+        assert len(ids) == B and all(0 <= token < cfg.vocab_size for token in ids), ids
+        first = None if first is None else first.contiguous()
+        state = torch.empty(B, 1, cfg.dim, dtype=torch.float32)
+        logits = torch.empty(B, cfg.vocab_size, dtype=torch.float32)
+        for at, name in zip(self._slots, self._names(cache), strict=True):
+            at.first, at.second, at.capacity = cache.slot(name).open_row(position, B)
+        c_ids = (ctypes.c_int64 * B)(*ids)
+        step = _CStep(
+            ids=ctypes.addressof(c_ids), h=None if first is None else first.data_ptr(), state=state.data_ptr(),
+            logits=logits.data_ptr(), slots=ctypes.addressof(self._slots), batch=B, position=position,
+            n_loops=self.n_loops,
+        )  # fmt: skip
+        self._run(self._team, ctypes.byref(step))
+        return state, logits
+
+    def _names(self, cache: KVCache) -> list[str]:
+        """Slots in the order in which a token meets them."""
+        prelude = [prelude_slot(layer) for layer in range(self.cfg.prelude_layers)]
+        loops = [loop_slot(loop, cache) for loop in range(self.n_loops)]
+        return prelude + loops + [coda_slot(layer) for layer in range(self.cfg.coda_layers)]
+
+    # -- structs
+
+    def _at(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        """Address of a tensor's numbers, row by row; they stay there as long as this decoder."""
+        self._held.append(tensor.detach().to(dtype).contiguous())
+        return self._held[-1].data_ptr()
+
+    def _model(self, decoder: Decoder, n_loops: int, blocks: ctypes.Array) -> ctypes.Structure:
+        model, cfg = decoder.model, decoder.model.cfg
+        recurrent, lora = model.recurrent, model.recurrent.lora
+        exponent = torch.arange(0, cfg.rope_dim, 2, dtype=torch.float64) / cfg.rope_dim
+        codes = [code for code in decoder.codes if code is not None]
+        found = _CModel(
+            dim=cfg.dim, vocab=cfg.vocab_size, n_prelude=len(decoder.prelude), n_coda=len(decoder.coda),
+            start_from_input=cfg.state_init == "input", eps=model.norm.eps,
+            frequencies=self._at(cfg.rope_theta**-exponent, torch.float64), embed=self._at(model.embed.weight),
+            head=self._at(model.head.weight), input_norm=self._at(model.input_norm.weight), A=self._at(decoder.A),
+            B=self._at(recurrent.injection.B), norm=self._at(model.norm.weight),
+            codes=self._at(torch.stack(codes)) if codes else None, blocks=ctypes.addressof(blocks),
+            **self._shape(decoder),
+        )  # fmt: skip
+        if isinstance(recurrent.norm, RMSNorm):
+            found.state_norm = self._at(recurrent.norm.weight)
+        if lora is not None:
+            found.rank = len(lora.down.weight)
+            found.lora_down, found.lora_up = self._at(lora.down.weight * lora.down.scale), self._at(lora.B)
+            found.lora_scale = self._at(torch.stack([lora.row(loop) for loop in range(n_loops)]))
+        return found
+
+    def _shape(self, decoder: Decoder) -> dict[str, Any]:
+        attn = decoder.block.attn
+        if isinstance(attn, _GQA):
+            H, G, D = attn.attn.n_heads, attn.attn.n_kv_heads, attn.head_dim
+            return dict(H=H, G=G, D=D, V=D, P=D, score_scale=D**-0.5)
+        mla = attn.attn
+        return dict(
+            H=mla.n_heads, G=1, D=mla.latent_dim, V=mla.v_dim, P=mla.rope_dim, mla=1, Q=attn.widths[0],
+            N=mla.nope_dim, score_scale=mla.score_scale,
+        )  # fmt: skip
+
+    def _block(self, block: _Block) -> ctypes.Structure:
+        attn, moe = block.attn, block.moe
+        found = _CBlock(
+            w_in=self._at(attn.w_in), w_out=self._at(block.w_attn.t()), w_ffn=self._at(block.w_ffn),
+            ffn=0 if block.w_down is None else len(block.w_down), n_local=attn.attn.n_local_heads,
+            window=attn.attn.local_window, w_down=None if block.w_down is None else self._at(block.w_down.t()),
+        )  # fmt: skip
+        if isinstance(attn, _GQA):
+            one = torch.ones(1, attn.attn.n_kv_heads * attn.head_dim)
+            k_taps, v_taps = (one, one) if attn.taps is None else (taps.flatten(2)[0] for taps in attn.taps)
+            found.k_taps, found.v_taps, found.n_taps = self._at(k_taps), self._at(v_taps), len(k_taps)
+        else:
+            taps = torch.ones(1, attn.attn.latent_dim) if attn.taps is None else attn.taps
+            found.w_q, found.kv_norm = self._at(attn.w_q), self._at(attn.attn.kv_norm.weight)
+            found.up_k, found.up_v = self._at(attn.up_k.transpose(1, 2)), self._at(attn.up_v.transpose(1, 2))
+            found.k_taps, found.n_taps = self._at(taps), len(taps)
+        if moe is not None:
+            found.router_bias, found.expert_norm = self._at(moe.router_bias), self._at(block.expert_norm)
+            found.gate_up, found.down, found.down_scale = self._at(moe.gate_up), self._at(moe.down), moe.down_scale
+            found.n_experts, found.topk, found.expert_dim = moe.n_experts, moe.topk, moe.down.shape[2]
+        return found
+
+
+_AROUND = (RMSNorm, LoRAAdapter, Linear, nn.Embedding, nn.Identity, nn.Linear)
+
+
+def check_compilable(model: OpenMythos, adaptive: bool, padded: bool, drafted: bool) -> None:
+    """ValueError, saying what to change, unless :class:`CompiledDecoder` can continue a text with this model.
+
+    Args:
+        model: as generation got it.
+        adaptive: whether an exit or the halting gate stops positions early.
+        padded: whether rows hold padding.
+        drafted: whether tokens are drafted ahead.
+    """
+    weight = model.embed.weight
+    if weight.device.type != "cpu" or any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ValueError(
+            f"compile=True runs on the CPU in float32, and the model is {weight.dtype} on {weight.device}; leave "
+            f"compile out, or use model.float().cpu()"
+        )
+    if adaptive:
+        raise ValueError(
+            "compile=True runs every loop for every token, but an exit or the halting gate stops some early; leave out "
+            "compile, or the exit and set model.cfg.halting=False"
+        )
+    if padded:
+        raise ValueError("compile=True reads no padding; use prompts of one length, or leave compile out")
+    if drafted:
+        raise ValueError("compile=True makes tokens one by one, and draft_loops several at once; leave out one of them")
+    around = model.embed, model.input_norm, model.recurrent.norm, model.recurrent.lora, model.norm, model.head
+    if not is_plain(model) or not all(part is None or is_own(part, _AROUND) for part in around):
+        raise ValueError(
+            "compile=True knows this library's own modules alone, and the model has hooks, replaced or quantised "
+            "layers, or autocast is on; leave compile out, or take those off"
+        )
+    library()
