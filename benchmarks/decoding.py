@@ -46,18 +46,20 @@ DRAFTS = {8: ((1, 4), (2, 4)), 16: ((2, 4),), 32: ((2, 8),)}  # n_loops: (draft_
 THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
 MOST_LOOPS = 32
 REASONERS = {"parity-tiny": (96, 64), "chain-sum-tiny": (16, 32)}  # difficulty, loops
+BY_MODULES = "bfloat16, by modules"
 FORMATS: dict[str, Callable[[OpenMythos], OpenMythos]] = {
     "float32": OpenMythos.float,
     "bfloat16": OpenMythos.bfloat16,
-    "bfloat16, by modules": lambda model: watched(model.bfloat16()),  # what int8 decodes with, to tell the two apart
+    BY_MODULES: lambda model: watched(model.bfloat16()),  # what int8 decodes with, to tell the two apart
     "int8, float32 products": lambda model: quantize_int8(model.float()),
     "int8, bfloat16 products": lambda model: quantize_int8(model.bfloat16()),
 }
+KINDS = [name for name in FORMATS if name != BY_MODULES]  # those that may differ in quality
 LARGE = MythosConfig(
     vocab_size=256, dim=1024, n_heads=16, n_kv_heads=4, max_seq_len=512, prelude_layers=1, coda_layers=1, n_experts=8,
     n_experts_per_tok=2, n_shared_experts=1, expert_dim=2048, attn_type="gqa", halting=False,
 )  # fmt: skip
-LARGE_LOOPS, ROUNDS = 4, 5
+LARGE_LOOPS, ROUNDS, PROBLEMS_EACH = 4, 5, 256
 
 
 @cache
@@ -236,23 +238,28 @@ def int8() -> dict[str, Any]:
     batch, large = text().windows(WINDOW, WINDOWS), OpenMythos(LARGE).eval()
     texts = {name: change(deepcopy(text_model())) for name, change in FORMATS.items()}
     quality = []
-    for name, model in texts.items():
-        with measuring(model):
-            found = bits(model(batch.ids, TEXT_LOOPS).float(), batch.targets)
+    for name in KINDS:
+        with measuring(texts[name]):
+            found = bits(texts[name](batch.ids, TEXT_LOOPS).float(), batch.targets)
         quality.append({"model": "text-tiny", "loops": TEXT_LOOPS, "format": name, "bits_per_byte": found})
     for shipped in REASONERS:
-        quality += [{"model": shipped, "format": name, **solved(shipped, change)} for name, change in FORMATS.items()]
+        quality += [{"model": shipped, "format": name, **solved(shipped, FORMATS[name])} for name in KINDS]
     speed = [{"model": "text-tiny", "loops": TEXT_LOOPS, **row} for row in speeds(texts, TEXT_LOOPS)]
     larges = {name: change(deepcopy(large)) for name, change in FORMATS.items()}
     speed += [{"model": f"random, dim {LARGE.dim}", "loops": LARGE_LOOPS, **row} for row in speeds(larges, LARGE_LOOPS)]
-    return {"quality": quality, "speed": speed, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS}
+    return {
+        "quality": quality, "speed": speed, "problems": PROBLEMS_EACH, "windows": WINDOWS, "window": WINDOW,
+        "prompt": PROMPT, "new": NEW, "rounds": ROUNDS,
+    }  # fmt: skip
 
 
 def solved(name: str, change: Callable[[OpenMythos], OpenMythos]) -> dict[str, Any]:
     """Loops and share of right answers of a shipped reasoner."""
     (difficulty, loops), trained = REASONERS[name], training_config(name).task
     model = change(OpenMythos.from_pretrained(name))
-    problems = tasks.load(trained.name, **trained.options).batch(256, difficulty, torch.Generator().manual_seed(0))
+    problems = tasks.load(trained.name, **trained.options).batch(
+        PROBLEMS_EACH, difficulty, torch.Generator().manual_seed(0)
+    )
     with measuring(model, halting=False):
         right = (model(problems.ids, loops, attention_mask=problems.valid).argmax(-1) == problems.targets).float()
     return {"loops": loops, "difficulty": difficulty, "accuracy": float(right[problems.targets != UNSCORED].mean())}

@@ -1,12 +1,13 @@
-"""Int8 weights for a trained model, which take a quarter of float32's memory. Needs the ``quant`` extra (torchao).
+"""Int8 weights for a trained model, in a quarter of float32's memory. Needs the ``quant`` extra (torchao).
 
-Symmetric, one scale for each output channel, and for each expert of its own; products are made in the model's dtype.
-Every matrix of prelude, recurrent block and coda is quantised but those that decide more than they weigh (router, gate,
-LoRA, embedding and head) and MLA's ``kv_up``, which attention takes apart. Norms, convolutions and injection stay.
+Symmetric, with a scale for each output channel, in every expert its own; products are made in the dtype of the model.
+The matrices of prelude, recurrent block and coda become int8, but for the router, which decides more than it weighs, and
+MLA's ``kv_up``, which attention takes apart. Embedding, head, gate, LoRA, norms, convolutions and injection stay.
 
-Speed: a decoding step of a large model takes as long as reading its weights, of which there are then half as many bytes
-as in bfloat16. On a CPU that pays with ``model.bfloat16()`` and AVX-512; in float32, and for long prompts, weights are
-turned back before every product, which costs time. ``benchmarks/decoding.py --only int8`` measures it.
+Speed: a decoding step of a large model takes as long as reading its weights, of which int8 has half the bytes of
+bfloat16. On a CPU PyTorch's int8 product makes that pay in a bfloat16 model, for up to 16 tokens at a time and layers
+whose fan-in is a multiple of 32. Everywhere else an eager product first turns the weight back, which saves memory but no
+time. What there is to win and to lose is measured by ``benchmarks/decoding.py --only int8``.
 """
 
 from __future__ import annotations
