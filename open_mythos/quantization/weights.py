@@ -67,6 +67,7 @@ class _Int8MoEFFN(MoEFFN):
         out = self._expert_by_expert(tokens, chosen, weights * self.down_scale)
         return (out if self.shared is None else out + self.shared(tokens)).view(x.shape)
 
+    @torch.compiler.disable  # a graph cannot hold a loop over the experts that were chosen
     def _expert_by_expert(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """One expert's numbers are turned back at a time, and of those that nobody chose none."""
         out_ND, weights_NK = torch.zeros_like(x_ND), weights_NK.to(x_ND.dtype)
