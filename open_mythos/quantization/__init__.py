@@ -8,6 +8,8 @@ Speed: a decoding step of a large model takes as long as reading its weights, of
 bfloat16. On a CPU PyTorch's int8 product makes that pay in a bfloat16 model, for up to 16 tokens at a time and layers
 whose fan-in is a multiple of 32. Everywhere else an eager product first turns the weight back, which saves memory but
 no time. What there is to win and to lose is measured by ``benchmarks/decoding.py --only int8``.
+
+``torch.compile`` works in float32; in bfloat16 PyTorch 2.13 fails on a whole block for a CPU (InductorError).
 """
 
 from __future__ import annotations
