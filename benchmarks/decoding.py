@@ -1,10 +1,11 @@
-"""Decoding that uses recurrence, on the shipped models: memory of the loops' cache, drafting ahead, warm starts.
+"""Decoding that uses recurrence, on the shipped models: memory of the loops' cache, drafting ahead, warm starts; and
+int8 weights.
 
-    python benchmarks/decoding.py [--only budget speculation warm] [--out benchmarks/results/decoding.json]
+    python benchmarks/decoding.py [--only budget speculation warm int8] [--out benchmarks/results/decoding.json]
 
-One thread. Five minutes, and five more the first time, to train the model that warm starts need (runs/decoding). Bits
-per byte are of text-tiny's held-out text, fed through the cache; accuracy is of problems fed token by token. Figures of
-a part that is not asked for are kept.
+One thread. Eight minutes, and five more the first time, to train the model that warm starts need (runs/decoding). Bits
+per byte are of text-tiny's held-out text, fed through the cache; accuracy is of problems fed token by token (int8: in
+one pass). Figures of a part that is not asked for are kept.
 """
 
 import argparse
@@ -15,20 +16,23 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos import KVCache, OpenMythos, tasks
+from open_mythos import KVCache, MythosConfig, OpenMythos, tasks
 from open_mythos.evaluation.depth import measuring
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit, StateChange
+from open_mythos.quantization import quantize_int8, weight_bytes
 from open_mythos.tasks.base import UNSCORED
 from open_mythos.training.runs import training_config
 
@@ -41,6 +45,21 @@ PROMPT, NEW, PROMPTS, BATCH = 64, 96, 6, 3
 DRAFTS = {8: ((1, 4), (2, 4)), 16: ((2, 4),), 32: ((2, 8),)}  # n_loops: (draft_loops, draft_tokens)
 THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
 MOST_LOOPS = 32
+REASONERS = {"parity-tiny": (96, 64), "chain-sum-tiny": (16, 32)}  # difficulty, loops
+BY_MODULES = "bfloat16, by modules"
+FORMATS: dict[str, Callable[[OpenMythos], OpenMythos]] = {
+    "float32": OpenMythos.float,
+    "bfloat16": OpenMythos.bfloat16,
+    BY_MODULES: lambda model: watched(model.bfloat16()),  # what int8 decodes with, to tell the two apart
+    "int8, float32 products": lambda model: quantize_int8(model.float()),
+    "int8, bfloat16 products": lambda model: quantize_int8(model.bfloat16()),
+}
+KINDS = [name for name in FORMATS if name != BY_MODULES]  # those that may differ in quality
+LARGE = MythosConfig(
+    vocab_size=256, dim=1024, n_heads=16, n_kv_heads=4, max_seq_len=512, prelude_layers=1, coda_layers=1, n_experts=8,
+    n_experts_per_tok=2, n_shared_experts=1, expert_dim=2048, attn_type="gqa", halting=False,
+)  # fmt: skip
+LARGE_LOOPS, ROUNDS, PROBLEMS_EACH = 4, 5, 256
 
 
 @cache
@@ -204,6 +223,72 @@ def noise_model() -> OpenMythos:
     return OpenMythos.from_pretrained(NOISE_RUN / "model")
 
 
+# -- int8 weights
+
+
+def watched(model: OpenMythos) -> OpenMythos:
+    """With a hook, which makes it decode by its modules."""
+    model.recurrent.block.register_forward_hook(lambda *_: None)
+    return model
+
+
+def int8() -> dict[str, Any]:
+    """Quality of the shipped models by format of their weights, and speed of text-tiny and of a large random model."""
+    torch.manual_seed(0)
+    batch, large = text().windows(WINDOW, WINDOWS), OpenMythos(LARGE).eval()
+    texts = {name: change(deepcopy(text_model())) for name, change in FORMATS.items()}
+    quality = []
+    for name in KINDS:
+        with measuring(texts[name]):
+            found = bits(texts[name](batch.ids, TEXT_LOOPS).float(), batch.targets)
+        quality.append({"model": "text-tiny", "loops": TEXT_LOOPS, "format": name, "bits_per_byte": found})
+    for shipped in REASONERS:
+        quality += [{"model": shipped, "format": name, **solved(shipped, FORMATS[name])} for name in KINDS]
+    speed = [{"model": "text-tiny", "loops": TEXT_LOOPS, **row} for row in speeds(texts, TEXT_LOOPS)]
+    larges = {name: change(deepcopy(large)) for name, change in FORMATS.items()}
+    speed += [{"model": f"random, dim {LARGE.dim}", "loops": LARGE_LOOPS, **row} for row in speeds(larges, LARGE_LOOPS)]
+    return {
+        "quality": quality, "speed": speed, "problems": PROBLEMS_EACH, "windows": WINDOWS, "window": WINDOW,
+        "prompt": PROMPT, "new": NEW, "rounds": ROUNDS,
+    }  # fmt: skip
+
+
+def solved(name: str, change: Callable[[OpenMythos], OpenMythos]) -> dict[str, Any]:
+    """Loops and share of right answers of a shipped reasoner."""
+    (difficulty, loops), trained = REASONERS[name], training_config(name).task
+    model = change(OpenMythos.from_pretrained(name))
+    problems = tasks.load(trained.name, **trained.options).batch(
+        PROBLEMS_EACH, difficulty, torch.Generator().manual_seed(0)
+    )
+    with measuring(model, halting=False):
+        right = (model(problems.ids, loops, attention_mask=problems.valid).argmax(-1) == problems.targets).float()
+    return {"loops": loops, "difficulty": difficulty, "accuracy": float(right[problems.targets != UNSCORED].mean())}
+
+
+def speeds(models: dict[str, OpenMythos], n_loops: int) -> list[dict[str, Any]]:
+    """Prompt and new tokens per second of one row, the models taking turns; medians."""
+    prompt = text().windows(PROMPT, 1).ids
+    prompts, steps = {name: [] for name in models}, {name: [] for name in models}
+    for turn in range(ROUNDS + 1):  # the first is not counted
+        for name, model in models.items():
+            started = time.perf_counter()
+            stream = model.stream(prompt, NEW, n_loops, temperature=0)
+            next(stream)
+            first = time.perf_counter()
+            done = sum(1 for _ in stream)
+            if turn:
+                prompts[name].append(PROMPT / (first - started))
+                steps[name].append(done / (time.perf_counter() - first))
+    return [
+        {
+            "format": name, "bytes": weight_bytes(model), "prompt_per_second": median(prompts[name]),
+            "tokens_per_second": median(steps[name]),
+            "for_bfloat16": median(mine / its for mine, its in zip(steps[name], steps["bfloat16"], strict=True)),
+        }
+        for name, model in models.items()
+    ]  # fmt: skip
+
+
 # -- tables
 
 
@@ -246,10 +331,27 @@ def markdown(results: dict[str, Any]) -> str:
                 for name, start in dict.fromkeys((r["model"], r["start"]) for r in results["warm"]["rows"])
             ),
         )  # fmt: skip
+    if "int8" in results:
+        lines += table(
+            ("model", "loops", "weights", "quality"),
+            (
+                (r["model"], r["loops"], r["format"],
+                 f"{r['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in r else f"{r['accuracy']:.4f} right")
+                for r in results["int8"]["quality"]
+            ),
+        )  # fmt: skip
+        lines += table(
+            ("model", "loops", "weights", "MB", "prompt tokens/s", "tokens/s", "for bfloat16's"),
+            (
+                (r["model"], r["loops"], r["format"], f"{r['bytes'] / 1e6:.2f}", f"{r['prompt_per_second']:.0f}",
+                 f"{r['tokens_per_second']:.1f}", f"{r['for_bfloat16']:.2f}x")
+                for r in results["int8"]["speed"]
+            ),
+        )  # fmt: skip
     return "\n".join(lines)
 
 
-PARTS = {"budget": budget, "speculation": speculation, "warm": warm}
+PARTS = {"budget": budget, "speculation": speculation, "warm": warm, "int8": int8}
 
 
 def main() -> None:

@@ -87,7 +87,6 @@ class CacheSlot:
             }
         return self.rows
 
-<<<<<<< ours
     def repeat(self, before: CacheSlot) -> None:
         """Hold from here on what ``before`` holds, the slot of the loop before, always the same one."""
         self._before, self.length = before, before.length
@@ -112,24 +111,21 @@ class CacheSlot:
             self._reserve(name, rows, end)
             self._buffers[name][:, start:end] = rows.detach()
         self._written = end
-=======
+
     def open_row(self, at: int, batch: int) -> tuple[int, int, int]:
         """Count a row at position ``at``, for compiled code to write; what the slot held from there on is given up.
 
         Returns the addresses of both buffers, each (B, room, ...) in one piece, and their room.
         """
-        self.length = self._checked(at)
+        assert 0 <= at <= self.length, f"a row at {at} would leave a hole behind the {self.length} held"
+        self.truncate(at)
+        self._catch_up()
         for name, buffer in list(self._buffers.items()):
             self._reserve(name, buffer, at + 1)
-        self.length = at + 1
+        self.length = self._written = at + 1
         first, second = self._buffers.values()
         assert len(first) == len(second) == batch, f"{batch} rows for a cache of {len(first)}"
         return first.data_ptr(), second.data_ptr(), first.shape[1]
-
-    def _checked(self, at: int) -> int:
-        assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
-        return at
->>>>>>> theirs
 
     def _reserve(self, name: str, like: Tensor, length: int) -> None:
         buffer = self._buffers.get(name)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from open_mythos.config import MythosConfig
 
@@ -27,7 +28,16 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     """Write the model's config and weights into ``directory``, made if need be.
 
     Each file is written beside its place and moved there whole, weights first.
+
+    Raises:
+        CheckpointError: for weights that a file of plain numbers cannot hold, as int8 ones.
     """
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is not Tensor:
+            raise CheckpointError(
+                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before that is done to "
+                f"it, and do it again to what is loaded"
+            )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != _TIED}

@@ -16,7 +16,7 @@ LAYERS = [
     {"config"},
     {"variants", "cache", "ops", "tasks", "plots"},
     {"nn"},
-    {"checkpoint", "generation"},
+    {"checkpoint", "generation", "quantization"},
     {"model"},
     {"reference", "diagnostics"},
     {"evaluation"},
@@ -25,6 +25,7 @@ LAYERS = [
     {"cli"},
 ]
 EVERYWHERE = {"torch", "numpy", "safetensors"} | sys.stdlib_module_names
+OPTIONAL = {"quantization/weights.py": {"torchao"}}  # the base of its class; itself imported where it is used
 FILES = sorted(path for path in ROOT.rglob("*.py") if str(path.relative_to(ROOT)) not in FACADES)
 
 
@@ -64,6 +65,7 @@ def test_dependency_direction(path):
     for name in imported(ast.parse(path.read_text()).body):
         if name.split(".")[0] != "open_mythos":
             allowed = EVERYWHERE | ({"typer", "rich"} if part == "cli" else set())
+            allowed = allowed | OPTIONAL.get(path.relative_to(ROOT).as_posix(), set())
             assert name.split(".")[0] in allowed, f"{path.name} imports {name} at module level"
             continue
         other = name.split(".")[1]

@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import KVCache
-<<<<<<< ours
 from open_mythos.generation.decoder import Decoder, make_decoder
-=======
-from open_mythos.generation.decoder import make_decoder
 from open_mythos.generation.native.decoder import CompiledDecoder, check_compilable
->>>>>>> theirs
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit
@@ -104,17 +100,12 @@ def _one_by_one(
     with eval_mode(model), torch.no_grad():
         h, freqs, mask = model.states(input_ids, n_loops, cache, attention_mask=attention_mask, exit=exit)
         logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
-<<<<<<< ours
+        compiled = CompiledDecoder(model, n_loops) if compile else None
         stopping = model.recurrent.choose_exit(exit)
         decoder = make_decoder(model, n_loops, padded=cache.valid is not None)
         # One token alone stops by itself; several are the modules' work, and so are predictions that an exit reads.
         alone = isinstance(decoder, Decoder) and len(input_ids) == 1
         by_modules = stopping is not None and (not alone or stopping.needs_predictions)
-=======
-        adaptive = model.recurrent.choose_exit(exit) is not None
-        decoder = None if adaptive or compile else make_decoder(model, n_loops, padded=cache.valid is not None)
-        compiled = CompiledDecoder(model, n_loops) if compile else None
->>>>>>> theirs
     while True:
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
@@ -123,12 +114,7 @@ def _one_by_one(
             h, logits = compiled.step(tokens, cache, first)
             continue
         with eval_mode(model), torch.no_grad():
-<<<<<<< ours
-            first = h[:, -1:] if warm_start else None
             if by_modules:
-=======
-            if decoder is None:
->>>>>>> theirs
                 h, freqs, mask = model.states(tokens, n_loops, cache, exit=exit, first=first)
                 logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
                 continue

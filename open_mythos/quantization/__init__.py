@@ -1,0 +1,109 @@
+"""Int8 weights for a trained model, in a quarter of float32's memory. Needs the ``quant`` extra (torchao).
+
+Symmetric, with a scale for each output channel, in every expert its own; products are made in the dtype of the model.
+The matrices of prelude, recurrent block and coda become int8, but for the router, which decides more than it weighs,
+and MLA's ``kv_up``, which attention takes apart. Embedding, head, gate, LoRA, norms, convolutions and injection stay.
+
+Speed: a decoding step of a large model takes as long as reading its weights, of which int8 has half the bytes of
+bfloat16. On a CPU PyTorch's int8 product makes that pay in a bfloat16 model, for up to 16 tokens at a time and layers
+whose fan-in is a multiple of 32. Everywhere else an eager product first turns the weight back, which saves memory but
+no time. What there is to win and to lose is measured by ``benchmarks/decoding.py --only int8``.
+
+``torch.compile`` works in float32; in bfloat16 PyTorch 2.13 fails on a whole block for a CPU (InductorError).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.linear import Linear
+from open_mythos.nn.moe import MoEFFN
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
+
+_LEFT_ALONE = ("router", "kv_up")
+
+
+@torch.no_grad()
+def quantize_int8(model: OpenMythos) -> OpenMythos:
+    """Turn the matrices of a model's blocks into int8, in place.
+
+    The model then computes in the dtype that it has, which ``.to(dtype)`` changes as ever, and generates, halts and is
+    evaluated as before, with slightly other logits. It can neither be trained nor saved: save it before, and quantise
+    what is loaded, which takes a moment.
+
+    Args:
+        model: in eval mode.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ImportError: naming the extra to install, without ``torchao``.
+        ValueError: for a model in training mode, or one that is quantised, sharded or adapted already.
+    """
+    try:
+        with _importing_quietly():
+            from open_mythos.quantization.weights import Int8Weight, use_int8_experts
+    except ImportError as error:
+        raise ImportError("quantize_int8 needs torchao: pip install 'open-mythos[quant]'") from error
+    if model.training:
+        raise ValueError("the model is in training mode, and int8 weights cannot be trained; call model.eval() first")
+    blocks = [block for part in (model.prelude, model.recurrent.block, model.coda) for block in _blocks(part)]
+    for block in blocks:
+        for name, weight in block.named_parameters():
+            if type(weight) is not nn.Parameter:
+                raise ValueError(
+                    f"{name} is of {type(weight).__name__}; quantise plain weights, once, before anything wraps them"
+                )
+    for block in blocks:
+        for name, module in block.named_modules():
+            if isinstance(module, Linear) and name.rpartition(".")[2] not in _LEFT_ALONE:
+                module.weight = Int8Weight.parameter(module.weight)
+            elif isinstance(module, MoEFFN):
+                use_int8_experts(module)
+    model.recurrent.block.register_forward_pre_hook(_refuse_training)
+    return model
+
+
+def _blocks(part: nn.Module) -> list[TransformerBlock]:
+    return [module for module in part.modules() if isinstance(module, TransformerBlock)]
+
+
+def _refuse_training(block: nn.Module, _: Any) -> None:
+    if block.training:
+        raise ValueError(
+            "this model's weights are int8 and cannot be trained; call model.eval(), or train before quantize_int8"
+        )
+
+
+@contextmanager
+def _importing_quietly() -> Iterator[None]:
+    """torchao reports that kernels which nothing here uses did not load, and PyTorch that it uses an old function."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, with scales and offsets of those that are int8; tied ones count once."""
+    return sum(part.nbytes for weight in model.parameters() for part in _parts(weight))
+
+
+def _parts(weight: Tensor) -> list[Tensor]:
+    flatten = getattr(weight, "__tensor_flatten__", None)
+    return [weight] if flatten is None else [getattr(weight, name) for name in flatten()[0]]
