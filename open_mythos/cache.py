@@ -45,8 +45,8 @@ class CacheSlot:
     is copied before some token comes that deep, and then all at once.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, room: int = 0) -> None:
+        self.length, self._room = 0, room
         self._written = 0  # tokens whose rows are in the buffers; those after them are in the slot before
         self._before: CacheSlot | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -131,7 +131,7 @@ class CacheSlot:
         buffer = self._buffers.get(name)
         if buffer is not None and buffer.shape[1] >= length:
             return
-        capacity = length if buffer is None else max(length, 2 * buffer.shape[1])
+        capacity = max(length, self._room if buffer is None else 2 * buffer.shape[1])
         grown = torch.empty(like.shape[0], capacity, *like.shape[2:], dtype=like.dtype, device=like.device)
         if buffer is not None:
             grown[:, : self._written] = buffer[:, : self._written]
@@ -150,15 +150,17 @@ class KVCache:
             Memory no longer grows with the loops, and logits come to depend on how the tokens were divided into
             calls. Predictions that an exit reads are kept for every loop all the same.
 
+        room: tokens to make room for from the start; a cache that gets more doubles.
+
     Raises:
         ValueError: for a ``cache_loops`` below 1.
     """
 
-    def __init__(self, cache_loops: int | None = None) -> None:
+    def __init__(self, cache_loops: int | None = None, room: int = 0) -> None:
         if cache_loops is not None:
             whole = isinstance(cache_loops, int) and not isinstance(cache_loops, bool)
             must(whole and cache_loops >= 1, f"cache_loops={cache_loops!r}; use a whole number of at least 1, or None")
-        self.cache_loops = cache_loops
+        self.cache_loops, self._room = cache_loops, room
         self._slots: dict[str, CacheSlot] = {}
         self.valid: Tensor | None = None  # (B, length) bool, False at padding; None while there is none
 
@@ -175,7 +177,7 @@ class KVCache:
     def slot(self, name: str) -> CacheSlot:
         """The slot called ``name``, made empty if it is new."""
         if name not in self._slots:
-            self._slots[name] = CacheSlot()
+            self._slots[name] = CacheSlot(self._room)
         return self._slots[name]
 
     def slot_length(self, name: str) -> int:

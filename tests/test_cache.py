@@ -466,3 +466,12 @@ def _copy(cache: KVCache | dict) -> dict[str, Tensor]:
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_room_that_was_made_is_used_and_not_outgrown():
+    cache, model, ids = KVCache(room=20), tiny_model(), tokens(1, 20)
+    with torch.no_grad():
+        model(ids[:, :5], 2, kv_cache=cache)
+        before = [rows.data_ptr() for rows in cache.slot("prelude_0").rows.values()]
+        model(ids[:, 5:], 2, kv_cache=cache)
+    assert [rows.data_ptr() for rows in cache.slot("prelude_0").rows.values()] == before

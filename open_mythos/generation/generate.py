@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _INTEGERS = (torch.int64, torch.int32)
+_ROOM = 512  # new tokens that a cache has room for before it grows
 
 
 def stream(
@@ -72,7 +73,7 @@ def stream(
         padded = attention_mask is not None and not bool(attention_mask.all())
         adaptive = exit is not None or model.cfg.halting
         check_compilable(model, adaptive, padded, drafted=draft is not None)
-    cache = KVCache(cache_loops)
+    cache = KVCache(cache_loops, room=input_ids.shape[1] + min(max_new_tokens, _ROOM))
     if draft is None:
         new = _one_by_one(
             model, input_ids, n_loops, cache, sampling, attention_mask, generator, exit, warm_start, compile
