@@ -138,6 +138,15 @@ def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """PyTorch's attention for (B, T, H, D) tensors; ``allowed`` is (B or 1, 1, T, S) bool."""
+    if (
+        q.device.type == "cpu"
+        and q.dtype.itemsize < 4
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        # The CPU's backward pass takes four times as long in half precision as in single.
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(q.float(), k.float(), v.float(), allowed, is_causal, scale).to(q.dtype)
     D, Dv = q.shape[-1], v.shape[-1]
     # The kernels that keep no T x S scores want one width. Their backward pass makes the weights again from scores and
     # their rounded normaliser, which explodes where scores are huge, as in a model that an optimizer has run away with.
