@@ -72,11 +72,7 @@ class CacheSlot:
 
         They stand at position ``at``, behind all others if None; what the slot held from there on is given up.
         """
-        if at is not None:
-            assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
-            self.truncate(at)
-        self._catch_up()
-        start = self.length
+        start = self._open(self.length if at is None else at)
         self._write(new)
         self.length = self._written
         if torch.is_grad_enabled() and any(rows.requires_grad for rows in new.values()):
@@ -94,6 +90,13 @@ class CacheSlot:
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
         self.length, self._written = min(self.length, length), min(self._written, length)
+
+    def _open(self, at: int) -> int:
+        """Give up what is held from ``at`` on, and have all before it written, so that new rows can follow."""
+        assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
+        self.truncate(at)
+        self._catch_up()
+        return at
 
     def _catch_up(self) -> None:
         if self._written == self.length:
@@ -117,9 +120,7 @@ class CacheSlot:
 
         Returns the addresses of both buffers, each (B, room, ...) in one piece, and their room.
         """
-        assert 0 <= at <= self.length, f"a row at {at} would leave a hole behind the {self.length} held"
-        self.truncate(at)
-        self._catch_up()
+        self._open(at)
         for name, buffer in list(self._buffers.items()):
             self._reserve(name, buffer, at + 1)
         self.length = self._written = at + 1

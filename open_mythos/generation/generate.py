@@ -103,7 +103,7 @@ def _one_by_one(
         logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
         compiled = CompiledDecoder(model, n_loops) if compile else None
         stopping = model.recurrent.choose_exit(exit)
-        decoder = make_decoder(model, n_loops, padded=cache.valid is not None)
+        decoder = make_decoder(model, n_loops, padded=cache.valid is not None) if compiled is None else None
         # One token alone stops by itself; several are the modules' work, and so are predictions that an exit reads.
         alone = isinstance(decoder, Decoder) and len(input_ids) == 1
         by_modules = stopping is not None and (not alone or stopping.needs_predictions)
@@ -119,6 +119,7 @@ def _one_by_one(
                 h, freqs, mask = model.states(tokens, n_loops, cache, exit=exit, first=first)
                 logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
                 continue
+            assert decoder is not None
             e, seen = decoder.encode(tokens, cache)
             first = decoder.first_state(e) if first is None else first
             if stopping is None:
