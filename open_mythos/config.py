@@ -51,6 +51,8 @@ class MythosConfig(Checked):
     # initial A and B of the injection (Parcae, 2604.12946)
     injection_decay: float = real(0.7, 0.0, 1.0, low_open=True, high_open=True)
     injection_gain: float = real(0.7, 0.0)
+    # RMSNorm on the encoded input, which the loops read; False: what the prelude leaves is read as it is
+    input_norm: bool = flag(True)
     # RMSNorm on the state after every loop (2604.15259)
     state_norm: bool = flag(True)
     # the first state: the encoded input, zeros, or noise in training and zeros in eval mode (Huginn, 2502.05171)

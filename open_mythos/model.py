@@ -42,7 +42,7 @@ class OpenMythos(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         nn.init.normal_(self.embed.weight, std=cfg.dim**-0.5)
         self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
-        self.input_norm = RMSNorm(cfg.dim)
+        self.input_norm = RMSNorm(cfg.dim) if cfg.input_norm else nn.Identity()
         self.recurrent = RecurrentBlock(cfg)
         self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
         self.norm = RMSNorm(cfg.dim)

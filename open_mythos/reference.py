@@ -60,7 +60,7 @@ def reference_logits(
     x = torch.where(real_BT[..., None], x, 0.0)
     for block in model.prelude:
         x, _ = _block(block, x, where)
-    e = _norm(model.input_norm, x)
+    e = _norm(model.input_norm, x) if isinstance(model.input_norm, RMSNorm) else x
     h = _loops(model, e, where, cfg.max_loop_iters if n_loops is None else n_loops)
     for block in model.coda:
         h, _ = _block(block, h, where)

@@ -34,6 +34,7 @@ TINY: dict[str, Any] = dict(
     dropout=0.0,
     injection_decay=0.7,
     injection_gain=0.7,
+    input_norm=True,
     state_norm=True,
     state_init="input",
     state_noise=0.0,

@@ -15,6 +15,7 @@ KINDS = {
     "mla, all heads far, no shared expert": dict(attn_type="mla", local_window=0, n_shared_experts=0),
     "all heads local": dict(attn_type="gqa", local_share=1.0, n_shared_experts=0),
     "loop index and lora": dict(attn_type="mla", loop_index_dim=6, lora_rank=3, conv_taps=2),
+    "no input norm": dict(attn_type="mla", input_norm=False),
     "zero start, no state norm": dict(attn_type="gqa", state_init="zero", state_norm=False, prelude_layers=0),
 }
 

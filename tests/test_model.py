@@ -35,6 +35,7 @@ VARIATIONS = [
     dict(n_heads=6, n_kv_heads=3, dim=36, n_experts=3, n_experts_per_tok=3, expert_dim=7),
     dict(n_heads=1, n_kv_heads=1, dim=16, n_experts=1, n_experts_per_tok=1),
     dict(n_heads=4, n_kv_heads=1, act_threshold=0.5),
+    dict(input_norm=False),
 ]
 
 

@@ -46,7 +46,8 @@ static void run_row(Worker *w, Size row) {
     const float *embedding = m->embed + step->ids[row] * dim;
     for (Size i = 0; i < dim; i++) w->x[i] = embedding[i] * sqrtf((float)dim);
     for (Size i = 0; i < m->n_prelude; i++) run_block(w, block++, slot++, row);
-    rms_norm(w->e, w->x, m->input_norm, dim, m->eps);
+    if (m->input_norm) rms_norm(w->e, w->x, m->input_norm, dim, m->eps);
+    else memcpy(w->e, w->x, dim * sizeof(float));
     if (step->h) memcpy(w->x, step->h + row * dim, dim * sizeof(float));
     else if (m->start_from_input) memcpy(w->x, w->e, dim * sizeof(float));
     else memset(w->x, 0, dim * sizeof(float));

@@ -127,11 +127,13 @@ class CompiledDecoder:
             dim=cfg.dim, vocab=cfg.vocab_size, n_prelude=len(decoder.prelude), n_coda=len(decoder.coda),
             start_from_input=cfg.state_init == "input", eps=model.norm.eps,
             frequencies=self._at(cfg.rope_theta**-exponent, torch.float64), embed=self._at(model.embed.weight),
-            head=self._at(model.head.weight), input_norm=self._at(model.input_norm.weight), A=self._at(decoder.A),
+            head=self._at(model.head.weight), A=self._at(decoder.A),
             B=self._at(recurrent.injection.B), norm=self._at(model.norm.weight),
             codes=self._at(torch.stack(codes)) if codes else None, blocks=ctypes.addressof(blocks),
             **self._shape(decoder),
         )  # fmt: skip
+        if isinstance(model.input_norm, RMSNorm):
+            found.input_norm = self._at(model.input_norm.weight)
         if isinstance(recurrent.norm, RMSNorm):
             found.state_norm = self._at(recurrent.norm.weight)
         if lora is not None:

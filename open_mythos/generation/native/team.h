@@ -36,7 +36,7 @@ typedef struct {
     float eps, score_scale;
     const double *frequencies;     /* (P / 2) */
     const float *embed, *head;     /* (vocab, dim) each, one and the same in a model with a tied head */
-    const float *input_norm, *A, *B, *state_norm, *norm; /* (dim) each; state_norm may be NULL */
+    const float *input_norm, *A, *B, *state_norm, *norm; /* (dim) each; both norms of the loops may be NULL */
     const float *codes;            /* (loops, dim) or NULL */
     const float *lora_down, *lora_up, *lora_scale; /* (rank, dim), (dim, rank), (loops, rank) */
     const Block *blocks;           /* prelude, the recurrent one, coda */
