@@ -46,6 +46,11 @@ class MythosConfig(Checked):
     max_output_tokens: int = size(4096)  # most new tokens that one generate() call may ask for
     dropout: float = real(0.0, 0.0, 1.0, high_open=True)
     # -- beyond the reference: what makes depth pay (evidence in dev/LOG.md)
+    # "injected": h <- norm(A h + B e + Transformer(A h + B e)), and the last state goes on. "mixture", as in the public
+    # reference: h <- A h + B e + Transformer(norm(h + e)), and a mean of all states goes on, weighted by the halting gate
+    recurrence: str = choice("injected", "injected", "mixture")
+    # what chosen experts are mixed by: sigmoids of their logits over the sum of these, or a softmax over their logits
+    router_score: str = choice("sigmoid", "sigmoid", "softmax")
     # standard deviation at which matrices are stored; used at 1/sqrt(fan_in), so less learns faster (muP, 2203.03466)
     weight_std: float = real(0.02, 0.0, low_open=True)
     # initial A and B of the injection (Parcae, 2604.12946)
@@ -69,7 +74,8 @@ class MythosConfig(Checked):
     # share of the recurrent block's heads that are local; below 1, one head at least sees all tokens. 1: none does, and
     # what a position computes depends on its neighbours alone, at any length
     local_share: float = real(0.75, 0.0, 1.0)
-    # channels that carry the loop number; 0: none, since it ties a model to the depth of its training
+    # channels that carry the loop number; 0: none, since it ties a model to the depth of its training; of an odd number
+    # the last cosine is left out
     loop_index_dim: int = size(0, minimum=0)
     # -- beyond the reference: control
     # in eval mode, skip positions whose gate has closed; False: every loop for every position, and no gate is trained
@@ -116,9 +122,22 @@ class MythosConfig(Checked):
             f"use 1 to {self.n_experts}",
         )
         must(
-            self.loop_index_dim % 2 == 0 and self.loop_index_dim <= self.dim,
-            f"loop_index_dim={self.loop_index_dim} must be even, since it holds sines and cosines, and at most "
-            f"dim={self.dim}; use 0 for none",
+            self.loop_index_dim <= self.dim,
+            f"loop_index_dim={self.loop_index_dim} is more than dim={self.dim}; use 0 for none",
+        )
+        if self.recurrence == "mixture":
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        must(
+            not self.warm_start,
+            "warm_start=True starts training from deeper states, whose mixture is made; use warm_start=False with "
+            "recurrence='mixture'",
+        )
+        must(
+            self.state_noise == 0 and self.state_init != "noise",
+            f"state_noise={self.state_noise:g} and state_init={self.state_init!r}: recurrence='mixture' has no noise on "
+            f"its states; use 0, and 'input' or 'zero'",
         )
 
     # -- derived sizes

@@ -19,6 +19,7 @@ from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
+from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import Readout, RecurrentBlock, check_n_loops
 from open_mythos.ops.attention import CausalMask
@@ -43,7 +44,7 @@ class OpenMythos(nn.Module):
         nn.init.normal_(self.embed.weight, std=cfg.dim**-0.5)
         self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
         self.input_norm = RMSNorm(cfg.dim) if cfg.input_norm else nn.Identity()
-        self.recurrent = RecurrentBlock(cfg)
+        self.recurrent = MixtureBlock(cfg) if cfg.recurrence == "mixture" else RecurrentBlock(cfg)
         self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
         self.norm = RMSNorm(cfg.dim)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
@@ -162,12 +163,12 @@ class OpenMythos(nn.Module):
         return self.input_norm(x), freqs
 
     def first_state(self, e: Tensor) -> Tensor:
-        """The state before the first loop, as ``cfg.state_init`` says: (B, T, dim)."""
+        """The state before the first loop, as ``cfg.state_init`` says: (B, T, dim), or what the loops carry."""
         if self.cfg.state_init == "input":
-            return e
+            return self.recurrent.begin(e)
         if self.cfg.state_init == "noise" and self.training:
             return torch.randn_like(e) * e.ne(0).any(-1, keepdim=True)
-        return torch.zeros_like(e)
+        return self.recurrent.begin(torch.zeros_like(e))
 
     def decode(
         self, h: Tensor, freqs: Tensor, mask: CausalMask, cache: Cache | None = None, loop: int | None = None
@@ -176,6 +177,7 @@ class OpenMythos(nn.Module):
 
         ``loop`` is for states that are not the last: what each loop's states give the coda is cached apart.
         """
+        h = self.recurrent.output(h)
         for layer, block in enumerate(self.coda):
             h = block(h, freqs, mask, cache, coda_slot(layer, loop))
         h = self.norm(h)

@@ -61,7 +61,8 @@ def reference_logits(
     for block in model.prelude:
         x, _ = _block(block, x, where)
     e = _norm(model.input_norm, x) if isinstance(model.input_norm, RMSNorm) else x
-    h = _loops(model, e, where, cfg.max_loop_iters if n_loops is None else n_loops)
+    loops = _mixture if cfg.recurrence == "mixture" else _loops
+    h = loops(model, e, where, cfg.max_loop_iters if n_loops is None else n_loops)
     for block in model.coda:
         h, _ = _block(block, h, where)
     return _norm(model.norm, h) @ model.embed.weight.T
@@ -105,6 +106,33 @@ def _loops(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tens
             mass = mass + torch.where(running, _gate(recurrent.act, before, h).detach(), 0.0)
             running = running & (mass < cfg.act_threshold)
     return h
+
+
+def _mixture(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tensor:
+    cfg, recurrent = model.cfg, model.recurrent
+    h = e if cfg.state_init == "input" else torch.zeros_like(e)
+    mixed, spent = torch.zeros_like(e), torch.zeros(e.shape[:2])
+    running = where.real_BT
+    rows: dict[str, Tensor] | None = None
+    for loop in range(n_loops):
+        x = h + e
+        if cfg.loop_index_dim:
+            x = torch.where(where.real_BT[..., None], x + _loop_code(loop, cfg.loop_index_dim, cfg.dim), x)
+        if isinstance(recurrent.norm, RMSNorm):
+            x = _norm(recurrent.norm, x)
+        x, rows = _block(recurrent.block, x, where, running, rows)
+        if recurrent.lora is not None:
+            x = x + _lora(recurrent.lora, x, loop)
+        new = recurrent.injection.get_A() * h + recurrent.injection.B * e + x
+        h = torch.where(running[..., None], new, h)
+        share = torch.sigmoid(h @ recurrent.act.halt.weight[0] + recurrent.act.halt.bias)
+        ends = spent + share >= cfg.act_threshold
+        weight = torch.where(ends, 1 - spent, share) * (spent < cfg.act_threshold)
+        mixed = mixed + weight[..., None] * h
+        spent = torch.where(spent < cfg.act_threshold, spent + share, spent)
+        if cfg.halting and not model.training:
+            running = running & (spent < cfg.act_threshold)
+    return mixed
 
 
 def _block(
@@ -182,6 +210,9 @@ def _moe(ffn: MoEFFN, x: Tensor) -> Tensor:
     chosen = (logits + ffn.router_bias).topk(ffn.topk, dim=-1).indices
     scores = logits.gather(1, chosen).sigmoid()
     weights = scores / scores.sum(-1, keepdim=True) if ffn.topk > 1 else scores
+    if ffn.is_softmax:
+        weights = logits.softmax(-1).gather(1, chosen)
+        weights = weights / weights.sum(-1, keepdim=True)
     gate_up, down = ffn.gate_up * ffn.gate_up_scale, ffn.down * ffn.down_scale
     out = reference.moe_loop(tokens, gate_up, down, chosen, weights)
     if ffn.shared is not None:
@@ -210,9 +241,9 @@ def _lora(lora: LoRAAdapter, x: Tensor, loop: int) -> Tensor:
 
 
 def _loop_code(loop: int, n_channels: int, dim: int) -> Tensor:
-    angles = [loop * 10000.0 ** (-2 * i / n_channels) for i in range(n_channels // 2)]
+    angles = [loop * 10000.0 ** (-2 * i / n_channels) for i in range((n_channels + 1) // 2)]
     code = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-    return torch.tensor(code + [0.0] * (dim - n_channels))
+    return torch.tensor(code[:n_channels] + [0.0] * (dim - n_channels))
 
 
 def _conv(conv: ShortConv | None, x: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ TINY: dict[str, Any] = dict(
     act_threshold=0.9,
     rope_theta=10000.0,
     lora_rank=3,
+    recurrence="injected",
+    router_score="sigmoid",
     dropout=0.0,
     injection_decay=0.7,
     injection_gain=0.7,
@@ -67,9 +69,11 @@ def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0
             if "norm" in name or name.endswith(("injection.raw_A", "injection.B")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         gate = model.recurrent.act
-        gate.halt.weight.normal_(std=3.0 * gate.std)  # the gate divides by what it is stored at
-        gate.motion.normal_(std=0.1 * gate.std)
-        gate.halt.bias.fill_(gate_bias * gate.std)
+        std = getattr(gate, "std", 0.05)  # that of a mixture reads states of any size
+        gate.halt.weight.normal_(std=3.0 * std)  # the gate divides by what it is stored at
+        gate.halt.bias.fill_(gate_bias * std)
+        if model.cfg.recurrence == "injected":
+            gate.motion.normal_(std=0.1 * std)
         model.recurrent.block.ffn.router_bias.normal_(std=0.1)
         if model.recurrent.lora is not None:
             model.recurrent.lora.B.normal_(std=0.1)

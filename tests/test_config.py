@@ -88,7 +88,9 @@ def test_thresholds_outside_0_1_are_refused(threshold):
     (dict(attn_type="gqa", dim=48, n_heads=16, n_kv_heads=4), r"dim=48 .*n_heads=16.*even"),
     (dict(attn_type="mla", qk_rope_head_dim=7), r"qk_rope_head_dim=7 .*use 8"),
     (dict(n_experts=4, n_experts_per_tok=5), r"n_experts_per_tok=5 .*n_experts=4.*1 to 4"),
-    (dict(loop_index_dim=7), r"loop_index_dim=7 .*even"),
+    (dict(recurrence="mixture"), "warm_start=True .*warm_start=False"),
+    (dict(recurrence="mixture", warm_start=False, state_noise=0.1), "state_noise=0.1 .*no noise"),
+    (dict(recurrence="mixture", warm_start=False, state_init="noise"), "state_init='noise'.*'input' or 'zero'"),
     (dict(dim=32, n_heads=4, n_kv_heads=2, attn_type="gqa", loop_index_dim=34), r"loop_index_dim=34 .*dim=32"),
 ], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
 def test_combinations(changes, message):
@@ -130,7 +132,9 @@ def configs(draw):
     dim = n_kv_heads * groups * 2 * draw(st.integers(1, 50))
     values |= dict(n_kv_heads=n_kv_heads, n_heads=n_kv_heads * groups, dim=dim, n_experts=n_experts)
     values |= dict(n_experts_per_tok=draw(st.integers(1, n_experts)), qk_rope_head_dim=2 * draw(st.integers(1, 50)))
-    values |= dict(loop_index_dim=2 * draw(st.integers(0, dim // 2)))
+    values |= dict(loop_index_dim=draw(st.integers(0, dim)))
+    if values["recurrence"] == "mixture":
+        values |= dict(warm_start=False, state_noise=0.0, state_init="input")
     return MythosConfig(**values)
 
 

@@ -70,7 +70,8 @@ def flops_per_trained_token(cfg: MythosConfig, n_loops: float, n_tokens: int) ->
     The backward pass counts twice the forward pass. The halting gate, which no loop of training asks, is left out,
     and so is what recomputation, exploration for the gate and warm starts add.
     """
-    gate = n_loops * _matrices(_without_storage(cfg).recurrent.act) if cfg.halting else 0
+    idle = cfg.halting and cfg.recurrence == "injected"  # a mixture asks its gate in training too
+    gate = n_loops * _matrices(_without_storage(cfg).recurrent.act) if idle else 0
     forward = _forward(cfg, n_loops, *_mean_context(cfg, n_tokens), absorbed=False) - gate
     return 3 * FLOPS_PER_MULTIPLY_ADD * forward
 
@@ -132,7 +133,7 @@ def _weights(cfg: MythosConfig, n_experts: float) -> tuple[int, float]:
     loop = _matrices(model.recurrent) + _routed(model.recurrent.block.ffn, 1) * n_experts
     if model.recurrent.lora is not None:
         loop += model.recurrent.lora.B.numel()
-    if not cfg.halting:  # then nobody asks the gate
+    if not cfg.halting and cfg.recurrence == "injected":  # then nobody asks the gate
         loop -= _matrices(model.recurrent.act)
     return _matrices(model.head, *model.prelude, *model.coda), loop
 

@@ -47,14 +47,19 @@ def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, 
 
 
 def _one_more_loop(model: OpenMythos, input_ids: Tensor, n_loops: int) -> tuple[Tensor, Tensor]:
-    """The state (B, T, dim) after ``n_loops`` loops, and after one more, a differentiable function of it."""
+    """The state (B, T, dim) after ``n_loops`` loops, and after one more, a differentiable function of it.
+
+    What a mixture carries beside its state goes along; it never comes back into the state.
+    """
     with torch.no_grad():
         e, freqs, mask = model.encode(input_ids)
         h = model.first_state(e)
         for loop in range(n_loops):
             h = model.recurrent.step(h, e, loop, freqs, mask)
-    h = h.detach().requires_grad_()
-    return h, model.recurrent.step(h, e, n_loops, freqs, mask)
+    h, beside = h.detach().tensor_split([model.cfg.dim], -1)
+    h.requires_grad_()
+    after = model.recurrent.step(torch.cat([h, beside], -1), e, n_loops, freqs, mask)
+    return h, after[..., : model.cfg.dim]
 
 
 def _power_iteration(before: Tensor, after: Tensor, iterations: int) -> list[float]:

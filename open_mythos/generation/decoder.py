@@ -27,6 +27,7 @@ from open_mythos.nn.linear import Linear
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.experts import grouped_swiglu
 from open_mythos.ops.loop_index import loop_index_embedding
@@ -268,7 +269,7 @@ def is_plain(model: OpenMythos) -> bool:
     """
     if torch.is_autocast_enabled(model.embed.weight.device.type):
         return False
-    if vars(model.recurrent).keys() & {"forward", "iterate", "step"}:
+    if type(model.recurrent) is not RecurrentBlock or vars(model.recurrent).keys() & {"forward", "iterate", "step"}:
         return False
     parts = model.prelude, model.recurrent.block, model.recurrent.injection, model.coda
     return all(is_own(part, _OWN) for part in parts)

@@ -19,8 +19,9 @@ class MoEFFN(nn.Module):
 
     **Routing** (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the ``topk`` experts with the largest
     ``router(x) + router_bias`` are chosen; they are mixed by ``sigmoid(router(x))``, normalised over the chosen (a
-    single one keeps its score, through which the router learns, as in Switch, arXiv:2101.03961). So ``router_bias``
-    moves the choice and never the weight.
+    single one keeps its score, through which the router learns, as in Switch, arXiv:2101.03961), or with
+    ``router_score="softmax"`` by a softmax over the logits of the chosen (as in Mixtral, arXiv:2401.04088). So
+    ``router_bias`` moves the choice and never the weight.
 
     **Balance** needs no loss and no call. While it trains, the module counts how many tokens each expert gets.
     Once the router's weights differ from those that were counted with, an optimizer step has passed: the next
@@ -41,6 +42,7 @@ class MoEFFN(nn.Module):
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         self.n_experts, self.topk, self.bias_rate = cfg.n_experts, cfg.n_experts_per_tok, cfg.router_bias_rate
+        self.is_softmax = cfg.router_score == "softmax"
         self.router = Linear(cfg.dim, cfg.n_experts, std=cfg.weight_std)
         self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.expert_dim, cfg.dim))
         self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, cfg.expert_dim))
@@ -65,6 +67,8 @@ class MoEFFN(nn.Module):
         """:meth:`route`, from the router's logits (..., n_experts) in float32."""
         chosen = (logits + self.router_bias).topk(self.topk, dim=-1).indices
         scores = logits.gather(-1, chosen)
+        if self.is_softmax:
+            return chosen, scores.softmax(-1)
         # sigmoid / sum of sigmoids, but with a gradient where all of them underflow
         return chosen, F.logsigmoid(scores).softmax(-1) if self.topk > 1 else scores.sigmoid()
 

@@ -68,7 +68,7 @@ class RecurrentBlock(nn.Module):
         """Run the loops.
 
         Args:
-            h: first state, (B, T, dim).
+            h: first state, (B, T, dim), as :meth:`begin` gives it.
             e: encoded input, injected again at every loop, (B, T, dim).
             freqs: rotary phasors of the T positions.
             mask: who sees whom; plain causal if None.
@@ -93,6 +93,14 @@ class RecurrentBlock(nn.Module):
         for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache, exit, readout, first_loop):
             h = state.h
         return h if loss is None else with_loss(h, _GATE_WEIGHT * loss)
+
+    def begin(self, h: Tensor) -> Tensor:
+        """What the loops start from, given a first ``h`` (B, T, dim): the state that they hand on, here ``h`` itself."""
+        return h
+
+    def output(self, state: Tensor) -> Tensor:
+        """What goes on to the coda, (B, T, dim), of a state: here the state itself."""
+        return state
 
     def _explore(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask | None) -> tuple[Tensor, Tensor | None]:
         """What a training step learns from depths that it does not itself reach.
@@ -183,12 +191,8 @@ class RecurrentBlock(nn.Module):
 
         ``loop`` may be (B, 1) integers, one of each row, with a cache that knows them: rows are then in ``LOOPS_SLOT``.
         """
-        slot = LOOPS_SLOT if isinstance(loop, Tensor) else loop_slot(loop, kv_cache)
-        u = self.injection(h, e)
-        if self.cfg.loop_index_dim:
-            # Padding must stay zero, and the code is added to whatever is there.
-            u = loop_index_embedding(u, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
-        u = self.block(u, freqs, mask, kv_cache, slot, active)
+        u = self.with_loop_index(self.injection(h, e), e, loop)
+        u = self.block(u, freqs, mask, kv_cache, step_slot(loop, kv_cache), active)
         if self.lora is not None:
             u = u + self.lora(e, loop)
         h = self.norm(u)
@@ -198,6 +202,12 @@ class RecurrentBlock(nn.Module):
                 noise = noise * mask.valid[:, -h.shape[1] :].unsqueeze(-1)
             h = h + noise
         return h
+
+    def with_loop_index(self, x: Tensor, e: Tensor, loop: int | Tensor) -> Tensor:
+        """``x`` with the code of the loop's number, if the config has one. Padding, where e is zero, stays zero."""
+        if not self.cfg.loop_index_dim:
+            return x
+        return loop_index_embedding(x, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
 
     def _all_positions(
         self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, loops: range, cache: Cache | None, live: Tensor
@@ -241,6 +251,11 @@ class RecurrentBlock(nn.Module):
             e_N, freqs_N, mask_N = active.gather(e), active.gather(freqs), active.mask(mask)
         if cache is not None:
             stand_in(cache, loop, n_loops, mask.n_keys - mask.n_queries)
+
+
+def step_slot(loop: int | Tensor, cache: Cache | None) -> str:
+    """The slot of a :meth:`RecurrentBlock.step`."""
+    return LOOPS_SLOT if isinstance(loop, Tensor) else loop_slot(loop, cache)
 
 
 def check_n_loops(n_loops: Any, default: int) -> int:

@@ -15,7 +15,7 @@ def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: 
     Args:
         h: state, (..., dim).
         loop_t: loop number, from 0; or integers that broadcast with h's axes but the last, (B, 1) for one of each row.
-        loop_dim: channels to write, even, at most dim.
+        loop_dim: channels to write, at most dim; of an odd number the last cosine is left out.
         theta: base of the frequencies.
 
     Returns:
@@ -23,5 +23,5 @@ def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: 
     """
     exponent = torch.arange(0, loop_dim, 2, device=h.device, dtype=torch.float32) / loop_dim
     angles = (loop_t.unsqueeze(-1) if isinstance(loop_t, Tensor) else loop_t) * theta**-exponent
-    code = torch.cat([angles.sin(), angles.cos()], -1)
+    code = torch.cat([angles.sin(), angles.cos()], -1)[..., :loop_dim]
     return h + torch.nn.functional.pad(code, (0, h.shape[-1] - loop_dim)).to(h.dtype)

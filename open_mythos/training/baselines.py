@@ -49,7 +49,7 @@ class UnrolledMythos(OpenMythos):
     """:class:`OpenMythos` with :class:`UntiedBlocks`: as deep as ``cfg.max_loop_iters`` loops, and never deeper."""
 
     def __init__(self, cfg: MythosConfig) -> None:
-        super().__init__(replace(cfg, halting=False, warm_start=False))
+        super().__init__(replace(cfg, recurrence="injected", halting=False, warm_start=False))
         self.recurrent = UntiedBlocks(self.cfg)
 
 

@@ -147,6 +147,11 @@ class TrainConfig(Checked):
     def validate(self) -> None:
         super().validate()
         must(
+            self.gate.steps == 0 or self.model.recurrence == "injected",
+            f"gate.steps={self.gate.steps} teaches a gate after the fact, and that of recurrence={self.model.recurrence!r} "
+            f"learns with the model; use gate.steps=0",
+        )
+        must(
             self.batch_size % self.accumulate == 0,
             f"batch_size={self.batch_size} does not divide by accumulate={self.accumulate}; "
             f"use a multiple of {self.accumulate}",

@@ -67,9 +67,15 @@ def train_gate(
         ``loops_fixed``, ``loops_halting``: loops that a position runs, mean. Both on new problems of mixed difficulty.
 
     Raises:
-        ValueError: if ``cfg.steps`` is 0 or the difficulties are in the wrong order or do not exist.
+        ValueError: if ``cfg.steps`` is 0, the difficulties are in the wrong order or do not exist, or the model's gate
+            is of a mixture.
     """
     must(cfg.steps > 0, "steps=0 trains no gate; use at least 1")
+    must(
+        model.cfg.recurrence == "injected",
+        f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it; it is not "
+        f"taught apart. With model.cfg.halting = True it also ends loops",
+    )
     must(
         min_difficulty <= max_difficulty,
         f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}; lower it or raise that",

@@ -150,7 +150,7 @@ class _Run:
     def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor) -> _Ran:
         cfg = self.cfg
         zero = self.e.new_zeros((), dtype=torch.float32)
-        ran = _Ran(zero, zero, zero, zero.long(), torch.empty_like(self.e, requires_grad=False))
+        ran = _Ran(zero, zero, zero, zero.long(), torch.empty_like(h, requires_grad=False))
         damping = cfg.loops.damping if cfg.loops.gradient == "phantom" else 1.0
         for stage in unroll(
             self.model, h, self.e, self.freqs, self.mask, n_loops, n_grad, damping, cfg.checkpoint_loops

@@ -203,6 +203,11 @@ def check_compilable(model: OpenMythos, adaptive: bool, padded: bool, drafted: b
         raise ValueError("compile=True reads no padding; use prompts of one length, or leave compile out")
     if drafted:
         raise ValueError("compile=True makes tokens one by one, and draft_loops several at once; leave out one of them")
+    if model.cfg.recurrence != "injected" or model.cfg.router_score != "sigmoid":
+        raise ValueError(
+            f"compile=True knows recurrence='injected' and router_score='sigmoid', and the model has "
+            f"{model.cfg.recurrence!r} and {model.cfg.router_score!r}; leave compile out"
+        )
     around = model.embed, model.input_norm, model.recurrent.norm, model.recurrent.lora, model.norm, model.head
     if not is_plain(model) or not all(part is None or is_own(part, _AROUND) for part in around):
         raise ValueError(

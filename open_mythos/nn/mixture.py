@@ -1,0 +1,90 @@
+"""The recurrence of the public reference: every loop's state counts, as much as a halting gate says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.cache import Cache
+from open_mythos.config import MythosConfig
+from open_mythos.nn.active import ActiveTokens
+from open_mythos.nn.injection import LTIInjection
+from open_mythos.nn.linear import WEIGHT_STD
+from open_mythos.nn.recurrent import RecurrentBlock, step_slot
+from open_mythos.ops.attention import CausalMask
+
+
+class MixtureGate(nn.Module):
+    """``sigmoid(w h + b)``, the share of a mixture that a state gets.
+
+    Args:
+        dim: width of h.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.halt = nn.Linear(dim, 1)
+        nn.init.normal_(self.halt.weight, std=WEIGHT_STD)
+        nn.init.zeros_(self.halt.bias)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(B, T, dim), or states with what :class:`MixtureBlock` carries beside h, to (B, T)."""
+        return self.halt(state[..., : self.halt.in_features].to(self.halt.weight.dtype)).squeeze(-1).sigmoid()
+
+
+class MixtureBlock(RecurrentBlock):
+    """``h <- A h + B e + Transformer(norm(h + e))``; to the coda goes a mean of all h (Graves 2016, arXiv:1603.08983).
+
+    ``Transformer`` includes its residual stream, and LoRA adapts its output. Each h has the weight that the gate gives
+    it until these add up to ``cfg.act_threshold``; the one that reaches it has what is left of 1, and later ones none.
+    Weights of too few loops add up to less than 1. All of it has gradient, so the gate needs no loss of its own.
+
+    With ``cfg.halting`` a position stops, in eval mode, when its mixture is made. Others then go on reading its last
+    keys and values, which makes a slight difference; without, every position runs every loop.
+
+    The state that loops hand on is (B, T, 2 dim + 1), of float32 or more: h, its mixture so far, and the weight spent.
+    Any A in [0, 1] is possible.
+
+    Args:
+        cfg: the model's config.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__(cfg)
+        self.injection = LTIInjection(cfg.dim, cfg.injection_decay, cfg.injection_gain, margin=0.0)
+        self.act = MixtureGate(cfg.dim)
+
+    def begin(self, h: Tensor) -> Tensor:
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        return torch.cat([wide, torch.zeros_like(wide), torch.zeros_like(wide[..., :1])], -1)
+
+    def output(self, state: Tensor) -> Tensor:
+        dim = self.cfg.dim
+        return state[..., dim : 2 * dim].to(self.injection.B.dtype)
+
+    def step(
+        self,
+        h: Tensor,
+        e: Tensor,
+        loop: int | Tensor,
+        freqs: Tensor,
+        mask: CausalMask | None = None,
+        kv_cache: Cache | None = None,
+        active: ActiveTokens | None = None,
+    ) -> Tensor:
+        h, mixed, spent = h.split([self.cfg.dim, self.cfg.dim, 1], -1)
+        h = h.to(e.dtype)
+        x = self.norm(self.with_loop_index(h, e, loop) + e)
+        x = self.block(x, freqs, mask, kv_cache, step_slot(loop, kv_cache), active)
+        if self.lora is not None:
+            x = x + self.lora(x, loop)
+        h = self.injection(h, e, x).to(mixed.dtype)
+        share = self.act(h).unsqueeze(-1).to(mixed.dtype)
+        rest = (1 - spent).clamp(min=0)
+        unspent = spent < self.cfg.act_threshold
+        weight = torch.where(spent + share >= self.cfg.act_threshold, rest, share) * unspent
+        return torch.cat([h, mixed + weight * h, spent + share * unspent], -1)
+
+    def _explore(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask | None) -> tuple[Tensor, None]:
+        """Nothing: this gate learns from the model's own loss, and training starts where the model does."""
+        return h, None
