@@ -22,7 +22,7 @@ from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import Readout, RecurrentBlock, check_n_loops
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.attention import CausalMask, document_starts
 from open_mythos.ops.rope import rope_table
 
 
@@ -69,6 +69,7 @@ class OpenMythos(nn.Module):
                 without a cache, to start later than 0.
             attention_mask: (B, T) for these tokens or (B, past + T) for all, 0 at padding, which stands on the left
                 or the right of a row. A padded row gives the logits that it gives alone; those at padding mean nothing.
+                Without a cache, it may number documents packed in a row, 1, 2, …: each gives the logits it gives alone.
             exit: when a position stops looping, from :mod:`open_mythos.nn.exits`; eval mode only. With None, when the
                 gate says so if ``cfg.halting``, else after the last loop. Calls that share a cache share the exit.
 
@@ -140,8 +141,13 @@ class OpenMythos(nn.Module):
         """
         past, valid = self._checked(input_ids, cache, start_pos, attention_mask, n_loops)
         T = input_ids.shape[1]
-        mask = CausalMask(T, past + T, valid)
-        if valid is None:
+        starts = None if attention_mask is None else document_starts(attention_mask)
+        if starts is not None and (cache is not None or start_pos):
+            raise ValueError("attention_mask numbers documents, which start at 0 and no cache holds; use 0 and 1")
+        mask = CausalMask(T, past + T, valid, starts=starts)
+        if starts is not None:
+            positions = torch.arange(T, device=input_ids.device) - starts
+        elif valid is None:
             first = past if cache is not None else start_pos or 0
             positions = torch.arange(first, first + T, device=input_ids.device)
         else:

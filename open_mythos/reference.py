@@ -39,7 +39,7 @@ def reference_logits(
         model: whose parameters, buffers and config to use; it is not called and not changed.
         input_ids: (B, T).
         n_loops: ``cfg.max_loop_iters`` if None.
-        attention_mask: (B, T), 0 at padding.
+        attention_mask: (B, T), 0 at padding, or the numbers of documents, each of which is then computed alone.
 
     Returns:
         (B, T, vocab_size); at padding it means nothing.
@@ -53,6 +53,8 @@ def reference_logits(
         raise ValueError(
             f"dropout={cfg.dropout}, state_noise={cfg.state_noise}, state_init={cfg.state_init!r} draw noise"
         )
+    if attention_mask is not None and attention_mask.max() > 1:
+        return _document_by_document(model, input_ids, n_loops, attention_mask)
     real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     where = Positions(real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), cfg.rope_theta)
 
@@ -66,6 +68,15 @@ def reference_logits(
     for block in model.coda:
         h, _ = _block(block, h, where)
     return _norm(model.norm, h) @ model.embed.weight.T
+
+
+def _document_by_document(model: OpenMythos, input_ids: Tensor, n_loops: int | None, numbers_BT: Tensor) -> Tensor:
+    rows = []
+    for ids, numbers in zip(input_ids, numbers_BT, strict=True):
+        lengths = numbers.unique_consecutive(return_counts=True)[1].tolist()
+        alone = [reference_logits(model, document[None], n_loops)[0] for document in ids.split(lengths)]
+        rows.append(torch.cat(alone))
+    return torch.stack(rows)
 
 
 @dataclass

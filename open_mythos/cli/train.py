@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from open_mythos.cli.console import clear_errors, console, fail, si, table
 from open_mythos.cli.measured import show_grid, show_halting, show_text
+from open_mythos.training import distributed
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import Watch, fit, load_evaluation
 from open_mythos.training.loggers import Record
@@ -42,8 +43,9 @@ def train(
         show_recipes()
         return
     run = out or Path("runs") / recipe
-    with clear_errors():
-        cfg = configured(recipe, overrides or [])
+    with clear_errors(), distributed.processes():
+        with distributed.first_process_first(), reading(overrides or []):
+            cfg = configured(recipe, overrides or [])
         if dry_run:
             show_cost(cfg)
             return
@@ -54,11 +56,14 @@ def train(
             fail(str(error))
         except KeyboardInterrupt:
             fail(f"stopped; go on with the same command and --resume auto --out {run}")
+        if distributed.rank() > 0:
+            return
         show_evaluation(cfg, run)
     console.print(
         f"Model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   evaluation: {run / 'evaluation.json'}\n"
         f"Next: measure it with [bold]mythos eval {escape(str(run))}[/bold], "
-        f"or read about it with [bold]mythos report {escape(str(run))}[/bold].",
+        f"or read about it with [bold]mythos report {escape(str(run))}[/bold]."
+        + (f" Talk to it: [bold]mythos chat {escape(str(run))}[/bold]." if cfg.task.name == "text" else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -100,6 +105,20 @@ def show_cost(cfg: TrainConfig) -> None:
 
 
 # -- meanwhile
+
+
+@contextmanager
+def reading(overrides: list[str]) -> Iterator[None]:
+    """Says that text is being read, which may take a while."""
+    errors, sources = Console(stderr=True), [text for text in overrides if text.startswith("data=")]
+    if not sources or distributed.rank() > 0:
+        yield
+    elif errors.is_terminal:
+        with errors.status(f"reading {escape(sources[-1])}"):
+            yield
+    else:
+        errors.print(f"reading {sources[-1]}", markup=False, highlight=False, soft_wrap=True)
+        yield
 
 
 @contextmanager

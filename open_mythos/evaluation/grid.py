@@ -160,7 +160,7 @@ def score_by_loops(
     """Score ``batch`` at each of ``loops``, a chunk of rows at a time; use it inside ``measuring``."""
     parts = [_score_chunk(model, task, part, loops, exit) for part in chunks(batch, device_of(model))]
     tokens, exact, used = torch.cat(parts, -1).double()
-    n_valid = batch.ids.numel() if batch.valid is None else int(batch.valid.sum())
+    n_valid = batch.ids.numel() if batch.valid is None else int(batch.valid.bool().sum())
     return Scores(tokens, exact, used.sum(1) / n_valid)
 
 

@@ -85,7 +85,7 @@ def settle_rate(
     settled = positions = 0
     with measuring(model, halting=False):
         for part in chunks(problems, device_of(model)):
-            valid = torch.ones_like(part.ids, dtype=torch.bool) if part.valid is None else part.valid
+            valid = torch.ones_like(part.ids, dtype=torch.bool) if part.valid is None else part.valid.bool()
             for before, after in pairwise(readings(model, part.ids, [loops - 1, loops], part.valid)):
                 moved = (after.state - before.state).float().norm(dim=-1)
                 still = moved < tolerance * after.state.float().norm(dim=-1)

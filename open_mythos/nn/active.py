@@ -91,7 +91,7 @@ class ActiveTokens:
             return whole
         first = whole.n_keys - whole.n_queries
         positions = self.pack((self._at[1] + first).unsqueeze(0))
-        return CausalMask(self.width, whole.n_keys, whole.valid, positions, first)
+        return CausalMask(self.width, whole.n_keys, whole.valid, positions, first, whole.starts)
 
     def merge(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rows of all (B, T) positions: ``new`` ones (1, N, ...) where they run, the previous loop's elsewhere."""

@@ -147,9 +147,12 @@ class CausalAttention(nn.Module):
         return attend_convolved(q, k, v, k_taps, v_taps, mask, scale)
 
     @staticmethod
-    def are_few(q: Tensor, rows: Rows) -> bool:
-        """Whether there are so few queries that convolving all rows for them would cost more than reading them."""
-        return q.shape[1] * _FEW <= next(iter(rows.values())).shape[1]
+    def are_few(q: Tensor, rows: Rows, mask: CausalMask) -> bool:
+        """Whether there are so few queries that convolving all rows for them would cost more than reading them.
+
+        Never between documents, which a convolution that moves to the queries does not know.
+        """
+        return mask.starts is None and q.shape[1] * _FEW <= next(iter(rows.values())).shape[1]
 
     def _read_by(self, heads: range, x: Tensor) -> Tensor:
         """The key/value heads of ``x`` (B, S, G, D) that the query ``heads`` read."""

@@ -45,5 +45,6 @@ class ShortConv(nn.Module):
         taps = self.taps / self.std
         return taps if self.share == 1 else taps.unsqueeze(2).expand(-1, -1, self.share).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return causal_conv(x, self.kernel())
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        """``starts``: (B, S) where the document of each row starts, before which nothing is seen; None if it is one."""
+        return causal_conv(x, self.kernel(), starts)

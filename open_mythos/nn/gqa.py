@@ -42,9 +42,9 @@ class GQAttention(CausalAttention):
     def read(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:
         k, v = rows["k"], rows["v"]
         if self.k_conv is not None and self.v_conv is not None:
-            if self.are_few(q, rows):
+            if self.are_few(q, rows, mask):
                 taps = self.k_conv.kernel().view(1, -1, *k.shape[2:]), self.v_conv.kernel().view(1, -1, *v.shape[2:])
                 return self.attend(q, k, v, mask, taps=taps)
-            k = self.k_conv(k.flatten(2)).view_as(k)
-            v = self.v_conv(v.flatten(2)).view_as(v)
+            k = self.k_conv(k.flatten(2), mask.starts).view_as(k)
+            v = self.v_conv(v.flatten(2), mask.starts).view_as(v)
         return self.attend(q, k, v, mask)

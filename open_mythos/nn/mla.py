@@ -66,7 +66,7 @@ class MLAttention(CausalAttention):
     def read_expanded(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:
         """Every latent becomes H keys and values."""
         up_k, up_v = self.up_projections()
-        c_kv = self._mixed_latents(rows)
+        c_kv = self._mixed_latents(rows, mask)
         k_nope = torch.einsum("bsr,hdr->bshd", c_kv, up_k)
         k_rope = rows["k_rope"].unsqueeze(2).expand(-1, -1, self.n_heads, -1)
         v = torch.einsum("bsr,hdr->bshd", c_kv, up_v)
@@ -77,10 +77,10 @@ class MLAttention(CausalAttention):
         up_k, up_v = self.up_projections()
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, up_k)
-        few = self.conv is not None and self.are_few(q, rows)
+        few = self.conv is not None and self.are_few(q, rows, mask)
         taps = self.conv.kernel() if self.conv is not None and few else None
         if not few:
-            rows = {"c_kv": self._mixed_latents(rows), "k_rope": rows["k_rope"]}
+            rows = {"c_kv": self._mixed_latents(rows, mask), "k_rope": rows["k_rope"]}
         return torch.einsum("bthr,hdr->bthd", self.read_latents(q_latent, q_rope, rows, mask, taps), up_v)
 
     def read_latents(
@@ -105,9 +105,9 @@ class MLAttention(CausalAttention):
             found.append(attend_convolved(q_latent[:, :, n:], c_kv, c_kv, taps, taps, mask, self.score_scale, beside))
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
-    def _mixed_latents(self, rows: Rows) -> Tensor:
+    def _mixed_latents(self, rows: Rows, mask: CausalMask) -> Tensor:
         """Latents after the short convolution: (B, S, R)."""
-        return rows["c_kv"] if self.conv is None else self.conv(rows["c_kv"])
+        return rows["c_kv"] if self.conv is None else self.conv(rows["c_kv"], mask.starts)
 
     def up_projections(self) -> list[Tensor]:
         """Key part (H, nope_dim, R) and value part (H, v_dim, R) of ``kv_up``."""

@@ -123,8 +123,7 @@ class RecurrentBlock(nn.Module):
         with eval_mode(self), torch.no_grad():
             rows = rope_rows(freqs, 0, e.shape[1])
             rows = rows[:n] if rows.ndim == 4 else rows
-            valid = mask.valid[:n] if mask is not None and mask.valid is not None else None
-            whole = CausalMask(e.shape[1], e.shape[1], valid)
+            whole = CausalMask(e.shape[1], e.shape[1]) if mask is None else mask.rows(slice(n))
             n_loops, explored = max(2, self.cfg.max_loop_iters), [h[:n]]
             for loop in range(n_loops):
                 explored.append(self.step(explored[-1], e[:n], loop, rows, whole))

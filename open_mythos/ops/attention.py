@@ -17,7 +17,7 @@ _CHUNK = 32  # queries that local attention takes together
 
 @dataclass
 class CausalMask:
-    """Who may look at whom: a query sees every key up to its own position, except padding.
+    """Who may look at whom: a query sees every key of its document up to its own position, except padding.
 
     Args:
         n_queries: T.
@@ -26,6 +26,8 @@ class CausalMask:
             softmax is over nothing.
         positions: (B, T) key position of each query, for queries that are not the last T tokens in order.
         first: position of the first new token, from which on queries stand; ``S - T`` if None.
+        starts: (B, S) int64 position at which the document of each key starts, see :func:`document_starts`; None if a
+            row is one document.
     """
 
     n_queries: int
@@ -33,6 +35,7 @@ class CausalMask:
     valid: Tensor | None = None
     positions: Tensor | None = None
     first: int | None = None
+    starts: Tensor | None = None
     _dense: Tensor | None = field(default=None, init=False, repr=False)
     _bands: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -55,12 +58,24 @@ class CausalMask:
             None if self.valid is None else self.valid[:, cut:],
             None if self.positions is None else (self.positions - cut).clamp(min=0),  # of unused slots, anything
             None if self.first is None else self.first - cut,
+            None if self.starts is None else self.starts[:, cut:] - cut,
         )  # fmt: skip
+
+    def rows(self, which: slice | Tensor) -> CausalMask:
+        """The mask of some rows of the batch, for queries that are the last T tokens."""
+        assert self.positions is None
+        valid, starts = (None if x is None else x[which] for x in (self.valid, self.starts))
+        return CausalMask(self.n_queries, self.n_keys, valid, first=self.first, starts=starts)
+
+    @property
+    def is_same_for_all(self) -> bool:
+        """True where no row of the batch differs from another."""
+        return self.valid is None and self.starts is None and self.positions is None
 
     @property
     def is_plain(self) -> bool:
         """True where SDPA needs no mask: all tokens are queries, or one query sees every key."""
-        return self.valid is None and self.positions is None and self.n_queries in (1, self.n_keys)
+        return self.is_same_for_all and self.n_queries in (1, self.n_keys)
 
     @property
     def is_last(self) -> bool:
@@ -77,6 +92,8 @@ class CausalMask:
         at = self.query_positions(device).unsqueeze(-1)
         key = torch.arange(self.n_keys, device=device)
         seen = key <= at
+        if self.starts is not None:
+            seen = seen & (key >= self.starts_at(self.query_positions(device)).unsqueeze(-1))
         if self.valid is not None:
             seen = seen & self.valid.unsqueeze(1) | (key == at)
         return seen.unsqueeze(1)
@@ -104,11 +121,22 @@ class CausalMask:
         real = ((position >= 0) & (position < self.n_keys)).unsqueeze(0)
         if self.valid is not None:
             real = real & self.valid[:, position.clamp(0, self.n_keys - 1)]
-        return near & real.unsqueeze(2) | (key == at + window - 1)
+        seen = near & real.unsqueeze(2)
+        if self.starts is not None:
+            queries = position[:, window - 1 :].clamp(0, self.n_keys - 1)
+            seen = seen & (position.unsqueeze(1) >= self.starts[:, queries].unsqueeze(-1))
+        return seen | (key == at + window - 1)
+
+    def starts_at(self, positions: Tensor) -> Tensor:
+        """Where the documents of the keys at ``positions`` (B or 1, T) start: (B, T)."""
+        assert self.starts is not None
+        return self.starts.gather(1, positions.expand(len(self.starts), -1))
 
     def band(self, key_positions: Tensor) -> Tensor:
         """True where ``key_positions`` (B or 1, T, W) hold a key that the query may look at (itself always)."""
         seen = key_positions >= 0
+        if self.starts is not None:
+            seen = key_positions >= self.starts_at(key_positions[..., -1]).unsqueeze(-1)
         if self.valid is not None:
             B, T, W = self.valid.shape[0], *key_positions.shape[1:]
             at = key_positions.clamp(min=0).expand(B, T, W).flatten(1)
@@ -321,9 +349,33 @@ def _rows_at(x_BSGD: Tensor, at: Tensor) -> Tensor:
     return x_BSGD[torch.arange(len(at), device=at.device)[:, None, None], at]
 
 
-def causal_conv(x_BSC: Tensor, taps_KC: Tensor) -> Tensor:
-    """Depth-wise causal convolution ``y[s] = sum_k taps[k] * x[s - k]``, zeros before the first row."""
-    return conv_end(F.pad(x_BSC, (0, 0, len(taps_KC) - 1, 0)), taps_KC, x_BSC.shape[1])
+def document_starts(numbers: Tensor) -> Tensor | None:
+    """Where the document of each token starts: (B, T) int64; None where no row holds more than one.
+
+    Args:
+        numbers: (B, T), 0 at padding, neighbours of one document with the same number; (B, T) bool says nothing of
+            documents.
+    """
+    if numbers.dtype == torch.bool or bool((numbers <= 1).all()):
+        return None
+    begins = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+    return (begins * torch.arange(numbers.shape[1], device=numbers.device)).cummax(1).values
+
+
+def causal_conv(x_BSC: Tensor, taps_KC: Tensor, starts_BS: Tensor | None = None) -> Tensor:
+    """Depth-wise causal convolution ``y[s] = sum_k taps[k] * x[s - k]``, zeros before the first row.
+
+    With ``starts_BS``, also zeros before the first row of each document.
+    """
+    if starts_BS is None:
+        return conv_end(F.pad(x_BSC, (0, 0, len(taps_KC) - 1, 0)), taps_KC, x_BSC.shape[1])
+    S = x_BSC.shape[1]
+    since = torch.arange(S, device=x_BSC.device) - starts_BS
+    out = x_BSC * taps_KC[0]
+    for j in range(1, min(len(taps_KC), S)):
+        before = F.pad(x_BSC[:, : S - j], (0, 0, j, 0)).masked_fill((since < j).unsqueeze(-1), 0)
+        out = torch.addcmul(out, before, taps_KC[j])
+    return out
 
 
 def conv_end(x_BSC: Tensor, taps_KC: Tensor, n: int) -> Tensor:

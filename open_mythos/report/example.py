@@ -52,7 +52,9 @@ def follow(
     used = found.loops_used[0, :length]
     n_run = int(used.max())
     shown = slice(0, n_run), slice(0, length)
-    predictions, probability = _predictions(model, ids[:1, :length], n_run)
+    predictions, probability = _predictions(
+        model, ids[:1, :length], None if valid is None else valid[:1, :length], n_run
+    )
     words = {*ids[0, :length].tolist(), *predictions.unique().tolist(), *problems.targets[0, :length].tolist()}
     example = {
         "difficulty": difficulty,
@@ -74,13 +76,15 @@ def follow(
 
 def _length(problems: Batch) -> int:
     """Tokens of the first problem, padding left out."""
-    return problems.ids.shape[1] if problems.valid is None else int(problems.valid[0].sum())
+    return problems.ids.shape[1] if problems.valid is None else int(problems.valid[0].bool().sum())
 
 
-def _predictions(model: OpenMythos, ids: Tensor, n_loops: int) -> tuple[Tensor, Tensor]:
+def _predictions(model: OpenMythos, ids: Tensor, valid: Tensor | None, n_loops: int) -> tuple[Tensor, Tensor]:
     """The likeliest token after each loop and its probability, (n_loops, T) each."""
     with eval_mode(model):
-        best = [logits[0].float().softmax(-1).max(-1) for _, logits in model.iterate(ids, n_loops)]
+        best = [
+            logits[0].float().softmax(-1).max(-1) for _, logits in model.iterate(ids, n_loops, attention_mask=valid)
+        ]
     return torch.stack([token for _, token in best]), torch.stack([probability for probability, _ in best])
 
 

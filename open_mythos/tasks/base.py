@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     Attributes:
         ids: (n, T) int64 tokens.
         targets: (n, T) int64, the token that should be answered at each position; ``UNSCORED`` where none is.
-        valid: (n, T) bool, False at padding, which stands on the right; None where there is none.
+        valid: (n, T) bool, False at padding, which stands on the right; None where there is none. Or integers that
+            number the documents packed in a row, 0 at padding.
     """
 
     ids: Tensor
@@ -116,11 +117,12 @@ def pad(batches: Sequence[Batch]) -> Batch:
     n = sum(len(batch.ids) for batch in batches)
     ids = torch.zeros(n, width, dtype=torch.int64)
     targets = torch.full((n, width), UNSCORED)
-    valid = torch.zeros(n, width, dtype=torch.bool)
+    numbered = any(batch.valid is not None and batch.valid.dtype != torch.bool for batch in batches)
+    valid = torch.zeros(n, width, dtype=torch.int64 if numbered else torch.bool)
     row = 0
     for batch in batches:
         rows, T = slice(row, row + len(batch.ids)), batch.ids.shape[1]
         ids[rows, :T], targets[rows, :T] = batch.ids, batch.targets
-        valid[rows, :T] = True if batch.valid is None else batch.valid
+        valid[rows, :T] = 1 if batch.valid is None else batch.valid
         row += len(batch.ids)
-    return Batch(ids, targets, None if valid.all() else valid)
+    return Batch(ids, targets, None if valid.all() and not numbered else valid)

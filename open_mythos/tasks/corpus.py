@@ -4,41 +4,63 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from open_mythos.fields import must
 
 PIECE = 4096
 """Bytes of a document where one single file is the whole corpus."""
+
+STREAMED = 1 << 26
+"""Bytes read of a streamed dataset whose end nobody asked for."""
 
 _NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
 @lru_cache(maxsize=4)
 def documents(source: str, max_bytes: int) -> tuple[str, ...]:
-    """The documents of a corpus, always in the same order; kept for the life of the process.
+    """All that :func:`stream` gives; kept for the life of the process."""
+    return tuple(stream(source, max_bytes))
+
+
+def stream(source: str, max_bytes: int) -> Iterator[str]:
+    """The documents of a corpus one by one, always in the same order.
 
     Args:
         source: ``"stdlib"``, the modules of the running Python without tests; a file, which is cut at line ends into
             documents of ``PIECE`` bytes; a directory or glob, whose text files are the documents; or
-            ``"hf:NAME"`` or ``"hf:NAME:CONFIG"``, the training part of a Hugging Face dataset, streamed.
-        max_bytes: where to stop; the last document is cut there.
+            ``"hf:NAME"`` or ``"hf:NAME:CONFIG"``, the training part of a Hugging Face dataset, streamed. NAME may be
+            a local folder of JSON lines or Parquet.
+        max_bytes: where to stop; the last document is cut there. 0: at the end, or of a dataset after ``STREAMED``.
 
     Raises:
         ValueError: if there is nothing to read at ``source``.
         ImportError: naming the extra to install, for ``hf:`` without ``datasets``.
     """
-    found, left = [], max_bytes
+    left: float = max_bytes or (STREAMED if source.startswith("hf:") else math.inf)
+    document = None
     for document in _read(source):
-        found.append(document[:left].decode("utf-8", "replace"))
+        yield (document if len(document) <= left else document[: int(left)]).decode("utf-8", "replace")
         left -= len(document)
         if left <= 0:
-            break
-    if not found:
+            return
+    if document is None:
         raise ValueError(f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
-    return tuple(found)
+
+
+def state(source: str) -> list[Any]:
+    """What differs when a source may give other documents than before: names, sizes and times of its files."""
+    if source == "stdlib":
+        return [sys.version]
+    name = source.split(":", 2)[1] if source.startswith("hf:") else source
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(name)]
 
 
 def held_out(document: str) -> bool:
@@ -53,10 +75,13 @@ def _read(source: str) -> Iterator[bytes]:
     if source == "stdlib":
         return _texts(_library_modules())
     path = Path(source).expanduser()
-    if path.is_file():
-        return _pieces(path.read_bytes())
+    return _pieces(path) if path.is_file() else _texts(_files(source))
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
     paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    return _texts(sorted(path for path in paths if path.is_file()))
+    return sorted(path for path in paths if path.is_file())
 
 
 def _library_modules() -> list[Path]:
@@ -75,11 +100,11 @@ def _texts(paths: list[Path]) -> Iterator[bytes]:
             yield content
 
 
-def _pieces(content: bytes) -> Iterator[bytes]:
-    while content:
-        end = content.find(b"\n", PIECE - 1) + 1 or len(content)
-        yield content[:end]
-        content = content[end:]
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            must(b"\0" not in piece, f"source={str(path)!r} is not a text file")
+            yield piece if piece.endswith(b"\n") else piece + file.readline()
 
 
 def _hugging_face(source: str) -> Iterator[bytes]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
-from open_mythos.fields import choice, size, text
-from open_mythos.tasks.base import Batch, Task
+from open_mythos.fields import choice, flag, must, size, text
+from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.corpus import documents, held_out
+from open_mythos.tasks.store import Store, tokenised
 from open_mythos.tasks.tokenizer import Tokenizer, tokenizer
 
 
@@ -21,9 +26,14 @@ class Text(Task):
     """Windows of a corpus; at each token the next one is to be said. Difficulty is the number of tokens.
 
     ``source`` is ``"stdlib"`` (the sources of Python's standard library, the same on one version of Python), a file,
-    a directory, a glob, or ``"hf:NAME[:CONFIG]"``; see :func:`open_mythos.tasks.corpus.documents`. ``tokenizer`` is
-    ``"bytes"``, or ``"bpe:N"``, trained on the training part. ``split`` is ``"train"`` or ``"held_out"``: one whole
-    document in 16, whichever way the corpus grows. Documents follow each other without a mark between.
+    a directory, a glob, or ``"hf:NAME[:CONFIG]"``; see :func:`open_mythos.tasks.corpus.stream`. ``tokenizer`` is
+    ``"bytes"``, ``"bpe:N"``, trained on the training part, or a folder with a ``tokenizer.json``. ``split`` is
+    ``"train"`` or ``"held_out"``: one whole document in 16, whichever way the corpus grows. ``max_bytes``: where to
+    stop reading; 0: at the end, or after 64 MB of a streamed dataset.
+
+    With ``separate``, an ``<eos>`` stands before each document and is what follows its last token; tokens see nothing
+    of other documents, which ``Batch.valid`` numbers. The tokens then lie on disk (:mod:`open_mythos.tasks.store`), and
+    are gone through row by row (:meth:`rows`). Without, documents follow each other without a mark between.
 
     Raises:
         ValueError: for a source without text or a split without documents.
@@ -35,22 +45,34 @@ class Text(Task):
     source: str = text("stdlib")
     tokenizer: str = text("bytes")
     split: str = choice("train", "train", "held_out")
-    max_bytes: int = size(1 << 24)
+    max_bytes: int = size(0, minimum=0)
+    separate: bool = flag(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._tokenizer, tokens = _tokens(self.source, self.tokenizer, self.max_bytes)
+        self.store: Store | None = None
+        if self.separate:
+            self.store = tokenised(self.source, self.tokenizer, self.max_bytes)
+            self._tokenizer, tokens = self.store.tokenizer, self.store.tokens
+        else:
+            self._tokenizer, tokens = _tokens(self.source, self.tokenizer, self.max_bytes)
         self._tokens = tokens[self.split]
         if len(self._tokens) < 2:
             raise ValueError(f"source={self.source!r} has too few documents for a {self.split} part; use more text")
-        self.most = len(self._tokens) - 1
-        self.vocab = ("<pad>", *(repr(piece)[2:-1] for piece in self._tokenizer.pieces[1:]))
+        self.most = None if self.separate else len(self._tokens) - 1  # a row that is not full is padded
+        first = "<pad>" if self.eos is None else "<eos>"
+        self.vocab = tuple(repr(piece)[2:-1] if piece else first for piece in self._tokenizer.pieces)
         self.chance = 1 / self.vocab_size
         self._bytes = torch.tensor([len(piece) for piece in self._tokenizer.pieces])
 
     @property
+    def eos(self) -> int | None:
+        """The token that ends a document, None without ``separate``."""
+        return self._tokenizer.eos if self.separate else None
+
+    @property
     def tokens(self) -> np.ndarray:
-        """All tokens of the split, (N,) uint16."""
+        """All tokens of the split, (N,) uint16 or uint32; with ``separate``, an ``<eos>`` around each document."""
         return self._tokens
 
     def length(self, difficulty: int) -> int:
@@ -58,17 +80,46 @@ class Text(Task):
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)
-        return self._windows(torch.randint(0, len(self._tokens) - difficulty, (n,), generator=generator), difficulty)
+        last = max(1, len(self._tokens) - difficulty)
+        return self._windows(torch.randint(0, last, (n,), generator=generator), difficulty)
+
+    def n_rows(self, length: int) -> int:
+        """Rows of ``length`` tokens that the split makes, the last of which may not be full."""
+        return -(-(len(self._tokens) - 1) // length)
+
+    def rows(self, which: Iterable[int], length: int, seed: int = 0) -> Batch:
+        """Rows of an endless sequence: every row of the split, in a random order, then again in another.
+
+        A row begins where the last one in the text ended, so that each token of the split is a target once in every
+        ``n_rows(length)`` rows: first tokens of documents, what follows a cut, and ends too.
+
+        Args:
+            which: places in the sequence. It depends on nothing else, so that whoever knows how far he is can go on,
+                and processes that take different places share it without a word.
+            length: tokens of a row.
+            seed: of the orders.
+        """
+        self.check(length)
+        n = self.n_rows(length)
+        rows = [int(_order(seed, place // n, n)[place % n]) for place in which]
+        return self._windows(torch.tensor(rows) * length, length)
 
     def windows(self, length: int, n: int) -> Batch:
         """``n`` windows of ``length`` tokens, evenly spaced over the split and always the same, to evaluate on.
+
+        The end of a document, which stands for no byte, is not scored.
 
         Raises:
             ValueError: if the split is shorter than one window.
         """
         self.check(length)
-        last = len(self._tokens) - length - 1
-        return self._windows(torch.arange(n) * last // max(n - 1, 1), length)
+        last = max(0, len(self._tokens) - length - 1)
+        batch = self._windows(torch.arange(n) * last // max(n - 1, 1), length)
+        return (
+            batch
+            if self.eos is None
+            else batch._replace(targets=batch.targets.masked_fill(batch.targets == self.eos, UNSCORED))
+        )
 
     def bytes_of(self, targets: Tensor) -> Tensor:
         """How many bytes each target stands for, in the shape of ``targets``; 0 where none is scored.
@@ -88,10 +139,84 @@ class Text(Task):
     def render(self, ids: Sequence[int]) -> str:
         return self.decode(ids)
 
+    def described(self, length: int) -> str:
+        """The corpus in one line, as rows of ``length`` tokens."""
+        assert self.store is not None, "only separate documents are counted"
+        train, held_out = self.store.parts["train"], self.store.parts["held_out"]
+        return (
+            f"{self.source}: {train.documents:,} documents of {train.bytes:,} bytes to train on, "
+            f"{train.tokens:,} tokens in {self.n_rows(length):,} rows of {length}; {held_out.documents:,} documents are held out"
+        )
+
+    def save_tokenizer(self, directory: str | Path) -> None:
+        """Write the tokenizer beside a model, as ``tokenizer.json``."""
+        self._tokenizer.save(directory)
+
+    def fingerprint(self) -> int:
+        """A number that another text does not have."""
+        if self.store is not None:
+            return self.store.parts[self.split].crc32
+        return zlib.crc32(self._tokens.tobytes())
+
     def _windows(self, starts: Tensor, length: int) -> Batch:
-        where = starts[:, None] + torch.arange(length + 1)
-        tokens = torch.from_numpy(self._tokens[where.numpy()].astype(np.int64))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        where, end = starts[:, None] + torch.arange(length + 1), len(self._tokens)
+        tokens = torch.from_numpy(self._tokens[where.clamp(max=end - 1).numpy()].astype(np.int64))
+        ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if self.eos is None:
+            return Batch(ids, targets)
+        beyond = where[:, 1:] >= end
+        number = 1 + (ids == self.eos).cumsum(1)
+        return Batch(ids.masked_fill(beyond, 0), targets.masked_fill(beyond, UNSCORED), number.masked_fill(beyond, 0))
+
+
+class Rows(IterableDataset[Batch]):
+    """The batches of one process of several, for a ``torch.utils.data.DataLoader(..., batch_size=None)``.
+
+    Batch ``i`` of all processes together is rows ``i * batch_size`` up to ``(i + 1) * batch_size`` of
+    :meth:`Text.rows`, dealt out to them in turns, whatever number of workers a loader has.
+
+    Args:
+        task: text; with ``separate`` to have ``<eos>`` between documents.
+        length: tokens of a row.
+        batch_size: rows of a batch of all processes together.
+        seed: of the order.
+        rank, world_size: this process, and how many there are.
+        first: the batch to begin with, to go on from there.
+        last: the batch to end before; None: never.
+
+    Raises:
+        ValueError: for a rank that does not exist.
+    """
+
+    def __init__(
+        self,
+        task: Text,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        must(0 <= rank < world_size, f"rank={rank} of world_size={world_size}; use 0 to {world_size - 1}")
+        self.task, self.length, self.batch_size, self.seed = task, length, batch_size, seed
+        self.rank, self.world_size, self.first, self.last = rank, world_size, first, last
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        # A loader takes from its workers in turns.
+        for i in count(self.first + worker, n_workers):
+            if self.last is not None and i >= self.last:
+                return
+            places = range(i * self.batch_size, (i + 1) * self.batch_size)
+            yield self.task.rows(places[self.rank :: self.world_size], self.length, self.seed)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
 
 
 @lru_cache(maxsize=4)

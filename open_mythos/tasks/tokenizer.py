@@ -1,76 +1,191 @@
-"""Lossless tokenizers: bytes, and byte-pair encodings trained on the spot. Token 0 is left to padding."""
+"""Lossless tokenizers: bytes, byte-pair encodings trained on the spot, and any byte-level one saved as tokenizer.json.
+
+All are written as the ``tokenizer.json`` of Hugging Face's ``tokenizers``, which is needed for any but bytes.
+"""
 
 from __future__ import annotations
 
-import itertools
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from open_mythos.fields import must
+
+FILE = "tokenizer.json"
 MOST_TOKENS = 1 << 16
+END, PADDING = "<eos>", "<pad>"
+"""Names of token 0: it ends documents, or it only fills up rows."""
 
 
 class Tokenizer:
     """Text by UTF-8 bytes: byte b is token 1 + b.
 
+    Args:
+        ends: whether token 0 ends documents.
+
     Attributes:
-        pieces: the bytes that each token stands for; none for padding.
+        pieces: the bytes that each token stands for; none for token 0.
+        eos: the token that ends a document, and that no text holds; None if there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends: bool = False) -> None:
         self.pieces = [b"", *(bytes([b]) for b in range(256))]
+        self.eos = 0 if ends else None
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest that holds every token."""
+        return np.uint16 if len(self.pieces) <= 1 << 16 else np.uint32
+
+    def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Tokens of each text, (N,) of :attr:`dtype`."""
+        return [np.frombuffer(text.encode(), np.uint8) + np.uint16(1) for text in texts]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Tokens of all texts, one after the other, (N,) uint16."""
-        return np.frombuffer("".join(texts).encode(), np.uint8) + np.uint16(1)
+        """Tokens of all texts, one after the other, (N,)."""
+        return np.concatenate([np.empty(0, self.dtype), *self.encode_each(texts)])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens; padding stands for nothing, and what is not UTF-8 becomes U+FFFD."""
+        """The text of tokens; what is not UTF-8 becomes U+FFFD."""
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``tokenizer.json`` into ``directory``."""
+        Path(directory, FILE).write_text(self.to_json())
+
+    def to_json(self) -> str:
+        """What :meth:`save` writes."""
+        characters = {b: character for character, b in _byte_of_character().items()}
+        return _as_json(END if self.eos == 0 else PADDING, [characters[b] for b in range(256)], [])
 
 
 class BytePairs(Tokenizer):
-    """Byte-level byte-pair encoding, as GPT-2's, of at most ``n_tokens`` tokens, padding included.
+    """A byte-level byte-pair encoding such as GPT-2's.
+
+    Args:
+        text: of its tokenizer.json.
+        eos: name of the token that ends documents; None if there is none.
 
     Raises:
         ImportError: naming the extra to install, without ``tokenizers``.
+        ValueError: for one whose tokens do not stand for bytes, or an ``eos`` that it does not know.
     """
 
-    def __init__(self, n_tokens: int, texts: Sequence[str]) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError("tokenizer='bpe:N' needs tokenizers: pip install 'open-mythos[tasks]'") from error
+    def __init__(self, text: str, eos: str | None) -> None:
+        self._text, self._bpe = text, _tokenizers().Tokenizer.from_str(text)
+        self._bpe.encode_special_tokens = True  # in a text, "<eos>" is five characters
+        byte_of = _byte_of_character()
+        known = self._bpe.get_vocab(with_added_tokens=True)
+        special = {i for i, token in self._bpe.get_added_tokens_decoder().items() if token.special}
+        self.pieces = [b""] * (1 + max(known.values()))
+        for name, i in known.items():
+            if i not in special and name not in (END, PADDING):
+                must(set(name) <= byte_of.keys(), f"token {name!r} is not written in bytes; use a byte-level tokenizer")
+                self.pieces[i] = bytes(byte_of[character] for character in name)
+        must(eos is None or eos in known, f"its vocabulary has no {eos!r}, which should end documents")
+        self.eos = None if eos is None else known[eos]
+
+    @classmethod
+    def trained(cls, n_tokens: int, texts: Iterable[str], ends: bool = False) -> BytePairs:
+        """One of at most ``n_tokens`` tokens, token 0 included, trained on ``texts``."""
+        tokenizers = _tokenizers()
         byte_level = tokenizers.pre_tokenizers.ByteLevel
-        self._bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        self._bpe.pre_tokenizer = byte_level(add_prefix_space=False)
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = byte_level(add_prefix_space=False)
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=n_tokens - 1, initial_alphabet=byte_level.alphabet(), show_progress=False
         )
-        self._bpe.train_from_iterator(texts, trainer)
-        byte_of = _byte_of_character()
-        known = self._bpe.get_vocab()
-        names = sorted(known, key=known.__getitem__)
-        self.pieces = [b"", *(bytes(byte_of[character] for character in name) for name in names)]
+        bpe.train_from_iterator(texts, trainer)
+        known, first = bpe.get_vocab(), END if ends else PADDING
+        merges = json.loads(bpe.to_str())["model"]["merges"]
+        return cls(_as_json(first, sorted(known, key=known.__getitem__), merges), END if ends else None)
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        encoded = self._bpe.encode_batch_fast(texts)
-        ids = itertools.chain.from_iterable(one.ids for one in encoded)
-        return np.fromiter(ids, np.uint16) + np.uint16(1)
+    def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, self.dtype) for one in encoded]
+
+    def to_json(self) -> str:
+        return self._text
 
 
-def tokenizer(kind: str, texts: Sequence[str]) -> Tokenizer:
-    """The tokenizer called ``"bytes"``, or ``"bpe:N"`` with its N tokens trained on ``texts``.
+def tokenizer(kind: str, texts: Iterable[str], ends: bool = False) -> Tokenizer:
+    """The tokenizer called ``"bytes"``, ``"bpe:N"`` with its N tokens trained on ``texts``, or one of a folder.
+
+    Args:
+        kind: its name, or a folder with a ``tokenizer.json``.
+        texts: to train on.
+        ends: whether token 0 ends documents; a folder's tokenizer says that itself.
 
     Raises:
-        ValueError: for any other name, or an N that does not do.
+        ValueError: for any other name, an N that does not do, or a file that is none.
+        ImportError: naming the extra to install, without ``tokenizers``.
     """
     if kind == "bytes":
-        return Tokenizer()
+        return Tokenizer(ends)
+    if Path(kind, FILE).is_file():
+        return load(kind)
     name, _, count = kind.partition(":")
     if name != "bpe" or not count.isdecimal() or not 257 <= int(count) <= MOST_TOKENS:
-        raise ValueError(f"tokenizer={kind!r}; use 'bytes', or 'bpe:N' with N from 257 to {MOST_TOKENS}")
-    return BytePairs(int(count), texts)
+        raise ValueError(
+            f"tokenizer={kind!r}; use 'bytes', or 'bpe:N' with N from 257 to {MOST_TOKENS}, or a folder with a {FILE}"
+        )
+    return BytePairs.trained(int(count), texts, ends)
+
+
+def load(directory: str | Path) -> Tokenizer:
+    """The tokenizer in ``directory``: of a model saved here, or a byte-level one of Hugging Face.
+
+    What ends documents is its ``<eos>``, or what a ``tokenizer_config.json`` beside it calls ``eos_token``.
+
+    Raises:
+        ValueError: naming the file, if it is missing, damaged, or not byte-level.
+        ImportError: naming the extra to install, without ``tokenizers``.
+    """
+    path = Path(directory, FILE)
+    must(path.is_file(), f"{path} is missing, so nothing says how text becomes tokens")
+    try:
+        text = path.read_text()
+        model = json.loads(text)["model"]
+        if not model["merges"] and len(model["vocab"]) == 257:
+            return Tokenizer(END in model["vocab"])
+        return BytePairs(text, _end_of(Path(directory), model["vocab"]))
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def _end_of(directory: Path, vocab: dict[str, int]) -> str | None:
+    path = directory / "tokenizer_config.json"
+    if END in vocab or not path.is_file():
+        return END if END in vocab else None
+    name = json.loads(path.read_text()).get("eos_token")
+    return name["content"] if isinstance(name, dict) else name
+
+
+def _as_json(first: str, names: Sequence[str], merges: Sequence[Any]) -> str:
+    """A tokenizer.json of byte-level pieces ``names``, numbered from 1 on; token 0 is called ``first``."""
+    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": 0, "content": first, **special}],
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {name: i for i, name in enumerate([first, *names])}, "merges": merges},
+    }, ensure_ascii=False)  # fmt: skip
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "a tokenizer other than 'bytes' needs tokenizers: pip install 'open-mythos[tasks]'"
+        ) from error
+    return tokenizers
 
 
 def _byte_of_character() -> dict[str, int]:

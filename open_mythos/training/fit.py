@@ -17,7 +17,7 @@ from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Task
 from open_mythos.tasks.text import Text
-from open_mythos.training import checkpoints, runs
+from open_mythos.training import checkpoints, distributed, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import train_gate
 from open_mythos.training.loggers import Record, open_loggers
@@ -48,6 +48,8 @@ class Watch:
 def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None = None) -> Path:
     """Train as ``cfg`` says, and leave in ``run`` what :mod:`open_mythos.training.runs` lists.
 
+    Of several processes, the first writes and measures.
+
     Args:
         cfg: the run.
         run: its directory, made if need be.
@@ -65,20 +67,26 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
         OSError: if the last checkpoint or the model cannot be written.
     """
     watch = watch or Watch()
-    state = find_state(cfg, run, resume, watch.say)
-    trainer, meter = Trainer(cfg), Meter()
-    if state is not None:
-        trainer.load_state_dict(state["trainer"])
-        meter = Meter(**state["meter"])
-    run.mkdir(parents=True, exist_ok=True)
-    cfg.save(run / runs.RUN_CONFIG)
-    train(trainer, meter, run, watch)
-    model = trainer.averaged()
-    if cfg.kind == "looped" and cfg.gate.steps > 0:
-        add_gate(model, trainer.task, cfg, watch.begin)
-    directory = runs.save_model(model, cfg, run)
-    measure(model, trainer.task, cfg, run, watch.begin)
-    return directory
+    first = distributed.rank() == 0
+    if not first:
+        watch = Watch(say=lambda message: None)
+    with distributed.processes():
+        state = find_state(cfg, run, resume, watch.say)
+        with distributed.first_process_first():
+            trainer, meter = Trainer(cfg), Meter()
+        if state is not None:
+            trainer.load_state_dict(state["trainer"])
+            meter = Meter(**state["meter"])
+        if isinstance(trainer.task, Text) and trainer.task.store is not None:
+            watch.say(trainer.task.described(cfg.task.max_difficulty))
+        distributed.wait()  # until all have looked at what was there
+        if first:
+            run.mkdir(parents=True, exist_ok=True)
+            cfg.save(run / runs.RUN_CONFIG)
+        train(trainer, meter, run, watch)
+    if first:
+        finish(trainer, cfg, run, watch.begin)
+    return run / runs.MODEL
 
 
 # -- starting
@@ -166,7 +174,8 @@ class Meter:
 def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch) -> None:
     """The steps that are left, with metrics and checkpoints on the way."""
     cfg = trainer.cfg
-    loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number)
+    first = distributed.rank() == 0
+    loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number) if first else []
 
     def report() -> None:
         line = meter.record(trainer)
@@ -193,6 +202,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch) -> None:
 def save(trainer: Trainer, meter: Meter, run: Path, say: Callable[[str], None]) -> None:
     """Write a checkpoint. One that cannot be written is reported, and training goes on; the last one has to be."""
     state = {"trainer": trainer.state_dict(), "meter": asdict(meter)}
+    if distributed.rank() > 0:
+        return
     try:
         checkpoints.save(run / runs.CHECKPOINTS, trainer.step_number, state, trainer.cfg.keep)
     except OSError as error:
@@ -202,6 +213,17 @@ def save(trainer: Trainer, meter: Meter, run: Path, say: Callable[[str], None]) 
 
 
 # -- after the last step
+
+
+def finish(trainer: Trainer, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
+    """Average, teach the gate, write the model with its tokenizer, measure."""
+    model = trainer.averaged()
+    if cfg.kind == "looped" and cfg.gate.steps > 0:
+        add_gate(model, trainer.task, cfg, begin)
+    directory = runs.save_model(model, cfg, run)
+    if isinstance(trainer.task, Text):
+        trainer.task.save_tokenizer(directory)
+    measure(model, trainer.task, cfg, run, begin)
 
 
 def add_gate(model: OpenMythos, task: Task, cfg: TrainConfig, begin: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from open_mythos import tasks
 from open_mythos.config import MythosConfig
 from open_mythos.fields import nearest
+from open_mythos.tasks.text import Text
 from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
 
@@ -140,16 +141,25 @@ def recipe(name: str) -> TrainConfig:
 def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     """A recipe with overrides (see :func:`~open_mythos.training.overrides.override`).
 
-    The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides.
+    The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides. For a recipe of text,
+    ``data=SOURCE`` is short for ``task.options.source=SOURCE task.options.separate=true``.
 
     Raises:
         ValueError: as :func:`recipe` and ``override``, and for options that the task refuses.
     """
+    cfg = recipe(name)
+    if cfg.task.name == Text.name:
+        assignments = [full for assignment in assignments for full in _in_full(assignment)]
     assignments = list(assignments)
-    cfg = override(recipe(name), assignments)
+    cfg = override(cfg, assignments)
     if not any(assignment.startswith("model.vocab_size=") for assignment in assignments):
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
+
+
+def _in_full(assignment: str) -> list[str]:
+    key, _, source = assignment.partition("=")
+    return [f"task.options.source={source}", "task.options.separate=true"] if key == "data" else [assignment]
 
 
 def _reasoner(

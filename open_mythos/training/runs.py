@@ -5,7 +5,8 @@
     RUN/config.json        TrainConfig
     RUN/metrics.jsonl      a line every log_every steps
     RUN/checkpoints/       to go on from
-    RUN/model/             config.json, model.safetensors (averaged weights), training.json (TrainConfig)
+    RUN/model/             config.json, model.safetensors (averaged weights), training.json (TrainConfig),
+                           and of text tokenizer.json
     RUN/evaluation.json    accuracy by difficulty and loops
 """
 

@@ -17,12 +17,18 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.tasks import UNSCORED, Batch
-from open_mythos.training import baselines
+from open_mythos.tasks.text import Text
+from open_mythos.training import baselines, distributed
+from open_mythos.training.checks import check_fit, find_device
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
 
-_DATA, _LOOPS = 1, 2  # streams of random numbers beside torch's own, which draws weights, dropout and noise
+_DATA, _LOOPS, _RANKS = (
+    1,
+    2,
+    500,
+)  # streams of random numbers beside torch's own, which draws weights, dropout and noise
 
 
 class TrainingError(RuntimeError):
@@ -57,6 +63,9 @@ class Trainer:
     :meth:`state_dict` holds all of it: a trainer that loads it makes the steps that the other would have made, bit
     for bit on the same machine. Making a trainer seeds torch's own random numbers.
 
+    Of several processes (:mod:`open_mythos.training.distributed`), each has a trainer, runs its share of every batch,
+    and adds its gradients to those of the others: up to rounding, the steps are those of one process.
+
     Args:
         cfg: the run.
 
@@ -72,7 +81,7 @@ class Trainer:
         self.cfg = cfg
         self.device = find_device(cfg.device)
         self.task = tasks.load(cfg.task.name, **cfg.task.options)
-        _check_fit(cfg, self.task)
+        check_fit(cfg, self.task)
         torch.manual_seed(cfg.seed)
         self.model = baselines.build(cfg).to(self.device).train()
         self.objective = Objective(cfg)
@@ -81,6 +90,8 @@ class Trainer:
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
         self.step_number = self.skipped = self.skipped_in_a_row = 0
+        if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
+            torch.manual_seed(1000 * cfg.seed + _RANKS + distributed.rank())
 
     # -- one step
 
@@ -102,8 +113,14 @@ class Trainer:
         return result
 
     def draw(self) -> Batch:
-        """The next batch: problems of one difficulty, drawn between the least and the greatest."""
+        """The next batch of all processes: problems of one difficulty, drawn between the least and the greatest.
+
+        Text of separate documents is not drawn but gone through, each batch decided by the number of the step.
+        """
         cfg = self.cfg.task
+        if isinstance(self.task, Text) and self.task.separate:
+            first = self.step_number * self.cfg.batch_size
+            return self.task.rows(range(first, first + self.cfg.batch_size), cfg.max_difficulty, self.cfg.seed)
         difficulty = int(torch.randint(cfg.min_difficulty, cfg.max_difficulty + 1, (), generator=self.data_rng))
         return self.task.batch(self.cfg.batch_size, difficulty, self.data_rng)
 
@@ -113,17 +130,21 @@ class Trainer:
         n_scored = int((batch.targets != UNSCORED).sum())
         plan = self.objective.plan(self.step_number, cfg.batch_size, batch.ids.shape[1], self.loops_rng)
         self.optimizer.zero_grad()
-        loss, right, loops, parts = 0.0, 0, 0.0, dict[str, float]()
-        for rows in self._micro_batches():
-            micro = _move(batch, rows, self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                outcome = self.objective(self.model, micro, plan[rows], n_scored)
-            outcome.loss.backward()
-            loss += float(outcome.loss.detach())
-            right += int(outcome.n_right)
-            loops += outcome.n_loops / cfg.accumulate
-            for name, part in outcome.parts.items():
-                parts[name] = parts.get(name, 0.0) + float(part)
+        loss, right, loops, parts = 0.0, 0.0, 0.0, dict[str, float]()
+        with distributed.counting_together(self.model):
+            for rows in self._micro_batches():
+                micro = _move(batch, rows, self.device)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+                    outcome = self.objective(self.model, micro, plan[rows], n_scored)
+                outcome.loss.backward()
+                loss += float(outcome.loss.detach())
+                right += int(outcome.n_right)
+                loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
+                for name, part in outcome.parts.items():
+                    parts[name] = parts.get(name, 0.0) + float(part)
+        distributed.add_up_gradients(self.model)
+        loss, right, loops, *terms = distributed.add_up([loss, right, loops, *parts.values()])
+        parts = dict(zip(parts, terms, strict=True))
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.clip))
         finite = math.isfinite(loss) and math.isfinite(norm)
         return StepResult(loss, right / max(1, n_scored), loops, norm, batch.ids.numel(), not finite, parts)
@@ -139,8 +160,10 @@ class Trainer:
             )
 
     def _micro_batches(self) -> Iterator[slice]:
-        size = self.cfg.batch_size // self.cfg.accumulate
-        return (slice(start, start + size) for start in range(0, self.cfg.batch_size, size))
+        """The rows of the batch that are this process's, so many at a time."""
+        share = self.cfg.batch_size // distributed.world_size()
+        size, first = share // self.cfg.accumulate, share * distributed.rank()
+        return (slice(start, start + size) for start in range(first, first + share, size))
 
     # -- what to show
 
@@ -169,8 +192,10 @@ class Trainer:
     # -- everything that decides the next step
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, ``config`` among them. The tensors are the trainer's own: each step moves them."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        """Tensors and plain values, ``config`` among them. The tensors are the trainer's own: each step moves them.
+
+        To be called by all processes; each is given the state of all.
+        """
         return {
             "config": self.cfg.to_dict(),
             "step": self.step_number,
@@ -178,29 +203,46 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "carried": self._carried(),
-            "rng": {
-                "torch": torch.get_rng_state(),
-                "cuda": cuda,
-                "data": self.data_rng.get_state(),
-                "loops": self.loops_rng.get_state(),
-            },
+            "text": self.task.fingerprint() if isinstance(self.task, Text) else None,
+            "data": self.data_rng.get_state(),
+            "loops": self.loops_rng.get_state(),
+            "processes": distributed.gathered(self._own_state()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where the trainer that gave ``state`` was, one of the same config."""
+        """Go on from where the trainer that gave ``state`` was, one of the same config.
+
+        Raises:
+            ValueError: if the text is another than it was, or the processes are more or fewer than there were.
+        """
+        n = len(state["processes"])
+        must(
+            n == distributed.world_size(),
+            f"the checkpoint is of {n} processes and there are {distributed.world_size()}; start as many as there were",
+        )
+        if isinstance(self.task, Text):
+            must(
+                state["text"] == self.task.fingerprint(),
+                f"the text at source={self.task.source!r} is not what it was when the checkpoint was made; bring that "
+                f"back, or start a new run",
+            )
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._restore(state["carried"])
-        rng = state["rng"]
-        torch.set_rng_state(rng["torch"])
-        if self.device.type == "cuda" and rng["cuda"] is not None:
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
-        self.data_rng.set_state(rng["data"])
-        self.loops_rng.set_state(rng["loops"])
+        self.data_rng.set_state(state["data"])
+        self.loops_rng.set_state(state["loops"])
+        own = state["processes"][distributed.rank()]
+        self._restore(own["carried"])
+        torch.set_rng_state(own["torch"])
+        if self.device.type == "cuda" and own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"], self.device)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What differs between processes."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"carried": self._carried(), "torch": torch.get_rng_state(), "cuda": cuda}
 
     def _carried(self) -> dict[str, Any]:
         """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""
@@ -214,43 +256,6 @@ class Trainer:
         self.objective.load_state_dict(carried["objective"])
 
 
-def find_device(name: str) -> torch.device:
-    """``cuda`` where there is one for "auto", or the device of that name.
-
-    Raises:
-        ValueError: for a device that torch does not know or this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(f"device={name!r} cannot be used ({first_line}); use 'auto' or 'cpu'") from error
-    return device
-
-
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:
     valid = None if batch.valid is None else batch.valid[rows].to(device)
     return Batch(batch.ids[rows].to(device), batch.targets[rows].to(device), valid)
-
-
-def _check_fit(cfg: TrainConfig, task: tasks.Task) -> None:
-    """Refuse now what would otherwise fail at the first step, or after the last."""
-    must(
-        task.vocab_size <= cfg.model.vocab_size,
-        f"model.vocab_size={cfg.model.vocab_size}, but {cfg.task.name} has {task.vocab_size} tokens; "
-        f"use model.vocab_size={task.vocab_size}",
-    )
-    trained = (cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.hardest_for_gate)
-    difficulties = (*trained, *cfg.evaluation.difficulties)
-    for difficulty in difficulties:
-        task.check(difficulty)
-    hardest = max(difficulties)
-    longest = task.length(hardest)
-    must(
-        longest <= cfg.model.max_seq_len,
-        f"{hardest} {task.unit} are {longest} tokens, more than model.max_seq_len={cfg.model.max_seq_len}; "
-        f"use model.max_seq_len={longest}, or easier problems to train on and measure",
-    )

@@ -84,9 +84,9 @@ def unroll(
 
 def rows_of(freqs: Tensor, mask: CausalMask, rows: Tensor) -> tuple[Tensor, CausalMask]:
     """Phasors and mask of some sequences of the batch."""
-    if mask.valid is None or len(rows) == len(mask.valid):
+    if mask.is_same_for_all or len(rows) == len(freqs):
         return freqs, mask
-    return freqs[rows], CausalMask(mask.n_queries, mask.n_keys, mask.valid[rows])
+    return freqs[rows], mask.rows(rows)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""Documents packed in a row: each is computed as if it stood alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import ATTENTION, assert_near, gradients, loops_used, tiny_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from open_mythos import KVCache
+from open_mythos.diagnostics import trace
+from open_mythos.ops.attention import CausalMask, attend, attend_local, causal_conv, document_starts
+from open_mythos.ops.reference import attention
+from open_mythos.reference import reference_logits
+from open_mythos.tasks import UNSCORED, Batch
+from open_mythos.training.config import LoopConfig, TrainConfig
+from open_mythos.training.objective import Objective
+
+PACKED = torch.tensor([[1] * 5 + [2] + [3] * 9 + [4] * 7, [7] * 20 + [9] * 2, [1] * 3 + [2] * 10 + [3] * 4 + [0] * 5])
+VARIATIONS: list[dict[str, Any]] = [
+    {},
+    dict(conv_taps=5, local_window=9),
+    dict(local_window=3, local_share=1.0, loop_index_dim=8),
+    dict(prelude_layers=0, coda_layers=0, state_init="zero", lora_rank=0),
+]
+
+
+@pytest.mark.parametrize("changes", VARIATIONS, ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_packed_row_is_each_document_alone(attn_type: str, training: bool, changes: dict[str, Any]) -> None:
+    model, ids, real = tiny_model(attn_type, **changes).train(training), tokens(3, 22), PACKED > 0
+    weight = torch.randn(3, 22, 23, generator=torch.Generator().manual_seed(0)) * real[..., None]
+    logits, expected = model(ids, 6, attention_mask=PACKED), reference_logits(model, ids, 6, PACKED)
+    assert_near(logits[real], expected[real])
+    actual = gradients(model, (logits * weight).sum())
+    for name, gradient in gradients(model, (expected * weight).sum()).items():
+        if not (training and name.startswith("recurrent.act.")):  # the gate learns by rules of its own
+            assert_near(actual[name], gradient, 1e-4, name)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@settings(max_examples=6)
+@given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4), n_loops=st.integers(1, 5))
+def test_documents_halt_as_they_do_alone(attn_type: str, lengths: list[int], n_loops: int) -> None:
+    model = tiny_model(attn_type)
+    model.cfg.max_seq_len = 64
+    numbers = torch.repeat_interleave(torch.arange(1, 1 + len(lengths)), torch.tensor(lengths))[None]
+    ids = tokens(1, sum(lengths), seed=n_loops)
+    together, used = (
+        model(ids, n_loops, attention_mask=numbers),
+        loops_used(model, ids, n_loops, attention_mask=numbers),
+    )
+    for number in range(1, 1 + len(lengths)):
+        alone = ids[numbers == number][None]
+        assert_near(together[numbers == number], model(alone, n_loops)[0])
+        assert torch.equal(used[numbers == number], loops_used(model, alone, n_loops)[0])
+    assert torch.equal(trace(model, ids, n_loops, numbers).loops_used, used)
+
+
+@pytest.mark.parametrize("per", ["batch", "sequence"])
+def test_a_training_step_on_packed_rows_is_one_on_the_documents(per: str) -> None:
+    """Loss and gradients of the objective that training uses, through rows that run different numbers of loops."""
+    cfg = TrainConfig(loops=LoopConfig("uniform", minimum=1, maximum=3, per=per, gradient="all"))
+    model, objective, ids = tiny_model(halting=False).train(), Objective(cfg), tokens(3, 22)
+    targets = torch.where(PACKED > 0, tokens(3, 22, seed=1), UNSCORED)
+    plan, n_scored = objective.plan(0, 3, 22, torch.Generator().manual_seed(0)), int((PACKED > 0).sum())
+    packed = objective(model, Batch(ids, targets, PACKED), plan, n_scored).loss
+    loss = torch.zeros(())
+    for row in range(3):
+        for number in PACKED[row].unique()[PACKED[row].unique() > 0]:
+            here = PACKED[row] == number
+            alone = Batch(ids[row, here][None], targets[row, here][None])
+            loss = loss + objective(model, alone, plan[slice(row, row + 1)], n_scored).loss
+    assert_near(packed, loss)
+    mine, theirs = gradients(model, packed), gradients(model, loss)
+    for name in mine:
+        assert_near(mine[name], theirs[name], 1e-4, name)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 40])
+@pytest.mark.parametrize("length", [7, 22, 70])
+def test_attention_stays_within_documents(window: int | None, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    numbers = torch.randint(0, 2, (2, length), generator=generator).cumsum(1) + 1
+    starts = document_starts(numbers)
+    mask = CausalMask(length, length, starts=starts)
+    q, k, v = (torch.randn(2, length, n, 8, generator=generator) for n in (4, 2, 2))
+    at = torch.arange(length)
+    allowed = (at[:, None] >= at) & (numbers[:, None, :, None] == numbers[:, None, None, :])
+    allowed = allowed if window is None else allowed & (at[:, None] - at < window)
+    found = attend(q, k, v, mask) if window is None else attend_local(q, k, v, window, mask)
+    assert_near(found, attention(q, k, v, allowed, 8**-0.5))
+
+
+def test_a_convolution_stays_within_documents() -> None:
+    x, taps, numbers = (
+        torch.randn(2, 9, 4),
+        torch.randn(5, 4),
+        torch.tensor([[1] * 4 + [2] * 5, [1] + [2] * 2 + [3] * 6]),
+    )
+    found = causal_conv(x, taps, document_starts(numbers))
+    for row in range(2):
+        for number in numbers[row].unique():
+            here = numbers[row] == number
+            assert_near(found[row, here], causal_conv(x[row, here][None], taps)[0])
+
+
+def test_one_document_a_row_is_plain_attention() -> None:
+    ones = torch.ones(2, 5, dtype=torch.int64)
+    assert document_starts(ones) is None and document_starts(ones.bool()) is None
+    assert document_starts(torch.tensor([[0, 0, 1, 1]])) is None
+    model, ids = tiny_model(), tokens(2, 5)
+    assert torch.equal(model(ids, 2), model(ids, 2, attention_mask=ones))
+    assert document_starts(torch.tensor([[0, 1, 1, 2, 2, 2, 0]])).tolist() == [[0, 1, 1, 3, 3, 3, 6]]  # type: ignore[union-attr]
+
+
+def test_no_cache_holds_packed_documents() -> None:
+    cache = KVCache()
+    with pytest.raises(ValueError, match="attention_mask numbers documents, which start at 0 and no cache holds"):
+        tiny_model()(tokens(1, 22), 2, cache, attention_mask=PACKED[:1])
+    assert cache.length == 0
