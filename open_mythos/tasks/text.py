@@ -22,8 +22,9 @@ class Text(Task):
 
     ``source`` is ``"stdlib"`` (the sources of Python's standard library, the same on one version of Python), a file,
     a directory, a glob, or ``"hf:NAME[:CONFIG]"``; see :func:`open_mythos.tasks.corpus.documents`. ``tokenizer`` is
-    ``"bytes"``, or ``"bpe:N"``, trained on the training part. ``split`` is ``"train"`` or ``"held_out"``: one whole
-    document in 16, whichever way the corpus grows. Documents follow each other without a mark between.
+    ``"bytes"``, ``"bpe:N"``, trained on the training part, or ``"hf:DIR"``, a pretrained model's. ``split`` is
+    ``"train"`` or ``"held_out"``: one whole document in 16, whichever way the corpus grows. Documents follow each other
+    without a mark between.
 
     Raises:
         ValueError: for a source without text or a split without documents.
@@ -50,7 +51,7 @@ class Text(Task):
 
     @property
     def tokens(self) -> np.ndarray:
-        """All tokens of the split, (N,) uint16."""
+        """All tokens of the split, (N,) uint16, or uint32 for a large vocabulary."""
         return self._tokens
 
     def length(self, difficulty: int) -> int:
