@@ -15,7 +15,7 @@ PADDING_SLOT = "padding"
 """Slot of a plain-dict cache that holds which cached tokens are real; present only if some are padding."""
 
 LOOPS_SLOT = "recurrent_loops"
-"""The one slot of all loops of the recurrent block, in a cache whose rows stand at different ones."""
+"""The one slot of all loops of a layer of the recurrent block, in a cache whose rows stand at different ones."""
 
 
 def prelude_slot(layer: int) -> str:
@@ -31,6 +31,12 @@ def loop_slot(loop: int, cache: Cache | None = None) -> str:
 @functools.cache
 def _loop_slot(i: int) -> str:
     return f"recurrent_loop_{i}"
+
+
+@functools.cache
+def core_slot(loop: str, layer: int) -> str:
+    """The slot of one layer of the recurrent block, from that of the loop, which the first layer keeps as it is."""
+    return f"{loop}_layer_{layer}" if layer else loop
 
 
 def coda_slot(layer: int, loop: int | None = None) -> str:
@@ -281,16 +287,17 @@ class DictCache:
 Cache = KVCache | DictCache
 
 
-def stand_in(cache: Cache, loop: int, n_loops: int, past: int) -> None:
-    """Let what tokens after ``past`` wrote at ``loop``, their last, stand for the loops behind it."""
-    if cache.cache_loops is None:
-        repeat_rows(cache, [loop_slot(idle) for idle in range(loop, n_loops)], past)
-        return
-    # Loops share slots, so what deeper ones would have written takes the place of what is there.
-    last = loop_slot(loop, cache)
-    new = {name: rows[:, past:] for name, rows in cache.slot(last).rows.items()}
-    for name in {loop_slot(idle, cache) for idle in range(loop + 1, n_loops)} - {last}:
-        cache.slot(name).update(new, past)
+def stand_in(cache: Cache, loop: int, n_loops: int, past: int, n_layers: int = 1) -> None:
+    """Let what tokens after ``past`` wrote at ``loop``, their last, stand for the loops behind it, in every layer."""
+    for layer in range(n_layers):
+        slots = [core_slot(loop_slot(idle, cache), layer) for idle in range(loop, n_loops)]
+        if cache.cache_loops is None:
+            repeat_rows(cache, slots, past)
+            continue
+        # Loops share slots, so what deeper ones would have written takes the place of what is there.
+        new = {name: rows[:, past:] for name, rows in cache.slot(slots[0]).rows.items()}
+        for name in set(slots) - {slots[0]}:
+            cache.slot(name).update(new, past)
 
 
 def repeat_rows(cache: Cache, names: list[str], past: int) -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SHIPPED = Path(__file__).parent / "pretrained"
-_TIED = "head.weight"  # the same tensor as embed.weight, so not stored
 
 
 class CheckpointError(ValueError):
@@ -40,7 +39,7 @@ def save(model: OpenMythos, directory: str | Path) -> None:
             )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != _TIED}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in _tied(model.cfg)}
     partial = directory / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(directory / WEIGHTS_FILE)
@@ -84,15 +83,20 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
             f"{weights_path} is truncated or not a safetensors file ({error}); save it again"
         ) from error
     model = cls(cfg)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != _TIED}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in _tied(cfg)}
     _check_names(weights_path, set(expected), set(tensors))
     model.to(tensors["embed.weight"].dtype)
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{weights_path} does not fit {config_path}: {error}") from error
-    assert missing == [_TIED] and not unexpected, (missing, unexpected)
+    assert missing == _tied(cfg) and not unexpected, (missing, unexpected)
     return model.eval()
+
+
+def _tied(cfg: MythosConfig) -> list[str]:
+    """Names of tensors that are not stored, since another is the same."""
+    return ["head.weight"] if cfg.tied_head else []
 
 
 def _names() -> str:

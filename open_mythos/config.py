@@ -35,7 +35,7 @@ class MythosConfig(Checked):
     qk_nope_head_dim: int = size(128)
     v_head_dim: int = size(128)
     # -- mixture of experts (recurrent block only)
-    n_experts: int = size(64)
+    n_experts: int = size(64, minimum=0)  # 0: a dense feed-forward there too, as in prelude and coda
     n_shared_experts: int = size(2, minimum=0)  # each is expert_dim * n_experts_per_tok wide
     n_experts_per_tok: int = size(4)
     expert_dim: int = size(512)
@@ -45,6 +45,11 @@ class MythosConfig(Checked):
     lora_rank: int = size(16, minimum=0)  # 0: no depth-wise LoRA
     max_output_tokens: int = size(4096)  # most new tokens that one generate() call may ask for
     dropout: float = real(0.0, 0.0, 1.0, high_open=True)
+    # -- beyond the reference: shape
+    core_layers: int = size(1)  # transformer blocks that a loop runs, one after the other
+    dense_dim: int = size(0, minimum=0)  # width of dense feed-forwards; 0: 4/3 of dim
+    tied_head: bool = flag(True)  # the head is the embedding's matrix; False: it has its own
+    norm_eps: float = real(1e-6, 0.0, low_open=True)  # of every RMSNorm
     # -- beyond the reference: what makes depth pay (evidence in dev/LOG.md)
     # "injected": h <- norm(A h + B e + Transformer(A h + B e)), and the last state goes on. "mixture", as in the public
     # reference: h <- A h + B e + Transformer(norm(h + e)), and a mean of all states goes on, weighted by the halting gate
@@ -117,7 +122,7 @@ class MythosConfig(Checked):
                 f"use {self.qk_rope_head_dim + 1} or another even size",
             )
         must(
-            self.n_experts_per_tok <= self.n_experts,
+            self.n_experts_per_tok <= self.n_experts or self.n_experts == 0,
             f"n_experts_per_tok={self.n_experts_per_tok} is more than n_experts={self.n_experts}; "
             f"use 1 to {self.n_experts}",
         )
@@ -162,8 +167,8 @@ class MythosConfig(Checked):
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the dense feed-forward in prelude and coda."""
-        return self.dim * 4 // 3
+        """Width of the dense feed-forward in prelude and coda, and in the recurrent block if it has no experts."""
+        return self.dense_dim or self.dim * 4 // 3
 
     @property
     def shared_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""The recurrent-depth transformer: embedding, prelude, recurrent block, coda, tied head."""
+"""The recurrent-depth transformer: embedding, prelude, recurrent block, coda, head."""
 
 from __future__ import annotations
 
@@ -43,12 +43,15 @@ class OpenMythos(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         nn.init.normal_(self.embed.weight, std=cfg.dim**-0.5)
         self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
-        self.input_norm = RMSNorm(cfg.dim) if cfg.input_norm else nn.Identity()
+        self.input_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.input_norm else nn.Identity()
         self.recurrent = MixtureBlock(cfg) if cfg.recurrence == "mixture" else RecurrentBlock(cfg)
         self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
-        self.norm = RMSNorm(cfg.dim)
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        self.head.weight = self.embed.weight
+        if cfg.tied_head:
+            self.head.weight = self.embed.weight
+        else:
+            nn.init.normal_(self.head.weight, std=cfg.dim**-0.5)
 
     def forward(
         self,
@@ -286,9 +289,10 @@ class OpenMythos(nn.Module):
         return None if bool(valid.all()) else valid
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:
-        """Keep head and embedding one tensor, which leaving the meta device would undo."""
+        """Keep a tied head and the embedding one tensor, which leaving the meta device would undo."""
         super()._apply(fn, recurse)
-        self.head.weight = self.embed.weight
+        if self.cfg.tied_head:
+            self.head.weight = self.embed.weight
         return self
 
     # -- text

@@ -67,7 +67,7 @@ def reference_logits(
     h = loops(model, e, where, cfg.max_loop_iters if n_loops is None else n_loops)
     for block in model.coda:
         h, _ = _block(block, h, where)
-    return _norm(model.norm, h) @ model.embed.weight.T
+    return _norm(model.norm, h) @ model.head.weight.T
 
 
 def _document_by_document(model: OpenMythos, input_ids: Tensor, n_loops: int | None, numbers_BT: Tensor) -> Tensor:
@@ -102,12 +102,13 @@ def _loops(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tens
     h = e if cfg.state_init == "input" else torch.zeros_like(e)
     running = where.real_BT
     mass = torch.zeros(running.shape)
-    rows: dict[str, Tensor] | None = None
+    rows: list[dict[str, Tensor] | None] = [None for _ in recurrent.layers]
     for loop in range(n_loops):
         u = recurrent.injection.get_A() * h + recurrent.injection.B * e
         if cfg.loop_index_dim:
             u = torch.where(where.real_BT[..., None], u + _loop_code(loop, cfg.loop_index_dim, cfg.dim), u)
-        u, rows = _block(recurrent.block, u, where, running, rows)
+        for layer, block in enumerate(recurrent.layers):
+            u, rows[layer] = _block(block, u, where, running, rows[layer])
         if recurrent.lora is not None:
             u = u + _lora(recurrent.lora, e, loop)
         if isinstance(recurrent.norm, RMSNorm):

@@ -85,12 +85,12 @@ def test_a_token_alone_stops_where_the_modules_stop_it(attn_type, cache_loops, m
     until = Decoder.loops_until
 
     def watched(self, *args):
-        step = self.block
-        self.block = lambda *a: loops.append(1) or step(*a)
+        step = self.core[0]
+        self.core[0] = lambda *a: loops.append(1) or step(*a)
         try:
             return until(self, *args)
         finally:
-            self.block = step
+            self.core[0] = step
 
     monkeypatch.setattr(Decoder, "loops_until", watched)
     fast = model.generate(prompt, 30, **options)

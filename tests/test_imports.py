@@ -21,6 +21,7 @@ LAYERS = [
     {"reference", "diagnostics"},
     {"evaluation"},
     {"training"},
+    {"integrations"},
     {"report"},
     {"cli"},
 ]

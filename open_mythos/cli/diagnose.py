@@ -47,7 +47,8 @@ def diagnose(
     show_measures(measured, ids.shape[1])
     show_loops(found)
     show_halting(found.loops_used[0].tolist())
-    show_experts(found.expert_load)
+    if model.cfg.n_experts:
+        show_experts(found.expert_load)
     show_next(checkpoint, plots, model.cfg)
 
 
@@ -120,7 +121,8 @@ def draw_all(found: Trace, ids: Tensor, directory: Path) -> None:
     draw.state_change(found.delta, directory / "state_change.png")
     draw.halting_map(found.loops_used[0], directory / "loops_used.png", tokens)
     draw.halting_map(found.halting[:, 0].float(), directory / "halting.png", tokens)
-    draw.expert_load(found.expert_load, directory / "expert_load.png")
+    if found.expert_load.shape[1]:
+        draw.expert_load(found.expert_load, directory / "expert_load.png")
 
 
 # -- what to print

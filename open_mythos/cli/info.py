@@ -57,15 +57,18 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
         attention = f"GQA, {cfg.n_heads} heads of {cfg.head_dim}, {cfg.n_kv_heads} key/value heads"
     else:
         attention = f"MLA, {cfg.n_heads} heads, latent {cfg.kv_lora_rank} + rotary {cfg.qk_rope_head_dim}"
+    experts = {
+        "routed experts": f"{cfg.n_experts} of width {cfg.expert_dim:,}, {cfg.n_experts_per_tok} per token",
+        "shared experts": f"{cfg.n_shared_experts}, together of width {cfg.shared_dim:,}",
+    }
     for label, value in {
         "width": f"{cfg.dim:,}",
         "vocabulary": f"{cfg.vocab_size:,}",
         "context": f"{cfg.max_seq_len:,} tokens",
-        "layers": f"{cfg.prelude_layers} prelude, 1 recurrent, {cfg.coda_layers} coda",
+        "layers": f"{cfg.prelude_layers} prelude, {cfg.core_layers} recurrent, {cfg.coda_layers} coda",
         "loops by default": f"{cfg.max_loop_iters}",
         "attention": attention,
-        "routed experts": f"{cfg.n_experts} of width {cfg.expert_dim:,}, {cfg.n_experts_per_tok} per token",
-        "shared experts": f"{cfg.n_shared_experts}, together of width {cfg.shared_dim:,}",
+        **(experts if cfg.n_experts else {"feed-forward": f"dense, of width {cfg.ffn_dim:,}"}),
         "parameters": f"{count.total:,}",
         "active per token": f"{count.active:,} ({count.active / count.total:.0%})",
     }.items():

@@ -36,8 +36,7 @@ def parameters(cfg: MythosConfig) -> Parameters:
     """Parameters of a model. Loops share theirs, so their number plays no part."""
     model = _without_storage(cfg)
     total = sum(p.numel() for p in model.parameters())
-    ffn = model.recurrent.block.ffn
-    return Parameters(total, total - _routed(ffn, cfg.n_experts - cfg.n_experts_per_tok))
+    return Parameters(total, total - int(_routed(model, cfg.n_experts - cfg.n_experts_per_tok)))
 
 
 def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
@@ -92,7 +91,7 @@ def bytes_per_decoding_step(
         batch: rows.
         bytes_per_number: of weights and cache; 2 for bfloat16, 4 for float32.
     """
-    met = cfg.n_experts * (1 - (1 - cfg.n_experts_per_tok / cfg.n_experts) ** batch)
+    met = cfg.n_experts and cfg.n_experts * (1 - (1 - cfg.n_experts_per_tok / cfg.n_experts) ** batch)
     outside, loop = _weights(cfg, met)
     rows_outside = (cfg.prelude_layers + cfg.coda_layers) * context * _row(cfg)
     window, n_local = min(cfg.local_window, context), cfg.n_local_heads
@@ -102,6 +101,7 @@ def bytes_per_decoding_step(
         rows_loop = ((cfg.n_kv_heads - near) * context + near * window) * 2 * cfg.head_dim
     else:
         rows_loop = (window if n_local == cfg.n_heads else context) * _row(cfg)
+    rows_loop *= cfg.core_layers
     return bytes_per_number * (outside + n_loops * loop + batch * (rows_outside + n_loops * rows_loop))
 
 
@@ -121,16 +121,16 @@ def _matrices(*modules: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in layers)
 
 
-def _routed(ffn: nn.Module, n_experts: int) -> int:
-    """Weights of so many of the routed experts."""
-    assert isinstance(ffn, MoEFFN)
-    return n_experts * (ffn.gate_up[0].numel() + ffn.down[0].numel())
+def _routed(model: OpenMythos, n_experts: float) -> float:
+    """Weights of so many of the routed experts of each layer of the recurrent block."""
+    ffns = [layer.ffn for layer in model.recurrent.layers if isinstance(layer.ffn, MoEFFN)]
+    return n_experts * sum(ffn.gate_up[0].numel() + ffn.down[0].numel() for ffn in ffns)
 
 
 def _weights(cfg: MythosConfig, n_experts: float) -> tuple[int, float]:
     """Weights of the matrices outside of the loop, and of those in it with so many of the routed experts."""
     model = _without_storage(cfg)
-    loop = _matrices(model.recurrent) + _routed(model.recurrent.block.ffn, 1) * n_experts
+    loop: float = _matrices(model.recurrent) + _routed(model, n_experts)
     if model.recurrent.lora is not None:
         loop += model.recurrent.lora.B.numel()
     if not cfg.halting and cfg.recurrence == "injected":  # then nobody asks the gate
@@ -150,7 +150,7 @@ def _forward(cfg: MythosConfig, n_loops: float, seen: float, seen_near: float, a
     n_local = cfg.n_local_heads
     far = cfg.n_heads * seen * per_key
     near = ((cfg.n_heads - n_local) * seen + n_local * seen_near) * per_key
-    return outside + (cfg.prelude_layers + cfg.coda_layers) * far + n_loops * (loop + near)
+    return outside + (cfg.prelude_layers + cfg.coda_layers) * far + n_loops * (loop + cfg.core_layers * near)
 
 
 def _mean_context(cfg: MythosConfig, n_tokens: int) -> tuple[float, float]:
@@ -172,8 +172,8 @@ def cache_bytes_per_token(cfg: MythosConfig, n_loops: int, bytes_per_number: int
 
     Args:
         cfg: the model's config.
-        n_loops: loops that are run; each has a slot of its own.
+        n_loops: loops that are run; in each, every layer of the recurrent block has a slot of its own.
         bytes_per_number: 2 for bfloat16, 4 for float32.
     """
-    slots = cfg.prelude_layers + n_loops + cfg.coda_layers
+    slots = cfg.prelude_layers + n_loops * cfg.core_layers + cfg.coda_layers
     return slots * _row(cfg) * bytes_per_number

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import ask
 from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.recurrent import check_n_loops
 from open_mythos.ops.experts import expert_counts
 
@@ -28,7 +29,8 @@ class Trace:
         loops_used: (B, T) int64, loops that each position ran.
         halting: (n_loops, B, T) probability given by the halting gate after each loop.
         delta: (n_loops, B, T) float32, ``|h_t - h_{t-1}| / |h_t|``; 0 for a position that did not run.
-        expert_load: (n_loops, n_experts) float32, how often each expert was chosen, padding left out.
+        expert_load: (n_loops, n_experts) float32, how often each expert was chosen, padding left out; summed over the
+            layers of the recurrent block, if it has several.
     """
 
     logits: Tensor
@@ -76,20 +78,26 @@ def trace(
 
 @contextmanager
 def _expert_load(model: OpenMythos) -> Iterator[list[Tensor]]:
-    """A list that gains the (n_experts,) counts of each loop that runs inside.
+    """A list that gains the (n_experts,) counts of each loop that runs inside, those of all layers together.
 
     A hook, because it also sees the calls of a model whose ``ffn.forward`` somebody has replaced.
     """
     loads: list[Tensor] = []
 
+    def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        loads.append(torch.zeros(model.cfg.n_experts, device=inputs[0].device))
+
     def count(ffn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         tokens = inputs[0].flatten(0, -2)
         chosen, _ = ffn.route(tokens)  # type: ignore[operator]
         real = tokens.ne(0).any(-1)  # padding is all zeros here
-        loads.append(expert_counts(chosen[real], model.cfg.n_experts).float())
+        loads[-1] += expert_counts(chosen[real], model.cfg.n_experts)
 
-    hook = model.recurrent.block.ffn.register_forward_pre_hook(count)
+    ffns = [layer.ffn for layer in model.recurrent.layers if isinstance(layer.ffn, MoEFFN)]
+    hooks = [model.recurrent.block.register_forward_pre_hook(begin)]
+    hooks += [ffn.register_forward_pre_hook(count) for ffn in ffns]
     try:
         yield loads
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

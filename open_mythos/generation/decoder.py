@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache, coda_slot, loop_slot, prelude_slot, stand_in
-from open_mythos.nn.block import TransformerBlock
+from open_mythos.cache import Cache, coda_slot, core_slot, loop_slot, prelude_slot, stand_in
+from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.feed_forward import Expert
@@ -196,7 +196,7 @@ class Decoder(ModuleDecoder):
         super().__init__(model)
         recurrent, cfg = model.recurrent, model.cfg
         self.prelude, self.coda = ([_Block(block) for block in blocks] for blocks in (model.prelude, model.coda))
-        self.block = _Block(recurrent.block)
+        self.core = [_Block(block) for block in recurrent.layers]
         self.A, zero = recurrent.injection.get_A(), torch.zeros_like(recurrent.injection.B)
         self.codes = [
             loop_index_embedding(zero, loop, cfg.loop_index_dim) if cfg.loop_index_dim else None
@@ -222,7 +222,9 @@ class Decoder(ModuleDecoder):
         for loop in range(first, end):
             code = self.codes[loop]
             u = torch.addcmul(injected if code is None else injected + code, self.A, h)
-            u = self.block(u, tokens, loop_slot(loop, tokens.cache))
+            slot = loop_slot(loop, tokens.cache)
+            for layer, block in enumerate(self.core):
+                u = block(u, tokens, core_slot(slot, layer))
             if adapted is not None and self.lora_up is not None:
                 u = torch.addmm(u, adapted, self.lora_up[loop])
             h = recurrent.norm(u)
@@ -240,7 +242,7 @@ class Decoder(ModuleDecoder):
             stops, carried = exit.check(carried, LoopState(loop, h, running, before, self.model.recurrent.act))
             if bool(stops):
                 break
-        stand_in(tokens.cache, loop, n_loops, tokens.at)
+        stand_in(tokens.cache, loop, n_loops, tokens.at, len(self.core))
         return h
 
     def decode(self, h: Tensor, tokens: Tokens) -> Tensor:
@@ -288,7 +290,7 @@ def is_own(part: nn.Module, own: tuple[type[nn.Module], ...]) -> bool:
 
 
 _OWN = (
-    TransformerBlock, GQAttention, MLAttention, MoEFFN, Expert, Linear, RMSNorm, ShortConv, LTIInjection, nn.ModuleList,
+    TransformerBlock, CoreBlocks, GQAttention, MLAttention, MoEFFN, Expert, Linear, RMSNorm, ShortConv, LTIInjection, nn.ModuleList,
     nn.Dropout,
 )  # fmt: skip
 

@@ -98,7 +98,7 @@ class DepthBatch:
         self._reach = cfg.local_window + max(0, cfg.conv_taps - 1) if local else None
         self._layers = [prelude_slot(i) for i in range(cfg.prelude_layers)]
         self._layers += [coda_slot(i) for i in range(cfg.coda_layers)]
-        self._cache = LaneCache(max_rows)
+        self._cache = LaneCache(max_rows, cfg.core_layers)
         self._free = list(reversed(range(max_rows)))
         self._queue: deque[Request] = deque()
         self._running: list[_Row] = []

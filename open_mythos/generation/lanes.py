@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.cache import LOOPS_SLOT, CacheSlot, KVCache, loop_slot
+from open_mythos.cache import LOOPS_SLOT, CacheSlot, KVCache, core_slot, loop_slot
 from open_mythos.ops.attention import CausalMask
 
 _STILL_RUNS = 1 << 40  # the loop at which a token left that has not
@@ -115,18 +115,19 @@ class LaneCache(KVCache):
 
     Args:
         n_lanes: sequences held at once.
+        n_layers: of the recurrent block.
     """
 
-    def __init__(self, n_lanes: int) -> None:
+    def __init__(self, n_lanes: int, n_layers: int = 1) -> None:
         super().__init__()
-        self.n_lanes, self.tokens, self.depth = n_lanes, 0, 1
+        self.n_lanes, self.n_layers, self.tokens, self.depth = n_lanes, n_layers, 0, 1
         self._left_at = torch.zeros(n_lanes, 1, dtype=torch.int64)  # the last loop of each token, (lanes, 1 + tokens)
         self._lane_slots: dict[str, LaneSlot] = {}
         self.now: tuple[Place, Tensor | None]
 
     def slot(self, name: str) -> LaneSlot:
         if name not in self._lane_slots:
-            self._lane_slots[name] = LaneSlot(self, is_looped=name == LOOPS_SLOT)
+            self._lane_slots[name] = LaneSlot(self, is_looped=name.startswith(LOOPS_SLOT))
         return self._lane_slots[name]
 
     def reserve(self, tokens: int, depth: int, device: torch.device) -> None:
@@ -152,7 +153,9 @@ class LaneCache(KVCache):
         self._left_at[lane, 1:] = _STILL_RUNS
         self._left_at[lane, 1 : prompt.length + 1] = filled[-1]
         found = [(self.slot(name), 0, prompt.slot(name).rows) for name in layers]
-        found += [(self.slot(LOOPS_SLOT), loop, prompt.slot(loop_slot(loop)).rows) for loop in filled]
+        for layer in range(self.n_layers):
+            slot = self.slot(core_slot(LOOPS_SLOT, layer))
+            found += [(slot, loop, prompt.slot(core_slot(loop_slot(loop), layer)).rows) for loop in filled]
         for slot, loop, rows in found:
             for name, x in rows.items():
                 slot.buffer(name, x)[lane, 1 : x.shape[1] + 1, loop] = x[0]

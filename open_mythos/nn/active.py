@@ -19,12 +19,16 @@ class ActiveTokens:
 
     Args:
         running: (B, T) bool.
-        rows: key/value rows of the previous loop, (B, T, ...) each; empty at the first.
+        rows: key/value rows of the previous loop, (B, T, ...) each, for each layer of the block; empty at the first.
+
+    Attributes:
+        layer: the layer at work; where a block has several, it says which.
     """
 
-    def __init__(self, running: Tensor, rows: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, running: Tensor, rows: dict[int, dict[str, Tensor]] | None = None) -> None:
         self.running = running
         self.rows = rows or {}
+        self.layer = 0
 
     def only(self, running: Tensor) -> ActiveTokens:
         """Those of these positions that still run, with the rows of the loop that is over."""
@@ -95,8 +99,8 @@ class ActiveTokens:
 
     def merge(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rows of all (B, T) positions: ``new`` ones (1, N, ...) where they run, the previous loop's elsewhere."""
-        if self.is_everything:
-            self.rows = new
-        else:
-            self.rows = {name: self.scatter(rows, into=self.rows[name]) for name, rows in new.items()}
-        return self.rows
+        if not self.is_everything:
+            old = self.rows[self.layer]
+            new = {name: self.scatter(rows, into=old[name]) for name, rows in new.items()}
+        self.rows[self.layer] = new
+        return new

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache
+from open_mythos.cache import Cache, core_slot
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.feed_forward import Expert
@@ -24,18 +24,19 @@ class TransformerBlock(nn.Module):
 
     Args:
         cfg: the model's config.
-        use_moe: the recurrent block's kind: experts in place of the dense feed-forward, and three
-            quarters of the heads local if ``cfg.local_window`` is set.
+        use_moe: the recurrent block's kind: experts in place of the dense feed-forward if ``cfg.n_experts`` is set,
+            and three quarters of the heads local if ``cfg.local_window`` is.
     """
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False) -> None:
         super().__init__()
-        n_layers = 1 if use_moe else max(cfg.prelude_layers, cfg.coda_layers, 1)
+        n_layers = cfg.core_layers if use_moe else max(cfg.prelude_layers, cfg.coda_layers, 1)
         attention = GQAttention if cfg.attn_type == "gqa" else MLAttention
-        self.attn_norm = RMSNorm(cfg.dim)
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.attn = attention(cfg, local_window=cfg.local_window if use_moe else 0, n_layers=n_layers)
-        self.ffn_norm = RMSNorm(cfg.dim)
-        self.ffn = MoEFFN(cfg) if use_moe else Expert(cfg.dim, cfg.ffn_dim, n_layers, cfg.weight_std)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        has_experts = use_moe and cfg.n_experts > 0
+        self.ffn = MoEFFN(cfg) if has_experts else Expert(cfg.dim, cfg.ffn_dim, n_layers, cfg.weight_std)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(
@@ -50,3 +51,32 @@ class TransformerBlock(nn.Module):
         """(B, T, dim) -> (B, T, dim); arguments as :meth:`CausalAttention.forward`."""
         x = x + self.dropout(self.attn(self.attn_norm(x), freqs, mask, kv_cache, cache_key, active))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class CoreBlocks(nn.ModuleList):
+    """Several blocks of the recurrent kind that a loop runs in turn, called as one :class:`TransformerBlock` is.
+
+    Each has slots and rows of its own; the first one's slots are called as the only block's would be.
+
+    Args:
+        cfg: reads core_layers.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__(TransformerBlock(cfg, use_moe=True) for _ in range(cfg.core_layers))
+
+    def forward(
+        self,
+        x: Tensor,
+        freqs: Tensor,
+        mask: CausalMask | None = None,
+        kv_cache: Cache | dict[str, Any] | None = None,
+        cache_key: str = "default",
+        active: ActiveTokens | None = None,
+    ) -> Tensor:
+        """(B, T, dim) -> (B, T, dim); arguments as :meth:`TransformerBlock.forward`."""
+        for layer, block in enumerate(self):
+            if active is not None:
+                active.layer = layer
+            x = block(x, freqs, mask, kv_cache, core_slot(cache_key, layer), active)
+        return x

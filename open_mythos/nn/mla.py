@@ -38,10 +38,10 @@ class MLAttention(CausalAttention):
         self.latent_dim = cfg.kv_lora_rank
         self.score_scale = (self.nope_dim + self.rope_dim) ** -0.5
         self.q_down = Linear(cfg.dim, cfg.q_lora_rank, std=std)
-        self.q_norm = RMSNorm(cfg.q_lora_rank)
+        self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
         self.q_up = Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope_dim + self.rope_dim), std=std)
         self.kv_down = Linear(cfg.dim, self.latent_dim + self.rope_dim, std=std)
-        self.kv_norm = RMSNorm(self.latent_dim)
+        self.kv_norm = RMSNorm(self.latent_dim, cfg.norm_eps)
         self.kv_up = Linear(self.latent_dim, cfg.n_heads * (self.nope_dim + self.v_dim), std=std)
         self.wo = Linear(cfg.n_heads * self.v_dim, cfg.dim, gain=residual_gain(n_layers), std=std)
         self.conv = ShortConv(self.latent_dim, cfg.conv_taps, std=std) if cfg.conv_taps else None

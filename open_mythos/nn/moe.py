@@ -46,13 +46,13 @@ class MoEFFN(nn.Module):
         self.router = Linear(cfg.dim, cfg.n_experts, std=cfg.weight_std)
         self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.expert_dim, cfg.dim))
         self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, cfg.expert_dim))
-        self.shared = Expert(cfg.dim, cfg.shared_dim, std=cfg.weight_std) if cfg.n_shared_experts else None
+        self.shared = Expert(cfg.dim, cfg.shared_dim, cfg.core_layers, cfg.weight_std) if cfg.n_shared_experts else None
         self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
         self.register_buffer("expert_load", torch.zeros(cfg.n_experts, dtype=torch.int64))
         # The router's weights that the count belongs to. A buffer, so that whoever stops and goes on can keep it too.
         self.register_buffer("_counted_with", None, persistent=False)
         self.gate_up_scale = fan_in_scale(cfg.dim, 1.0, cfg.weight_std)
-        self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(1), cfg.weight_std)
+        self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(cfg.core_layers), cfg.weight_std)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

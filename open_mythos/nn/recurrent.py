@@ -1,4 +1,4 @@
-"""The recurrent block: one transformer block run for any number of loops."""
+"""The recurrent block: one transformer block, or a few in turn, run for any number of loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from open_mythos.cache import LOOPS_SLOT, Cache, as_cache, loop_slot, stand_in
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
-from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.exits import Exit, Gate, LoopState
 from open_mythos.nn.halting import ACTHalting, gate_loss, is_replaced, with_loss
 from open_mythos.nn.injection import LTIInjection
@@ -36,7 +36,8 @@ Readout = Callable[[Tensor, int], Tensor]
 class RecurrentBlock(nn.Module):
     """``h <- norm(A h + B e + Transformer(A h + B e))``, ``n_loops`` times with the same weights.
 
-    ``Transformer`` is what the block's attention and experts add to their residual stream. In training every
+    ``Transformer`` is what the block's attention and feed-forward, or those of ``cfg.core_layers`` blocks one after the
+    other, add to their residual stream. In training every
     position runs every loop. In eval mode a position stops when an exit says so, which is the gate with
     ``cfg.halting``: its state stays, it is no longer computed, and others go on reading its last keys and values.
 
@@ -47,11 +48,16 @@ class RecurrentBlock(nn.Module):
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.block = TransformerBlock(cfg, use_moe=True)
+        self.block = TransformerBlock(cfg, use_moe=True) if cfg.core_layers == 1 else CoreBlocks(cfg)
         self.injection = LTIInjection(cfg.dim, cfg.injection_decay, cfg.injection_gain)
         self.act = ACTHalting(cfg.dim, cfg.weight_std)
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters, cfg.weight_std) if cfg.lora_rank else None
-        self.norm = RMSNorm(cfg.dim) if cfg.state_norm else nn.Identity()
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.state_norm else nn.Identity()
+
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        """The transformer blocks that a loop runs, in order."""
+        return [module for module in self.block.modules() if isinstance(module, TransformerBlock)]
 
     def forward(
         self,
@@ -86,8 +92,9 @@ class RecurrentBlock(nn.Module):
                 that is not below ``n_loops``.
         """
         loss = None
-        if self.training and isinstance(self.block.ffn, MoEFFN):
-            self.block.ffn.update_bias()  # before any loop of this step, explored ones and a compiled block's too
+        for layer in self.layers if self.training else ():
+            if isinstance(layer.ffn, MoEFFN):
+                layer.ffn.update_bias()  # before any loop of this step, explored ones and a compiled block's too
         if self.training and torch.is_grad_enabled() and kv_cache is None:
             h, loss = self._explore(h, e, freqs, mask)
         for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache, exit, readout, first_loop):
@@ -249,7 +256,7 @@ class RecurrentBlock(nn.Module):
             active = still
             e_N, freqs_N, mask_N = active.gather(e), active.gather(freqs), active.mask(mask)
         if cache is not None:
-            stand_in(cache, loop, n_loops, mask.n_keys - mask.n_queries)
+            stand_in(cache, loop, n_loops, mask.n_keys - mask.n_queries, self.cfg.core_layers)
 
 
 def step_slot(loop: int | Tensor, cache: Cache | None) -> str:

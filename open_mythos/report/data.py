@@ -26,7 +26,7 @@ from open_mythos.training.fit import load_evaluation
 from open_mythos.training.loggers import read_metrics
 from open_mythos.training.overrides import differences, dotted
 from open_mythos.training.recipes import RECIPES, recipe
-from open_mythos.training.trainer import find_device
+from open_mythos.training.checks import find_device
 
 MOST_POINTS = 600
 """Of a training curve; a longer one is thinned."""
@@ -77,6 +77,7 @@ def gather(
         f"{n_loops} loops, but an unrolled model has {model.cfg.max_loop_iters} blocks and no more; leave --loops out",
     )
     example, experts = follow(model, task, difficulty, n_loops, seed)
+    has_experts = cfg.kind == "looped" and model.cfg.n_experts > 0
     return {
         "title": cfg.recipe if cfg.recipe == cfg.task.name else f"{cfg.recipe}: {cfg.task.name}",
         "subtitle": _subtitle(cfg, task.unit),
@@ -84,7 +85,7 @@ def gather(
         "grid": _grid(found, cfg) if isinstance(found, Evaluation) else None,
         "bits": None if isinstance(found, Evaluation) else _bits(found, cfg),
         "example": example | {"lead": _example_lead(example, task.unit)},
-        "experts": experts | {"lead": _experts_lead(model, experts)} if cfg.kind == "looped" else None,
+        "experts": experts | {"lead": _experts_lead(model, experts)} if has_experts else None,
         "baselines": _compared(Path(run)),
         "training": _training(Path(run) / runs.METRICS),
         "settings": _settings(cfg),

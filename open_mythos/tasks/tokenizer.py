@@ -6,7 +6,7 @@ All are written as the ``tokenizer.json`` of Hugging Face's ``tokenizers``, whic
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Tokenizer:
 
 
 class BytePairs(Tokenizer):
-    """A byte-level byte-pair encoding such as GPT-2's.
+    """A byte-level byte-pair encoding such as GPT-2's, or SentencePiece's, which puts a space before a text.
 
     Args:
         text: of its tokenizer.json.
@@ -71,20 +71,19 @@ class BytePairs(Tokenizer):
 
     Raises:
         ImportError: naming the extra to install, without ``tokenizers``.
-        ValueError: for one whose tokens do not stand for bytes, or an ``eos`` that it does not know.
+        ValueError: for one whose tokens do not say which bytes they stand for, or an ``eos`` that it does not know.
     """
 
     def __init__(self, text: str, eos: str | None) -> None:
         self._text, self._bpe = text, _tokenizers().Tokenizer.from_str(text)
         self._bpe.encode_special_tokens = True  # in a text, "<eos>" is five characters
-        byte_of = _byte_of_character()
         known = self._bpe.get_vocab(with_added_tokens=True)
         special = {i for i, token in self._bpe.get_added_tokens_decoder().items() if token.special}
+        piece = _reader(str(self._bpe.decoder))
         self.pieces = [b""] * (1 + max(known.values()))
         for name, i in known.items():
             if i not in special and name not in (END, PADDING):
-                must(set(name) <= byte_of.keys(), f"token {name!r} is not written in bytes; use a byte-level tokenizer")
-                self.pieces[i] = bytes(byte_of[character] for character in name)
+                self.pieces[i] = piece(name)
         must(eos is None or eos in known, f"its vocabulary has no {eos!r}, which should end documents")
         self.eos = None if eos is None else known[eos]
 
@@ -149,7 +148,7 @@ def load(directory: str | Path) -> Tokenizer:
     try:
         text = path.read_text()
         model = json.loads(text)["model"]
-        if not model["merges"] and len(model["vocab"]) == 257:
+        if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
         return BytePairs(text, _end_of(Path(directory), model["vocab"]))
     except ImportError:
@@ -186,6 +185,25 @@ def _tokenizers() -> Any:
             "a tokenizer other than 'bytes' needs tokenizers: pip install 'open-mythos[tasks]'"
         ) from error
     return tokenizers
+
+
+def _reader(decoder: str) -> Callable[[str], bytes]:
+    """What a token's name stands for, told by what the tokenizer decodes with."""
+    if "ByteLevel" in decoder:
+        byte_of = _byte_of_character()
+
+        def byte_level(name: str) -> bytes:
+            must(set(name) <= byte_of.keys(), f"token {name!r} is not written in bytes, as those of its kind are")
+            return bytes(byte_of[character] for character in name)
+
+        return byte_level
+    must("ByteFallback" in decoder, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
+
+    def sentence_piece(name: str) -> bytes:
+        is_byte = len(name) == 6 and name.startswith("<0x")
+        return bytes.fromhex(name[3:5]) if is_byte else name.replace("\u2581", " ").encode()
+
+    return sentence_piece
 
 
 def _byte_of_character() -> dict[str, int]:

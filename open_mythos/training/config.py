@@ -64,6 +64,10 @@ class LossConfig(Checked):
     fixed_point: float = real(0.0, 0.0)  # weight of the last loop's squared relative state change
     z: float = real(0.0, 0.0)  # weight of the squared log-partition of the logits (PaLM, 2204.02311)
     chunk: int = size(0, minimum=0)  # tokens whose logits exist at one time; 0: all
+    # a model of the same tokens, run at its own max_loop_iters, whose predictions take `distill` of cross-entropy's
+    # weight: the divergence of the model's from its (Hinton et al. 2015, 1503.02531); "": none
+    teacher: str = text("")
+    distill: float = real(0.5, 0.0, 1.0)  # with a teacher only
 
 
 @dataclass
@@ -121,6 +125,8 @@ class TrainConfig(Checked):
     # looped: the model itself. The two baselines that every claim stands beside: single: the same weights, one loop.
     # unrolled: as many blocks as loops.maximum, each with weights of its own
     kind: str = choice("looped", "looped", "single", "unrolled")
+    # a model whose weights are trained further, as `mythos eval` finds it; `model` is then its config. "": new weights
+    start: str = text("")
     steps: int = size(1000)
     batch_size: int = size(64)  # sequences of one optimizer step
     accumulate: int = size(1)  # micro-batches that a step is split into

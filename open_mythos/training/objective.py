@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -61,10 +62,11 @@ class Objective:
 
     Args:
         cfg: reads ``loops``, ``loss``, ``kind``, ``steps``, ``checkpoint_loops``.
+        teacher: in eval mode; see ``cfg.loss.teacher``.
     """
 
-    def __init__(self, cfg: TrainConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: TrainConfig, teacher: OpenMythos | None = None) -> None:
+        self.cfg, self.teacher = cfg, teacher
         self.left: Tensor | None = None  # final states of the last micro-batch, (n, T, dim)
 
     def plan(self, step: int, n: int, length: int, generator: torch.Generator) -> Plan:
@@ -92,7 +94,7 @@ class Objective:
                 add up to the step's.
         """
         cfg = self.cfg.loss
-        run = _Run(model, batch, self.cfg)
+        run = _Run(model, batch, self.cfg, self.teacher)
         short = cfg.progressive if cfg.depth == "progressive" else 0.0
         h = self._first_state(model, run.e, plan.stale)
         ran = [run(h, plan.n_loops, plan.n_grad)] if short < 1 else []
@@ -102,9 +104,11 @@ class Objective:
             self.left = ran[0].final
         parts = {
             name: sum(share * getattr(result, name) for share, result in zip(shares, ran, strict=True)) / n_scored
-            for name in ("cross_entropy", "z", "change")
+            for name in ("cross_entropy", "z", "change", *(["distillation"] if self.teacher is not None else []))
         }
-        loss = parts["cross_entropy"] + cfg.z * parts["z"] + cfg.fixed_point * parts["change"]
+        taught = cfg.distill if self.teacher is not None else 0.0
+        loss = (1 - taught) * parts["cross_entropy"] + taught * parts.get("distillation", 0.0)
+        loss = loss + cfg.z * parts["z"] + cfg.fixed_point * parts["change"]
         n_loops = plan.n_loops if short < 1 else plan.short_loops
         detached = {name: part.detach() for name, part in parts.items()}
         return Outcome(loss, ran[0].n_right, float(n_loops.float().mean()), detached)
@@ -135,6 +139,7 @@ class _Ran:
 
     cross_entropy: Tensor
     z: Tensor
+    distillation: Tensor
     change: Tensor
     n_right: Tensor
     final: Tensor
@@ -143,14 +148,17 @@ class _Ran:
 class _Run:
     """Runs of the loop over one encoded batch."""
 
-    def __init__(self, model: OpenMythos, batch: Batch, cfg: TrainConfig) -> None:
-        self.model, self.targets, self.cfg = model, batch.targets, cfg
+    def __init__(self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None) -> None:
+        self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
+        if teacher is not None:
+            with torch.no_grad():
+                self.taught = teacher.hidden(batch.ids, attention_mask=batch.valid)
         self.e, self.freqs, self.mask = model.encode(batch.ids, attention_mask=batch.valid)
 
     def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor) -> _Ran:
         cfg = self.cfg
         zero = self.e.new_zeros((), dtype=torch.float32)
-        ran = _Ran(zero, zero, zero, zero.long(), torch.empty_like(h, requires_grad=False))
+        ran = _Ran(zero, zero, zero, zero, zero.long(), torch.empty_like(h, requires_grad=False))
         damping = cfg.loops.damping if cfg.loops.gradient == "phantom" else 1.0
         for stage in unroll(
             self.model, h, self.e, self.freqs, self.mask, n_loops, n_grad, damping, cfg.checkpoint_loops
@@ -158,8 +166,10 @@ class _Run:
             weights = depth_weights(cfg.loss, stage, n_grad.to(h.device)[stage.rows])
             asked, ends = weights > 0, stage.left == 0
             if asked.any():
-                cross_entropy, z, right = self._ask(stage.after[asked], stage.rows[asked], weights[asked])
+                said = self._ask(stage.after[asked], stage.rows[asked], weights[asked])
+                cross_entropy, z, distillation, right = said
                 ran.cross_entropy, ran.z = ran.cross_entropy + cross_entropy, ran.z + z
+                ran.distillation = ran.distillation + distillation
                 ran.n_right = ran.n_right + (right * ends[asked]).sum()
             if ends.any():
                 rows = stage.rows[ends]
@@ -169,15 +179,17 @@ class _Run:
                 ran.final[rows] = stage.after[ends].detach()
         return ran
 
-    def _ask(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sums of cross-entropy and squared log-partition, and tokens right in each row, (R,)."""
+    def _ask(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weighted sums of cross-entropy, squared log-partition and divergence, and tokens right in each row, (R,)."""
         x = self.model.decode(h, *rows_of(self.freqs, self.mask, rows))
         targets = self.targets[rows]
         scored = targets != UNSCORED
         weight = weights.unsqueeze(1).expand(scored.shape)[scored]
-        cross_entropy, z, hits = readout(self.model.head, x[scored], targets[scored], weight, self.cfg.loss.chunk)
+        taught = None if self.teacher is None else (self.teacher.head, self.taught[rows][scored])
+        *sums, hits = readout(self.model.head, x[scored], targets[scored], weight, self.cfg.loss.chunk, taught)
         right = torch.zeros_like(targets).masked_scatter_(scored, hits.long())
-        return cross_entropy, z, right.sum(1)
+        cross_entropy, z, distillation = sums
+        return cross_entropy, z, distillation, right.sum(1)
 
 
 def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
@@ -196,8 +208,13 @@ def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
 
 
 def readout(
-    head: torch.nn.Module, x: Tensor, targets: Tensor, weights: Tensor, chunk: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    head: torch.nn.Module,
+    x: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    chunk: int = 0,
+    taught: tuple[torch.nn.Module, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy without all logits at once.
 
     Args:
@@ -206,26 +223,36 @@ def readout(
         targets: (N,).
         weights: (N,).
         chunk: rows whose logits exist at one time, computed again in the backward pass; 0: all.
+        taught: a teacher's head and what it reads, (N, its dim).
 
     Returns:
-        Weighted sums of cross-entropy and of the squared log-partition, float32, and (N,) bool, whether the likeliest
-        token is the target.
+        Weighted sums, float32, of cross-entropy, of the squared log-partition and of the divergence from the teacher's
+        predictions (0 without one), and (N,) bool, whether the likeliest token is the target.
     """
+    teach, others = (None, []) if taught is None else (taught[0], [taught[1]])
 
-    def ask(x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def ask(x: Tensor, targets: Tensor, weights: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = head(x).float()
         log_partition = logits.logsumexp(-1)
         cross_entropy = log_partition - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return (weights * cross_entropy).sum(), (weights * log_partition.square()).sum(), logits.argmax(-1) == targets
+        divergence = torch.zeros_like(cross_entropy)
+        if teach is not None:
+            with torch.no_grad():
+                theirs = teach(*others).float().log_softmax(-1)
+            divergence = F.kl_div(logits - log_partition[:, None], theirs, reduction="none", log_target=True).sum(-1)
+        sums = ((weights * term).sum() for term in (cross_entropy, log_partition.square(), divergence))
+        return *sums, logits.argmax(-1) == targets
 
+    inputs = x, targets, weights, *others
     if chunk == 0 or len(x) <= chunk:
-        return ask(x, targets, weights)
-    asked: Iterator[tuple[Tensor, Tensor, Tensor]] = (
+        return ask(*inputs)
+    asked: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]] = (
         checkpoint(ask, *part, use_reentrant=False)
-        for part in zip(x.split(chunk), targets.split(chunk), weights.split(chunk), strict=True)
+        for part in zip(*(rows.split(chunk) for rows in inputs), strict=True)
     )
-    cross_entropy, z, hits = zip(*asked, strict=True)
-    return torch.stack(cross_entropy).sum(), torch.stack(z).sum(), torch.cat(hits)
+    *sums, hits = (torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts) for parts in zip(*asked, strict=True))
+    cross_entropy, z, divergence = (parts.sum() for parts in sums)
+    return cross_entropy, z, divergence, hits
 
 
 def _with_gradient(cfg: LoopConfig, n_loops: Tensor) -> Tensor:

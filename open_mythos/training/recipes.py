@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from open_mythos import tasks
+from open_mythos.checkpoint import CONFIG_FILE
 from open_mythos.config import MythosConfig
 from open_mythos.fields import nearest
 from open_mythos.tasks.text import Text
+from open_mythos.training import runs
 from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
 
@@ -107,6 +109,18 @@ def text() -> TrainConfig:
     return cfg
 
 
+def heal() -> TrainConfig:
+    """Train a model that `mythos retrofit` made, start=DIR, to use its loops: on text, ever deeper."""
+    cfg = text()
+    cfg.task.options = {"max_bytes": 1 << 22}
+    cfg.loops = LoopConfig("curriculum", minimum=1, maximum=4, ramp=0.25, gradient="last", grad_loops=4)
+    cfg.model.max_loop_iters = 4
+    cfg.optim = OptimConfig(lr=3e-5, warmup=20, ema=0.9)
+    cfg.evaluation = EvalConfig([128], [1, 2, 4, 8], 32)
+    cfg.steps, cfg.keep = 200, 1
+    return cfg
+
+
 def debug() -> TrainConfig:
     """A few seconds of running parity, to see that everything works."""
     cfg = _reasoner("parity", range(2, 9), loops=4, steps=30, dim=16, evaluation=EvalConfig([8, 16], [1, 4, 8], 32))
@@ -120,7 +134,7 @@ def debug() -> TrainConfig:
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     made.__name__: made
     for made in (
-        parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, debug,
+        parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal, debug,
     )
 }  # fmt: skip
 
@@ -142,7 +156,8 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     """A recipe with overrides (see :func:`~open_mythos.training.overrides.override`).
 
     The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides. For a recipe of text,
-    ``data=SOURCE`` is short for ``task.options.source=SOURCE task.options.separate=true``.
+    ``data=SOURCE`` is short for ``task.options.source=SOURCE task.options.separate=true``. With ``start`` among the
+    overrides, the model is of that one's config, and text is read by its tokenizer if it has one.
 
     Raises:
         ValueError: as :func:`recipe` and ``override``, and for options that the task refuses.
@@ -151,8 +166,16 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     if cfg.task.name == Text.name:
         assignments = [full for assignment in assignments for full in _in_full(assignment)]
     assignments = list(assignments)
+    given = dict(assignment.split("=", 1) for assignment in assignments if "=" in assignment)
+    if "start" in given:
+        directory = runs.model_dir(given["start"])
+        cfg.model = MythosConfig.load(directory / CONFIG_FILE)
+        if cfg.task.name == Text.name and (directory / runs.TOKENIZER_FILES[0]).is_file():
+            cfg.task.options["tokenizer"] = str(directory)
+    elif name == heal.__name__:
+        raise ValueError("heal trains a model further; name it by start=DIR, where `mythos retrofit` wrote it")
     cfg = override(cfg, assignments)
-    if not any(assignment.startswith("model.vocab_size=") for assignment in assignments):
+    if not given.keys() & {"model.vocab_size", "start"}:
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
 

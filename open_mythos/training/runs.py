@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from open_mythos.checkpoint import SHIPPED, WEIGHTS_FILE, shipped
@@ -23,6 +24,8 @@ from open_mythos.training.config import TrainConfig
 
 RUN_CONFIG, METRICS, CHECKPOINTS, MODEL, EVALUATION = "config.json", "metrics.jsonl", "checkpoints", "model", FILE
 TRAINING_FILE = "training.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Of a pretrained model, beside its weights; the first is what the others add to."""
 
 
 def model_dir(source: str | Path) -> Path:
@@ -64,9 +67,13 @@ def training_config(source: str | Path) -> TrainConfig:
 
 
 def save_model(model: OpenMythos, cfg: TrainConfig, run: Path) -> Path:
-    """Write RUN/model and return its path."""
+    """Write RUN/model, with the tokenizer of the model it started from if that has one, and return its path."""
     directory = run / MODEL
     model.save_pretrained(directory)
+    if cfg.start:
+        for name in TOKENIZER_FILES:
+            if (found := model_dir(cfg.start) / name).is_file():
+                shutil.copyfile(found, directory / name)
     cfg.save(directory / TRAINING_FILE)
     return directory
 

@@ -198,7 +198,7 @@ def test_active_tokens_hand_everything_through_while_all_run():
 def test_halted_positions_keep_their_last_rows():
     all_run, some = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[True, False, True]])
     first, second = torch.randn(1, 3, 2), torch.randn(1, 2, 2)
-    rows = ActiveTokens(some, ActiveTokens(all_run).merge({"k": first})).merge({"k": second})["k"]
+    rows = ActiveTokens(some, {0: ActiveTokens(all_run).merge({"k": first})}).merge({"k": second})["k"]
     assert torch.equal(rows, torch.stack([second[0, 0], first[0, 1], second[0, 1]]).unsqueeze(0))
 
 

@@ -54,12 +54,12 @@ static void run_row(Worker *w, Size row) {
     product(w->adapted, m->lora_down, w->e, dim, 0, m->rank);
     for (Size loop = 0; loop < step->n_loops; loop++) {
         inject(w, loop);
-        run_block(w, block, slot++, row);
+        for (Size i = 0; i < m->n_core; i++) run_block(w, block + i, slot++, row);
         for (Size r = 0; r < m->rank; r++) w->adapted[m->rank + r] = w->adapted[r] * m->lora_scale[loop * m->rank + r];
         if (m->rank) add_product(w->x, m->lora_up, w->adapted + m->rank, m->rank, 0, dim);
         if (m->state_norm) rms_norm(w->x, w->x, m->state_norm, dim, m->eps);
     }
-    block++;
+    block += m->n_core;
     if (w->id == 0) memcpy(step->state + row * dim, w->x, dim * sizeof(float));
     for (Size i = 0; i < m->n_coda; i++) run_block(w, block++, slot++, row);
     rms_norm(w->normed, w->x, m->norm, dim, m->eps);
@@ -135,7 +135,7 @@ static Size lay_out(Team *team, float *memory) {
     Size used = 0, y = m->mla ? m->Q + m->D + m->P : (m->H + 2 * m->G) * m->D, mixed = m->H * m->V;
     Size hidden = m->mla ? (m->Q > m->D ? m->Q : m->D) : 0, experts = 0, topk = 0, expert_y = 0;
     if (mixed > y) y = mixed;
-    for (Size i = 0; i < m->n_prelude + 1 + m->n_coda; i++) {
+    for (Size i = 0; i < m->n_prelude + m->n_core + m->n_coda; i++) {
         const Block *b = &m->blocks[i];
         if (2 * b->ffn + b->n_experts > y) y = 2 * b->ffn + b->n_experts;
         if (b->ffn > hidden) hidden = b->ffn;

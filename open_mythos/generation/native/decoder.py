@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.cache import KVCache, coda_slot, loop_slot, prelude_slot
+from open_mythos.cache import KVCache, coda_slot, core_slot, loop_slot, prelude_slot
 from open_mythos.generation.decoder import _GQA, Decoder, _Block, is_own, is_plain
 from open_mythos.generation.native.build import library
 from open_mythos.nn.linear import Linear
@@ -42,7 +42,7 @@ _CBlock = _struct(
 _CModel = _struct(
     "Model",
     "",
-    "dim vocab H G D V mla Q N P n_prelude n_coda rank start_from_input",
+    "dim vocab H G D V mla Q N P n_prelude n_core n_coda rank start_from_input",
     "eps score_scale",
     "frequencies embed head input_norm A B state_norm norm codes lora_down lora_up lora_scale blocks",
 )
@@ -69,7 +69,7 @@ class CompiledDecoder:
         code, threads = library(), torch.get_num_threads()
         decoder = Decoder(model, n_loops)
         self._held: list[Tensor] = []
-        made = [self._block(block) for block in (*decoder.prelude, decoder.block, *decoder.coda)]
+        made = [self._block(block) for block in (*decoder.prelude, *decoder.core, *decoder.coda)]
         self._blocks = blocks = (_CBlock * len(made))(*made)
         team = code.mythos_open(ctypes.byref(self._model(decoder, n_loops, blocks)), ctypes.c_int64(threads))
         if not team:
@@ -79,7 +79,7 @@ class CompiledDecoder:
         self.cfg, self.n_loops = model.cfg, n_loops
         self._team, self._run = ctypes.c_void_p(team), code.mythos_step
         weakref.finalize(self, code.mythos_close, self._team)
-        self._slots = (_CSlot * (len(blocks) - 1 + n_loops))()
+        self._slots = (_CSlot * (len(blocks) + (n_loops - 1) * len(decoder.core)))()
 
     def step(self, tokens: Tensor, cache: KVCache, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The state (B, 1, dim) after the last loop and the logits (B, vocab_size) of tokens (B, 1).
@@ -108,7 +108,11 @@ class CompiledDecoder:
     def _names(self, cache: KVCache) -> list[str]:
         """Slots in the order in which a token meets them."""
         prelude = [prelude_slot(layer) for layer in range(self.cfg.prelude_layers)]
-        loops = [loop_slot(loop, cache) for loop in range(self.n_loops)]
+        loops = [
+            core_slot(loop_slot(loop, cache), layer)
+            for loop in range(self.n_loops)
+            for layer in range(self.cfg.core_layers)
+        ]
         return prelude + loops + [coda_slot(layer) for layer in range(self.cfg.coda_layers)]
 
     # -- structs
@@ -124,8 +128,8 @@ class CompiledDecoder:
         exponent = torch.arange(0, cfg.rope_dim, 2, dtype=torch.float64) / cfg.rope_dim
         codes = [code for code in decoder.codes if code is not None]
         found = _CModel(
-            dim=cfg.dim, vocab=cfg.vocab_size, n_prelude=len(decoder.prelude), n_coda=len(decoder.coda),
-            start_from_input=cfg.state_init == "input", eps=model.norm.eps,
+            dim=cfg.dim, vocab=cfg.vocab_size, n_prelude=len(decoder.prelude), n_core=len(decoder.core),
+            n_coda=len(decoder.coda), start_from_input=cfg.state_init == "input", eps=model.norm.eps,
             frequencies=self._at(cfg.rope_theta**-exponent, torch.float64), embed=self._at(model.embed.weight),
             head=self._at(model.head.weight), A=self._at(decoder.A),
             B=self._at(recurrent.injection.B), norm=self._at(model.norm.weight),
@@ -143,7 +147,7 @@ class CompiledDecoder:
         return found
 
     def _shape(self, decoder: Decoder) -> dict[str, Any]:
-        attn = decoder.block.attn
+        attn = decoder.core[0].attn
         if isinstance(attn, _GQA):
             H, G, D = attn.attn.n_heads, attn.attn.n_kv_heads, attn.head_dim
             return dict(H=H, G=G, D=D, V=D, P=D, score_scale=D**-0.5)

@@ -31,7 +31,7 @@ typedef struct {
 typedef struct {
     Size dim, vocab, H, G, D, V;
     Size mla, Q, N, P;             /* in GQA, P is D */
-    Size n_prelude, n_coda, rank;
+    Size n_prelude, n_core, n_coda, rank;
     Size start_from_input;
     float eps, score_scale;
     const double *frequencies;     /* (P / 2) */
@@ -39,7 +39,7 @@ typedef struct {
     const float *input_norm, *A, *B, *state_norm, *norm; /* (dim) each; both norms of the loops may be NULL */
     const float *codes;            /* (loops, dim) or NULL */
     const float *lora_down, *lora_up, *lora_scale; /* (rank, dim), (dim, rank), (loops, rank) */
-    const Block *blocks;           /* prelude, the recurrent one, coda */
+    const Block *blocks;           /* prelude, core, coda */
 } Model;
 
 typedef struct {
@@ -51,7 +51,7 @@ typedef struct {
     const int64_t *ids;            /* (batch) */
     const float *h;                /* (batch, dim), the state to start from; NULL for the model's own */
     float *state, *logits;         /* (batch, dim) and (batch, vocab), to be written */
-    const Slot *slots;             /* prelude, loops, coda */
+    const Slot *slots;             /* prelude, loops with their core's blocks, coda */
     Size batch, position, n_loops;
 } Step;
 

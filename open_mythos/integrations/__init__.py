@@ -1,0 +1,1 @@
+"""Models and libraries from elsewhere. Each module needs an extra, which its errors name."""

@@ -1,0 +1,242 @@
+"""Surgery that makes a pretrained decoder a recurrent-depth model. Needs the ``hf`` extra.
+
+The first layers become the prelude, the last the coda, and those right before the coda the core that is looped; what is
+left between prelude and core is dropped (McLeish et al. 2025, "Retrofitted Recurrence", arXiv:2511.07384, who add a
+linear adapter and start from noise). Here injection starts as the identity instead: the state starts as the prelude's
+output e, and ``A h + B e`` with ``A + B = 1`` is then e itself. So a new model at one loop computes what the original
+does with the layers that were kept, each run once; with all of them kept, it is the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.fields import must
+from open_mythos.model import OpenMythos
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.feed_forward import Expert
+from open_mythos.nn.gqa import GQAttention
+from open_mythos.nn.linear import Linear
+
+TOLERANCE = 1e-4
+"""Greatest difference between the logits of an original and of what was made of it, in units of its largest logit
+where that is above 1."""
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many layers go into each part, checked when it is made.
+
+    Raises:
+        ValueError: for a number below 0, or a core of none.
+    """
+
+    prelude: int = 4
+    core: int = 8
+    coda: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("prelude", 0), ("core", 1), ("coda", 0)):
+            n = getattr(self, name)
+            must(isinstance(n, int) and n >= least, f"{name}={n!r}; use a whole number of at least {least}")
+
+    def layers(self, n_layers: int) -> tuple[range, range, range]:
+        """Layers of the original, counted from 0, that become prelude, core and coda.
+
+        Raises:
+            ValueError: if the original has too few.
+        """
+        wanted = self.prelude + self.core + self.coda
+        must(
+            wanted <= n_layers,
+            f"prelude={self.prelude}, core={self.core} and coda={self.coda} are {wanted} layers, and the original has "
+            f"{n_layers}; use {n_layers} at most",
+        )
+        end = n_layers - self.coda
+        return range(self.prelude), range(end - self.core, end), range(end, n_layers)
+
+
+def load_original(source: str | Path) -> tuple[Any, Any]:
+    """A pretrained causal language model in float32 and eval mode, and its tokenizer.
+
+    Args:
+        source: a directory as transformers writes them, one with a single GGUF file, such a file, or a name on the
+            Hugging Face hub.
+
+    Raises:
+        ValueError: saying what is missing.
+        ImportError: naming the extra to install, without transformers.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('retrofit needs transformers: pip install "open-mythos[hf]"') from error
+    directory, options = _located(Path(source)) if Path(source).exists() else (str(source), {})
+    try:
+        with _quietly(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+            config = transformers.AutoConfig.from_pretrained(directory, **options)
+            _check_family(config)
+            model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    except OSError as error:
+        what = "cannot be read" if Path(source).exists() else "is no directory, and no model came from the hub"
+        raise ValueError(
+            f"{source} {what} ({str(error).partition(chr(10))[0]}); give the path of a download"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) -> OpenMythos:
+    """A recurrent-depth model made of an original's layers.
+
+    Args:
+        original: a Llama of transformers.
+        split: layers of each part.
+        loops: run by default.
+        decay: A, the share of the state in what a loop reads; that of the encoded input is what is left of 1.
+
+    Returns:
+        The model, float32, in eval mode. It does not halt; its loops beyond the first have yet to be trained.
+
+    Raises:
+        ValueError: for an original of a kind that is not supported, or a split that does not fit.
+    """
+    _check_family(original.config)
+    parts = split.layers(len(original.model.layers))
+    model = OpenMythos(_config(original.config, split, loops, decay))
+    blocks = *model.prelude, *model.recurrent.layers, *model.coda
+    with torch.no_grad():
+        # Ours multiplies embeddings by sqrt(dim). A tied head has to undo that, and the last norm does it.
+        root = model.cfg.dim**0.5
+        model.embed.weight.copy_(original.model.embed_tokens.weight / root)
+        model.norm.weight.copy_(original.model.norm.weight * (root if model.cfg.tied_head else 1.0))
+        if not model.cfg.tied_head:
+            model.head.weight.copy_(original.lm_head.weight)
+        for block, layer in zip(blocks, (i for part in parts for i in part), strict=True):
+            _copy_layer(block, original.model.layers[layer])
+    return model.eval()
+
+
+def truncate(original: Any, split: Split) -> None:
+    """Leave in ``original`` only the layers that ``split`` keeps, so that it is what the new model equals."""
+    layers = original.model.layers
+    kept = [layers[i] for part in split.layers(len(layers)) for i in part]
+    original.model.layers, original.config.num_hidden_layers = nn.ModuleList(kept), len(kept)
+
+
+@torch.no_grad()
+def logits_of(original: Any, ids: Tensor) -> Tensor:
+    """The original's logits (B, T, vocab_size) for tokens (B, T)."""
+    return original(input_ids=ids, use_cache=False).logits
+
+
+def difference(model: OpenMythos, logits: Tensor, ids: Tensor) -> float:
+    """Greatest difference of the model's logits at one loop from ``logits``, in units as :data:`TOLERANCE` is."""
+    with torch.no_grad():
+        apart = (model(ids, n_loops=1) - logits).abs().max()
+    return float(apart / logits.abs().max().clamp(min=1))
+
+
+def save(model: OpenMythos, tokenizer: Any, directory: str | Path) -> None:
+    """Write the model's files, and its tokenizer's beside them, where ``AutoTokenizer`` finds them."""
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+
+
+# -- what the original is
+
+
+def _located(path: Path) -> tuple[Path, dict[str, str]]:
+    """The directory, and options that name a GGUF file if that is what there is."""
+    if path.is_file():
+        must(path.suffix == ".gguf", f"{path} is a file; give its directory, or a GGUF file")
+        return path.parent, {"gguf_file": path.name}
+    found = {pattern: sorted(path.glob(pattern)) for pattern in WEIGHTS}
+    must(any(found.values()), f"{path} holds no weights ({', '.join(WEIGHTS)}); give the directory of a download")
+    if found["*.safetensors"] or found["*.bin"]:
+        must((path / "config.json").is_file(), f"{path / 'config.json'} is missing; download it with the weights")
+        return path, {}
+    files = [file.name for file in found["*.gguf"]]
+    must(len(files) == 1, f"{path} holds {len(files)} GGUF files ({', '.join(files)}); give the path of one")
+    return path, {"gguf_file": files[0]}
+
+
+@contextlib.contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Without transformers' own bars and remarks, which it writes wherever stderr goes."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _check_family(config: Any) -> None:
+    """Raise ValueError for an architecture whose layers are not what ours compute."""
+    kind = config.model_type
+    must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
+    rope = dict(config.rope_parameters)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, value, supported in (
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
+        ("attention_bias", config.attention_bias, False),
+        ("mlp_bias", config.mlp_bias, False),
+        ("hidden_act", config.hidden_act, "silu"),
+        ("head_dim", head_dim, config.hidden_size // config.num_attention_heads),
+    ):
+        must(value == supported, f"the original has {name}={value!r}; only {name}={supported!r} is supported so far")
+
+
+def _config(config: Any, split: Split, loops: int, decay: float) -> MythosConfig:
+    return MythosConfig(
+        vocab_size=config.vocab_size, dim=config.hidden_size, n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads, max_seq_len=config.max_position_embeddings, max_loop_iters=loops,
+        prelude_layers=split.prelude, core_layers=split.core, coda_layers=split.coda,
+        attn_type="gqa", rope_theta=config.rope_parameters["rope_theta"], norm_eps=config.rms_norm_eps,
+        n_experts=0, dense_dim=config.intermediate_size, tied_head=config.tie_word_embeddings,
+        injection_decay=decay, injection_gain=1 - decay, input_norm=False, state_norm=False, state_init="input",
+        lora_rank=0, conv_taps=0, local_window=0, halting=False, warm_start=False,
+    )  # fmt: skip
+
+
+# -- one layer
+
+
+def _copy_layer(block: TransformerBlock, layer: Any) -> None:
+    attn, ffn = block.attn, block.ffn
+    assert isinstance(attn, GQAttention) and isinstance(ffn, Expert)
+    block.attn_norm.weight.copy_(layer.input_layernorm.weight)
+    block.ffn_norm.weight.copy_(layer.post_attention_layernorm.weight)
+    _fill(attn.wq, _interleaved(layer.self_attn.q_proj.weight, attn.head_dim))
+    _fill(attn.wk, _interleaved(layer.self_attn.k_proj.weight, attn.head_dim))
+    _fill(attn.wv, layer.self_attn.v_proj.weight)
+    _fill(attn.wo, layer.self_attn.o_proj.weight)
+    _fill(ffn.gate, layer.mlp.gate_proj.weight)
+    _fill(ffn.up, layer.mlp.up_proj.weight)
+    _fill(ffn.down, layer.mlp.down_proj.weight)
+
+
+def _fill(linear: Linear, weight: Tensor) -> None:
+    linear.weight.copy_(weight / linear.scale)
+
+
+def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head reordered: rotary embedding turns channels i and D/2 + i there, and 2i and 2i + 1 here."""
+    heads = weight.unflatten(0, (-1, 2, head_dim // 2))
+    return heads.transpose(1, 2).flatten(0, 2)
