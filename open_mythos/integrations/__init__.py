@@ -1,0 +1,1 @@
+"""Other people's libraries, each an extra of its own: what is here imports the core, and the core nothing of it."""
