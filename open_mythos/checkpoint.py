@@ -1,22 +1,28 @@
-"""Saving and loading a model as ``config.json`` and ``model.safetensors``. No pickle anywhere."""
+"""Saving and loading a model as ``config.json`` and ``model.safetensors``. No pickle anywhere.
+
+A folder is the same whether written here or by ``save_pretrained`` of :mod:`open_mythos.integrations.hf`.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from open_mythos.config import MythosConfig
+from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # instead of it, where weights are divided among several files
 SHIPPED = Path(__file__).parent / "pretrained"
+_WRAPPED = "core."  # of names in files that transformers wrote
 
 
 class CheckpointError(ValueError):
@@ -44,8 +50,20 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(directory / WEIGHTS_FILE)
     partial = directory / (CONFIG_FILE + ".partial")
-    model.cfg.save(partial)
+    partial.write_text(json.dumps(config_file(model), indent=2) + "\n")
     partial.replace(directory / CONFIG_FILE)
+
+
+def config_file(model: OpenMythos) -> dict[str, Any]:
+    """What ``config.json`` holds: what transformers asks for, and the fields of the config."""
+    head = {
+        "architectures": ["OpenMythosForCausalLM"],
+        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "format_version": FORMAT_VERSION,
+        "model_type": MODEL_TYPE,
+    }
+    lora = model.recurrent.lora  # its table may be longer than max_loop_iters, which can be changed at any time
+    return head | ({} if lora is None else {"lora_loops": lora.scale.num_embeddings}) | model.cfg.to_dict()
 
 
 def shipped() -> list[str]:
@@ -67,6 +85,8 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
     if not directory.exists() and str(source) in shipped():
         directory = SHIPPED / source
     config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    index_path = directory / INDEX_FILE
+    weights_path = index_path if index_path.is_file() and not weights_path.is_file() else weights_path
     for path in (config_path, weights_path):
         if not path.is_file():
             raise CheckpointError(
@@ -76,12 +96,7 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
         cfg = MythosConfig.load(config_path)
     except ValueError as error:
         raise CheckpointError(f"not an open_mythos config: {error}") from error
-    try:
-        tensors = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{weights_path} is truncated or not a safetensors file ({error}); save it again"
-        ) from error
+    tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in _read(weights_path).items()}
     model = cls(cfg)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in _tied(cfg)}
     _check_names(weights_path, set(expected), set(tensors))
@@ -97,6 +112,17 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
 def _tied(cfg: MythosConfig) -> list[str]:
     """Names of tensors that are not stored, since another is the same."""
     return ["head.weight"] if cfg.tied_head else []
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, or of all that an index names."""
+    if path.name == INDEX_FILE:
+        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {name: tensor for part in parts for name, tensor in _read(path.parent / part).items()}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); save it again") from error
 
 
 def _names() -> str:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
-from open_mythos.fields import Checked, choice, flag, must, real, size
+from open_mythos.fields import Checked, choice, flag, must, nearest, real, size
+
+MODEL_TYPE = "open_mythos"
+FORMAT_VERSION = 1
+"""Of saved configs. It grows when an old reader would misread a new file."""
+
+# What transformers writes into a config.json beside the fields of the model, and a model here does not need.
+_OF_TRANSFORMERS = {
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "lora_loops",
+    "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
+    "return_dict", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 @dataclass
@@ -145,6 +158,17 @@ class MythosConfig(Checked):
             f"its states; use 0, and 'input' or 'zero'",
         )
 
+    # -- files
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build from plain values, as :meth:`Checked.from_dict`, or from what a ``config.json`` holds.
+
+        Raises:
+            ValueError: for another kind of model, for what a newer version wrote, or as :meth:`Checked.from_dict`.
+        """
+        return super().from_dict(model_fields(data))
+
     # -- derived sizes
 
     @property
@@ -174,6 +198,38 @@ class MythosConfig(Checked):
     def shared_dim(self) -> int:
         """Width of all shared experts together."""
         return self.n_shared_experts * self.n_experts_per_tok * self.expert_dim
+
+
+def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The fields of a :class:`MythosConfig` among what a ``config.json`` holds.
+
+    Args:
+        data: its content.
+        also: names that the file may hold beside those that transformers writes.
+
+    Raises:
+        ValueError: for another kind of model, a newer format, or a name that is in none of the three.
+    """
+    kind, version = data.get("model_type", MODEL_TYPE), data.get("format_version", FORMAT_VERSION)
+    must(
+        kind == MODEL_TYPE,
+        f"model_type={kind!r} is another kind of model, not {MODEL_TYPE!r}; load it with transformers' "
+        f"AutoModelForCausalLM",
+    )
+    must(
+        isinstance(version, int) and version <= FORMAT_VERSION,
+        f"format_version={version!r}: a newer open_mythos wrote this config, and this one reads up to "
+        f"{FORMAT_VERSION}; upgrade with: pip install -U open-mythos",
+    )
+    known = [field.name for field in fields(MythosConfig)]
+    found = {name: value for name, value in data.items() if name not in ("model_type", "format_version")}
+    for name in found:
+        must(
+            name in known or name in _OF_TRANSFORMERS or name in also,
+            f"unknown config field {name!r}; {nearest(name, known)}. If a newer open_mythos wrote this config, upgrade "
+            f"with: pip install -U open-mythos",
+        )
+    return {name: value for name, value in found.items() if name in known}
 
 
 def _divisors(n: int) -> list[int]:

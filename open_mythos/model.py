@@ -106,12 +106,16 @@ class OpenMythos(nn.Module):
         attention_mask: Tensor | None = None,
         exit: Exit | None = None,
         first: Tensor | None = None,
+        positions: Tensor | None = None,
+        seen: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, CausalMask]:
         """The states after the last loop, (B, T, dim), with the (cos, sin) and the mask that :meth:`decode` takes.
 
         Args:
-            input_ids, n_loops, kv_cache, start_pos, attention_mask, exit: as :meth:`forward`.
+            input_ids, positions: as :meth:`encode`.
+            n_loops, kv_cache, start_pos, attention_mask, exit: as :meth:`forward`.
             first: states to start from, (B, T, dim); those of :meth:`first_state` if None.
+            seen: gets the states before the first loop and after each one, (B, T, dim).
         """
         n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         cache = as_cache(kv_cache)
@@ -120,10 +124,10 @@ class OpenMythos(nn.Module):
         past = cache.length if cache is not None else 0
         if predicting is not None:
             self._check_predictions(predicting, past, exit, n_loops)
-        e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops)
+        e, freqs, mask = self.encode(input_ids, cache, start_pos, attention_mask, n_loops, positions)
         readout = self.readout(freqs, mask, cache)
         first = self.first_state(e) if first is None else first
-        h = self.recurrent(first, e, freqs, mask, n_loops, cache, exit, readout)
+        h = self.recurrent(first, e, freqs, mask, n_loops, cache, exit, readout, seen=seen)
         if predicting is not None:
             for layer in range(len(self.coda)):
                 repeat_rows(predicting, [coda_slot(layer, loop) for loop in range(n_loops)], past)
@@ -136,8 +140,14 @@ class OpenMythos(nn.Module):
         start_pos: int | None = None,
         attention_mask: Tensor | None = None,
         n_loops: int = 1,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, CausalMask]:
         """Check the input and run the prelude.
+
+        Args:
+            input_ids: (B, T), or what ``model.embed`` makes of them, (B, T, dim).
+            cache, start_pos, attention_mask, n_loops: as :meth:`forward`.
+            positions: (B or 1, T) integers for rotary embedding; counted from each row's first real token if None.
 
         Returns:
             The encoded input e (B, T, dim), rotary (cos, sin) of its positions, and the causal mask.
@@ -148,12 +158,13 @@ class OpenMythos(nn.Module):
         if starts is not None and (cache is not None or start_pos):
             raise ValueError("attention_mask numbers documents, which start at 0 and no cache holds; use 0 and 1")
         mask = CausalMask(T, past + T, valid, starts=starts)
-        if starts is not None:
+        if positions is None and starts is not None:
             positions = torch.arange(T, device=input_ids.device) - starts
-        elif valid is None:
+        elif positions is None and valid is None:
             first = past if cache is not None else start_pos or 0
             positions = torch.arange(first, first + T, device=input_ids.device)
-        else:
+        elif positions is None:
+            assert valid is not None
             positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -T:]
         if cache is not None:
             cache.valid = valid
@@ -163,7 +174,7 @@ class OpenMythos(nn.Module):
         self, input_ids: Tensor, positions: Tensor, mask: CausalMask, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
         """:meth:`encode` of tokens whose ``positions`` (T,) or (B, T) and mask are known to fit: e and (cos, sin)."""
-        x = self.embed(input_ids) * math.sqrt(self.cfg.dim)
+        x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = x * mask.valid[:, -x.shape[1] :].unsqueeze(-1)
         freqs = rope_table(positions, self.cfg.rope_dim, self.cfg.rope_theta)
@@ -220,9 +231,12 @@ class OpenMythos(nn.Module):
         self, input_ids: Tensor, cache: Cache | None, start_pos: int | None, attention_mask: Tensor | None, n_loops: int
     ) -> tuple[int, Tensor | None]:
         """Tokens held by the cache, and (B, past + T) bool of real tokens or None. ValueError if input does not fit."""
-        check_ids(input_ids)
-        B, T = input_ids.shape
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        embedded = isinstance(input_ids, Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3
+        if embedded and input_ids.shape[2] != self.cfg.dim:
+            raise ValueError(f"embeddings are {tuple(input_ids.shape)}; use (batch, tokens, {self.cfg.dim})")
+        check_ids(input_ids[..., 0].long() if embedded else input_ids)
+        B, T = input_ids.shape[:2]
+        if not embedded and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.cfg.vocab_size:
                 bad = low if low < 0 else high

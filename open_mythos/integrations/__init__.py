@@ -1,1 +1,1 @@
-"""Models and libraries from elsewhere. Each module needs an extra, which its errors name."""
+"""Other people's libraries, each an extra of its own: what is here imports the core, and the core nothing of it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from open_mythos.cache import LOOPS_SLOT, Cache, as_cache, loop_slot, stand_in
 from open_mythos.config import MythosConfig
@@ -43,7 +44,12 @@ class RecurrentBlock(nn.Module):
 
     Args:
         cfg: the model's config.
+
+    Attributes:
+        recompute: in training, keep only each loop's first state, and compute the loop again in the backward pass.
     """
+
+    recompute = False
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -70,6 +76,7 @@ class RecurrentBlock(nn.Module):
         exit: Exit | None = None,
         readout: Readout | None = None,
         first_loop: int = 0,
+        seen: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the loops.
 
@@ -83,6 +90,7 @@ class RecurrentBlock(nn.Module):
             exit: when a position stops; with None, when the gate says so if ``cfg.halting``, else after the last loop.
             readout: predictions from states, called after every loop for an exit that needs them, and else never.
             first_loop: loops that were run before, if ``h`` is the state after them; no exit may be in use then.
+            seen: gets the states before the first loop and after each one, (B, T, dim).
 
         Returns:
             (B, T, dim): each position's state at the loop where it halted, or after the last.
@@ -97,8 +105,12 @@ class RecurrentBlock(nn.Module):
                 layer.ffn.update_bias()  # before any loop of this step, explored ones and a compiled block's too
         if self.training and torch.is_grad_enabled() and kv_cache is None:
             h, loss = self._explore(h, e, freqs, mask)
+        if seen is not None:
+            seen.append(h)
         for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache, exit, readout, first_loop):
             h = state.h
+            if seen is not None:
+                seen.append(h)
         return h if loss is None else with_loss(h, _GATE_WEIGHT * loss)
 
     def begin(self, h: Tensor) -> Tensor:
@@ -218,8 +230,10 @@ class RecurrentBlock(nn.Module):
     def _all_positions(
         self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, loops: range, cache: Cache | None, live: Tensor
     ) -> Iterator[LoopState]:
+        recompute = self.recompute and self.training and torch.is_grad_enabled() and cache is None
         for loop in loops:
-            before, h = h, self.step(h, e, loop, freqs, mask, cache)
+            args = h, e, loop, freqs, mask, cache
+            before, h = h, checkpoint(self.step, *args, use_reentrant=False) if recompute else self.step(*args)
             state = LoopState(loop, h, live) if self.training else LoopState(loop, h, live, before, self.act)
             if not self.training and is_replaced(self.act):
                 _ = state.halting  # whoever puts a gate there watches it, and nobody else may be asking

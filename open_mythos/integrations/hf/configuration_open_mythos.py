@@ -1,0 +1,109 @@
+"""The model's config as transformers knows configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from transformers import PreTrainedConfig
+
+from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig, model_fields
+
+# Arguments that transformers' own config takes beside its fields
+_ARGUMENTS = {"attn_implementation", "experts_implementation", "name_or_path", "per_layer_config", "use_return_dict"}
+
+
+class OpenMythosConfig(PreTrainedConfig):
+    """Every field of :class:`~open_mythos.MythosConfig`, under its own name, and what transformers wants to know.
+
+    Usual names reach the fields too: ``hidden_size`` is ``dim``, ``num_attention_heads`` is ``n_heads``, and so on.
+
+    Args:
+        num_loops: loops to run when a call does not say; the same as ``max_loop_iters``, and not a limit.
+        lora_loops: rows of the table of depth-wise LoRA, which stays when ``num_loops`` changes; ``max_loop_iters``
+            if None.
+        use_cache: whether a call in eval mode returns a cache unless told otherwise.
+
+    Raises:
+        ValueError: for a field or combination that :class:`~open_mythos.MythosConfig` refuses, an unknown field, a
+            config of another kind of model, or one that a newer version wrote.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    attribute_map: ClassVar = {
+        "hidden_size": "dim",
+        "max_position_embeddings": "max_seq_len",
+        "moe_intermediate_size": "expert_dim",
+        "num_attention_heads": "n_heads",
+        "num_experts": "n_experts",
+        "num_experts_per_tok": "n_experts_per_tok",
+        "num_key_value_heads": "n_kv_heads",
+        "num_loops": "max_loop_iters",
+    }
+    write_code: ClassVar[Any] = None  # where the whole package is: what writes its source beside a saved config
+
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    lora_loops: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **others: Any) -> None:
+        num_loops = others.pop("num_loops", None)
+        given = {self.attribute_map.get(name, name): value for name, value in others.items()}
+        values = model_fields(given, _own_names() | {name for name in given if name.startswith("_")})
+        cfg = MythosConfig(**values)
+        if self.lora_loops is None:
+            self.lora_loops = cfg.max_loop_iters
+        for name, value in cfg.to_dict().items():
+            setattr(self, name, value)
+        if num_loops is not None:
+            self.num_loops = num_loops
+        self.format_version = FORMAT_VERSION
+        not_ours = {name: value for name, value in given.items() if name not in values}
+        for name in ("model_type", "format_version"):
+            not_ours.pop(name, None)
+        super().__post_init__(**not_ours)
+
+    @classmethod
+    def from_mythos(cls, cfg: MythosConfig, **others: Any) -> Self:
+        """The config of a model of this library; ``others`` are fields of transformers, such as ``eos_token_id``."""
+        return cls(**cfg.to_dict(), **others)
+
+    def mythos(self) -> MythosConfig:
+        """The config of the model of this library, checked anew.
+
+        Raises:
+            ValueError: if a field has been set to what does not hold.
+        """
+        return MythosConfig(**{name: getattr(self, name) for name in _fields()})
+
+    # -- what tools ask for
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers that write keys and values in a call with ``num_loops`` loops."""
+        return self.prelude_layers + self.coda_layers + getattr(self, "core_layers", 1) * self.num_loops
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head's keys."""
+        return self.mythos().head_dim
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers; with ``register_for_auto_class``, the model's source goes along."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        if self._auto_class is not None and self.write_code is not None:
+            type(self).write_code(save_directory)
+
+
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(MythosConfig)]
+
+
+def _own_names() -> frozenset[str]:
+    """What may be given beside the model's fields."""
+    return frozenset(field.name for field in dataclasses.fields(OpenMythosConfig)) | _ARGUMENTS

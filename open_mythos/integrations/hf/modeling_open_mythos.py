@@ -1,0 +1,339 @@
+"""The model behind the interface of transformers: a wrapper, around the one implementation there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from open_mythos.checkpoint import SHIPPED, shipped
+from open_mythos.integrations.hf.cache import SlotCache
+from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
+from open_mythos.model import OpenMythos
+from open_mythos.nn.moe import MoEFFN
+
+_TIED = "core.head.weight"  # the same tensor as that of the embedding, so not stored
+_LIVE = ("max_loop_iters", "max_seq_len", "halting", "act_threshold")  # config fields that may change at any time
+
+
+class OpenMythosPreTrainedModel(PreTrainedModel):
+    """What the models below share.
+
+    Args:
+        config: shape and behaviour. ``num_loops``, ``max_seq_len``, ``halting`` and ``act_threshold`` may be changed
+            there at any time.
+        core: the model to wrap; a new one if None.
+
+    Attributes:
+        core: the :class:`~open_mythos.OpenMythos`, for everything else that this library does with a model.
+    """
+
+    config_class = OpenMythosConfig
+    base_model_prefix = "core"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: ClassVar = ["TransformerBlock"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar = ["router_bias"]
+    _tied_weights_keys: ClassVar = {_TIED: "core.embed.weight"}
+    write_code: ClassVar[Any] = None  # where the whole package is: what writes its source beside saved weights
+
+    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        if core is None:
+            cfg = config.mythos()
+            cfg.max_loop_iters = config.lora_loops or cfg.max_loop_iters
+            core = OpenMythos(cfg)
+            for module in core.modules():
+                if isinstance(module, MoEFFN):  # also where the default dtype is another
+                    module.router_bias = module.router_bias.float()
+        self.core = core
+
+    @classmethod
+    def wrap(cls, core: OpenMythos, **others: Any) -> Self:
+        """A model of transformers around ``core``, whose weights it shares; ``others`` are fields of the config."""
+        lora = core.recurrent.lora
+        others = others if lora is None else {"lora_loops": lora.scale.num_embeddings, **others}
+        return cls(OpenMythosConfig.from_mythos(core.cfg, dtype=core.embed.weight.dtype, **others), core).train(
+            core.training
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The core makes its own; what is new in a class below is made there."""
+
+    # -- files
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; also a folder of ours, or the name of a model that comes with the package.
+
+        Raises:
+            ValueError: for a config or weights of another model, or of a newer version.
+            OSError: for a name that is neither here nor, as far as the network tells, on the hub.
+        """
+        name = pretrained_model_name_or_path
+        if not Path(name).exists() and str(name) in shipped():
+            name = SHIPPED / str(name)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if key.startswith("core.") and key != _TIED)
+        if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
+            raise ValueError(
+                f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
+                f"{missing[0]!r}; load it with the class that wrote it, or save it again"
+            )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        """As in transformers. The folder is also one for :meth:`OpenMythos.from_pretrained`."""
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if self._auto_class is not None and self.write_code is not None:
+            type(self).write_code(save_directory)
+
+    # -- what tools ask for
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The core as :class:`OpenMythosModel`, sharing its weights."""
+        if "core" not in self._modules or isinstance(self, OpenMythosModel):
+            return self
+        return OpenMythosModel(self.config, self.core).train(self.training)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.core.embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.core.embed = value
+        self._tie(value)
+
+    def _tie(self, embedding: nn.Embedding) -> None:
+        head = self.core.head
+        head.weight, head.out_features = embedding.weight, embedding.num_embeddings
+        self.core.cfg.vocab_size = embedding.num_embeddings
+
+    # -- the work
+
+    def run(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Run the core, without the head; arguments as :meth:`OpenMythosForCausalLM.forward`."""
+        config, core = self.config, self.core
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if output_attentions or config.output_attentions:
+            raise ValueError("output_attentions=True, but attention weights are never formed here; leave it out")
+        for name in _LIVE:
+            setattr(core.cfg, name, getattr(config, name))
+        core.recurrent.recompute = self.gradient_checkpointing
+        training_step = self.training and (self.gradient_checkpointing or past_key_values is None)
+        if past_key_values is None and not training_step and (config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache()
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None
+        cache = None if past_key_values is None else SlotCache(past_key_values)
+        past = 0 if cache is None else cache.length
+        if cache is not None and past and attention_mask is not None and attention_mask.shape[-1] > past:
+            cache.valid = attention_mask[:, :past].bool()
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        n_loops = config.num_loops if num_loops is None else num_loops
+        seen: list[Tensor] | None = [] if output_hidden_states else None
+        h, freqs, mask = core.states(
+            tokens, n_loops, cache, attention_mask=attention_mask, positions=position_ids, seen=seen
+        )
+        if seen is not None:  # where all positions halt early, their states stay
+            seen += seen[-1:] * (n_loops + 1 - len(seen))
+        return BaseModelOutputWithPast(
+            last_hidden_state=core.decode(h, freqs, mask, cache),
+            past_key_values=past_key_values,
+            hidden_states=None if seen is None else tuple(seen),
+        )
+
+
+class OpenMythosModel(OpenMythosPreTrainedModel):
+    """The model without its head: ``AutoModel`` gives it."""
+
+    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
+        super().__init__(config, core)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """What the head reads, (B, T, dim); arguments as :meth:`OpenMythosForCausalLM.forward`."""
+        return self.run(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+
+
+class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
+    """The language model: ``AutoModelForCausalLM`` gives it."""
+
+    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
+        super().__init__(config, core)
+        self.post_init()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model without its head, sharing the weights."""
+        return self.base_model
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.core.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Nothing of its own: head and embedding are one tensor."""
+        self._tie(self.core.embed)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits for the next token.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T) or, with a cache, (B, past + T), 0 at padding.
+            position_ids: (B or 1, T); counted from each row's first real token if None.
+            past_key_values: a cache of transformers; any kind. One cache, one number of loops.
+            inputs_embeds: (B, T, dim), in place of ``input_ids``: what ``get_input_embeddings()`` makes of tokens.
+            labels: (B, T), -100 where nothing is asked; gives a loss.
+            use_cache: whether to return a cache; in eval mode, as the config says.
+            num_loops: loops to run, any number of at least 1; ``config.num_loops`` if None.
+            output_hidden_states: whether to return the state before the first loop and after each one:
+                ``num_loops + 1`` tensors (B, T, dim).
+            output_attentions: not available.
+            logits_to_keep: only the logits of so many last positions, or of these; 0: all.
+            kwargs: what the loss takes, such as ``num_items_in_batch``.
+
+        Raises:
+            ValueError: for input that does not fit.
+        """
+        outputs = self.run(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+        last = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.core.head(last if isinstance(kept, slice) and kept.start == 0 else last[:, kept])
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    # -- generate()
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[GenerationConfig, dict]:
+        """``num_loops`` may also stand in a generation config."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        num_loops = getattr(generation_config, "num_loops", None)
+        return generation_config, model_kwargs if num_loops is None else {"num_loops": num_loops, **model_kwargs}
+
+    @staticmethod
+    def create_masks_for_generate(config: Any, inputs_embeds: Any, attention_mask: Any, **others: Any) -> Any:
+        """Padding is all that the core asks for, with a static cache too."""
+        return attention_mask
+
+    def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
+        return False  # the number of keys changes at every token, and halting decides what runs
+
+
+class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
+    """One vector of scores for each text, read at its last token; with one label, a reward model."""
+
+    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
+        super().__init__(config, core)
+        self.score = nn.Linear(config.dim, config.num_labels, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.score:
+            nn.init.normal_(module.weight, std=self.config.dim**-0.5)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores (B, num_labels) of each row's last real token; arguments as :meth:`OpenMythosForCausalLM.forward`.
+
+        What is real, ``attention_mask`` says or, without one, ``config.pad_token_id``; without either, all tokens are.
+        ``labels`` are (B,) classes, or (B, num_labels) numbers, as ``config.problem_type`` says.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+        outputs = self.run(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
+        last = outputs.last_hidden_state
+        B, T, _ = last.shape
+        at = torch.full((B,), T - 1, device=last.device)
+        if attention_mask is not None:
+            order = torch.arange(1, T + 1, device=last.device)
+            at = (attention_mask[:, -T:].to(last.device).bool() * order).argmax(-1)
+        logits = self.score(last[torch.arange(B, device=last.device), at])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
