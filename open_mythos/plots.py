@@ -86,6 +86,33 @@ def accuracy_by_loops(
         figure.legend(loc="outside right upper")
 
 
+def scores_by_loops(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]], path: str | Path
+) -> None:
+    """Scores against the number of loops: a panel for each metric, in it a line for each task.
+
+    Args:
+        panels: for each metric and task, at each loop count, the score and its standard error, drawn as a bar, or None.
+        path: PNG to write.
+    """
+    tasks = list(dict.fromkeys(task for curves in panels.values() for task in curves))
+    with _figure(path, WIDTH + LEGEND, height=max(HEIGHT, 2.2 * len(panels))) as figure:
+        rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (metric, curves) in zip(rows, panels.items(), strict=True):
+            for task, curve in curves.items():
+                loops, i = sorted(curve), tasks.index(task)
+                axes.errorbar(
+                    loops, [curve[n][0] for n in loops], [curve[n][1] or 0 for n in loops], label=task, capsize=2,
+                    color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], elinewidth=0.8,
+                )  # fmt: skip
+            _log2_ticks(axes, sorted({n for curve in curves.values() for n in curve}))
+            axes.set_ylabel(metric)
+        rows[0].set_title("Scores by number of loops (bars: standard error)")
+        rows[-1].set_xlabel("loops of the recurrent block")
+        lines = {label: line for axes in rows for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper")
+
+
 def accuracy_grid(
     accuracy: ArrayLike,
     difficulties: Sequence[int],
@@ -198,7 +225,14 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
 
 @contextmanager
 def _axes(path: str | Path, width: float, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
-    """A figure and its axes in the style of this file; written to ``path`` at the end.
+    """A :func:`_figure` and its only axes."""
+    with _figure(path, width, height) as figure:
+        yield figure, figure.add_subplot()
+
+
+@contextmanager
+def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure in the style of this file; written to ``path`` at the end.
 
     Raises:
         ImportError: naming the extra, if matplotlib is not installed.
@@ -211,7 +245,7 @@ def _axes(path: str | Path, width: float, height: float = HEIGHT) -> Iterator[tu
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        yield figure, figure.add_subplot()
+        yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from open_mythos import plots, tasks
 from open_mythos.cli.console import clear_errors, console, progress, table
+from open_mythos.cli.harness import eval_harness
 from open_mythos.cli.measured import share, show_grid, show_halting, show_text
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation.grid import combine
@@ -23,7 +23,7 @@ from open_mythos.nn.exits import Exit, parse
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
-from open_mythos.training.runs import METRICS, TRAINING_FILE, home_dir, load_model, model_dir, training_config
+from open_mythos.training.runs import METRICS, TRAINING_FILE, evaluation_dir, load_model, model_dir, training_config
 
 
 def eval(
@@ -32,21 +32,31 @@ def eval(
     option: Annotated[list[str] | None, typer.Option(help="Of the task, as key=value; may be repeated.")] = None,
     difficulties: Annotated[str | None, typer.Option(help="As in 24,96.")] = None,
     loops: Annotated[str | None, typer.Option(help="As in 1,2,4,8.")] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Problems of each difficulty.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Problems of each difficulty, or documents of each task.")] = None,
     seeds: Annotated[str, typer.Option(help="Of the problems, as in 0,1,2.")] = "0",
     exit: Annotated[
         str | None,
         typer.Option(help="Let positions stop early: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3."),
     ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of the lm-evaluation-harness in place of ours, as in hellaswag,arc_easy.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Where the harness finds tasks of your own.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for table and picture.")] = None,
 ) -> None:
     """Accuracy over difficulty and loops, and what depth does."""
     with clear_errors():
+        if harness is not None:
+            only_ours = {"--task": task, "--option": option, "--difficulties": difficulties, "--exit": exit}
+            eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, out)
+            return
+        if include_path is not None:
+            raise ValueError("--include-path is where --harness finds tasks; name one of them with --harness")
         model = load_model(checkpoint)
         cfg = settings(checkpoint, model.cfg, task, option or [], difficulties, loops, examples)
         made = tasks.load(cfg.task.name, **cfg.task.options)
         leave = None if exit is None else parse(exit)
-        out = out or default_directory(checkpoint)
+        out = out or evaluation_dir(checkpoint)
         if isinstance(made, Text):
             path = eval_text(model, made, cfg, leave, out)
         else:
@@ -91,14 +101,6 @@ def as_seeds(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--seeds {text!r} should be whole numbers with commas between, as in 0,1,2") from error
-
-
-def default_directory(checkpoint: str) -> Path:
-    """``evaluation`` inside the run or the model's directory; in ``runs`` if that is not ours to write to."""
-    home = home_dir(model_dir(checkpoint))
-    if Path(checkpoint).exists() and os.access(home, os.W_OK):
-        return home / "evaluation"
-    return Path("runs") / f"eval-{Path(checkpoint).name}"
 
 
 def next_step(checkpoint: str) -> str:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def model_dir(source: str | Path) -> Path:
 def home_dir(directory: Path) -> Path:
     """The run that a model's ``directory`` lies in, or itself if it lies in none."""
     return directory.parent if directory.name == MODEL else directory
+
+
+def evaluation_dir(source: str | Path) -> Path:
+    """Where to write what is measured of a model: ``evaluation`` in its run or directory, if that is there to be written
+    to, else in ``runs``."""
+    home = home_dir(model_dir(source))
+    if Path(source).exists() and os.access(home, os.W_OK):
+        return home / "evaluation"
+    return Path("runs") / f"eval-{Path(source).name}"
 
 
 def training_config(source: str | Path) -> TrainConfig:

@@ -1,0 +1,79 @@
+"""``mythos eval --harness``: scores of the lm-evaluation-harness's tasks by loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from open_mythos import plots
+from open_mythos.cli.console import console, progress, table
+from open_mythos.integrations.harness import Curve, harness
+from open_mythos.training.runs import evaluation_dir, model_dir
+
+FILE = "harness.json"
+
+
+def eval_harness(
+    checkpoint: str,
+    names: str,
+    loops: str | None,
+    examples: int | None,
+    include: Path | None,
+    only_ours: dict[str, Any],
+    out: Path | None,
+) -> None:
+    """Run the tasks ``names``, show a table, and write it and a picture to ``out``."""
+    given = [option for option, value in only_ours.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
+    counts = as_counts("1,2,4,8" if loops is None else loops)
+    with progress(len(counts)) as begin:
+        curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=begin)
+    show(curves)
+    out = evaluation_dir(checkpoint) if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    path, picture = out / FILE, out / "harness.png"
+    path.write_text(json.dumps([dataclasses.asdict(curve) for curve in curves], indent=1) + "\n")
+    also = ""
+    try:
+        plots.scores_by_loops(panels(curves), picture)
+        also = f"   picture: {picture}"
+    except ImportError as error:
+        console.print(f"no picture: {error}", markup=False)
+    more = f"mythos eval {checkpoint} --harness {names} --loops {2 * max(counts)}"
+    console.print(f"Everything: {path}{also}\nNext: think longer, [bold]{more}[/bold].", highlight=False, soft_wrap=True)
+
+
+def as_counts(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--loops {text!r} should be whole numbers with commas between, as in 1,2,4,8") from error
+
+
+def panels(curves: list[Curve]) -> dict[str, dict[str, dict[int, tuple[float, float | None]]]]:
+    """Metric, task, loops: a value and its standard error."""
+    found: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}
+    for curve in curves:
+        points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)
+        found.setdefault(curve.metric, {})[curve.task] = dict(points)
+    return found
+
+
+def show(curves: list[Curve]) -> None:
+    """A row for each metric of each task, a column for each loop count; the best score bold."""
+    counts = curves[0].loops
+    shown = table("score by loops (± standard error)", "task", "metric", "of", *(str(count) for count in counts))
+    for curve in curves:
+        best = {True: max, False: min}.get(curve.higher_is_better, lambda values: None)(curve.values)
+        cells = [
+            Text(f"{value:.4f}" + ("" if error is None else f" ±{error:.4f}"), "bold" if value == best else "")
+            for value, error in zip(curve.values, curve.errors, strict=True)
+        ]
+        arrow = {True: " ↑", False: " ↓", None: ""}[curve.higher_is_better]
+        shown.add_row(curve.task, curve.metric + arrow, str(curve.n), *cells)
+    console.print(shown)

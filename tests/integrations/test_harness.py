@@ -1,0 +1,111 @@
+"""The lm-evaluation-harness on tasks that lie beside this file: scores by loops, from Python, `mythos` and `lm_eval`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from open_mythos import plots
+from open_mythos.checkpoint import SHIPPED
+from open_mythos.cli import app
+from open_mythos.integrations.harness import harness
+
+pytest.importorskip("lm_eval")
+tokenizers = pytest.importorskip("tokenizers")
+TASKS = Path(__file__).parent / "harness_tasks"
+# The harness leaves files to the garbage collector and warns of this and that.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory):
+    """The shipped model of running parities, with a tokenizer for its bits."""
+    directory = tmp_path_factory.mktemp("models") / "parity"
+    shutil.copytree(SHIPPED / "parity-tiny", directory)
+    bits = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "0": 1, "1": 2}, unk_token="<pad>"))
+    bits.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    bits.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<pad>", "pad_token": "<pad>"}))
+    return directory
+
+
+def run_eval(*args):
+    return CliRunner().invoke(app, ["eval", *map(str, args)])
+
+
+def test_more_loops_know_more(parity):
+    begun = []
+    curves = harness(parity, ["parity_choice", "parity_said"], [1, 16], TASKS, limit=16, begin=begun.append)
+    choice, said = sorted(curves, key=lambda curve: curve.task)
+    assert begun == ["1 loops", "16 loops"]
+    assert (choice.task, choice.metric, choice.loops, choice.n) == ("parity_choice", "acc", [1, 16], 16)
+    assert (said.task, said.metric, said.higher_is_better) == ("parity_said", "exact_match", True)
+    assert choice.values[1] == said.values[1] == 1.0
+    assert choice.values[0] < 0.9 and said.values[0] < 0.9
+    assert choice.errors[1] == 0.0 < choice.errors[0]
+
+
+def test_a_table_a_picture_and_numbers(parity, tmp_path):
+    done = run_eval(
+        parity, "--harness", "parity_choice", "--include-path", TASKS, "--loops", "1,16", "--examples", 8,
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (curve,) = json.loads((tmp_path / "harness.json").read_text())
+    assert curve["loops"] == [1, 16] and curve["n"] == 8 and curve["values"][1] == 1.0
+    assert (tmp_path / "harness.png").read_bytes().startswith(b"\x89PNG")
+    assert "parity_choice" in done.output and "1.0000 ±0.0000" in done.output
+    assert f"Everything: {tmp_path}/harness.json" in done.output and "--loops 32" in done.output
+
+
+def test_lm_eval_itself_takes_the_loops_as_an_argument(parity, tmp_path):
+    """As in docs/lm_eval.md; rolling bits per byte of source text are tested with text models."""
+    done = subprocess.run(
+        [
+            sys.executable, "-c",
+            "import open_mythos.integrations.hf, sys; from lm_eval.__main__ import cli_evaluate; cli_evaluate()",
+            "run", "--model", "hf", "--model_args", f"pretrained={parity},num_loops=16", "--tasks", "parity_choice",
+            "--include_path", TASKS, "--limit", "8", "--output_path", tmp_path, "--device", "cpu",
+        ],
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.rglob("results_*.json")
+    assert json.loads(written.read_text())["results"]["parity_choice"]["acc,none"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--harness", "parity_choise", "--include-path", TASKS], "no task 'parity_choise'; did you mean parity_choice"),
+        (["--harness", "parity_choice", "--include-path", "nowhere"], "include='nowhere' is not a directory"),
+        (["--harness", "parity_choice", "--loops", "1,x"], "--loops '1,x' should be whole numbers"),
+        (["--harness", "parity_choice", "--loops", "0", "--include-path", TASKS], "n_loops=0; use an integer of at"),
+        (["--harness", "parity_choice", "--task", "parity"], "--task and --harness do not go together"),
+        (["--include-path", TASKS], "name one of them with --harness"),
+    ],
+)
+def test_mistakes(parity, arguments, words):
+    done = run_eval(parity, *arguments)
+    assert done.exit_code == 2 and words in " ".join(done.output.split())
+
+
+def test_a_model_without_a_tokenizer_or_with_another_ones(parity, tmp_path):
+    bare = shutil.copytree(SHIPPED / "parity-tiny", tmp_path / "bare")
+    done = run_eval(bare, "--harness", "parity_choice", "--include-path", TASKS)
+    assert done.exit_code == 2 and "holds no tokenizer (tokenizer.json)" in " ".join(done.output.split())
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(9)}, unk_token="0"))
+    words.save(str(bare / "tokenizer.json"))
+    done = run_eval(bare, "--harness", "parity_choice", "--include-path", TASKS)
+    assert done.exit_code == 2 and "has 9 tokens and the model 3" in " ".join(done.output.split())
+
+
+def test_a_panel_for_each_metric(tmp_path):
+    curve = {1: (0.5, 0.1), 4: (0.7, None)}
+    plots.scores_by_loops({"acc": {"a": curve, "b": curve}, "bits": {"c": curve}}, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
