@@ -22,6 +22,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"report"},
+    {"integrations"},
     {"cli"},
 ]
 EVERYWHERE = {"torch", "numpy", "safetensors"} | sys.stdlib_module_names

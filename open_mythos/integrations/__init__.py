@@ -1,0 +1,1 @@
+"""Bridges to what others have made. Each needs its extra, if any, only where it is used."""
