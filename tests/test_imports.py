@@ -21,8 +21,7 @@ LAYERS = [
     {"reference", "diagnostics"},
     {"evaluation"},
     {"training"},
-    {"report"},
-    {"integrations"},
+    {"report", "integrations"},
     {"cli"},
 ]
 EVERYWHERE = {"torch", "numpy", "safetensors"} | sys.stdlib_module_names
