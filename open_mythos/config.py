@@ -64,8 +64,8 @@ class MythosConfig(Checked):
     tied_head: bool = flag(True)  # the head is the embedding's matrix; False: it has its own
     norm_eps: float = real(1e-6, 0.0, low_open=True)  # of every RMSNorm
     # -- beyond the reference: what makes depth pay (evidence in dev/LOG.md)
-    # "injected": h <- norm(A h + B e + Transformer(A h + B e)), and the last state goes on. "mixture", as in the public
-    # reference: h <- A h + B e + Transformer(norm(h + e)), and a mean of all states goes on, weighted by the halting gate
+    # "injected": h <- norm(A h + B e + Transformer(A h + B e)), and the last state goes on; "mixture", as in the public
+    # reference: h <- A h + B e + Transformer(norm(h + e)), and a mean of all states goes on, weighted by a gate
     recurrence: str = choice("injected", "injected", "mixture")
     # what chosen experts are mixed by: sigmoids of their logits over the sum of these, or a softmax over their logits
     router_score: str = choice("sigmoid", "sigmoid", "softmax")
@@ -154,8 +154,8 @@ class MythosConfig(Checked):
         )
         must(
             self.state_noise == 0 and self.state_init != "noise",
-            f"state_noise={self.state_noise:g} and state_init={self.state_init!r}: recurrence='mixture' has no noise on "
-            f"its states; use 0, and 'input' or 'zero'",
+            f"state_noise={self.state_noise:g} and state_init={self.state_init!r}, but recurrence='mixture' has no "
+            f"noise on its states; use 0, and 'input' or 'zero'",
         )
 
     # -- files

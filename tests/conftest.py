@@ -1,8 +1,43 @@
 """Settings of the whole suite: one thread, and property tests that draw the same examples every time."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("suite")
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = "open-mythos==0.5.0"
+NO_NETWORK = r"No matching distribution|[Cc]onnection|timed out|resolution"
+
+
+@pytest.fixture(scope="session")
+def reference_checkpoints(tmp_path_factory):
+    """Folder of models that the reference package made and saved, with the logits that it gives for them."""
+    package = ROOT / "runs" / "reference-package"  # kept; it has the import name of this library, so it stands apart
+    if not (package / "open_mythos").is_dir():
+        fresh = package.with_name(f"reference-package.{os.getpid()}")
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", fresh, REFERENCE]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode and re.search(NO_NETWORK, done.stdout + done.stderr):
+            pytest.skip(f"{REFERENCE} is not at hand: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        if package.is_dir():  # another process was faster
+            shutil.rmtree(fresh)
+        else:
+            fresh.rename(package)
+    out = tmp_path_factory.mktemp("reference")
+    worker = Path(__file__).parent / "integrations" / "reference_worker.py"
+    environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, worker, out], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return out

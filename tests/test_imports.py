@@ -23,7 +23,6 @@ LAYERS = [
     {"training"},
     {"integrations"},
     {"report"},
-    {"integrations"},
     {"cli"},
 ]
 EVERYWHERE = {"torch", "numpy", "safetensors"} | sys.stdlib_module_names

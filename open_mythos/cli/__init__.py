@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "One page about a run: curves, and every loop of an example.",
     "compare": "Train a model and two that do not loop, and see who wins.",
     "info": "What a variant or a checkpoint costs: parameters, arithmetic, cache.",
+    "convert": "Turn a checkpoint of the reference implementation into a model of this library.",
     "bench": "How fast a model trains, reads and decodes here.",
     "diagnose": "Look inside a checkpoint, loop by loop.",
 }

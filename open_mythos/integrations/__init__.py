@@ -1,1 +1,1 @@
-"""Other people's libraries, each an extra of its own: what is here imports the core, and the core nothing of it."""
+"""Bridges to what others have made. Each imports its library where it is used, and names the extra if it is missing."""

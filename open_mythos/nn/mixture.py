@@ -52,7 +52,7 @@ class MixtureBlock(RecurrentBlock):
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__(cfg)
         self.injection = LTIInjection(cfg.dim, cfg.injection_decay, cfg.injection_gain, margin=0.0)
-        self.act = MixtureGate(cfg.dim)
+        self.act = MixtureGate(cfg.dim)  # type: ignore[assignment]
 
     def begin(self, h: Tensor) -> Tensor:
         wide = h.to(torch.promote_types(h.dtype, torch.float32))

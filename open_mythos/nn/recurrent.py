@@ -114,7 +114,7 @@ class RecurrentBlock(nn.Module):
         return h if loss is None else with_loss(h, _GATE_WEIGHT * loss)
 
     def begin(self, h: Tensor) -> Tensor:
-        """What the loops start from, given a first ``h`` (B, T, dim): the state that they hand on, here ``h`` itself."""
+        """The state that the loops start from and hand on, given a first ``h`` (B, T, dim): here ``h`` itself."""
         return h
 
     def output(self, state: Tensor) -> Tensor:

@@ -154,8 +154,8 @@ class TrainConfig(Checked):
         super().validate()
         must(
             self.gate.steps == 0 or self.model.recurrence == "injected",
-            f"gate.steps={self.gate.steps} teaches a gate after the fact, and that of recurrence={self.model.recurrence!r} "
-            f"learns with the model; use gate.steps=0",
+            f"gate.steps={self.gate.steps} teaches a gate after the fact, and that of "
+            f"recurrence={self.model.recurrence!r} learns with the model; use gate.steps=0",
         )
         must(
             self.batch_size % self.accumulate == 0,

@@ -73,8 +73,8 @@ def train_gate(
     must(cfg.steps > 0, "steps=0 trains no gate; use at least 1")
     must(
         model.cfg.recurrence == "injected",
-        f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it; it is not "
-        f"taught apart. With model.cfg.halting = True it also ends loops",
+        f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it; it is "
+        f"not taught apart. With model.cfg.halting = True it also ends loops",
     )
     must(
         min_difficulty <= max_difficulty,

@@ -154,7 +154,7 @@ def test_it_learns_by_the_recipes():
 def test_its_gate_is_not_taught_apart():
     from open_mythos import tasks
 
-    with pytest.raises(ValueError, match="recurrence='mixture' .*trained with it"):
+    with pytest.raises(ValueError, match=r"recurrence='mixture' .*trained with it"):
         train_gate(mixture(), tasks.load("parity"), GateConfig(), 2, 4, torch.Generator())
 
 

@@ -1,0 +1,173 @@
+"""Reading a checkpoint of the reference. Tensors and plain values come out of a file; no code in it is run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError
+
+BIN_FILE = "pytorch_model.bin"
+_TENSORS_UNDER = ("model", "model_state_dict", "state_dict")
+_CONFIG_UNDER = ("cfg", "config")
+_CONFIG_CLASS = "open_mythos.main.MythosConfig"  # as the reference's training script pickles it
+# Names that wrappers put into the names of tensors: torch.compile, DDP, FSDP, activation checkpointing
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ANCHOR = "recurrent.injection.log_A"
+
+
+@dataclass
+class Checkpoint:
+    """What a file or folder holds.
+
+    Attributes:
+        path: where it lies.
+        tensors: by the names that the reference gives them.
+        fields: its config as plain values; empty if it has none.
+        fields_from: where they were found.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any] = field(default_factory=dict)
+    fields_from: str = ""
+
+
+class _Record:
+    """What a pickled config of the reference becomes: its fields as attributes, and nothing of its class."""
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint from a file of ``torch.save`` or of safetensors, or a folder that holds either and a config.json.
+
+    Raises:
+        CheckpointError: saying what the file is instead, and what to do.
+    """
+    if path.is_dir():
+        files, config = _weight_files(path), path / CONFIG_FILE
+    elif path.is_file():
+        files, config = [path], path.parent / CONFIG_FILE
+    else:
+        raise CheckpointError(
+            f"{path} does not exist; give a file of torch.save or safetensors, or a folder that holds one beside "
+            f"{CONFIG_FILE}"
+        )
+    found = Checkpoint(path, {})
+    for file in files:
+        tensors, fields = _read_file(file)
+        found.tensors |= tensors
+        if fields:
+            found.fields, found.fields_from = fields, str(file)
+    beside = path.is_dir() or path.suffix in (".safetensors", ".bin")  # how Hugging Face lays files out
+    if not found.fields and beside and config.is_file():
+        found.fields, found.fields_from = read_config(config), str(config)
+    found.tensors = _reference_names(found.tensors)
+    return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a JSON config.
+
+    Raises:
+        CheckpointError: naming the file, if it is missing or no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); mend it, or give another with --config") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}; a config is an object of names and values")
+    return data
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in (WEIGHTS_FILE, BIN_FILE):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            parts = read_config(index).get("weight_map", {})
+            return [folder / part for part in sorted(set(parts.values()))]
+        if (folder / name).is_file():
+            return [folder / name]
+    there = sorted(path.name for path in folder.iterdir())
+    raise CheckpointError(
+        f"{folder} holds neither {WEIGHTS_FILE} nor {BIN_FILE}; give the file itself"
+        + (f", one of {', '.join(there[:8])}" if there else "; the folder is empty")
+    )
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config fields of one file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; download it too")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path), {}
+        except Exception as error:  # safetensors' own, OSError, and KeyError for a dtype that PyTorch lacks
+            raise CheckpointError(
+                f"{path} is damaged or not a safetensors file ({error}); download or save it again"
+            ) from error
+    return _sorted_out(path, _load(path))
+
+
+def _load(path: Path) -> Any:
+    """What torch.save wrote, by PyTorch's unpickler for weights, which builds tensors and plain values only."""
+    try:
+        with torch.serialization.safe_globals([(_Record, _CONFIG_CLASS)]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes that are no pickle make it raise anything
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign is None:
+            raise CheckpointError(
+                f"{path} is truncated, damaged, or not a file of torch.save ({type(error).__name__}); download or save "
+                f"it again"
+            ) from error
+        raise CheckpointError(
+            f"{path} holds more than weights: to rebuild its {foreign[1]}, code would have to run. Nothing of it was "
+            f"run. If you trust it, load it where it was written and save plain values: "
+            f"c = torch.load({path.name!r}, weights_only=False); "
+            f"torch.save({{'model': c['model'], 'cfg': vars(c['cfg'])}}, 'weights.pt') - or, if c is a whole model, "
+            f"{{'model': c.state_dict(), 'cfg': vars(c.cfg)}}. Then convert weights.pt"
+        ) from error
+
+
+def _sorted_out(path: Path, data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config fields of what a file holds: the tensors themselves, or a dictionary around them."""
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not a model's tensors; save its state_dict()")
+    tensors = next((data[key] for key in _TENSORS_UNDER if isinstance(data.get(key), dict)), data)
+    config = next((data[key] for key in _CONFIG_UNDER if key in data), None)
+    fields = vars(config) if isinstance(config, _Record) else config
+    named = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if not named:
+        raise CheckpointError(
+            f"{path} holds no tensors, but {', '.join(map(str, list(data)[:8])) or 'nothing'}; the weights are looked "
+            f"for under {', '.join(_TENSORS_UNDER)} and at the top"
+        )
+    return named, dict(fields) if isinstance(fields, dict) else {}
+
+
+def _reference_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without what wrappers have put into their names, or before them."""
+    plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in tensors.items()}
+    prefix = next((name.removesuffix(_ANCHOR) for name in plain if name.endswith("." + _ANCHOR)), "")
+    plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    if "lm_head.weight" in plain:
+        plain["head.weight"] = plain.pop("lm_head.weight")
+    if "embed.weight" not in plain and "head.weight" in plain:  # one tensor, which safetensors stores once
+        plain["embed.weight"] = plain.pop("head.weight")
+    return plain

@@ -1,0 +1,197 @@
+"""The reference's config of a checkpoint: what is given, what its tensors say, and what nobody says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.checkpoint import CheckpointError
+from open_mythos.config import MythosConfig
+from open_mythos.fields import nearest
+from open_mythos.integrations.upstream.files import Checkpoint
+from open_mythos.ops.rope import precompute_rope_freqs
+
+SPECS = {spec.name: spec for spec in dataclasses.fields(MythosConfig)[:23]}
+"""The fields of the reference's config, which are the first of ours, with the same defaults."""
+# What transformers writes into every config.json
+_HUGGING_FACE = {
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "pad_token_id", "problem_type", "return_dict", "tie_word_embeddings", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
+_MAY_DIFFER = {"max_seq_len", "max_loop_iters"}  # may be changed at any time, here as there
+_EXAMPLES = {
+    "n_heads": "8", "rope_theta": "500000", "act_threshold": "0.99", "n_experts_per_tok": "4", "max_seq_len": "4096"
+}  # fmt: skip
+_LATENT_ONLY = {"kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"}
+_HERE = "recurrent.block.attn."
+
+
+def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """All fields of the reference's config, and the names of those that have their default since nobody says.
+
+    Args:
+        checkpoint: whose tensors are known to be of the reference.
+        settings: ``name=value``; these come before the checkpoint's own config.
+
+    Raises:
+        CheckpointError: for fields that the reference does not have, that contradict the tensors, or that matter and
+            are not known.
+    """
+    given = _known(checkpoint) | parse(settings)
+    seen = inferred(checkpoint.tensors)
+    for name in given.keys() & seen.keys() - _MAY_DIFFER:
+        if name == "rope_theta" and _turns(table_of(checkpoint.tensors), seen[name], given[name]):
+            continue
+        if given[name] != seen[name]:
+            raise CheckpointError(
+                f"the config says {name}={given[name]!r} and the tensors of {checkpoint.path} say {seen[name]!r}; give "
+                f"the config that this checkpoint was made with, or leave {name} out"
+            )
+    fields = seen | given
+    asked = ["act_threshold", "n_experts_per_tok", "n_heads"]
+    asked += ["rope_theta"] if fields.get("qk_rope_head_dim", 0) != 2 or fields["attn_type"] == "gqa" else []
+    missing = [name for name in asked if name not in fields]
+    if missing:
+        examples = " ".join(f"--set {name}={_EXAMPLES[name]}" for name in missing)
+        raise CheckpointError(
+            f"{checkpoint.path} does not say {', '.join(missing)}, and no tensor shows it; give what the model was "
+            f"trained with, as in {examples}, or its config with --config config.json"
+        )
+    idle = {"n_kv_heads"} if fields["attn_type"] == "mla" else _LATENT_ONLY
+    assumed = [name for name in SPECS if name not in fields and name not in idle]
+    defaults = {name: spec.default for name, spec in SPECS.items()}
+    fields = defaults | fields | {name: defaults[name] for name in idle}
+    if fields["attn_type"] == "mla":
+        fields["n_kv_heads"] = fields["n_heads"]  # any that fits
+    return fields, assumed
+
+
+def parse(settings: Iterable[str]) -> dict[str, Any]:
+    """Values by name of ``name=value`` texts.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
+    found = {}
+    for setting in settings:
+        name, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or name not in SPECS:
+            raise CheckpointError(
+                f"--set {setting}: write name=value, as in n_heads=8"
+                + (f"; the reference has no {name!r}, {nearest(name, SPECS)}" if equals else "")
+            )
+        kind = SPECS[name].metadata["kind"]
+        try:
+            found[name] = kind(text)
+        except ValueError as error:
+            raise CheckpointError(f"--set {setting}: {text!r} is not a {kind.__name__}") from error
+    return found
+
+
+def inferred(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields that tensors, whose names are known to be there, show without doubt."""
+    experts = tensors["recurrent.block.ffn.routed_experts.0.gate.weight"]
+    shared = tensors.get("recurrent.block.ffn.shared_experts.0.gate.weight")
+    found: dict[str, Any] = {
+        "vocab_size": len(tensors["embed.weight"]),
+        "dim": tensors["embed.weight"].shape[-1],
+        "prelude_layers": count(tensors, "prelude.{}.attn_norm.weight"),
+        "coda_layers": count(tensors, "coda.{}.attn_norm.weight"),
+        "attn_type": "mla" if f"{_HERE}kv_down.weight" in tensors else "gqa",
+        "n_experts": len(tensors["recurrent.block.ffn.router.weight"]),
+        "n_shared_experts": count(tensors, "recurrent.block.ffn.shared_experts.{}.gate.weight"),
+        "expert_dim": len(experts),
+        "max_loop_iters": len(tensors["recurrent.lora.scale.weight"]),
+        "lora_rank": tensors["recurrent.lora.scale.weight"].shape[-1],
+    }
+    if shared is not None:
+        found["n_experts_per_tok"] = len(shared) // len(experts)
+    elif found["n_experts"] == 1:
+        found["n_experts_per_tok"] = 1
+    table = table_of(tensors)
+    if found["attn_type"] == "mla":
+        found |= _latent_sizes(tensors)
+    elif table is not None:
+        head_dim = 2 * table.shape[-1]
+        found["n_heads"] = len(tensors[f"{_HERE}wq.weight"]) // head_dim
+        found["n_kv_heads"] = len(tensors[f"{_HERE}wk.weight"]) // head_dim
+    if table is not None:
+        found["max_seq_len"] = len(table)
+        if table.shape[-1] > 1 and len(table) > 1:
+            found["rope_theta"] = _theta(table)
+    return found
+
+
+def count(tensors: dict[str, Tensor], name: str) -> int:
+    """How many of ``name`` with 0, 1, ... in the place of ``{}`` there are."""
+    n = 0
+    while name.format(n) in tensors:
+        n += 1
+    return n
+
+
+def table_of(tensors: dict[str, Tensor]) -> Tensor | None:
+    """The rotary phasors (positions, channels / 2) of the attention in use, complex; None where they are not stored.
+
+    Casting a model of the reference to another dtype leaves the real half of them only, which is of no use.
+    """
+    table = tensors.get("freqs_cis_mla" if f"{_HERE}kv_down.weight" in tensors else "freqs_cis")
+    if table is not None and not table.is_complex():
+        table = torch.view_as_complex(table.float().contiguous()) if table.ndim == 3 else None
+    return table
+
+
+def _latent_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    latent = len(tensors[f"{_HERE}kv_norm.weight"])
+    rope = len(tensors[f"{_HERE}kv_down.weight"]) - latent
+    heads = max(1, len(tensors[f"{_HERE}q_up_rope.weight"]) // max(1, rope))
+    return {
+        "n_heads": heads,
+        "kv_lora_rank": latent,
+        "q_lora_rank": len(tensors[f"{_HERE}q_norm.weight"]),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": len(tensors[f"{_HERE}q_up_nope.weight"]) // heads,
+        "v_head_dim": tensors[f"{_HERE}wo.weight"].shape[-1] // heads,
+    }
+
+
+def _theta(table: Tensor) -> float:
+    """The base of the frequencies that made a table of phasors."""
+    pairs = table.shape[-1]
+    angle = float(table[1, -1].angle())  # of position 1, in the channels that turn slowest
+    theta = angle ** (-pairs / (pairs - 1)) if angle > 0 else math.nan
+    short = float(f"{theta:.5g}")
+    theta = short if math.isclose(short, theta, rel_tol=1e-5) else theta
+    if not (math.isfinite(theta) and _turns(table, theta)):
+        raise CheckpointError(
+            "the stored RoPE table is not that of plain rotary embedding at any rope_theta; a model with scaled or "
+            "other positions cannot be converted"
+        )
+    return theta
+
+
+def _turns(table: Tensor | None, *thetas: Any) -> bool:
+    """Whether these bases make this table, as far as its own float32 angles let one see."""
+    if table is None or not all(isinstance(theta, int | float) and theta > 0 for theta in thetas):
+        return False
+    first = table[:64]
+    made = (precompute_rope_freqs(2 * table.shape[-1], len(first), float(theta)) for theta in thetas)
+    return all(bool((first - wanted).abs().max() < 1e-4) for wanted in made)
+
+
+def _known(checkpoint: Checkpoint) -> dict[str, Any]:
+    strange = sorted(checkpoint.fields.keys() - SPECS.keys() - _HUGGING_FACE)
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.fields_from} has {', '.join(strange)}, which version 0.5.0 of the reference does not know; "
+            f"it is of a newer or changed version, whose models may compute something else. If these fields change "
+            f"nothing, write the config without them and give it with --config"
+        )
+    return {name: value for name, value in checkpoint.fields.items() if name in SPECS}
