@@ -7,7 +7,7 @@ from typing import Any
 
 from open_mythos import tasks
 from open_mythos.config import MythosConfig
-from open_mythos.fields import nearest
+from open_mythos.fields import must, nearest
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
@@ -142,24 +142,33 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     """A recipe with overrides (see :func:`~open_mythos.training.overrides.override`).
 
     The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides. For a recipe of text,
-    ``data=SOURCE`` is short for ``task.options.source=SOURCE task.options.separate=true``.
+    ``data=SOURCE`` (in separate documents), ``tokenizer=KIND`` and ``length=TOKENS`` (of a row) are short for the keys
+    of the task and the evaluation that they stand for.
 
     Raises:
         ValueError: as :func:`recipe` and ``override``, and for options that the task refuses.
     """
     cfg = recipe(name)
-    if cfg.task.name == Text.name:
-        assignments = [full for assignment in assignments for full in _in_full(assignment)]
-    assignments = list(assignments)
+    assignments = [full for assignment in assignments for full in _in_full(cfg, assignment)]
     cfg = override(cfg, assignments)
     if not any(assignment.startswith("model.vocab_size=") for assignment in assignments):
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
 
 
-def _in_full(assignment: str) -> list[str]:
-    key, _, source = assignment.partition("=")
-    return [f"task.options.source={source}", "task.options.separate=true"] if key == "data" else [assignment]
+_SHORT = {
+    "data": ("task.options.source={}", "task.options.separate=true"),
+    "tokenizer": ("task.options.tokenizer={}",),
+    "length": ("task.min_difficulty={}", "task.max_difficulty={}", "evaluation.difficulties={}"),
+}
+
+
+def _in_full(cfg: TrainConfig, assignment: str) -> list[str]:
+    key, _, value = assignment.partition("=")
+    if key not in _SHORT:
+        return [assignment]
+    must(cfg.task.name == Text.name, f"{key}= is for recipes of text; {cfg.recipe} makes its own problems")
+    return [full.format(value) for full in _SHORT[key]]
 
 
 def _reasoner(
