@@ -47,6 +47,8 @@ def ship(name: str, run: Path) -> Path:
         model.to(torch.bfloat16)
     model.save_pretrained(target)
     cfg.save(target / TRAINING_FILE)
+    if isinstance(task, Text):
+        task.save_tokenizer(target)
     assert (target / WEIGHTS_FILE).stat().st_size <= MOST_BYTES
     figures, text = of_text(name, model, task, cfg) if isinstance(task, Text) else of_problems(name, model, task, cfg)
     (target / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")

@@ -20,6 +20,7 @@ COMMANDS = {
     "train-gate": "Teach a trained model when to stop, and leave it as it is otherwise.",
     "eval": "Accuracy over difficulty and loops, and what depth does.",
     "report": "One page about a run: curves, and every loop of an example.",
+    "chat": "Talk to a model of text, at any depth, and see every loop.",
     "compare": "Train a model and two that do not loop, and see who wins.",
     "info": "What a variant or a checkpoint costs: parameters, arithmetic, cache.",
     "convert": "Turn a checkpoint of the reference implementation into a model of this library.",

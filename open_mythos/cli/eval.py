@@ -23,7 +23,15 @@ from open_mythos.nn.exits import Exit, parse
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
-from open_mythos.training.runs import METRICS, TRAINING_FILE, evaluation_dir, load_model, model_dir, training_config
+from open_mythos.training.runs import (
+    METRICS,
+    TRAINING_FILE,
+    evaluation_dir,
+    held_out_options,
+    load_model,
+    model_dir,
+    training_config,
+)
 
 
 def eval(
@@ -91,8 +99,8 @@ def settings(
     changes = [f"evaluation.{name}={value}" for name, value in asked.items() if value is not None]
     if cfg.kind != "looped" and loops is None:
         changes.append(f"evaluation.loops={cfg.depths[0]}")  # a baseline has one
-    if cfg.task.name == Text.name:
-        changes.append("task.options.split=held_out")
+    held_out = held_out_options(checkpoint, cfg)
+    changes += [f"task.options.{key}={value}" for key, value in held_out.items()]
     return override(cfg, [*changes, *(f"task.options.{option}" for option in options)])
 
 

@@ -64,7 +64,7 @@ def gather(
     begin = progress or (lambda what: None)
     begin("reading")
     cfg, model = runs.training_config(run), runs.load_model(run).to(find_device("auto"))
-    unseen = {"split": "held_out"} if cfg.task.name == Text.name else {}
+    unseen = runs.held_out_options(run, cfg)
     task = tasks.load(cfg.task.name, **cfg.task.options | unseen)
     begin("measuring")
     found = _evaluation(Path(run), cfg, model, task)

@@ -145,7 +145,8 @@ class Text(Task):
         train, held_out = self.store.parts["train"], self.store.parts["held_out"]
         return (
             f"{self.source}: {train.documents:,} documents of {train.bytes:,} bytes to train on, "
-            f"{train.tokens:,} tokens in {self.n_rows(length):,} rows of {length}; {held_out.documents:,} documents are held out"
+            f"{train.tokens:,} tokens in {self.n_rows(length):,} rows of {length}; "
+            f"{held_out.documents:,} documents are held out"
         )
 
     def save_tokenizer(self, directory: str | Path) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from open_mythos.nn.moe import MoEFFN
 
-
 _PATIENCE = timedelta(hours=12)  # process 0 may have a long corpus to read before the others
 
 

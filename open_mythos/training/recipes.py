@@ -8,7 +8,7 @@ from typing import Any
 from open_mythos import tasks
 from open_mythos.checkpoint import CONFIG_FILE
 from open_mythos.config import MythosConfig
-from open_mythos.fields import nearest
+from open_mythos.fields import must, nearest
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
 from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
@@ -156,16 +156,15 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     """A recipe with overrides (see :func:`~open_mythos.training.overrides.override`).
 
     The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides. For a recipe of text,
-    ``data=SOURCE`` is short for ``task.options.source=SOURCE task.options.separate=true``. With ``start`` among the
-    overrides, the model is of that one's config, and text is read by its tokenizer if it has one.
+    ``data=SOURCE`` (in separate documents), ``tokenizer=KIND`` and ``length=TOKENS`` (of a row) are short for the keys
+    of the task and the evaluation that they stand for. With ``start`` among the overrides, the model is of that one's
+    config, and text is read by its tokenizer if it has one.
 
     Raises:
         ValueError: as :func:`recipe` and ``override``, and for options that the task refuses.
     """
     cfg = recipe(name)
-    if cfg.task.name == Text.name:
-        assignments = [full for assignment in assignments for full in _in_full(assignment)]
-    assignments = list(assignments)
+    assignments = [full for assignment in assignments for full in _in_full(cfg, assignment)]
     given = dict(assignment.split("=", 1) for assignment in assignments if "=" in assignment)
     if "start" in given:
         directory = runs.model_dir(given["start"])
@@ -180,9 +179,19 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     return cfg
 
 
-def _in_full(assignment: str) -> list[str]:
-    key, _, source = assignment.partition("=")
-    return [f"task.options.source={source}", "task.options.separate=true"] if key == "data" else [assignment]
+_SHORT = {
+    "data": ("task.options.source={}", "task.options.separate=true"),
+    "tokenizer": ("task.options.tokenizer={}",),
+    "length": ("task.min_difficulty={}", "task.max_difficulty={}", "evaluation.difficulties={}"),
+}
+
+
+def _in_full(cfg: TrainConfig, assignment: str) -> list[str]:
+    key, _, value = assignment.partition("=")
+    if key not in _SHORT:
+        return [assignment]
+    must(cfg.task.name == Text.name, f"{key}= is for recipes of text; {cfg.recipe} makes its own problems")
+    return [full.format(value) for full in _SHORT[key]]
 
 
 def _reasoner(

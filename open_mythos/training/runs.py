@@ -20,6 +20,9 @@ from open_mythos.checkpoint import SHIPPED, WEIGHTS_FILE, shipped
 from open_mythos.evaluation.summary import FILE
 from open_mythos.fields import nearest
 from open_mythos.model import OpenMythos
+from open_mythos.tasks import tokenizer
+from open_mythos.tasks.text import Text
+from open_mythos.tasks.tokenizer import Tokenizer
 from open_mythos.training.baselines import model_class
 from open_mythos.training.config import TrainConfig
 
@@ -86,6 +89,31 @@ def save_model(model: OpenMythos, cfg: TrainConfig, run: Path) -> Path:
                 shutil.copyfile(found, directory / name)
     cfg.save(directory / TRAINING_FILE)
     return directory
+
+
+def tokenizer_of(source: str | Path) -> Tokenizer:
+    """What the model found by :func:`model_dir` reads and writes text with.
+
+    Raises:
+        ValueError: as :func:`model_dir`, for a damaged ``tokenizer.json``, or if there is none.
+        ImportError: naming the extra to install, if it needs a package that is not there.
+    """
+    directory = model_dir(source)
+    if not (directory / tokenizer.FILE).is_file():
+        raise ValueError(
+            f"{directory} has no {tokenizer.FILE}, so {source} is no model of text; use text-tiny or a run of mythos "
+            f"train text, or put the tokenizer that it was trained with there"
+        )
+    return tokenizer.load(directory)
+
+
+def held_out_options(source: str | Path, cfg: TrainConfig) -> dict[str, str]:
+    """Options that make ``cfg.task``, if it is text, that which training has not seen, in the model's own tokens."""
+    if cfg.task.name != Text.name:
+        return {}
+    directory, trained = model_dir(source), cfg.task.options.get("tokenizer", "bytes") != "bytes"
+    own = {"tokenizer": str(directory)} if trained and (directory / tokenizer.FILE).is_file() else {}
+    return {"split": "held_out", **own}
 
 
 def load_model(source: str | Path) -> OpenMythos:

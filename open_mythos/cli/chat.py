@@ -1,0 +1,195 @@
+"""``mythos chat``: talk to a model of text in the terminal, at any depth, and see what it thought after each loop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.text import Text
+
+from open_mythos.cli.console import clear_errors, console, table
+from open_mythos.generation.conversation import Conversation, Template
+from open_mythos.generation.sampling import Sampling
+from open_mythos.nn.exits import parse
+from open_mythos.training.checks import find_device
+from open_mythos.training.runs import load_model, model_dir, tokenizer_of
+
+HELP = """\
+/loops N        think for N loops from now on; the same weights, deeper
+/trace [N]      the likeliest token after each loop, where the last N tokens stand (8)
+/temperature T  0 takes the likeliest token
+/reset          forget what was said
+/help           this
+/quit           leave; so does the end of the input. Ctrl-C ends a reply"""
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A run, a model's directory, or a shipped model such as text-tiny.")],
+    loops: Annotated[int | None, typer.Option(min=1, help="For every token; the model's own if left out.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = 50,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens of this probability.")] = None,
+    exit: Annotated[
+        str | None, typer.Option(help="Let tokens stop early: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="To get the same replies again.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Talk to a model of text, at any depth."""
+    with clear_errors():
+        at = find_device(device)
+        loaded, tokenizer = load_model(model).to(at), tokenizer_of(model)
+        if at.type == "cpu":
+            loaded.float()  # which a CPU does faster than half precision
+        generator = torch.Generator(at)
+        _ = generator.seed() if seed is None else generator.manual_seed(seed)
+        sampling, leave = Sampling(temperature, top_k or None, top_p), None if exit is None else parse(exit)
+        talk = Conversation(loaded, tokenizer, loops, sampling, leave, template_of(model_dir(model)), generator)
+    how = "chats" if talk.template else "goes on with your text; it was not taught to answer"
+    console.print(f"{model}: {talk.n_loops} loops. It {how}. /help", style="dim", highlight=False, markup=False)
+    for line in lines():
+        if not line.startswith("/"):
+            answer(talk, line, max_tokens)
+        elif line.strip() in ("/quit", "/exit"):
+            break
+        else:
+            command(talk, line)
+    console.print(f"Next: look inside, [bold]mythos diagnose {escape(model)}[/bold].", highlight=False, soft_wrap=True)
+
+
+def template_of(directory: Path) -> Template | None:
+    """The chat template that lies beside a model, if one does.
+
+    Raises:
+        ImportError: naming the extra to install, without ``transformers``.
+    """
+    config, beside = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    if not beside.is_file() and not (config.is_file() and "chat_template" in config.read_text()):
+        return None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("this model's chat template needs transformers: pip install 'open-mythos[hf]'") from error
+    theirs = AutoTokenizer.from_pretrained(directory)
+    return lambda messages: list(theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def lines() -> Iterator[str]:
+    """What the user types, without empty lines; of a pipe its lines."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (history and editing in input(); not everywhere)
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.strip():
+            yield line
+
+
+def answer(talk: Conversation, line: str, max_tokens: int) -> None:
+    """Print a reply as it comes. Ctrl-C ends it, and nothing else."""
+    before, started = time.perf_counter(), False
+    n_before = 0
+    try:
+        for text in talk.reply(line, max_tokens):
+            if not started:
+                started, n_before, before = True, len(talk.ids), time.perf_counter()
+            sys.stdout.write(shown(text))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write(" [stopped]")
+    except ValueError as error:
+        console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if (new := len(talk.ids) - n_before) > 1 and started and sys.stdout.isatty():
+        speed = new / (time.perf_counter() - before)
+        console.print(f"{talk.n_loops} loops, {speed:.0f} tokens/s", style="dim", highlight=False)
+
+
+def shown(text: str) -> str:
+    """Text as a terminal may print it: without its control characters."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+# -- commands
+
+
+def command(talk: Conversation, line: str) -> None:
+    """Do what a line that begins with a slash says."""
+    name, *values = line.split()
+    if name not in COMMANDS:
+        console.print(f"there is no {name}", style="red", highlight=False, markup=False)
+        console.print(HELP, style="dim", highlight=False, markup=False)
+        return
+    try:
+        COMMANDS[name](talk, *values)
+    except (ValueError, TypeError) as error:
+        reason = str(error) if isinstance(error, ValueError) and "literal" not in str(error) else "that is not how"
+        console.print(Text(f"{line}: {reason}; see /help", style="red"), soft_wrap=True)
+
+
+def set_loops(talk: Conversation, n: str = "") -> None:
+    if n:
+        talk.n_loops = int(n)
+    console.print(f"{talk.n_loops} loops", style="dim", highlight=False)
+
+
+def set_temperature(talk: Conversation, temperature: str) -> None:
+    talk.sampling = Sampling(float(temperature), talk.sampling.top_k, talk.sampling.top_p)
+    console.print(f"temperature {talk.sampling.temperature:g}", style="dim", highlight=False)
+
+
+def forget(talk: Conversation) -> None:
+    talk.reset()
+    console.print("forgotten", style="dim")
+
+
+def show_help(talk: Conversation) -> None:
+    console.print(HELP, highlight=False, markup=False)
+
+
+def show_trace(talk: Conversation, n: str = "8") -> None:
+    """A row for each loop, a column for each of the last tokens; bold from where it stays."""
+    said, loops = talk.trace(int(n))
+
+    def word(token: int) -> str:
+        known = token < len(talk.tokenizer.pieces)
+        if token == talk.tokenizer.eos:
+            return "<eos>"
+        return repr(talk.tokenizer.decode([token]))[1:-1].replace(" ", "␣") if known else f"<{token}>"
+
+    grid = table("the likeliest token after each loop, and its probability", "loop", *map(word, said))
+    settled = [_settled([row[i][0] for row in loops]) for i in range(len(said))]
+    for loop, row in enumerate(loops):
+        cells = [
+            Text(f"{word(token)} {probability:.2f}".replace("0.", "."), "bold" if loop >= settled[i] else "")
+            for i, (token, probability) in enumerate(row)
+        ]
+        grid.add_row(str(loop + 1), *cells)
+    console.print(grid)
+    console.print("bold: it does not change any more. Above each column, what was said.", style="dim", highlight=False)
+
+
+def _settled(tokens: list[int]) -> int:
+    """The first loop from which on nothing changes."""
+    return max((i + 1 for i, token in enumerate(tokens) if token != tokens[-1]), default=0)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "/loops": set_loops, "/trace": show_trace, "/temperature": set_temperature, "/reset": forget, "/help": show_help,
+}  # fmt: skip

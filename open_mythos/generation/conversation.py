@@ -1,0 +1,170 @@
+"""A text that a person and a model write in turns, over one cache."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from open_mythos.cache import KVCache
+from open_mythos.fields import must
+from open_mythos.generation.sampling import Sampling
+from open_mythos.nn.exits import Exit
+from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.recurrent import check_n_loops
+from open_mythos.tasks.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
+
+Messages = list[dict[str, str]]
+"""As chat templates take them: ``{"role": "user" or "assistant", "content": text}`` each."""
+Template = Callable[[Messages], list[int]]
+"""From messages, the last a user's, to the tokens that a reply should follow."""
+
+
+class Conversation:
+    """What was said, and what the model says next.
+
+    Without a ``template`` a reply is simply how the text goes on: all turns so far, each on a line of its own.
+
+    Args:
+        model: run in eval mode for each token, and put back after it.
+        tokenizer: what the model was trained with.
+        n_loops: loops for every token, ``cfg.max_loop_iters`` if None; may be changed at any time (:attr:`n_loops`).
+        sampling: how tokens are drawn; may be changed at any time.
+        exit: when a position stops looping; see :meth:`OpenMythos.forward`.
+        template: turns messages into tokens, for a model that was taught to chat.
+        generator: random state to draw from.
+
+    Raises:
+        ValueError: for a tokenizer with more tokens than the model.
+    """
+
+    def __init__(
+        self,
+        model: OpenMythos,
+        tokenizer: Tokenizer,
+        n_loops: int | None = None,
+        sampling: Sampling | None = None,
+        exit: Exit | None = None,
+        template: Template | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        must(
+            len(tokenizer.pieces) <= model.cfg.vocab_size,
+            f"the tokenizer has {len(tokenizer.pieces)} tokens and the model {model.cfg.vocab_size}, so they do not "
+            f"belong together; use the tokenizer that the model was trained with",
+        )
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.sampling, self.exit, self.generator = sampling or Sampling(), exit, generator
+        self._n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
+        self._cache, self._held = KVCache(), list[int]()  # the tokens whose rows the cache holds
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages: Messages = []
+        self.ids: list[int] = []  # the whole text, the last reply included
+        self._forget_cache()
+
+    @property
+    def n_loops(self) -> int:
+        """Loops for every token. Setting it leaves what was said, which is then read again."""
+        return self._n_loops
+
+    @n_loops.setter
+    def n_loops(self, n_loops: int) -> None:
+        self._n_loops = check_n_loops(n_loops, self.model.cfg.max_loop_iters)
+        self._forget_cache()
+
+    def reply(self, said: str, max_new_tokens: int = 256) -> Iterator[str]:
+        """What the model answers, in pieces of whole characters, as they come.
+
+        Whoever stops listening leaves a reply that ends there. Of a text too long for the model the oldest part is
+        forgotten.
+
+        Args:
+            said: by the user.
+            max_new_tokens: of the reply, at most; half of what the model can hold is the limit.
+        """
+        room = self.model.cfg.max_seq_len
+        max_new_tokens = min(max_new_tokens, room // 2)
+        self.messages.append({"role": "user", "content": said})
+        self.ids = self._prompt(room - max_new_tokens)
+        must(len(self.ids) > 0, "there is nothing to go on from; say something")
+        reply = {"role": "assistant", "content": ""}
+        self.messages.append(reply)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for _ in range(max_new_tokens):
+            token = int(self.sampling.draw(self._logits(), self.generator))
+            if token == self.tokenizer.eos:
+                break
+            self.ids.append(token)
+            if text := decoder.decode(self._piece(token)):
+                reply["content"] += text
+                yield text
+        if text := decoder.decode(b"", final=True):
+            reply["content"] += text
+            yield text
+
+    @torch.no_grad()
+    def trace(self, n: int = 8) -> tuple[list[int], list[list[tuple[int, float]]]]:
+        """What the model would have said after each loop where the last ``n`` tokens of the text stand.
+
+        Returns:
+            These tokens, n or as many as there are; and for each loop the likeliest token at each place and its
+            probability. Loops end where every position has halted.
+
+        Raises:
+            ValueError: if nothing was said.
+        """
+        must(len(self.ids) > 1 and n >= 1, "there is nothing to trace yet; say something first")
+        n = min(n, len(self.ids) - 1)
+        model, found = self.model, []
+        with eval_mode(model):
+            e, freqs, mask = model.encode(self._tensor(self.ids[:-1]))
+            first, readout = model.first_state(e), model.readout(freqs, mask)
+            for state in model.recurrent.iterate(first, e, freqs, mask, self.n_loops, exit=self.exit, readout=readout):
+                logits = model.head(model.decode(state.h, freqs, mask)[0, -n:])
+                probability, token = logits.float().softmax(-1).max(-1)
+                found.append(list(zip(token.tolist(), probability.tolist(), strict=True)))
+        return self.ids[-n:], found
+
+    def _piece(self, token: int) -> bytes:
+        # A model may have more tokens than its tokenizer, so that their number is round.
+        return self.tokenizer.pieces[token] if token < len(self.tokenizer.pieces) else b""
+
+    def _prompt(self, room: int) -> list[int]:
+        """All that a reply follows, in at most ``room`` tokens."""
+        if self.template is not None:
+            while len(ids := self.template(self.messages)) > room and len(self.messages) > 1:
+                del self.messages[:2]
+            return ids[-room:]
+        said = self.messages[-1]["content"]
+        start = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
+        if self.ids and self._piece(self.ids[-1])[-1:] != b"\n":
+            said = "\n" + said
+        return ((self.ids or start) + self.tokenizer.encode([said]).tolist())[-room:]
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        """Of what follows ``ids``, (1, vocab_size); what the cache holds of them is not computed again."""
+        same = (mine == other for mine, other in zip(self._held, self.ids[:-1], strict=False))
+        known = sum(takewhile(bool, same))
+        self._cache.truncate(known)
+        new, self._held = self.ids[known:], []  # whoever interrupts what follows leaves half a token in the cache
+        with eval_mode(self.model):
+            logits = self.model(self._tensor(new), self.n_loops, self._cache, exit=self.exit)[:, -1]
+        self._held = list(self.ids)
+        return logits
+
+    def _forget_cache(self) -> None:
+        self._cache, self._held = KVCache(), list[int]()
+
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=self.model.embed.weight.device)
