@@ -1,7 +1,9 @@
 # make demo   train a small model, watch depth pay, find picture, table and checkpoint in runs/demo
 # make test   lint, types and the whole test suite
+# make docs   the documentation as a site, in site/
+# make notebooks   run them again, and keep what they print and draw
 #
-# Both make .venv if there is none. To use a torch of your own (CUDA, 2.11 or later), install it into .venv first,
+# All make .venv if there is none. To use a torch of your own (CUDA, 2.11 or later), install it into .venv first,
 # or make the environment with: python3 -m venv --system-site-packages .venv
 
 PYTHON ?= python3
@@ -9,13 +11,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.open-mythos-installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test docs notebooks lint install clean
 
 demo: install
 	$(BIN)/mythos demo
 
 test: install lint
 	$(BIN)/python -m pytest
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Next: open site/index.html, or $(BIN)/python -m mkdocs serve"
+
+notebooks: install
+	$(BIN)/python notebooks/execute.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -31,4 +40,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs site build dist *.egg-info

@@ -1,0 +1,211 @@
+"""A looped model with experts beside a dense Transformer of twice the parameters: loss, latency, operations, memory.
+
+    python benchmarks/dense.py [--seeds 0 1 2] [--jobs 2] [--repeat 7] [--only loss|speed] [--out FILE]
+
+Both are this library's own blocks, trained by the same text, steps and optimizer; each takes the learning rate, of
+three, with which it does best on seed 0. The looped model is trained once, at 1 to 8 loops at random, and measured at
+every depth; at 8 loops it does as many operations a token as the dense one. Speed and memory are measured as in
+speed.py: a process each, which take turns, one thread. A quarter of an hour on two cores; trained models are kept in
+runs/dense, and training goes on where it was stopped. Keep the machine free of other work.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from datetime import date
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from speed import measure
+from speed_cases import Case, Task
+
+from open_mythos import MythosConfig
+from open_mythos.diagnostics import cache_bytes_per_token, flops_per_token, parameters
+from open_mythos.diagnostics.machine import describe
+from open_mythos.training.config import LoopConfig, TrainConfig
+from open_mythos.training.fit import Watch, fit, load_evaluation
+from open_mythos.training.recipes import recipe
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "dense"
+LOOPS = (1, 2, 4, 8)
+RATES = (2.5e-4, 5e-4, 1e-3)
+CONTEXT, TRAINED, FP32 = 512, (8, 128), 4  # tokens of a prompt; rows and tokens of a training step; bytes
+
+LOOPED = MythosConfig(
+    vocab_size=257, dim=128, n_heads=4, n_kv_heads=2, max_seq_len=1024, max_loop_iters=8, prelude_layers=1,
+    coda_layers=1, attn_type="gqa", rope_theta=1e4, n_experts=8, n_shared_experts=1, n_experts_per_tok=2,
+    expert_dim=128, lora_rank=4, halting=False, warm_start=False,
+)  # fmt: skip
+# Six blocks: the recurrent block, run once, is one more layer, with an ordinary feed-forward and no local heads.
+DENSE = replace(
+    LOOPED, dim=192, n_heads=6, n_kv_heads=3, max_loop_iters=1, prelude_layers=3, coda_layers=2, local_window=0,
+    n_experts=1, n_shared_experts=0, n_experts_per_tok=1, expert_dim=256, lora_rank=0,
+)  # fmt: skip
+MODELS = {"looped": (LOOPED, LOOPS), "dense": (DENSE, (1,))}
+
+
+# -- loss
+
+
+def run_config(name: str, rate: float, seed: int) -> TrainConfig:
+    """The text recipe, with this model, rate and seed."""
+    model, loops = MODELS[name]
+    cfg = recipe("text")
+    cfg.model, cfg.seed, cfg.optim.lr = model, seed, rate
+    cfg.batch_size, cfg.task.min_difficulty, cfg.task.max_difficulty = TRAINED[0], TRAINED[1], TRAINED[1]
+    cfg.loops = LoopConfig("uniform", minimum=1, maximum=max(loops), gradient="all")
+    cfg.evaluation.loops = list(loops)
+    return cfg
+
+
+def bits(cfg: TrainConfig, run: Path) -> dict[int, float]:
+    """Held-out bits per byte by loops of a run, which is made or finished first if need be."""
+    torch.set_num_threads(1)
+    if not (run / "evaluation.json").is_file():
+        fit(cfg, run, "auto", Watch(say=lambda message: None))
+    found = load_evaluation(run)
+    assert isinstance(found, dict)
+    return found
+
+
+def losses(seeds: list[int], jobs: int) -> dict[str, Any]:
+    """Of each model: the rate that was best on the first seed at most loops, what all rates gave, bits of every seed."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+        def all_bits(asked: list[tuple[str, float, int]], what: str) -> list[dict[int, float]]:
+            runs = [RUNS / f"{name}-{rate:g}-{seed}" for name, rate, seed in asked]
+            found = pool.map(bits, [run_config(*job) for job in asked], runs)
+            return list(track(found, what, len(asked), console=Console(stderr=True), transient=True))
+
+        tried = [(name, rate, seeds[0]) for name in MODELS for rate in RATES]
+        deepest = (found[max(found)] for found in all_bits(tried, "learning rates"))
+        by_rate = dict(zip(tried, deepest, strict=True))
+        rates = {name: min(RATES, key=lambda rate: by_rate[name, rate, seeds[0]]) for name in MODELS}
+        chosen = [(name, rates[name], seed) for name in MODELS for seed in seeds]
+        found = dict(zip(chosen, all_bits(chosen, "seeds"), strict=True))
+    return {
+        name: {
+            "rate": rates[name],
+            "by_rate": {f"{rate:g}": by_rate[name, rate, seeds[0]] for rate in RATES},
+            "bits": {str(n): [found[name, rates[name], seed][n] for seed in seeds] for n in loops},
+        }
+        for name, (_, loops) in MODELS.items()
+    }
+
+
+# -- speed and memory
+
+
+def case(work: str, what: str, compiled: bool = False) -> Case:
+    """The dense model and every depth of the looped one at a piece of work, and what each takes beside the dense."""
+    batch, tokens = TRAINED if work in ("train", "memory") else (1, CONTEXT)
+    sides = {}
+    for name, (model, loops) in MODELS.items():
+        sizes = {key: value for key, value in asdict(model).items() if key != "halting"}
+        for n in loops:
+            sides[side(name, n)] = Task("ours", work, sizes, n, batch, tokens, compile=compiled)
+    return Case(what, sides, [(name, "dense") for name in sides if name != "dense"])
+
+
+def side(name: str, loops: int) -> str:
+    return name if name == "dense" else f"{name} {loops}"
+
+
+CASES = {
+    "train": case("train", "training"),
+    "prefill": case("prefill", "prompts"),
+    "decode": case("decode", "decoding"),
+    "compiled": case("decode", "decoding, compiled", compiled=True),
+    "memory": case("memory", "memory of a training step"),
+}
+UNIT = {"memory": "growth MB"}  # of the others: tokens/s
+
+
+def speeds(repeat: int, say: Any) -> dict[str, Any]:
+    """For every case and side, what each turn measured."""
+    found = {}
+    for name, asked in CASES.items():
+        turns = measure(asked, {"ours": Path(sys.executable)}, 1, repeat, partial(_say, say, name))
+        unit = UNIT.get(name, "tokens/s")
+        found[name] = {of: sides[unit] for of, sides in turns["sides"].items()}
+    return found
+
+
+def _say(say: Any, name: str, what: str) -> None:
+    say(f"{name}: {what}")
+
+
+# -- results
+
+
+def rows(results: dict[str, Any]) -> Iterator[list[str]]:
+    """A line for each depth of the looped model, and one for the dense."""
+    loss, speed = results["loss"], results["speed"]
+    for name, (cfg, loops) in MODELS.items():
+        count = parameters(cfg)
+        for n in loops:
+            found = loss[name]["bits"][str(n)]
+            reached = {what: median(sides[side(name, n)]) for what, sides in speed.items() if side(name, n) in sides}
+            step = math.prod(TRAINED) / reached["train"]
+            yield [
+                f"looped, {n} loop{'s' * (n > 1)}" if name == "looped" else "dense, 6 layers",
+                f"{count.total / 1e6:.2f} ({count.active / 1e6:.2f})",
+                f"{mean(found):.3f} ({min(found):.3f} – {max(found):.3f})",
+                f"{flops_per_token(cfg, n, CONTEXT) / 1e6:.2f}",
+                f"{1000 * CONTEXT / reached['prefill']:.0f}",
+                f"{1000 / reached['decode']:.2f}",
+                f"{1000 / reached['compiled']:.2f}" if "compiled" in reached else "",
+                f"{1000 * step:.0f}",
+                f"{reached['memory']:.0f}",
+                f"{cache_bytes_per_token(cfg, n, FP32) / 1000:.1f}",
+            ]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The README's table."""
+    columns = [
+        "model", "parameters, M (active)", "held-out bits per byte: mean (least – greatest)", "MFLOP a token",
+        "prompt, ms", "decoding, ms a token", "compiled", "training step, ms", "its memory, MB", "cache, kB a token",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(results))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="models that are trained at a time, one thread each")
+    parser.add_argument("--repeat", type=int, default=7, help="turns that every side takes")
+    parser.add_argument("--only", choices=("loss", "speed"), help="keep the rest of the last results")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "dense.json")
+    args = parser.parse_args()
+    console, screen = Console(), Console(stderr=True)
+    torch.set_num_threads(1)
+    results = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    if args.only != "speed":
+        results["loss"] = losses(args.seeds, args.jobs)
+        results["seeds"] = args.seeds
+    if args.only != "loss":
+        with screen.status("") as status:
+            results["speed"] = speeds(args.repeat, status.update)
+        results["conditions"] = describe(torch.device("cpu")) | {"date": date.today().isoformat()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if results.keys() >= {"loss", "speed"}:
+        console.print(markdown(results), highlight=False, soft_wrap=True)
+    console.print(f"Results: {args.out}; trained models: {RUNS}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
