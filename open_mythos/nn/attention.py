@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from open_mythos.cache import Cache, as_cache
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
-from open_mythos.nn.linear import Linear
+from open_mythos.nn.linear import Linear, apply
 from open_mythos.ops.attention import CausalMask, attend, attend_convolved, attend_local, convolved_window
 from open_mythos.ops.rope import rope_rows
 
@@ -94,7 +94,7 @@ class CausalAttention(nn.Module):
         out = self.read(q, rows, mask)
         if mask.valid is not None and (active is None or active.is_everything):  # padding halts after the first loop
             out = without_padding({"out": out}, mask.valid)["out"]  # behind a convolution it sees real tokens
-        return self.wo((active.unpack(out) if active is not None else out).flatten(2))
+        return apply(self.wo, (active.unpack(out) if active is not None else out).flatten(2))
 
     def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
         """Queries (B, T, H, D) and the rows to cache, (B, T, ...) each."""

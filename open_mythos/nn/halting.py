@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import WEIGHT_STD, Linear
+from open_mythos.nn.linear import WEIGHT_STD, Linear, apply
 from open_mythos.ops.linear import rms_norm
 
 _CAUTION = 30.0  # how much worse it is to halt a state that still moves than to run one that has settled
@@ -42,7 +42,7 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Tensor, change: Tensor | None = None) -> Tensor:
         """(B, T, dim) states, and their :func:`relative_change` (B, T), 1 if None, to (B, T) probabilities."""
-        seen = self.hidden(rms_norm(h))
+        seen = apply(self.hidden, rms_norm(h))
         if change is not None:
             seen = seen + (change.to(seen.dtype) + _FINEST).log().unsqueeze(-1) * self.motion / self.std
         found = F.silu(seen) * self.halt.in_features**-0.5

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import WEIGHT_STD, Linear
+from open_mythos.nn.linear import WEIGHT_STD, Linear, apply
 
 
 class LoRAAdapter(nn.Module):
@@ -39,7 +39,7 @@ class LoRAAdapter(nn.Module):
         """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0; (B, 1) integers for one of each row."""
         if self.training:
             self.trained_loops.clamp_(min=loop_t + 1)
-        return nn.functional.linear(self.down(x) * self.row(loop_t), self.B)
+        return nn.functional.linear(apply(self.down, x) * self.row(loop_t), self.B)
 
     def row(self, loop_t: int | Tensor) -> Tensor:
         """The scale of loop ``loop_t``: (rank,), or (B, 1, rank) for one of each row."""

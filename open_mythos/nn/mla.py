@@ -8,7 +8,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
-from open_mythos.nn.linear import Linear, residual_gain, side_by_side
+from open_mythos.nn.linear import Linear, apply, effective_weight, residual_gain, side_by_side
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.attention import CausalMask, attend_convolved, attend_local, convolved_window
 from open_mythos.ops.rope import apply_rope
@@ -48,7 +48,7 @@ class MLAttention(CausalAttention):
 
     def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
         q_latent, kv = side_by_side(x, self.q_down, self.kv_down)
-        q = self.q_up(self.q_norm(q_latent)).unflatten(-1, (self.n_heads, self.nope_dim + self.rope_dim))
+        q = apply(self.q_up, self.q_norm(q_latent)).unflatten(-1, (self.n_heads, self.nope_dim + self.rope_dim))
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         c_kv, k_rope = kv.split([self.latent_dim, self.rope_dim], dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), freqs).squeeze(2)
@@ -111,5 +111,5 @@ class MLAttention(CausalAttention):
 
     def up_projections(self) -> list[Tensor]:
         """Key part (H, nope_dim, R) and value part (H, v_dim, R) of ``kv_up``."""
-        weight = (self.kv_up.weight * self.kv_up.scale).unflatten(0, (self.n_heads, self.nope_dim + self.v_dim))
+        weight = effective_weight(self.kv_up).unflatten(0, (self.n_heads, self.nope_dim + self.v_dim))
         return list(weight.split([self.nope_dim, self.v_dim], dim=1))

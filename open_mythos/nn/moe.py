@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.feed_forward import Expert
-from open_mythos.nn.linear import Linear, fan_in_scale, residual_gain
+from open_mythos.nn.linear import Linear, apply, fan_in_scale, residual_gain
 from open_mythos.ops.experts import expert_counts, grouped_swiglu
 
 
@@ -61,7 +61,7 @@ class MoEFFN(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts (..., topk) int64, best first, and their mixing weights (..., topk) float32."""
-        return self.choose(self.router(x).float())
+        return self.choose(apply(self.router, x).float())
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`route`, from the router's logits (..., n_experts) in float32."""
