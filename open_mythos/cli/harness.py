@@ -45,7 +45,9 @@ def eval_harness(
     except ImportError as error:
         console.print(f"no picture: {error}", markup=False)
     more = f"mythos eval {checkpoint} --harness {names} --loops {2 * max(counts)}"
-    console.print(f"Everything: {path}{also}\nNext: think longer, [bold]{more}[/bold].", highlight=False, soft_wrap=True)
+    console.print(
+        f"Everything: {path}{also}\nNext: think longer, [bold]{more}[/bold].", highlight=False, soft_wrap=True
+    )
 
 
 def as_counts(text: str) -> list[int]:
@@ -69,7 +71,7 @@ def show(curves: list[Curve]) -> None:
     counts = curves[0].loops
     shown = table("score by loops (± standard error)", "task", "metric", "of", *(str(count) for count in counts))
     for curve in curves:
-        best = {True: max, False: min}.get(curve.higher_is_better, lambda values: None)(curve.values)
+        best = None if curve.higher_is_better is None else (max if curve.higher_is_better else min)(curve.values)
         cells = [
             Text(f"{value:.4f}" + ("" if error is None else f" ±{error:.4f}"), "bold" if value == best else "")
             for value, error in zip(curve.values, curve.errors, strict=True)

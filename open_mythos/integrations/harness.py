@@ -103,7 +103,7 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
     """What knows the tasks ``names``. ValueError if there is no such thing."""
     if include is not None:
         if not Path(include).is_dir():
-            raise ValueError(f"include={str(include)!r} is not a directory; give one that holds tasks, a YAML file each")
+            raise ValueError(f"include={str(include)!r} is no directory; give one that holds tasks, a YAML file each")
         own = new(include_path=str(include), include_defaults=False)  # reading the harness's thousands takes seconds
         if set(names) <= set(own.all_tasks):
             return own
@@ -136,8 +136,8 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens and the model {model.config.vocab_size}; they do "
-            f"not belong together"
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens and the model {model.config.vocab_size}; they "
+            f"do not belong together"
         )
     # The harness ends texts by a token and pads with one; token 0 is no text in any of this library's tokenizers.
     tokenizer.eos_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -177,10 +177,13 @@ def _curves(found: list[dict[str, Any]], loops: list[int]) -> list[Curve]:
             errors = [result["results"][task].get(f"{name}_stderr,{chosen}") for result in found]
             curves.append(
                 Curve(
-                    task, name if chosen == "none" else f"{name}, {chosen}",
-                    found[0].get("higher_is_better", {}).get(task, {}).get(name), loops, [float(x) for x in values],
-                    [error if isinstance(error, float) else None for error in errors],
-                    found[0].get("n-samples", {}).get(task, {}).get("effective", 0),
-                )  # fmt: skip
+                    task=task,
+                    metric=name if chosen == "none" else f"{name}, {chosen}",
+                    higher_is_better=found[0].get("higher_is_better", {}).get(task, {}).get(name),
+                    loops=loops,
+                    values=[float(value) for value in values],
+                    errors=[error if isinstance(error, float) else None for error in errors],
+                    n=found[0].get("n-samples", {}).get(task, {}).get("effective", 0),
+                )
             )
     return curves

@@ -20,13 +20,13 @@ from open_mythos.model import OpenMythos
 from open_mythos.report.example import MOST_CELLS, follow
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
+from open_mythos.training.checks import find_device
 from open_mythos.training.compare import RESULTS
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import load_evaluation
 from open_mythos.training.loggers import read_metrics
 from open_mythos.training.overrides import differences, dotted
 from open_mythos.training.recipes import RECIPES, recipe
-from open_mythos.training.checks import find_device
 
 MOST_POINTS = 600
 """Of a training curve; a longer one is thinned."""

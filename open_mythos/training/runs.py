@@ -59,8 +59,8 @@ def home_dir(directory: Path) -> Path:
 
 
 def evaluation_dir(source: str | Path) -> Path:
-    """Where to write what is measured of a model: ``evaluation`` in its run or directory, if that is there to be written
-    to, else in ``runs``."""
+    """Where to write what is measured of a model: ``evaluation`` in its run or directory, or in ``runs`` if that is not
+    ours to write to."""
     home = home_dir(model_dir(source))
     if Path(source).exists() and os.access(home, os.W_OK):
         return home / "evaluation"

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness on tasks that lie beside this file: scores by loops, from Python, `mythos` and `lm_eval`."""
+"""The lm-evaluation-harness on tasks that lie beside this file: scores by loops, three ways to ask for them."""
 
 import json
 import os
@@ -82,8 +82,8 @@ def test_lm_eval_itself_takes_the_loops_as_an_argument(parity, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--harness", "parity_choise", "--include-path", TASKS], "no task 'parity_choise'; did you mean parity_choice"),
-        (["--harness", "parity_choice", "--include-path", "nowhere"], "include='nowhere' is not a directory"),
+        (["--harness", "parity_choise", "--include-path", TASKS], "task 'parity_choise'; did you mean parity_choice"),
+        (["--harness", "parity_choice", "--include-path", "nowhere"], "include='nowhere' is no directory"),
         (["--harness", "parity_choice", "--loops", "1,x"], "--loops '1,x' should be whole numbers"),
         (["--harness", "parity_choice", "--loops", "0", "--include-path", TASKS], "n_loops=0; use an integer of at"),
         (["--harness", "parity_choice", "--task", "parity"], "--task and --harness do not go together"),
