@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos
+from open_mythos.nn.moe import MoEFFN
 
 ATTENTION = ("gqa", "mla")
 TINY: dict[str, Any] = dict(
@@ -47,6 +48,10 @@ TINY: dict[str, Any] = dict(
     halting_tolerance=0.1,
     router_bias_rate=0.01,
     weight_std=0.02,
+    core_layers=1,
+    dense_dim=0,
+    tied_head=True,
+    norm_eps=1e-6,
 )
 
 
@@ -70,7 +75,9 @@ def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0
         gate.halt.weight.normal_(std=3.0 * gate.std)  # the gate divides by what it is stored at
         gate.motion.normal_(std=0.1 * gate.std)
         gate.halt.bias.fill_(gate_bias * gate.std)
-        model.recurrent.block.ffn.router_bias.normal_(std=0.1)
+        for layer in model.recurrent.layers:
+            if isinstance(layer.ffn, MoEFFN):
+                layer.ffn.router_bias.normal_(std=0.1)
         if model.recurrent.lora is not None:
             model.recurrent.lora.B.normal_(std=0.1)
             model.recurrent.lora.scale.weight.normal_()

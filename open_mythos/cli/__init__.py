@@ -20,6 +20,7 @@ COMMANDS = {
     "train-gate": "Teach a trained model when to stop, and leave it as it is otherwise.",
     "eval": "Accuracy over difficulty and loops, and what depth does.",
     "report": "One page about a run: curves, and every loop of an example.",
+    "retrofit": "Make a pretrained model a recurrent-depth one.",
     "compare": "Train a model and two that do not loop, and see who wins.",
     "info": "What a variant or a checkpoint costs: parameters, arithmetic, cache.",
     "bench": "How fast a model trains, reads and decodes here.",

@@ -82,7 +82,9 @@ class Pretrained(Tokenizer):
         byte_of, decoder = _byte_of_character(), str(self._tokenizer.decoder)
         is_byte_level = "ByteLevel" in decoder
         if not is_byte_level and "ByteFallback" not in decoder:
-            raise ValueError(f"{path} is neither of byte-level BPE nor of SentencePiece with bytes; use another model's")
+            raise ValueError(
+                f"{path} is neither of byte-level BPE nor of SentencePiece with bytes; use another model's"
+            )
 
         def piece(i: int) -> bytes:
             name = "" if i in special else names.get(i, "")

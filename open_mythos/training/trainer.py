@@ -21,6 +21,7 @@ from open_mythos.training import baselines, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
+from open_mythos.training.overrides import differences
 
 _DATA, _LOOPS = 1, 2  # streams of random numbers beside torch's own, which draws weights, dropout and noise
 
@@ -236,11 +237,20 @@ def find_device(name: str) -> torch.device:
 
 def _start_from(model: OpenMythos, cfg: TrainConfig) -> None:
     """Give ``model`` the weights that the run starts from."""
-    must(cfg.kind != "unrolled", f"start={cfg.start!r} has one block for all loops and kind='unrolled' many; leave it out")
+    must(
+        cfg.kind != "unrolled",
+        f"start={cfg.start!r} has one block for all loops and kind='unrolled' many; leave it out",
+    )
+    start = runs.load_model(cfg.start)
     try:
-        model.load_state_dict(runs.load_model(cfg.start).state_dict())
+        model.load_state_dict(start.state_dict())
     except RuntimeError as error:
-        raise ValueError(f"start={cfg.start!r} is not of the run's model ({error}); leave out what changes it") from error
+        changed = ", ".join(
+            f"model.{key}={new!r} for {old!r}" for key, (old, new) in differences(start.cfg, cfg.model).items()
+        )
+        raise ValueError(
+            f"start={cfg.start!r} is not of the run's model ({changed}); leave out what changes it"
+        ) from error
 
 
 def _teacher(cfg: TrainConfig, device: torch.device) -> OpenMythos | None:
