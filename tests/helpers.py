@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos
+from open_mythos.nn.moe import MoEFFN
 
 ATTENTION = ("gqa", "mla")
 TINY: dict[str, Any] = dict(
@@ -49,6 +50,10 @@ TINY: dict[str, Any] = dict(
     halting_tolerance=0.1,
     router_bias_rate=0.01,
     weight_std=0.02,
+    core_layers=1,
+    dense_dim=0,
+    tied_head=True,
+    norm_eps=1e-6,
 )
 
 
@@ -71,10 +76,12 @@ def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0
         gate = model.recurrent.act
         std = getattr(gate, "std", 0.05)  # that of a mixture reads states of any size
         gate.halt.weight.normal_(std=3.0 * std)  # the gate divides by what it is stored at
-        gate.halt.bias.fill_(gate_bias * std)
         if model.cfg.recurrence == "injected":
             gate.motion.normal_(std=0.1 * std)
-        model.recurrent.block.ffn.router_bias.normal_(std=0.1)
+        gate.halt.bias.fill_(gate_bias * std)
+        for layer in model.recurrent.layers:
+            if isinstance(layer.ffn, MoEFFN):
+                layer.ffn.router_bias.normal_(std=0.1)
         if model.recurrent.lora is not None:
             model.recurrent.lora.B.normal_(std=0.1)
             model.recurrent.lora.scale.weight.normal_()

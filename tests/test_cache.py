@@ -475,3 +475,19 @@ def test_room_that_was_made_is_used_and_not_outgrown():
         before = [rows.data_ptr() for rows in cache.slot("prelude_0").rows.values()]
         model(ids[:, 5:], 2, kv_cache=cache)
     assert [rows.data_ptr() for rows in cache.slot("prelude_0").rows.values()] == before
+
+
+@pytest.mark.parametrize("exit", [None, StateChange(0.3), PredictionKL(0.05)], ids=str)
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_every_block_of_a_core_has_slots_of_its_own(attn_type, exit):
+    """With the gate, then with exits: positions stop at different loops, and later tokens find what they left."""
+    model, ids = tiny_model(attn_type, core_layers=3), tokens(2, T)
+    cache, halted = KVCache(), loops_used(model, ids, 5, exit=exit).unique()
+    assert len(halted) > 1, halted
+    with torch.no_grad():
+        whole = model(ids, 5, exit=exit)
+        parts = [model(ids[:, span], 5, cache, exit=exit) for span in (slice(0, 5), slice(5, 6), slice(6, T))]
+    assert_near(torch.cat(parts, 1), whole)
+    lengths = cache.lengths()
+    looped = {name for name in lengths if name.startswith("recurrent_loop_")}
+    assert len(looped) == 5 * 3 and {lengths[name] for name in looped} == {T}

@@ -22,6 +22,7 @@ def saved(tmp_path) -> Path:
 
 @pytest.mark.parametrize("changes", [
     {}, dict(lora_rank=0, conv_taps=0, n_shared_experts=0), dict(prelude_layers=0, coda_layers=2, state_norm=False),
+    dict(core_layers=2, n_experts=0, tied_head=False),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_what_is_loaded_gives_identical_logits(tmp_path, attn_type, changes):
@@ -30,7 +31,7 @@ def test_what_is_loaded_gives_identical_logits(tmp_path, attn_type, changes):
     model.eval().save_pretrained(tmp_path)
     loaded = OpenMythos.from_pretrained(tmp_path)
     assert not loaded.training and loaded.cfg == model.cfg and type(loaded) is OpenMythos
-    assert loaded.head.weight is loaded.embed.weight
+    assert (loaded.head.weight is loaded.embed.weight) == model.cfg.tied_head
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     with torch.no_grad():

@@ -36,6 +36,8 @@ VARIATIONS = [
     dict(n_heads=1, n_kv_heads=1, dim=16, n_experts=1, n_experts_per_tok=1),
     dict(n_heads=4, n_kv_heads=1, act_threshold=0.5),
     dict(input_norm=False),
+    dict(core_layers=2, norm_eps=1e-3),
+    dict(core_layers=3, n_experts=0, dense_dim=29, tied_head=False),
 ]
 
 
@@ -53,7 +55,9 @@ def test_model_is_the_reference(attn_type, changes):
         assert_near(actual[real], reference_logits(model, ids, n_loops, attention_mask)[real])
 
 
-@pytest.mark.parametrize("changes", [VARIATIONS[0], VARIATIONS[2], VARIATIONS[6], VARIATIONS[7]], ids=str)
+@pytest.mark.parametrize(
+    "changes", [VARIATIONS[0], VARIATIONS[2], VARIATIONS[6], VARIATIONS[7], *VARIATIONS[-2:]], ids=str
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_gradients_with_halting_are_the_references(attn_type, padded, changes):
@@ -67,7 +71,7 @@ def test_gradients_with_halting_are_the_references(attn_type, padded, changes):
         assert_near(actual[name], expected[name], 5e-5, name)
 
 
-@pytest.mark.parametrize("changes", [VARIATIONS[0], VARIATIONS[5], VARIATIONS[7]], ids=str)
+@pytest.mark.parametrize("changes", [VARIATIONS[0], VARIATIONS[5], VARIATIONS[7], *VARIATIONS[-2:]], ids=str)
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_training_is_the_reference_without_halting(attn_type, changes):
     model, ids, mask = tiny_model(attn_type, **changes).train(), tokens(2, 8), left_padding([8, 5], 8)

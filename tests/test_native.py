@@ -9,6 +9,7 @@ from open_mythos import KVCache
 from open_mythos.generation.native import build
 from open_mythos.generation.native.decoder import CompiledDecoder
 from open_mythos.nn.exits import StableArgmax
+from open_mythos.nn.moe import MoEFFN
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler: install gcc or clang, or set $CC")
 ODD = dict(
@@ -43,7 +44,9 @@ def ids(*shape, high=37):
 def test_every_token_has_the_logits_of_one_pass(kind, n_threads, threads):
     threads(n_threads)
     model, text, cache = a_model(**SHAPES[kind]), ids(2, 110), KVCache()
-    model.recurrent.block.ffn.router_bias.normal_()
+    for layer in model.recurrent.layers:
+        if isinstance(layer.ffn, MoEFFN):
+            layer.ffn.router_bias.normal_()
     if model.recurrent.lora is not None:
         model.recurrent.lora.trained_loops.fill_(3)
     whole = model(text, 5)

@@ -290,8 +290,8 @@ def is_own(part: nn.Module, own: tuple[type[nn.Module], ...]) -> bool:
 
 
 _OWN = (
-    TransformerBlock, CoreBlocks, GQAttention, MLAttention, MoEFFN, Expert, Linear, RMSNorm, ShortConv, LTIInjection, nn.ModuleList,
-    nn.Dropout,
+    TransformerBlock, CoreBlocks, GQAttention, MLAttention, MoEFFN, Expert, Linear, RMSNorm, ShortConv, LTIInjection,
+    nn.ModuleList, nn.Dropout,
 )  # fmt: skip
 
 

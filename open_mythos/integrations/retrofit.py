@@ -10,6 +10,7 @@ does with the layers that were kept, each run once; with all of them kept, it is
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,9 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     directory, options = _located(Path(source)) if Path(source).exists() else (str(source), {})
     try:
         with _quietly(transformers):
+            if not options:  # of a GGUF file, reading the config takes as long as reading it all
+                _check_family(transformers.AutoConfig.from_pretrained(directory))
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-            config = transformers.AutoConfig.from_pretrained(directory, **options)
-            _check_family(config)
             model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
     except OSError as error:
         what = "cannot be read" if Path(source).exists() else "is no directory, and no model came from the hub"
@@ -173,17 +174,16 @@ def _located(path: Path) -> tuple[Path, dict[str, str]]:
 
 @contextlib.contextmanager
 def _quietly(transformers: Any) -> Iterator[None]:
-    """Without transformers' own bars and remarks, which it writes wherever stderr goes."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    """Without bars, and without remarks of libraries that it imports."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        log.set_verbosity(level)
+        logging.disable(logging.NOTSET)
         if bars:
-            log.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _check_family(config: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.halting import ACTHalting
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.training.config import TrainConfig
@@ -31,7 +31,7 @@ class UntiedBlocks(RecurrentBlock):
             del block.act  # one is enough, and it is never asked
 
     @property
-    def block(self) -> TransformerBlock:  # type: ignore[override]
+    def block(self) -> TransformerBlock | CoreBlocks:  # type: ignore[override]
         """The first loop's block."""
         return cast(RecurrentBlock, self.blocks[0]).block
 

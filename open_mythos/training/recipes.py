@@ -134,7 +134,8 @@ def debug() -> TrainConfig:
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     made.__name__: made
     for made in (
-        parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal, debug,
+        parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal,
+        debug,
     )
 }  # fmt: skip
 

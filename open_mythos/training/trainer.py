@@ -23,6 +23,7 @@ from open_mythos.training.checks import check_fit, find_device
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
+from open_mythos.training.overrides import differences
 
 _DATA, _LOOPS, _RANKS = (
     1,
@@ -265,11 +266,15 @@ def _start_from(model: OpenMythos, cfg: TrainConfig) -> None:
         cfg.kind != "unrolled",
         f"start={cfg.start!r} has one block for all loops and kind='unrolled' many; leave it out",
     )
+    start = runs.load_model(cfg.start)
     try:
-        model.load_state_dict(runs.load_model(cfg.start).state_dict())
+        model.load_state_dict(start.state_dict())
     except RuntimeError as error:
+        changed = ", ".join(
+            f"model.{key}={new!r} for {old!r}" for key, (old, new) in differences(start.cfg, cfg.model).items()
+        )
         raise ValueError(
-            f"start={cfg.start!r} is not of the run's model ({error}); leave out what changes it"
+            f"start={cfg.start!r} is not of the run's model ({changed}); leave out what changes it"
         ) from error
 
 

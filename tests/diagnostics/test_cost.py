@@ -22,7 +22,10 @@ from open_mythos.diagnostics import (
 )
 from open_mythos.diagnostics.cost import FLOPS_PER_MULTIPLY_ADD
 
-CHANGES = [{}, {"conv_taps": 0, "lora_rank": 0, "local_window": 0}, {"n_shared_experts": 0, "prelude_layers": 2}]
+CHANGES = [
+    {},
+    {"conv_taps": 0, "lora_rank": 0, "local_window": 0}, {"n_shared_experts": 0, "prelude_layers": 2},
+           {"core_layers": 2}, {"core_layers": 2, "n_experts": 0, "dense_dim": 20, "tied_head": False}]  # fmt: skip
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
@@ -31,7 +34,7 @@ def test_parameters_of_a_real_model(attn_type, changes):
     model = tiny_model(attn_type, **changes)
     count, cfg = parameters(model.cfg), model.cfg
     assert count.total == sum(p.numel() for p in model.parameters())
-    idle = cfg.n_experts - cfg.n_experts_per_tok
+    idle = cfg.core_layers * (cfg.n_experts - cfg.n_experts_per_tok) if cfg.n_experts else 0
     assert count.total - count.active == idle * 3 * cfg.dim * cfg.expert_dim
 
 

@@ -90,6 +90,15 @@ def test_a_replaced_expert_forward_is_used_and_counted():
     assert called and found.expert_load.sum() == found.loops_used.sum() * model.cfg.n_experts_per_tok
 
 
+@pytest.mark.parametrize("n_experts", [4, 0])
+def test_experts_of_all_blocks_of_a_core_are_counted_together(n_experts):
+    model, ids = tiny_model(core_layers=2, n_experts=n_experts), tokens(2, 6)
+    found, cfg = trace(model, ids, LOOPS), model.cfg
+    assert found.expert_load.shape == (LOOPS, n_experts)
+    assert found.expert_load.sum() == (found.loops_used.sum() * 2 * cfg.n_experts_per_tok if n_experts else 0)
+    assert found.loops_used.unique().numel() > 1
+
+
 def test_leaves_no_trace_in_the_model():
     model = tiny_model(dropout=0.5).train()
     model.coda.eval()

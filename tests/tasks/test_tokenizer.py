@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,46 @@ def test_byte_pairs_shorten_what_they_were_trained_on_and_repeat() -> None:
     assert len(made.pieces) == 280 and made.pieces == again.pieces
     assert len(set(made.pieces)) == 280 and {bytes([b]) for b in range(256)} < set(made.pieces)
     assert len(made.encode(CORPUS)) < len(Tokenizer().encode(CORPUS)) / 2
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories of a byte-level tokenizer with a special token, and of one as SentencePiece's are."""
+    tokenizers, root = pytest.importorskip("tokenizers"), tmp_path_factory.mktemp("pretrained")
+    level = tokenizers.ByteLevelBPETokenizer()
+    level.train_from_iterator(CORPUS, 300, special_tokens=["<|end|>"], show_progress=False)
+    names = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "\u2581a"]
+    piece = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {name: i for i, name in enumerate(names)}, [("\u2581", "a")], byte_fallback=True, unk_token="<unk>"
+    ))  # fmt: skip
+    piece.add_special_tokens(["<unk>"])
+    piece.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    piece.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
+    for name, made in (("level", level), ("piece", piece), ("words", words)):
+        (root / name).mkdir()
+        made.save(str(root / name / "tokenizer.json"))
+    return root
+
+
+@pytest.mark.parametrize("kind", ["level", "piece"])
+@given(TEXTS.filter(lambda text: "\u2581" not in text and "<" not in text))
+def test_a_pretrained_tokenizer_keeps_its_numbers_and_is_lossless(pretrained: Path, kind: str, text: str) -> None:
+    import tokenizers
+
+    made = tokenizer(str(pretrained / kind), [])
+    ids = made.encode([text, " a"])
+    whole = tokenizers.Tokenizer.from_file(str(pretrained / kind / "tokenizer.json"))
+    assert ids.tolist() == whole.encode(text).ids + whole.encode(" a").ids
+    assert b"".join(made.pieces[i] for i in ids) == f"{text} a".encode() and made.decode(ids) == f"{text} a"
+    assert len(made.pieces) == whole.get_vocab_size() and made.pieces[0] == b"", "special tokens stand for nothing"
+
+
+def test_pretrained_tokenizers_that_will_not_do(pretrained: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer='nowhere'; use .* or a folder with a tokenizer\.json"):
+        tokenizer("nowhere", [])
+    with pytest.raises(ValueError, match="neither of byte-level BPE nor of SentencePiece"):
+        tokenizer(str(pretrained / "words"), [])
 
 
 def test_what_is_not_utf8_is_shown_as_such() -> None:

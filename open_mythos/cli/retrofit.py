@@ -1,0 +1,96 @@
+"""``mythos retrofit``: make a recurrent-depth model of a pretrained one, and prove that nothing is lost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.markup import escape
+from torch import Tensor
+
+from open_mythos.cli.console import clear_errors, console, fail, progress, table
+from open_mythos.integrations import retrofit as surgery
+
+SAMPLE = (
+    "A river does not hurry, and yet it arrives. In spring the snow of the mountains melts, and what was white and "
+    "silent becomes brown and loud; by summer the water is clear again, and children count the stones on its bed. "
+    "17 + 25 = 42, they say, and then: def total(stones): return sum(stones.values())"
+)
+
+
+def retrofit(
+    source: Annotated[str, typer.Argument(help="A Llama: directory, GGUF file, or name on the hub.")],
+    prelude: Annotated[int, typer.Option(help="First layers, run once.")] = 4,
+    core: Annotated[int, typer.Option(help="Layers before the coda's, run in a loop.")] = 8,
+    coda: Annotated[int, typer.Option(help="Last layers, run once.")] = 4,
+    loops: Annotated[int, typer.Option(help="Loops by default, and greatest number that is shown.")] = 4,
+    decay: Annotated[float, typer.Option(help="Share of the state in what a loop reads; the rest is the input.")] = 0.5,
+    text: Annotated[Path | None, typer.Option(help="File to compare on, instead of a few built-in sentences.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write; runs/retrofit if left out.")] = None,
+) -> None:
+    """Make a pretrained decoder a recurrent-depth model: layers become prelude, core and coda."""
+    directory = out or Path("runs") / "retrofit"
+    with clear_errors(), progress(4) as begin:
+        split = surgery.Split(prelude, core, coda)
+        sample = SAMPLE if text is None else text.read_text()
+        begin("loading the original")
+        original, tokenizer = surgery.load_original(source)
+        n_layers = len(original.model.layers)
+        begin("surgery")
+        model = surgery.retrofit(original, split, loops, decay)
+        ids = tokenizer(sample, return_tensors="pt").input_ids[:, : min(512, model.cfg.max_seq_len)]
+        begin("comparing")
+        rows = {f"the original, {n_layers} layers": bits(surgery.logits_of(original, ids), ids, tokenizer)}
+        surgery.truncate(original, split)
+        logits = surgery.logits_of(original, ids)
+        apart = surgery.difference(model, logits, ids)
+        rows[f"its {prelude + core + coda} layers that were kept"] = bits(logits, ids, tokenizer)
+        for n_loops in (2**i for i in range(loops.bit_length())):
+            with torch.no_grad():
+                rows[f"the new model, {n_loops} loops"] = bits(model(ids, n_loops), ids, tokenizer)
+        if not apart <= surgery.TOLERANCE:
+            fail(f"logits differ by {apart:.1e} of the largest, more than {surgery.TOLERANCE:g}; nothing was written")
+        begin("saving")
+        surgery.save(model, tokenizer, directory)
+    show_layers(split, n_layers)
+    show_bits(rows, ids.shape[1])
+    largest = float(logits.abs().max())
+    whole = prelude + core + coda == n_layers
+    console.print(
+        f"At one loop its logits are those of {'the original' if whole else 'the layers that were kept'}: they differ "
+        f"by {apart * max(1.0, largest):.1e} at most, of up to {largest:.0f}.\n"
+        f"Model and tokenizer: {directory}\n"
+        f"Next: teach it to use its loops with [bold]mythos train heal start={escape(str(directory))}[/bold].",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def bits(logits: Tensor, ids: Tensor, tokenizer: object) -> float:
+    """Bits for a byte of the text, the first token left out."""
+    nats = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+    n_bytes = len(tokenizer.decode(ids[0, 1:]).encode())  # type: ignore[attr-defined]
+    return float(nats) / math.log(2) / n_bytes
+
+
+def show_layers(split: surgery.Split, n_layers: int) -> None:
+    prelude, core, coda = split.layers(n_layers)
+    dropped = range(prelude.stop, core.start)
+    shown = table("layers of the original", "part", "layers", "run")
+    for part, layers, run in (
+        ("prelude", prelude, "once"), ("dropped", dropped, "never"), ("core", core, "in each loop"),
+        ("coda", coda, "once"),
+    ):  # fmt: skip
+        if len(layers):
+            shown.add_row(part, f"{layers.start + 1} to {layers.stop}", run)
+    console.print(shown)
+
+
+def show_bits(rows: dict[str, float], n_tokens: int) -> None:
+    shown = table(f"bits for a byte of {n_tokens} tokens", "", "bits")
+    for name, value in rows.items():
+        shown.add_row(name, f"{value:.3f}")
+    console.print(shown)

