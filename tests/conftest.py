@@ -1,10 +1,11 @@
-"""Settings of the whole suite: one thread, and property tests that draw the same examples every time."""
+"""Settings of all tests: one thread, property tests that draw the same examples every time, a cache of their own."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("suite")
+
+_cache = tempfile.TemporaryDirectory()
+os.environ["OPEN_MYTHOS_CACHE"] = _cache.name
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = "open-mythos==0.5.0"

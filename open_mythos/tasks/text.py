@@ -102,7 +102,7 @@ class Text(Task):
         self.check(length)
         n = self.n_rows(length)
         rows = [int(_order(seed, place // n, n)[place % n]) for place in which]
-        return self._windows(torch.tensor(rows) * length, length)
+        return self._windows(torch.tensor(rows, dtype=torch.int64) * length, length)
 
     def windows(self, length: int, n: int) -> Batch:
         """``n`` windows of ``length`` tokens, evenly spaced over the split and always the same, to evaluate on.

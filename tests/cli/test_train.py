@@ -28,6 +28,21 @@ def test_a_recipe_trains_says_where_things_are_and_goes_on(tmp_path: Path) -> No
     assert run("debug", *SHORT, "--out", tmp_path, "--resume", "auto").exit_code == 0
 
 
+def test_text_of_your_own_from_data_to_chat(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"the same weights, run for {i} loops, think deeper\n" * 5)
+    done = run(
+        "text", f"data={tmp_path}/*.txt", "length=32", "steps=2", "model.dim=16", "model.n_heads=2", "batch_size=2",
+        "model.n_kv_heads=2", "evaluation.examples=2", "evaluation.loops=1,2", "loops.maximum=2", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "reading data=" in done.output and "documents of" in done.output and "mythos chat" in done.output
+    for command, said in (("eval", None), ("chat", "the same\n/trace 2\n")):
+        done = CliRunner().invoke(app, [command, str(tmp_path / "run")], input=said)
+        assert done.exit_code == 0, done.output
+    assert run("text", "data=/no/such/folder", "--out", tmp_path / "other").exit_code == 2
+
+
 def test_a_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path) -> None:
     done = run("debug", "--dry-run", "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output

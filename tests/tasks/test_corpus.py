@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from open_mythos.tasks import corpus
 from open_mythos.tasks.corpus import PIECE, documents, held_out
 
 MUCH = 1 << 24
@@ -50,6 +51,23 @@ def test_reading_stops_at_max_bytes(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).write_text(name * 10)
     assert documents(str(tmp_path), 15) == ("a" * 10, "b" * 5)
+
+
+def test_without_a_limit_files_are_read_whole_and_a_dataset_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name * 10)
+    monkeypatch.setattr(corpus, "STREAMED", 15)
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": "x" * 10}] * 3))
+    assert sum(map(len, documents(str(tmp_path), 0))) == 30
+    assert documents("hf:large/set", 0) == ("x" * 10, "x" * 5)
+
+
+def test_a_single_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"a\0b")
+    with pytest.raises(ValueError, match=r"a.bin' is not a text file"):
+        documents(str(tmp_path / "a.bin"), MUCH)
 
 
 def test_a_source_without_text(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_mythos.tasks.tokenizer import Tokenizer, tokenizer
+from open_mythos.tasks.tokenizer import Tokenizer, load, tokenizer
 
 CORPUS = ["for x in range(10):\n    print(x)\n" * 20, "\tnaïve «text» <pad>\n" * 5]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
@@ -94,3 +96,49 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install 'open-mythos\[tasks\]'"):
         tokenizer("bpe:300", CORPUS)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("kind", ["bytes", "bpe:290"])
+def test_what_is_saved_is_loaded_here_and_by_hugging_face(kind: str, ends: bool, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made, text = tokenizer(kind, CORPUS, ends), "for naïve <eos> in 🎈:\n"
+    made.save(tmp_path)
+    again = load(tmp_path)
+    assert again.pieces == made.pieces and again.eos == made.eos == (0 if ends else None) and type(again) is type(made)
+    assert np.array_equal(again.encode([text]), made.encode([text])) and again.decode(made.encode([text])) == text
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode("for naïve 🎈").ids == made.encode(["for naïve 🎈"]).tolist()
+    assert theirs.decode(made.encode([text]).tolist()) == text and theirs.id_to_token(0) == (
+        "<eos>" if ends else "<pad>"
+    )
+
+
+def test_any_byte_level_tokenizer_of_hugging_face_will_do(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = byte_level(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|start|>", "<|end|>"], initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    theirs.train_from_iterator(CORPUS, trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path).eos is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
+    made = tokenizer(str(tmp_path), [])
+    assert made.eos == 1 and made.encode(["naïve range"]).tolist() == theirs.encode("naïve range").ids
+    assert made.decode(made.encode(["<|end|> is text"])) == "<|end|> is text" and made.pieces[1] == b""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|none|>"}))
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be used: its vocabulary has no '<|none|>'"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer.json is missing, so nothing says how text becomes tokens"):
+        load(tmp_path / "nowhere")
+
+
+def test_wide_vocabularies_need_wide_numbers() -> None:
+    made = Tokenizer()
+    assert made.encode(["a"]).dtype == made.encode([]).dtype == np.uint16
+    made.pieces = made.pieces * 300
+    assert made.dtype == np.uint32

@@ -1,0 +1,94 @@
+"""``mythos chat`` from the outside, through a pipe."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import tiny_model
+from typer.testing import CliRunner, Result
+
+from open_mythos.cli import app
+from open_mythos.cli import chat as chat_module
+from open_mythos.cli.chat import shown, template_of
+from open_mythos.generation.conversation import Conversation
+from open_mythos.tasks.tokenizer import Tokenizer
+
+
+def chat(said: str, *arguments: object) -> Result:
+    return CliRunner().invoke(app, ["chat", *map(str, arguments)], input=said)
+
+
+def test_a_conversation_at_two_depths_with_a_trace() -> None:
+    done = chat("hello\n/loops 2\nimport\n/trace 3\n/quit\nnever read\n", "text-tiny", "--max-tokens", 8, "--seed", 0)
+    assert done.exit_code == 0, done.output
+    assert "text-tiny: 8 loops. It goes on with your text" in " ".join(done.output.split())
+    rows = re.findall(r"^│ (\d+) +│(.*)│$", done.output, re.MULTILINE)
+    assert [row[0] for row in rows] == ["1", "2"] and all(row[1].count("│") == 2 for row in rows)
+    assert "2 loops\n" in done.output and "Next:" in done.output
+    again = chat("hello\n", "text-tiny", "--max-tokens", 8, "--seed", 0)
+    assert again.output.splitlines()[-2] in done.output, "the seed repeats, and the end of the input is an end"
+
+
+def test_what_is_not_a_command_and_what_is_no_number() -> None:
+    commands = "/foo\n/loops x\n/loops 0\n/trace\n/temperature\n/temperature 0.5\n/reset\n/help\n"
+    done = chat(commands, "text-tiny")
+    text = " ".join(done.output.split())
+    assert done.exit_code == 0 and "there is no /foo" in text and "forgotten" in text and "temperature 0.5" in text
+    assert (
+        "/loops x: that is not how; see /help" in text and "/loops 0: n_loops=0; use an integer of at least 1" in text
+    )
+    assert (
+        "/trace: there is nothing to trace yet; say something first" in text and "/temperature: that is not how" in text
+    )
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    reply, n = Conversation.reply, [0]
+
+    def interrupted(self: Conversation, *arguments: object):  # type: ignore[no-untyped-def]
+        for text in reply(self, *arguments):  # type: ignore[arg-type]
+            n[0] += 1
+            if n[0] == 3:
+                raise KeyboardInterrupt
+            yield text
+
+    monkeypatch.setattr(chat_module.Conversation, "reply", interrupted)
+    done = chat("hello\n/loops\nworld\n", "text-tiny", "--max-tokens", 5)
+    assert done.exit_code == 0 and " [stopped]\n8 loops" in done.output and n[0] > 3
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+    small, other = tmp_path / "small", tmp_path / "damaged"
+    for directory in (small, other):
+        tiny_model().save_pretrained(directory)
+    Tokenizer().save(small)
+    (other / "tokenizer.json").write_text("{}")
+    for arguments, message in (
+        (("parity-tiny",), "has no tokenizer.json, so parity-tiny is no model of text; use text-tiny"),
+        ((small,), "the tokenizer has 257 tokens and the model 23"),
+        ((other,), "tokenizer.json cannot be used"),
+        (("text-tniy",), "did you mean 'text-tiny'"),
+        (("text-tiny", "--exit", "soon"), "there is no exit 'soon'"),
+    ):
+        done = chat("", *arguments)
+        assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert shown("a\x1b[31mb\n\tc\r\x07é") == "a�[31mb\n\tc��é"
+
+
+def test_a_chat_template_beside_the_model_is_used(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    assert template_of(tmp_path) is None
+    Tokenizer(ends=True).save(tmp_path)
+    form = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": form}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = template_of(tmp_path)
+    assert template is not None
+    ids = template([{"role": "user", "content": "hi"}])
+    assert Tokenizer().decode(ids) == "[user] hi\n[assistant] "

@@ -1,0 +1,139 @@
+"""Writing in turns with a model, over one cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model
+
+from open_mythos import KVCache, OpenMythos
+from open_mythos.generation.conversation import Conversation, Messages
+from open_mythos.generation.sampling import Sampling
+from open_mythos.nn.exits import PredictionKL
+from open_mythos.tasks.tokenizer import Tokenizer
+
+GREEDY = Sampling(temperature=0)
+
+
+def talking(ends: bool = True, **options: Any) -> Conversation:
+    model = tiny_model(vocab_size=257, max_seq_len=options.pop("max_seq_len", 128), halting=False)
+    return Conversation(model, Tokenizer(ends), options.pop("n_loops", 3), options.pop("sampling", GREEDY), **options)
+
+
+def without_cache(talk: Conversation, ids: list[int], n: int) -> list[int]:
+    """Greedy tokens, the whole text read anew for each."""
+    for _ in range(n):
+        logits = talk.model(torch.tensor([ids]), talk.n_loops)[0, -1]
+        ids = [*ids, int(logits.argmax())]
+    return ids
+
+
+def encoded(text: str) -> list[int]:
+    return Tokenizer().encode([text]).tolist()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_turns_and_changed_loops_give_what_reading_everything_anew_gives(ends: bool) -> None:
+    talk = talking(ends)
+    first = "".join(talk.reply("hello", 5))
+    said = without_cache(talk, [0] * ends + encoded("hello"), 5)
+    assert talk.ids == said and first == Tokenizer().decode(said[-5:])
+    talk.n_loops = 2
+    list(talk.reply("and then", 4))
+    assert talk.ids == without_cache(talk, said + encoded("\nand then"), 4)
+    talk.reset()
+    assert list(talk.reply("hello", 0)) == [] and talk.ids == [0] * ends + encoded("hello")
+
+
+def test_tokens_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, seen = talking(), list[int]()
+    forward = OpenMythos.forward
+
+    def counted(self: OpenMythos, ids: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        seen.append(ids.shape[1])
+        return forward(self, ids, *arguments, **named)
+
+    monkeypatch.setattr(OpenMythos, "forward", counted)
+    list(talk.reply("hello", 3))
+    list(talk.reply("you", 3))
+    assert seen == [6, 1, 1, 5, 1, 1], "the second turn's: the last token of the reply, a line end, three letters"
+
+
+def test_an_end_ends_a_reply_and_is_not_part_of_it() -> None:
+    talk = talking()
+    with torch.no_grad():
+        talk.model.norm.weight.zero_()  # all tokens alike, so that the first is the likeliest
+    assert list(talk.reply("hello", 9)) == [] and talk.ids[-1] == encoded("o")[0]
+    assert len(list(talking(ends=False).reply("hello", 9))) <= 9
+
+
+def test_characters_come_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = talking()
+    spoken = iter([1 + b for b in "né🎈".encode()] + [1 + 0xC3, 1 + 0x61, 1 + 0xF0])
+    monkeypatch.setattr(talk, "_logits", lambda: torch.nn.functional.one_hot(torch.tensor([next(spoken)]), 257).float())
+    assert list(talk.reply("x", 10)) == ["n", "é", "🎈", "�a", "�"]
+
+
+def test_an_interrupted_reply_leaves_a_conversation_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, calls = talking(), [0]
+    update = KVCache.slot
+
+    def interrupted(self: KVCache, name: str) -> Any:
+        calls[0] += 1
+        if calls[0] == 12:
+            raise KeyboardInterrupt
+        return update(self, name)
+
+    monkeypatch.setattr(KVCache, "slot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.reply("hello", 5))
+    half = list(talk.ids)
+    list(talk.reply("more", 3))
+    assert talk.ids == without_cache(talk, half + encoded("\nmore"), 3)
+
+
+def test_the_oldest_part_of_a_long_text_is_forgotten() -> None:
+    talk = talking(max_seq_len=40)
+    for turn in range(6):
+        list(talk.reply(f"turn {turn}", 9))
+        assert len(talk.ids) <= 40 and Tokenizer().decode(talk.ids[:-9]).endswith(f"turn {turn}")
+
+
+@pytest.mark.parametrize("exit", [None, PredictionKL(1e-9)])
+def test_a_trace_is_what_each_loop_would_have_said(exit: Any) -> None:
+    talk = talking(exit=exit)
+    with pytest.raises(ValueError, match="nothing to trace yet; say something first"):
+        talk.trace()
+    list(talk.reply("hello", 6))
+    said, loops = talk.trace(4)
+    assert said == talk.ids[-4:] and len(loops) == 3
+    for loop, row in enumerate(loops):
+        probabilities = talk.model(torch.tensor([talk.ids[:-1]]), loop + 1)[0, -4:].softmax(-1)
+        assert [token for token, _ in row] == probabilities.argmax(-1).tolist()
+        assert [p for _, p in row] == pytest.approx(probabilities.amax(-1).tolist(), abs=1e-5)
+    assert [token for token, _ in loops[-1]] == said, "greedy: the last loop's is what was said"
+    assert len(talk.trace(99)[0]) == len(talk.ids) - 1
+
+
+def test_a_template_decides_what_is_read() -> None:
+    asked: list[Messages] = []
+
+    def template(messages: Messages) -> list[int]:
+        asked.append([dict(message) for message in messages])
+        return encoded("".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>")
+
+    talk = talking(template=template)
+    first = "".join(talk.reply("hi", 3))
+    assert talk.ids[:-3] == encoded("<user>hi<assistant>")
+    list(talk.reply("ok", 2))
+    assert asked[-1][1] == {"role": "assistant", "content": first} and asked[-1][2] == {"role": "user", "content": "ok"}
+    assert talk.ids == without_cache(talk, template(asked[-1]), 2)
+
+
+def test_a_tokenizer_that_does_not_fit() -> None:
+    with pytest.raises(
+        ValueError, match="the tokenizer has 257 tokens and the model 23, so they do not belong together"
+    ):
+        Conversation(tiny_model(), Tokenizer())

@@ -1,0 +1,155 @@
+"""Training on text of separate documents: stopped and gone on with, by one process or several, and what it keeps."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_fit import Stopped, assert_same_run, metrics, quiet, stop_after
+from tiny import tiny_run
+
+from open_mythos.evaluation.text import bits_per_byte
+from open_mythos.tasks.text import Text
+from open_mythos.training import checkpoints, runs
+from open_mythos.training.config import TrainConfig
+from open_mythos.training.fit import fit, load_evaluation
+from open_mythos.training.recipes import configured
+from open_mythos.training.trainer import Trainer
+
+PROCESS = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+import torch
+from open_mythos.training import distributed
+from open_mythos.training.config import TrainConfig
+from open_mythos.training.fit import Watch, fit
+from open_mythos.training.trainer import Trainer
+
+torch.set_num_threads(1)
+cfg, run, step = TrainConfig.load(sys.argv[1]), Path(sys.argv[2]), Trainer.step
+def stopping(trainer):
+    if trainer.step_number == 6:
+        raise InterruptedError
+    return step(trainer)
+with distributed.processes():
+    Trainer.step = stopping
+    with suppress(InterruptedError):
+        fit(cfg, run)
+    Trainer.step = step
+    fit(cfg, run, resume="auto")
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"{i:02d}.txt").write_text(f"the same weights, run for {i} loops, think deeper\n" * (i % 5 + 1))
+    return folder
+
+
+def text_run(corpus: Path, *overrides: str) -> TrainConfig:
+    return tiny_run(
+        "task.name=text", f"task.options.source={corpus}", "task.options.separate=true", "task.min_difficulty=24",
+        "task.max_difficulty=24", "evaluation.difficulties=24", "model.vocab_size=300", "loops.stale=0", *overrides,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole")
+    fit(text_run(corpus), run, watch=quiet())
+    return run
+
+
+def test_going_on_after_a_stop_changes_nothing(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(Stopped):
+        fit(text_run(corpus), tmp_path, watch=stop_after(6))
+    fit(text_run(corpus), tmp_path, resume="auto", watch=quiet(said))
+    assert_same_run(whole, tmp_path)
+    assert "documents of" in said[-1] and "rows of 24" in said[-1]
+
+
+def test_steps_go_through_the_text_in_turn(corpus: Path) -> None:
+    trainer = Trainer(text_run(corpus))
+    assert isinstance(trainer.task, Text)
+    for step in range(3):
+        wanted = trainer.task.rows(range(8 * step, 8 * step + 8), 24, seed=0)
+        assert torch.equal(trainer.draw().ids, wanted.ids)
+        trainer.step()
+
+
+def test_text_that_has_changed_is_not_gone_on_with(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for i in range(9):
+        (tmp_path / "corpus" / f"{i}.txt").write_text("what was there\n" * (i + 1))
+    with pytest.raises(Stopped):
+        fit(text_run(tmp_path / "corpus"), tmp_path / "run", watch=stop_after(5))
+    (tmp_path / "corpus/0.txt").write_text("what is there now")
+    with pytest.raises(ValueError, match=r"the text at source=.* is not what it was when the checkpoint was made"):
+        fit(text_run(tmp_path / "corpus"), tmp_path / "run", resume="auto", watch=quiet())
+
+
+def test_a_run_keeps_its_tokenizer_and_is_measured_with_it(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    fit(text_run(corpus, "task.options.tokenizer=bpe:280", "steps=2"), tmp_path, watch=quiet())
+    cfg, kept = runs.training_config(tmp_path), runs.tokenizer_of(tmp_path)
+    assert kept.pieces == Text(**cfg.task.options).store.tokenizer.pieces  # type: ignore[union-attr]
+    options = runs.held_out_options(tmp_path, cfg)
+    assert options == {"split": "held_out", "tokenizer": str(tmp_path / "model")}
+    found = bits_per_byte(runs.load_model(tmp_path), Text(**cfg.task.options | options), [1, 2], 24, 4)
+    assert found == pytest.approx(load_evaluation(tmp_path))
+
+
+def test_two_processes_make_the_steps_of_one(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    """On a model with experts, whose counts balance them; stopped half way and gone on with."""
+    cfg = text_run(corpus)
+    cfg.save(tmp_path / "cfg.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in ("0", "1"):  # as torchrun starts them
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", PROCESS, str(tmp_path / "cfg.json"), str(tmp_path / "run")]
+        started.append(subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    for mine, theirs in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+        for key in ("step", "loss", "accuracy", "grad_norm", "loops", "expert_balance"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3), (mine["step"], key)
+    state = checkpoints.load(tmp_path / "run/checkpoints/step_00000012")["trainer"]
+    one, other = (process["carried"]["buffers"] for process in state["processes"])
+    assert all(torch.equal(one[name], other[name]) for name in one if "expert_load" in name or "router_bias" in name)
+    with pytest.raises(
+        ValueError, match="the checkpoint is of 2 processes and there are 1; start as many as there were"
+    ):
+        fit(cfg, tmp_path / "run", resume="auto", watch=quiet())
+
+
+def test_a_batch_divides_among_processes(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(
+        ValueError, match="batch_size=8 in accumulate=1 parts does not divide among 3 processes; use a mu"
+    ):
+        Trainer(text_run(corpus))
+
+
+def test_short_keys(corpus: Path) -> None:
+    cfg = configured("text", [f"data={corpus}", "length=64", "tokenizer=bytes"])
+    assert cfg.task.options == {"source": str(corpus), "separate": True, "tokenizer": "bytes"}
+    assert (cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.evaluation.difficulties) == (64, 64, [64])
+    with pytest.raises(ValueError, match="data= is for recipes of text; parity makes its own problems"):
+        configured("parity", ["data=x"])
+    with pytest.raises(ValueError, match=r"rows of text have one length; use task.min_difficulty=99"):
+        Trainer(text_run(corpus, "task.max_difficulty=99"))
+    with pytest.raises(ValueError, match=r"model.vocab_size=100, but text has 257 tokens"):
+        Trainer(text_run(corpus, "model.vocab_size=100"))
