@@ -79,7 +79,7 @@ class BytePairs(Tokenizer):
         self._bpe.encode_special_tokens = True  # in a text, "<eos>" is five characters
         known = self._bpe.get_vocab(with_added_tokens=True)
         special = {i for i, token in self._bpe.get_added_tokens_decoder().items() if token.special}
-        piece = _reader(str(self._bpe.decoder))
+        piece = _reader(f"{self._bpe.pre_tokenizer} {self._bpe.decoder}")
         self.pieces = [b""] * (1 + max(known.values()))
         for name, i in known.items():
             if i not in special and name not in (END, PADDING):
@@ -187,9 +187,9 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _reader(decoder: str) -> Callable[[str], bytes]:
-    """What a token's name stands for, told by what the tokenizer decodes with."""
-    if "ByteLevel" in decoder:
+def _reader(means: str) -> Callable[[str], bytes]:
+    """What a token's name stands for, told by how the tokenizer splits and joins texts."""
+    if "ByteLevel" in means:
         byte_of = _byte_of_character()
 
         def byte_level(name: str) -> bytes:
@@ -197,7 +197,7 @@ def _reader(decoder: str) -> Callable[[str], bytes]:
             return bytes(byte_of[character] for character in name)
 
         return byte_level
-    must("ByteFallback" in decoder, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
+    must("ByteFallback" in means, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
 
     def sentence_piece(name: str) -> bytes:
         is_byte = len(name) == 6 and name.startswith("<0x")
