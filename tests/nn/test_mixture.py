@@ -1,21 +1,16 @@
 """The recurrence of the public reference, inside this library: exact, cached, trained, decoded, looked into."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import ATTENTION, assert_near, gradients, left_padding, loops_used, tiny_config, tiny_model, tokens
 
-from open_mythos import KVCache, MythosConfig, OpenMythos
+from open_mythos import KVCache, OpenMythos
 from open_mythos.diagnostics import flops_per_token, loop_gain, trace
 from open_mythos.nn.exits import Gate, PredictionKL
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.quantization import quantize_int8
 from open_mythos.reference import reference_logits
-from open_mythos.training import recipes
 from open_mythos.training.baselines import UnrolledMythos
-from open_mythos.training.config import GateConfig
-from open_mythos.training.gate import train_gate
 
 MIXTURE = dict(recurrence="mixture", router_score="softmax", halting=False, loop_index_dim=5)
 
@@ -141,21 +136,6 @@ def test_the_gate_is_counted_with_halting_and_without():
     assert with_gate == without
     more = tiny_config(**{**MIXTURE, "lora_rank": 0, "recurrence": "injected", "halting": False})
     assert flops_per_token(tiny_config(**{**MIXTURE, "lora_rank": 0}), 4, 5) - flops_per_token(more, 4, 5) == 2 * 4 * 32
-
-
-def test_it_learns_by_the_recipes():
-    cfg = recipes.recipe("parity")
-    model = replace(MythosConfig.from_dict(cfg.model.to_dict()), recurrence="mixture", warm_start=False)
-    with pytest.raises(ValueError, match=r"gate.steps=1000 .*use gate.steps=0"):
-        replace(cfg, model=model)
-    assert replace(cfg, model=model, gate=GateConfig(steps=0)).model.recurrence == "mixture"
-
-
-def test_its_gate_is_not_taught_apart():
-    from open_mythos import tasks
-
-    with pytest.raises(ValueError, match=r"recurrence='mixture' .*trained with it"):
-        train_gate(mixture(), tasks.load("parity"), GateConfig(), 2, 4, torch.Generator())
 
 
 def test_the_unrolled_baseline_has_no_mixture():

@@ -168,7 +168,7 @@ def _theta(table: Tensor) -> float:
     angle = float(table[1, -1].angle())  # of position 1, in the channels that turn slowest
     theta = angle ** (-pairs / (pairs - 1)) if angle > 0 else math.nan
     short = float(f"{theta:.5g}")
-    theta = short if math.isclose(short, theta, rel_tol=1e-5) else theta
+    theta = short if math.isclose(short, theta, rel_tol=2e-6) else theta
     if not (math.isfinite(theta) and _turns(table, theta)):
         raise CheckpointError(
             "the stored RoPE table is not that of plain rotary embedding at any rope_theta; a model with scaled or "

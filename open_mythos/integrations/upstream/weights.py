@@ -89,7 +89,7 @@ class _Source:
                 f"{name} of {self.path} is {tuple(tensor.shape)} and its config makes it {shape}; give the config that "
                 f"this checkpoint was made with"
             )
-        tensor = tensor.float()
+        tensor = tensor.to(torch.float32, copy=True)  # it may be a view of the file
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(
                 f"{name} of {self.path} holds numbers that are not finite: the file is damaged, or training had "
