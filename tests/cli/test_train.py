@@ -33,7 +33,8 @@ def test_text_of_your_own_from_data_to_chat(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(f"the same weights, run for {i} loops, think deeper\n" * 5)
     done = run(
         "text", f"data={tmp_path}/*.txt", "length=32", "steps=2", "model.dim=16", "model.n_heads=2", "batch_size=2",
-        "model.n_kv_heads=2", "evaluation.examples=2", "evaluation.loops=1,2", "loops.maximum=2", "--out", tmp_path / "run",
+        "model.n_kv_heads=2", "evaluation.examples=2", "evaluation.loops=1,2", "loops.maximum=2",
+        "--out", tmp_path / "run",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "reading data=" in done.output and "documents of" in done.output and "mythos chat" in done.output
