@@ -91,6 +91,11 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
         if not path.is_file():
             raise CheckpointError(
                 f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}"
+                + (
+                    ""
+                    if directory.exists()
+                    else f". From the Hugging Face Hub: hf download {source} --local-dir FOLDER"
+                )
             )
     try:
         cfg = MythosConfig.load(config_path)

@@ -226,8 +226,8 @@ def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> di
     for name in found:
         must(
             name in known or name in _OF_TRANSFORMERS or name in also,
-            f"unknown config field {name!r}; {nearest(name, known)}. If a newer open_mythos wrote this config, upgrade "
-            f"with: pip install -U open-mythos",
+            f"unknown config field {name!r}; {nearest(name, known)} (if a newer open_mythos wrote this config, upgrade "
+            f"with: pip install -U open-mythos)",
         )
     return {name: value for name, value in found.items() if name in known}
 

@@ -8,14 +8,18 @@ try:
 except ImportError as error:
     raise ImportError('transformers is missing; install it with: pip install "open-mythos[hf]"') from error
 
+from open_mythos.integrations.hf import remote_code
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig as OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM as OpenMythosForCausalLM
 from open_mythos.integrations.hf.modeling_open_mythos import (
     OpenMythosForSequenceClassification as OpenMythosForSequenceClassification,
 )
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosModel as OpenMythosModel
+from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosPreTrainedModel as OpenMythosPreTrainedModel
 
 AutoConfig.register(OpenMythosConfig.model_type, OpenMythosConfig, exist_ok=True)
 AutoModel.register(OpenMythosConfig, OpenMythosModel, exist_ok=True)
 AutoModelForCausalLM.register(OpenMythosConfig, OpenMythosForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(OpenMythosConfig, OpenMythosForSequenceClassification, exist_ok=True)
+
+OpenMythosConfig.write_code = OpenMythosPreTrainedModel.write_code = staticmethod(remote_code.write)

@@ -47,6 +47,7 @@ class OpenMythosConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = True
     lora_loops: int | None = None
+    auto_map: dict[str, str] = dataclasses.field(default_factory=dict)  # TRL reads it
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -22,6 +22,12 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.moe import MoEFFN
 
 _TIED = "core.head.weight"  # the same tensor as that of the embedding, so not stored
+_AUTO_MAP = {
+    "AutoConfig": "configuration_open_mythos.OpenMythosConfig",
+    "AutoModel": "modeling_open_mythos.OpenMythosModel",
+    "AutoModelForCausalLM": "modeling_open_mythos.OpenMythosForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_open_mythos.OpenMythosForSequenceClassification",
+}
 _LIVE = ("max_loop_iters", "max_seq_len", "halting", "act_threshold")  # config fields that may change at any time
 
 
@@ -58,15 +64,14 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
                 if isinstance(module, MoEFFN):  # also where the default dtype is another
                     module.router_bias = module.router_bias.float()
         self.core = core
+        self.training = core.training
 
     @classmethod
     def wrap(cls, core: OpenMythos, **others: Any) -> Self:
         """A model of transformers around ``core``, whose weights it shares; ``others`` are fields of the config."""
         lora = core.recurrent.lora
         others = others if lora is None else {"lora_loops": lora.scale.num_embeddings, **others}
-        return cls(OpenMythosConfig.from_mythos(core.cfg, dtype=core.embed.weight.dtype, **others), core).train(
-            core.training
-        )
+        return cls(OpenMythosConfig.from_mythos(core.cfg, dtype=core.embed.weight.dtype, **others), core)
 
     def _init_weights(self, module: nn.Module) -> None:
         """The core makes its own; what is new in a class below is made there."""
@@ -85,6 +90,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         if not Path(name).exists() and str(name) in shipped():
             name = SHIPPED / str(name)
         wants_info = kwargs.pop("output_loading_info", False)
+        if not Path(name).exists() and Path(name).is_absolute():
+            raise OSError(f"{name} does not exist; give a folder that save_pretrained wrote, or a name on the hub")
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if key.startswith("core.") and key != _TIED)
         if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
@@ -95,7 +102,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
-        """As in transformers. The folder is also one for :meth:`OpenMythos.from_pretrained`."""
+        """As in transformers. The folder is also one for :meth:`OpenMythos.from_pretrained`.
+
+        With ``register_for_auto_class``, the model's source goes along, for where this package is not installed.
+        """
+        if self._auto_class is not None:  # all of them are in the source that goes along
+            self.config.auto_map = dict(_AUTO_MAP)
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self._auto_class is not None and self.write_code is not None:
             type(self).write_code(save_directory)
@@ -107,7 +119,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         """The core as :class:`OpenMythosModel`, sharing its weights."""
         if "core" not in self._modules or isinstance(self, OpenMythosModel):
             return self
-        return OpenMythosModel(self.config, self.core).train(self.training)
+        return OpenMythosModel(self.config, self.core)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.core.embed
@@ -122,6 +134,14 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         self.core.cfg.vocab_size = embedding.num_embeddings
 
     # -- the work
+
+    def _check_vocabulary(self, input_ids: Tensor) -> None:
+        highest, n_known = int(input_ids.max()) if input_ids.numel() else 0, self.core.cfg.vocab_size
+        if highest >= n_known:
+            raise ValueError(
+                f"input_ids holds {highest}, and the vocabulary has {n_known} tokens, 0 to {n_known - 1}: the tokenizer "
+                f"is not this model's. Use the one saved with it, or model.resize_token_embeddings(len(tokenizer))"
+            )
 
     def run(
         self,
@@ -151,6 +171,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         assert tokens is not None
         cache = None if past_key_values is None else SlotCache(past_key_values)
         past = 0 if cache is None else cache.length
+        if input_ids is not None and (past == 0 or input_ids.device.type == "cpu"):  # it makes a GPU wait
+            self._check_vocabulary(input_ids)
         if cache is not None and past and attention_mask is not None and attention_mask.shape[-1] > past:
             cache.valid = attention_mask[:, :past].bool()
         if output_hidden_states is None:

@@ -1,0 +1,110 @@
+"""generate(): with a cache of any kind it gives the tokens that it gives without."""
+
+import copy
+
+import pytest
+import torch
+from helpers import ATTENTION, assert_near, left_padding
+from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
+from wrapped import greedy, letters, prompts, wrapped
+
+IDS = prompts(3, 8)
+MASK = left_padding([8, 3, 5], 8).long()
+PADDED = dict(ids=IDS * MASK, attention_mask=MASK)
+MODELS = [(attn_type, halting) for attn_type in ATTENTION for halting in (True, False)]
+WAYS = {
+    "greedy": {},
+    "sampling": dict(do_sample=True, top_k=5),
+    "beams": dict(num_beams=3, num_return_sequences=2),
+    "several": dict(do_sample=True, num_return_sequences=2),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def lm(request):
+    attn_type, halting = request.param
+    return wrapped(attn_type, halting=halting)
+
+
+@pytest.mark.parametrize("num_loops", [2, 7])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cache_changes_nothing(lm, way, num_loops):
+    torch.manual_seed(0)
+    cached = greedy(lm, **PADDED, num_loops=num_loops, **WAYS[way])
+    torch.manual_seed(0)
+    assert torch.equal(cached, greedy(lm, **PADDED, num_loops=num_loops, use_cache=False, **WAYS[way]))
+
+
+def test_padding_changes_nothing_and_tokens_are_those_of_the_core(lm):
+    together = greedy(lm, **PADDED, num_loops=7)
+    for row, length in enumerate((8, 3, 5)):
+        alone = lm.core.generate(IDS[row : row + 1, -length:], 6, n_loops=7, temperature=0)
+        assert torch.equal(alone[0, length:], together[row, 8:])
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic", "with config", "static"])
+def test_any_cache_will_do(lm, kind):
+    expected = greedy(lm, **PADDED, num_loops=7, use_cache=False)
+    caches = {
+        "default": dict(cache_implementation="static"),
+        "dynamic": dict(past_key_values=DynamicCache()),
+        "with config": dict(past_key_values=DynamicCache(config=lm.config)),
+        "static": dict(past_key_values=StaticCache(config=lm.config, max_cache_len=16)),
+    }
+    assert torch.equal(greedy(lm, **PADDED, num_loops=7, **caches[kind]), expected)
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_cut_copied_and_gone_on_from(lm):
+    ids, whole = PADDED["ids"], lm(PADDED["ids"], attention_mask=MASK, num_loops=6, use_cache=False).logits
+    cache, found = DynamicCache(), []
+    for part in (slice(0, 3), slice(3, 7)):
+        found.append(lm(ids[:, part], attention_mask=MASK[:, : part.stop], past_key_values=cache, num_loops=6).logits)
+    cache.crop(-2)
+    assert cache.get_seq_length() == 5
+    again = lm(ids[:, 5:], attention_mask=MASK, past_key_values=copy.deepcopy(cache), num_loops=6).logits
+    real = MASK.bool().unsqueeze(-1)
+    assert_near(torch.cat([*found, again[:, 2:]], 1) * real, whole * real)
+    assert_near(again * real[:, 5:], whole[:, 5:] * real[:, 5:])
+
+
+@pytest.mark.parametrize("num_loops", [2, 7])
+def test_assisted_decoding_gives_the_same_tokens(lm, num_loops):
+    expected = greedy(lm, IDS[:1], num_loops=num_loops, use_cache=False)
+    for helper in (dict(assistant_model=wrapped(seed=1)), dict(prompt_lookup_num_tokens=3)):
+        assert torch.equal(greedy(lm, IDS[:1], num_loops=num_loops, **helper), expected)
+
+
+def test_loops_may_stand_in_a_generation_config():
+    lm = wrapped(halting=False)
+    asked = GenerationConfig(max_new_tokens=6, do_sample=False, num_loops=7)
+    found = lm.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=asked)
+    assert torch.equal(found, greedy(lm, IDS, num_loops=7))
+    assert not torch.equal(found, greedy(lm, IDS, num_loops=1))
+
+
+def test_streaming_embeddings_and_hidden_states():
+    class Collected(list):
+        put, end = list.append, lambda self: None
+
+    lm, got = wrapped(), Collected()
+    found = greedy(lm, IDS[:1], streamer=got, num_loops=6)
+    assert torch.equal(torch.cat([new.flatten() for new in got]), found[0])
+    embedded = lm.get_input_embeddings()(IDS[:1])
+    assert torch.equal(greedy(lm, None, attention_mask=MASK[:1], inputs_embeds=embedded, num_loops=6), found[:, 8:])
+    every = greedy(lm, IDS, num_loops=5, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(every.hidden_states) == 6 and len(every.hidden_states[0]) == 6
+
+
+def test_a_misspelt_argument_is_named():
+    with pytest.raises(ValueError, match="n_loops"):
+        greedy(wrapped(), IDS, n_loops=3)
+
+
+def test_pipelines():
+    lm = wrapped()
+    write = pipeline("text-generation", model=lm, tokenizer=letters())
+    texts = write(["abc", "a"], max_new_tokens=5, do_sample=False, num_loops=7, batch_size=2)
+    assert [text[0]["generated_text"].startswith(start) for text, start in zip(texts, ("abc", "a"), strict=True)]
+    with pytest.raises(ValueError, match="the tokenizer is not this model's"):
+        pipeline("text-generation", model=lm, tokenizer=letters(28))("xyz", max_new_tokens=2)

@@ -1,0 +1,129 @@
+"""The models of transformers compute what the one implementation does, and say what is wrong with what they are given."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ATTENTION, assert_near, left_padding, tiny_config, tiny_model
+from transformers import DynamicCache
+from wrapped import prompts, wrapped
+
+from open_mythos.integrations.hf import (
+    OpenMythosConfig,
+    OpenMythosForCausalLM,
+    OpenMythosForSequenceClassification,
+    OpenMythosModel,
+)
+
+IDS = prompts(2, 8)
+
+
+@pytest.mark.parametrize("halting", [True, False])
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@torch.no_grad()
+def test_logits_are_those_of_the_core_at_any_number_of_loops(attn_type, halting):
+    core = tiny_model(attn_type, halting=halting)
+    lm = OpenMythosForCausalLM.wrap(core)
+    for num_loops in (1, 4, 9):
+        assert_near(lm(IDS, num_loops=num_loops).logits, core(IDS, num_loops))
+    lm.config.num_loops = 6
+    assert_near(lm(IDS).logits, core(IDS, 6))
+    mask = left_padding([8, 3], 8)
+    assert_near(lm(IDS, attention_mask=mask.long()).logits, core(IDS, 6, attention_mask=mask))
+    lm.config.halting = not halting
+    assert (lm(IDS).logits - core(IDS, 6)).abs().max() == 0, "the core follows the config"
+
+
+def test_wrapping_shares_weights_and_keeps_the_mode():
+    core = tiny_model()
+    lm = OpenMythosForCausalLM.wrap(core)
+    assert lm.core is core and not lm.training and not core.training
+    assert lm.base_model.core is core and lm.model.core is core and not core.training
+    assert lm.config.hidden_size == 32 and lm.config.num_attention_heads == 4 and lm.config.num_hidden_layers == 6
+
+
+@torch.no_grad()
+def test_hidden_states_are_one_a_loop():
+    lm = wrapped(halting=False)
+    seen = lm(IDS, output_hidden_states=True, num_loops=5).hidden_states
+    assert len(seen) == 6 and len(wrapped()(IDS, output_hidden_states=True, num_loops=40).hidden_states) == 41
+    model = OpenMythosModel(lm.config, lm.core)
+    for num_loops in (1, 3, 5):
+        shorter = model(IDS, output_hidden_states=True, num_loops=num_loops)
+        assert_near(shorter.hidden_states[-1], seen[num_loops])
+        assert_near(lm.core.head(shorter.last_hidden_state), lm(IDS, num_loops=num_loops).logits)
+
+
+@torch.no_grad()
+def test_the_usual_arguments():
+    lm = wrapped()
+    logits = lm(IDS).logits
+    assert_near(lm(inputs_embeds=lm.get_input_embeddings()(IDS)).logits, logits)
+    assert_near(lm(IDS, position_ids=torch.arange(8)[None] + 5).logits, logits, 1e-4)  # rotary: distances alone count
+    assert (lm(IDS, position_ids=torch.arange(8)[None] * 2).logits - logits).abs().max() > 1e-2
+    assert_near(lm(IDS, logits_to_keep=3).logits, logits[:, -3:])
+    assert_near(lm(IDS, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
+    assert_near(lm(IDS, labels=IDS).loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+    assert_near(lm(IDS, return_dict=False)[0], logits)
+    assert lm(IDS, use_cache=False).past_key_values is None
+
+
+@torch.no_grad()
+def test_resizing_the_vocabulary_keeps_embedding_and_head_one():
+    lm = wrapped()
+    before = lm(IDS).logits
+    lm.resize_token_embeddings(30, mean_resizing=False)
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    assert lm(torch.full((1, 3), 29)).logits.shape == (1, 3, 30)
+    assert_near(lm(IDS).logits[..., :23], before)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_a_classifier_reads_the_last_real_token(padding):
+    core = tiny_model()
+    model = OpenMythosForSequenceClassification(OpenMythosConfig.from_mythos(core.cfg, num_labels=3), core).eval()
+    mask = left_padding([8, 5], 8).long()
+    ids = IDS * mask if padding == "left" else (IDS * mask).flip(1)
+    mask = mask if padding == "left" else mask.flip(1)
+    alone = torch.cat([model(row[keep.bool()][None]).logits for row, keep in zip(ids, mask, strict=True)])
+    assert_near(model(ids, attention_mask=mask).logits, alone)
+    model.config.pad_token_id = 0
+    assert_near(model(ids).logits, alone)
+    assert_near(model(ids, labels=torch.tensor([0, 2])).loss, F.cross_entropy(alone, torch.tensor([0, 2])))
+
+
+def test_the_config_follows_ours_and_refuses_what_it_does_not_know():
+    cfg = tiny_config()
+    config = OpenMythosConfig.from_mythos(cfg, num_loops=7)
+    assert config.mythos() == tiny_config(max_loop_iters=7) and config.num_loops == 7 and config.lora_loops == 4
+    assert OpenMythosConfig(hidden_size=64, num_attention_heads=8).mythos().head_dim == 8
+    with pytest.raises(ValueError, match="'n_head'; did you mean 'n_heads'"):
+        OpenMythosConfig(n_head=3)
+    with pytest.raises(ValueError, match="dim=33 does not divide"):
+        OpenMythosConfig(dim=33)
+
+
+@pytest.mark.parametrize("num_loops", [0, -1, 1.5, "8", True])
+def test_bad_loop_counts_are_refused(num_loops):
+    with pytest.raises(ValueError, match="integer of at least 1"):
+        wrapped()(IDS, num_loops=num_loops)
+
+
+def test_more_loops_than_a_cache_holds_are_a_clear_error():
+    lm, cache = wrapped(), DynamicCache()
+    lm(IDS, past_key_values=cache, num_loops=2)
+    with pytest.raises(ValueError, match="at most 2, or fill a new cache with 5"):
+        lm(IDS[:, :1], past_key_values=cache, num_loops=5)
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(input_ids=IDS + 20), "holds 42, .*23 tokens.*the tokenizer is not this model's.*resize_token_embeddings"),
+    (dict(), "either input_ids or inputs_embeds"),
+    (dict(input_ids=IDS, past_key_values=((1, 2),)), "past_key_values is a tuple"),
+    (dict(input_ids=IDS, output_attentions=True), "attention weights are never formed"),
+    (dict(inputs_embeds=torch.zeros(1, 3, 5)), r"embeddings are \(1, 3, 5\); use \(batch, tokens, 32\)"),
+    (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), r"attention_mask is \(2, 5\)"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_input_that_does_not_fit_is_named(given, said):
+    with pytest.raises(ValueError, match=said):
+        wrapped()(**given)
