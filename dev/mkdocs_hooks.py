@@ -86,7 +86,8 @@ def cli_page() -> str:
         for parameter in command.params:
             option = parameter.param_type_name == "option"
             label = ", ".join(f"`{word}`" for word in (parameter.opts if option else [_metavar(parameter)]))
-            default = "" if parameter.default in (None, False, ...) else f"`{parameter.default}`"
+            default = f"`{parameter.default}`" if isinstance(parameter.default, int | float | str | Path) else ""
+            default = "" if isinstance(parameter.default, bool) else default
             lines.append(f"| {label} | {parameter.help or ''} | {default} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 
