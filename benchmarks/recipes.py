@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py [--only NAME ...] [--out benchmarks/results/recipes.json]
 
-Each is made at full size, but for its rows: one step with 1 row and one with 2 say what a row keeps for the backward pass
+Each is made at full size, but for its rows: a step with 1 row and one with 2 say what a row keeps for its backward pass
 and what is there anyway. Weights, gradients, averages and the optimizer's state are counted. A few minutes.
 """
 

@@ -25,7 +25,7 @@ HIDDEN = {"__init__", "__main__", "cli", "main", "pretrained"}  # the command li
 
 
 def on_config(config: Any) -> Any:
-    """Fill in the navigation: pages of docs that it does not name, notebooks, and a page for each part of the package."""
+    """Fill in the navigation: pages of docs that it does not name, notebooks, a page for each part of the package."""
     named = set(_named(config.nav))
     others = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named)
     sections = {title: pages for section in config.nav for title, pages in section.items()}

@@ -34,7 +34,9 @@ def test_the_readme_has_what_was_measured() -> None:
 
 
 def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: replace(dense.MODELS[name][0], dim=32, n_heads=2, n_kv_heads=1, expert_dim=8) for name in dense.MODELS}
+    small = {
+        name: replace(dense.MODELS[name][0], dim=32, n_heads=2, n_kv_heads=1, expert_dim=8) for name in dense.MODELS
+    }
     monkeypatch.setattr(dense, "MODELS", {"looped": (small["looped"], (1, 2)), "dense": (small["dense"], (1,))})
     monkeypatch.setattr(dense, "TRAINED", (2, 8))
     monkeypatch.setattr(dense, "CONTEXT", 16)
