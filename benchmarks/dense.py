@@ -80,7 +80,7 @@ def bits(cfg: TrainConfig, run: Path) -> dict[int, float]:
 
 
 def losses(seeds: list[int], jobs: int) -> dict[str, Any]:
-    """Of each model: the rate that was best on the first seed at most loops, what all rates gave, bits of every seed."""
+    """Of each model: the rate that was best on the first seed at most loops, what all gave, and bits of every seed."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
 
         def all_bits(asked: list[tuple[str, float, int]], what: str) -> list[dict[int, float]]:

@@ -25,7 +25,7 @@ HIDDEN = {"__init__", "__main__", "cli", "main", "pretrained"}  # the command li
 
 
 def on_config(config: Any) -> Any:
-    """Fill in the navigation: pages of docs that it does not name, notebooks, and a page for each part of the package."""
+    """Fill in the navigation: pages of docs that it does not name, notebooks, a page for each part of the package."""
     named = set(_named(config.nav))
     others = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named)
     sections = {title: pages for section in config.nav for title, pages in section.items()}
@@ -86,7 +86,8 @@ def cli_page() -> str:
         for parameter in command.params:
             option = parameter.param_type_name == "option"
             label = ", ".join(f"`{word}`" for word in (parameter.opts if option else [_metavar(parameter)]))
-            default = "" if parameter.default in (None, False, ...) else f"`{parameter.default}`"
+            default = f"`{parameter.default}`" if isinstance(parameter.default, int | float | str | Path) else ""
+            default = "" if isinstance(parameter.default, bool) else default
             lines.append(f"| {label} | {parameter.help or ''} | {default} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 

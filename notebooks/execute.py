@@ -26,7 +26,9 @@ def execute(path: Path, where: Path, *more: str) -> NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     kept = len(notebook.cells)
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in more]
-    NotebookClient(notebook, timeout=300, record_timing=False, resources={"metadata": {"path": str(where)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(where)}}
+    ).execute()
     notebook.cells = notebook.cells[:kept]
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook

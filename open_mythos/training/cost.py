@@ -57,18 +57,29 @@ def run_cost(cfg: TrainConfig) -> RunCost:
         started = time.perf_counter()
         trainer.step()
         times.append(time.perf_counter() - started)
-    kept = _Kept(trainer.model)
-    with kept:
-        for _ in range(min(len(times), 3)):
-            trainer.step()
+    activations = activation_bytes(trainer, min(len(times), 3))
     return RunCost(
         sum(p.numel() for p in trainer.model.parameters()),
         flops_per_step(cfg),
-        3 * _bytes(list(trainer.model.parameters())) + _bytes(trainer.optimizer.state_dict()),
-        kept.most,
+        weight_bytes(trainer),
+        activations,
         sum(times) / len(times),
         len(times),
     )
+
+
+def weight_bytes(trainer: Trainer) -> int:
+    """Weights, gradients, averaged weights, and the optimizer's state, which is there after the first step."""
+    return 3 * _bytes(list(trainer.model.parameters())) + _bytes(trainer.optimizer.state_dict())
+
+
+def activation_bytes(trainer: Trainer, steps: int) -> int:
+    """What the backward pass needs kept, the most at any time in so many further steps."""
+    kept = _Kept(trainer.model)
+    with kept:
+        for _ in range(steps):
+            trainer.step()
+    return kept.most
 
 
 def flops_per_step(cfg: TrainConfig) -> float:

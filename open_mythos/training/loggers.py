@@ -78,7 +78,8 @@ class Tracker:
         self.package.init(project="open-mythos", name=run.name, config=config, **options)
 
     def log(self, record: Record) -> None:
-        self.package.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+        numbers = {key: value for key, value in record.items() if value is not None and key != "step"}
+        self.package.log(numbers, step=record["step"])
 
     def close(self) -> None:
         self.package.finish()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -78,6 +81,41 @@ def test_trackers_and_tensorboard_get_the_numbers(tmp_path: Path, monkeypatch: p
     assert ("scalar", ("loss", 0.5, 5), {}) in calls and len([call for call in calls if call[0] == "scalar"]) == 1
     options = {"project": "open-mythos", "name": tmp_path.name, "config": {"steps": 9}, "dir": str(tmp_path)}
     assert ("init", (), options) in calls
-    assert ("log", ({"step": 5, "loss": 0.5},), {"step": 5}) in calls
+    assert ("log", ({"loss": 0.5},), {"step": 5}) in calls
     assert ("finish", (), {}) in calls and ("close", (), {}) in calls
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 0.5, "balance": None}]
+
+
+REAL = """
+import sys
+from pathlib import Path
+from open_mythos.training.loggers import open_loggers
+
+for logger in (loggers := open_loggers(sys.argv[1], Path.cwd(), {"steps": 2}, 0)):
+    for step in (1, 2):
+        logger.log({"step": step, "loss": 0.5 / step, "balance": None})
+for logger in loggers:
+    logger.close()
+"""
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_the_packages_themselves_take_the_numbers_without_a_network(tmp_path: Path, name: str) -> None:
+    pytest.importorskip(name)
+    here = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REAL, name]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | here | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "arning" not in done.stdout, done.stdout + done.stderr
+    if name == "tensorboard":
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        assert b"loss" in events.read_bytes()
+    elif name == "trackio":
+        with sqlite3.connect(tmp_path / "trackio" / "open-mythos.db") as database:
+            rows = database.execute("select step, metrics from metrics order by step").fetchall()
+        assert [(step, json.loads(numbers)) for step, numbers in rows] == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]
+    else:
+        (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+        assert b"loss" in log.read_bytes()

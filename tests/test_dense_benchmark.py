@@ -1,0 +1,56 @@
+"""benchmarks/dense.py: the two models are what the table says, and a toy run of it ends in that table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import dense
+import pytest
+
+from open_mythos.diagnostics import flops_per_token, parameters
+
+RESULTS = dense.ROOT / "benchmarks" / "results" / "dense.json"
+
+
+def test_twice_the_parameters_and_at_8_loops_as_many_operations() -> None:
+    assert parameters(dense.DENSE).total == pytest.approx(2 * parameters(dense.LOOPED).total, rel=0.01)
+    looped, plain = flops_per_token(dense.LOOPED, 8, dense.CONTEXT), flops_per_token(dense.DENSE, 1, dense.CONTEXT)
+    assert plain == pytest.approx(looped, rel=0.01)
+    assert dense.DENSE.n_experts == 1 and dense.DENSE.n_local_heads == 0, "an ordinary Transformer"
+
+
+def test_both_get_the_same_text_steps_and_optimizer() -> None:
+    looped, plain = (dense.run_config(name, 1e-3, 0) for name in ("looped", "dense"))
+    assert (looped.task, looped.optim, looped.steps, looped.batch_size) == (
+        plain.task, plain.optim, plain.steps, plain.batch_size,
+    )  # fmt: skip
+    assert looped.depths == [1, 2, 4, 8] and plain.depths == [1]
+
+
+def test_the_readme_has_what_was_measured() -> None:
+    assert dense.markdown(json.loads(RESULTS.read_text())) in (dense.ROOT / "README.md").read_text()
+
+
+def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {
+        name: replace(dense.MODELS[name][0], dim=32, n_heads=2, n_kv_heads=1, expert_dim=8) for name in dense.MODELS
+    }
+    monkeypatch.setattr(dense, "MODELS", {"looped": (small["looped"], (1, 2)), "dense": (small["dense"], (1,))})
+    monkeypatch.setattr(dense, "TRAINED", (2, 8))
+    monkeypatch.setattr(dense, "CONTEXT", 16)
+    cfg = dense.run_config("looped", 1e-3, 0)
+    cfg.steps, cfg.optim.warmup, cfg.evaluation.examples, cfg.evaluation.difficulties = 2, 1, 2, [8]
+    cfg.task.options = {"max_bytes": 300_000}
+    found = dense.bits(cfg, tmp_path / "run")
+    assert set(found) == {1, 2} and dense.bits(cfg, tmp_path / "run") == found, "a run that is there is read"
+    cases = {name: dense.case(work, name) for name, work in (("train", "train"), ("memory", "memory"))}
+    monkeypatch.setattr(dense, "CASES", cases)
+    speed = dense.speeds(1, lambda what: None)
+    assert set(speed["train"]) == set(speed["memory"]) == {"looped 1", "looped 2", "dense"}
+    speed |= {"prefill": speed["train"], "decode": speed["train"]}
+    bits = {"looped": {"1": [found[1]], "2": [found[2]]}, "dense": {"1": [3.0]}}
+    results = {"loss": {name: {"rate": 1e-3, "bits": by} for name, by in bits.items()}, "speed": speed}
+    lines = dense.markdown(results).splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| looped, 1 loop |") and f"{found[2]:.3f}" in lines[3]
