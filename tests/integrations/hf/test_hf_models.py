@@ -117,7 +117,7 @@ def test_more_loops_than_a_cache_holds_are_a_clear_error():
 
 
 @pytest.mark.parametrize("given, said", [
-    (dict(input_ids=IDS + 20), "holds 42, .*23 tokens.*the tokenizer is not this model's.*resize_token_embeddings"),
+    (dict(input_ids=IDS + 20), "holds 4., .*23 tokens.*the tokenizer is not this model's.*resize_token_embeddings"),
     (dict(), "either input_ids or inputs_embeds"),
     (dict(input_ids=IDS, past_key_values=((1, 2),)), "past_key_values is a tuple"),
     (dict(input_ids=IDS, output_attentions=True), "attention weights are never formed"),
