@@ -72,6 +72,8 @@ class MixtureBlock(RecurrentBlock):
         kv_cache: Cache | None = None,
         active: ActiveTokens | None = None,
     ) -> Tensor:
+        if h.shape[-1] == self.cfg.dim:  # somebody's own start
+            h = self.begin(h)
         h, mixed, spent = h.split([self.cfg.dim, self.cfg.dim, 1], -1)
         h = h.to(e.dtype)
         x = self.norm(self.with_loop_index(h, e, loop) + e)
