@@ -128,8 +128,8 @@ def initial_state_gap(
 
     starts: dict[str, Callable[[Tensor], Tensor]] = {
         "own": model.first_state,
-        "zeros": lambda e: model.recurrent.begin(torch.zeros_like(e)),
-        "noise": lambda e: model.recurrent.begin(noise(e)),
+        "zeros": torch.zeros_like,
+        "noise": noise,
     }
     accuracy, differing, scored = dict.fromkeys(starts, 0.0), dict.fromkeys(starts, 0), 0
     with measuring(model, halting=False):

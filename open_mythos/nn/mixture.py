@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from open_mythos.cache import Cache
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
+from open_mythos.nn.exits import LoopState
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.linear import WEIGHT_STD
 from open_mythos.nn.recurrent import RecurrentBlock, step_slot
@@ -61,6 +65,10 @@ class MixtureBlock(RecurrentBlock):
     def output(self, state: Tensor) -> Tensor:
         dim = self.cfg.dim
         return state[..., dim : 2 * dim].to(self.injection.B.dtype)
+
+    def iterate(self, h: Tensor, *inputs: Any, **options: Any) -> Iterator[LoopState]:
+        """As :meth:`RecurrentBlock.iterate`, from a state or from a first h, (B, T, dim)."""
+        return super().iterate(self.begin(h) if h.shape[-1] == self.cfg.dim else h, *inputs, **options)
 
     def step(
         self,

@@ -233,7 +233,7 @@ def test_a_config_of_another_model_or_version_or_none_at_all(reference_checkpoin
 def test_files_that_hold_no_weights(reference_checkpoints, tmp_path):
     whole = (reference_checkpoints / "state_dict.pt").read_bytes()
     files = {
-        "cut.pt": (whole[: len(whole) // 2], "truncated, damaged, or not a file of torch.save"),
+        "cut.pt": (whole[: len(whole) // 2], "truncated, damaged, or not a file that torch.save"),
         "text.pt": (b"not weights at all, though long enough", "truncated, damaged"),
         "empty.pt": (b"", "truncated, damaged"),
         "cut.safetensors": (b"\x10\0\0\0\0\0\0\0{", "not a safetensors file.*again"),

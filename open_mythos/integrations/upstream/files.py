@@ -133,8 +133,8 @@ def _load(path: Path) -> Any:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is None:
             raise CheckpointError(
-                f"{path} is truncated, damaged, or not a file of torch.save ({type(error).__name__}); download or save "
-                f"it again"
+                f"{path} is truncated, damaged, or not a file that torch.save writes by itself "
+                f"({type(error).__name__}); download or save it again"
             ) from error
         raise CheckpointError(
             f"{path} holds more than weights: to rebuild its {foreign[1]}, code would have to run. Nothing of it was "

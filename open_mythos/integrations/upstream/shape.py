@@ -56,7 +56,8 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
             )
     fields = seen | given
     asked = ["act_threshold", "n_experts_per_tok", "n_heads"]
-    asked += ["rope_theta"] if fields.get("qk_rope_head_dim", 0) != 2 or fields["attn_type"] == "gqa" else []
+    table = table_of(checkpoint.tensors)
+    asked += ["rope_theta"] if table is None or table.shape[-1] > 1 else []  # one pair of channels turns by 1 anyway
     missing = [name for name in asked if name not in fields]
     if missing:
         examples = " ".join(f"--set {name}={_EXAMPLES[name]}" for name in missing)
