@@ -123,3 +123,14 @@ def test_no_cache_holds_packed_documents() -> None:
     with pytest.raises(ValueError, match="attention_mask numbers documents, which start at 0 and no cache holds"):
         tiny_model()(tokens(1, 22), 2, cache, attention_mask=PACKED[:1])
     assert cache.length == 0
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_rows_that_start_deeper_in_training_stay_within_documents_too(attn_type: str) -> None:
+    model, numbers = tiny_model(attn_type, warm_start=True).train(), torch.tensor([[1] * 5 + [2] * 6]).expand(8, -1)
+    ids = tokens(8, 11)
+    other = ids.clone()
+    other[0, :5] = (ids[0, :5] + 1) % 23
+    first, second = (model(x, 3, attention_mask=numbers)[0] for x in (ids, other))
+    assert_near(first[5:], second[5:])
+    assert not torch.allclose(first[:5], second[:5])
