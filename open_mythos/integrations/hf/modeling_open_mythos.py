@@ -139,8 +139,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         highest, n_known = int(input_ids.max()) if input_ids.numel() else 0, self.core.cfg.vocab_size
         if highest >= n_known:
             raise ValueError(
-                f"input_ids holds {highest}, and the vocabulary has {n_known} tokens, 0 to {n_known - 1}: the tokenizer "
-                f"is not this model's. Use the one saved with it, or model.resize_token_embeddings(len(tokenizer))"
+                f"input_ids holds {highest}, and the vocabulary has {n_known} tokens: the tokenizer is "
+                f"not this model's. Use the one saved with it, or model.resize_token_embeddings(len(tokenizer))"
             )
 
     def run(
