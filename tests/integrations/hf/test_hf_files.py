@@ -40,10 +40,8 @@ def test_there_and_back(tmp_path, attn_type):
     ours = OpenMythos.from_pretrained(tmp_path / "theirs")
     model = AutoModel.from_pretrained(tmp_path / "theirs")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1 and type(model) is OpenMythosModel
-    assert (
-        ours.cfg == core.cfg and again.config.num_loops == 9
+    assert ours.cfg == core.cfg and again.config.num_loops == 9
     assert AutoConfig.from_pretrained(tmp_path / "ours").dim == 32
-    )
     for found in (lm(IDS).logits, ours(IDS), ours.head(model(IDS).last_hidden_state), again(IDS, num_loops=4).logits):
         assert_near(found, core(IDS))
     assert_near(again(IDS).logits, core(IDS, 9))
