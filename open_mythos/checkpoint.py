@@ -89,13 +89,9 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
     weights_path = index_path if index_path.is_file() and not weights_path.is_file() else weights_path
     for path in (config_path, weights_path):
         if not path.is_file():
+            hub = "" if directory.exists() else f". From the Hugging Face Hub: hf download {source} --local-dir FOLDER"
             raise CheckpointError(
-                f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}"
-                + (
-                    ""
-                    if directory.exists()
-                    else f". From the Hugging Face Hub: hf download {source} --local-dir FOLDER"
-                )
+                f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}{hub}"
             )
     try:
         cfg = MythosConfig.load(config_path)

@@ -9,13 +9,13 @@ except ImportError as error:
     raise ImportError('transformers is missing; install it with: pip install "open-mythos[hf]"') from error
 
 from open_mythos.integrations.hf import remote_code
+from open_mythos.integrations.hf.base import OpenMythosPreTrainedModel as OpenMythosPreTrainedModel
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig as OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM as OpenMythosForCausalLM
 from open_mythos.integrations.hf.modeling_open_mythos import (
     OpenMythosForSequenceClassification as OpenMythosForSequenceClassification,
 )
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosModel as OpenMythosModel
-from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosPreTrainedModel as OpenMythosPreTrainedModel
 
 AutoConfig.register(OpenMythosConfig.model_type, OpenMythosConfig, exist_ok=True)
 AutoModel.register(OpenMythosConfig, OpenMythosModel, exist_ok=True)

@@ -1,13 +1,12 @@
-"""The model behind the interface of transformers: a wrapper, around the one implementation there is."""
+"""The models that the ``Auto`` classes of transformers give."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -15,180 +14,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from open_mythos.checkpoint import SHIPPED, shipped
-from open_mythos.integrations.hf.cache import SlotCache
+from open_mythos.integrations.hf.base import OpenMythosPreTrainedModel
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.nn.moe import MoEFFN
-
-_TIED = "core.head.weight"  # the same tensor as that of the embedding, so not stored
-_AUTO_MAP = {
-    "AutoConfig": "configuration_open_mythos.OpenMythosConfig",
-    "AutoModel": "modeling_open_mythos.OpenMythosModel",
-    "AutoModelForCausalLM": "modeling_open_mythos.OpenMythosForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_open_mythos.OpenMythosForSequenceClassification",
-}
-_LIVE = ("max_loop_iters", "max_seq_len", "halting", "act_threshold")  # config fields that may change at any time
-
-
-class OpenMythosPreTrainedModel(PreTrainedModel):
-    """What the models below share.
-
-    Args:
-        config: shape and behaviour. ``num_loops``, ``max_seq_len``, ``halting`` and ``act_threshold`` may be changed
-            there at any time.
-        core: the model to wrap; a new one if None.
-
-    Attributes:
-        core: the :class:`~open_mythos.OpenMythos`, for everything else that this library does with a model.
-    """
-
-    config_class = OpenMythosConfig
-    base_model_prefix = "core"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules: ClassVar = ["TransformerBlock"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar = ["router_bias"]
-    _tied_weights_keys: ClassVar = {_TIED: "core.embed.weight"}
-    write_code: ClassVar[Any] = None  # where the whole package is: what writes its source beside saved weights
-
-    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
-        super().__init__(config)
-        self.gradient_checkpointing = False
-        if core is None:
-            cfg = config.mythos()
-            cfg.max_loop_iters = config.lora_loops or cfg.max_loop_iters
-            core = OpenMythos(cfg)
-            for module in core.modules():
-                if isinstance(module, MoEFFN):  # also where the default dtype is another
-                    module.router_bias = module.router_bias.float()
-        self.core = core
-        self.training = core.training
-
-    @classmethod
-    def wrap(cls, core: OpenMythos, **others: Any) -> Self:
-        """A model of transformers around ``core``, whose weights it shares; ``others`` are fields of the config."""
-        lora = core.recurrent.lora
-        others = others if lora is None else {"lora_loops": lora.scale.num_embeddings, **others}
-        return cls(OpenMythosConfig.from_mythos(core.cfg, dtype=core.embed.weight.dtype, **others), core)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """The core makes its own; what is new in a class below is made there."""
-
-    # -- files
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; also a folder of ours, or the name of a model that comes with the package.
-
-        Raises:
-            ValueError: for a config or weights of another model, or of a newer version.
-            OSError: for a name that is neither here nor, as far as the network tells, on the hub.
-        """
-        name = pretrained_model_name_or_path
-        if not Path(name).exists() and str(name) in shipped():
-            name = SHIPPED / str(name)
-        wants_info = kwargs.pop("output_loading_info", False)
-        if not Path(name).exists() and Path(name).is_absolute():
-            raise OSError(f"{name} does not exist; give a folder that save_pretrained wrote, or a name on the hub")
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("core.") and key != _TIED)
-        if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
-            raise ValueError(
-                f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
-                f"{missing[0]!r}; load it with the class that wrote it, or save it again"
-            )
-        return (model, info) if wants_info else model
-
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
-        """As in transformers. The folder is also one for :meth:`OpenMythos.from_pretrained`.
-
-        With ``register_for_auto_class``, the model's source goes along, for where this package is not installed.
-        """
-        if self._auto_class is not None:  # all of them are in the source that goes along
-            self.config.auto_map = dict(_AUTO_MAP)
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if self._auto_class is not None and self.write_code is not None:
-            type(self).write_code(save_directory)
-
-    # -- what tools ask for
-
-    @property
-    def base_model(self) -> nn.Module:
-        """The core as :class:`OpenMythosModel`, sharing its weights."""
-        if "core" not in self._modules or isinstance(self, OpenMythosModel):
-            return self
-        return OpenMythosModel(self.config, self.core)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.core.embed
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.core.embed = value
-        self._tie(value)
-
-    def _tie(self, embedding: nn.Embedding) -> None:
-        head = self.core.head
-        head.weight, head.out_features = embedding.weight, embedding.num_embeddings
-        self.core.cfg.vocab_size = embedding.num_embeddings
-
-    # -- the work
-
-    def _check_vocabulary(self, input_ids: Tensor) -> None:
-        highest, n_known = int(input_ids.max()) if input_ids.numel() else 0, self.core.cfg.vocab_size
-        if highest >= n_known:
-            raise ValueError(
-                f"input_ids holds {highest}, and the vocabulary has {n_known} tokens, 0 to {n_known - 1}: the tokenizer "
-                f"is not this model's. Use the one saved with it, or model.resize_token_embeddings(len(tokenizer))"
-            )
-
-    def run(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        num_loops: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> BaseModelOutputWithPast:
-        """Run the core, without the head; arguments as :meth:`OpenMythosForCausalLM.forward`."""
-        config, core = self.config, self.core
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
-        if output_attentions or config.output_attentions:
-            raise ValueError("output_attentions=True, but attention weights are never formed here; leave it out")
-        for name in _LIVE:
-            setattr(core.cfg, name, getattr(config, name))
-        core.recurrent.recompute = self.gradient_checkpointing
-        training_step = self.training and (self.gradient_checkpointing or past_key_values is None)
-        if past_key_values is None and not training_step and (config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        assert tokens is not None
-        cache = None if past_key_values is None else SlotCache(past_key_values)
-        past = 0 if cache is None else cache.length
-        if input_ids is not None and (past == 0 or input_ids.device.type == "cpu"):  # it makes a GPU wait
-            self._check_vocabulary(input_ids)
-        if cache is not None and past and attention_mask is not None and attention_mask.shape[-1] > past:
-            cache.valid = attention_mask[:, :past].bool()
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        n_loops = config.num_loops if num_loops is None else num_loops
-        seen: list[Tensor] | None = [] if output_hidden_states else None
-        h, freqs, mask = core.states(
-            tokens, n_loops, cache, attention_mask=attention_mask, positions=position_ids, seen=seen
-        )
-        if seen is not None:  # where all positions halt early, their states stay
-            seen += seen[-1:] * (n_loops + 1 - len(seen))
-        return BaseModelOutputWithPast(
-            last_hidden_state=core.decode(h, freqs, mask, cache),
-            past_key_values=past_key_values,
-            hidden_states=None if seen is None else tuple(seen),
-        )
 
 
 class OpenMythosModel(OpenMythosPreTrainedModel):
@@ -197,6 +25,10 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
     def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
         super().__init__(config, core)
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
 
     @can_return_tuple
     def forward(
@@ -217,6 +49,9 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
             output_hidden_states, output_attentions,
         )  # fmt: skip
+
+
+OpenMythosPreTrainedModel.without_head = OpenMythosModel
 
 
 class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):

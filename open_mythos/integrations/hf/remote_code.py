@@ -1,7 +1,8 @@
 """The model's source as a folder of flat modules, which transformers can load where this package is not installed.
 
-transformers copies what stands beside a model's module and is imported relatively, in one flat folder. So every module of
-the package that the model imports is written there under a flat name, with its imports rewritten, and nothing else changed.
+transformers copies what stands beside a model's module and is imported relatively, in one flat folder. So every module
+of the package that the model imports is written there under a flat name, with its imports rewritten, and nothing else
+changed.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ def wrapped(attn_type: str = "gqa", **changes: Any) -> OpenMythosForCausalLM:
     return OpenMythosForCausalLM.wrap(tiny_model(attn_type, **changes), pad_token_id=0, eos_token_id=None)
 
 
-def greedy(lm: OpenMythosForCausalLM, ids: Tensor | None, n: int = 6, **options: Any) -> Tensor:
+def greedy(lm: Any, ids: Tensor | None, n: int = 6, **options: Any) -> Tensor:
     """The prompt and ``n`` more tokens, the likeliest."""
     options = {"do_sample": False, **options}
     if ids is not None:
         options.setdefault("attention_mask", torch.ones_like(ids))
-    return lm.generate(ids, max_new_tokens=n, **options)
+    return lm.generate(input_ids=ids, max_new_tokens=n, **options)
 
 
 def letters(n: int = 23) -> PreTrainedTokenizerFast:

@@ -1,0 +1,113 @@
+"""One kind of folder: what either side saves, both load, and what is no such folder is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import ATTENTION, assert_near, tiny_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from wrapped import prompts, wrapped
+
+from open_mythos import CheckpointError, OpenMythos
+from open_mythos.integrations.hf import OpenMythosForCausalLM, OpenMythosModel
+
+IDS = prompts(2, 8)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    wrapped().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@torch.no_grad()
+def test_there_and_back(tmp_path, attn_type):
+    core = tiny_model(attn_type)
+    core.save_pretrained(tmp_path / "ours")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(lm) is OpenMythosForCausalLM and not lm.training
+    lm.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", num_loops=9)
+    ours = OpenMythos.from_pretrained(tmp_path / "theirs")
+    model = AutoModel.from_pretrained(tmp_path / "theirs")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1 and type(model) is OpenMythosModel
+    assert ours.cfg == core.cfg and again.config.num_loops == 9
+    assert AutoConfig.from_pretrained(tmp_path / "ours").dim == 32
+    for found in (lm(IDS).logits, ours(IDS), ours.head(model(IDS).last_hidden_state), again(IDS, num_loops=4).logits):
+        assert_near(found, core(IDS))
+    assert_near(again(IDS).logits, core(IDS, 9))
+
+
+@torch.no_grad()
+def test_a_table_of_lora_longer_or_shorter_than_the_loops_comes_back(tmp_path):
+    for n, max_loop_iters in enumerate((2, 9)):
+        core = tiny_model(max_loop_iters=6)
+        core.cfg.max_loop_iters = max_loop_iters
+        core.save_pretrained(tmp_path / str(n))
+        lm = AutoModelForCausalLM.from_pretrained(tmp_path / str(n))
+        lm.save_pretrained(tmp_path / "back")
+        assert lm.config.num_loops == max_loop_iters
+        assert_near(lm(IDS).logits, core(IDS))
+        assert_near(lm(IDS, num_loops=6).logits, core(IDS, 6))
+        assert_near(OpenMythos.from_pretrained(tmp_path / "back")(IDS, 6), core(IDS, 6))
+
+
+@torch.no_grad()
+def test_half_precision_keeps_the_router_bias_whole(saved, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, device_map="cpu")
+    assert lm.dtype == torch.bfloat16 and lm.core.recurrent.block.ffn.router_bias.dtype == torch.float32
+    lm.save_pretrained(tmp_path / "half")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert OpenMythos.from_pretrained(tmp_path / "half").embed.weight.dtype == torch.bfloat16
+    fresh = AutoModelForCausalLM.from_config(lm.config, dtype=torch.bfloat16)
+    assert fresh.core.recurrent.block.ffn.router_bias.dtype == torch.float32
+
+
+def test_shipped_models_and_new_heads():
+    lm = OpenMythosForCausalLM.from_pretrained("parity-tiny")
+    assert lm.config.num_loops == lm.core.cfg.max_loop_iters == 24
+    folder = lm.config.name_or_path
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert model(torch.ones(2, 5, dtype=torch.int64)).logits.shape == (2, 1) and model.score.weight.std() > 0
+
+
+@pytest.mark.parametrize("edit, said", [
+    (dict(depth_of_tomorrow=3), "unknown config field 'depth_of_tomorrow'.*pip install -U open-mythos"),
+    (dict(format_version=2), "format_version=2: a newer open_mythos.*pip install -U open-mythos"),
+    (dict(dim=33), "dim=33 does not divide"),
+    (dict(model_type="llama"), "model_type='llama' is another kind of model"),
+])  # fmt: skip
+def test_a_config_that_does_not_fit_is_named(saved, edit, said):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | edit))
+    for load in (OpenMythos.from_pretrained, OpenMythosForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=said):
+            load(saved)
+
+
+def test_weights_of_another_model_are_named(saved, tmp_path):
+    sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"model_type='llama' is another kind of model.*AutoModelForCausalLM"):
+        OpenMythosForCausalLM.from_pretrained(tmp_path / "llama")
+    shutil.copy(tmp_path / "llama" / "model.safetensors", saved)
+    with pytest.raises(ValueError, match=r"is not a checkpoint of an open_mythos model: it lacks .* such as 'core"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this model: it lacks"):
+        OpenMythos.from_pretrained(saved)
+
+
+def test_a_place_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere does not exist"):
+        OpenMythosForCausalLM.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"someone/some-model.*hf download someone/some-model"):
+        OpenMythos.from_pretrained("someone/some-model")

@@ -1,0 +1,83 @@
+"""Trainer and TRL's trainers train it, as they train any model."""
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import assert_near, tiny_model, tokens
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from wrapped import letters, wrapped
+
+from open_mythos import OpenMythos
+from open_mythos.integrations.hf import OpenMythosForCausalLM
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),
+]
+QUIET = dict(report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, per_device_train_batch_size=4, max_steps=3)
+FEW = dict(**QUIET, learning_rate=1e-2, save_strategy="no", bf16=False, max_length=16)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, recompute):
+    def run(name, max_steps, checkpoint=None):
+        torch.manual_seed(0)
+        lm = OpenMythosForCausalLM.wrap(tiny_model(warm_start=True, state_noise=0.1).train())
+        options = {**QUIET, "max_steps": max_steps, "save_steps": 2, "lr_scheduler_type": "constant"}
+        args = TrainingArguments(tmp_path / name, learning_rate=1e-2, gradient_checkpointing=recompute, **options)
+        data = [{"input_ids": tokens(12, seed=i), "labels": tokens(12, seed=i)} for i in range(8)]
+        trainer = Trainer(model=lm, args=args, train_dataset=data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return lm, losses(trainer)
+
+    whole, expected = run("whole", 4)
+    run("halves", 2)
+    lm, found = run("halves", 4, tmp_path / "halves" / "checkpoint-2")
+    assert found == expected and len(found) == 4
+    assert_near(lm.eval()(tokens(1, 5)).logits, whole.eval()(tokens(1, 5)).logits)
+    assert_near(OpenMythos.from_pretrained(tmp_path / "halves" / "checkpoint-4")(tokens(1, 5)), lm.core(tokens(1, 5)))
+
+
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_gradient_checkpointing_changes_no_gradient(attn_type):
+    found = []
+    for recompute in (False, True):
+        lm = wrapped(attn_type).train()
+        if recompute:
+            lm.gradient_checkpointing_enable()
+        lm(tokens(8, 10), labels=tokens(8, 10), num_loops=6).loss.backward()
+        found.append({name: p.grad for name, p in lm.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert_near(found[1][name], gradient, what=name)
+
+
+def test_trl(tmp_path):
+    start = wrapped(halting=False)  # else a reference in eval mode stops early where a model in training does not
+    start.core.recurrent.lora.trained_loops.fill_(4)
+    start.save_pretrained(tmp_path / "model")
+    words = [{"prompt": "abc", "chosen": "def", "rejected": "hijk"}] * 8
+    tokenizer = letters()
+    lora = LoraConfig(target_modules=["wq", "wo"], target_parameters=["ffn.gate_up", "ffn.down"])
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    texts = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in words])
+    args = SFTConfig(tmp_path / "sft", **FEW)
+    sft = SFTTrainer(lm, args, train_dataset=texts, processing_class=tokenizer, peft_config=lora)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    pairs = Dataset.from_list(words)
+    dpo = DPOTrainer(lm, args=DPOConfig(tmp_path / "dpo", **FEW), train_dataset=pairs, processing_class=tokenizer)
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
+    reward = RewardTrainer(
+        judge, args=RewardConfig(tmp_path / "reward", **FEW), train_dataset=pairs, processing_class=tokenizer
+    )
+    for trainer in (sft, dpo, reward):
+        trainer.train()
+        found = losses(trainer)
+        assert len(found) == 3 and found[-1] < found[0], (type(trainer).__name__, found)
+    assert losses(dpo)[0] == pytest.approx(0.6931, abs=1e-3), "the reference is the model itself at first"
