@@ -40,7 +40,7 @@ def eval(
     option: Annotated[list[str] | None, typer.Option(help="Of the task, as key=value; may be repeated.")] = None,
     difficulties: Annotated[str | None, typer.Option(help="As in 24,96.")] = None,
     loops: Annotated[str | None, typer.Option(help="As in 1,2,4,8.")] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Problems of each difficulty; documents of a task.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Problems of a difficulty; documents of a task.")] = None,
     seeds: Annotated[str, typer.Option(help="Of the problems, as in 0,1,2.")] = "0",
     exit: Annotated[
         str | None,

@@ -115,7 +115,7 @@ def heal() -> TrainConfig:
     cfg.task.options = {"max_bytes": 1 << 22}
     cfg.loops = LoopConfig("curriculum", minimum=1, maximum=4, ramp=0.25, gradient="last", grad_loops=4)
     cfg.model.max_loop_iters = 4
-    cfg.optim = OptimConfig(lr=3e-5, warmup=20, ema=0.9)
+    cfg.optim = OptimConfig(lr=1e-4, warmup=20, ema=0.9)
     cfg.evaluation = EvalConfig([128], [1, 2, 4, 8], 32)
     cfg.steps, cfg.keep = 200, 1
     return cfg

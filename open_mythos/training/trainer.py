@@ -18,18 +18,15 @@ from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.tasks import UNSCORED, Batch
 from open_mythos.tasks.text import Text
-from open_mythos.training import baselines, distributed, runs
+from open_mythos.training import baselines, distributed
 from open_mythos.training.checks import check_fit, find_device
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
-from open_mythos.training.overrides import differences
+from open_mythos.training.start import load_teacher, start_from
 
-_DATA, _LOOPS, _RANKS = (
-    1,
-    2,
-    500,
-)  # streams of random numbers beside torch's own, which draws weights, dropout and noise
+# streams of random numbers beside torch's own, which draws weights, dropout and noise
+_DATA, _LOOPS, _RANKS = 1, 2, 500
 
 
 class TrainingError(RuntimeError):
@@ -86,9 +83,9 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.model = baselines.build(cfg)
         if cfg.start:
-            _start_from(self.model, cfg)
+            start_from(self.model, cfg)
         self.model.to(self.device).train()
-        self.objective = Objective(cfg, _teacher(cfg, self.device))
+        self.objective = Objective(cfg, load_teacher(cfg, self.device))
         self.optimizer = Optimizer(self.model, cfg.optim)
         self.ema = EMA(self.model, cfg.optim.ema)
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
@@ -258,36 +255,6 @@ class Trainer:
             owner, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(owner), leaf, buffer.to(self.device))
         self.objective.load_state_dict(carried["objective"])
-
-
-def _start_from(model: OpenMythos, cfg: TrainConfig) -> None:
-    """Give ``model`` the weights that the run starts from."""
-    must(
-        cfg.kind != "unrolled",
-        f"start={cfg.start!r} has one block for all loops and kind='unrolled' many; leave it out",
-    )
-    start = runs.load_model(cfg.start)
-    try:
-        model.load_state_dict(start.state_dict())
-    except RuntimeError as error:
-        changed = ", ".join(
-            f"model.{key}={new!r} for {old!r}" for key, (old, new) in differences(start.cfg, cfg.model).items()
-        )
-        raise ValueError(
-            f"start={cfg.start!r} is not of the run's model ({changed}); leave out what changes it"
-        ) from error
-
-
-def _teacher(cfg: TrainConfig, device: torch.device) -> OpenMythos | None:
-    if not cfg.loss.teacher:
-        return None
-    teacher = runs.load_model(cfg.loss.teacher)
-    must(
-        teacher.cfg.vocab_size == cfg.model.vocab_size,
-        f"loss.teacher={cfg.loss.teacher!r} has {teacher.cfg.vocab_size} tokens and the model {cfg.model.vocab_size}; "
-        f"use a teacher of the same tokens",
-    )
-    return teacher.to(device).requires_grad_(False)
 
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:
