@@ -47,8 +47,13 @@ def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dense, "CASES", {"memory": dense.case("memory", "memory")})
     speed = dense.speeds(1, lambda what: None)
     assert set(speed["memory"]) == {"looped 1", "looped 2", "dense"}
-    speed |= dict.fromkeys(("train", "prefill", "decode"), {side: [100.0] for side in speed["memory"]})
+    speed |= {work: {side: [100.0] for side in speed["memory"]} for work in ("train", "prefill", "decode")}
     bits = {"looped": {"1": [found[1]], "2": [found[2]]}, "dense": {"1": [3.0]}}
-    results = {"loss": {name: {"rate": 1e-3, "bits": by} for name, by in bits.items()}, "speed": speed}
+    at = {"name": "a machine", "torch": "2", "date": "2026-11-22", "load": 0.5}
+    results = {
+        "conditions": at,
+        "loss": {name: {"rate": 1e-3, "bits": by} for name, by in bits.items()},
+        "speed": speed,
+    }
     lines = dense.markdown(results).splitlines()
-    assert len(lines) == 5 and lines[2].startswith("| looped, 1 loop |") and f"{found[2]:.3f}" in lines[3]
+    assert len(lines) == 7 and lines[4].startswith("| looped, 1 loop |") and f"{found[2]:.3f}" in lines[5]
