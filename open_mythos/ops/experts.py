@@ -124,7 +124,7 @@ class Rows:
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """Every row's token: (P, D), zeros at idle rows, which must not overflow in the expert of others."""
-        return (F.pad(x_ND, (0, 0, 0, 1)) if self.width else x_ND)[self.token_P]
+        return (F.pad(x_ND, (0, 0, 0, 1)) if self.width else x_ND).index_select(0, self.token_P)
 
     def spread(self, x_NK: Tensor) -> Tensor:
         """A number for each choice to one for each row, (P, 1); 0 at idle ones."""
