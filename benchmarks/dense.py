@@ -1,4 +1,4 @@
-"""A looped model with experts beside a dense Transformer of twice the parameters: loss, latency, operations, memory.
+"""A looped model with experts beside a dense Transformer of twice the parameters; fills the README's table.
 
     python benchmarks/dense.py [--seeds 0 1 2] [--jobs 2] [--repeat 7] [--only loss|speed] [--out FILE]
 
@@ -12,6 +12,7 @@ runs/dense, and training goes on where it was stopped. Keep the machine free of 
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from costs import fill
 from rich.console import Console
 from rich.progress import track
 from speed import measure
@@ -37,7 +39,7 @@ from open_mythos.training.fit import Watch, fit, load_evaluation
 from open_mythos.training.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
-RUNS = ROOT / "runs" / "dense"
+README, RUNS = ROOT / "README.md", ROOT / "runs" / "dense"
 LOOPS = (1, 2, 4, 8)
 RATES = (2.5e-4, 5e-4, 1e-3)
 CONTEXT, TRAINED, FP32 = 512, (8, 128), 4  # tokens of a prompt; rows and tokens of a training step; bytes
@@ -178,7 +180,11 @@ def markdown(results: dict[str, Any]) -> str:
         "model", "parameters, M (active)", "held-out bits per byte: mean (least – greatest)", "MFLOP a token",
         "prompt, ms", "decoding, ms a token", "compiled", "training step, ms", "its memory, MB", "cache, kB a token",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    at = results["conditions"]
+    where = (
+        f"{at['name']}, one thread, torch {at['torch']}, {at['date']}; load before timing: {at['load']:.1f} (quiet: 0)."
+    )
+    lines = [where, "", "| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(results))])
 
 
@@ -197,12 +203,14 @@ def main() -> None:
         results["loss"] = losses(args.seeds, args.jobs)
         results["seeds"] = args.seeds
     if args.only != "loss":
+        load = os.getloadavg()[0]
         with screen.status("") as status:
             results["speed"] = speeds(args.repeat, status.update)
-        results["conditions"] = describe(torch.device("cpu")) | {"date": date.today().isoformat()}
+        results["conditions"] = describe(torch.device("cpu")) | {"date": date.today().isoformat(), "load": load}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     if results.keys() >= {"loss", "speed"}:
+        README.write_text(fill(README.read_text(), markdown(results)))
         console.print(markdown(results), highlight=False, soft_wrap=True)
     console.print(f"Results: {args.out}; trained models: {RUNS}", highlight=False, soft_wrap=True)
 

@@ -42,15 +42,18 @@ def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dense, "CONTEXT", 16)
     cfg = dense.run_config("looped", 1e-3, 0)
     cfg.steps, cfg.optim.warmup, cfg.evaluation.examples, cfg.evaluation.difficulties = 2, 1, 2, [8]
-    cfg.task.options = {"max_bytes": 300_000}
     found = dense.bits(cfg, tmp_path / "run")
     assert set(found) == {1, 2} and dense.bits(cfg, tmp_path / "run") == found, "a run that is there is read"
-    cases = {name: dense.case(work, name) for name, work in (("train", "train"), ("memory", "memory"))}
-    monkeypatch.setattr(dense, "CASES", cases)
+    monkeypatch.setattr(dense, "CASES", {"memory": dense.case("memory", "memory")})
     speed = dense.speeds(1, lambda what: None)
-    assert set(speed["train"]) == set(speed["memory"]) == {"looped 1", "looped 2", "dense"}
-    speed |= {"prefill": speed["train"], "decode": speed["train"]}
+    assert set(speed["memory"]) == {"looped 1", "looped 2", "dense"}
+    speed |= {work: {side: [100.0] for side in speed["memory"]} for work in ("train", "prefill", "decode")}
     bits = {"looped": {"1": [found[1]], "2": [found[2]]}, "dense": {"1": [3.0]}}
-    results = {"loss": {name: {"rate": 1e-3, "bits": by} for name, by in bits.items()}, "speed": speed}
+    at = {"name": "a machine", "torch": "2", "date": "2026-11-22", "load": 0.5}
+    results = {
+        "conditions": at,
+        "loss": {name: {"rate": 1e-3, "bits": by} for name, by in bits.items()},
+        "speed": speed,
+    }
     lines = dense.markdown(results).splitlines()
-    assert len(lines) == 5 and lines[2].startswith("| looped, 1 loop |") and f"{found[2]:.3f}" in lines[3]
+    assert len(lines) == 7 and lines[4].startswith("| looped, 1 loop |") and f"{found[2]:.3f}" in lines[5]
