@@ -45,7 +45,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar = ["router_bias"]
     _tied_weights_keys: ClassVar = {_TIED: "core.embed.weight"}
-    without_head: ClassVar[type[OpenMythosPreTrainedModel]]
+    without_head: ClassVar[type[PreTrainedModel]]
     write_code: ClassVar[Any] = None  # where the whole package is: what writes its source beside saved weights
 
     def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
