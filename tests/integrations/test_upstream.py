@@ -193,7 +193,7 @@ def spoilt(tensors: dict, **changes) -> dict:
     ({"freqs_cis_mla": torch.randn(16, 3, dtype=torch.complex64)}, r"RoPE table.*cannot be converted"),
     ({"recurrent.injection.raw_A": torch.ones(48)}, "of this library already.*from_pretrained"),
     ({"recurrent.injection.log_A": None}, r"another architecture.*embed.weight.*recurrent.injection.log_A"),
-], ids=str)  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else "-".join(value))  # fmt: skip
 def test_spoilt_and_foreign_tensors(changes, message, tensors, tmp_path):
     torch.save(spoilt(tensors, **changes), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=message):

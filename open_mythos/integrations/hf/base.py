@@ -15,7 +15,7 @@ from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConf
 from open_mythos.model import OpenMythos
 from open_mythos.nn.moe import MoEFFN
 
-_TIED = "core.head.weight"  # the same tensor as that of the embedding, so not stored
+_TIED = "core.head.weight"  # of most models the same tensor as that of the embedding, so not stored
 _AUTO_MAP = {
     "AutoConfig": "configuration_open_mythos.OpenMythosConfig",
     "AutoModel": "modeling_open_mythos.OpenMythosModel",
@@ -59,6 +59,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
                 if isinstance(module, MoEFFN):  # also where the default dtype is another
                     module.router_bias = module.router_bias.float()
         self.core = core
+        if not core.cfg.tied_head:
+            self._tied_weights_keys = {}
         self.training = core.training
 
     @classmethod
@@ -88,7 +90,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         if not Path(name).exists() and Path(name).is_absolute():
             raise OSError(f"{name} does not exist; give a folder that save_pretrained wrote, or a name on the hub")
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("core.") and key != _TIED)
+        lacks = set(info["missing_keys"]) - model._tied_weights_keys.keys()
+        missing = sorted(key for key in lacks if key.startswith("core."))
         if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
             raise ValueError(
                 f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
@@ -119,13 +122,9 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         return self.core.embed
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.core.embed = value
-        self._tie(value)
-
-    def _tie(self, embedding: nn.Embedding) -> None:
-        head = self.core.head
-        head.weight, head.out_features = embedding.weight, embedding.num_embeddings
-        self.core.cfg.vocab_size = embedding.num_embeddings
+        self.core.embed, self.core.cfg.vocab_size = value, value.num_embeddings
+        if self.core.cfg.tied_head:
+            self.core.head.weight, self.core.head.out_features = value.weight, value.num_embeddings
 
     # -- the work
 
@@ -178,6 +177,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         )
         if seen is not None:  # where all positions halt early, their states stay
             seen += seen[-1:] * (n_loops + 1 - len(seen))
+            seen = [core.recurrent.output(state) for state in seen]
         return BaseModelOutputWithPast(
             last_hidden_state=core.decode(h, freqs, mask, cache),
             past_key_values=past_key_values,

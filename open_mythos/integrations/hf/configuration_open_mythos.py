@@ -64,8 +64,9 @@ class OpenMythosConfig(PreTrainedConfig):
         if num_loops is not None:
             self.num_loops = num_loops
         self.format_version = FORMAT_VERSION
+        self.tie_word_embeddings = cfg.tied_head
         not_ours = {name: value for name, value in given.items() if name not in values}
-        for name in ("model_type", "format_version"):
+        for name in ("model_type", "format_version", "tie_word_embeddings"):
             not_ours.pop(name, None)
         super().__post_init__(**not_ours)
 

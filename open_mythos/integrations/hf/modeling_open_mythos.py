@@ -70,8 +70,9 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         return self.core.head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Nothing of its own: head and embedding are one tensor."""
-        self._tie(self.core.embed)
+        """A head of its own; nothing where head and embedding are one tensor."""
+        if not self.core.cfg.tied_head:
+            self.core.head = new_embeddings
 
     @can_return_tuple
     def forward(

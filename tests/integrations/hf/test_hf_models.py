@@ -7,6 +7,7 @@ from helpers import ATTENTION, assert_near, left_padding, tiny_config, tiny_mode
 from transformers import DynamicCache
 from wrapped import prompts, wrapped
 
+from open_mythos import OpenMythos
 from open_mythos.integrations.hf import (
     OpenMythosConfig,
     OpenMythosForCausalLM,
@@ -33,6 +34,36 @@ def test_logits_are_those_of_the_core_at_any_number_of_loops(attn_type, halting)
     assert core.cfg.halting == halting
     assert_near(lm(IDS).logits, core(IDS, 6))
     assert core.cfg.halting != halting, "the core follows the config"
+
+
+KINDS = {
+    "untied head": dict(tied_head=False),
+    "two dense blocks in the core": dict(core_layers=2, n_experts=0, input_norm=False, state_norm=False),
+    "mixture": dict(recurrence="mixture", router_score="softmax", input_norm=False, state_norm=False, conv_taps=0,
+                    local_window=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_every_kind_of_model_in_and_out_of_files(kind, tmp_path):
+    core = tiny_model("gqa", **KINDS[kind])
+    lm = OpenMythosForCausalLM.wrap(core)
+    assert lm.config.tie_word_embeddings == core.cfg.tied_head
+    logits = lm(IDS, num_loops=3).logits
+    assert_near(logits, core(IDS, 3))
+    states = lm(IDS, num_loops=3, output_hidden_states=True).hidden_states
+    assert len(states) == 4 and {tuple(state.shape) for state in states} == {(2, 8, 32)}
+    cached = lm.generate(IDS, max_new_tokens=6, do_sample=False, num_loops=6)
+    assert cached.equal(lm.generate(IDS, max_new_tokens=6, do_sample=False, num_loops=6, use_cache=False))
+    lm.save_pretrained(tmp_path)
+    assert_near(OpenMythosForCausalLM.from_pretrained(tmp_path)(IDS, num_loops=3).logits, logits)
+    assert_near(OpenMythos.from_pretrained(tmp_path)(IDS, 3), logits)
+    core.save_pretrained(tmp_path / "ours")
+    assert_near(OpenMythosForCausalLM.from_pretrained(tmp_path / "ours")(IDS, num_loops=3).logits, logits)
+    lm.resize_token_embeddings(30, mean_resizing=False)
+    more = lm(IDS, num_loops=3).logits
+    assert more.shape[-1] == 30 and (more[..., :23] - logits).abs().max() < 1e-5
 
 
 def test_wrapping_shares_weights_and_keeps_the_mode():
