@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "One page about a run: curves, and every loop of an example.",
     "chat": "Talk to a model of text, at any depth, and see every loop.",
     "retrofit": "Make a pretrained model a recurrent-depth one.",
+    "export": "Write a model for transformers, with the source that loads it anywhere.",
     "compare": "Train a model and two that do not loop, and see who wins.",
     "info": "What a variant or a checkpoint costs: parameters, arithmetic, cache.",
     "convert": "Turn a checkpoint of the reference implementation into a model of this library.",

@@ -64,19 +64,38 @@ def test_a_table_a_picture_and_numbers(parity, tmp_path):
 
 
 def test_lm_eval_itself_takes_the_loops_as_an_argument(parity, tmp_path):
-    """As in docs/lm_eval.md; rolling bits per byte of source text are tested with text models."""
+    """As in docs/lm_eval.md, on a folder that was exported."""
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    exported = CliRunner().invoke(app, ["export", str(parity), str(folder)])
+    assert exported.exit_code == 0 and f"Written: {folder} (weights, tokenizer and source)" in exported.output
     done = subprocess.run(
         [
-            sys.executable, "-c",
-            "import open_mythos.integrations.hf, sys; from lm_eval.__main__ import cli_evaluate; cli_evaluate()",
-            "run", "--model", "hf", "--model_args", f"pretrained={parity},num_loops=16", "--tasks", "parity_choice",
-            "--include_path", TASKS, "--limit", "8", "--output_path", tmp_path, "--device", "cpu",
+            sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
+            f"pretrained={folder},trust_remote_code=True,num_loops=16", "--tasks", "parity_choice,parity_said",
+            "--include_path", TASKS, "--limit", "8", "--output_path", out, "--device", "cpu",
         ],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    (written,) = tmp_path.rglob("results_*.json")
-    assert json.loads(written.read_text())["results"]["parity_choice"]["acc,none"] == 1.0
+    (written,) = out.rglob("results_*.json")
+    results = json.loads(written.read_text())["results"]
+    assert results["parity_choice"]["acc,none"] == results["parity_said"]["exact_match,none"] == 1.0
+
+
+def test_bits_per_byte_of_text_fall_with_loops(tmp_path):
+    (curve,) = (
+        c for c in harness(SHIPPED / "text-tiny", ["source_bits"], [1, 8], TASKS) if c.metric == "bits_per_byte"
+    )
+    assert curve.higher_is_better is False and curve.values[1] < curve.values[0] - 0.05
+
+
+def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
+    for arguments, words in (
+        ((parity, parity), "is there and not empty"),
+        (("nowhere", tmp_path / "x"), "no directory"),
+    ):
+        done = CliRunner().invoke(app, ["export", *map(str, arguments)])
+        assert done.exit_code == 2 and words in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(

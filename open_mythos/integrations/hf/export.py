@@ -1,0 +1,42 @@
+"""A trained model as a folder for transformers: weights, tokenizer, and the source that loads it anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from open_mythos.fields import must
+from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
+from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM
+from open_mythos.model import OpenMythos
+from open_mythos.tasks import tokenizer
+from open_mythos.training.runs import load_model, model_dir
+
+
+def export(source: str | Path, directory: str | Path) -> bool:
+    """Write the model that :func:`~open_mythos.training.runs.model_dir` finds by ``source`` into ``directory``.
+
+    Returns:
+        Whether it had a tokenizer, which then lies there too.
+
+    Raises:
+        ValueError: if there is no such model, or it is a baseline without a loop.
+    """
+    core = load_model(source)
+    must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
+    before = OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class
+    try:
+        OpenMythosConfig.register_for_auto_class()
+        OpenMythosForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+        OpenMythosForCausalLM.wrap(core).save_pretrained(directory)
+    finally:
+        OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
+    has_tokenizer = (model_dir(source) / tokenizer.FILE).is_file()
+    if has_tokenizer:
+        words = AutoTokenizer.from_pretrained(model_dir(source))
+        # What ends and fills up texts is asked for by nearly all tools; token 0 stands for no text.
+        words.eos_token = words.eos_token or words.convert_ids_to_tokens(0)
+        words.pad_token = words.pad_token or words.eos_token
+        words.save_pretrained(directory)
+    return has_tokenizer
