@@ -214,7 +214,7 @@ def test_stream_hands_out_what_generate_returns(attn_type):
 def test_stream_computes_each_token_when_it_is_asked_for():
     model, calls = tiny_model(), []
     original = model.recurrent.forward
-    model.recurrent.forward = lambda *args: calls.append(args[0].shape[1]) or original(*args)
+    model.recurrent.forward = lambda *args, **named: calls.append(args[0].shape[1]) or original(*args, **named)
     tokens_made = model.stream(tokens(1, 5), 4)
     assert calls == []
     next(tokens_made)
@@ -237,7 +237,7 @@ def test_eval_mode_during_and_every_modules_own_mode_after():
     model.prelude[0].eval()
     before, seen = modes(model), []
     original = model.recurrent.forward
-    model.recurrent.forward = lambda *args: seen.append(any(modes(model))) or original(*args)
+    model.recurrent.forward = lambda *args, **named: seen.append(any(modes(model))) or original(*args, **named)
     ids = tokens(1, 4)
     first = model.generate(ids, 3, temperature=0)
     assert seen == [False] * 3 and modes(model) == before
@@ -250,7 +250,7 @@ def test_modes_are_restored_after_an_error():
     model = tiny_model().train()
     before = modes(model)
 
-    def fail(*args):
+    def fail(*args, **named):
         raise RuntimeError("out of order")
 
     model.recurrent.forward = fail

@@ -11,6 +11,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
 from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.halting import ACTHalting
+from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.training.config import TrainConfig
 
@@ -34,6 +35,11 @@ class UntiedBlocks(RecurrentBlock):
     def block(self) -> TransformerBlock | CoreBlocks:  # type: ignore[override]
         """The first loop's block."""
         return cast(RecurrentBlock, self.blocks[0]).block
+
+    @property
+    def lora(self) -> LoRAAdapter | None:  # type: ignore[override]
+        """The first loop's adapter."""
+        return cast(RecurrentBlock, self.blocks[0]).lora
 
     def step(self, h: Tensor, e: Tensor, loop: int | Tensor, *inputs: Any) -> Tensor:
         if isinstance(loop, Tensor):

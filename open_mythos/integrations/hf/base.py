@@ -44,7 +44,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar = ["TransformerBlock"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar = ["router_bias"]
-    _tied_weights_keys: ClassVar = {_TIED: "core.embed.weight"}
+    _tied_weights_keys: dict[str, str] = {_TIED: "core.embed.weight"}  # noqa: RUF012 (another for an untied head)
     without_head: ClassVar[type[PreTrainedModel]]
     write_code: ClassVar[Any] = None  # where the whole package is: what writes its source beside saved weights
 

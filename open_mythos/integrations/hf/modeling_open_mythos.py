@@ -69,7 +69,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.core.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """A head of its own; nothing where head and embedding are one tensor."""
         if not self.core.cfg.tied_head:
             self.core.head = new_embeddings
