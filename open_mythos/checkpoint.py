@@ -6,6 +6,7 @@ A folder is the same whether written here or by ``save_pretrained`` of :mod:`ope
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,9 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     partial = directory / (CONFIG_FILE + ".partial")
     partial.write_text(json.dumps(config_file(model), indent=2) + "\n")
     partial.replace(directory / CONFIG_FILE)
+    shutil.copymode(
+        directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    )  # safetensors lets nobody else read what it writes
 
 
 def config_file(model: OpenMythos) -> dict[str, Any]:

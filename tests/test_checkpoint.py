@@ -58,6 +58,10 @@ def test_two_files_and_no_pickle(saved):
     assert "head.weight" not in load_file(saved / "model.safetensors")
 
 
+def test_who_may_read_one_file_may_read_the_other(saved):
+    assert (saved / "model.safetensors").stat().st_mode == (saved / "config.json").stat().st_mode
+
+
 def test_loading_never_unpickles(saved, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("unpickled")

@@ -76,6 +76,8 @@ def template_of(directory: Path) -> Template | None:
         return None
     try:
         from transformers import AutoTokenizer
+
+        import open_mythos.integrations.hf  # noqa: F401  (without it transformers warns of the model beside)
     except ImportError as error:
         raise ImportError("this model's chat template needs transformers: pip install 'open-mythos[hf]'") from error
     theirs = AutoTokenizer.from_pretrained(directory)

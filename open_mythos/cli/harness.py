@@ -44,7 +44,8 @@ def eval_harness(
         also = f"   picture: {picture}"
     except ImportError as error:
         console.print(f"no picture: {error}", markup=False)
-    more = f"mythos eval {checkpoint} --harness {names} --loops {2 * max(counts)}"
+    found_in = "" if include is None else f" --include-path {include}"
+    more = f"mythos eval {checkpoint} --harness {names}{found_in} --loops {2 * max(counts)}"
     console.print(
         f"Everything: {path}{also}\nNext: think longer, [bold]{more}[/bold].", highlight=False, soft_wrap=True
     )

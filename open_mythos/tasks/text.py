@@ -146,7 +146,7 @@ class Text(Task):
         return (
             f"{self.source}: {train.documents:,} documents of {train.bytes:,} bytes to train on, "
             f"{train.tokens:,} tokens in {self.n_rows(length):,} rows of {length}; "
-            f"{held_out.documents:,} documents are held out"
+            f"held out: {held_out.documents:,}"
         )
 
     def save_tokenizer(self, directory: str | Path) -> None:
