@@ -85,6 +85,10 @@ class MythosConfig(Checked):
     warm_start: bool = flag(True)
     # standard deviation of noise on the state after every loop of training; steadies a model that drifts at depth
     state_noise: float = real(0.0, 0.0)
+    # rotary wavelengths beyond rope_context tokens are stretched so many times, to read further than that (Llama 3.1,
+    # 2407.21783); 1: none are, and rope_context says nothing
+    rope_factor: float = real(1.0, 1.0)
+    rope_context: int = size(8192)
     # tokens that a causal convolution on attention's keys and values sees; 0: none (Canon layers, Allen-Zhu 2025)
     conv_taps: int = size(3, minimum=0)
     # local heads of the recurrent block see this many last tokens only; 0: all heads see all tokens
@@ -180,6 +184,11 @@ class MythosConfig(Checked):
     def rope_dim(self) -> int:
         """Channels that rotary embedding turns, per head."""
         return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def rope(self) -> tuple[int, float, float, int]:
+        """What :func:`open_mythos.ops.rope.rope_frequencies` takes."""
+        return self.rope_dim, self.rope_theta, self.rope_factor, self.rope_context
 
     @property
     def n_local_heads(self) -> int:

@@ -177,7 +177,7 @@ class OpenMythos(nn.Module):
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = x * mask.valid[:, -x.shape[1] :].unsqueeze(-1)
-        freqs = rope_table(positions, self.cfg.rope_dim, self.cfg.rope_theta)
+        freqs = rope_table(positions, *self.cfg.rope)
         for layer, block in enumerate(self.prelude):
             x = block(x, freqs, mask, cache, prelude_slot(layer))
         return self.input_norm(x), freqs

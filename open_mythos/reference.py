@@ -56,7 +56,7 @@ def reference_logits(
     if attention_mask is not None and attention_mask.max() > 1:
         return _document_by_document(model, input_ids, n_loops, attention_mask)
     real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    where = Positions(real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), cfg.rope_theta)
+    where = Positions(real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), cfg.rope[1:])
 
     x = model.embed.weight[input_ids] * math.sqrt(cfg.dim)
     x = torch.where(real_BT[..., None], x, 0.0)
@@ -81,11 +81,11 @@ def _document_by_document(model: OpenMythos, input_ids: Tensor, n_loops: int | N
 
 @dataclass
 class Positions:
-    """What attention needs to know of the tokens: which are real (B, T), their positions (B, T), the rotary base."""
+    """What attention needs to know of the tokens: which are real (B, T), their positions (B, T), ``cfg.rope[1:]``."""
 
     real_BT: Tensor
     index_BT: Tensor
-    theta: float
+    rope: tuple[float, float, int]
 
     def allowed(self, n_heads: int, n_local_heads: int, window: int) -> Tensor:
         """(B, H, T, T) bool: real keys no later than the query, in the first heads within ``window``; always itself."""
@@ -172,13 +172,13 @@ def _gqa(
     q = _heads(_linear(attn.wq, x), attn.n_heads)
     k = _heads(_linear(attn.wk, x), attn.n_kv_heads)
     rows = {
-        "k": reference.rope_complex(k, where.index_BT, where.theta).flatten(2),
+        "k": reference.rope_complex(k, where.index_BT, *where.rope).flatten(2),
         "v": _linear(attn.wv, x),
     }
     rows = _kept(rows, running, old)
     k = _heads(_conv(attn.k_conv, rows["k"]), attn.n_kv_heads)
     v = _heads(_conv(attn.v_conv, rows["v"]), attn.n_kv_heads)
-    q = reference.rope_complex(q, where.index_BT, where.theta)
+    q = reference.rope_complex(q, where.index_BT, *where.rope)
     allowed = where.allowed(attn.n_heads, attn.n_local_heads, attn.local_window)
     out = reference.attention(q, k, v, allowed, attn.head_dim**-0.5)
     return _linear(attn.wo, out.flatten(2)), rows
@@ -192,13 +192,13 @@ def _mla(
     k_rope = down[..., None, attn.latent_dim :]
     rows = {
         "c_kv": _norm(attn.kv_norm, down[..., : attn.latent_dim]),
-        "k_rope": reference.rope_complex(k_rope, where.index_BT, where.theta)[..., 0, :],
+        "k_rope": reference.rope_complex(k_rope, where.index_BT, *where.rope)[..., 0, :],
     }
     rows = _kept(rows, running, old)
     up = (attn.kv_up.weight * attn.kv_up.scale).view(attn.n_heads, attn.nope_dim + attn.v_dim, attn.latent_dim)
     out = reference.mla_expanded(
         q[..., : attn.nope_dim],
-        reference.rope_complex(q[..., attn.nope_dim :], where.index_BT, where.theta),
+        reference.rope_complex(q[..., attn.nope_dim :], where.index_BT, *where.rope),
         _conv(attn.conv, rows["c_kv"]),
         rows["k_rope"],
         up[:, : attn.nope_dim],

@@ -15,6 +15,7 @@ KINDS = {
     "mla, all heads far, no shared expert": dict(attn_type="mla", local_window=0, n_shared_experts=0),
     "all heads local": dict(attn_type="gqa", local_share=1.0, n_shared_experts=0),
     "loop index and lora": dict(attn_type="mla", loop_index_dim=6, lora_rank=3, conv_taps=2),
+    "stretched rotary": dict(attn_type="gqa", rope_factor=4.0, rope_context=20, rope_theta=100.0),
     "no input norm": dict(attn_type="mla", input_norm=False),
     "three dense blocks in the core": dict(
         attn_type="gqa", core_layers=3, n_experts=0, dense_dim=19, tied_head=False, norm_eps=1e-3

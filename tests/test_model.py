@@ -38,6 +38,7 @@ VARIATIONS = [
     dict(input_norm=False),
     dict(core_layers=2, norm_eps=1e-3),
     dict(core_layers=3, n_experts=0, dense_dim=29, tied_head=False),
+    dict(rope_factor=8.0, rope_context=12, rope_theta=50.0),
 ]
 
 

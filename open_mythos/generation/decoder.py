@@ -207,7 +207,7 @@ class Decoder(ModuleDecoder):
 
     def encode(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Tokens]:
         (B, T), cfg, past = input_ids.shape, self.model.cfg, cache.length
-        freqs = rope_table(torch.arange(past, past + T, device=input_ids.device), cfg.rope_dim, cfg.rope_theta)
+        freqs = rope_table(torch.arange(past, past + T, device=input_ids.device), *cfg.rope)
         tokens = Tokens((B, T), freqs, CausalMask(T, past + T), cache)
         x = F.embedding(input_ids.flatten(), self.model.embed.weight) * math.sqrt(cfg.dim)
         for layer, block in enumerate(self.prelude):

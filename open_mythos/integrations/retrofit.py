@@ -191,9 +191,15 @@ def _check_family(config: Any) -> None:
     kind = config.model_type
     must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
     rope = dict(config.rope_parameters)
+    rope_type = rope.get("rope_type", "default")
+    must(
+        rope_type in ("default", "llama3"),
+        f"the original has rope_type={rope_type!r}; only 'default' and 'llama3' are supported so far",
+    )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, value, supported in (
-        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("low_freq_factor", rope.get("low_freq_factor", 1.0), 1.0),
+        ("high_freq_factor", rope.get("high_freq_factor", 4.0), 4.0),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
         ("attention_bias", config.attention_bias, False),
         ("mlp_bias", config.mlp_bias, False),
@@ -204,11 +210,15 @@ def _check_family(config: Any) -> None:
 
 
 def _config(config: Any, split: Split, loops: int, decay: float) -> MythosConfig:
+    rope = dict(config.rope_parameters)
+    stretch = {}
+    if rope.get("rope_type") == "llama3":
+        stretch = dict(rope_factor=rope["factor"], rope_context=rope["original_max_position_embeddings"])
     return MythosConfig(
         vocab_size=config.vocab_size, dim=config.hidden_size, n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads, max_seq_len=config.max_position_embeddings, max_loop_iters=loops,
         prelude_layers=split.prelude, core_layers=split.core, coda_layers=split.coda,
-        attn_type="gqa", rope_theta=config.rope_parameters["rope_theta"], norm_eps=config.rms_norm_eps,
+        attn_type="gqa", rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, **stretch,
         n_experts=0, dense_dim=config.intermediate_size, tied_head=config.tie_word_embeddings,
         injection_decay=decay, injection_gain=1 - decay, input_norm=False, state_norm=False, state_init="input",
         lora_rank=0, conv_taps=0, local_window=0, halting=False, warm_start=False,

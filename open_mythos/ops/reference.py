@@ -9,24 +9,32 @@ E experts, F expert width, L loops.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def rope_complex(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rope_complex(x: Tensor, positions: Tensor, theta: float, factor: float = 1.0, context: int = 8192) -> Tensor:
     """Channel pairs (2i, 2i+1) as complex numbers, times ``exp(i * position * theta ** (-2i / D))``.
 
     Args:
         x: (B, T, H, D).
         positions: (T,) or (B, T) integers.
         theta: base of the frequencies.
+        factor, context: a pair that makes at most one turn in ``context`` positions is slowed ``factor`` times, one
+            that makes four or more is not, and those in between by a straight line in the number of turns.
 
     Returns:
         (B, T, H, D).
     """
     D = x.shape[-1]
     frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    for i, frequency in enumerate(frequencies.tolist()):
+        turns = context * frequency / (2 * math.pi)
+        share = min(max((turns - 1) / 3, 0.0), 1.0)
+        frequencies[i] = share * frequency + (1 - share) * frequency / factor
     angles = positions.double()[..., None] * frequencies  # float32 is off by 1e-4 at a few thousand positions
     phasors = torch.polar(torch.ones_like(angles), angles)
     pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], D // 2, 2).contiguous())

@@ -8,8 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WAVES = 1.0, 4.0  # in a context: with as few or fewer a frequency is stretched whole, with as many or more not at all
 
-def rope_table(positions: Tensor, dim: int, theta: float = 500000.0) -> Tensor:
+
+def rope_frequencies(dim: int, theta: float = 500000.0, factor: float = 1.0, context: int = 8192) -> Tensor:
+    """Radians that each channel pair turns from one position to the next: (dim // 2,) float64.
+
+    Args:
+        dim: channels to turn, even.
+        theta: base of the geometric frequencies, ``theta ** (-2i / dim)``.
+        factor: what wavelengths that hardly fit ``context`` are multiplied by (Llama 3.1, arXiv:2407.21783, as
+            published with its weights); those in between by less.
+        context: positions that the model had learned with before it was stretched.
+    """
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if factor == 1:
+        return frequencies
+    few, many = _WAVES
+    kept = ((context * frequencies / (2 * torch.pi) - few) / (many - few)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def rope_table(
+    positions: Tensor, dim: int, theta: float = 500000.0, factor: float = 1.0, context: int = 8192
+) -> Tensor:
     """Cosines and sines that turn channel pairs at ``positions``.
 
     Made anew for the positions at hand rather than kept in a buffer, so that no ``.to(dtype)`` can round
@@ -17,14 +39,13 @@ def rope_table(positions: Tensor, dim: int, theta: float = 500000.0) -> Tensor:
 
     Args:
         positions: integer positions, any shape (...).
-        dim: channels to turn, even.
-        theta: base of the geometric frequencies, ``theta ** (-2i / dim)``.
+        dim, theta, factor, context: as :func:`rope_frequencies`.
 
     Returns:
         (..., dim // 2, 2) float32; last axis holds (cos, sin).
     """
-    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
-    angles = positions.double().unsqueeze(-1) * theta**-exponent  # float32 is 0.03 rad off at a million positions
+    frequencies = rope_frequencies(dim, theta, factor, context).to(positions.device)
+    angles = positions.double().unsqueeze(-1) * frequencies  # float32 is 0.03 rad off at a million positions
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 

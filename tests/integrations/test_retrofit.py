@@ -40,6 +40,10 @@ SHORT = [
     "task.min_difficulty=24", "task.max_difficulty=24", "evaluation.difficulties=24", "evaluation.loops=1,3",
     "evaluation.examples=4",
 ]  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 TEXT = "def area(width, height):\n    return width * height\n"
 
 
@@ -82,6 +86,7 @@ def ids(n: int = 21) -> torch.Tensor:
 )
 @pytest.mark.parametrize("changes", [
     {}, dict(tie_word_embeddings=False, num_key_value_heads=6), dict(num_key_value_heads=1, rms_norm_eps=1e-3),
+    dict(rope_parameters=LLAMA3),
 ], ids=str)  # fmt: skip
 def test_at_one_loop_it_is_the_original_with_the_layers_that_were_kept(split: Split, changes: dict[str, Any]) -> None:
     original, tokens = llama(**changes), ids()
@@ -139,10 +144,8 @@ def test_a_split_that_does_not_fit(split: tuple[int, int, int], message: str) ->
     (dict(mlp_bias=True), "mlp_bias=True"),
     (dict(hidden_act="gelu"), "hidden_act='gelu'; only hidden_act='silu'"),
     (dict(head_dim=8), "head_dim=8; only head_dim=6"),
-    (dict(rope_parameters={
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }), "rope_type='llama3'; only rope_type='default'"),
+    (dict(rope_parameters=LLAMA3 | {"high_freq_factor": 8.0}), "high_freq_factor=8.0; only high_freq_factor=4.0"),
+    (dict(rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}), "rope_type='linear'; only"),
 ], ids=lambda x: x.partition(";")[0] if isinstance(x, str) else "")  # fmt: skip
 def test_an_original_that_ours_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_mythos.ops.reference import rope_complex
-from open_mythos.ops.rope import apply_rope, precompute_rope_freqs, rope_rows, rope_table
+from open_mythos.ops.rope import apply_rope, precompute_rope_freqs, rope_frequencies, rope_rows, rope_table
 
 
 @given(T=st.integers(1, 9), pairs=st.integers(1, 8), start=st.integers(0, 5000), theta=st.floats(2.0, 1e6))
@@ -18,6 +18,17 @@ def test_rotation_is_complex_multiplication(T, pairs, start, theta):
     expected = rope_complex(x, positions, theta)
     assert_near(apply_rope(x, rope_table(positions, 2 * pairs, theta)), expected)
     assert_near(apply_rope(x, precompute_rope_freqs(2 * pairs, start + T, theta)[start:]), expected)
+
+
+@given(pairs=st.integers(1, 8), theta=st.floats(2.0, 1e6), factor=st.floats(1.0, 32.0), context=st.integers(1, 9000))
+def test_wavelengths_beyond_a_context_are_stretched(pairs, theta, factor, context):
+    x, positions = torch.randn(2, 5, 3, 2 * pairs), torch.tensor([0, 1, 77, 5000, 90000])
+    expected = rope_complex(x, positions, theta, factor, context)
+    assert_near(apply_rope(x, rope_table(positions, 2 * pairs, theta, factor, context)), expected)
+    plain, stretched = (rope_frequencies(2 * pairs, theta, *more) for more in ((), (factor, context)))
+    turns = context * plain / (2 * math.pi)
+    assert torch.equal(stretched[turns >= 4], plain[turns >= 4])
+    torch.testing.assert_close(stretched[turns <= 1], plain[turns <= 1] / factor)
 
 
 def test_each_row_may_have_positions_of_its_own():

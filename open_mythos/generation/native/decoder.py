@@ -20,6 +20,7 @@ from open_mythos.generation.native.build import library
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.ops.rope import rope_frequencies
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
@@ -125,12 +126,11 @@ class CompiledDecoder:
     def _model(self, decoder: Decoder, n_loops: int, blocks: ctypes.Array) -> ctypes.Structure:
         model, cfg = decoder.model, decoder.model.cfg
         recurrent, lora = model.recurrent, model.recurrent.lora
-        exponent = torch.arange(0, cfg.rope_dim, 2, dtype=torch.float64) / cfg.rope_dim
         codes = [code for code in decoder.codes if code is not None]
         found = _CModel(
             dim=cfg.dim, vocab=cfg.vocab_size, n_prelude=len(decoder.prelude), n_core=len(decoder.core),
             n_coda=len(decoder.coda), start_from_input=cfg.state_init == "input", eps=model.norm.eps,
-            frequencies=self._at(cfg.rope_theta**-exponent, torch.float64), embed=self._at(model.embed.weight),
+            frequencies=self._at(rope_frequencies(*cfg.rope), torch.float64), embed=self._at(model.embed.weight),
             head=self._at(model.head.weight), A=self._at(decoder.A),
             B=self._at(recurrent.injection.B), norm=self._at(model.norm.weight),
             codes=self._at(torch.stack(codes)) if codes else None, blocks=ctypes.addressof(blocks),
