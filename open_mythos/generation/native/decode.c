@@ -79,6 +79,20 @@ static void run(Worker *w) {
 
 /* -- workers */
 
+#ifdef __linux__
+/* OpenMP's own, if this process has it: gives up the threads of the caller's pool; 1 is "soft". */
+extern int omp_pause_resource_all(int kind) __attribute__((weak));
+#endif
+
+/* PyTorch's threads, which have just read the prompt, go on waiting at full speed for some 15 ms, on the cores that our
+ * workers need; tokens would take three times as long. PyTorch makes new ones when it needs them, in a tenth of a
+ * millisecond. */
+static void quiet_others(void) {
+#ifdef __linux__
+    if (omp_pause_resource_all) omp_pause_resource_all(1);
+#endif
+}
+
 /* Between tokens a worker waits for a while at full speed, as waking it would take as long as several loops; then it
  * sleeps. */
 static void *work(void *argument) {
@@ -172,6 +186,7 @@ static Size lay_out(Team *team, float *memory) {
 /* A team of workers, of which the caller of mythos_step is the first; NULL if memory or threads ran out. Weights and
  * blocks of the model must outlive it. */
 Team *mythos_open(const Model *model, Size n) {
+    if (n > 1) quiet_others();
     Team *team = calloc(1, sizeof *team);
     if (!team) return NULL;
     team->model = *model;
