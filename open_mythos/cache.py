@@ -124,7 +124,7 @@ class CacheSlot:
     def open_row(self, at: int, batch: int) -> tuple[int, int, int]:
         """Count a row at position ``at``, for compiled code to write; what the slot held from there on is given up.
 
-        Returns the addresses of both buffers, each (B, room, ...) in one piece, and their room.
+        Returns the addresses of both buffers, each (B, room, D) or (B, G, room, D) in one piece, and their room.
         """
         self._open(at)
         for name, buffer in list(self._buffers.items()):
@@ -139,7 +139,9 @@ class CacheSlot:
         if buffer is not None and buffer.shape[1] >= length:
             return
         capacity = max(length, self._room if buffer is None else 2 * buffer.shape[1])
-        grown = torch.empty(like.shape[0], capacity, *like.shape[2:], dtype=like.dtype, device=like.device)
+        B, _, *heads, D = like.shape
+        # A head's rows lie together: that is how attention reads them.
+        grown = torch.empty(B, *heads, capacity, D, dtype=like.dtype, device=like.device).movedim(-2, 1)
         if buffer is not None:
             grown[:, : self._written] = buffer[:, : self._written]
         self._buffers[name] = grown

@@ -8,16 +8,17 @@
 
 enum { CHUNK = 32 }; /* context rows that are read at a time */
 
-/* y[i] = sum over j of taps[j] * rows[first + i - j] for n channels of n_rows rows; nothing stands before row 0. */
-static void convolve(float *restrict y, Size y_width, const float *restrict rows, Size row_width,
-                     const float *restrict taps, Size n_taps, Size n, Size first, Size n_rows) {
+typedef Slot Rows; /* of one row of the batch */
+
+/* y[i] = sum over j of taps[j] * rows[first + i - j] for rows of n channels; nothing stands before row 0. */
+static void convolve(float *restrict y, Size y_width, const float *restrict rows, Size n, const float *restrict taps,
+                     Size n_taps, Size taps_width, Size first, Size n_rows) {
     for (Size i = 0; i < n_rows; i++, y += y_width) {
-        const float *restrict row = rows + (first + i) * row_width;
-        /* The next call's rows: a head's part of each, unforeseen by hardware; past the end it does no harm. */
-        for (Size d = 0; d < n; d += LANES) __builtin_prefetch(row + CHUNK * row_width + d);
+        const float *restrict row = rows + (first + i) * n;
+        for (Size d = 0; d < n; d += LANES) __builtin_prefetch(row + CHUNK * n + d); /* past the end it does no harm */
         for (Size d = 0; d < n; d++) y[d] = taps[d] * row[d];
         for (Size j = 1; j < n_taps && j <= first + i; j++)
-            for (Size d = 0; d < n; d++) y[d] += taps[j * row_width + d] * row[d - j * row_width];
+            for (Size d = 0; d < n; d++) y[d] += taps[j * taps_width + d] * row[d - j * n];
     }
 }
 
@@ -40,25 +41,26 @@ static void add_rows(float *restrict y, const float *restrict weights, const flo
 }
 
 /* Heads from `head` to `end_head` read rows lo to hi: each group's rows are convolved once, for all its heads. */
-static void attend(Worker *w, const Block *block, const float *queries, const float *first, const float *second,
-                   Size head, Size end_head, Size lo, Size hi) {
+static void attend(Worker *w, const Block *block, const float *queries, const Rows *rows, Size head, Size end_head,
+                   Size lo, Size hi) {
     Team *team = w->team;
     const Model *m = &team->model;
-    Size per_group = m->H / m->G, key_width = team->key_width, row_width = m->G * m->D;
+    Size per_group = m->H / m->G, key_width = team->key_width, taps_width = m->G * m->D;
     Size value_row = m->mla ? key_width : team->value_width;
     const float *values = m->mla ? w->keys : w->values;
     float scores[CHUNK];
     for (Size next; head < end_head && lo < hi; head = next) {
-        Size group = head / per_group, at = group * m->D;
+        Size group = head / per_group, tap = group * m->D, at = tap * rows->capacity;
         next = (group + 1) * per_group < end_head ? (group + 1) * per_group : end_head;
         for (Size row = lo; row < hi; row += CHUNK) {
             Size n = hi - row < CHUNK ? hi - row : CHUNK;
-            convolve(w->keys, key_width, first + at, row_width, block->k_taps + at, block->n_taps, m->D, row, n);
+            convolve(w->keys, key_width, rows->first + at, m->D, block->k_taps + tap, block->n_taps, taps_width, row, n);
             if (m->mla)
                 for (Size i = 0; i < n; i++)
-                    memcpy(w->keys + i * key_width + m->D, second + (row + i) * m->P, m->P * sizeof(float));
+                    memcpy(w->keys + i * key_width + m->D, rows->second + (row + i) * m->P, m->P * sizeof(float));
             else
-                convolve(w->values, value_row, second + at, row_width, block->v_taps + at, block->n_taps, m->D, row, n);
+                convolve(w->values, value_row, rows->second + at, m->D, block->v_taps + tap, block->n_taps, taps_width,
+                         row, n);
             for (Size h = head; h < next; h++) {
                 float *found = team->partial + (w->id * m->H + h) * (team->value_width + LANES);
                 float *greatest = found + team->value_width, *total = greatest + 1, top = *greatest, sum = 0;
@@ -76,8 +78,7 @@ static void attend(Worker *w, const Block *block, const float *queries, const fl
 }
 
 /* Attention of this worker to its part of rows 0 to `last`, into its own `partial`. */
-static void attend_part(Worker *w, const Block *block, const float *queries, const float *first, const float *second,
-                        Size last) {
+static void attend_part(Worker *w, const Block *block, const float *queries, const Rows *rows, Size last) {
     Team *team = w->team;
     const Model *m = &team->model;
     Size chunks = last / CHUNK + 1;
@@ -90,8 +91,8 @@ static void attend_part(Worker *w, const Block *block, const float *queries, con
         found[team->value_width] = -1e30f;
         found[team->value_width + 1] = 0;
     }
-    attend(w, block, queries, first, second, 0, block->n_local, near > lo ? near : lo, hi);
-    attend(w, block, queries, first, second, block->n_local, m->H, lo, hi);
+    attend(w, block, queries, rows, 0, block->n_local, near > lo ? near : lo, hi);
+    attend(w, block, queries, rows, block->n_local, m->H, lo, hi);
 }
 
 /* What a head found in all workers' parts: (width). */
@@ -111,24 +112,27 @@ static void merge(const Worker *w, Size head, float *y, Size width) {
 
 /* From the normed input to w->mixed (H V), which the output projection reads. The last worker reads the last row, and
  * so is the one that writes it. */
-static void attention_gqa(Worker *w, const Block *block, float *k, float *v, Size position) {
+static void attention_gqa(Worker *w, const Block *block, const Rows *rows, Size position) {
     Team *team = w->team;
     const Model *m = &team->model;
-    Size D = m->D, row = m->G * D;
-    shared_product(w, team->y, block->w_in, w->normed, m->dim, m->H * D + 2 * row);
+    Size D = m->D;
+    shared_product(w, team->y, block->w_in, w->normed, m->dim, (m->H + 2 * m->G) * D);
     barrier(team);
     for (Size h = 0; h < m->H; h++)
         turn(w->queries + h * team->key_width, team->y + h * D, w->turns, D, m->score_scale);
     if (w->id == team->n - 1) {
-        for (Size g = 0; g < m->G; g++) turn(k + position * row + g * D, team->y + (m->H + g) * D, w->turns, D, 1.0f);
-        memcpy(v + position * row, team->y + m->H * D + row, row * sizeof(float));
+        for (Size g = 0; g < m->G; g++) {
+            Size at = (g * rows->capacity + position) * D;
+            turn(rows->first + at, team->y + (m->H + g) * D, w->turns, D, 1.0f);
+            memcpy(rows->second + at, team->y + (m->H + m->G + g) * D, D * sizeof(float));
+        }
     }
-    attend_part(w, block, w->queries, k, v, position);
+    attend_part(w, block, w->queries, rows, position);
     barrier(team);
     for (Size h = 0; h < m->H; h++) merge(w, h, w->mixed + h * D, D);
 }
 
-static void attention_mla(Worker *w, const Block *block, float *latents, float *k_rope, Size position) {
+static void attention_mla(Worker *w, const Block *block, const Rows *rows, Size position) {
     Team *team = w->team;
     const Model *m = &team->model;
     Size R = m->D, width = m->N + m->P, first = m->H * w->id / team->n, end = m->H * (w->id + 1) / team->n;
@@ -144,11 +148,11 @@ static void attention_mla(Worker *w, const Block *block, float *latents, float *
         turn(query + R, q + m->N, w->turns, m->P, m->score_scale);
     }
     if (w->id == team->n - 1) {
-        rms_norm(latents + position * R, team->y + m->Q, block->kv_norm, R, m->eps);
-        turn(k_rope + position * m->P, team->y + m->Q + R, w->turns, m->P, 1.0f);
+        rms_norm(rows->first + position * R, team->y + m->Q, block->kv_norm, R, m->eps);
+        turn(rows->second + position * m->P, team->y + m->Q + R, w->turns, m->P, 1.0f);
     }
     barrier(team);
-    attend_part(w, block, team->absorbed, latents, k_rope, position);
+    attend_part(w, block, team->absorbed, rows, position);
     barrier(team);
     for (Size h = first; h < end; h++) {
         merge(w, h, w->hidden, R);

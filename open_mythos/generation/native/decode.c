@@ -16,10 +16,10 @@ static void run_block(Worker *w, const Block *block, const Slot *slot, Size row)
     Team *team = w->team;
     const Model *m = &team->model;
     Size lo, hi, position = team->step.position, mixed = m->H * m->V;
-    float *first = slot->first + row * slot->capacity * m->G * m->D;
-    float *second = slot->second + row * slot->capacity * (m->mla ? m->P : m->G * m->D);
+    Rows rows = {slot->first + row * slot->capacity * m->G * m->D,
+                 slot->second + row * slot->capacity * (m->mla ? m->P : m->G * m->D), slot->capacity};
     rms_norm(w->normed, w->x, NULL, m->dim, m->eps);
-    (m->mla ? attention_mla : attention_gqa)(w, block, first, second, position);
+    (m->mla ? attention_mla : attention_gqa)(w, block, &rows, position);
     share(w, m->dim, &lo, &hi);
     memcpy(team->x + lo, w->x + lo, (hi - lo) * sizeof(float));
     add_product(team->x, block->w_out, w->mixed, mixed, lo, hi);

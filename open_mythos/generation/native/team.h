@@ -43,7 +43,7 @@ typedef struct {
 } Model;
 
 typedef struct {
-    float *first, *second;         /* keys and values (batch, capacity, G D); MLA: latents and rotary keys */
+    float *first, *second;         /* keys and values (batch, G, capacity, D); MLA: latents and rotary keys */
     Size capacity;
 } Slot;
 
