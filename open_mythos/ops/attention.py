@@ -253,24 +253,45 @@ def _attend_last(
 ) -> Tensor:
     """:func:`attend_convolved` for the last token alone, which sees every key: the same products, fewer operations."""
     B, _, H, D = q.shape
-    S, G, K, R = *k.shape[1:3], len(k_taps), H // k.shape[2]
+    G = k.shape[2]
     scale = D**-0.5 if scale is None else scale
-    zero, found = q.new_empty(()), []
-    for g in range(G):
-        q_BRD, k_taps_KD, v_taps_KD = q[:, 0, g * R : (g + 1) * R], k_taps[:, g], v_taps[:, g]
-        q_BKRD = q_BRD.unsqueeze(1) * k_taps_KD.unsqueeze(1)
-        products = torch.baddbmm(zero, q_BKRD.reshape(B, -1, D), k[:, :, g].transpose(1, 2), beta=0, alpha=scale)
-        products = products.view(B, K, R, S)
-        scores = products[:, 0].float()
-        for j in range(1, min(K, S)):
-            scores[..., j:].add_(products[:, j, :, : S - j])
-        if beside is not None:
-            more = beside[0][:, 0, g * R : (g + 1) * R], beside[1][:, :, g].transpose(1, 2)
-            scores.baddbmm_(*(x.float() for x in more), alpha=scale)
-        weights = F.pad(scores.softmax(-1), (0, K - 1)).to(v.dtype)
-        shifted = weights.as_strided((B, K, R, S), (R * (S + K - 1), 1, S + K - 1, 1)).reshape(B, -1, S)
-        found.append((torch.bmm(shifted, v[:, :, g]).view(B, K, R, -1) * v_taps_KD.unsqueeze(1)).sum(1))
-    return (found[0] if G == 1 else torch.cat(found, 1)).unsqueeze(1)
+    queries = [q] if beside is None else [q, beside[0]]
+    keys = [k, v] if beside is None else [k, v, beside[1]]
+    queries, keys = [x[:, 0].unflatten(1, (G, -1)) for x in queries], [x.transpose(1, 2) for x in keys]
+    taps = [x.transpose(0, 1) for x in (k_taps, v_taps)]
+    if B == 1:
+        return _attend_batch([x[0] for x in queries], [x[0] for x in keys], taps, scale).view(1, 1, H, -1)
+    # Rows and groups are not one axis in memory, so one of the two is gone through.
+    found = [
+        _attend_batch([x[:, g] for x in queries], [x[:, g] for x in keys], [x[g : g + 1] for x in taps], scale)
+        for g in range(G)
+    ]
+    return torch.cat(found, 1).unsqueeze(1)
+
+
+def _attend_batch(queries: list[Tensor], keys: list[Tensor], taps: list[Tensor], scale: float) -> Tensor:
+    """:func:`_attend_last` of N rows or groups: (N, R, Dv).
+
+    Args:
+        queries: (N, R, D), and (N, R, P) if there are channels beside.
+        keys: keys (N, S, D) and values (N, S, Dv), and (N, S, P).
+        taps: of keys (N or 1, K, D) and of values (N or 1, K, Dv).
+        scale: of the scores.
+    """
+    (q_NRD, *q_beside), (k_NSD, v_NSV, *k_beside), (k_taps, v_taps) = queries, keys, taps
+    (N, R, D), S, K = q_NRD.shape, k_NSD.shape[1], k_taps.shape[1]
+    q_NKRD = q_NRD.unsqueeze(1) * k_taps.unsqueeze(2)
+    zero = q_NRD.new_empty(())
+    products = torch.baddbmm(zero, q_NKRD.reshape(N, -1, D), k_NSD.transpose(1, 2), beta=0, alpha=scale)
+    products = products.view(N, K, R, S)
+    scores = products[:, 0].float()
+    for j in range(1, min(K, S)):
+        scores[..., j:].add_(products[:, j, :, : S - j])
+    if q_beside:
+        scores.baddbmm_(q_beside[0].float(), k_beside[0].transpose(1, 2).float(), alpha=scale)
+    weights = F.pad(scores.softmax(-1), (0, K - 1)).to(v_NSV.dtype)
+    shifted = weights.as_strided((N, K, R, S), (R * (S + K - 1), 1, S + K - 1, 1)).reshape(N, -1, S)
+    return (torch.bmm(shifted, v_NSV).view(N, K, R, -1) * v_taps.unsqueeze(2)).sum(1)
 
 
 def _products(a_BGMI: Tensor, b_BGIO: Tensor, scale: float) -> Tensor:
