@@ -4,9 +4,9 @@
 
 These models answer at the positions of a given sequence, so decoding means: problems are fed token by token through a
 cache, each position answered when its token comes, the next token given and not the answer. That is what generation
-costs. Batch 1 is the plain way of ``model.generate``. Batch 8 is eight problems of one size: in a plain batch, where a
-token waits for the slowest row's, and by depth batching (``DepthBatch``), where none does. "Mixed" are eight problems
-of several sizes, as requests of strangers would be; in a plain batch they are padded, which is not counted as tokens.
+costs. Batch 1 goes as one row does in ``model.generate``. Batch 8 is eight problems of one size: in a plain batch,
+where a token waits for the slowest row's, and by depth batching (``DepthBatch``), where none does. "Mixed" are eight
+problems of several sizes, as requests of strangers would be; in a plain batch they are padded, which is not counted.
 
 The exit is chosen for each case on other problems (or training text) than those reported: the fewest loops, a gate's
 counted dearer, among those that lose no more than half the bar. A round times every way once, in turn; the ratio
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from open_mythos import KVCache, OpenMythos, tasks
 from open_mythos.evaluation.depth import chunks, measuring, readings
+from open_mythos.generation.decoder import Decoder, make_decoder
 from open_mythos.generation.depth_batching import DepthBatch
 from open_mythos.nn import exits
 from open_mythos.nn.exits import Exit
@@ -141,6 +142,23 @@ def plain(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> T
     return torch.cat(answers, 1)
 
 
+def alone(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
+    """Answers (1, T), token by token as ``model.generate`` makes them."""
+    cache, answers = KVCache(room=batch.ids.shape[1]), []
+    with torch.no_grad():
+        decoder = make_decoder(model, n_loops, padded=False)
+        assert isinstance(decoder, Decoder)
+        for column in batch.ids.split(1, 1):
+            e, tokens = decoder.encode(column, cache)
+            h = decoder.first_state(e)
+            if exit is None:
+                h = decoder.loops(h, e, tokens, 0, n_loops)
+            else:
+                h = decoder.loops_until(exit, h, e, tokens, n_loops)
+            answers.append(decoder.decode(h, tokens).argmax(-1))
+    return torch.cat(answers, 1)
+
+
 def batched(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
     """Answers (n, T), 0 at padding, each row going on as soon as it can."""
     engine, replays = DepthBatch(model, exit, len(batch.ids)), []
@@ -164,10 +182,10 @@ def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 def race(model: OpenMythos, case: Case, batch: Batch, exit: Exit, rounds: int) -> dict[str, Any]:
     """Tokens per second of every way, times as fast as the fixed count, and answers that are not the plain way's."""
-    n = case.loops
+    n, one_by_one = case.loops, plain if len(batch.ids) > 1 else alone
     ways: dict[str, Callable[[], Tensor]] = {
-        "fixed": lambda: plain(model, batch, n, None),
-        "plain": lambda: plain(model, batch, n, exit),
+        "fixed": lambda: one_by_one(model, batch, n, None),
+        "plain": lambda: one_by_one(model, batch, n, exit),
     }
     if len(batch.ids) > 1:
         ways["batched"] = lambda: batched(model, batch, n, exit)
@@ -176,7 +194,7 @@ def race(model: OpenMythos, case: Case, batch: Batch, exit: Exit, rounds: int) -
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     answers = {}
     with measuring(model, halting=False):
-        plain(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n, exit)  # warm
+        one_by_one(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n, exit)  # warm
         for _ in range(rounds):
             for way, run in ways.items():
                 took, answers[way] = timed(run)
