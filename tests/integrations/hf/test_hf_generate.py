@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import ATTENTION, assert_near, left_padding
 from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
+from transformers.generation import BaseStreamer
 from wrapped import greedy, letters, prompts, wrapped
 
 IDS = prompts(3, 8)
@@ -52,6 +53,25 @@ def test_any_cache_will_do(lm, kind):
         "static": dict(past_key_values=StaticCache(config=lm.config, max_cache_len=16)),
     }
     assert torch.equal(greedy(lm, **PADDED, num_loops=7, **caches[kind]), expected)
+
+
+def test_streaming_hands_out_the_same_tokens_one_by_one(lm):
+    class Collected(BaseStreamer):
+        def __init__(self):
+            self.pieces = []
+
+        def put(self, value):
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self):
+            self.pieces.append([])
+
+    streamer = Collected()
+    expected = greedy(lm, IDS[:1], num_loops=7)
+    assert torch.equal(greedy(lm, IDS[:1], num_loops=7, streamer=streamer), expected)
+    prompt, *new, last = streamer.pieces
+    assert prompt == IDS[0].tolist() and last == [] and [len(piece) for piece in new] == [1] * 6
+    assert [token for piece in new for token in piece] == expected[0, 8:].tolist()
 
 
 @torch.no_grad()
