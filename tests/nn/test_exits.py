@@ -106,7 +106,7 @@ def plain(rule: Exit, past_h: list[Tensor], past_logits: list[Tensor], mass: flo
 def slow(model: OpenMythos, ids: Tensor, rule: Exit, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits and loops used, every position computed at every loop and what has stopped put back."""
     real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    where = reference.Positions(real, (real.cumsum(1) - 1).clamp(min=0), model.cfg.rope_theta)
+    where = reference.Positions(real, (real.cumsum(1) - 1).clamp(min=0), model.cfg.rope[1:])
     x = torch.where(real[..., None], model.embed.weight[ids] * math.sqrt(model.cfg.dim), 0.0)
     for block in model.prelude:
         x, _ = reference._block(block, x, where)
