@@ -53,9 +53,8 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     partial = directory / (CONFIG_FILE + ".partial")
     partial.write_text(json.dumps(config_file(model), indent=2) + "\n")
     partial.replace(directory / CONFIG_FILE)
-    shutil.copymode(
-        directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    )  # safetensors lets nobody else read what it writes
+    # safetensors lets nobody else read what it writes
+    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
 
 
 def config_file(model: OpenMythos) -> dict[str, Any]:

@@ -9,8 +9,7 @@ import typer
 from rich.markup import escape
 
 from open_mythos import plots
-from open_mythos.cli.console import clear_errors, console, fail, si, table
-from open_mythos.cli.eval import as_seeds
+from open_mythos.cli.console import clear_errors, console, fail, si, table, whole_numbers
 from open_mythos.cli.train import watching
 from open_mythos.training.compare import RESULTS, Comparison
 from open_mythos.training.compare import compare as run_all
@@ -36,7 +35,7 @@ def compare(
         plots.require_matplotlib()
         cfg = configured(recipe, overrides or [])
         try:
-            found = run_all(cfg, out, as_seeds(seeds), watching)
+            found = run_all(cfg, out, whole_numbers("--seeds", seeds, "0,1,2"), watching)
         except TrainingError as error:
             fail(str(error))
         except KeyboardInterrupt:

@@ -34,6 +34,24 @@ def clear_errors() -> Iterator[None]:
         fail(" ".join(str(error).split()))
 
 
+def whole_numbers(option: str, text: str, example: str) -> list[int]:
+    """What the user gave ``option`` as in ``example``, ``"1,2,4"``; ValueError if it is something else."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r} should be whole numbers with commas between, as in {example}") from error
+
+
+def picture(draw: Callable[[], None]) -> bool:
+    """Whether ``draw`` could: without matplotlib, a line says what to install."""
+    try:
+        draw()
+    except ImportError as error:
+        console.print(f"no picture: {error}", markup=False)
+        return False
+    return True
+
+
 @contextmanager
 def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal's stderr, gone at the end. Call what it hands out as each of ``n_steps`` begins."""

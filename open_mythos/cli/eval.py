@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from open_mythos import plots, tasks
-from open_mythos.cli.console import clear_errors, console, progress, table
+from open_mythos.cli.console import clear_errors, console, picture, progress, table, whole_numbers
 from open_mythos.cli.harness import eval_harness
 from open_mythos.cli.measured import share, show_grid, show_halting, show_text
 from open_mythos.config import MythosConfig
@@ -68,9 +68,9 @@ def eval(
         if isinstance(made, Text):
             path = eval_text(model, made, cfg, leave, out)
         else:
-            path = eval_problems(model, made, cfg, as_seeds(seeds), leave, out)
-    picture = out / "grid.png"
-    also = f"   picture: {picture}" if picture.is_file() else ""
+            path = eval_problems(model, made, cfg, whole_numbers("--seeds", seeds, "0,1,2"), leave, out)
+    drawing = out / "grid.png"
+    also = f"   picture: {drawing}" if drawing.is_file() else ""
     console.print(f"Everything: {path}{also}\n{next_step(checkpoint)}", highlight=False, soft_wrap=True)
 
 
@@ -104,13 +104,6 @@ def settings(
     return override(cfg, [*changes, *(f"task.options.{option}" for option in options)])
 
 
-def as_seeds(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--seeds {text!r} should be whole numbers with commas between, as in 0,1,2") from error
-
-
 def next_step(checkpoint: str) -> str:
     directory = model_dir(checkpoint)
     if (directory.parent / METRICS).is_file():
@@ -139,12 +132,7 @@ def eval_problems(
 def draw(found: Evaluation, path: Path, trained: tuple[int, int] | None) -> None:
     """The picture, if matplotlib is there."""
     grid, mean = found.grids[0], combine(found.grids)["accuracy"].mean
-    try:
-        plots.require_matplotlib()
-    except ImportError as error:
-        console.print(f"no picture: {error}", markup=False)
-        return
-    plots.accuracy_grid(mean, grid.difficulties, grid.loops, path, grid.unit, grid.chance, trained)
+    picture(lambda: plots.accuracy_grid(mean, grid.difficulties, grid.loops, path, grid.unit, grid.chance, trained))
 
 
 def show_metrics(found: Evaluation) -> None:

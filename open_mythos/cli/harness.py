@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from open_mythos import plots
-from open_mythos.cli.console import console, progress, table
+from open_mythos.cli.console import console, picture, progress, table, whole_numbers
 from open_mythos.integrations.harness import Curve, harness
 from open_mythos.training.runs import evaluation_dir, model_dir
 
@@ -30,32 +30,20 @@ def eval_harness(
     given = [option for option, value in only_ours.items() if value]
     if given:
         raise ValueError(f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
-    counts = as_counts("1,2,4,8" if loops is None else loops)
+    counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
     with progress(len(counts)) as begin:
         curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=begin)
     show(curves)
     out = evaluation_dir(checkpoint) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    path, picture = out / FILE, out / "harness.png"
+    path, drawing = out / FILE, out / "harness.png"
     path.write_text(json.dumps([dataclasses.asdict(curve) for curve in curves], indent=1) + "\n")
-    also = ""
-    try:
-        plots.scores_by_loops(panels(curves), picture)
-        also = f"   picture: {picture}"
-    except ImportError as error:
-        console.print(f"no picture: {error}", markup=False)
+    also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels(curves), drawing)) else ""
     found_in = "" if include is None else f" --include-path {include}"
     more = f"mythos eval {checkpoint} --harness {names}{found_in} --loops {2 * max(counts)}"
     console.print(
         f"Everything: {path}{also}\nNext: think longer, [bold]{more}[/bold].", highlight=False, soft_wrap=True
     )
-
-
-def as_counts(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--loops {text!r} should be whole numbers with commas between, as in 1,2,4,8") from error
 
 
 def panels(curves: list[Curve]) -> dict[str, dict[str, dict[int, tuple[float, float | None]]]]:

@@ -120,14 +120,14 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
 def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
     """The model, and the harness's view of it."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    import open_mythos.integrations.hf  # noqa: F401  (tells transformers of this library's models)
+    from open_mythos.integrations.hf.export import load_tokenizer  # with which transformers knows our models
 
     if not Path(directory).is_dir():
         raise ValueError(f"{directory} is not a directory; give one that holds a model and its tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{directory} holds no tokenizer (tokenizer.json), which the harness needs to read its texts; use the "
@@ -139,9 +139,6 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
             f"the tokenizer in {directory} has {len(tokenizer)} tokens and the model {model.config.vocab_size}; they "
             f"do not belong together"
         )
-    # The harness ends texts by a token and pads with one; token 0 is no text in any of this library's tokenizers.
-    tokenizer.eos_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     lm = HFLM(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,

@@ -9,6 +9,7 @@ from open_mythos import tasks
 from open_mythos.checkpoint import CONFIG_FILE
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must, nearest
+from open_mythos.tasks import tokenizer
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
 from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
@@ -170,7 +171,7 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     if "start" in given:
         directory = runs.model_dir(given["start"])
         cfg.model = MythosConfig.load(directory / CONFIG_FILE)
-        if cfg.task.name == Text.name and (directory / runs.TOKENIZER_FILES[0]).is_file():
+        if cfg.task.name == Text.name and (directory / tokenizer.FILE).is_file():
             cfg.task.options["tokenizer"] = str(directory)
     elif name == heal.__name__:
         raise ValueError("heal trains a model further; name it by start=DIR, where `mythos retrofit` wrote it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -34,9 +35,16 @@ def export(source: str | Path, directory: str | Path) -> bool:
         OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
     has_tokenizer = (model_dir(source) / tokenizer.FILE).is_file()
     if has_tokenizer:
-        words = AutoTokenizer.from_pretrained(model_dir(source))
-        # What ends and fills up texts is asked for by nearly all tools; token 0 stands for no text.
-        words.eos_token = words.eos_token or words.convert_ids_to_tokens(0)
-        words.pad_token = words.pad_token or words.eos_token
-        words.save_pretrained(directory)
+        load_tokenizer(model_dir(source)).save_pretrained(directory)
     return has_tokenizer
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer in ``directory``, with a token that ends texts and one that fills them up, as most tools want.
+
+    Where it names none, that is token 0, which stands for no text in any of this library's.
+    """
+    words = AutoTokenizer.from_pretrained(directory)
+    words.eos_token = words.eos_token or words.convert_ids_to_tokens(0)
+    words.pad_token = words.pad_token or words.eos_token
+    return words
