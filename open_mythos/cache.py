@@ -121,18 +121,19 @@ class CacheSlot:
             self._buffers[name][:, start:end] = rows.detach()
         self._written = end
 
-    def open_row(self, at: int, batch: int) -> tuple[int, int, int]:
+    def open_row(self, at: int) -> tuple[int, int, int]:
         """Count a row at position ``at``, for compiled code to write; what the slot held from there on is given up.
 
         Returns the addresses of both buffers, each (B, room, D) or (B, G, room, D) in one piece, and their room.
         """
-        self._open(at)
-        for name, buffer in list(self._buffers.items()):
-            self._reserve(name, buffer, at + 1)
+        follows = 0 < self._written == self.length == at
+        if not follows or at == next(iter(self._buffers.values())).size(1):
+            self._open(at)
+            for name, buffer in list(self._buffers.items()):
+                self._reserve(name, buffer, at + 1)
         self.length = self._written = at + 1
         first, second = self._buffers.values()
-        assert len(first) == len(second) == batch, f"{batch} rows for a cache of {len(first)}"
-        return first.data_ptr(), second.data_ptr(), first.shape[1]
+        return first.data_ptr(), second.data_ptr(), first.size(1)
 
     def _reserve(self, name: str, like: Tensor, length: int) -> None:
         buffer = self._buffers.get(name)

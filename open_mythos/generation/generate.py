@@ -71,8 +71,8 @@ def stream(
         _check_warm_start(model, draft)
     if compile:
         padded = attention_mask is not None and not bool(attention_mask.all())
-        adaptive = exit is not None or model.cfg.halting
-        check_compilable(model, adaptive, padded, drafted=draft is not None)
+        with eval_mode(model):
+            check_compilable(model, model.recurrent.choose_exit(exit), padded, drafted=draft is not None)
     cache = KVCache(cache_loops, room=input_ids.shape[1] + min(max_new_tokens, _ROOM))
     if draft is None:
         new = _one_by_one(
@@ -101,8 +101,8 @@ def _one_by_one(
     with eval_mode(model), torch.no_grad():
         h, freqs, mask = model.states(input_ids, n_loops, cache, attention_mask=attention_mask, exit=exit)
         logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
-        compiled = CompiledDecoder(model, n_loops) if compile else None
         stopping = model.recurrent.choose_exit(exit)
+        compiled = CompiledDecoder(model, n_loops, stopping) if compile else None
         decoder = make_decoder(model, n_loops, padded=cache.valid is not None) if compiled is None else None
         # One token alone stops by itself; several are the modules' work, and so are predictions that an exit reads.
         alone = isinstance(decoder, Decoder) and len(input_ids) == 1

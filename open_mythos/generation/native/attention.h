@@ -8,8 +8,6 @@
 
 enum { CHUNK = 32 }; /* context rows that are read at a time */
 
-typedef Slot Rows; /* of one row of the batch */
-
 /* y[i] = sum over j of taps[j] * rows[first + i - j] for rows of n channels; nothing stands before row 0. */
 static void convolve(float *restrict y, Size y_width, const float *restrict rows, Size n, const float *restrict taps,
                      Size n_taps, Size taps_width, Size first, Size n_rows) {
@@ -41,7 +39,7 @@ static void add_rows(float *restrict y, const float *restrict weights, const flo
 }
 
 /* Heads from `head` to `end_head` read rows lo to hi: each group's rows are convolved once, for all its heads. */
-static void attend(Worker *w, const Block *block, const float *queries, const Rows *rows, Size head, Size end_head,
+static void attend(Worker *w, const Block *block, const float *queries, const Slot *rows, Size head, Size end_head,
                    Size lo, Size hi) {
     Team *team = w->team;
     const Model *m = &team->model;
@@ -78,7 +76,7 @@ static void attend(Worker *w, const Block *block, const float *queries, const Ro
 }
 
 /* Attention of this worker to its part of rows 0 to `last`, into its own `partial`. */
-static void attend_part(Worker *w, const Block *block, const float *queries, const Rows *rows, Size last) {
+static void attend_part(Worker *w, const Block *block, const float *queries, const Slot *rows, Size last) {
     Team *team = w->team;
     const Model *m = &team->model;
     Size chunks = last / CHUNK + 1;
@@ -112,7 +110,7 @@ static void merge(const Worker *w, Size head, float *y, Size width) {
 
 /* From the normed input to w->mixed (H V), which the output projection reads. The last worker reads the last row, and
  * so is the one that writes it. */
-static void attention_gqa(Worker *w, const Block *block, const Rows *rows, Size position) {
+static void attention_gqa(Worker *w, const Block *block, const Slot *rows, Size position) {
     Team *team = w->team;
     const Model *m = &team->model;
     Size D = m->D;
@@ -132,7 +130,7 @@ static void attention_gqa(Worker *w, const Block *block, const Rows *rows, Size 
     for (Size h = 0; h < m->H; h++) merge(w, h, w->mixed + h * D, D);
 }
 
-static void attention_mla(Worker *w, const Block *block, const Rows *rows, Size position) {
+static void attention_mla(Worker *w, const Block *block, const Slot *rows, Size position) {
     Team *team = w->team;
     const Model *m = &team->model;
     Size R = m->D, width = m->N + m->P, first = m->H * w->id / team->n, end = m->H * (w->id + 1) / team->n;

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "exits.h"
 #include "feed_forward.h"
 
 enum { PATIENCE = 2000 }; /* turns, each below a microsecond, that a worker waits for the next token before it sleeps */
@@ -16,8 +17,7 @@ static void run_block(Worker *w, const Block *block, const Slot *slot, Size row)
     Team *team = w->team;
     const Model *m = &team->model;
     Size lo, hi, position = team->step.position, mixed = m->H * m->V;
-    Rows rows = {slot->first + row * slot->capacity * m->G * m->D,
-                 slot->second + row * slot->capacity * (m->mla ? m->P : m->G * m->D), slot->capacity};
+    Slot rows = row_of(m, slot, row);
     rms_norm(w->normed, w->x, NULL, m->dim, m->eps);
     (m->mla ? attention_mla : attention_gqa)(w, block, &rows, position);
     share(w, m->dim, &lo, &hi);
@@ -40,9 +40,11 @@ static void run_row(Worker *w, Size row) {
     Team *team = w->team;
     const Model *m = &team->model;
     const Step *step = &team->step;
-    const Slot *slot = step->slots;
+    const Slot *slot = step->slots, *loops = slot + m->n_prelude;
     const Block *block = m->blocks;
-    Size dim = m->dim;
+    Size dim = m->dim, loop = 0;
+    float carried = 0;
+    int stopped = 0;
     const float *embedding = m->embed + step->ids[row] * dim;
     for (Size i = 0; i < dim; i++) w->x[i] = embedding[i] * sqrtf((float)dim);
     for (Size i = 0; i < m->n_prelude; i++) run_block(w, block++, slot++, row);
@@ -52,15 +54,22 @@ static void run_row(Worker *w, Size row) {
     else if (m->start_from_input) memcpy(w->x, w->e, dim * sizeof(float));
     else memset(w->x, 0, dim * sizeof(float));
     product(w->adapted, m->lora_down, w->e, dim, 0, m->rank);
-    for (Size loop = 0; loop < step->n_loops; loop++) {
+    for (; loop < step->n_loops && !stopped; loop++) {
+        if (m->exit) memcpy(w->before, w->x, dim * sizeof(float));
         inject(w, loop);
         for (Size i = 0; i < m->n_core; i++) run_block(w, block + i, slot++, row);
         for (Size r = 0; r < m->rank; r++) w->adapted[m->rank + r] = w->adapted[r] * m->lora_scale[loop * m->rank + r];
         if (m->rank) add_product(w->x, m->lora_up, w->adapted + m->rank, m->rank, 0, dim);
         if (m->state_norm) rms_norm(w->x, w->x, m->state_norm, dim, m->eps);
+        stopped = m->exit && loop + 1 < step->n_loops && stops(w, m->exit, &carried);
     }
+    stand_in(w, loops, row, loop - 1);
+    slot = loops + step->n_loops * m->n_core;
     block += m->n_core;
-    if (w->id == 0) memcpy(step->state + row * dim, w->x, dim * sizeof(float));
+    if (w->id == 0) {
+        memcpy(step->state + row * dim, w->x, dim * sizeof(float));
+        step->used[row] = loop;
+    }
     for (Size i = 0; i < m->n_coda; i++) run_block(w, block++, slot++, row);
     rms_norm(w->normed, w->x, m->norm, dim, m->eps);
     shared_product(w, step->logits + row * m->vocab, m->head, w->normed, dim, m->vocab);
@@ -163,12 +172,14 @@ static Size lay_out(Team *team, float *memory) {
     team->q = take(memory, &used, m->mla ? m->H * (m->N + m->P) : 0);
     team->expert_y = take(memory, &used, expert_y);
     team->absorbed = take(memory, &used, m->H * team->key_width);
+    team->seen = take(memory, &used, m->exit ? m->exit->n_hidden : 0);
     team->partial = take(memory, &used, team->n * m->H * (team->value_width + LANES));
     for (Size i = 0; i < team->n; i++) {
         Worker *w = &team->workers[i];
         w->x = take(memory, &used, m->dim);
         w->normed = take(memory, &used, m->dim);
         w->e = take(memory, &used, m->dim);
+        w->before = take(memory, &used, m->dim);
         w->mixed = take(memory, &used, mixed);
         w->hidden = take(memory, &used, hidden);
         w->queries = take(memory, &used, m->H * team->key_width);

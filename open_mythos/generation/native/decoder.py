@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from open_mythos.cache import KVCache, coda_slot, core_slot, loop_slot, prelude_slot
 from open_mythos.generation.decoder import _GQA, Decoder, _Block, is_own, is_plain
 from open_mythos.generation.native.build import library
-from open_mythos.nn.linear import Linear
+from open_mythos.nn.exits import Exit, Gate, StateChange
+from open_mythos.nn.halting import ACTHalting, is_replaced
+from open_mythos.nn.linear import Linear, effective_weight
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.rope import rope_frequencies
@@ -40,15 +42,16 @@ _CBlock = _struct(
     "n_taps n_local window ffn n_experts topk expert_dim",
     "down_scale",
 )
+_CExit = _struct("Exit", "hidden motion halt", "n_hidden patience", "threshold bias")
 _CModel = _struct(
     "Model",
     "",
     "dim vocab H G D V mla Q N P n_prelude n_core n_coda rank start_from_input",
     "eps score_scale",
-    "frequencies embed head input_norm A B state_norm norm codes lora_down lora_up lora_scale blocks",
+    "frequencies embed head input_norm A B state_norm norm codes lora_down lora_up lora_scale blocks exit",
 )
 _CSlot = _struct("Slot", "first second", "capacity")
-_CStep = _struct("Step", "ids h state logits slots", "batch position n_loops")
+_CStep = _struct("Step", "ids h state logits slots used", "batch position n_loops n_slots")
 
 
 class CompiledDecoder:
@@ -58,32 +61,42 @@ class CompiledDecoder:
     which last as long as it does.
 
     Args:
-        model: one that :func:`check_compilable`, in eval mode, without halting.
-        n_loops: loops of every token.
+        model: one that :func:`check_compilable`, in eval mode.
+        n_loops: loops of every token, or the most.
+        exit: stops rows earlier, each at its own loop; a :class:`Gate` or a :class:`StateChange`.
+
+    Attributes:
+        used: loops that each row ran at the last step.
 
     Raises:
         ValueError: without a C compiler.
     """
 
     @torch.no_grad()
-    def __init__(self, model: OpenMythos, n_loops: int) -> None:
+    def __init__(self, model: OpenMythos, n_loops: int, exit: Exit | None = None) -> None:
         code, threads = library(), torch.get_num_threads()
         decoder = Decoder(model, n_loops)
         self._held: list[Tensor] = []
         made = [self._block(block) for block in (*decoder.prelude, *decoder.core, *decoder.coda)]
         self._blocks = blocks = (_CBlock * len(made))(*made)
-        team = code.mythos_open(ctypes.byref(self._model(decoder, n_loops, blocks)), ctypes.c_int64(threads))
+        made_model = self._model(decoder, n_loops, blocks)
+        if exit is not None:
+            self._exit = self._stopping(model.recurrent.act, exit, n_loops)
+            made_model.exit = ctypes.addressof(self._exit)
+        team = code.mythos_open(ctypes.byref(made_model), ctypes.c_int64(threads))
         if not team:
             raise MemoryError(
                 f"compiled decoding got no memory, or not its {threads} threads; see torch.set_num_threads"
             )
-        self.cfg, self.n_loops = model.cfg, n_loops
+        self.cfg, self.n_loops, self.used = model.cfg, n_loops, list[int]()
         self._team, self._run = ctypes.c_void_p(team), code.mythos_step
         weakref.finalize(self, code.mythos_close, self._team)
         self._slots = (_CSlot * (len(blocks) + (n_loops - 1) * len(decoder.core)))()
+        self._places: list[tuple[int, int, int]] = []  # what they hold
+        self._names: dict[int | None, list[str]] = {}  # of the slots, for each number of them that loops share
 
     def step(self, tokens: Tensor, cache: KVCache, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state (B, 1, dim) after the last loop and the logits (B, vocab_size) of tokens (B, 1).
+        """The state (B, 1, dim) after the last loop that a row ran, and the logits (B, vocab_size), of tokens (B, 1).
 
         Args:
             tokens: behind those of the cache.
@@ -91,23 +104,35 @@ class CompiledDecoder:
             first: states to start from, (B, 1, dim); the model's own if None.
         """
         B, cfg, position, ids = len(tokens), self.cfg, cache.length, tokens.flatten().tolist()
-        assert len(ids) == B and all(0 <= token < cfg.vocab_size for token in ids), ids
+        assert len(ids) == B == cache.batch_size, f"{tuple(tokens.shape)} for a cache of {cache.batch_size} rows"
+        assert all(0 <= token < cfg.vocab_size for token in ids), ids
         first = None if first is None else first.contiguous()
         state = torch.empty(B, 1, cfg.dim, dtype=torch.float32)
         logits = torch.empty(B, cfg.vocab_size, dtype=torch.float32)
-        for at, name in zip(self._slots, self._names(cache), strict=True):
-            at.first, at.second, at.capacity = cache.slot(name).open_row(position, B)
-        c_ids = (ctypes.c_int64 * B)(*ids)
+        self._open_slots(cache)
+        c_ids, used = (ctypes.c_int64 * B)(*ids), (ctypes.c_int64 * B)()
         step = _CStep(
             ids=ctypes.addressof(c_ids), h=None if first is None else first.data_ptr(), state=state.data_ptr(),
-            logits=logits.data_ptr(), slots=ctypes.addressof(self._slots), batch=B, position=position,
-            n_loops=self.n_loops,
+            logits=logits.data_ptr(), slots=ctypes.addressof(self._slots), used=ctypes.addressof(used), batch=B,
+            position=position, n_loops=self.n_loops, n_slots=cache.cache_loops or self.n_loops,
         )  # fmt: skip
         self._run(self._team, ctypes.byref(step))
+        self.used = list(used)
         return state, logits
 
-    def _names(self, cache: KVCache) -> list[str]:
-        """Slots in the order in which a token meets them."""
+    def _open_slots(self, cache: KVCache) -> None:
+        """A row more in every slot. There are many, so what can be kept from the step before is."""
+        if cache.cache_loops not in self._names:
+            self._names[cache.cache_loops] = self._met(cache)
+        position = cache.length
+        places = [cache.slot(name).open_row(position) for name in self._names[cache.cache_loops]]
+        if places != self._places:
+            for slot, place in zip(self._slots, places, strict=True):
+                slot.first, slot.second, slot.capacity = place
+            self._places = places
+
+    def _met(self, cache: KVCache) -> list[str]:
+        """Names of slots in the order in which a token meets them."""
         prelude = [prelude_slot(layer) for layer in range(self.cfg.prelude_layers)]
         loops = [
             core_slot(loop_slot(loop, cache), layer)
@@ -146,6 +171,16 @@ class CompiledDecoder:
             found.lora_scale = self._at(torch.stack([lora.row(loop) for loop in range(n_loops)]))
         return found
 
+    def _stopping(self, act: ACTHalting, exit: Exit, n_loops: int) -> ctypes.Structure:
+        if isinstance(exit, StateChange):
+            return _CExit(threshold=exit.threshold, patience=min(exit.patience, n_loops))
+        assert isinstance(exit, Gate), exit
+        halt = act.halt.weight[0] * (act.halt.in_features**-0.5 / act.std)
+        return _CExit(
+            hidden=self._at(effective_weight(act.hidden)), motion=self._at(act.motion / act.std), halt=self._at(halt),
+            n_hidden=len(halt), threshold=exit.threshold, bias=float(act.halt.bias) / act.std,
+        )  # fmt: skip
+
     def _shape(self, decoder: Decoder) -> dict[str, Any]:
         attn = decoder.core[0].attn
         if isinstance(attn, _GQA):
@@ -180,15 +215,16 @@ class CompiledDecoder:
         return found
 
 
+_GATE = ACTHalting, Linear, nn.Linear
 _AROUND = (RMSNorm, LoRAAdapter, Linear, nn.Embedding, nn.Identity, nn.Linear)
 
 
-def check_compilable(model: OpenMythos, adaptive: bool, padded: bool, drafted: bool) -> None:
+def check_compilable(model: OpenMythos, exit: Exit | None, padded: bool, drafted: bool) -> None:
     """ValueError, saying what to change, unless :class:`CompiledDecoder` can continue a text with this model.
 
     Args:
         model: as generation got it.
-        adaptive: whether an exit or the halting gate stops positions early.
+        exit: what stops positions, if anything does.
         padded: whether rows hold padding.
         drafted: whether tokens are drafted ahead.
     """
@@ -198,10 +234,9 @@ def check_compilable(model: OpenMythos, adaptive: bool, padded: bool, drafted: b
             f"compile=True runs on the CPU in float32, and the model is {weight.dtype} on {weight.device}; leave "
             f"compile out, or use model.float().cpu()"
         )
-    if adaptive:
+    if type(exit) not in (Gate, StateChange, type(None)):
         raise ValueError(
-            "compile=True runs every loop for every token, but an exit or the halting gate stops some early; leave out "
-            "compile, or the exit and set model.cfg.halting=False"
+            f"compile=True knows the exits Gate and StateChange, not {exit}; use one, or leave compile out"
         )
     if padded:
         raise ValueError("compile=True reads no padding; use prompts of one length, or leave compile out")
@@ -217,5 +252,10 @@ def check_compilable(model: OpenMythos, adaptive: bool, padded: bool, drafted: b
         raise ValueError(
             "compile=True knows this library's own modules alone, and the model has hooks, replaced or quantised "
             "layers, or autocast is on; leave compile out, or take those off"
+        )
+    if isinstance(exit, Gate) and (is_replaced(model.recurrent.act) or not is_own(model.recurrent.act, _GATE)):
+        raise ValueError(
+            f"compile=True asks this library's own gate alone, and the model has another, or one that is watched; use "
+            f"StateChange in place of {exit}, or leave compile out"
         )
     library()

@@ -1,7 +1,7 @@
 /* What is decoded, by whom, and how they wait for each other.
  *
  * Letters are sizes: H heads, G key/value heads, D channels of a cached key; in MLA, Q of the query latent, R (which is
- * D there) of the latent, N unturned and P rotary channels of a query, V of a value. The first four structs are
+ * D there) of the latent, N unturned and P rotary channels of a query, V of a value. The first five structs are
  * mirrored by decoder.py, field by field.
  */
 #pragma once
@@ -29,6 +29,14 @@ typedef struct {
 } Block;
 
 typedef struct {
+    const float *hidden;           /* of the gate (n_hidden, dim) */
+    const float *motion, *halt;    /* (n_hidden) each: what a hidden unit makes of the change, and the gate of it */
+    Size n_hidden;                 /* 0: not the gate is asked, but whether the state is at rest */
+    Size patience;                 /* loops in a row at rest */
+    float threshold, bias;
+} Exit;
+
+typedef struct {
     Size dim, vocab, H, G, D, V;
     Size mla, Q, N, P;             /* in GQA, P is D */
     Size n_prelude, n_core, n_coda, rank;
@@ -40,19 +48,22 @@ typedef struct {
     const float *codes;            /* (loops, dim) or NULL */
     const float *lora_down, *lora_up, *lora_scale; /* (rank, dim), (dim, rank), (loops, rank) */
     const Block *blocks;           /* prelude, core, coda */
+    const Exit *exit;              /* NULL: every row runs every loop */
 } Model;
 
 typedef struct {
     float *first, *second;         /* keys and values (batch, G, capacity, D); MLA: latents and rotary keys */
     Size capacity;
-} Slot;
+} Slot;                            /* or the part of one row of the batch */
 
 typedef struct {
     const int64_t *ids;            /* (batch) */
     const float *h;                /* (batch, dim), the state to start from; NULL for the model's own */
     float *state, *logits;         /* (batch, dim) and (batch, vocab), to be written */
     const Slot *slots;             /* prelude, loops with their core's blocks, coda */
+    int64_t *used;                 /* (batch), loops that each row ran, to be written */
     Size batch, position, n_loops;
+    Size n_slots;                  /* that the loops use in turn */
 } Step;
 
 typedef struct Team Team;
@@ -62,6 +73,7 @@ typedef struct {
     Size id;
     pthread_t thread;
     float *x, *normed, *e;         /* (dim) each: residual stream, what a layer reads, the encoded input */
+    float *before;                 /* (dim), the state before a loop */
     float *mixed;                  /* (H V), what attention found */
     float *queries;                /* GQA: (H, key_width) */
     float *keys, *values;          /* (CHUNK, key_width), (CHUNK, value_width): convolved rows */
@@ -78,6 +90,7 @@ struct Team {
     float *x, *y, *expert_y;        /* written by all, a part each: residual stream, products, experts' products */
     float *q, *absorbed;            /* MLA: (H, N + P), and (H, key_width) for the latents */
     float *partial;                 /* (n, H, value_width + LANES), see attention.h */
+    float *seen;                    /* by the gate (n_hidden) */
     float *memory;                  /* that all of these lie in */
     Worker *workers;
     atomic_uint jobs, arrived, phase;
@@ -85,6 +98,11 @@ struct Team {
     pthread_mutex_t lock;
     pthread_cond_t wake;
 };
+
+static Slot row_of(const Model *m, const Slot *slot, Size row) {
+    Size at = row * slot->capacity * m->G;
+    return (Slot){slot->first + at * m->D, slot->second + at * m->P, slot->capacity};
+}
 
 static inline void relax(unsigned *spins) {
     if (++*spins > 128) sched_yield(); /* someone may need this core, perhaps the one waited for */
