@@ -24,6 +24,14 @@ REFERENCE = "open-mythos==0.5.0"
 NO_NETWORK = r"No matching distribution|[Cc]onnection|timed out|resolution"
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of PyTorch's threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def reference_checkpoints(tmp_path_factory):
     """Folder of models that the reference package made and saved, with the logits that it gives for them."""

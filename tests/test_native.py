@@ -8,7 +8,8 @@ from test_decoder import KINDS, a_model
 from open_mythos import KVCache
 from open_mythos.generation.native import build
 from open_mythos.generation.native.decoder import CompiledDecoder
-from open_mythos.nn.exits import StableArgmax
+from open_mythos.nn.exits import Gate, StableArgmax
+from open_mythos.nn.halting import ACTHalting
 from open_mythos.nn.moe import MoEFFN
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler: install gcc or clang, or set $CC")
@@ -25,12 +26,8 @@ SHAPES = KINDS | {
 PLAIN = dict(attn_type="gqa")
 
 
-@pytest.fixture
-def threads():
-    """Sets their number, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+class Own(ACTHalting):
+    """Somebody's own gate."""
 
 
 def ids(*shape, high=37):
@@ -104,8 +101,10 @@ def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
     [
         (lambda model: model.bfloat16(), {}, r"in float32, and the model is torch.bfloat16 on cpu; leave compile out"),
         (lambda model: model.to("meta"), {}, r"runs on the CPU in float32, and the model is torch.float32 on meta"),
-        (lambda model: None, dict(exit=StableArgmax()), r"stops some early; leave out compile, or the exit"),
-        (lambda model: setattr(model.cfg, "halting", True), {}, r"stops some early.*set model.cfg.halting=False"),
+        (lambda model: None, dict(exit=StableArgmax()), r"knows the exits Gate and StateChange, not StableArgmax\(pat"),
+        (lambda model: setattr(model.recurrent, "act", Own(32)), dict(exit=Gate()), r"use StateChange in place"),
+        (lambda model: model.recurrent.act.register_forward_hook(print), dict(exit=Gate()), r"own gate alone"),
+        (lambda model: setattr(model.recurrent.act, "forward", len), dict(exit=Gate()), r"own gate alone"),
         (lambda model: None, dict(attention_mask=torch.tensor([[0, 1, 1]])), r"use prompts of one length"),
         (lambda model: None, dict(draft_loops=1), r"draft_loops several at once; leave out one"),
         (lambda model: model.coda[0].register_forward_hook(print), {}, r"the model has hooks, replaced"),

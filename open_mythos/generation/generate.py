@@ -12,7 +12,8 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache
 from open_mythos.generation.decoder import Decoder, make_decoder
-from open_mythos.generation.native.decoder import CompiledDecoder, check_compilable
+from open_mythos.generation.native.check import check_compilable
+from open_mythos.generation.native.decoder import CompiledDecoder
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, Speculation
 from open_mythos.nn.exits import Exit
