@@ -2,47 +2,42 @@
 
     python benchmarks/adaptive.py [--only parity p_hop] [--out benchmarks/results/adaptive.json]
 
-These models answer at the positions of a given sequence, so decoding means: problems are fed token by token through a
-cache, each position answered when its token comes, the next token given and not the answer. That is what generation
-costs. Batch 1 goes as one row does in ``model.generate``. Batch 8 is eight problems of one size: in a plain batch,
-where a token waits for the slowest row's, and by depth batching (``DepthBatch``), where none does. "Mixed" are eight
-problems of several sizes, as requests of strangers would be; in a plain batch they are padded, which is not counted.
+The ways of decoding are those of ``adaptive_ways.py``. Batch 1 is a few problems, one after the other. Batch 8 is eight
+problems of one size. "Mixed" are eight problems of several sizes, as requests of strangers would be; in a plain batch
+they are padded, which is not counted, and compiled code takes no padding.
 
-The exit is chosen for each case on other problems (or training text) than those reported: the fewest loops, a gate's
-counted dearer, among those that lose no more than half the bar. A round times every way once, in turn; the ratio
-reported is the median over rounds. A quarter of an hour on one core, of which ``--retime`` repeats only the timing.
+The exit is chosen for each case on other problems (or training text) than those reported: the fewest loops among those
+that lose no more than half the bar. A round times every way once, in turn; the ratio reported is the median over
+rounds, compiled ways against the compiled fixed count. Half an hour on one core, of which ``--retime`` repeats only
+the timing, a third.
 """
 
 import argparse
 import json
 import math
 import platform
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import adaptive_ways
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from open_mythos import KVCache, OpenMythos, tasks
+from open_mythos import OpenMythos, tasks
 from open_mythos.evaluation.depth import chunks, measuring, readings
-from open_mythos.generation.decoder import Decoder, make_decoder
-from open_mythos.generation.depth_batching import DepthBatch
 from open_mythos.nn import exits
 from open_mythos.nn.exits import Exit
 from open_mythos.tasks import UNSCORED, Batch
 from open_mythos.tasks.text import Text
 
 ROOT = Path(__file__).parent
+WAYS = "plain", "depth-batched", "compiled"
 SPEEDUP, LOST = 1.8, 0.005  # the bar: times as fast, at no more accuracy (of text, share of its bits per byte) lost
-ROWS = 8
-GATE_COST = 1.12  # of a loop after which the gate is asked, against one after which only the change is measured
+ROWS, ALONE = 8, 4  # problems at once, and one after the other
+GATE_COST = 1.1  # of a loop after which the gate is asked, against one after which only the change is measured
 TOKENS = 16384  # of the problems on which an exit is chosen, and of those reported
-GATES = ("gate:.99", "gate:.9", "gate:.5")
+GATES = ("gate:.99", "gate:.9", "gate:.5", "gate:.2", "gate:.1", "gate:.05")
 RESTS = [f"change:{threshold:g}:{patience}" for threshold in (0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
          for patience in (1, 2)]  # fmt: skip
 
@@ -117,97 +112,6 @@ def choose(model: OpenMythos, case: Case, examples: int) -> str:
     return best
 
 
-# -- decoding
-
-
-class Replay:
-    """Stands in for sampling: notes the likeliest token, and hands out the one that the problem goes on with."""
-
-    temperature = None
-
-    def __init__(self, given: Sequence[int]) -> None:
-        self.given, self.answers = iter([*given, 0]), list[int]()
-
-    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> int:
-        self.answers.append(int(logits.argmax(-1)))
-        return next(self.given)
-
-
-def plain(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
-    """Answers (n, T), all rows one token further at a time; padding, behind a row's end, waits for no loop."""
-    cache, answers = KVCache(), []
-    for t, column in enumerate(batch.ids.split(1, 1)):
-        real = None if batch.valid is None else batch.valid[:, t : t + 1]
-        answers.append(model(column, n_loops, cache, attention_mask=real, exit=exit).argmax(-1))
-    return torch.cat(answers, 1)
-
-
-def alone(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
-    """Answers (1, T), token by token as ``model.generate`` makes them."""
-    cache, answers = KVCache(room=batch.ids.shape[1]), []
-    with torch.no_grad():
-        decoder = make_decoder(model, n_loops, padded=False)
-        assert isinstance(decoder, Decoder)
-        for column in batch.ids.split(1, 1):
-            e, tokens = decoder.encode(column, cache)
-            h = decoder.first_state(e)
-            if exit is None:
-                h = decoder.loops(h, e, tokens, 0, n_loops)
-            else:
-                h = decoder.loops_until(exit, h, e, tokens, n_loops)
-            answers.append(decoder.decode(h, tokens).argmax(-1))
-    return torch.cat(answers, 1)
-
-
-def batched(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Tensor:
-    """Answers (n, T), 0 at padding, each row going on as soon as it can."""
-    engine, replays = DepthBatch(model, exit, len(batch.ids)), []
-    lengths = [batch.ids.shape[1]] * len(batch.ids) if batch.valid is None else batch.valid.sum(1).tolist()
-    for row, length in zip(batch.ids.tolist(), lengths, strict=True):
-        replays.append(Replay(row[1:length]))
-        engine.add(torch.tensor(row[:1]), length, n_loops, replays[-1])  # type: ignore[arg-type]
-    while engine.busy:
-        engine.step()
-    answers = torch.zeros_like(batch.ids)
-    for row, (replay, length) in enumerate(zip(replays, lengths, strict=True)):
-        answers[row, :length] = torch.tensor(replay.answers)
-    return answers
-
-
-def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    start = time.perf_counter()
-    answers = run()
-    return time.perf_counter() - start, answers
-
-
-def race(model: OpenMythos, case: Case, batch: Batch, exit: Exit, rounds: int) -> dict[str, Any]:
-    """Tokens per second of every way, times as fast as the fixed count, and answers that are not the plain way's."""
-    n, one_by_one = case.loops, plain if len(batch.ids) > 1 else alone
-    ways: dict[str, Callable[[], Tensor]] = {
-        "fixed": lambda: one_by_one(model, batch, n, None),
-        "plain": lambda: one_by_one(model, batch, n, exit),
-    }
-    if len(batch.ids) > 1:
-        ways["batched"] = lambda: batched(model, batch, n, exit)
-    tokens = batch.ids.numel() if batch.valid is None else int(batch.valid.sum())
-    real = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    answers = {}
-    with measuring(model, halting=False):
-        one_by_one(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n, exit)  # warm
-        for _ in range(rounds):
-            for way, run in ways.items():
-                took, answers[way] = timed(run)
-                seconds[way].append(took)
-    found: dict[str, Any] = {"tokens_per_s": {way: tokens / median(took) for way, took in seconds.items()}}
-    found["speedup"] = {
-        way: median(f / a for f, a in zip(seconds["fixed"], took, strict=True)) for way, took in seconds.items()
-    }
-    if "batched" in ways:
-        found["differing"] = float((answers["batched"] != answers["plain"])[real].float().mean())
-    return found
-
-
 def assess(model: OpenMythos, case: Case) -> dict[str, Any]:
     """The exit that is chosen, and what it costs in accuracy."""
     examples = max(64, TOKENS // case.problems(1, 0).ids.shape[1])
@@ -222,35 +126,35 @@ def assess(model: OpenMythos, case: Case) -> dict[str, Any]:
 
 def races(model: OpenMythos, case: Case, exit: Exit, rounds: int) -> dict[str, Any]:
     """What every way of decoding gains."""
-    batches = {"batch 1": case.problems(1, 2), f"batch {ROWS}": case.problems(ROWS, 2)}
+    batches = {"batch 1": case.problems(ALONE, 2), f"batch {ROWS}": case.problems(ROWS, 2)}
     if case.sizes:
         batches["mixed"] = case.problems(ROWS, 2, mixed=True)
-    return {name: race(model, case, batch, exit, rounds) for name, batch in batches.items()}
+    return {
+        name: adaptive_ways.race(model, case.loops, batch, exit, rounds, one_by_one=name == "batch 1")
+        for name, batch in batches.items()
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One line for each case: what is reached, in bold where it meets the bar."""
+    """One line for each case: how many times as fast, in bold where it meets the bar."""
+    columns = [("batch 1", "plain"), ("batch 1", "compiled"), *((f"batch {ROWS}", way) for way in WAYS)]
+    columns += [("mixed", "plain"), ("mixed", "depth-batched")]
     lines = [
-        "| case | fixed loops | exit | loops run | accuracy (text: bits/byte), fixed | lost | batch 1 "
-        f"| batch {ROWS}, plain | batch {ROWS}, depth-batched | mixed sizes, plain | mixed, depth-batched |",
-        "|---" * 11 + "|",
+        "| case | fixed loops | exit | loops run | accuracy (text: bits/byte), fixed | lost | "
+        + " | ".join(", ".join(column) for column in columns)
+        + " |",
+        "|---" * (6 + len(columns)) + "|",
     ]
     for name, found in results.items():
-        kept = found["lost"] <= LOST
-
-        def cell(race: dict[str, Any] | None, way: str, kept: bool = kept) -> str:
-            if race is None:
-                return "–"
-            speedup = race["speedup"][way]
-            return f"**{speedup:.2f}x**" if kept and speedup >= SPEEDUP else f"{speedup:.2f}x"
-
-        eight, mixed = found[f"batch {ROWS}"], found.get("mixed")
-        cells = [cell(found["batch 1"], "plain")]
-        cells += [cell(race, way) for race in (eight, mixed) for way in ("plain", "batched")]
-        lines.append(
-            f"| {name}, {found['difficulty']} | {found['loops']} | `{found['exit']}` | {found['mean_loops']:.1f} "
-            f"| {found['fixed']:.4f} | {found['lost']:.4f} | {' | '.join(cells)} |"
-        )
+        cells = [
+            f"{name}, {found['difficulty']}", found["loops"], f"`{found['exit']}`", f"{found['mean_loops']:.1f}",
+            f"{found['fixed']:.4f}", f"{found['lost']:.4f}",
+        ]  # fmt: skip
+        for batch, way in columns:
+            speedup = found[batch]["speedup"].get(way) if batch in found else None
+            cell = "–" if speedup is None else f"{speedup:.2f}x"
+            cells.append(f"**{cell}**" if speedup and speedup >= SPEEDUP and found["lost"] <= LOST else cell)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -56,6 +56,10 @@ class CacheSlot:
         self._written = 0  # tokens whose rows are in the buffers; those after them are in the slot before
         self._before: CacheSlot | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._place: tuple[int, int, int, int] | None = None  # of the buffers, once somebody has asked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_place": None}  # a copy's buffers are elsewhere
 
     @property
     def rows(self) -> dict[str, Tensor]:
@@ -121,19 +125,19 @@ class CacheSlot:
             self._buffers[name][:, start:end] = rows.detach()
         self._written = end
 
-    def open_row(self, at: int) -> tuple[int, int, int]:
+    def open_row(self, at: int) -> tuple[int, int, int, int]:
         """Count a row at position ``at``, for compiled code to write; what the slot held from there on is given up.
 
-        Returns the addresses of both buffers, each (B, room, D) or (B, G, room, D) in one piece, and their room.
+        Returns the addresses of both buffers, each (B, room, D) or (B, G, room, D) in one piece, and their room and B.
         """
-        follows = 0 < self._written == self.length == at
-        if not follows or at == next(iter(self._buffers.values())).size(1):
+        if self._place is None or not self._written == self.length == at < self._place[2]:
             self._open(at)
             for name, buffer in list(self._buffers.items()):
                 self._reserve(name, buffer, at + 1)
+            first, second = self._buffers.values()
+            self._place = first.data_ptr(), second.data_ptr(), first.shape[1], len(first)
         self.length = self._written = at + 1
-        first, second = self._buffers.values()
-        return first.data_ptr(), second.data_ptr(), first.size(1)
+        return self._place
 
     def _reserve(self, name: str, like: Tensor, length: int) -> None:
         buffer = self._buffers.get(name)
@@ -145,7 +149,7 @@ class CacheSlot:
         grown = torch.empty(B, *heads, capacity, D, dtype=like.dtype, device=like.device).movedim(-2, 1)
         if buffer is not None:
             grown[:, : self._written] = buffer[:, : self._written]
-        self._buffers[name] = grown
+        self._buffers[name], self._place = grown, None
 
 
 class KVCache:

@@ -1,4 +1,4 @@
-/* One token through a whole model: embedding, prelude, loops, coda, head. float32, a few threads.
+/* One token through a whole model: embedding, prelude, loops until an exit, coda, head. float32, a few threads.
  *
  * A token at a time, decoding is matrix-vector products, and those are reading weights. All threads walk through the
  * same code; rows of every matrix are divided among them, always the same way, so that a thread finds its share of the

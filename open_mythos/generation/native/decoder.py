@@ -2,7 +2,8 @@
 
 What :class:`~open_mythos.generation.decoder.Decoder` still spends at a token is calls of operations, some forty a loop.
 ``decode.c`` makes none: it walks through the whole model with a few threads on the weights that a ``Decoder`` has made
-ready, and writes to the buffers of the same cache, which all else goes on reading.
+ready, and writes to the buffers of the same cache, which all else goes on reading. With an exit, each row of the batch
+stops at its own loop.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class CompiledDecoder:
         self._team, self._run = ctypes.c_void_p(team), code.mythos_step
         weakref.finalize(self, code.mythos_close, self._team)
         self._slots = (_CSlot * (len(blocks) + (n_loops - 1) * len(decoder.core)))()
-        self._places: list[tuple[int, int, int]] = []  # what they hold
+        self._places: list[tuple[int, int, int, int]] = []  # what they hold
         self._names: dict[int | None, list[str]] = {}  # of the slots, for each number of them that loops share
 
     def step(self, tokens: Tensor, cache: KVCache, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,13 +103,12 @@ class CompiledDecoder:
             cache: holds some tokens, no padding, and all slots of ``n_loops`` loops; the new ones are appended.
             first: states to start from, (B, 1, dim); the model's own if None.
         """
-        B, cfg, position, ids = len(tokens), self.cfg, cache.length, tokens.flatten().tolist()
-        assert len(ids) == B == cache.batch_size, f"{tuple(tokens.shape)} for a cache of {cache.batch_size} rows"
-        assert all(0 <= token < cfg.vocab_size for token in ids), ids
+        B, cfg, ids = len(tokens), self.cfg, tokens.flatten().tolist()
+        assert len(ids) == B and all(0 <= token < cfg.vocab_size for token in ids), ids
         first = None if first is None else first.contiguous()
         state = torch.empty(B, 1, cfg.dim, dtype=torch.float32)
         logits = torch.empty(B, cfg.vocab_size, dtype=torch.float32)
-        self._open_slots(cache)
+        position = self._open_slots(cache, B)
         c_ids, used = (ctypes.c_int64 * B)(*ids), (ctypes.c_int64 * B)()
         step = _CStep(
             ids=ctypes.addressof(c_ids), h=None if first is None else first.data_ptr(), state=state.data_ptr(),
@@ -119,16 +119,19 @@ class CompiledDecoder:
         self.used = list(used)
         return state, logits
 
-    def _open_slots(self, cache: KVCache) -> None:
-        """A row more in every slot. There are many, so what can be kept from the step before is."""
+    def _open_slots(self, cache: KVCache, batch: int) -> int:
+        """The position of a new row in every slot. There are many, so what can be kept from the step before is."""
         if cache.cache_loops not in self._names:
             self._names[cache.cache_loops] = self._met(cache)
-        position = cache.length
-        places = [cache.slot(name).open_row(position) for name in self._names[cache.cache_loops]]
+        names = self._names[cache.cache_loops]
+        position = cache.slot(names[0]).length
+        places = [cache.slot(name).open_row(position) for name in names]
         if places != self._places:
-            for slot, place in zip(self._slots, places, strict=True):
-                slot.first, slot.second, slot.capacity = place
+            for slot, (first, second, room, _) in zip(self._slots, places, strict=True):
+                slot.first, slot.second, slot.capacity = first, second, room
             self._places = places
+        assert places[0][3] == batch, f"{batch} rows for a cache of {places[0][3]}"
+        return position
 
     def _met(self, cache: KVCache) -> list[str]:
         """Names of slots in the order in which a token meets them."""
