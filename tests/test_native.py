@@ -1,5 +1,7 @@
 """Compiled decoding gives what the modules give, from the same cache, and refuses what it cannot do."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_near
@@ -67,6 +69,19 @@ def test_it_takes_turns_with_the_modules_on_one_cache(attn_type):
         assert_near(logits, whole[:, at + n - 1])
         at += n - cut
         cache.truncate(at)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_on_by_itself():
+    model, text, cache = a_model(**PLAIN), ids(2, 9), KVCache(room=40)
+    whole, decoder = model(text, 5), CompiledDecoder(model, 5)
+    model(text[:, :6], 5, cache)
+    decoder.step(text[:, 6:7], cache)
+    copied = copy.deepcopy(cache)
+    decoder.step(text[:, 7:8], cache)
+    decoder.step(text[:, :1], copied)
+    assert_near(decoder.step(text[:, 8:], cache)[1], whole[:, 8])
 
 
 @needs_compiler
