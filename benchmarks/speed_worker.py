@@ -60,7 +60,7 @@ class Ours:
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Logits of the last position, and a cache of all."""
         cache = self.new_cache()
-        return self.model.head(self.model.hidden(ids, self.loops, cache)[:, -1:]), cache
+        return self.model.head(self.model.hidden(ids, self.loops, cache, last=1)), cache
 
     def rewound(self, cache: Any, length: int) -> Any:
         """A cache that holds the prompt alone."""

@@ -61,6 +61,11 @@ class CausalMask:
             None if self.starts is None else self.starts[:, cut:] - cut,
         )  # fmt: skip
 
+    def ending(self, n_queries: int) -> CausalMask:
+        """The mask of the last queries alone, which see the same keys; for queries that are the last T tokens."""
+        assert self.positions is None and n_queries <= self.n_queries
+        return CausalMask(n_queries, self.n_keys, self.valid, starts=self.starts)
+
     def rows(self, which: slice | Tensor) -> CausalMask:
         """The mask of some rows of the batch, for queries that are the last T tokens."""
         assert self.positions is None
