@@ -35,13 +35,14 @@ class Missing(Exception):
 
 
 class Ours:
-    """This library; every position runs every loop, as ``halting`` is off."""
+    """This library; every position runs the loops asked for and no others, as ``halting`` and ``warm_start`` are off."""
 
     def __init__(self, model: dict[str, Any], loops: int) -> None:
         from open_mythos import KVCache, MythosConfig, OpenMythos
         from open_mythos.generation.decoder import make_decoder
 
-        self.model, self.loops, self.new_cache = OpenMythos(MythosConfig(**model, halting=False)), loops, KVCache
+        config = MythosConfig(**model, halting=False, warm_start=False)
+        self.model, self.loops, self.new_cache = OpenMythos(config), loops, KVCache
         self.make_decoder = make_decoder
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from open_mythos.ops.one_gradient import OneGradient, one_gradient
 
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
 _FEW = 8  # choices up to which bringing rows together costs more than it saves
+_CACHED = 2**18  # numbers of a product that goes on to be added
 _CALL = 48  # a product of its own for an expert takes as much longer as this many rows would
 
 
@@ -47,8 +48,9 @@ def grouped_swiglu(
         return _GroupedSwiGLU.apply(x_ND, gate_up.weight, down.weight, experts_NK, weights_NK, gate_up, down)
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     if len(gate_up_E2FD) == 1:  # nothing to bring together
-        gate_NF, up_NF = F.linear(x_ND, gate_up_E2FD[0]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_NF) * up_NF, down_EDF[0]) * weights_NK
+        # flatten, not [0]: the gradient of a view is a view, and that of an element begins with zeros for all.
+        gate_NF, up_NF = F.linear(x_ND, gate_up_E2FD.flatten(0, 1)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate_NF) * up_NF, down_EDF.flatten(0, 1)) * weights_NK
     if torch.compiler.is_compiling():
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
@@ -154,12 +156,22 @@ class Rows:
 
     def add_outer(self, x_PI: Tensor, y_PO: Tensor, into_EIO: Tensor) -> None:
         """:meth:`outer`, added in place."""
-        if self.ends_E is not None or into_EIO.dtype != x_PI.dtype:
+        if self.ends_E is not None:
             into_EIO.add_(self.outer(x_PI, y_PO))
             return
-        into_EIO.baddbmm_(self._batched(x_PI).transpose(1, 2), self._batched(y_PO))
+        x_EIC, y_ECO = self._batched(x_PI).transpose(1, 2), self._batched(y_PO)
+        if into_EIO.dtype == x_PI.dtype:
+            into_EIO.baddbmm_(x_EIC, y_ECO)
+        else:  # a sum in another dtype takes a product of its own, which should stay in the processor's cache
+            n = max(1, _CACHED // into_EIO[0].numel())
+            for into, x, y in zip(into_EIO.split(n), x_EIC.split(n), y_ECO.split(n), strict=True):
+                into.add_(torch.bmm(x, y))
         for expert, start, end in self.rest:
-            into_EIO[expert].addmm_(x_PI[start:end].t(), y_PO[start:end])
+            x_IC, y_CO = x_PI[start:end].t(), y_PO[start:end]
+            if into_EIO.dtype == x_PI.dtype:
+                into_EIO[expert].addmm_(x_IC, y_CO)
+            else:
+                into_EIO[expert].add_(x_IC @ y_CO)
 
     def _batched(self, x_PI: Tensor) -> Tensor:
         """The first C rows of every expert: (E, C, I)."""
