@@ -35,7 +35,7 @@ class Missing(Exception):
 
 
 class Ours:
-    """This library; every position runs the loops asked for and no others, as ``halting`` and ``warm_start`` are off."""
+    """This library; positions run the loops asked for and no others, as ``halting`` and ``warm_start`` are off."""
 
     def __init__(self, model: dict[str, Any], loops: int) -> None:
         from open_mythos import KVCache, MythosConfig, OpenMythos
