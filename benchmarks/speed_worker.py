@@ -41,7 +41,7 @@ class Ours:
         from open_mythos import KVCache, MythosConfig, OpenMythos
         from open_mythos.generation.decoder import make_decoder
 
-        config = MythosConfig(**model, halting=False, warm_start=False)
+        config = MythosConfig(**model | dict(halting=False, warm_start=False))
         self.model, self.loops, self.new_cache = OpenMythos(config), loops, KVCache
         self.make_decoder = make_decoder
 
