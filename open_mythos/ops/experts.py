@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.linear import product_dtype
-from open_mythos.ops.one_gradient import OneGradient, one_gradient
+from open_mythos.ops.one_gradient import OneGradient, add_product, one_gradient
 
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
 _FEW = 8  # choices up to which bringing rows together costs more than it saves
-_CACHED = 2**18  # numbers of a product that goes on to be added
 _CALL = 48  # a product of its own for an expert takes as much longer as this many rows would
 
 
@@ -150,28 +149,19 @@ class Rows:
         """For every expert the sum over its rows of ``x y^T``: (E, I, O)."""
         if self.ends_E is not None:
             return _grouped_outer(x_PI, y_PO, self.ends_E)
-        out_EIO = x_PI.new_zeros(self.n_experts, x_PI.shape[1], y_PO.shape[1])
-        self.add_outer(x_PI, y_PO, out_EIO)
+        out_EIO = torch.bmm(self._batched(x_PI).transpose(1, 2), self._batched(y_PO))
+        for expert, start, end in self.rest:
+            out_EIO[expert].addmm_(x_PI[start:end].t(), y_PO[start:end])
         return out_EIO
 
-    def add_outer(self, x_PI: Tensor, y_PO: Tensor, into_EIO: Tensor) -> None:
-        """:meth:`outer`, added in place."""
+    def add_outer(self, x_PI: Tensor, y_PO: Tensor, into: OneGradient) -> None:
+        """:meth:`outer`, as another share of a gradient."""
         if self.ends_E is not None:
-            into_EIO.add_(self.outer(x_PI, y_PO))
+            into.sum.add_(self.outer(x_PI, y_PO))
             return
-        x_EIC, y_ECO = self._batched(x_PI).transpose(1, 2), self._batched(y_PO)
-        if into_EIO.dtype == x_PI.dtype:
-            into_EIO.baddbmm_(x_EIC, y_ECO)
-        else:  # a sum in another dtype takes a product of its own, which should stay in the processor's cache
-            n = max(1, _CACHED // into_EIO[0].numel())
-            for into, x, y in zip(into_EIO.split(n), x_EIC.split(n), y_ECO.split(n), strict=True):
-                into.add_(torch.bmm(x, y))
+        into.add_products(self._batched(x_PI), self._batched(y_PO))
         for expert, start, end in self.rest:
-            x_IC, y_CO = x_PI[start:end].t(), y_PO[start:end]
-            if into_EIO.dtype == x_PI.dtype:
-                into_EIO[expert].addmm_(x_IC, y_CO)
-            else:
-                into_EIO[expert].add_(x_IC @ y_CO)
+            add_product(into.sum[expert], x_PI[start:end].t(), y_PO[start:end])
 
     def _batched(self, x_PI: Tensor) -> Tensor:
         """The first C rows of every expert: (E, C, I)."""
@@ -237,7 +227,7 @@ def _outer(rows: Rows, x_PI: Tensor, y_PO: Tensor, one: OneGradient | None) -> T
     if one is None:
         return rows.outer(x_PI, y_PO)
     if one.is_wanted:
-        rows.add_outer(x_PI, y_PO, one.sum)
+        rows.add_outer(x_PI, y_PO, one)
     return None
 
 
