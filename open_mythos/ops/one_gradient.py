@@ -11,10 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 _ENOUGH = 64  # rows for each matrix, from which on products cost more than adding them up
 _CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
+
+_n_steps = 0  # of all optimizers
+
+
+def _count_step(*_: Any) -> None:
+    global _n_steps
+    _n_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class OneGradient:
@@ -32,13 +43,13 @@ class OneGradient:
         self._sum: Tensor | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._leaf = weight.detach()
-        self._made_of = (weight.data_ptr(), weight._version, dtype)
+        self._made_of = _state(weight, dtype)
         self._is_open = True
         self.weight = _Used.apply(weight, dtype, weakref.ref(self))
 
     def serves(self, weight: Tensor, dtype: torch.dtype) -> bool:
         """Whether a new use may join: the weight is as it was, and no backward pass has come by yet."""
-        return self._is_open and self._made_of == (weight.data_ptr(), weight._version, dtype)
+        return self._is_open and self._made_of == _state(weight, dtype)
 
     @property
     def is_wanted(self) -> bool:
@@ -73,6 +84,11 @@ class OneGradient:
         self._add_waiting()
         total, self._sum, self._is_open = self._sum, None, False
         return total
+
+
+def _state(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What differs once the weight, or what is wanted of it, has changed; of versions, fused optimizers know nothing."""
+    return weight.data_ptr(), weight._version, _n_steps, dtype
 
 
 class _Used(torch.autograd.Function):
