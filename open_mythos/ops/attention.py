@@ -89,6 +89,8 @@ class CausalMask:
 
     def dense(self, device: torch.device) -> Tensor:
         """(B or 1, 1, T, S) bool, True where a query may look; made once for all layers and loops that ask."""
+        if torch.compiler.is_compiling():  # code that finds what other code left here is other code
+            return self._make_dense(device)
         if self._dense is None or self._dense.device != device:
             self._dense = self._make_dense(device)
         return self._dense
@@ -105,17 +107,19 @@ class CausalMask:
 
     def chunk(self, window: int) -> int:
         """How many queries local attention takes together: keys that not all of them see are what it wastes."""
-        return max(min(_CHUNK, self.n_queries), window - 1)
+        chunk = self.n_queries if self.n_queries < _CHUNK else _CHUNK  # not min and max, which compilers do not decide
+        return chunk if chunk >= window - 1 else window - 1
 
     def chunked_band(self, window: int, B: int, device: torch.device) -> Tensor:
         """(B * chunks, 1, chunk, chunk + window - 1) bool: who sees whom in chunks; made once for all loops."""
         key = (window, B, device)
+        if torch.compiler.is_compiling():
+            return self._make_chunked_band(B, window, device)
         if key not in self._bands:
-            self._bands[key] = self._make_chunked_band(window, device).expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+            self._bands[key] = self._make_chunked_band(B, window, device)
         return self._bands[key]
 
-    def _make_chunked_band(self, window: int, device: torch.device) -> Tensor:
-        """(B or 1, chunks, chunk, chunk + window - 1)."""
+    def _make_chunked_band(self, B: int, window: int, device: torch.device) -> Tensor:
         chunk = self.chunk(window)
         n_chunks = -(-self.n_queries // chunk)
         at = torch.arange(chunk, device=device).unsqueeze(1)
@@ -130,7 +134,8 @@ class CausalMask:
         if self.starts is not None:
             queries = position[:, window - 1 :].clamp(0, self.n_keys - 1)
             seen = seen & (position.unsqueeze(1) >= self.starts[:, queries].unsqueeze(-1))
-        return seen | (key == at + window - 1)
+        seen = seen | (key == at + window - 1)  # (B or 1, chunks, chunk, chunk + window - 1)
+        return seen.expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
 
     def starts_at(self, positions: Tensor) -> Tensor:
         """Where the documents of the keys at ``positions`` (B or 1, T) start: (B, T)."""
@@ -163,8 +168,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | Non
     Returns:
         (B, T, H, Dv).
     """
-    dense = None if mask.is_plain else mask.dense(q.device)
-    return _sdpa(q, k, v, dense, is_causal=mask.is_plain and mask.n_queries > 1, scale=scale)
+    if mask.is_plain:
+        return _sdpa(q, k, v, None, is_causal=not mask.is_last, scale=scale)
+    return _sdpa(q, k, v, mask.dense(q.device), scale=scale)
 
 
 def _sdpa(

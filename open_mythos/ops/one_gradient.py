@@ -87,7 +87,7 @@ class OneGradient:
 
 
 def _state(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What differs once the weight, or what is wanted of it, has changed; of versions, fused optimizers know nothing."""
+    """What differs once the weight, or what is wanted of it, has changed; fused optimizers leave versions alone."""
     return weight.data_ptr(), weight._version, _n_steps, dtype
 
 

@@ -85,6 +85,10 @@ class Trainer:
         if cfg.start:
             start_from(self.model, cfg)
         self.model.to(self.device).train()
+        if cfg.compile:
+            from open_mythos.training.compiling import compile_blocks  # torch's compiler takes a second to import
+
+            compile_blocks(self.model, cfg)
         self.objective = Objective(cfg, load_teacher(cfg, self.device))
         self.optimizer = Optimizer(self.model, cfg.optim)
         self.ema = EMA(self.model, cfg.optim.ema)
