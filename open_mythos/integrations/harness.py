@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_mythos.install import missing
 from open_mythos.nn.recurrent import check_n_loops
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _require() -> Any:
         import lm_eval.tasks
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError('the harness is not installed; run: pip install "open-mythos[eval]"') from error
+        raise missing("the harness is not installed", "eval") from error
     return lm_eval
 
 

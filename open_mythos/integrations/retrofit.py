@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
+from open_mythos.install import missing
 from open_mythos.model import OpenMythos
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import Expert
@@ -81,7 +82,7 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError('retrofit needs transformers: pip install "open-mythos[hf]"') from error
+        raise missing("retrofit needs transformers", "hf") from error
     directory, options = _located(Path(source)) if Path(source).exists() else (str(source), {})
     try:
         with _quietly(transformers):
