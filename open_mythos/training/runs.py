@@ -7,7 +7,8 @@
     RUN/checkpoints/       to go on from
     RUN/model/             config.json, model.safetensors (averaged weights), training.json (TrainConfig),
                            and of text tokenizer.json
-    RUN/evaluation.json    accuracy by difficulty and loops
+    RUN/evaluation.json    accuracy by difficulty and loops, at the end of training
+    RUN/evaluation/        the same by mythos eval, with a picture; a report shows what was measured last
 """
 
 from __future__ import annotations
