@@ -231,88 +231,55 @@ def attend_convolved(
     Returns:
         (B, T, H, Dv).
     """
-    if mask.is_last:
-        return _attend_last(q, k, v, k_taps, v_taps, scale, beside)
-    B, T, H, D = q.shape
-    S, G, K = *k.shape[1:3], len(k_taps)
-    scale = D**-0.5 if scale is None else scale
-    q_BGKTRD = q.unflatten(2, (G, 1, -1)).permute(0, 2, 3, 1, 4, 5) * k_taps.transpose(0, 1)[:, :, None, None]
-    products = _products(q_BGKTRD.reshape(B, G, -1, D), k.permute(0, 2, 3, 1), scale)
-    products = products.view(B, G, K, T, H // G, S)
-    scores = products[:, :, 0].float()
-    for j in range(1, min(K, S)):
-        scores[..., j:] += products[:, :, j, ..., : S - j]
-    if beside is not None:
-        q_BGTRP = beside[0].unflatten(2, (G, -1)).permute(0, 2, 1, 3, 4)
-        more = _products(q_BGTRP.reshape(B, G, -1, q_BGTRP.shape[-1]), beside[1].permute(0, 2, 3, 1), scale)
-        scores += more.view(B, G, T, H // G, S)
-    scores = scores.masked_fill(~mask.dense(q.device).unsqueeze(3), float("-inf"))  # of (B, G, T, R, S)
-    weights = F.pad(scores.softmax(-1).to(v.dtype), (0, K - 1))
-    shifted = weights.unfold(-1, S, 1).movedim(-2, 2)  # (B, G, K, T, R, S)
-    found = _products(shifted.reshape(B, G, -1, S), v.transpose(1, 2), 1.0).view(B, G, K, T, H // G, -1)
-    return (found * v_taps.transpose(0, 1)[:, :, None, None]).sum(2).transpose(1, 2).flatten(2, 3)
-
-
-def _attend_last(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_taps: Tensor,
-    v_taps: Tensor,
-    scale: float | None = None,
-    beside: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """:func:`attend_convolved` for the last token alone, which sees every key: the same products, fewer operations."""
     B, _, H, D = q.shape
     G = k.shape[2]
     scale = D**-0.5 if scale is None else scale
+    allowed = None if mask.is_last else mask.dense(q.device)[:, 0]
     queries = [q] if beside is None else [q, beside[0]]
     keys = [k, v] if beside is None else [k, v, beside[1]]
-    queries, keys = [x[:, 0].unflatten(1, (G, -1)) for x in queries], [x.transpose(1, 2) for x in keys]
+    queries, keys = [x.unflatten(2, (G, -1)) for x in queries], [x.transpose(1, 2) for x in keys]
     taps = [x.transpose(0, 1) for x in (k_taps, v_taps)]
     if B == 1:
-        return _attend_batch([x[0] for x in queries], [x[0] for x in keys], taps, scale).view(1, 1, H, -1)
+        found = _attend_batch([x[0].transpose(0, 1) for x in queries], [x[0] for x in keys], taps, scale, allowed)
+        return found.transpose(0, 1).reshape(1, -1, H, v.shape[3])
     # Rows and groups are not one axis in memory, so one of the two is gone through.
-    found = [
-        _attend_batch([x[:, g] for x in queries], [x[:, g] for x in keys], [x[g : g + 1] for x in taps], scale)
-        for g in range(G)
-    ]
-    return torch.cat(found, 1).unsqueeze(1)
+    parts = []
+    for g in range(G):
+        group = [x[:, :, g] for x in queries], [x[:, g] for x in keys], [x[g : g + 1] for x in taps]
+        parts.append(_attend_batch(*group, scale, allowed))
+    return torch.cat(parts, 2)
 
 
-def _attend_batch(queries: list[Tensor], keys: list[Tensor], taps: list[Tensor], scale: float) -> Tensor:
-    """:func:`_attend_last` of N rows or groups: (N, R, Dv).
+def _attend_batch(
+    queries: list[Tensor], keys: list[Tensor], taps: list[Tensor], scale: float, allowed: Tensor | None
+) -> Tensor:
+    """:func:`attend_convolved` of N rows or groups: (N, T, R, Dv).
 
     Args:
-        queries: (N, R, D), and (N, R, P) if there are channels beside.
+        queries: (N, T, R, D), and (N, T, R, P) if there are channels beside.
         keys: keys (N, S, D) and values (N, S, Dv), and (N, S, P).
         taps: of keys (N or 1, K, D) and of values (N or 1, K, Dv).
         scale: of the scores.
+        allowed: (N or 1, T, S) bool, True where a query may look; None if it is everywhere.
     """
-    (q_NRD, *q_beside), (k_NSD, v_NSV, *k_beside), (k_taps, v_taps) = queries, keys, taps
-    (N, R, D), S, K = q_NRD.shape, k_NSD.shape[1], k_taps.shape[1]
-    q_NKRD = q_NRD.unsqueeze(1) * k_taps.unsqueeze(2)
-    zero = q_NRD.new_empty(())
-    products = torch.baddbmm(zero, q_NKRD.reshape(N, -1, D), k_NSD.transpose(1, 2), beta=0, alpha=scale)
-    products = products.view(N, K, R, S)
+    (q_NTRD, *q_beside), (k_NSD, v_NSV, *k_beside), (k_taps, v_taps) = queries, keys, taps
+    (N, T, R, D), S, K = q_NTRD.shape, k_NSD.shape[1], k_taps.shape[1]
+    q_NKTRD = q_NTRD.unsqueeze(1) * k_taps[:, :, None, None]
+    zero = q_NTRD.new_empty(())
+    products = torch.baddbmm(zero, q_NKTRD.reshape(N, -1, D), k_NSD.transpose(1, 2), beta=0, alpha=scale)
+    products = products.view(N, K, T * R, S)
     scores = products[:, 0].float()
     for j in range(1, min(K, S)):
         scores[..., j:].add_(products[:, j, :, : S - j])
     if q_beside:
-        scores.baddbmm_(q_beside[0].float(), k_beside[0].transpose(1, 2).float(), alpha=scale)
+        scores.baddbmm_(q_beside[0].flatten(1, 2).float(), k_beside[0].transpose(1, 2).float(), alpha=scale)
+    if allowed is not None:
+        scores.view(N, T, R, S).masked_fill_(~allowed.unsqueeze(2), float("-inf"))
     weights = F.pad(scores.softmax(-1), (0, K - 1)).to(v_NSV.dtype)
-    shifted = weights.as_strided((N, K, R, S), (R * (S + K - 1), 1, S + K - 1, 1)).reshape(N, -1, S)
-    return (torch.bmm(shifted, v_NSV).view(N, K, R, -1) * v_taps.unsqueeze(2)).sum(1)
-
-
-def _products(a_BGMI: Tensor, b_BGIO: Tensor, scale: float) -> Tensor:
-    """``scale * a @ b`` for cached ``b``, whose rows and heads are not one axis in memory and must not be copied."""
-    zero = a_BGMI.new_empty(())
-    parts = [
-        torch.baddbmm(zero, a_BMI, b_BIO, beta=0, alpha=scale)
-        for a_BMI, b_BIO in zip(a_BGMI.unbind(1), b_BGIO.unbind(1), strict=True)
-    ]
-    return parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, 1)
+    width = S + K - 1
+    shifted = weights.as_strided((N, K, T * R, S), (T * R * width, 1, width, 1)).reshape(N, -1, S)
+    found = torch.bmm(shifted, v_NSV).view(N, K, T, R, -1)
+    return (found * v_taps[:, :, None, None]).sum(1)
 
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask, scale: float | None = None) -> Tensor:
