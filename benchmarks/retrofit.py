@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from open_mythos import OpenMythos
 from open_mythos.evaluation.text import bits_per_byte
-from open_mythos.integrations.retrofit import Split, load_original, logits_of, retrofit, save, truncate
+from open_mythos.integrations.original import load_original
+from open_mythos.integrations.retrofit import Split, logits_of, retrofit, save, truncate
 from open_mythos.tasks.text import Text
 from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer

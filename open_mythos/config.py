@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from open_mythos.fields import Checked, choice, flag, must, nearest, real, size
+from open_mythos.install import UPDATE
 
 MODEL_TYPE = "open_mythos"
 FORMAT_VERSION = 1
@@ -228,15 +229,15 @@ def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> di
     must(
         isinstance(version, int) and version <= FORMAT_VERSION,
         f"format_version={version!r}: a newer open_mythos wrote this config, and this one reads up to "
-        f"{FORMAT_VERSION}; upgrade with: pip install -U open-mythos",
+        f"{FORMAT_VERSION}; {UPDATE}",
     )
     known = [field.name for field in fields(MythosConfig)]
     found = {name: value for name, value in data.items() if name not in ("model_type", "format_version")}
     for name in found:
         must(
             name in known or name in _OF_TRANSFORMERS or name in also,
-            f"unknown config field {name!r}; {nearest(name, known)} (if a newer open_mythos wrote this config, upgrade "
-            f"with: pip install -U open-mythos)",
+            f"unknown config field {name!r}; {nearest(name, known)} (if a newer open_mythos wrote this config, "
+            f"{UPDATE})",
         )
     return {name: value for name, value in found.items() if name in known}
 

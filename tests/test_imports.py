@@ -12,7 +12,7 @@ import open_mythos
 ROOT = Path(open_mythos.__file__).parent
 FACADES = {"__init__.py", "__main__.py", "main.py"}
 LAYERS = [
-    {"fields"},
+    {"fields", "install"},
     {"config"},
     {"variants", "cache", "ops", "tasks", "plots"},
     {"nn"},

@@ -67,7 +67,7 @@ def test_state_change_of_nothing(tmp_path):
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install open-mythos\[plots\]"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[plots\]"'):
         plots.state_change([[0.1]], tmp_path / "s.png")
 
 

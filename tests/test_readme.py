@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> No
         assert float(difference[1]) < 1e-4  # "rounding only"
     if of_bits := re.findall(r": (\S+) of 384 bits", printed):
         assert float(of_bits[0]) < 0.6 and float(of_bits[-1]) > 0.95
+
+
+def test_nobody_is_told_to_install_the_other_project_of_this_name() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = {path: path.read_text() for path in (ROOT / "open_mythos").rglob("*.py")}
+    for path, text in {**sources, **{page: page.read_text() for page in PAGES}}.items():
+        assert not re.search(r"pip install [^#\n]*open[-_]mythos", text), path
+        for extra in re.findall(r"pip install \"\.\[(\w+)\]|missing\([^)]*\"(\w+)\"\)", text):
+            assert "".join(extra) in extras, (path, extra)
 
 
 def test_commands_exist() -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 from open_mythos.cli.console import clear_errors, console, table
 from open_mythos.generation.conversation import Conversation, Template
 from open_mythos.generation.sampling import Sampling
+from open_mythos.install import missing
 from open_mythos.nn.exits import parse
 from open_mythos.training.checks import find_device
 from open_mythos.training.runs import load_model, model_dir, tokenizer_of
@@ -79,7 +80,7 @@ def template_of(directory: Path) -> Template | None:
 
         import open_mythos.integrations.hf  # noqa: F401  (without it transformers warns of the model beside)
     except ImportError as error:
-        raise ImportError("this model's chat template needs transformers: pip install 'open-mythos[hf]'") from error
+        raise missing("this model's chat template needs transformers", "hf") from error
     theirs = AutoTokenizer.from_pretrained(directory)
     return lambda messages: list(theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 

@@ -52,6 +52,12 @@ def picture(draw: Callable[[], None]) -> bool:
     return True
 
 
+def announce(what: str) -> None:
+    """A line on a terminal's stderr, above bars that are another library's."""
+    if _errors.is_terminal:
+        _errors.print(what, style="dim", highlight=False)
+
+
 @contextmanager
 def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal's stderr, gone at the end. Call what it hands out as each of ``n_steps`` begins."""

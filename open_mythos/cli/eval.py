@@ -66,7 +66,7 @@ def eval(
         leave = None if exit is None else parse(exit)
         out = out or evaluation_dir(checkpoint)
         if isinstance(made, Text):
-            path = eval_text(model, made, cfg, leave, out)
+            path = eval_text(model, made, cfg, exit, out)
         else:
             path = eval_problems(model, made, cfg, whole_numbers("--seeds", seeds, "0,1,2"), leave, out)
     drawing = out / "grid.png"
@@ -160,17 +160,17 @@ def show_metrics(found: Evaluation) -> None:
 # -- text
 
 
-def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: Exit | None, out: Path) -> Path:
-    asked = cfg.evaluation
+def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None, out: Path) -> Path:
+    asked, leave = cfg.evaluation, None if exit is None else parse(exit)
     with progress(len(asked.difficulties)) as begin:
         found = {}
         for length in asked.difficulties:
             begin(f"{length} {task.unit}")
-            found[length] = bits_per_byte(model, task, asked.loops, length, asked.examples, exit)
+            found[length] = bits_per_byte(model, task, asked.loops, length, asked.examples, leave)
     path = out / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     # As in a run's own evaluation.json, which has the first length alone; then all of them.
     data = {"bits_per_byte": next(iter(found.values())), "by_length": found, "windows": asked.examples}
-    path.write_text(json.dumps(data | {"task": task.name, "options": task.to_dict()}, indent=1) + "\n")
+    path.write_text(json.dumps(data | {"task": task.name, "options": task.to_dict(), "exit": exit}, indent=1) + "\n")
     show_text(found)
     return path

@@ -17,10 +17,8 @@ def export(
 ) -> None:
     """Write a model for transformers: weights, tokenizer, and the source that loads it where this package is not."""
     with clear_errors():
-        try:
-            from open_mythos.integrations.hf.export import export as write
-        except ModuleNotFoundError as error:
-            raise ImportError('transformers is missing; install it with: pip install "open-mythos[hf]"') from error
+        from open_mythos.integrations.hf.export import export as write
+
         must(
             not directory.exists() or (directory.is_dir() and not any(directory.iterdir())),
             f"{directory} is there and not empty; choose another directory",

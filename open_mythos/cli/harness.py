@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from open_mythos import plots
-from open_mythos.cli.console import console, picture, progress, table, whole_numbers
+from open_mythos.cli.console import announce, console, picture, table, whole_numbers
 from open_mythos.integrations.harness import Curve, harness
 from open_mythos.training.runs import evaluation_dir, model_dir
 
@@ -31,8 +31,7 @@ def eval_harness(
     if given:
         raise ValueError(f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
-    with progress(len(counts)) as begin:
-        curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=begin)
+    curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
     show(curves)
     out = evaluation_dir(checkpoint) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
@@ -59,12 +58,19 @@ def show(curves: list[Curve]) -> None:
     """A row for each metric of each task, a column for each loop count; the best score bold."""
     counts = curves[0].loops
     shown = table("score by loops (± standard error)", "task", "metric", "of", *(str(count) for count in counts))
+    for column in shown.columns:
+        column.overflow = "fold"  # a score with its end cut off is another
+    shown.columns[1].no_wrap = True
     for curve in curves:
         best = None if curve.higher_is_better is None else (max if curve.higher_is_better else min)(curve.values)
         cells = [
-            Text(f"{value:.4f}" + ("" if error is None else f" ±{error:.4f}"), "bold" if value == best else "")
+            Text(_number(value) + ("" if error is None else f" ±{error:.4f}"), "bold" if value == best else "")
             for value, error in zip(curve.values, curve.errors, strict=True)
         ]
         arrow = {True: " ↑", False: " ↓", None: ""}[curve.higher_is_better]
         shown.add_row(curve.task, curve.metric + arrow, str(curve.n), *cells)
     console.print(shown)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from open_mythos.cli.console import clear_errors, console, fail, progress, table
 from open_mythos.integrations import retrofit as surgery
+from open_mythos.integrations.original import load_original
 
 SAMPLE = (
     "A river does not hurry, and yet it arrives. In spring the snow of the mountains melts, and what was white and "
@@ -38,7 +39,7 @@ def retrofit(
         split = surgery.Split(prelude, core, coda)
         sample = SAMPLE if text is None else text.read_text()
         begin("loading the original")
-        original, tokenizer = surgery.load_original(source)
+        original, tokenizer = load_original(source)
         n_layers = len(original.model.layers)
         begin("surgery")
         model = surgery.retrofit(original, split, loops, decay)
@@ -49,9 +50,9 @@ def retrofit(
         logits = surgery.logits_of(original, ids)
         apart = surgery.difference(model, logits, ids)
         rows[f"its {prelude + core + coda} layers that were kept"] = bits(logits, ids, tokenizer)
-        for n_loops in (2**i for i in range(loops.bit_length())):
+        for n_loops in sorted({loops, *(2**i for i in range(loops.bit_length()))}):
             with torch.no_grad():
-                rows[f"the new model, {n_loops} loops"] = bits(model(ids, n_loops), ids, tokenizer)
+                rows[f"the new model, {n_loops} loop{'s' * (n_loops > 1)}"] = bits(model(ids, n_loops), ids, tokenizer)
         if not apart <= surgery.TOLERANCE:
             fail(f"logits differ by {apart:.1e} of the largest, more than {surgery.TOLERANCE:g}; nothing was written")
         begin("saving")

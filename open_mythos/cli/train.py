@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,11 @@ def train(
             cfg = configured(recipe, overrides or [])
         if dry_run:
             show_cost(cfg)
+            words = [recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
+            console.print(
+                f"Nothing was written. Next: [bold]mythos train {escape(shlex.join(words))}[/bold].",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
             return
         try:
             with watching(cfg.steps) as watch:
@@ -101,7 +107,6 @@ def show_cost(cfg: TrainConfig) -> None:
     ):
         shown.add_row(label, value, how)
     console.print(shown)
-    console.print(f"Nothing was written. Next: [bold]mythos train {escape(cfg.recipe)}[/bold].")
 
 
 # -- meanwhile

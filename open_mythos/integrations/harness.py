@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_mythos.install import missing
 from open_mythos.nn.recurrent import check_n_loops
 
 if TYPE_CHECKING:
@@ -83,20 +86,27 @@ def _require() -> Any:
         import lm_eval.tasks
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError('the harness is not installed; run: pip install "open-mythos[eval]"') from error
+        raise missing("the harness is not installed", "eval") from error
     return lm_eval
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness says of itself; its errors stay."""
+    """Without what the harness says of itself, and its bars if nobody watches; its errors stay."""
+    from lm_eval import evaluator
+
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    before = logger.level, evaluator.get_git_commit_hash, evaluator.add_env_info
     logger.setLevel(logging.ERROR)
+    # git complains where there is no repository, and to list what is installed takes seconds; nobody reads either
+    evaluator.get_git_commit_hash, evaluator.add_env_info = str, bool
+    watched = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
-        yield
+        with watched:
+            yield
     finally:
-        logger.setLevel(before)
+        level, evaluator.get_git_commit_hash, evaluator.add_env_info = before
+        logger.setLevel(level)
 
 
 def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path | None) -> Any:

@@ -9,9 +9,6 @@ does with the layers that were kept, each run once; with all of them kept, it is
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
+from open_mythos.integrations.original import check_family
 from open_mythos.model import OpenMythos
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import Expert
@@ -30,8 +28,6 @@ from open_mythos.nn.linear import Linear
 TOLERANCE = 1e-4
 """Greatest difference between the logits of an original and of what was made of it, in units of its largest logit
 where that is above 1."""
-
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -67,36 +63,6 @@ class Split:
         return range(self.prelude), range(end - self.core, end), range(end, n_layers)
 
 
-def load_original(source: str | Path) -> tuple[Any, Any]:
-    """A pretrained causal language model in float32 and eval mode, and its tokenizer.
-
-    Args:
-        source: a directory as transformers writes them, one with a single GGUF file, such a file, or a name on the
-            Hugging Face hub.
-
-    Raises:
-        ValueError: saying what is missing.
-        ImportError: naming the extra to install, without transformers.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError('retrofit needs transformers: pip install "open-mythos[hf]"') from error
-    directory, options = _located(Path(source)) if Path(source).exists() else (str(source), {})
-    try:
-        with _quietly(transformers):
-            if not options:  # of a GGUF file, reading the config takes as long as reading it all
-                _check_family(transformers.AutoConfig.from_pretrained(directory))
-            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
-    except OSError as error:
-        what = "cannot be read" if Path(source).exists() else "is no directory, and no model came from the hub"
-        raise ValueError(
-            f"{source} {what} ({str(error).partition(chr(10))[0]}); give the path of a download"
-        ) from error
-    return model.eval(), tokenizer
-
-
 def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) -> OpenMythos:
     """A recurrent-depth model made of an original's layers.
 
@@ -112,7 +78,7 @@ def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) ->
     Raises:
         ValueError: for an original of a kind that is not supported, or a split that does not fit.
     """
-    _check_family(original.config)
+    check_family(original.config)
     parts = split.layers(len(original.model.layers))
     model = OpenMythos(_config(original.config, split, loops, decay))
     blocks = *model.prelude, *model.recurrent.layers, *model.coda
@@ -154,59 +120,7 @@ def save(model: OpenMythos, tokenizer: Any, directory: str | Path) -> None:
     model.save_pretrained(directory)
 
 
-# -- what the original is
-
-
-def _located(path: Path) -> tuple[Path, dict[str, str]]:
-    """The directory, and options that name a GGUF file if that is what there is."""
-    if path.is_file():
-        must(path.suffix == ".gguf", f"{path} is a file; give its directory, or a GGUF file")
-        return path.parent, {"gguf_file": path.name}
-    found = {pattern: sorted(path.glob(pattern)) for pattern in WEIGHTS}
-    must(any(found.values()), f"{path} holds no weights ({', '.join(WEIGHTS)}); give the directory of a download")
-    if found["*.safetensors"] or found["*.bin"]:
-        must((path / "config.json").is_file(), f"{path / 'config.json'} is missing; download it with the weights")
-        return path, {}
-    files = [file.name for file in found["*.gguf"]]
-    must(len(files) == 1, f"{path} holds {len(files)} GGUF files ({', '.join(files)}); give the path of one")
-    return path, {"gguf_file": files[0]}
-
-
-@contextlib.contextmanager
-def _quietly(transformers: Any) -> Iterator[None]:
-    """Without bars, and without remarks of libraries that it imports."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _check_family(config: Any) -> None:
-    """Raise ValueError for an architecture whose layers are not what ours compute."""
-    kind = config.model_type
-    must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
-    rope = dict(config.rope_parameters)
-    rope_type = rope.get("rope_type", "default")
-    must(
-        rope_type in ("default", "llama3"),
-        f"the original has rope_type={rope_type!r}; only 'default' and 'llama3' are supported so far",
-    )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for name, value, supported in (
-        ("low_freq_factor", rope.get("low_freq_factor", 1.0), 1.0),
-        ("high_freq_factor", rope.get("high_freq_factor", 4.0), 4.0),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
-        ("attention_bias", config.attention_bias, False),
-        ("mlp_bias", config.mlp_bias, False),
-        ("hidden_act", config.hidden_act, "silu"),
-        ("head_dim", head_dim, config.hidden_size // config.num_attention_heads),
-    ):
-        must(value == supported, f"the original has {name}={value!r}; only {name}={supported!r} is supported so far")
+# -- the model's shape
 
 
 def _config(config: Any, split: Split, loops: int, decay: float) -> MythosConfig:

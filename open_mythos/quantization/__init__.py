@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from open_mythos.install import missing
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.moe import MoEFFN
@@ -54,7 +55,7 @@ def quantize_int8(model: OpenMythos) -> OpenMythos:
         with _importing_quietly():
             from open_mythos.quantization.weights import Int8Weight, use_int8_experts
     except ImportError as error:
-        raise ImportError("quantize_int8 needs torchao: pip install 'open-mythos[quant]'") from error
+        raise missing("quantize_int8 needs torchao", "quant") from error
     if model.training:
         raise ValueError("the model is in training mode, and int8 weights cannot be trained; call model.eval() first")
     blocks = [block for part in (model.prelude, model.recurrent.block, model.coda) for block in _blocks(part)]

@@ -12,18 +12,15 @@ from typing import Any
 import torch
 
 from open_mythos import __version__, tasks
-from open_mythos.evaluation import depth_grid
 from open_mythos.evaluation.summary import Evaluation
-from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.report.example import MOST_CELLS, follow
-from open_mythos.tasks.text import Text
+from open_mythos.report.measured import last_evaluation
 from open_mythos.training import runs
 from open_mythos.training.checks import find_device
 from open_mythos.training.compare import RESULTS
-from open_mythos.training.config import TrainConfig
-from open_mythos.training.fit import load_evaluation
+from open_mythos.training.config import EvalConfig, TrainConfig
 from open_mythos.training.loggers import read_metrics
 from open_mythos.training.overrides import differences, dotted
 from open_mythos.training.recipes import RECIPES, recipe
@@ -67,7 +64,7 @@ def gather(
     unseen = runs.held_out_options(run, cfg)
     task = tasks.load(cfg.task.name, **cfg.task.options | unseen)
     begin("measuring")
-    found = _evaluation(Path(run), cfg, model, task)
+    found, asked = last_evaluation(Path(run), cfg, model, task)
     begin("following an example")
     difficulty = _difficulty(cfg, task) if difficulty is None else difficulty
     task.check(difficulty)
@@ -83,7 +80,7 @@ def gather(
         "subtitle": _subtitle(cfg, task.unit),
         "facts": [("parameters", f"{sum(p.numel() for p in model.parameters()):,}"), *_facts(found)],
         "grid": _grid(found, cfg) if isinstance(found, Evaluation) else None,
-        "bits": None if isinstance(found, Evaluation) else _bits(found, cfg),
+        "bits": None if isinstance(found, Evaluation) else _bits(found, asked, cfg),
         "example": example | {"lead": _example_lead(example, task.unit)},
         "experts": experts | {"lead": _experts_lead(model, experts)} if has_experts else None,
         "baselines": _compared(Path(run)),
@@ -101,16 +98,6 @@ def gather(
 # -- what was measured
 
 
-def _evaluation(run: Path, cfg: TrainConfig, model: OpenMythos, task: tasks.Task) -> Evaluation | dict[int, float]:
-    """The run's own evaluation, or one made now; of text, bits per byte by loops."""
-    if (run / runs.EVALUATION).is_file():
-        return load_evaluation(run)
-    asked, loops = cfg.evaluation, cfg.depths
-    if isinstance(task, Text):
-        return bits_per_byte(model, task, loops, asked.difficulties[0], asked.examples)
-    return Evaluation([depth_grid(model, task, asked.difficulties, loops, asked.examples)], {})
-
-
 def _grid(found: Evaluation, cfg: TrainConfig) -> dict[str, Any]:
     grid = found.grids[0]
     return grid.to_dict() | {
@@ -121,9 +108,9 @@ def _grid(found: Evaluation, cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _bits(found: dict[int, float], cfg: TrainConfig) -> dict[str, Any]:
+def _bits(found: dict[int, float], asked: EvalConfig, cfg: TrainConfig) -> dict[str, Any]:
     return {
-        "lead": f"{cfg.evaluation.examples} windows of {cfg.evaluation.difficulties[0]} tokens of held-out text.",
+        "lead": f"{asked.examples} windows of {asked.difficulties[0]} tokens of held-out text.",
         "loops": list(found),
         "values": list(found.values()),
         "trained_loops": cfg.loops.maximum,

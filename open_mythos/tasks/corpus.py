@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.fields import must
+from open_mythos.install import missing
 
 PIECE = 4096
 """Bytes of a document where one single file is the whole corpus."""
@@ -111,7 +112,7 @@ def _hugging_face(source: str) -> Iterator[bytes]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"source={source!r} needs datasets: pip install 'open-mythos[tasks]'") from error
+        raise missing(f"source={source!r} needs datasets", "tasks") from error
     _, name, *config = source.split(":", 2)
     try:
         for row in datasets.load_dataset(name, *config, split="train", streaming=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.fields import must, nearest, options, size, text
+from open_mythos.install import missing
 from open_mythos.tasks.base import UNSCORED, Batch, Task, pad
 from open_mythos.tasks.tokenizer import Tokenizer
 
@@ -53,7 +54,7 @@ class ReasoningGym(Task):
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
-            raise ImportError("task reasoning_gym needs reasoning-gym: pip install 'open-mythos[tasks]'") from error
+            raise missing("task reasoning_gym needs reasoning-gym", "tasks") from error
         name = self.generator
         must(name in DATASETS, f"reasoning_gym has no generator {name!r}; {nearest(name, DATASETS)}")
         self._dataset, self._config = DATASETS[name]

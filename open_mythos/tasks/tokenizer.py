@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from open_mythos.fields import must
+from open_mythos.install import missing
 
 FILE = "tokenizer.json"
 MOST_TOKENS = 1 << 16
@@ -181,9 +182,7 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError(
-            "a tokenizer other than 'bytes' needs tokenizers: pip install 'open-mythos[tasks]'"
-        ) from error
+        raise missing("a tokenizer other than 'bytes' needs tokenizers", "tasks") from error
     return tokenizers
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from open_mythos.fields import nearest
+from open_mythos.install import missing
 
 Record = dict[str, float | int | None]
 
@@ -117,4 +118,4 @@ def _import(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"loggers={package} needs {package}; run: pip install open-mythos[loggers]") from error
+        raise missing(f"loggers={package} needs {package}", "loggers") from error

@@ -160,7 +160,7 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides. For a recipe of text,
     ``data=SOURCE`` (in separate documents), ``tokenizer=KIND`` and ``length=TOKENS`` (of a row) are short for the keys
     of the task and the evaluation that they stand for. With ``start`` among the overrides, the model is of that one's
-    config, and text is read by its tokenizer if it has one.
+    config, and text is read by its tokenizer if it has one. Paths are written in full.
 
     Raises:
         ValueError: as :func:`recipe` and ``override``, and for options that the task refuses.
@@ -176,9 +176,18 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     elif name == heal.__name__:
         raise ValueError("heal trains a model further; name it by start=DIR, where `mythos retrofit` wrote it")
     cfg = override(cfg, assignments)
+    _from_anywhere(cfg)
     if not given.keys() & {"model.vocab_size", "start"}:
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
+
+
+def _from_anywhere(cfg: TrainConfig) -> None:
+    """Write paths in full, so that a run goes on whatever the directory."""
+    cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
+    if cfg.task.name == Text.name:
+        for name in cfg.task.options.keys() & {"source", "tokenizer"}:
+            cfg.task.options[name] = runs.everywhere(str(cfg.task.options[name]))
 
 
 _SHORT = {

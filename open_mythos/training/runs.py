@@ -7,11 +7,13 @@
     RUN/checkpoints/       to go on from
     RUN/model/             config.json, model.safetensors (averaged weights), training.json (TrainConfig),
                            and of text tokenizer.json
-    RUN/evaluation.json    accuracy by difficulty and loops
+    RUN/evaluation.json    accuracy by difficulty and loops, at the end of training
+    RUN/evaluation/        the same by mythos eval, with a picture; a report shows what was measured last
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -28,6 +30,7 @@ from open_mythos.training.config import TrainConfig
 
 RUN_CONFIG, METRICS, CHECKPOINTS, MODEL, EVALUATION = "config.json", "metrics.jsonl", "checkpoints", "model", FILE
 TRAINING_FILE = "training.json"
+NO_PATHS = ("", "stdlib", "bytes")  # names of sources, and of tokenizers
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Of a pretrained model, beside its weights; the first is what the others add to."""
 
@@ -51,6 +54,19 @@ def model_dir(source: str | Path) -> Path:
     names = shipped()
     hint = f" and no shipped model; {nearest(source, names)}" if names else ""
     raise ValueError(f"{source} is no directory{hint}")
+
+
+def everywhere(path: str) -> str:
+    """A path of the user's, or ``hf:`` with one, as it reads from any directory; a name that is no path stays."""
+    if path in NO_PATHS:
+        return path
+    prefix, name, rest = "", path, ""
+    if path.startswith("hf:"):
+        prefix, (name, *config) = "hf:", path.removeprefix("hf:").split(":", 1)
+        rest = "".join(f":{word}" for word in config)
+    full = os.path.abspath(os.path.expanduser(name))
+    there = os.path.exists(full) or next(glob.iglob(full, recursive=True), None) is not None
+    return prefix + full + rest if there else path
 
 
 def home_dir(directory: Path) -> Path:

@@ -96,7 +96,7 @@ def test_bad_checkpoint_is_one_line(checkpoint, tmp_path):
 
 def test_missing_matplotlib_is_one_line(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    check_failure(run(checkpoint, "--plots", tmp_path / "p"), "pip install open-mythos[plots]")
+    check_failure(run(checkpoint, "--plots", tmp_path / "p"), 'pip install ".[plots]"')
 
 
 def test_zero_loops_is_a_usage_error(checkpoint):

@@ -107,7 +107,7 @@ def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run_eval(run, "--difficulties", "4", "--loops", "1", "--examples", "2")
-    assert done.exit_code == 0 and "open-mythos[plots]" in " ".join(done.output.split())
+    assert done.exit_code == 0 and 'pip install ".[plots]"' in " ".join(done.output.split())
     assert not (run / "evaluation" / "grid.png").exists() and "picture:" not in done.output.split("Everything")[1]
 
 

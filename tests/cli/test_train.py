@@ -50,6 +50,8 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path) -> None:
     for what in ("parameters", "FLOPs per step", "memory of activations", "time per step"):
         assert what in done.output
     assert not (tmp_path / "run").exists()
+    done = run("debug", "steps=9", "--dry-run", "--out", "a b")
+    assert "Next: mythos train debug steps=9 --out 'a b'." in done.output, "the run that was asked for, not another"
 
 
 def test_recipes_are_listed() -> None:

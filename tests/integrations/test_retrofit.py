@@ -24,11 +24,11 @@ from open_mythos.training.trainer import Trainer
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
+from open_mythos.integrations.original import load_original  # noqa: E402
 from open_mythos.integrations.retrofit import (  # noqa: E402
     TOLERANCE,
     Split,
     difference,
-    load_original,
     logits_of,
     retrofit,
     save,
@@ -172,6 +172,16 @@ def test_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_original(tmp_path)
     with pytest.raises(ValueError, match="is a file; give its directory"):
         load_original(tmp_path / "model.safetensors")
+
+
+def test_a_tokenizer_that_is_missing_or_another_s(tmp_path: Path) -> None:
+    llama(vocab_size=200).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no tokenizer that transformers reads; put the tokenizer.json"):
+        load_original(tmp_path)
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(201)}, unk_token="0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 201 tokens and the model 200; they do not belong together"):
+        load_original(tmp_path)
 
 
 def test_a_name_on_the_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from fabricated import fabricate_run
 from helpers import tiny_model
+from typer.testing import CliRunner
 
 from open_mythos import tasks
+from open_mythos.cli import app
 from open_mythos.diagnostics import trace
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.report import gather
@@ -64,6 +67,18 @@ def test_bits_per_byte_stand_in_for_the_grid(run):
     assert found["grid"] is None
     assert (found["bits"]["loops"], found["bits"]["values"]) == ([1, 8], [2.5, 2.0])
     assert ("bits per byte, 8 loops", "2.0000") in found["facts"]
+
+
+def test_what_eval_measured_last_is_shown_if_it_is_the_runs_task(run):
+    own = gather(run)["grid"]["examples"]
+    command = ["eval", str(run), "--loops", "1,2", "--difficulties", "8"]
+    assert CliRunner().invoke(app, [*command, "--examples", "3"]).exit_code == 0
+    shown = gather(run)["grid"]
+    assert (shown["examples"], shown["loops"], shown["difficulties"]) == (3, [1, 2], [8]) and own != 3
+    os.utime(run / runs.EVALUATION)  # measured again by training
+    assert gather(run)["grid"]["examples"] == own
+    assert CliRunner().invoke(app, [*command, "--examples", "3", "--task", "prefix_sums"]).exit_code == 0
+    assert gather(run)["grid"]["examples"] == own
 
 
 def test_comparison_is_found_in_the_run_and_beside_it(run):

@@ -106,5 +106,5 @@ def test_problems_there_are_none_of() -> None:
 
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-    with pytest.raises(ImportError, match=r"pip install 'open-mythos\[tasks\]'"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[tasks\]"'):
         tasks.load("reasoning_gym")

@@ -15,6 +15,7 @@ from tiny import tiny_run
 
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.tasks.text import Text
+from open_mythos.tasks.tokenizer import Tokenizer
 from open_mythos.training import checkpoints, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import fit, load_evaluation
@@ -141,6 +142,19 @@ def test_a_batch_divides_among_processes(corpus: Path, monkeypatch: pytest.Monke
         ValueError, match="batch_size=8 in accumulate=1 parts does not divide among 3 processes; use a mu"
     ):
         Trainer(text_run(corpus))
+
+
+def test_paths_lead_there_from_any_directory(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.load_model("text-tiny").save_pretrained(corpus.parent / "looped")
+    Tokenizer().save(corpus.parent / "looped")
+    monkeypatch.chdir(corpus.parent)
+    there = configured("heal", ["start=looped", f"data={corpus.name}/*.txt", "loss.teacher=looped"])
+    monkeypatch.chdir(tmp_path)
+    up = os.path.relpath(corpus.parent)
+    here = configured("heal", [f"start={up}/looped", f"data={up}/{corpus.name}/*.txt", f"loss.teacher={up}/looped"])
+    assert here == there and Path(here.start).is_absolute()
+    assert configured("text", ["start=text-tiny"]).start == "text-tiny", "a name is no path"
+    assert runs.everywhere(f"hf:{up}:part") == f"hf:{corpus.parent}:part" and runs.everywhere("hf:a/b") == "hf:a/b"
 
 
 def test_short_keys(corpus: Path) -> None:

@@ -1,12 +1,14 @@
 """OpenMythos in Hugging Face transformers. Importing this lets the ``Auto`` classes load its folders.
 
-Needs the extra: ``pip install "open-mythos[hf]"``.
+Needs the extra: ``pip install ".[hf]"`` in a checkout of this library.
 """
+
+from open_mythos.install import missing
 
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 except ImportError as error:
-    raise ImportError('transformers is missing; install it with: pip install "open-mythos[hf]"') from error
+    raise missing("transformers is not installed", "hf") from error
 
 from open_mythos.integrations.hf import remote_code
 from open_mythos.integrations.hf.base import OpenMythosPreTrainedModel as OpenMythosPreTrainedModel

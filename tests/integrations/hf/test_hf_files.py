@@ -81,8 +81,8 @@ def test_shipped_models_and_new_heads():
 
 
 @pytest.mark.parametrize("edit, said", [
-    (dict(depth_of_tomorrow=3), "unknown config field 'depth_of_tomorrow'.*pip install -U open-mythos"),
-    (dict(format_version=2), "format_version=2: a newer open_mythos.*pip install -U open-mythos"),
+    (dict(depth_of_tomorrow=3), "unknown config field 'depth_of_tomorrow'.*newer open_mythos.*git pull"),
+    (dict(format_version=2), "format_version=2: a newer open_mythos.*git pull"),
     (dict(dim=33), "dim=33 does not divide"),
     (dict(model_type="llama"), "model_type='llama' is another kind of model"),
 ])  # fmt: skip

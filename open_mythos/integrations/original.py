@@ -1,0 +1,113 @@
+"""The pretrained model that a retrofit starts from: where it lies, and whether it is one that ours can be."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_mythos.fields import must
+from open_mythos.install import missing
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def load_original(source: str | Path) -> tuple[Any, Any]:
+    """A pretrained causal language model in float32 and eval mode, and its tokenizer.
+
+    Args:
+        source: a directory as transformers writes them, one with a single GGUF file, such a file, or a name on the
+            Hugging Face hub.
+
+    Raises:
+        ValueError: saying what is missing.
+        ImportError: naming the extra to install, without transformers.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise missing("retrofit needs transformers", "hf") from error
+    directory, options = _located(Path(source)) if Path(source).exists() else (str(source), {})
+    try:
+        with _quietly(transformers):
+            if not options:  # of a GGUF file, reading the config takes as long as reading it all
+                check_family(transformers.AutoConfig.from_pretrained(directory))
+            tokenizer = _tokenizer(transformers, source, directory, options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    except OSError as error:
+        what = "cannot be read" if Path(source).exists() else "is no directory, and no model came from the hub"
+        raise ValueError(
+            f"{source} {what} ({str(error).partition(chr(10))[0]}); give the path of a download"
+        ) from error
+    must(
+        len(tokenizer) <= model.config.vocab_size,
+        f"the tokenizer of {source} has {len(tokenizer)} tokens and the model {model.config.vocab_size}; they do not "
+        f"belong together",
+    )
+    return model.eval(), tokenizer
+
+
+def check_family(config: Any) -> None:
+    """Raise ValueError for an architecture whose layers are not what ours compute."""
+    kind = config.model_type
+    must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
+    rope = dict(config.rope_parameters)
+    rope_type = rope.get("rope_type", "default")
+    must(
+        rope_type in ("default", "llama3"),
+        f"the original has rope_type={rope_type!r}; only 'default' and 'llama3' are supported so far",
+    )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, value, supported in (
+        ("low_freq_factor", rope.get("low_freq_factor", 1.0), 1.0),
+        ("high_freq_factor", rope.get("high_freq_factor", 4.0), 4.0),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
+        ("attention_bias", config.attention_bias, False),
+        ("mlp_bias", config.mlp_bias, False),
+        ("hidden_act", config.hidden_act, "silu"),
+        ("head_dim", head_dim, config.hidden_size // config.num_attention_heads),
+    ):
+        must(value == supported, f"the original has {name}={value!r}; only {name}={supported!r} is supported so far")
+
+
+def _tokenizer(transformers: Any, source: str | Path, directory: str | Path, options: dict[str, str]) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, **options)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{source} holds no tokenizer that transformers reads; put the tokenizer.json of the original beside its "
+            f"weights"
+        ) from error
+
+
+def _located(path: Path) -> tuple[Path, dict[str, str]]:
+    """The directory, and options that name a GGUF file if that is what there is."""
+    if path.is_file():
+        must(path.suffix == ".gguf", f"{path} is a file; give its directory, or a GGUF file")
+        return path.parent, {"gguf_file": path.name}
+    found = {pattern: sorted(path.glob(pattern)) for pattern in WEIGHTS}
+    must(any(found.values()), f"{path} holds no weights ({', '.join(WEIGHTS)}); give the directory of a download")
+    if found["*.safetensors"] or found["*.bin"]:
+        must((path / "config.json").is_file(), f"{path / 'config.json'} is missing; download it with the weights")
+        return path, {}
+    files = [file.name for file in found["*.gguf"]]
+    must(len(files) == 1, f"{path} holds {len(files)} GGUF files ({', '.join(files)}); give the path of one")
+    return path, {"gguf_file": files[0]}
+
+
+@contextlib.contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Without bars, and without remarks of libraries that it imports."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
