@@ -4,7 +4,7 @@
 
 The ways of decoding are those of ``adaptive_ways.py``. Batch 1 is eight problems of one size, one after the other;
 batch 8 the same at once. "Mixed" are eight problems of several sizes, as requests of strangers would be; in a plain
-batch they are padded, which is not counted, and compiled code takes no padding.
+batch they are padded at their ends, which is not counted, and which compiled code does not take.
 
 The exit is chosen for each case on other problems (or training text) than those reported: the fewest loops among those
 that lose no more than half the bar. A round times every way once, in turn; the ratio reported is the median over

@@ -363,8 +363,8 @@ class OpenMythos(nn.Module):
                 models with ``state_init="noise"``. Meant to save loops where an exit ends them; on the models
                 measured here it does not (``benchmarks/decoding.py``).
             compile: decode by C code, which the machine's C compiler makes at the first such call: the same logits up
-                to rounding, several times as fast for one row or few. For float32 on the CPU; positions may stop by
-                the gate or a :class:`~open_mythos.nn.exits.StateChange`, each row at its own loop.
+                to rounding, several times as fast for one row or few, padded or not. For float32 on the CPU; positions
+                may stop by the gate or a :class:`~open_mythos.nn.exits.StateChange`, each row at its own loop.
 
         Returns:
             (B, T + max_new_tokens).

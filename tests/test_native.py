@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import assert_near, left_padding
 from test_decoder import KINDS, a_model
 
 from open_mythos import KVCache
@@ -72,6 +72,22 @@ def test_it_takes_turns_with_the_modules_on_one_cache(attn_type):
 
 
 @needs_compiler
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+@torch.no_grad()
+def test_rows_are_padded_on_the_left(attn_type, n_threads, threads):
+    threads(n_threads)
+    model, text, cache = a_model(attn_type=attn_type), ids(4, 60), KVCache()
+    whole = model(text, 5, attention_mask=left_padding([60, 41, 57, 40], 60))
+    model(text[:, :20], 5, cache, attention_mask=left_padding([20, 1, 17, 0], 20))
+    decoder = CompiledDecoder(model, 5)
+    for i in range(20, 60):
+        new = text[:, i : i + 1]
+        logits = model(new, 5, cache)[:, -1] if i % 10 == 9 else decoder.step(new, cache)[1]
+        assert_near(logits, whole[:, i], what=f"token {i}")
+
+
+@needs_compiler
 @torch.no_grad()
 def test_a_copy_of_a_cache_goes_on_by_itself():
     model, text, cache = a_model(**PLAIN), ids(2, 9), KVCache(room=40)
@@ -86,7 +102,9 @@ def test_a_copy_of_a_cache_goes_on_by_itself():
 
 @needs_compiler
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-@pytest.mark.parametrize("options", [{}, dict(cache_loops=2), dict(warm_start=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(cache_loops=2), dict(warm_start=True), dict(attention_mask=left_padding([4, 7], 7))], ids=str
+)
 def test_generation_gives_the_same_tokens(attn_type, options):
     model = a_model(attn_type=attn_type, state_init="noise").train()
     expected = model.generate(ids(2, 7), 40, temperature=0, **options)
@@ -120,7 +138,6 @@ def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
         (lambda model: setattr(model.recurrent, "act", Own(32)), dict(exit=Gate()), r"use StateChange in place"),
         (lambda model: model.recurrent.act.register_forward_hook(print), dict(exit=Gate()), r"own gate alone"),
         (lambda model: setattr(model.recurrent.act, "forward", len), dict(exit=Gate()), r"own gate alone"),
-        (lambda model: None, dict(attention_mask=torch.tensor([[0, 1, 1]])), r"use prompts of one length"),
         (lambda model: None, dict(draft_loops=1), r"draft_loops several at once; leave out one"),
         (lambda model: model.coda[0].register_forward_hook(print), {}, r"the model has hooks, replaced"),
         (lambda model: model.head.register_forward_hook(print), {}, r"the model has hooks, replaced"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import assert_near, left_padding
 from test_decoder import a_model
 from test_native import ids, needs_compiler
 
@@ -51,9 +51,10 @@ def by_modules(model, tokens, cache, exit):
 @torch.no_grad()
 def test_rows_stop_where_the_modules_stop_them(kind, exit, n_threads, cache_loops, threads):
     threads(n_threads)
+    padding = left_padding([4, 2, 3], 4) if n_threads > 1 else None
     model, text, caches = a_halting_model(**KINDS[kind]), ids(3, 24), (KVCache(cache_loops), KVCache(cache_loops))
     for cache in caches:
-        model(text[:, :4], kv_cache=cache, exit=exit)
+        model(text[:, :4], kv_cache=cache, exit=exit, attention_mask=padding)
     decoder, seen = CompiledDecoder(model, 8, model.recurrent.choose_exit(exit)), set()
     for i in range(4, 24):
         tokens = text[:, i : i + 1]

@@ -71,9 +71,8 @@ def stream(
     if warm_start:
         _check_warm_start(model, draft)
     if compile:
-        padded = attention_mask is not None and not bool(attention_mask.all())
         with eval_mode(model):
-            check_compilable(model, model.recurrent.choose_exit(exit), padded, drafted=draft is not None)
+            check_compilable(model, model.recurrent.choose_exit(exit), drafted=draft is not None)
     cache = KVCache(cache_loops, room=input_ids.shape[1] + min(max_new_tokens, _ROOM))
     if draft is None:
         new = _one_by_one(

@@ -22,13 +22,12 @@ _GATE = ACTHalting, Linear, nn.Linear
 _AROUND = (RMSNorm, LoRAAdapter, Linear, nn.Embedding, nn.Identity, nn.Linear)
 
 
-def check_compilable(model: OpenMythos, exit: Exit | None, padded: bool, drafted: bool) -> None:
+def check_compilable(model: OpenMythos, exit: Exit | None, drafted: bool) -> None:
     """ValueError, saying what to change, unless compiled code can continue a text with this model.
 
     Args:
         model: as generation got it.
         exit: what stops positions, if anything does.
-        padded: whether rows hold padding.
         drafted: whether tokens are drafted ahead.
     """
     weight = model.embed.weight
@@ -41,8 +40,6 @@ def check_compilable(model: OpenMythos, exit: Exit | None, padded: bool, drafted
         raise ValueError(
             f"compile=True knows the exits Gate and StateChange, not {exit}; use one, or leave compile out"
         )
-    if padded:
-        raise ValueError("compile=True reads no padding; use prompts of one length, or leave compile out")
     if drafted:
         raise ValueError("compile=True makes tokens one by one, and draft_loops several at once; leave out one of them")
     if model.cfg.recurrence != "injected" or model.cfg.router_score != "sigmoid":

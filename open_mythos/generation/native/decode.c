@@ -16,10 +16,10 @@ enum { PATIENCE = 2000 }; /* turns, each below a microsecond, that a worker wait
 static void run_block(Worker *w, const Block *block, const Slot *slot, Size row) {
     Team *team = w->team;
     const Model *m = &team->model;
-    Size lo, hi, position = team->step.position, mixed = m->H * m->V;
-    Slot rows = row_of(m, slot, row);
+    Size lo, hi, mixed = m->H * m->V;
+    Slot rows = row_of(w, slot, row);
     rms_norm(w->normed, w->x, NULL, m->dim, m->eps);
-    (m->mla ? attention_mla : attention_gqa)(w, block, &rows, position);
+    (m->mla ? attention_mla : attention_gqa)(w, block, &rows, w->position);
     share(w, m->dim, &lo, &hi);
     memcpy(team->x + lo, w->x + lo, (hi - lo) * sizeof(float));
     add_product(team->x, block->w_out, w->mixed, mixed, lo, hi);
@@ -34,6 +34,20 @@ static void inject(Worker *w, Size loop) {
     for (Size i = 0; i < m->dim; i++) w->x[i] = m->A[i] * w->x[i] + m->B[i] * w->e[i];
     if (m->codes)
         for (Size i = 0; i < m->dim; i++) w->x[i] += m->codes[loop * m->dim + i];
+}
+
+/* The place of the row's new token, and the turns that go with it. */
+static void take_place(Worker *w, Size row) {
+    const Model *m = &w->team->model;
+    const Step *step = &w->team->step;
+    if (row && step->starts[row] == w->start) return;
+    w->start = step->starts[row];
+    w->position = step->position - w->start;
+    for (Size i = 0; i < m->P / 2; i++) {
+        double angle = w->position * m->frequencies[i];
+        w->turns[2 * i] = (float)cos(angle);
+        w->turns[2 * i + 1] = (float)sin(angle);
+    }
 }
 
 static void run_row(Worker *w, Size row) {
@@ -76,13 +90,10 @@ static void run_row(Worker *w, Size row) {
 }
 
 static void run(Worker *w) {
-    const Model *m = &w->team->model;
-    for (Size i = 0; i < m->P / 2; i++) {
-        double angle = w->team->step.position * m->frequencies[i];
-        w->turns[2 * i] = (float)cos(angle);
-        w->turns[2 * i + 1] = (float)sin(angle);
+    for (Size row = 0; row < w->team->step.batch; row++) {
+        take_place(w, row);
+        run_row(w, row);
     }
-    for (Size row = 0; row < w->team->step.batch; row++) run_row(w, row);
     barrier(w->team);
 }
 

@@ -51,7 +51,7 @@ _CModel = _struct(
     "frequencies embed head input_norm A B state_norm norm codes lora_down lora_up lora_scale blocks exit",
 )
 _CSlot = _struct("Slot", "first second", "capacity")
-_CStep = _struct("Step", "ids h state logits slots used", "batch position n_loops n_slots")
+_CStep = _struct("Step", "ids h state logits slots used starts", "batch position n_loops n_slots")
 
 
 class CompiledDecoder:
@@ -100,7 +100,8 @@ class CompiledDecoder:
 
         Args:
             tokens: behind those of the cache.
-            cache: holds some tokens, no padding, and all slots of ``n_loops`` loops; the new ones are appended.
+            cache: holds some tokens, padded on the left or not, and all slots of ``n_loops`` loops; the new ones are
+                appended.
             first: states to start from, (B, 1, dim); the model's own if None.
         """
         B, cfg, ids = len(tokens), self.cfg, tokens.flatten().tolist()
@@ -109,15 +110,27 @@ class CompiledDecoder:
         state = torch.empty(B, 1, cfg.dim, dtype=torch.float32)
         logits = torch.empty(B, cfg.vocab_size, dtype=torch.float32)
         position = self._open_slots(cache, B)
-        c_ids, used = (ctypes.c_int64 * B)(*ids), (ctypes.c_int64 * B)()
+        Integers = ctypes.c_int64 * B
+        c_ids, used, starts = Integers(*ids), Integers(), Integers(*self._read_padding(cache))
         step = _CStep(
             ids=ctypes.addressof(c_ids), h=None if first is None else first.data_ptr(), state=state.data_ptr(),
-            logits=logits.data_ptr(), slots=ctypes.addressof(self._slots), used=ctypes.addressof(used), batch=B,
-            position=position, n_loops=self.n_loops, n_slots=cache.cache_loops or self.n_loops,
+            logits=logits.data_ptr(), slots=ctypes.addressof(self._slots), used=ctypes.addressof(used),
+            starts=ctypes.addressof(starts), batch=B, position=position, n_loops=self.n_loops,
+            n_slots=cache.cache_loops or self.n_loops,
         )  # fmt: skip
         self._run(self._team, ctypes.byref(step))
         self.used = list(used)
         return state, logits
+
+    @staticmethod
+    def _read_padding(cache: KVCache) -> list[int]:
+        """How much of it each row holds, if any does; the new tokens are marked as real."""
+        if cache.valid is None:
+            return []
+        new = cache.valid.new_ones(len(cache.valid), 1)
+        starts = (~cache.valid).sum(1).tolist()
+        cache.valid = torch.cat([cache.valid, new], 1)
+        return starts
 
     def _open_slots(self, cache: KVCache, batch: int) -> int:
         """The position of a new row in every slot. There are many, so what can be kept from the step before is."""

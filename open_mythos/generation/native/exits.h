@@ -50,9 +50,9 @@ static void stand_in(Worker *w, const Slot *loops, Size row, Size last) {
     Size end = last + team->step.n_slots < team->step.n_loops ? last + team->step.n_slots : team->step.n_loops;
     for (Size loop = last + 1 + w->id; loop < end; loop += team->n)
         for (Size i = 0; i < m->n_core; i++) {
-            Slot from = row_of(m, loops + last * m->n_core + i, row), to = row_of(m, loops + loop * m->n_core + i, row);
+            Slot from = row_of(w, loops + last * m->n_core + i, row), to = row_of(w, loops + loop * m->n_core + i, row);
             for (Size g = 0; g < m->G; g++) {
-                Size at = g * from.capacity + team->step.position, there = g * to.capacity + team->step.position;
+                Size at = g * from.capacity + w->position, there = g * to.capacity + w->position;
                 memcpy(to.first + there * m->D, from.first + at * m->D, m->D * sizeof(float));
                 memcpy(to.second + there * m->P, from.second + at * m->P, m->P * sizeof(float));
             }

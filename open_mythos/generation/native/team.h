@@ -62,6 +62,7 @@ typedef struct {
     float *state, *logits;         /* (batch, dim) and (batch, vocab), to be written */
     const Slot *slots;             /* prelude, loops with their core's blocks, coda */
     int64_t *used;                 /* (batch), loops that each row ran, to be written */
+    const int64_t *starts;         /* (batch), cached tokens before each row's first real one */
     Size batch, position, n_loops;
     Size n_slots;                  /* that the loops use in turn */
 } Step;
@@ -71,6 +72,7 @@ typedef struct Team Team;
 typedef struct {
     Team *team;
     Size id;
+    Size start, position;          /* of the row at hand: its padding, and the new token's place behind that */
     pthread_t thread;
     float *x, *normed, *e;         /* (dim) each: residual stream, what a layer reads, the encoded input */
     float *before;                 /* (dim), the state before a loop */
@@ -99,8 +101,10 @@ struct Team {
     pthread_cond_t wake;
 };
 
-static Slot row_of(const Model *m, const Slot *slot, Size row) {
-    Size at = row * slot->capacity * m->G;
+/* The part of one row of the batch, from its first real token on: from there, nothing knows of padding. */
+static Slot row_of(const Worker *w, const Slot *slot, Size row) {
+    const Model *m = &w->team->model;
+    Size at = row * slot->capacity * m->G + w->start;
     return (Slot){slot->first + at * m->D, slot->second + at * m->P, slot->capacity};
 }
 
