@@ -35,13 +35,14 @@ class Missing(Exception):
 
 
 class Ours:
-    """This library; every position runs every loop, as ``halting`` is off."""
+    """This library; positions run the loops asked for and no others, as ``halting`` and ``warm_start`` are off."""
 
     def __init__(self, model: dict[str, Any], loops: int) -> None:
         from open_mythos import KVCache, MythosConfig, OpenMythos
         from open_mythos.generation.decoder import make_decoder
 
-        self.model, self.loops, self.new_cache = OpenMythos(MythosConfig(**model, halting=False)), loops, KVCache
+        config = MythosConfig(**model | dict(halting=False, warm_start=False))
+        self.model, self.loops, self.new_cache = OpenMythos(config), loops, KVCache
         self.make_decoder = make_decoder
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class Ours:
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Logits of the last position, and a cache of all."""
         cache = self.new_cache()
-        return self.model.head(self.model.hidden(ids, self.loops, cache)[:, -1:]), cache
+        return self.model.head(self.model.hidden(ids, self.loops, cache, last=1)), cache
 
     def rewound(self, cache: Any, length: int) -> Any:
         """A cache that holds the prompt alone."""

@@ -92,10 +92,11 @@ class OpenMythos(nn.Module):
         start_pos: int | None = None,
         attention_mask: Tensor | None = None,
         exit: Exit | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """What the head reads, (B, T, dim); arguments as :meth:`forward`."""
+        """What the head reads, (B, T, dim), or of the ``last`` positions alone; arguments as :meth:`forward`."""
         cache = as_cache(kv_cache)
-        return self.decode(*self.states(input_ids, n_loops, cache, start_pos, attention_mask, exit), cache)
+        return self.decode(*self.states(input_ids, n_loops, cache, start_pos, attention_mask, exit), cache, last=last)
 
     def states(
         self,
@@ -191,16 +192,27 @@ class OpenMythos(nn.Module):
         return self.recurrent.begin(torch.zeros_like(e))
 
     def decode(
-        self, h: Tensor, freqs: Tensor, mask: CausalMask, cache: Cache | None = None, loop: int | None = None
+        self,
+        h: Tensor,
+        freqs: Tensor,
+        mask: CausalMask,
+        cache: Cache | None = None,
+        loop: int | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """Run the coda and the last norm on a state: (B, T, dim), ready for the head.
+        """Run the coda and the last norm on states (B, T, dim): (B, T or last, dim), ready for the head.
 
-        ``loop`` is for states that are not the last: what each loop's states give the coda is cached apart.
+        Args:
+            h, freqs, mask: as :meth:`states` gave them.
+            cache: gets the rows of all T.
+            loop: for states that are not the last: what each loop's states give the coda is cached apart.
+            last: how many of the last positions are asked for, 1 to T; all if None. The coda's last block, where
+                nothing goes on to other positions, does no more.
         """
-        h = self.recurrent.output(h)
+        h, end = self.recurrent.output(h), len(self.coda) - 1
         for layer, block in enumerate(self.coda):
-            h = block(h, freqs, mask, cache, coda_slot(layer, loop))
-        h = self.norm(h)
+            h = block(h, freqs, mask, cache, coda_slot(layer, loop), last=last if layer == end else None)
+        h = self.norm(h if last is None else h[:, -last:])
         return h if mask.valid is None else h.masked_fill(~mask.valid[:, -h.shape[1] :].unsqueeze(-1), 0)
 
     def readout(self, freqs: Tensor, mask: CausalMask, cache: Cache | None = None) -> Readout:

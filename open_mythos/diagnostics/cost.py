@@ -63,6 +63,25 @@ def flops_per_prompt_token(cfg: MythosConfig, n_loops: float, n_tokens: int) -> 
     return FLOPS_PER_MULTIPLY_ADD * _forward(cfg, n_loops, *_mean_context(cfg, n_tokens), absorbed=False)
 
 
+def flops_of_prompt(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
+    """As :func:`flops_per_prompt_token`, for all ``n_tokens`` together, as generation reads them.
+
+    Of the last position alone are logits wanted, so the others miss the head, and of the coda's last block all but
+    what they leave in the cache; there MLA is counted as the last position reads, in its absorbed form.
+    """
+    model = _without_storage(cfg)
+    missed: list[nn.Module] = [model.head]
+    saved = 0.0
+    if cfg.coda_layers:
+        last = model.coda[-1]
+        parts = ["attn.wo", "ffn", *(["attn.kv_up"] if cfg.attn_type == "mla" else [])]
+        missed += [last.get_submodule(part) for part in parts]
+        pairs = n_tokens * (n_tokens + 1) / 2 * _per_key(cfg, absorbed=False) - n_tokens * _per_key(cfg, absorbed=True)
+        saved = cfg.n_heads * pairs
+    saved += (n_tokens - 1) * _matrices(*missed)
+    return n_tokens * flops_per_prompt_token(cfg, n_loops, n_tokens) - FLOPS_PER_MULTIPLY_ADD * saved
+
+
 def flops_per_trained_token(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
     """As :func:`flops_per_prompt_token`, for a step of training with gradient through all loops.
 
@@ -141,16 +160,20 @@ def _weights(cfg: MythosConfig, n_experts: float) -> tuple[int, float]:
 def _forward(cfg: MythosConfig, n_loops: float, seen: float, seen_near: float, absorbed: bool) -> float:
     """Multiply-adds of one token that sees ``seen`` tokens, and ``seen_near`` through a local head."""
     outside, loop = _weights(cfg, cfg.n_experts_per_tok)
-    if cfg.attn_type == "gqa":
-        per_key = 2 * cfg.head_dim
-    elif absorbed:
-        per_key = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    else:
-        per_key = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+    per_key = _per_key(cfg, absorbed)
     n_local = cfg.n_local_heads
     far = cfg.n_heads * seen * per_key
     near = ((cfg.n_heads - n_local) * seen + n_local * seen_near) * per_key
     return outside + (cfg.prelude_layers + cfg.coda_layers) * far + n_loops * (loop + cfg.core_layers * near)
+
+
+def _per_key(cfg: MythosConfig, absorbed: bool) -> int:
+    """Multiply-adds with which a head reads one key and its value."""
+    if cfg.attn_type == "gqa":
+        return 2 * cfg.head_dim
+    if absorbed:
+        return 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    return cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
 
 
 def _mean_context(cfg: MythosConfig, n_tokens: int) -> tuple[float, float]:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache
 from open_mythos.diagnostics.cost import (
-    FLOPS_PER_MULTIPLY_ADD,
     bytes_per_decoding_step,
-    flops_per_prompt_token,
+    flops_of_prompt,
     flops_per_token,
     flops_per_trained_token,
 )
@@ -99,11 +98,11 @@ def prefill_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seco
 
     The model may be in any dtype, and is left in eval mode.
     """
-    ids, head = _random_ids(model, batch, tokens), FLOPS_PER_MULTIPLY_ADD * model.head.weight.numel()
+    ids = _random_ids(model, batch, tokens)
     model.eval()
     times = repeat(lambda: _read(model, ids, n_loops), ids.device, seconds)
-    a_token = flops_per_prompt_token(model.cfg, n_loops, tokens) - head
-    return Speed("prefill", batch, tokens, n_loops, ids.numel(), ids.numel() * a_token + batch * head, None, times)
+    flops = batch * flops_of_prompt(model.cfg, n_loops, tokens)
+    return Speed("prefill", batch, tokens, n_loops, ids.numel(), flops, None, times)
 
 
 @torch.inference_mode()
@@ -136,4 +135,4 @@ def _random_ids(model: OpenMythos, batch: int, tokens: int) -> Tensor:
 def _read(model: OpenMythos, ids: Tensor, n_loops: int) -> tuple[Tensor, KVCache]:
     """The likeliest next token (B, 1), and a cache of the prompt."""
     cache = KVCache()
-    return model.head(model.hidden(ids, n_loops, cache)[:, -1:]).argmax(-1), cache
+    return model.head(model.hidden(ids, n_loops, cache, last=1)).argmax(-1), cache

@@ -100,7 +100,7 @@ def _one_by_one(
     """(B, 1) tokens without end."""
     with eval_mode(model), torch.no_grad():
         h, freqs, mask = model.states(input_ids, n_loops, cache, attention_mask=attention_mask, exit=exit)
-        logits = model.head(model.decode(h, freqs, mask, cache)[:, -1])
+        logits = model.head(model.decode(h, freqs, mask, cache, last=1)[:, -1])
         compiled = CompiledDecoder(model, n_loops) if compile else None
         stopping = model.recurrent.choose_exit(exit)
         decoder = make_decoder(model, n_loops, padded=cache.valid is not None) if compiled is None else None

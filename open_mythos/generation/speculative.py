@@ -74,8 +74,8 @@ class Speculation:
         with eval_mode(self.model), torch.no_grad():
             padded = attention_mask is not None and not bool(attention_mask.all())
             self._decoder = make_decoder(self.model, self.n_loops, padded)
-            last = self.model.hidden(input_ids, self.n_loops, self.cache, attention_mask=attention_mask)[:, -1]
-            new = self.sampling.draw(self.model.head(last), self.generator).unsqueeze(1)
+            last = self.model.hidden(input_ids, self.n_loops, self.cache, attention_mask=attention_mask, last=1)
+            new = self.sampling.draw(self.model.head(last[:, 0]), self.generator).unsqueeze(1)
         done, left = torch.zeros_like(new, dtype=torch.bool), max_new_tokens
         while True:
             yield new

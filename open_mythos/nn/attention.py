@@ -60,6 +60,7 @@ class CausalAttention(nn.Module):
         kv_cache: Cache | dict[str, Rows] | None = None,
         cache_key: str = "default",
         active: ActiveTokens | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Attend causally.
 
@@ -72,9 +73,10 @@ class CausalAttention(nn.Module):
                 appended.
             cache_key: slot of the cache.
             active: which positions of the batch ``x`` holds, when some have halted.
+            last: how many of the last tokens ask; all if None. The rows of all of them are cached and seen.
 
         Returns:
-            As x.
+            As x, of the tokens that ask.
         """
         if mask is not None and not isinstance(mask, CausalMask):
             raise ValueError(
@@ -91,6 +93,9 @@ class CausalAttention(nn.Module):
         if cache is not None:
             rows = cache.slot(cache_key).update(rows, None if mask is None else mask.n_keys - mask.n_new)
         mask = mask or CausalMask(q.shape[1], next(iter(rows.values())).shape[1])
+        if last is not None:
+            q = q[:, -last:]
+            mask = mask.ending(q.shape[1])
         out = self.read(q, rows, mask)
         if mask.valid is not None and (active is None or active.is_everything):  # padding halts after the first loop
             out = without_padding({"out": out}, mask.valid)["out"]  # behind a convolution it sees real tokens

@@ -47,9 +47,11 @@ class TransformerBlock(nn.Module):
         kv_cache: Cache | dict[str, Any] | None = None,
         cache_key: str = "default",
         active: ActiveTokens | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """(B, T, dim) -> (B, T, dim); arguments as :meth:`CausalAttention.forward`."""
-        x = x + self.dropout(self.attn(self.attn_norm(x), freqs, mask, kv_cache, cache_key, active))
+        """(B, T, dim) -> (B, T or last, dim); arguments as :meth:`CausalAttention.forward`."""
+        found = self.attn(self.attn_norm(x), freqs, mask, kv_cache, cache_key, active, last)
+        x = (x if last is None else x[:, -last:]) + self.dropout(found)
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 

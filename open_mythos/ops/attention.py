@@ -61,6 +61,11 @@ class CausalMask:
             None if self.starts is None else self.starts[:, cut:] - cut,
         )  # fmt: skip
 
+    def ending(self, n_queries: int) -> CausalMask:
+        """The mask of the last queries alone, which see the same keys; for queries that are the last T tokens."""
+        assert self.positions is None and n_queries <= self.n_queries
+        return CausalMask(n_queries, self.n_keys, self.valid, starts=self.starts)
+
     def rows(self, which: slice | Tensor) -> CausalMask:
         """The mask of some rows of the batch, for queries that are the last T tokens."""
         assert self.positions is None
@@ -84,6 +89,8 @@ class CausalMask:
 
     def dense(self, device: torch.device) -> Tensor:
         """(B or 1, 1, T, S) bool, True where a query may look; made once for all layers and loops that ask."""
+        if torch.compiler.is_compiling():  # code that finds what other code left here is other code
+            return self._make_dense(device)
         if self._dense is None or self._dense.device != device:
             self._dense = self._make_dense(device)
         return self._dense
@@ -100,17 +107,19 @@ class CausalMask:
 
     def chunk(self, window: int) -> int:
         """How many queries local attention takes together: keys that not all of them see are what it wastes."""
-        return max(min(_CHUNK, self.n_queries), window - 1)
+        chunk = self.n_queries if self.n_queries < _CHUNK else _CHUNK  # not min and max, which compilers do not decide
+        return chunk if chunk >= window - 1 else window - 1
 
     def chunked_band(self, window: int, B: int, device: torch.device) -> Tensor:
         """(B * chunks, 1, chunk, chunk + window - 1) bool: who sees whom in chunks; made once for all loops."""
         key = (window, B, device)
+        if torch.compiler.is_compiling():
+            return self._make_chunked_band(B, window, device)
         if key not in self._bands:
-            self._bands[key] = self._make_chunked_band(window, device).expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+            self._bands[key] = self._make_chunked_band(B, window, device)
         return self._bands[key]
 
-    def _make_chunked_band(self, window: int, device: torch.device) -> Tensor:
-        """(B or 1, chunks, chunk, chunk + window - 1)."""
+    def _make_chunked_band(self, B: int, window: int, device: torch.device) -> Tensor:
         chunk = self.chunk(window)
         n_chunks = -(-self.n_queries // chunk)
         at = torch.arange(chunk, device=device).unsqueeze(1)
@@ -125,7 +134,8 @@ class CausalMask:
         if self.starts is not None:
             queries = position[:, window - 1 :].clamp(0, self.n_keys - 1)
             seen = seen & (position.unsqueeze(1) >= self.starts[:, queries].unsqueeze(-1))
-        return seen | (key == at + window - 1)
+        seen = seen | (key == at + window - 1)  # (B or 1, chunks, chunk, chunk + window - 1)
+        return seen.expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
 
     def starts_at(self, positions: Tensor) -> Tensor:
         """Where the documents of the keys at ``positions`` (B or 1, T) start: (B, T)."""
@@ -158,8 +168,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | Non
     Returns:
         (B, T, H, Dv).
     """
-    dense = None if mask.is_plain else mask.dense(q.device)
-    return _sdpa(q, k, v, dense, is_causal=mask.is_plain and mask.n_queries > 1, scale=scale)
+    if mask.is_plain:
+        return _sdpa(q, k, v, None, is_causal=not mask.is_last, scale=scale)
+    return _sdpa(q, k, v, mask.dense(q.device), scale=scale)
 
 
 def _sdpa(
@@ -220,88 +231,55 @@ def attend_convolved(
     Returns:
         (B, T, H, Dv).
     """
-    if mask.is_last:
-        return _attend_last(q, k, v, k_taps, v_taps, scale, beside)
-    B, T, H, D = q.shape
-    S, G, K = *k.shape[1:3], len(k_taps)
-    scale = D**-0.5 if scale is None else scale
-    q_BGKTRD = q.unflatten(2, (G, 1, -1)).permute(0, 2, 3, 1, 4, 5) * k_taps.transpose(0, 1)[:, :, None, None]
-    products = _products(q_BGKTRD.reshape(B, G, -1, D), k.permute(0, 2, 3, 1), scale)
-    products = products.view(B, G, K, T, H // G, S)
-    scores = products[:, :, 0].float()
-    for j in range(1, min(K, S)):
-        scores[..., j:] += products[:, :, j, ..., : S - j]
-    if beside is not None:
-        q_BGTRP = beside[0].unflatten(2, (G, -1)).permute(0, 2, 1, 3, 4)
-        more = _products(q_BGTRP.reshape(B, G, -1, q_BGTRP.shape[-1]), beside[1].permute(0, 2, 3, 1), scale)
-        scores += more.view(B, G, T, H // G, S)
-    scores = scores.masked_fill(~mask.dense(q.device).unsqueeze(3), float("-inf"))  # of (B, G, T, R, S)
-    weights = F.pad(scores.softmax(-1).to(v.dtype), (0, K - 1))
-    shifted = weights.unfold(-1, S, 1).movedim(-2, 2)  # (B, G, K, T, R, S)
-    found = _products(shifted.reshape(B, G, -1, S), v.transpose(1, 2), 1.0).view(B, G, K, T, H // G, -1)
-    return (found * v_taps.transpose(0, 1)[:, :, None, None]).sum(2).transpose(1, 2).flatten(2, 3)
-
-
-def _attend_last(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_taps: Tensor,
-    v_taps: Tensor,
-    scale: float | None = None,
-    beside: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """:func:`attend_convolved` for the last token alone, which sees every key: the same products, fewer operations."""
     B, _, H, D = q.shape
     G = k.shape[2]
     scale = D**-0.5 if scale is None else scale
+    allowed = None if mask.is_last else mask.dense(q.device)[:, 0]
     queries = [q] if beside is None else [q, beside[0]]
     keys = [k, v] if beside is None else [k, v, beside[1]]
-    queries, keys = [x[:, 0].unflatten(1, (G, -1)) for x in queries], [x.transpose(1, 2) for x in keys]
+    queries, keys = [x.unflatten(2, (G, -1)) for x in queries], [x.transpose(1, 2) for x in keys]
     taps = [x.transpose(0, 1) for x in (k_taps, v_taps)]
     if B == 1:
-        return _attend_batch([x[0] for x in queries], [x[0] for x in keys], taps, scale).view(1, 1, H, -1)
+        found = _attend_batch([x[0].transpose(0, 1) for x in queries], [x[0] for x in keys], taps, scale, allowed)
+        return found.transpose(0, 1).reshape(1, -1, H, v.shape[3])
     # Rows and groups are not one axis in memory, so one of the two is gone through.
-    found = [
-        _attend_batch([x[:, g] for x in queries], [x[:, g] for x in keys], [x[g : g + 1] for x in taps], scale)
-        for g in range(G)
-    ]
-    return torch.cat(found, 1).unsqueeze(1)
+    parts = []
+    for g in range(G):
+        group = [x[:, :, g] for x in queries], [x[:, g] for x in keys], [x[g : g + 1] for x in taps]
+        parts.append(_attend_batch(*group, scale, allowed))
+    return torch.cat(parts, 2)
 
 
-def _attend_batch(queries: list[Tensor], keys: list[Tensor], taps: list[Tensor], scale: float) -> Tensor:
-    """:func:`_attend_last` of N rows or groups: (N, R, Dv).
+def _attend_batch(
+    queries: list[Tensor], keys: list[Tensor], taps: list[Tensor], scale: float, allowed: Tensor | None
+) -> Tensor:
+    """:func:`attend_convolved` of N rows or groups: (N, T, R, Dv).
 
     Args:
-        queries: (N, R, D), and (N, R, P) if there are channels beside.
+        queries: (N, T, R, D), and (N, T, R, P) if there are channels beside.
         keys: keys (N, S, D) and values (N, S, Dv), and (N, S, P).
         taps: of keys (N or 1, K, D) and of values (N or 1, K, Dv).
         scale: of the scores.
+        allowed: (N or 1, T, S) bool, True where a query may look; None if it is everywhere.
     """
-    (q_NRD, *q_beside), (k_NSD, v_NSV, *k_beside), (k_taps, v_taps) = queries, keys, taps
-    (N, R, D), S, K = q_NRD.shape, k_NSD.shape[1], k_taps.shape[1]
-    q_NKRD = q_NRD.unsqueeze(1) * k_taps.unsqueeze(2)
-    zero = q_NRD.new_empty(())
-    products = torch.baddbmm(zero, q_NKRD.reshape(N, -1, D), k_NSD.transpose(1, 2), beta=0, alpha=scale)
-    products = products.view(N, K, R, S)
+    (q_NTRD, *q_beside), (k_NSD, v_NSV, *k_beside), (k_taps, v_taps) = queries, keys, taps
+    (N, T, R, D), S, K = q_NTRD.shape, k_NSD.shape[1], k_taps.shape[1]
+    q_NKTRD = q_NTRD.unsqueeze(1) * k_taps[:, :, None, None]
+    zero = q_NTRD.new_empty(())
+    products = torch.baddbmm(zero, q_NKTRD.reshape(N, -1, D), k_NSD.transpose(1, 2), beta=0, alpha=scale)
+    products = products.view(N, K, T * R, S)
     scores = products[:, 0].float()
     for j in range(1, min(K, S)):
         scores[..., j:].add_(products[:, j, :, : S - j])
     if q_beside:
-        scores.baddbmm_(q_beside[0].float(), k_beside[0].transpose(1, 2).float(), alpha=scale)
+        scores.baddbmm_(q_beside[0].flatten(1, 2).float(), k_beside[0].transpose(1, 2).float(), alpha=scale)
+    if allowed is not None:
+        scores.view(N, T, R, S).masked_fill_(~allowed.unsqueeze(2), float("-inf"))
     weights = F.pad(scores.softmax(-1), (0, K - 1)).to(v_NSV.dtype)
-    shifted = weights.as_strided((N, K, R, S), (R * (S + K - 1), 1, S + K - 1, 1)).reshape(N, -1, S)
-    return (torch.bmm(shifted, v_NSV).view(N, K, R, -1) * v_taps.unsqueeze(2)).sum(1)
-
-
-def _products(a_BGMI: Tensor, b_BGIO: Tensor, scale: float) -> Tensor:
-    """``scale * a @ b`` for cached ``b``, whose rows and heads are not one axis in memory and must not be copied."""
-    zero = a_BGMI.new_empty(())
-    parts = [
-        torch.baddbmm(zero, a_BMI, b_BIO, beta=0, alpha=scale)
-        for a_BMI, b_BIO in zip(a_BGMI.unbind(1), b_BGIO.unbind(1), strict=True)
-    ]
-    return parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, 1)
+    width = S + K - 1
+    shifted = weights.as_strided((N, K, T * R, S), (T * R * width, 1, width, 1)).reshape(N, -1, S)
+    found = torch.bmm(shifted, v_NSV).view(N, K, T, R, -1)
+    return (found * v_taps[:, :, None, None]).sum(1)
 
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask, scale: float | None = None) -> Tensor:

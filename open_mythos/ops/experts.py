@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.linear import product_dtype
-from open_mythos.ops.one_gradient import OneGradient, one_gradient
+from open_mythos.ops.one_gradient import OneGradient, add_product, one_gradient
 
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
 _FEW = 8  # choices up to which bringing rows together costs more than it saves
@@ -47,8 +47,9 @@ def grouped_swiglu(
         return _GroupedSwiGLU.apply(x_ND, gate_up.weight, down.weight, experts_NK, weights_NK, gate_up, down)
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     if len(gate_up_E2FD) == 1:  # nothing to bring together
-        gate_NF, up_NF = F.linear(x_ND, gate_up_E2FD[0]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_NF) * up_NF, down_EDF[0]) * weights_NK
+        # flatten, not [0]: the gradient of a view is a view, and that of an element begins with zeros for all.
+        gate_NF, up_NF = F.linear(x_ND, gate_up_E2FD.flatten(0, 1)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate_NF) * up_NF, down_EDF.flatten(0, 1)) * weights_NK
     if torch.compiler.is_compiling():
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
@@ -148,18 +149,19 @@ class Rows:
         """For every expert the sum over its rows of ``x y^T``: (E, I, O)."""
         if self.ends_E is not None:
             return _grouped_outer(x_PI, y_PO, self.ends_E)
-        out_EIO = x_PI.new_zeros(self.n_experts, x_PI.shape[1], y_PO.shape[1])
-        self.add_outer(x_PI, y_PO, out_EIO)
+        out_EIO = torch.bmm(self._batched(x_PI).transpose(1, 2), self._batched(y_PO))
+        for expert, start, end in self.rest:
+            out_EIO[expert].addmm_(x_PI[start:end].t(), y_PO[start:end])
         return out_EIO
 
-    def add_outer(self, x_PI: Tensor, y_PO: Tensor, into_EIO: Tensor) -> None:
-        """:meth:`outer`, added in place."""
-        if self.ends_E is not None or into_EIO.dtype != x_PI.dtype:
-            into_EIO.add_(self.outer(x_PI, y_PO))
+    def add_outer(self, x_PI: Tensor, y_PO: Tensor, into: OneGradient) -> None:
+        """:meth:`outer`, as another share of a gradient."""
+        if self.ends_E is not None:
+            into.sum.add_(self.outer(x_PI, y_PO))
             return
-        into_EIO.baddbmm_(self._batched(x_PI).transpose(1, 2), self._batched(y_PO))
+        into.add_products(self._batched(x_PI), self._batched(y_PO))
         for expert, start, end in self.rest:
-            into_EIO[expert].addmm_(x_PI[start:end].t(), y_PO[start:end])
+            add_product(into.sum[expert], x_PI[start:end].t(), y_PO[start:end])
 
     def _batched(self, x_PI: Tensor) -> Tensor:
         """The first C rows of every expert: (E, C, I)."""
@@ -225,7 +227,7 @@ def _outer(rows: Rows, x_PI: Tensor, y_PO: Tensor, one: OneGradient | None) -> T
     if one is None:
         return rows.outer(x_PI, y_PO)
     if one.is_wanted:
-        rows.add_outer(x_PI, y_PO, one.sum)
+        rows.add_outer(x_PI, y_PO, one)
     return None
 
 

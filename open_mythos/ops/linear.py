@@ -97,13 +97,14 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         weight = weight.to(x.dtype)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and (needs_grad or x.dtype.itemsize < 4):  # there PyTorch squares float16 in float16
+    # There PyTorch squares float16 in float16, and writes five tensors of x's size where two do.
+    if on_cpu and (needs_grad or x.dtype.itemsize < 4 or x.numel() > _FEW):
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """:func:`rms_norm` where PyTorch has no kernel of its own for the backward pass."""
+    """:func:`rms_norm` where PyTorch has no kernel of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

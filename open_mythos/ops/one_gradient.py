@@ -11,7 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
+
+_ENOUGH = 64  # rows for each matrix, from which on products cost more than adding them up
+_CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
+
+_n_steps = 0  # of all optimizers
+
+
+def _count_step(*_: Any) -> None:
+    global _n_steps
+    _n_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class OneGradient:
@@ -27,14 +41,15 @@ class OneGradient:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self._sum: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._leaf = weight.detach()
-        self._made_of = (weight.data_ptr(), weight._version, dtype)
+        self._made_of = _state(weight, dtype)
         self._is_open = True
         self.weight = _Used.apply(weight, dtype, weakref.ref(self))
 
     def serves(self, weight: Tensor, dtype: torch.dtype) -> bool:
         """Whether a new use may join: the weight is as it was, and no backward pass has come by yet."""
-        return self._is_open and self._made_of == (weight.data_ptr(), weight._version, dtype)
+        return self._is_open and self._made_of == _state(weight, dtype)
 
     @property
     def is_wanted(self) -> bool:
@@ -48,10 +63,32 @@ class OneGradient:
             self._sum = torch.zeros_like(self._leaf)
         return self._sum
 
+    def add_products(self, x_ECI: Tensor, y_ECO: Tensor) -> None:
+        """Add ``x^T y`` of each matrix of a weight (E, I, O).
+
+        With few rows C such a product is nearly all reading and writing of the sum, so the rows of several uses wait
+        until it is worth it.
+        """
+        self._waiting.append((x_ECI, y_ECO))
+        if sum(x.shape[1] for x, _ in self._waiting) >= _ENOUGH:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            x_ECI, y_ECO = (torch.cat(parts, 1) for parts in zip(*self._waiting, strict=True))
+            self._waiting = []
+            add_product(self.sum, x_ECI.transpose(1, 2), y_ECO)
+
     def take(self) -> Tensor | None:
         """The sum of all uses, once they have added to it."""
+        self._add_waiting()
         total, self._sum, self._is_open = self._sum, None, False
         return total
+
+
+def _state(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What differs once the weight, or what is wanted of it, has changed; fused optimizers leave versions alone."""
+    return weight.data_ptr(), weight._version, _n_steps, dtype
 
 
 class _Used(torch.autograd.Function):
@@ -69,6 +106,18 @@ class _Used(torch.autograd.Function):
         assert grad is None, "a use returns no gradient of its own"
         owner = ctx.owner()
         return None if owner is None else owner.take(), None, None
+
+
+def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """``into += a @ b``, of matrices or of batches of them; the sum may be in another dtype than the product."""
+    if into.dtype == a.dtype:
+        (into.addmm_ if into.ndim == 2 else into.baddbmm_)(a, b)
+    elif into.ndim == 2:
+        into.add_(a @ b)
+    else:  # a product of its own, which should stay in the processor's cache
+        n = max(1, _CACHED // into[0].numel())
+        for part, a_part, b_part in zip(into.split(n), a.split(n), b.split(n), strict=True):
+            part.add_(a_part @ b_part)
 
 
 _latest: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> weak reference to its OneGradient

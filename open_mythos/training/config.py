@@ -133,6 +133,7 @@ class TrainConfig(Checked):
     seed: int = size(0, minimum=0)
     device: str = text("auto")  # auto: cuda where there is one
     precision: str = choice("fp32", "fp32", "bf16")  # bf16: autocast; weights stay fp32
+    compile: bool = flag(False)  # train through torch.compile, block by block: the same up to rounding
     checkpoint_loops: bool = flag(False)  # recompute each loop in the backward pass instead of keeping it
     log_every: int = size(10)  # steps
     save_every: int = size(200)  # steps

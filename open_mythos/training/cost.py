@@ -54,9 +54,10 @@ def run_cost(cfg: TrainConfig) -> RunCost:
     times: list[float] = []
     trainer.step()  # the first one warms up
     while len(times) < _TRIAL_STEPS and (not times or sum(times) < _TRIAL_SECONDS):
-        started = time.perf_counter()
+        code, started = _n_compiled(cfg), time.perf_counter()
         trainer.step()
-        times.append(time.perf_counter() - started)
+        if _n_compiled(cfg) == code:  # a step that compiles says nothing about the others
+            times.append(time.perf_counter() - started)
     activations = activation_bytes(trainer, min(len(times), 3))
     return RunCost(
         sum(p.numel() for p in trainer.model.parameters()),
@@ -105,6 +106,15 @@ def flops_per_step(cfg: TrainConfig) -> float:
         passes = sum(float((n_loops + (loud - 1) * n_grad).float().mean()) for n_loops, n_grad in runs)
         total += cfg.batch_size * length * (_WITH_GRADIENT * outside + passes * loop)
     return total / _DRAWS
+
+
+def _n_compiled(cfg: TrainConfig) -> int:
+    """What ``torch.compile`` has made so far, if the run goes through it."""
+    if not cfg.compile:
+        return 0
+    from torch._dynamo.utils import counters  # which takes a second to import
+
+    return counters["stats"]["unique_graphs"]
 
 
 class _Holder:

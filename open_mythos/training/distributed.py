@@ -94,15 +94,14 @@ def add_up_gradients(model: nn.Module) -> None:
 
 @contextmanager
 def counting_together(model: nn.Module) -> Iterator[None]:
-    """What experts are chosen for inside counts for all processes."""
+    """What experts are chosen for inside counts for all processes, and for one optimizer step."""
+    experts = [module for module in model.modules() if isinstance(module, MoEFFN)]
+    for module in experts:
+        module.update_bias()  # now: compiled code does not, and what was counted before must not count inside
     if world_size() == 1:
         yield
         return
-    experts = [module for module in model.modules() if isinstance(module, MoEFFN)]
-    before: list[Tensor] = []
-    for module in experts:
-        module.update_bias()  # now, so that what is counted before it is not in what is counted inside
-        before.append(module.expert_load.clone())
+    before: list[Tensor] = [module.expert_load.clone() for module in experts]
     yield
     for module, load in zip(experts, before, strict=True):
         module.expert_load -= load

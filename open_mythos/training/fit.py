@@ -25,7 +25,7 @@ from open_mythos.training.overrides import differences
 from open_mythos.training.trainer import StepResult, Trainer
 
 # What may differ when a run is gone on with: it does not touch what is trained.
-FREE = ("device", "log_every", "save_every", "keep", "max_bad_steps", "loggers")
+FREE = ("device", "compile", "log_every", "save_every", "keep", "max_bad_steps", "loggers")
 GATE_SEED = 3
 MEANS = ("loss", "accuracy", "loops", "grad_norm")
 

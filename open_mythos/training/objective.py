@@ -15,7 +15,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
 from open_mythos.training.loops import draw_loops
-from open_mythos.training.unroll import Stage, rows_of, unroll
+from open_mythos.training.unroll import Stage, rows_of, take, unroll
 
 
 @dataclass
@@ -163,29 +163,30 @@ class _Run:
         for stage in unroll(
             self.model, h, self.e, self.freqs, self.mask, n_loops, n_grad, damping, cfg.checkpoint_loops
         ):
-            weights = depth_weights(cfg.loss, stage, n_grad.to(h.device)[stage.rows])
-            asked, ends = weights > 0, stage.left == 0
-            if asked.any():
-                said = self._ask(stage.after[asked], stage.rows[asked], weights[asked])
+            weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
+            asked, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
+            if len(asked):
+                said = self._ask(take(stage.after, asked), stage.rows[asked], weights[asked])
                 cross_entropy, z, distillation, right = said
                 ran.cross_entropy, ran.z = ran.cross_entropy + cross_entropy, ran.z + z
                 ran.distillation = ran.distillation + distillation
-                ran.n_right = ran.n_right + (right * ends[asked]).sum()
-            if ends.any():
-                rows = stage.rows[ends]
-                moved = (stage.after - stage.before)[ends].float().square().sum(-1)
-                moved = moved / stage.after[ends].float().square().sum(-1).clamp(min=1e-12)
-                ran.change = ran.change + (moved.mean(1) * (self.targets[rows] != UNSCORED).sum(1)).sum()
-                ran.final[rows] = stage.after[ends].detach()
+                is_end = (stage.left[asked] == 0).to(right.device, non_blocking=True)
+                ran.n_right = ran.n_right + (right * is_end).sum()
+            if len(ends):
+                rows, before, after = stage.rows[ends], take(stage.before, ends), take(stage.after, ends)
+                moved = (after - before).float().square().sum(-1)
+                moved = moved / after.float().square().sum(-1).clamp(min=1e-12)
+                ran.change = ran.change + (moved.mean(1) * (take(self.targets, rows) != UNSCORED).sum(1)).sum()
+                ran.final[rows.to(h.device, non_blocking=True)] = after.detach()
         return ran
 
     def _ask(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted sums of cross-entropy, squared log-partition and divergence, and tokens right in each row, (R,)."""
         x = self.model.decode(h, *rows_of(self.freqs, self.mask, rows))
-        targets = self.targets[rows]
+        targets = take(self.targets, rows)
         scored = targets != UNSCORED
-        weight = weights.unsqueeze(1).expand(scored.shape)[scored]
-        taught = None if self.teacher is None else (self.teacher.head, self.taught[rows][scored])
+        weight = weights.to(h.device, non_blocking=True).unsqueeze(1).expand(scored.shape)[scored]
+        taught = None if self.teacher is None else (self.teacher.head, take(self.taught, rows)[scored])
         *sums, hits = readout(self.model.head, x[scored], targets[scored], weight, self.cfg.loss.chunk, taught)
         right = torch.zeros_like(targets).masked_scatter_(scored, hits.long())
         cross_entropy, z, distillation = sums

@@ -19,6 +19,7 @@ from open_mythos.nn.moe import MoEFFN
 from open_mythos.tasks import UNSCORED, Batch
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
+from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.training.checks import check_fit, find_device
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective
@@ -59,7 +60,8 @@ class Trainer:
     """A model, its data and its optimizer, with everything that decides the next step.
 
     :meth:`state_dict` holds all of it: a trainer that loads it makes the steps that the other would have made, bit
-    for bit on the same machine. Making a trainer seeds torch's own random numbers.
+    for bit on the same machine. Making a trainer seeds torch's own random numbers and, for the CPU, has the process
+    keep freed memory (:mod:`open_mythos.training.allocator`).
 
     Of several processes (:mod:`open_mythos.training.distributed`), each has a trainer, runs its share of every batch,
     and adds its gradients to those of the others: up to rounding, the steps are those of one process.
@@ -78,6 +80,8 @@ class Trainer:
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
         self.device = find_device(cfg.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.task = tasks.load(cfg.task.name, **cfg.task.options)
         check_fit(cfg, self.task)
         torch.manual_seed(cfg.seed)
@@ -85,6 +89,10 @@ class Trainer:
         if cfg.start:
             start_from(self.model, cfg)
         self.model.to(self.device).train()
+        if cfg.compile:
+            from open_mythos.training.compiling import compile_blocks  # torch's compiler takes a second to import
+
+            compile_blocks(self.model, cfg)
         self.objective = Objective(cfg, load_teacher(cfg, self.device))
         self.optimizer = Optimizer(self.model, cfg.optim)
         self.ema = EMA(self.model, cfg.optim.ema)

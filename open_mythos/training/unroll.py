@@ -18,9 +18,9 @@ class Stage:
     """The outcome of one loop, for the sequences that ran it with gradient.
 
     Attributes:
-        rows: (R,) int64, which sequences of the batch.
+        rows: (R,) int64, which sequences of the batch; on the CPU, so that nobody who asks waits for a GPU.
         before, after: (R, T, dim), their states before and after the loop.
-        left: (R,) int64, loops that each still has to run; 0 at its last.
+        left: (R,) int64, loops that each still has to run; 0 at its last. On the CPU.
     """
 
     rows: Tensor
@@ -50,8 +50,8 @@ def unroll(
         e: encoded input, (B, T, dim).
         freqs: rotary phasors of the T positions; with a leading batch dimension if the sequences' positions differ.
         mask: who sees whom.
-        n_loops: (B,) loops of each sequence, at least 1.
-        n_grad: (B,) how many of these, the last ones, have gradient.
+        n_loops: (B,) loops of each sequence, at least 1; on the CPU.
+        n_grad: (B,) how many of these, the last ones, have gradient; on the CPU.
         damping: share of the new state in each loop with gradient; below 1, gradients are those of a damped fixed-point
             iteration ("phantom gradients", Geng et al. 2021, arXiv:2111.05177).
         recompute: keep only each loop's first state, and compute it again in the backward pass.
@@ -59,39 +59,41 @@ def unroll(
     Yields:
         One :class:`Stage` a loop in which any sequence has gradient, in order.
     """
-    everyone, ends = torch.arange(len(e), device=e.device), n_loops.to(e.device)
+    everyone = torch.arange(len(e))
     last, first = n_loops.tolist(), (n_loops - n_grad).tolist()
     assert min(last) >= 1 and int(n_grad.min()) >= 1
 
     def step(h: Tensor, rows: Tensor, loop: int) -> Tensor:
-        return model.recurrent.step(h, _take(e, rows), loop, *rows_of(freqs, mask, rows))
+        return model.recurrent.step(h, take(e, rows), loop, *rows_of(freqs, mask, rows))
 
     for loop in range(max(last)):
         quiet = everyone[[loop < start for start in first]]
         loud = everyone[[start <= loop < end for start, end in zip(first, last, strict=True)]]
         if len(quiet):
             with torch.no_grad():
-                after = step(_take(h, quiet), quiet, loop)
+                after = step(take(h, quiet), quiet, loop)
             h = _put(h, quiet, after)  # with gradient: the other rows' graphs go on
         if len(loud):
-            before = _take(h, loud)
+            before = take(h, loud)
             after = checkpoint(step, before, loud, loop, use_reentrant=False) if recompute else step(before, loud, loop)
             if damping < 1:
                 after = before + damping * (after - before)
             h = _put(h, loud, after)
-            yield Stage(loud, before, after, ends[loud] - 1 - loop)
+            yield Stage(loud, before, after, n_loops[loud] - 1 - loop)
 
 
 def rows_of(freqs: Tensor, mask: CausalMask, rows: Tensor) -> tuple[Tensor, CausalMask]:
     """Phasors and mask of some sequences of the batch."""
     if mask.is_same_for_all or len(rows) == len(freqs):
         return freqs, mask
+    rows = rows.to(freqs.device, non_blocking=True)
     return freqs[rows], mask.rows(rows)
 
 
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    return x if len(rows) == len(x) else x[rows]
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of ``x``, in order, or itself; ``rows`` (R,) int64 may be on the CPU, and nothing waits for a GPU."""
+    return x if len(rows) == len(x) else x[rows.to(x.device, non_blocking=True)]
 
 
 def _put(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    return new if len(rows) == len(x) else x.index_copy(0, rows, new.to(x.dtype))
+    return new if len(rows) == len(x) else x.index_copy(0, rows.to(x.device, non_blocking=True), new.to(x.dtype))

@@ -15,6 +15,7 @@ from open_mythos.diagnostics import (
     bytes_per_decoding_step,
     cache_bytes,
     cache_bytes_per_token,
+    flops_of_prompt,
     flops_per_prompt_token,
     flops_per_token,
     flops_per_trained_token,
@@ -121,6 +122,26 @@ def test_a_token_of_a_prompt_costs_the_mean_over_the_prompt(n_tokens):
     cfg = tiny_config("gqa")
     alone = [flops_per_token(cfg, 2, context) for context in range(1, n_tokens + 1)]
     assert flops_per_prompt_token(cfg, 2, n_tokens) == pytest.approx(sum(alone) / n_tokens)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("coda_layers", [0, 2])
+def test_only_the_last_position_of_a_prompt_passes_the_end_of_the_coda(attn_type, coda_layers, monkeypatch):
+    n_tokens, wide = 8, dict(v_head_dim=16, kv_lora_rank=20)  # narrower values are padded, narrower latents absorbed
+    model = tiny_model(attn_type, halting=False, coda_layers=coda_layers, **wide)
+    monkeypatch.setattr(experts, "_best_width", lambda counts: 0)  # or rows that stand idle would be counted
+    counted = []
+    for last in (1, None):
+        counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_THE_COUNTER)
+        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+            model.head(model.hidden(tokens(1, n_tokens), 2, last=last))
+        counted.append(counter.get_total_flops())
+    missed = n_tokens * flops_per_prompt_token(model.cfg, 2, n_tokens) - flops_of_prompt(model.cfg, 2, n_tokens)
+    cfg = model.cfg
+    per_key = {"gqa": 2 * cfg.head_dim, "mla": cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim}[attn_type]
+    behind_the_mask = n_tokens * (n_tokens - 1) // 2 if coda_layers else 0  # counted by PyTorch, and of no use
+    hidden = FLOPS_PER_MULTIPLY_ADD * cfg.n_heads * per_key * behind_the_mask
+    assert counted[1] - counted[0] == missed + hidden
 
 
 def test_mla_reads_a_prompt_in_its_expanded_form():

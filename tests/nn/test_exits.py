@@ -162,7 +162,7 @@ def test_what_has_stopped_is_not_computed(rule, monkeypatch):
 def test_predictions_are_read_only_by_those_who_need_them(rule, monkeypatch):
     model, calls = tiny_model(halting=False), []
     original = model.decode
-    monkeypatch.setattr(model, "decode", lambda *inputs: calls.append(1) or original(*inputs))
+    monkeypatch.setattr(model, "decode", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     model(tokens(2, 6), 3, exit=rule)
     assert len(calls) == (4 if isinstance(rule, PredictionKL | StableArgmax) else 1)
 

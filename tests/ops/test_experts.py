@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_mythos.ops import experts as experts_module
+from open_mythos.ops import one_gradient as one_gradient_module
 from open_mythos.ops.experts import Rows, expert_counts, grouped_swiglu
 from open_mythos.ops.reference import moe_loop
 
@@ -108,3 +109,22 @@ def test_uneven_experts_are_batched_and_mostly_idle_ones_are_not():
     assert 0 < rows.width < expert_counts(skewed, 256).max() and rows.rest
     assert len(rows.token_P) < 3 * skewed.numel()
     assert Rows.of(torch.randint(3, (512, 1)), 256).width == 0
+
+
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("enough, cached", [(1, 10**6), (10**6, 10**6), (20, 100)], ids=["at once", "last", "in parts"])
+def test_several_uses_have_one_gradient(is_mixed, enough, cached, monkeypatch):
+    monkeypatch.setattr(one_gradient_module, "_ENOUGH", enough)
+    monkeypatch.setattr(one_gradient_module, "_CACHED", cached)
+    torch.manual_seed(0)
+    uses = [(torch.randn(30, 16), torch.rand(30, 6).topk(2).indices, torch.rand(30, 2)) for _ in range(4)]
+    gate_up, down = torch.randn(6, 16, 16).div(4).requires_grad_(), torch.randn(6, 16, 8).div(4).requires_grad_()
+    expected, actual = (torch.zeros_like(gate_up), torch.zeros_like(down)), []
+    for x, experts, weights in uses:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            actual.append(grouped_swiglu(x, gate_up, down, experts, weights).float().square().sum())
+        slow = moe_loop(x, gate_up, down, experts, weights).square().sum()
+        expected = [a + b for a, b in zip(expected, torch.autograd.grad(slow, (gate_up, down)), strict=True)]
+    for got, wanted in zip(torch.autograd.grad(sum(actual), (gate_up, down)), expected, strict=True):
+        assert got.dtype == torch.float32
+        assert_near(got, wanted, 0.03 if is_mixed else 2e-5)

@@ -156,8 +156,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         num_loops: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        last: int | None = None,
     ) -> BaseModelOutputWithPast:
-        """Run the core, without the head; arguments as :meth:`OpenMythosForCausalLM.forward`."""
+        """Run the core, without the head, its last state of the ``last`` positions if so many are all that is wanted.
+
+        Other arguments as :meth:`OpenMythosForCausalLM.forward`.
+        """
         config, core = self.config, self.core
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -188,7 +192,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             seen += seen[-1:] * (n_loops + 1 - len(seen))
             seen = [core.recurrent.output(state) for state in seen]
         return BaseModelOutputWithPast(
-            last_hidden_state=core.decode(h, freqs, mask, cache),
+            last_hidden_state=core.decode(h, freqs, mask, cache, last=last),
             past_key_values=past_key_values,
             hidden_states=None if seen is None else tuple(seen),
         )

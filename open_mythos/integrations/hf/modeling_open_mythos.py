@@ -110,13 +110,12 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for input that does not fit.
         """
+        n_last, some = (None, logits_to_keep) if isinstance(logits_to_keep, Tensor) else (logits_to_keep, slice(None))
         outputs = self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions,
+            output_hidden_states, output_attentions, last=n_last or None,
         )  # fmt: skip
-        last = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.core.head(last if isinstance(kept, slice) and kept.start == 0 else last[:, kept])
+        logits = self.core.head(outputs.last_hidden_state[:, some])
         return CausalLMOutputWithPast(
             loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
             logits=logits,
