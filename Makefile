@@ -20,7 +20,7 @@ test: install lint
 	$(BIN)/python -m pytest
 
 docs: install
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "Next: open site/index.html, or $(BIN)/python -m mkdocs serve"
 
 notebooks: install

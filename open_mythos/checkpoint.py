@@ -6,6 +6,7 @@ A folder is the same whether written here or by ``save_pretrained`` of :mod:`ope
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,12 @@ def config_file(model: OpenMythos) -> dict[str, Any]:
     return head | ({} if lora is None else {"lora_loops": lora.scale.num_embeddings}) | model.cfg.to_dict()
 
 
+def hub_hint(source: str | Path) -> str:
+    """How to fetch what may be a name on the Hugging Face Hub; nothing for what cannot be one."""
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source))
+    return f". From the Hugging Face Hub: hf download {source} --local-dir FOLDER" if is_name else ""
+
+
 def shipped() -> list[str]:
     """Names of the trained models that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS_FILE}"))
@@ -92,7 +99,7 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
     weights_path = index_path if index_path.is_file() and not weights_path.is_file() else weights_path
     for path in (config_path, weights_path):
         if not path.is_file():
-            hub = "" if directory.exists() else f". From the Hugging Face Hub: hf download {source} --local-dir FOLDER"
+            hub = "" if directory.exists() else hub_hint(source)
             raise CheckpointError(
                 f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}{hub}"
             )

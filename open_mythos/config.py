@@ -224,7 +224,7 @@ def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> di
     must(
         kind == MODEL_TYPE,
         f"model_type={kind!r} is another kind of model, not {MODEL_TYPE!r}; load it with transformers' "
-        f"AutoModelForCausalLM",
+        f"AutoModelForCausalLM, or make a recurrent-depth model of a Llama: mythos retrofit",
     )
     must(
         isinstance(version, int) and version <= FORMAT_VERSION,

@@ -180,3 +180,10 @@ def test_new_compiler_flags_are_another_file(monkeypatch):
     before = build._key(["cc"])
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-O2"])
     assert build._key(["cc"]) != before != build._key(["clang"])
+
+
+def test_python_without_its_c_is_told(monkeypatch, tmp_path):
+    """As in a folder for transformers."""
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "decode.c")
+    with pytest.raises(ValueError, match=r"compile=True needs decode\.c, which is in the package only"):
+        build.library.__wrapped__()

@@ -41,11 +41,14 @@ def convert(
         begin("writing")
         made.model.save_pretrained(directory)
     show(made)
-    console.print(f"The model is in [bold]{directory}[/bold]; it gives the reference's logits.", highlight=False)
+    console.print(
+        f"The model is in [bold]{directory}[/bold]; it gives the reference's logits.", highlight=False, soft_wrap=True
+    )
     console.print(
         f"Next: [bold]mythos info {directory}[/bold], [bold]mythos diagnose {directory}[/bold], or "
         f'OpenMythos.from_pretrained("{directory}").generate(ids). What differs: docs/differences.md',
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -130,25 +130,14 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
 def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
     """The model, and the harness's view of it."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM
 
-    from open_mythos.integrations.hf.export import load_tokenizer  # with which transformers knows our models
+    from open_mythos.integrations.hf import OpenMythosConfig, OpenMythosForCausalLM
+    from open_mythos.integrations.hf.export import load_tokenizer
 
     if not Path(directory).is_dir():
         raise ValueError(f"{directory} is not a directory; give one that holds a model and its tokenizer")
-    try:
-        tokenizer = load_tokenizer(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{directory} holds no tokenizer (tokenizer.json), which the harness needs to read its texts; use the "
-            f"directory of a text model, or save a tokenizer there"
-        ) from error
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens and the model {model.config.vocab_size}; they "
-            f"do not belong together"
-        )
+    tokenizer = load_tokenizer(directory, OpenMythosConfig.from_pretrained(directory).vocab_size)
+    model = OpenMythosForCausalLM.from_pretrained(directory).eval()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     lm = HFLM(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,

@@ -77,7 +77,9 @@ def check_family(config: Any) -> None:
 def _tokenizer(transformers: Any, source: str | Path, directory: str | Path, options: dict[str, str]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, **options)
-    except (ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
         raise ValueError(
             f"{source} holds no tokenizer that transformers reads; put the tokenizer.json of the original beside its "
             f"weights"

@@ -155,7 +155,8 @@ def load(directory: str | Path) -> Tokenizer:
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} cannot be used: {why}; put the tokenizer there that the model came with") from error
 
 
 def _end_of(directory: Path, vocab: dict[str, int]) -> str | None:

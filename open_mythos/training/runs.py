@@ -18,7 +18,7 @@ import os
 import shutil
 from pathlib import Path
 
-from open_mythos.checkpoint import SHIPPED, WEIGHTS_FILE, shipped
+from open_mythos.checkpoint import SHIPPED, WEIGHTS_FILE, hub_hint, shipped
 from open_mythos.evaluation.summary import FILE
 from open_mythos.fields import nearest
 from open_mythos.model import OpenMythos
@@ -53,7 +53,7 @@ def model_dir(source: str | Path) -> Path:
         raise ValueError(f"{source} is no run and no model: it holds neither {MODEL}/{WEIGHTS_FILE} nor {WEIGHTS_FILE}")
     names = shipped()
     hint = f" and no shipped model; {nearest(source, names)}" if names else ""
-    raise ValueError(f"{source} is no directory{hint}")
+    raise ValueError(f"{source} is no directory{hint}{hub_hint(source)}")
 
 
 def everywhere(path: str) -> str:

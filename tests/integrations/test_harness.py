@@ -38,6 +38,10 @@ def run_eval(*args):
     return CliRunner().invoke(app, ["eval", *map(str, args)])
 
 
+def run_export(*args):
+    return CliRunner().invoke(app, ["export", *map(str, args)])
+
+
 def test_more_loops_know_more(parity):
     begun = []
     curves = harness(parity, ["parity_choice", "parity_said"], [1, 16], TASKS, limit=16, begin=begun.append)
@@ -71,7 +75,7 @@ def test_a_table_a_picture_and_numbers(parity, tmp_path, capfd, monkeypatch):
 def test_lm_eval_itself_takes_the_loops_as_an_argument(parity, tmp_path, command, trust):
     """As in docs/lm_eval.md, on a folder that was exported."""
     folder, out = tmp_path / "folder", tmp_path / "out"
-    exported = CliRunner().invoke(app, ["export", str(parity), str(folder)])
+    exported = run_export(parity, folder)
     assert exported.exit_code == 0 and f"Written: {folder} (weights, tokenizer and source)" in exported.output
     done = subprocess.run(
         [
@@ -99,7 +103,7 @@ def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
         ((parity, parity), "is there and not empty"),
         (("nowhere", tmp_path / "x"), "no directory"),
     ):
-        done = CliRunner().invoke(app, ["export", *map(str, arguments)])
+        done = run_export(*arguments)
         assert done.exit_code == 2 and words in " ".join(done.output.split())
 
 
@@ -117,6 +121,33 @@ def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
 def test_mistakes(parity, arguments, words):
     done = run_eval(parity, *arguments)
     assert done.exit_code == 2 and words in " ".join(done.output.split())
+
+
+def test_an_exported_model_knows_where_texts_end(parity, tmp_path):
+    assert run_export(parity, tmp_path / "folder").exit_code == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "folder" / name).read_text())["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda found: found["model"].pop("vocab"), "holds no tokenizer (tokenizer.json) that transformers reads"),
+    (lambda found: found["model"]["vocab"].update({"2": 3}), "has 4 tokens and the model 3; they do not belong"),
+])  # fmt: skip
+def test_a_tokenizer_that_does_not_do_is_not_exported(parity, tmp_path, damage, words):
+    other = shutil.copytree(parity, tmp_path / "other")
+    found = json.loads((other / "tokenizer.json").read_text())
+    damage(found)
+    (other / "tokenizer.json").write_text(json.dumps(found))
+    done = run_export(other, tmp_path / "folder")
+    assert done.exit_code == 2 and words in " ".join(done.output.split())
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_model_of_another_architecture(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "model.safetensors").touch()
+    done = run_eval(tmp_path, "--harness", "parity_choice", "--include-path", TASKS)
+    assert done.exit_code == 2 and "model_type='llama' is another kind of model" in " ".join(done.output.split())
 
 
 def test_a_model_without_a_tokenizer_or_with_another_ones(parity, tmp_path):

@@ -43,5 +43,7 @@ def test_errors_say_what_is_missing(tmp_path: Path) -> None:
     tiny_run().save(tmp_path / "config.json")
     with pytest.raises(ValueError, match="the run has not ended; go on with --resume auto"):
         runs.model_dir(tmp_path)
+    with pytest.raises(ValueError, match=r"a/b is no directory and no shipped .* hf download a/b --local-dir FOLDER"):
+        runs.model_dir("a/b")
     with pytest.raises(ValueError, match="nowhere is no directory"):
         runs.model_dir("nowhere")

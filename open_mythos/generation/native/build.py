@@ -14,6 +14,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from open_mythos.fields import must
+
 SOURCE = Path(__file__).with_name("decode.c")
 SOURCES = sorted([SOURCE, *SOURCE.parent.glob("*.h")])
 # Of the liberties of -ffast-math only those that no result shows.
@@ -38,8 +40,10 @@ def library() -> ctypes.CDLL:
     """The compiled code, from the user's cache directory if it is there.
 
     Raises:
-        ValueError: if there is no compiler, or it fails, with its own words.
+        ValueError: if there is no compiler, or it fails, with its own words; or no source, as in a folder for
+            transformers, which brings Python alone.
     """
+    must(SOURCE.is_file(), f"compile=True needs {SOURCE.name}, which is in the package only; leave compile out")
     command = compiler()
     if command is None:
         raise ValueError("compile=True needs a C compiler, and none was found; install gcc or clang, or set $CC")

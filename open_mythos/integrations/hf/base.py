@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from open_mythos.checkpoint import SHIPPED, shipped
+from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, shipped
 from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
@@ -89,7 +90,15 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         if not Path(name).exists() and Path(name).is_absolute():
             raise OSError(f"{name} does not exist; give a folder that save_pretrained wrote, or a name on the hub")
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        known = any((Path(name) / file).is_file() for file in (CONFIG_FILE, "adapter_config.json"))
+        if Path(name).is_dir() and not known and not kwargs.keys() & {"config", "subfolder"}:
+            raise OSError(f"{name}/{CONFIG_FILE} is missing; download or save it again, or pass config=")
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"the weights in {name} are truncated or no safetensors file ({error}); download or save them again"
+            ) from error
         lacks = set(info["missing_keys"]) - model._tied_weights_keys.keys()
         missing = sorted(key for key in lacks if key.startswith("core."))
         if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):

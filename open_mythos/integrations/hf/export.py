@@ -26,25 +26,40 @@ def export(source: str | Path, directory: str | Path) -> bool:
     """
     core = load_model(source)
     must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
+    has_tokenizer, ends = (model_dir(source) / tokenizer.FILE).is_file(), {}
+    if has_tokenizer:
+        words = load_tokenizer(model_dir(source), core.cfg.vocab_size)
+        words.save_pretrained(directory)
+        ends = {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     before = OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class
     try:
         OpenMythosConfig.register_for_auto_class()
         OpenMythosForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-        OpenMythosForCausalLM.wrap(core).save_pretrained(directory)
+        OpenMythosForCausalLM.wrap(core, **ends).save_pretrained(directory)
     finally:
         OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
-    has_tokenizer = (model_dir(source) / tokenizer.FILE).is_file()
-    if has_tokenizer:
-        load_tokenizer(model_dir(source)).save_pretrained(directory)
     return has_tokenizer
 
 
-def load_tokenizer(directory: str | Path) -> Any:
+def load_tokenizer(directory: str | Path, vocab_size: int) -> Any:
     """The tokenizer in ``directory``, with a token that ends texts and one that fills them up, as most tools want.
 
     Where it names none, that is token 0, which stands for no text in any of this library's.
+
+    Raises:
+        ValueError: if there is none that transformers reads, or it has more than the ``vocab_size`` tokens of a model.
     """
-    words = AutoTokenizer.from_pretrained(directory)
+    try:
+        words = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise ValueError(
+            f"{directory} holds no tokenizer (tokenizer.json) that transformers reads; use the directory of a text "
+            f"model, or save its tokenizer there"
+        ) from error
+    must(
+        len(words) <= vocab_size,
+        f"the tokenizer in {directory} has {len(words)} tokens and the model {vocab_size}; they do not belong together",
+    )
     words.eos_token = words.eos_token or words.convert_ids_to_tokens(0)
     words.pad_token = words.pad_token or words.eos_token
     return words

@@ -106,6 +106,16 @@ def test_weights_of_another_model_are_named(saved, tmp_path):
         OpenMythos.from_pretrained(saved)
 
 
+def test_damaged_and_missing_files_are_named(saved):
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[:500])
+    with pytest.raises(CheckpointError, match=r"the weights in .* are truncated or no safetensors file .*save them"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises(OSError, match=r"config\.json is missing; download or save it again"):
+        OpenMythosForCausalLM.from_pretrained(saved)
+
+
 def test_a_place_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OSError, match=r"nowhere does not exist"):
         OpenMythosForCausalLM.from_pretrained(tmp_path / "nowhere")
