@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from rich.text import Text
 
 from open_mythos.cli.console import clear_errors, console, table
-from open_mythos.generation.conversation import Conversation, Template
-from open_mythos.generation.sampling import Sampling
 from open_mythos.install import missing
-from open_mythos.nn.exits import parse
-from open_mythos.training.checks import find_device
-from open_mythos.training.runs import load_model, model_dir, tokenizer_of
+
+if TYPE_CHECKING:
+    from open_mythos.generation.conversation import Conversation, Template
 
 HELP = """\
 /loops N        think for N loops from now on; the same weights, deeper
@@ -45,6 +43,14 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Talk to a model of text, at any depth."""
+    import torch
+
+    from open_mythos.generation.conversation import Conversation
+    from open_mythos.generation.sampling import Sampling
+    from open_mythos.nn.exits import parse
+    from open_mythos.training.checks import find_device
+    from open_mythos.training.runs import load_model, model_dir, tokenizer_of
+
     with clear_errors():
         at = find_device(device)
         loaded, tokenizer = load_model(model).to(at), tokenizer_of(model)
@@ -153,7 +159,7 @@ def set_loops(talk: Conversation, n: str = "") -> None:
 
 
 def set_temperature(talk: Conversation, temperature: str) -> None:
-    talk.sampling = Sampling(float(temperature), talk.sampling.top_k, talk.sampling.top_p)
+    talk.sampling = dataclasses.replace(talk.sampling, temperature=float(temperature))
     console.print(f"temperature {talk.sampling.temperature:g}", style="dim", highlight=False)
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from open_mythos.cli.console import clear_errors, console, progress, table
-from open_mythos.diagnostics.cost import parameters
 from open_mythos.fields import must
-from open_mythos.integrations.upstream import Conversion
-from open_mythos.integrations.upstream import convert as convert_checkpoint
-from open_mythos.integrations.upstream.convert import SEMANTICS
+
+if TYPE_CHECKING:
+    from open_mythos.integrations.upstream import Conversion
 
 
 def convert(
@@ -34,6 +32,8 @@ def convert(
 
     Weights and plain values are read; no code in a file is run.
     """
+    from open_mythos.integrations.upstream import convert as convert_checkpoint
+
     with clear_errors(), progress(n_steps=2) as begin:
         check_directory(source, directory, overwrite)
         begin("converting")
@@ -54,6 +54,8 @@ def convert(
 
 def check_directory(source: Path, directory: Path, overwrite: bool) -> None:
     """ValueError if the model would take the place of another that nobody has given up, or of its own source."""
+    from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+
     home = source if source.is_dir() else source.parent
     taken = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
     must(
@@ -64,6 +66,8 @@ def check_directory(source: Path, directory: Path, overwrite: bool) -> None:
 
 
 def show(made: Conversion) -> None:
+    from open_mythos.diagnostics.cost import parameters
+
     cfg = made.model.cfg
     shape = table("the reference's model", "", "")
     experts = f"{cfg.n_experts} routed, {cfg.n_experts_per_tok} per token; {cfg.n_shared_experts} shared"
@@ -83,5 +87,7 @@ def show(made: Conversion) -> None:
 
 
 def _fields(made: Conversion) -> list[str]:
+    from open_mythos.integrations.upstream.convert import SEMANTICS
+
     cfg = made.model.cfg
     return [", ".join(f"{name}={getattr(cfg, name)!r}" for name in [*SEMANTICS, "loop_index_dim"])]

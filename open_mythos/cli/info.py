@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.checkpoint import CONFIG_FILE
 from open_mythos.cli.console import clear_errors, console, si, table
 from open_mythos.config import MythosConfig
-from open_mythos.diagnostics.cost import cache_bytes_per_token, flops_per_token, parameters
 from open_mythos.variants import VARIANTS, variant
 
 CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
@@ -37,6 +35,8 @@ def find_config(name: str) -> MythosConfig:
     Raises:
         ValueError: if ``name`` is none of them, or its config is bad.
     """
+    from open_mythos.checkpoint import CONFIG_FILE
+
     path = Path(name)
     inside = path / CONFIG_FILE
     if path.is_file() or inside.is_file():
@@ -51,6 +51,8 @@ def find_config(name: str) -> MythosConfig:
 
 
 def show_shape(name: str, cfg: MythosConfig) -> None:
+    from open_mythos.diagnostics.cost import parameters
+
     count = parameters(cfg)
     shape = table(name, "shape", "")
     if cfg.attn_type == "gqa":
@@ -77,6 +79,8 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
 
 
 def show_cost(cfg: MythosConfig) -> None:
+    from open_mythos.diagnostics.cost import cache_bytes_per_token, flops_per_token
+
     context = cfg.max_seq_len
     cost = table(
         f"cost of decoding by loops (cache in {CACHE_DTYPE})",

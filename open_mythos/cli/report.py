@@ -9,7 +9,6 @@ import typer
 from rich.markup import escape
 
 from open_mythos.cli.console import clear_errors, console, progress, si
-from open_mythos.report import gather, render
 
 
 def report(
@@ -20,6 +19,8 @@ def report(
     seed: Annotated[int, typer.Option(help="Of the example.")] = 0,
 ) -> None:
     """One page about a run: curves, and every loop of an example."""
+    from open_mythos.report import gather, render
+
     with clear_errors():
         with progress(n_steps=3) as begin:
             page = render(gather(run, difficulty, loops, seed, begin))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import torch.nn.functional as F
 import typer
 from rich.markup import escape
-from torch import Tensor
 
 from open_mythos.cli.console import clear_errors, console, fail, progress, table
-from open_mythos.integrations import retrofit as surgery
-from open_mythos.integrations.original import load_original
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from open_mythos.integrations.retrofit import Split
 
 SAMPLE = (
     "A river does not hurry, and yet it arrives. In spring the snow of the mountains melts, and what was white and "
@@ -34,6 +34,11 @@ def retrofit(
     out: Annotated[Path | None, typer.Option(help="Directory to write; runs/retrofit if left out.")] = None,
 ) -> None:
     """Make a pretrained decoder a recurrent-depth model: layers become prelude, core and coda."""
+    import torch
+
+    from open_mythos.integrations import retrofit as surgery
+    from open_mythos.integrations.original import load_original
+
     directory = out or Path("runs") / "retrofit"
     with clear_errors(), progress(4) as begin:
         split = surgery.Split(prelude, core, coda)
@@ -72,12 +77,14 @@ def retrofit(
 
 def bits(logits: Tensor, ids: Tensor, tokenizer: object) -> float:
     """Bits for a byte of the text, the first token left out."""
+    import torch.nn.functional as F
+
     nats = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
     n_bytes = len(tokenizer.decode(ids[0, 1:]).encode())  # type: ignore[attr-defined]
     return float(nats) / math.log(2) / n_bytes
 
 
-def show_layers(split: surgery.Split, n_layers: int) -> None:
+def show_layers(split: Split, n_layers: int) -> None:
     prelude, core, coda = split.layers(n_layers)
     dropped = range(prelude.stop, core.start)
     shown = table("layers of the original", "part", "layers", "run")

@@ -6,16 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.markup import escape
 
-from open_mythos import tasks
 from open_mythos.cli.console import clear_errors, console, progress, table
 from open_mythos.training.config import GateConfig, TrainConfig
-from open_mythos.training.gate import ROUNDS
-from open_mythos.training.gate import train_gate as teach
-from open_mythos.training.runs import TRAINING_FILE, home_dir, load_model, model_dir, training_config
 
 
 def train_gate(
@@ -33,6 +28,13 @@ def train_gate(
     out: Annotated[Path | None, typer.Option(help="Directory for the model; NAME-gate beside it.")] = None,
 ) -> None:
     """Teach a trained model when to stop, and leave it as it is otherwise."""
+    import torch
+
+    from open_mythos import tasks
+    from open_mythos.training.gate import ROUNDS
+    from open_mythos.training.gate import train_gate as teach
+    from open_mythos.training.runs import TRAINING_FILE, load_model, model_dir, training_config
+
     with clear_errors():
         trained = training_config(checkpoint)
         cfg = settings(trained, steps, min_difficulty, max_difficulty, loops)
@@ -78,6 +80,8 @@ def settings(
 
 def beside(checkpoint: str) -> Path:
     """``NAME-gate`` next to the run or the model's directory; in ``runs`` for a shipped model."""
+    from open_mythos.training.runs import home_dir, model_dir
+
     if not Path(checkpoint).exists():
         return Path("runs") / f"{checkpoint}-gate"
     home = home_dir(model_dir(checkpoint).resolve())

@@ -11,7 +11,6 @@ from helpers import tiny_model
 from typer.testing import CliRunner, Result
 
 from open_mythos.cli import app
-from open_mythos.cli import chat as chat_module
 from open_mythos.cli.chat import shown, template_of
 from open_mythos.generation.conversation import Conversation
 from open_mythos.tasks.tokenizer import Tokenizer
@@ -55,7 +54,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_program(monkeypatch: pytest.MonkeyPatch
                 raise KeyboardInterrupt
             yield text
 
-    monkeypatch.setattr(chat_module.Conversation, "reply", interrupted)
+    monkeypatch.setattr(Conversation, "reply", interrupted)
     done = chat("hello\n/loops\nworld\n", "text-tiny", "--max-tokens", 5)
     assert done.exit_code == 0 and " [stopped]\n8 loops" in done.output and n[0] > 3
 
