@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from open_mythos import plots
 from open_mythos.cli.console import clear_errors, console, fail, si, table, whole_numbers
-from open_mythos.cli.train import watching
-from open_mythos.training.compare import RESULTS, Comparison
-from open_mythos.training.compare import compare as run_all
-from open_mythos.training.recipes import configured
-from open_mythos.training.trainer import TrainingError
+
+if TYPE_CHECKING:
+    from open_mythos.training.compare import Comparison
 
 
 def compare(
@@ -30,6 +27,13 @@ def compare(
     One baseline runs the same block once; the other has as many blocks as the model has loops, each with weights of
     its own. All see the same problems for as many steps. Runs in --out that have ended are not run again.
     """
+    from open_mythos import plots
+    from open_mythos.cli.watch import watching
+    from open_mythos.training.compare import RESULTS
+    from open_mythos.training.compare import compare as run_all
+    from open_mythos.training.recipes import configured
+    from open_mythos.training.trainer import TrainingError
+
     out = out or Path("runs") / f"compare-{recipe}"
     with clear_errors():
         plots.require_matplotlib()
@@ -52,6 +56,8 @@ def compare(
 
 def draw(found: Comparison, out: Path) -> list[Path]:
     """A picture for each difficulty, baselines as points at their depth. Bits per byte are for the report to draw."""
+    from open_mythos import plots
+
     if found.measure != "accuracy":
         return []
     pictures = []

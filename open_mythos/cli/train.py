@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
 
 from open_mythos.cli.console import clear_errors, console, fail, si, table
-from open_mythos.cli.measured import show_grid, show_halting, show_text
-from open_mythos.training import distributed
 from open_mythos.training.config import TrainConfig
-from open_mythos.training.fit import Watch, fit, load_evaluation
-from open_mythos.training.loggers import Record
-from open_mythos.training.recipes import RECIPES, configured
-from open_mythos.training.trainer import TrainingError
-
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to update
 
 
 def train(
@@ -40,6 +27,12 @@ def train(
     show_list: Annotated[bool, typer.Option("--list", help="Print the recipes, and stop.")] = False,
 ) -> None:
     """Train a model by a recipe, and measure it."""
+    from open_mythos.cli.watch import reading, watching
+    from open_mythos.training import distributed
+    from open_mythos.training.fit import fit
+    from open_mythos.training.recipes import configured
+    from open_mythos.training.trainer import TrainingError
+
     if show_list or recipe is None:
         show_recipes()
         return
@@ -78,6 +71,8 @@ def train(
 
 
 def show_recipes() -> None:
+    from open_mythos.training.recipes import RECIPES
+
     shown = table("recipes", "recipe", "what it trains")
     shown.columns[1].justify = "left"
     for name, made in RECIPES.items():
@@ -109,77 +104,13 @@ def show_cost(cfg: TrainConfig) -> None:
     console.print(shown)
 
 
-# -- meanwhile
-
-
-@contextmanager
-def reading(overrides: list[str]) -> Iterator[None]:
-    """Says that text is being read, which may take a while."""
-    errors, sources = Console(stderr=True), [text for text in overrides if text.startswith("data=")]
-    if not sources or distributed.rank() > 0:
-        yield
-    elif errors.is_terminal:
-        with errors.status(f"reading {escape(sources[-1])}"):
-            yield
-    else:
-        errors.print(f"reading {sources[-1]}", markup=False, highlight=False, soft_wrap=True)
-        yield
-
-
-@contextmanager
-def watching(steps: int) -> Iterator[Watch]:
-    """A live line on a terminal's stderr, gone at the end; elsewhere a plain line every so often."""
-    errors = Console(stderr=True)
-    columns = BarColumn(bar_width=20), TextColumn("{task.description}")
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task, shown_at = bar.add_task("the first steps", total=steps), -PLAIN_SECONDS
-
-        def plain(line: str) -> None:
-            nonlocal shown_at
-            if not errors.is_terminal and time.monotonic() - shown_at >= PLAIN_SECONDS:
-                shown_at = time.monotonic()
-                errors.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        def record(numbers: Record) -> None:
-            line = live_line(numbers, steps)
-            bar.update(task, description=escape(line), completed=numbers["step"])
-            plain(line)
-
-        def begin(what: str) -> None:
-            bar.update(task, description=escape(what))
-            plain(what)
-
-        def say(message: str) -> None:
-            bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-        yield Watch(record, say, begin)
-
-
-def live_line(numbers: Record, steps: int) -> str:
-    """The numbers of a step in one line; those that there are."""
-    shown = [f"step {numbers['step']}/{steps}"]
-    for key, form in (
-        ("loss", "loss {:.4f}"),
-        ("accuracy", "accuracy {:.3f}"),
-        ("loops", "loops {:.1f}"),
-        ("spectral_radius", "max A {:.3f}"),
-        ("expert_balance", "experts {:.2f}"),
-        ("grad_norm", "gradient {:.2g}"),
-        ("lr", "lr {:.1e}"),
-    ):
-        if (value := numbers.get(key)) is not None:
-            shown.append(form.format(value))
-    shown.append(f"{si(float(numbers['tokens_per_second'] or 0))} tokens/s")
-    if numbers["skipped"]:
-        shown.append(f"{numbers['skipped']} steps skipped")
-    shown.append(f"{timedelta(seconds=round(float(numbers['eta_seconds'] or 0)))} left")
-    return "  ".join(shown)
-
-
 # -- after
 
 
 def show_evaluation(cfg: TrainConfig, run: Path) -> None:
+    from open_mythos.cli.measured import show_grid, show_halting, show_text
+    from open_mythos.training.fit import load_evaluation
+
     found = load_evaluation(run)
     if isinstance(found, dict):
         show_text({cfg.evaluation.difficulties[0]: found})

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from open_mythos import OpenMythos
 from open_mythos.cli import app
-from open_mythos.cli.train import live_line
+from open_mythos.cli.watch import live_line
 from open_mythos.training.recipes import RECIPES
 
 SHORT = ("steps=4", "save_every=2", "gate.steps=0", "evaluation.examples=4")
