@@ -21,7 +21,7 @@ from speed import Worker
 from speed_cases import Task
 
 from open_mythos import OpenMythos
-from open_mythos.cli.bench import shaped
+from open_mythos.cli.timed import shaped
 from open_mythos.diagnostics import cache_bytes_per_token, flops_per_token, parameters
 from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
 from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed

@@ -1,7 +1,9 @@
 """The ``mythos`` command. Each subcommand is a function of its own name (``train-gate``: ``train_gate``) in a module of
 that name.
 
-A subcommand's module is imported when it is run, so that ``mythos --help`` waits for neither torch nor matplotlib.
+A subcommand's module is imported when it is called, and the library when it runs, so that no ``--help`` and no mistyped
+option waits for torch or matplotlib: what needs them is imported in functions, or stands in a module beside the
+command's.
 """
 
 from __future__ import annotations

@@ -7,21 +7,19 @@ import json
 from collections.abc import Callable
 from datetime import date
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from open_mythos.cli.console import clear_errors, console, progress, si, table
-from open_mythos.cli.info import find_config
 from open_mythos.config import MythosConfig
-from open_mythos.diagnostics import parameters
-from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
-from open_mythos.diagnostics.speed import Speed, decode_speed, prefill_speed, train_speed
-from open_mythos.model import OpenMythos
-from open_mythos.training.runs import load_model, model_dir
 
-_HEAD, _VOCABULARY = 64, 8192  # of the shapes that --dim makes
+if TYPE_CHECKING:
+    import torch
+
+    from open_mythos.diagnostics.speed import Speed
+    from open_mythos.model import OpenMythos
+
 _SIZES = {"train": (8, 256), "prefill": (1, 1024), "decode": (1, 512)}  # rows and tokens of each
 
 
@@ -61,6 +59,11 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0, help="For each thing timed; three repetitions at least.")] = 6.0,
 ) -> None:
     """How fast a model trains, reads and decodes here, beside what the machine can do."""
+    import torch
+
+    from open_mythos.cli.timed import build, chosen_device
+    from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
+
     with clear_errors():
         if threads is not None:
             torch.set_num_threads(threads)
@@ -84,56 +87,6 @@ def bench(
     print(json.dumps(record(name, timed.cfg, found, peak, reading, conditions)))
 
 
-def build(
-    model: str | None, dim: int | None, attn: Attention | None, experts: int | None, loops: int | None
-) -> OpenMythos:
-    """The model to time, with every position running every loop.
-
-    Raises:
-        ValueError: for a model and a shape at once, or either that does not do.
-    """
-    shape = {"--dim": dim, "--attn": attn, "--experts": experts}
-    if model is None:
-        made = OpenMythos(shaped(dim or 512, attn or Attention.gqa, experts or 8, loops or 4))
-    else:
-        if given := [option for option, value in shape.items() if value is not None]:
-            raise ValueError(f"{model} has a shape of its own; leave out {' and '.join(given)}, or the model")
-        made = saved_or_new(model)
-    made.cfg.halting = False
-    made.cfg.max_loop_iters = loops or made.cfg.max_loop_iters  # what training explores, too
-    return made
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """``name``, or CUDA if there is any, or the CPU. ValueError for what this machine does not have."""
-    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    if name not in (None, *here):
-        raise ValueError(f"--device {name!r} is not to be had here; use {' or '.join(here)}")
-    return torch.device(name or here[0])
-
-
-def saved_or_new(name: str) -> OpenMythos:
-    """A saved model, or one of a variant's or a file's config, with random weights."""
-    try:
-        model_dir(name)
-    except ValueError:
-        return OpenMythos(find_config(name))
-    return load_model(name)
-
-
-def shaped(dim: int, attn: str, experts: int, loops: int) -> MythosConfig:
-    """A model of a width, other sizes in proportion: heads of 64, experts as wide as the model, two for each token."""
-    if dim % _HEAD:
-        raise ValueError(f"--dim {dim} is no multiple of {_HEAD}, the width of a head; use {dim // _HEAD * _HEAD}")
-    heads = dim // _HEAD
-    return MythosConfig(
-        vocab_size=_VOCABULARY, dim=dim, n_heads=heads, n_kv_heads=heads // 2 if heads % 2 == 0 else heads,
-        max_loop_iters=loops, prelude_layers=1, coda_layers=1, attn_type=attn,
-        kv_lora_rank=dim // 4, q_lora_rank=dim // 2, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=_HEAD,
-        n_experts=experts, n_shared_experts=1, n_experts_per_tok=min(2, experts), expert_dim=dim,
-    )  # fmt: skip
-
-
 def measure(
     model: OpenMythos,
     work: Work,
@@ -144,6 +97,8 @@ def measure(
     seconds: float,
     begin: Callable[[str], None],
 ) -> Speed:
+    from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed
+
     begin(work)
     if work is Work.train:
         return train_speed(model.float(), batch, tokens, n_loops, dtype, seconds)
@@ -179,6 +134,8 @@ def record(
     name: str, cfg: MythosConfig, found: list[Speed], peak: float, reading: float, conditions: dict[str, Any]
 ) -> dict[str, Any]:
     """What the table shows, and everything it came from."""
+    from open_mythos.diagnostics import parameters
+
     works = {}
     for one in found:
         read = one.bytes_per_second

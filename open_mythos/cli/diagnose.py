@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch
 import typer
-from torch import Tensor
 
-from open_mythos import plots as draw
-from open_mythos.cache import KVCache
 from open_mythos.cli.console import clear_errors, console, progress, si, table
 from open_mythos.config import MythosConfig
-from open_mythos.diagnostics import Trace, cache_bytes, loop_gain, spectral_radius, trace
-from open_mythos.model import OpenMythos
 
-EXAMPLE_FILE = "example.json"
-RANDOM_TOKENS, SEED = 64, 0
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from open_mythos.diagnostics import Trace
+    from open_mythos.model import OpenMythos
+
 POSITIONS_PER_LINE = 16
 BLOCKS, MOST_BLOCKS = " ▁▂▃▄▅▆▇█", 32
 
@@ -32,6 +29,10 @@ def diagnose(
     prompt: Annotated[str | None, typer.Option(help='Token ids, as in "1 2 1 1".')] = None,
 ) -> None:
     """Look inside a checkpoint, loop by loop."""
+    from open_mythos.cli.tokens import choose_tokens
+    from open_mythos.diagnostics import trace
+    from open_mythos.model import OpenMythos
+
     with clear_errors(), progress(n_steps=3 if plots is None else 4) as begin:
         begin("loading")
         model = OpenMythos.from_pretrained(checkpoint)
@@ -52,51 +53,6 @@ def diagnose(
     show_next(checkpoint, plots, model.cfg)
 
 
-# -- what to run
-
-
-def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, Tensor]:
-    """Where the tokens come from, and the tokens, (1, T): the prompt, the checkpoint's example, or random ones.
-
-    Raises:
-        ValueError: naming what is wrong with the prompt or the example.
-    """
-    example = checkpoint / EXAMPLE_FILE
-    if prompt is not None:
-        return "prompt", as_tokens("--prompt", [as_int(word) for word in prompt.replace(",", " ").split()], cfg)
-    if example.is_file():
-        return EXAMPLE_FILE, as_tokens(str(example), read_example(example), cfg)
-    length = min(RANDOM_TOKENS, cfg.max_seq_len)
-    generator = torch.Generator().manual_seed(SEED)
-    return f"random, seed {SEED}", torch.randint(cfg.vocab_size, (1, length), generator=generator)
-
-
-def as_int(word: str) -> int | str:
-    return int(word) if word.removeprefix("-").isdecimal() else word
-
-
-def read_example(path: Path) -> Any:
-    """The value of ``tokens`` in a JSON object."""
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); mend or remove it, or give --prompt") from error
-    if not isinstance(data, dict) or not isinstance(data.get("tokens"), list):
-        raise ValueError(f'{path} should hold {{"tokens": [...]}}; mend or remove it, or give --prompt')
-    return data["tokens"]
-
-
-def as_tokens(source: str, tokens: list[Any], cfg: MythosConfig) -> Tensor:
-    """(1, T) of ``tokens``, checked."""
-    high = cfg.vocab_size - 1
-    if not tokens:
-        raise ValueError(f"{source} holds no tokens; give integers from 0 to {high}, such as '1 2 1 1'")
-    for token in tokens:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= high:
-            raise ValueError(f"{source} holds {token!r}; tokens of this model are integers from 0 to {high}")
-    return torch.tensor([tokens])
-
-
 # -- what to measure besides the trace
 
 
@@ -109,14 +65,21 @@ class Measures:
     cache_bytes: int
 
 
-@torch.no_grad()
 def measure(model: OpenMythos, ids: Tensor, n_loops: int) -> Measures:
+    import torch
+
+    from open_mythos.cache import KVCache
+    from open_mythos.diagnostics import cache_bytes, loop_gain, spectral_radius
+
     cache = KVCache()
-    model(ids, n_loops, kv_cache=cache)
-    return Measures(spectral_radius(model), loop_gain(model, ids, n_loops), cache_bytes(cache))
+    with torch.no_grad():
+        model(ids, n_loops, kv_cache=cache)
+        return Measures(spectral_radius(model), loop_gain(model, ids, n_loops), cache_bytes(cache))
 
 
 def draw_all(found: Trace, ids: Tensor, directory: Path) -> None:
+    from open_mythos import plots as draw
+
     tokens = ids[0].tolist()
     draw.state_change(found.delta, directory / "state_change.png")
     draw.halting_map(found.loops_used[0], directory / "loops_used.png", tokens)
@@ -173,6 +136,8 @@ def show_experts(load: Tensor) -> None:
 
 def bars(counts: np.ndarray) -> str:
     """Counts as blocks of eight heights; neighbours share one where there are too many for a line."""
+    import numpy as np
+
     means = [part.mean() for part in np.array_split(counts, min(len(counts), MOST_BLOCKS))]
     return "".join(BLOCKS[round(8 * mean / max(*means, 1))] for mean in means)
 

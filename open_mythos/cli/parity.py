@@ -1,0 +1,57 @@
+"""What ``mythos demo`` trains and measures: running parity, at more bits and more loops than were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from open_mythos.cli.console import progress
+from open_mythos.config import MythosConfig
+from open_mythos.evaluation import accuracy_by_loops
+from open_mythos.model import OpenMythos
+from open_mythos.tasks.parity import Parity
+
+TASK = Parity()
+TRAINED_LENGTH, MOST_TRAINED_LOOPS, BATCH = 24, 8, 64
+LENGTHS = (24, 48, 96)
+LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+FAR_LENGTHS, FAR_LOOPS = (24, 96, 384), (1, 2, 4, 8, 16, 32, 64, 128, 256)  # for the model that trained for longer
+CONFIG = MythosConfig(
+    vocab_size=TASK.vocab_size, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=16,
+    prelude_layers=1, coda_layers=1, attn_type="gqa",
+    n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=32, lora_rank=0,
+)  # fmt: skip
+
+
+def train(model: OpenMythos, steps: int) -> None:
+    """Fresh sequences at every step, the number of loops drawn anew each time; learning rate decays over the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 4 * (1 - step / steps)))
+    model.train()
+    with progress(steps) as begin:
+        for _ in range(steps):
+            x, y, _ = TASK.batch(BATCH, TRAINED_LENGTH)
+            n_loops = int(torch.randint(1, MOST_TRAINED_LOOPS + 1, ()))
+            logits = model(x, n_loops=n_loops)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            right = (logits.argmax(-1) == y).float().mean()
+            begin(f"loss {loss:.3f}  accuracy {right:.3f}  loops {n_loops}")
+
+
+def measure(model: OpenMythos, lengths: Sequence[int], loops: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Accuracy by loops on new sequences of every length."""
+    curves = {}
+    with progress(len(lengths)) as begin:
+        for length in lengths:
+            begin(f"measuring {length} bits")
+            problems = TASK.batch(256 if length <= 100 else 64, length)
+            name = f"{length} bits" + (" (trained)" if length == TRAINED_LENGTH else "")
+            curves[name] = accuracy_by_loops(model, problems.ids, problems.targets, loops)
+    return curves
