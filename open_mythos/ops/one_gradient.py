@@ -66,9 +66,12 @@ class OneGradient:
     def add_products(self, x_ECI: Tensor, y_ECO: Tensor) -> None:
         """Add ``x^T y`` of each matrix of a weight (E, I, O).
 
-        With few rows C such a product is nearly all reading and writing of the sum, so the rows of several uses wait
-        until it is worth it.
+        A product in another dtype than the sum's has to be written before it can be added. With few rows C that is
+        nearly all of the work, so the rows of several uses wait until it is worth it.
         """
+        if x_ECI.dtype == self._leaf.dtype:
+            add_product(self.sum, x_ECI.transpose(1, 2), y_ECO)
+            return
         self._waiting.append((x_ECI, y_ECO))
         if sum(x.shape[1] for x, _ in self._waiting) >= _ENOUGH:
             self._add_waiting()
