@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from open_mythos.diagnostics.machine import repeat
-from open_mythos.ops.experts import expert_counts, grouped_swiglu
+from open_mythos.ops.experts import grouped_swiglu
+from open_mythos.ops.rows import expert_counts
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 # Query heads, key/value heads, their widths. MLA trains in its expanded form and decodes in the absorbed one.

@@ -22,7 +22,7 @@ from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import Readout, RecurrentBlock, check_n_loops
-from open_mythos.ops.attention import CausalMask, document_starts
+from open_mythos.ops.mask import CausalMask, document_starts
 from open_mythos.ops.rope import rope_table
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from open_mythos import KVCache
 from open_mythos.diagnostics import trace
-from open_mythos.ops.attention import CausalMask, attend, attend_local, causal_conv, document_starts
+from open_mythos.ops.attention import attend, attend_local
+from open_mythos.ops.conv import causal_conv
+from open_mythos.ops.mask import CausalMask, document_starts
 from open_mythos.ops.reference import attention
 from open_mythos.reference import reference_logits
 from open_mythos.tasks import UNSCORED, Batch

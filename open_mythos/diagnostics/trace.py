@@ -14,7 +14,7 @@ from open_mythos.nn.halting import ask
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.recurrent import check_n_loops
-from open_mythos.ops.experts import expert_counts
+from open_mythos.ops.rows import expert_counts
 
 
 @dataclass

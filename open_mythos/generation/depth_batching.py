@@ -23,7 +23,7 @@ from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.recurrent import check_n_loops
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import LOOPS_SLOT, CacheSlot, KVCache, core_slot, loop_slot
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 
 _STILL_RUNS = 1 << 40  # the loop at which a token left that has not
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 
 
 class ActiveTokens:

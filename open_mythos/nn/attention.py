@@ -9,7 +9,9 @@ from open_mythos.cache import Cache, as_cache
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.linear import Linear, apply
-from open_mythos.ops.attention import CausalMask, attend, attend_convolved, attend_local, convolved_window
+from open_mythos.ops.attention import attend, attend_convolved, attend_local
+from open_mythos.ops.conv import convolved_window
+from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import rope_rows
 
 Rows = dict[str, Tensor]

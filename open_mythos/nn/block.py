@@ -14,7 +14,7 @@ from open_mythos.nn.gqa import GQAttention
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 
 
 class TransformerBlock(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.nn.linear import WEIGHT_STD
-from open_mythos.ops.attention import causal_conv
+from open_mythos.ops.conv import causal_conv
 
 
 class ShortConv(nn.Module):

@@ -8,7 +8,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.linear import Linear, residual_gain, side_by_side
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import apply_rope
 
 

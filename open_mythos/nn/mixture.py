@@ -15,7 +15,7 @@ from open_mythos.nn.exits import LoopState
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.linear import WEIGHT_STD
 from open_mythos.nn.recurrent import RecurrentBlock, step_slot
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 
 
 class MixtureGate(nn.Module):

@@ -10,7 +10,9 @@ from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.linear import Linear, apply, effective_weight, residual_gain, side_by_side
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.attention import CausalMask, attend_convolved, attend_local, convolved_window
+from open_mythos.ops.attention import attend_convolved, attend_local
+from open_mythos.ops.conv import convolved_window
+from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import apply_rope
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.linear import Linear, apply, fan_in_scale, residual_gain
-from open_mythos.ops.experts import expert_counts, grouped_swiglu
+from open_mythos.ops.experts import grouped_swiglu
+from open_mythos.ops.rows import expert_counts
 
 
 class MoEFFN(nn.Module):

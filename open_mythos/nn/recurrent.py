@@ -22,8 +22,8 @@ from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.attention import CausalMask
 from open_mythos.ops.loop_index import loop_index_embedding
+from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import rope_rows
 
 _EXPLORED = 8  # one row in so many of a training batch is also run to full depth

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from open_mythos.model import OpenMythos
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 
 
 @dataclass

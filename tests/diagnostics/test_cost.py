@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import open_mythos.nn.attention as attention
 import open_mythos.nn.mla as mla
 import open_mythos.ops.attention as ops
-import open_mythos.ops.experts as experts
+import open_mythos.ops.rows as expert_rows
 from open_mythos import VARIANTS, KVCache
 from open_mythos.diagnostics import (
     bytes_per_decoding_step,
@@ -129,7 +129,7 @@ def test_a_token_of_a_prompt_costs_the_mean_over_the_prompt(n_tokens):
 def test_only_the_last_position_of_a_prompt_passes_the_end_of_the_coda(attn_type, coda_layers, monkeypatch):
     n_tokens, wide = 8, dict(v_head_dim=16, kv_lora_rank=20)  # narrower values are padded, narrower latents absorbed
     model = tiny_model(attn_type, halting=False, coda_layers=coda_layers, **wide)
-    monkeypatch.setattr(experts, "_best_width", lambda counts: 0)  # or rows that stand idle would be counted
+    monkeypatch.setattr(expert_rows, "_best_width", lambda counts: 0)  # or rows that stand idle would be counted
     counted = []
     for last in (1, None):
         counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_THE_COUNTER)
@@ -154,7 +154,7 @@ def test_mla_reads_a_prompt_in_its_expanded_form():
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_a_step_of_training_costs_what_pytorch_counts(attn_type, monkeypatch):
-    monkeypatch.setattr(experts, "_best_width", lambda counts: 0)  # or rows that stand idle would be counted
+    monkeypatch.setattr(expert_rows, "_best_width", lambda counts: 0)  # or rows that stand idle would be counted
     model = tiny_model(attn_type, halting=False, local_window=0).train()
     counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_THE_COUNTER)
     with sdpa_kernel(SDPBackend.MATH), counter:

@@ -10,7 +10,7 @@ from helpers import tiny_config
 from torch import Tensor, nn
 
 from open_mythos.nn.recurrent import LoopState
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 from open_mythos.tasks.base import Batch, Task
 
 

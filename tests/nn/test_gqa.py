@@ -8,7 +8,7 @@ from torch import Tensor
 from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.gqa import GQAttention
 from open_mythos.ops import reference
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import rope_table
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from open_mythos.nn.mla import MLAttention
 from open_mythos.ops import reference
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import rope_table
 
 

@@ -10,7 +10,7 @@ from open_mythos import KVCache, OpenMythos
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.exits import StateChange
 from open_mythos.ops import reference
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import precompute_rope_freqs, rope_table
 
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos.ops import reference
-from open_mythos.ops.attention import CausalMask, attend, attend_convolved, attend_local, causal_conv
+from open_mythos.ops.attention import attend, attend_convolved, attend_local
+from open_mythos.ops.conv import causal_conv
+from open_mythos.ops.mask import CausalMask
 
 
 def allowed(T: int, S: int, valid: Tensor | None, positions: Tensor | None, window: int | None = None) -> Tensor:

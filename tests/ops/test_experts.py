@@ -6,10 +6,11 @@ from helpers import assert_near
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_mythos.ops import experts as experts_module
 from open_mythos.ops import one_gradient as one_gradient_module
-from open_mythos.ops.experts import Rows, expert_counts, grouped_swiglu
+from open_mythos.ops import rows as rows_module
+from open_mythos.ops.experts import grouped_swiglu
 from open_mythos.ops.reference import moe_loop
+from open_mythos.ops.rows import Rows, expert_counts
 
 
 @st.composite
@@ -68,7 +69,7 @@ def test_counts(choices):
 @pytest.mark.parametrize("width", [0, 1, 2, 100], ids=["grouped", "nearly all in the rest", "some", "no rest"])
 @pytest.mark.parametrize("N, E, K, D, F", [(9, 4, 2, 13, 7), (5, 3, 3, 8, 6), (7, 5, 1, 16, 12)])
 def test_both_kinds_of_layouts_are_the_double_loop(width, N, E, K, D, F, monkeypatch):
-    monkeypatch.setattr(experts_module, "_best_width", lambda counts: width)
+    monkeypatch.setattr(rows_module, "_best_width", lambda counts: width)
     torch.manual_seed(0)
     chosen = torch.rand(N, E).topk(K).indices
     assert Rows.of(chosen, E).width == width

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
-from open_mythos.ops.attention import CausalMask
+from open_mythos.ops.mask import CausalMask
 from open_mythos.training.unroll import unroll
 
 B, T = 4, 7
