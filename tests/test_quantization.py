@@ -175,7 +175,7 @@ def test_without_torchao_the_error_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     model = a_model()
-    with pytest.raises(ImportError, match=r"pip install "\.\[quant\]""):
+    with pytest.raises(ImportError, match=r'pip install "\.\[quant\]"'):
         quantize_int8(model)
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
 
