@@ -10,7 +10,7 @@ from torch import Tensor
 from open_mythos import KVCache, OpenMythos
 from open_mythos.cache import PADDING_SLOT, as_cache
 from open_mythos.nn.exits import PredictionKL, StateChange
-from open_mythos.ops import attention as ops
+from open_mythos.ops import conv
 
 T = 12
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
@@ -66,8 +66,8 @@ def test_few_queries_of_many_rows_convolve_none_of_them(attn_type, gate_bias, lo
     with torch.no_grad():
         whole = model(ids, 4, attention_mask=mask)
     convolved: list[int] = []
-    plain = ops.conv_end
-    monkeypatch.setattr(ops, "conv_end", lambda x, taps, n: convolved.append(n) or plain(x, taps, n))
+    plain = conv.conv_end
+    monkeypatch.setattr(conv, "conv_end", lambda x, taps, n: convolved.append(n) or plain(x, taps, n))
     cached = in_chunks(model, ids, [52, 1, 3, 1, 1, 2], 4, KVCache(), mask)
     assert_near(cached[mask], whole[mask])
     assert {n for n in convolved if n >= 12} == {52}, "the prompt's rows, once a loop, and then a window at most"

@@ -9,8 +9,7 @@ from open_mythos.cache import Cache, as_cache
 from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.linear import Linear, apply
-from open_mythos.ops.attention import attend, attend_convolved, attend_local
-from open_mythos.ops.conv import convolved_window
+from open_mythos.ops.attention import attend, attend_convolved, attend_local, attend_local_convolved
 from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import rope_rows
 
@@ -135,13 +134,12 @@ class CausalAttention(nn.Module):
     def _attend_near(
         self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None, taps: Taps | None
     ) -> Tensor:
-        """Local attention of some heads; only the rows that a window holds are convolved."""
+        """Local attention of some heads."""
         q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)
-        if taps is not None:
-            k_taps, v_taps = (self._read_by(heads, tap)[0] for tap in taps)
-            k, near = convolved_window(k, k_taps, mask, self.local_window)
-            v, mask = convolved_window(v, v_taps, mask, self.local_window)[0], near
-        return attend_local(q, k, v, self.local_window, mask, scale)
+        if taps is None:
+            return attend_local(q, k, v, self.local_window, mask, scale)
+        k_taps, v_taps = (self._read_by(heads, tap)[0] for tap in taps)
+        return attend_local_convolved(q, k, v, k_taps, v_taps, self.local_window, mask, scale)
 
     def _attend_far(
         self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None, taps: Taps | None

@@ -10,8 +10,7 @@ from open_mythos.nn.attention import CausalAttention, Rows
 from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.linear import Linear, apply, effective_weight, residual_gain, side_by_side
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.attention import attend_convolved, attend_local
-from open_mythos.ops.conv import convolved_window
+from open_mythos.ops.attention import attend_convolved, attend_local_convolved
 from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import apply_rope
 
@@ -96,15 +95,14 @@ class MLAttention(CausalAttention):
         if taps is None:
             keys = torch.cat([c_kv, k_rope], -1).unsqueeze(2)
             return self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale)
+        c_kv, k_rope, taps = c_kv.unsqueeze(2), k_rope.unsqueeze(2), taps.unsqueeze(1)
+        read = c_kv, c_kv, taps, taps
         if n:
-            near, near_mask = convolved_window(c_kv, taps, mask, self.local_window)
-            keys = torch.cat([near, k_rope[:, -near.shape[1] :]], -1).unsqueeze(2)
-            q = torch.cat([q_latent[:, :, :n], q_rope[:, :, :n]], -1)
-            found.append(attend_local(q, keys, near.unsqueeze(2), self.local_window, near_mask, self.score_scale))
+            q, beside = q_latent[:, :, :n], (q_rope[:, :, :n], k_rope)
+            found.append(attend_local_convolved(q, *read, self.local_window, mask, self.score_scale, beside))
         if n < self.n_heads:
-            c_kv, k_rope, taps = c_kv.unsqueeze(2), k_rope.unsqueeze(2), taps.unsqueeze(1)
-            beside = q_rope[:, :, n:], k_rope
-            found.append(attend_convolved(q_latent[:, :, n:], c_kv, c_kv, taps, taps, mask, self.score_scale, beside))
+            q, beside = q_latent[:, :, n:], (q_rope[:, :, n:], k_rope)
+            found.append(attend_convolved(q, *read, mask, self.score_scale, beside))
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def _mixed_latents(self, rows: Rows, mask: CausalMask) -> Tensor:

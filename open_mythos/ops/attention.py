@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.ops.conv import window_end
 from open_mythos.ops.mask import CausalMask
 
 
@@ -162,6 +163,31 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask,
     weights = scores.masked_fill(~mask.band(at)[:, :, None, None], float("-inf")).softmax(-1).to(v.dtype)
     found = [weights[..., w, None] * v_BTGD.unsqueeze(3) for w, v_BTGD in enumerate(v_W)]
     return sum(found[1:], found[0]).flatten(2, 3)
+
+
+def attend_local_convolved(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_taps: Tensor,
+    v_taps: Tensor,
+    window: int,
+    mask: CausalMask,
+    scale: float | None = None,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """:func:`attend_local` to keys and values that are convolved as those of :func:`attend_convolved`."""
+    if not mask.is_last:
+        near = mask.near(window, len(k_taps) - 1)
+        k, v = k[:, -near.n_keys :], v[:, -near.n_keys :]
+        beside = None if beside is None else (beside[0], beside[1][:, -near.n_keys :])
+        return attend_convolved(q, k, v, k_taps, v_taps, near, scale, beside)
+    # For one query a window of rows takes fewer operations to convolve than a convolution to move.
+    same, k = v is k, window_end(k, k_taps, window)
+    v = k if same else window_end(v, v_taps, window)
+    if beside is not None:
+        q, k = torch.cat([q, beside[0]], -1), torch.cat([k, beside[1][:, -k.shape[1] :]], -1)
+    return attend_local(q, k, v, window, CausalMask(1, k.shape[1]), scale)
 
 
 def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, window: int, mask: CausalMask, scale: float | None) -> Tensor:

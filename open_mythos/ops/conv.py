@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.mask import CausalMask
-
 
 def causal_conv(x_BSC: Tensor, taps_KC: Tensor, starts_BS: Tensor | None = None) -> Tensor:
     """Depth-wise causal convolution ``y[s] = sum_k taps[k] * x[s - k]``, zeros before the first row.
@@ -37,10 +35,10 @@ def conv_end(x_BSC: Tensor, taps_KC: Tensor, n: int) -> Tensor:
     return out
 
 
-def convolved_window(x: Tensor, taps: Tensor, mask: CausalMask, window: int) -> tuple[Tensor, CausalMask]:
-    """Of rows (B, S, ...) that ``taps`` (K, ...) have still to convolve, those that local heads see, and their mask."""
-    n_seen, more = mask.n_new + window - 1, len(taps) - 1
-    if x.shape[1] < n_seen + more:  # the text's start is in sight
-        n_seen = min(n_seen, x.shape[1])
+def window_end(x: Tensor, taps: Tensor, window: int) -> Tensor:
+    """The last ``window`` rows, or all if there are fewer, of a :func:`causal_conv` of (B, S, ...) with (K, ...)."""
+    more = len(taps) - 1
+    if x.shape[1] < window + more:  # the text's start is in sight
+        window = min(window, x.shape[1])
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (more, 0))
-    return conv_end(x, taps, n_seen), mask.last(n_seen)
+    return conv_end(x, taps, window)

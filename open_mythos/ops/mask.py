@@ -27,6 +27,7 @@ class CausalMask:
         first: position of the first new token, from which on queries stand; ``S - T`` if None.
         starts: (B, S) int64 position at which the document of each key starts, see :func:`document_starts`; None if a
             row is one document.
+        window: a query sees the last so many keys alone, its own included; None if all.
     """
 
     n_queries: int
@@ -35,8 +36,10 @@ class CausalMask:
     positions: Tensor | None = None
     first: int | None = None
     starts: Tensor | None = None
+    window: int | None = None
     _dense: Tensor | None = field(default=None, init=False, repr=False)
     _bands: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _near: dict[tuple[int, int], CausalMask] = field(default_factory=dict, init=False, repr=False)
 
     def query_positions(self, device: torch.device) -> Tensor:
         """(B or 1, T)."""
@@ -49,16 +52,23 @@ class CausalMask:
         """Keys from the first that may be a query on."""
         return self.n_queries if self.first is None else self.n_keys - self.first
 
-    def last(self, n_keys: int) -> CausalMask:
-        """The mask of the same queries for the last ``n_keys`` keys alone, ``n_new`` at least."""
-        cut = self.n_keys - n_keys
-        return CausalMask(
-            self.n_queries, n_keys,
-            None if self.valid is None else self.valid[:, cut:],
-            None if self.positions is None else (self.positions - cut).clamp(min=0),  # of unused slots, anything
-            None if self.first is None else self.first - cut,
-            None if self.starts is None else self.starts[:, cut:] - cut,
-        )  # fmt: skip
+    def near(self, window: int, more: int) -> CausalMask:
+        """For the same queries that see ``window`` keys alone: of the last keys those that any of them sees.
+
+        And ``more`` keys before these, as far as there are any. Made once for all loops.
+        """
+        key = (window, more)
+        if key not in self._near:
+            cut = max(0, self.n_keys - self.n_new - window + 1 - more)
+            self._near[key] = CausalMask(
+                self.n_queries, self.n_keys - cut,
+                None if self.valid is None else self.valid[:, cut:],
+                None if self.positions is None else (self.positions - cut).clamp(min=0),  # of unused slots, anything
+                None if self.first is None else self.first - cut,
+                None if self.starts is None else self.starts[:, cut:] - cut,
+                window,
+            )  # fmt: skip
+        return self._near[key]
 
     def ending(self, n_queries: int) -> CausalMask:
         """The mask of the last queries alone, which see the same keys; for queries that are the last T tokens."""
@@ -79,7 +89,7 @@ class CausalMask:
     @property
     def is_plain(self) -> bool:
         """True where SDPA needs no mask: all tokens are queries, or one query sees every key."""
-        return self.is_same_for_all and self.n_queries in (1, self.n_keys)
+        return self.is_same_for_all and self.window is None and self.n_queries in (1, self.n_keys)
 
     @property
     def is_last(self) -> bool:
@@ -98,6 +108,8 @@ class CausalMask:
         at = self.query_positions(device).unsqueeze(-1)
         key = torch.arange(self.n_keys, device=device)
         seen = key <= at
+        if self.window is not None:
+            seen = seen & (key > at - self.window)
         if self.starts is not None:
             seen = seen & (key >= self.starts_at(self.query_positions(device)).unsqueeze(-1))
         if self.valid is not None:

@@ -7,7 +7,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import open_mythos.nn.attention as attention
-import open_mythos.nn.mla as mla
 import open_mythos.ops.attention as ops
 import open_mythos.ops.rows as expert_rows
 from open_mythos import VARIANTS, KVCache
@@ -79,16 +78,16 @@ def _counted(model, context, n_loops, monkeypatch):
     Its counter knows neither the fused CPU attention, so the plain one is run, nor grouped products, nor those of local
     attention, which are written as sums.
     """
-    local = 0
+    local, plain = 0, ops.attend_local
 
     def attend_local(q, k, v, window, *rest):
         nonlocal local
         keys = min(window, k.shape[1])
         local += FLOPS_PER_MULTIPLY_ADD * q.shape[:3].numel() * keys * (q.shape[-1] + v.shape[-1])
-        return ops.attend_local(q, k, v, window, *rest)
+        return plain(q, k, v, window, *rest)
 
     monkeypatch.setattr(attention, "attend_local", attend_local)
-    monkeypatch.setattr(mla, "attend_local", attend_local)
+    monkeypatch.setattr(ops, "attend_local", attend_local)
     monkeypatch.setattr(attention, "_FEW", context + 1)  # or the convolutions, left out, would be part of the products
     ids, cache = tokens(1, context), KVCache()
     counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_THE_COUNTER)
