@@ -31,8 +31,10 @@ class LaneMask(CausalMask):
     def is_plain(self) -> bool:
         return False
 
-    def last(self, n_keys: int) -> LaneMask:
-        return LaneMask(self.real[:, -n_keys:])
+    def near(self, window: int, more: int) -> LaneMask:
+        seen = self.real[:, -(window + more) :].clone()
+        seen[:, :-window] = False
+        return LaneMask(seen)
 
     def dense(self, device: torch.device) -> Tensor:
         return self.real[:, None, None]
