@@ -19,6 +19,7 @@ from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
+from open_mythos.nn.linear import Head
 from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import Readout, RecurrentBlock, check_n_loops
@@ -47,7 +48,7 @@ class OpenMythos(nn.Module):
         self.recurrent = MixtureBlock(cfg) if cfg.recurrence == "mixture" else RecurrentBlock(cfg)
         self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.head: nn.Linear = Head(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tied_head:
             self.head.weight = self.embed.weight
         else:

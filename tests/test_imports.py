@@ -13,7 +13,7 @@ ROOT = Path(open_mythos.__file__).parent
 FACADES = {"__init__.py", "__main__.py", "main.py"}
 LAYERS = [
     {"fields", "install"},
-    {"config"},
+    {"config", "native"},
     {"variants", "cache", "ops", "tasks", "plots"},
     {"nn"},
     {"checkpoint", "generation", "quantization"},

@@ -56,6 +56,13 @@ class Linear(nn.Linear):
         return f"{in_features}, {out_features}, scale={self.scale:.3g}"
 
 
+class Head(nn.Linear):
+    """``y = x @ weight.T``: states to logits, with a weight that may be the embedding's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
 def apply(layer: nn.Module, x: Tensor) -> Tensor:
     """What a :class:`Linear` makes of ``x``, or one that PEFT has put an adapter around.
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.linear import product_dtype
+from open_mythos.ops.linear import linear, product_dtype
 from open_mythos.ops.one_gradient import OneGradient, one_gradient
+from open_mythos.ops.product import is_native
 from open_mythos.ops.rows import Rows
 
 _FEW = 8  # choices up to which bringing rows together costs more than it saves
@@ -46,15 +47,21 @@ def grouped_swiglu(
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     if len(gate_up_E2FD) == 1:  # nothing to bring together
         # flatten, not [0]: the gradient of a view is a view, and that of an element begins with zeros for all.
-        gate_NF, up_NF = F.linear(x_ND, gate_up_E2FD.flatten(0, 1)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_NF) * up_NF, down_EDF.flatten(0, 1)) * weights_NK
+        gate_NF, up_NF = linear(x_ND, gate_up_E2FD.flatten(0, 1)).chunk(2, dim=-1)
+        return linear(F.silu(gate_NF) * up_NF, down_EDF.flatten(0, 1)) * weights_NK
     if torch.compiler.is_compiling():
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
         return _GroupedSwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, None, None)
     if experts_NK.numel() <= _FEW and experts_NK.device.type == "cpu":
         return _one_by_one(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
-    return _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, Rows.of(experts_NK, len(gate_up_E2FD)))[0]
+    return _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, _rows(x_ND, gate_up_E2FD, experts_NK))[0]
+
+
+def _rows(x_ND: Tensor, gate_up_E2FD: Tensor, experts_NK: Tensor) -> Rows:
+    """The experts' rows in the layout whose products are faster."""
+    native = is_native(x_ND, gate_up_E2FD, gate_up_E2FD.shape[1])
+    return Rows.of(experts_NK, len(gate_up_E2FD), may_batch=not native)
 
 
 def _one_by_one(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
@@ -132,7 +139,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         gate_up: OneGradient | None,
         down: OneGradient | None,
     ) -> Tensor:
-        ctx.rows, ctx.sums = Rows.of(experts_NK, len(gate_up_E2FD)), (gate_up, down)
+        ctx.rows, ctx.sums = _rows(x_ND, gate_up_E2FD, experts_NK), (gate_up, down)
         out_ND, hidden_P2F = _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, ctx.rows)
         ctx.save_for_backward(x_ND, gate_up_E2FD, down_EDF, weights_NK, hidden_P2F)
         return out_ND

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.ops.product import add_product, product
+
 _FEW = 8192  # inputs up to which another call costs more than another pass
 
 
-def linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
+def linear(x: Tensor, weight_OI: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * x @ weight.T``: (..., I) -> (..., O)."""
     return linears(x, [weight_OI], [scale])[0]
 
@@ -32,12 +34,13 @@ def linears(x: Tensor, weights: Sequence[Tensor], scales: Sequence[float]) -> tu
     dtype = product_dtype(x)
     x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
     if not torch.is_grad_enabled() and x.numel() <= _FEW:
-        return tuple(F.linear(x, weight).mul_(scale) for weight, scale in zip(weights, scales, strict=True))
+        products = [F.linear(x, weight) for weight in weights]
+        return tuple(out if scale == 1 else out.mul_(scale) for out, scale in zip(products, scales, strict=True))
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return _Linears.apply(x, tuple(scales), *weights)
     x_NI = x.reshape(-1, x.shape[-1])
-    products = [_scaled_product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
-    return tuple(product.view(*x.shape[:-1], -1) for product in products)
+    products = [product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
+    return tuple(out.view(*x.shape[:-1], -1) for out in products)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -51,11 +54,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale * a @ b`` of matrices."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
 class _Linears(torch.autograd.Function):
     """:func:`linears` with a backward pass that writes every gradient once."""
 
@@ -64,8 +62,8 @@ class _Linears(torch.autograd.Function):
         ctx.scales = scales
         ctx.save_for_backward(x, *weights)
         x_NI = x.reshape(-1, x.shape[-1])
-        products = [_scaled_product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
-        return tuple(product.view(*x.shape[:-1], -1) for product in products)
+        products = [product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
+        return tuple(out.view(*x.shape[:-1], -1) for out in products)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -77,11 +75,11 @@ class _Linears(torch.autograd.Function):
             grad_NO = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[0]:
                 if grad_x is None:
-                    grad_x = _scaled_product(grad_NO, weight, scale)
+                    grad_x = product(grad_NO, weight, scale)
                 else:
-                    grad_x.addmm_(grad_NO, weight, alpha=scale)
+                    add_product(grad_x, grad_NO, weight, scale)
             needed = ctx.needs_input_grad[2 + i]
-            grad_weights.append(_scaled_product(grad_NO.t(), x_NI, scale) if needed else None)
+            grad_weights.append(product(grad_NO.t(), x_NI, scale) if needed else None)
         return None if grad_x is None else grad_x.view(x.shape), None, *grad_weights
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from open_mythos.ops.product import add_products
+
 _ENOUGH = 64  # rows for each matrix, from which on products cost more than adding them up
-_CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
 
 _n_steps = 0  # of all optimizers
 
@@ -70,7 +71,7 @@ class OneGradient:
         nearly all of the work, so the rows of several uses wait until it is worth it.
         """
         if x_ECI.dtype == self._leaf.dtype:
-            add_product(self.sum, x_ECI.transpose(1, 2), y_ECO)
+            add_products(self.sum, x_ECI.transpose(1, 2), y_ECO)
             return
         self._waiting.append((x_ECI, y_ECO))
         if sum(x.shape[1] for x, _ in self._waiting) >= _ENOUGH:
@@ -80,7 +81,7 @@ class OneGradient:
         if self._waiting:
             x_ECI, y_ECO = (torch.cat(parts, 1) for parts in zip(*self._waiting, strict=True))
             self._waiting = []
-            add_product(self.sum, x_ECI.transpose(1, 2), y_ECO)
+            add_products(self.sum, x_ECI.transpose(1, 2), y_ECO)
 
     def take(self) -> Tensor | None:
         """The sum of all uses, once they have added to it."""
@@ -109,18 +110,6 @@ class _Used(torch.autograd.Function):
         assert grad is None, "a use returns no gradient of its own"
         owner = ctx.owner()
         return None if owner is None else owner.take(), None, None
-
-
-def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """``into += a @ b``, of matrices or of batches of them; the sum may be in another dtype than the product."""
-    if into.dtype == a.dtype:
-        (into.addmm_ if into.ndim == 2 else into.baddbmm_)(a, b)
-    elif into.ndim == 2:
-        into.add_(a @ b)
-    else:  # a product of its own, which should stay in the processor's cache
-        n = max(1, _CACHED // into[0].numel())
-        for part, a_part, b_part in zip(into.split(n), a.split(n), b.split(n), strict=True):
-            part.add_(a_part @ b_part)
 
 
 _latest: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> weak reference to its OneGradient

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.one_gradient import OneGradient, add_product
+from open_mythos.ops.one_gradient import OneGradient
+from open_mythos.ops.product import add_product, grouped_outer, grouped_product
 
-_ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
 _CALL = 48  # a product of its own for an expert takes as much longer as this many rows would
 
 
@@ -29,8 +29,9 @@ class Rows:
     """Which token stands in which row, rows of one expert side by side.
 
     There are two layouts. *Grouped* has as many rows as there are choices, for products of groups of any size.
-    *Batched* gives every expert C rows, idle ones at the end where it has fewer tokens, for one batched product, which
-    is several times as fast where experts have few tokens; the rest of the more popular experts' rows follows.
+    *Batched* gives every expert C rows, idle ones at the end where it has fewer tokens, for one batched product; the
+    rest of the more popular experts' rows follows. Of PyTorch's products, on a CPU, those are several times as fast
+    where experts have few tokens.
 
     Attributes:
         token_P: token of each row; N, behind the last, at idle ones.
@@ -87,7 +88,7 @@ class Rows:
     def product(self, x_PI: Tensor, weight_EIO: Tensor) -> Tensor:
         """Rows times the matrix of their expert: (P, O)."""
         if self.ends_E is not None:
-            return _grouped_mm(x_PI, weight_EIO, self.ends_E)
+            return grouped_product(x_PI, weight_EIO, self.ends_E)
         out_PO = x_PI.new_empty(len(x_PI), weight_EIO.shape[2])
         torch.bmm(self._batched(x_PI), weight_EIO, out=self._batched(out_PO))
         for expert, start, end in self.rest:
@@ -97,16 +98,16 @@ class Rows:
     def outer(self, x_PI: Tensor, y_PO: Tensor) -> Tensor:
         """For every expert the sum over its rows of ``x y^T``: (E, I, O)."""
         if self.ends_E is not None:
-            return _grouped_outer(x_PI, y_PO, self.ends_E)
+            return grouped_outer(x_PI, y_PO, self.ends_E)
         out_EIO = torch.bmm(self._batched(x_PI).transpose(1, 2), self._batched(y_PO))
         for expert, start, end in self.rest:
-            out_EIO[expert].addmm_(x_PI[start:end].t(), y_PO[start:end])
+            add_product(out_EIO[expert], x_PI[start:end].t(), y_PO[start:end])
         return out_EIO
 
     def add_outer(self, x_PI: Tensor, y_PO: Tensor, into: OneGradient) -> None:
         """:meth:`outer`, as another share of a gradient."""
         if self.ends_E is not None:
-            into.sum.add_(self.outer(x_PI, y_PO))
+            grouped_outer(x_PI, y_PO, self.ends_E, into.sum)
             return
         into.add_products(self._batched(x_PI), self._batched(y_PO))
         for expert, start, end in self.rest:
@@ -125,21 +126,3 @@ def _best_width(counts_E: Tensor) -> int:
     best = cost_C.argmin()
     grouped = counts_E.sum() + _CALL * counts_E.gt(0).sum()
     return int(some_C[best]) if cost_C[best] < grouped else 0
-
-
-def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """``F.grouped_mm`` for any width: pads the widths that its 16-byte strides do not allow."""
-    n_in, n_out = weight_EIO.shape[1:]
-    multiple = _ALIGN // x_PI.element_size()
-    pad_in, pad_out = -n_in % multiple, -n_out % multiple
-    if pad_in or pad_out:
-        x_PI = F.pad(x_PI, (0, pad_in))
-        weight_EIO = F.pad(weight_EIO, (0, pad_out, 0, pad_in))
-    return F.grouped_mm(x_PI.contiguous(), weight_EIO, offs=ends_E)[:, :n_out]
-
-
-def _grouped_outer(x_PI: Tensor, y_PO: Tensor, ends_E: Tensor) -> Tensor:
-    """``x^T y`` over the rows of each group, for any width: (E, I, O)."""
-    (n_in, n_out), multiple = (x_PI.shape[1], y_PO.shape[1]), _ALIGN // x_PI.element_size()
-    x_PI, y_PO = F.pad(x_PI, (0, -n_in % multiple)), F.pad(y_PO, (0, -n_out % multiple))
-    return F.grouped_mm(x_PI.contiguous().t(), y_PO.contiguous(), offs=ends_E)[:, :n_in, :n_out]

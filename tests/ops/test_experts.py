@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_mythos.ops import one_gradient as one_gradient_module
+from open_mythos.ops import product as product_module
 from open_mythos.ops import rows as rows_module
 from open_mythos.ops.experts import grouped_swiglu
 from open_mythos.ops.reference import moe_loop
@@ -116,7 +117,7 @@ def test_uneven_experts_are_batched_and_mostly_idle_ones_are_not():
 @pytest.mark.parametrize("enough, cached", [(1, 10**6), (10**6, 10**6), (20, 100)], ids=["at once", "last", "in parts"])
 def test_several_uses_have_one_gradient(is_mixed, enough, cached, monkeypatch):
     monkeypatch.setattr(one_gradient_module, "_ENOUGH", enough)
-    monkeypatch.setattr(one_gradient_module, "_CACHED", cached)
+    monkeypatch.setattr(product_module, "_CACHED", cached)
     torch.manual_seed(0)
     uses = [(torch.randn(30, 16), torch.rand(30, 6).topk(2).indices, torch.rand(30, 2)) for _ in range(4)]
     gate_up, down = torch.randn(6, 16, 16).div(4).requires_grad_(), torch.randn(6, 16, 8).div(4).requires_grad_()

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from open_mythos.generation.decoder import is_own, is_plain
-from open_mythos.generation.native.build import library
+from open_mythos.generation.native.code import compiled
 from open_mythos.nn.exits import Exit, Gate, StateChange
 from open_mythos.nn.halting import ACTHalting, is_replaced
-from open_mythos.nn.linear import Linear
+from open_mythos.nn.linear import Head, Linear
 from open_mythos.nn.lora import LoRAAdapter
 from open_mythos.nn.norm import RMSNorm
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
 
 _GATE = ACTHalting, Linear, nn.Linear
-_AROUND = (RMSNorm, LoRAAdapter, Linear, nn.Embedding, nn.Identity, nn.Linear)
+_AROUND = (RMSNorm, LoRAAdapter, Linear, Head, nn.Embedding, nn.Identity)
 
 
 def check_compilable(model: OpenMythos, exit: Exit | None, drafted: bool) -> None:
@@ -58,4 +58,4 @@ def check_compilable(model: OpenMythos, exit: Exit | None, drafted: bool) -> Non
             f"compile=True asks this library's own gate alone, and the model has another, or one that is watched; use "
             f"StateChange in place of {exit}, or leave compile out"
         )
-    library()
+    compiled()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from open_mythos.cache import KVCache, coda_slot, core_slot, loop_slot, prelude_slot
 from open_mythos.generation.decoder import _GQA, Decoder, _Block
-from open_mythos.generation.native.build import library
+from open_mythos.generation.native.code import compiled
 from open_mythos.nn.exits import Exit, Gate, StateChange
 from open_mythos.nn.halting import ACTHalting
 from open_mythos.nn.linear import effective_weight
@@ -74,7 +74,7 @@ class CompiledDecoder:
 
     @torch.no_grad()
     def __init__(self, model: OpenMythos, n_loops: int, exit: Exit | None = None) -> None:
-        code, threads = library(), torch.get_num_threads()
+        code, threads = compiled(), torch.get_num_threads()
         decoder = Decoder(model, n_loops)
         self._held: list[Tensor] = []
         made = [self._block(block) for block in (*decoder.prelude, *decoder.core, *decoder.coda)]

@@ -1,4 +1,4 @@
-"""Compiles ``decode.c`` once for this machine and loads it."""
+"""C code of this package, compiled once for this machine by its own compiler, and loaded."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from pathlib import Path
 
 from open_mythos.fields import must
 
-SOURCE = Path(__file__).with_name("decode.c")
-SOURCES = sorted([SOURCE, *SOURCE.parent.glob("*.h")])
 # Of the liberties of -ffast-math only those that no result shows.
 FLAGS = [
-    "-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread",
+    "-std=gnu11", "-O3", "-fPIC", "-pthread",
     "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 ]  # fmt: skip
 NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that this compiler knows
@@ -36,34 +34,39 @@ def compiler() -> list[str] | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled code, from the user's cache directory if it is there.
+def library(source: Path, *flags: str) -> ctypes.CDLL:
+    """The compiled code of a C file and the headers beside it, from the user's cache directory if it is there.
+
+    With ``-fopenmp`` among the flags its threads are PyTorch's own: OpenMP's functions are not linked, and so are those
+    that PyTorch has brought into the process.
 
     Raises:
         ValueError: if there is no compiler, or it fails, with its own words; or no source, as in a folder for
             transformers, which brings Python alone.
     """
-    must(SOURCE.is_file(), f"compile=True needs {SOURCE.name}, which is in the package only; leave compile out")
+    must(source.is_file(), f"{source.name} is in the package only; install it, or do without compiled code")
     command = compiler()
     if command is None:
-        raise ValueError("compile=True needs a C compiler, and none was found; install gcc or clang, or set $CC")
-    path = _cache() / f"decode-{_key(command)}.so"
+        raise ValueError("compiled code needs a C compiler, and none was found; install gcc or clang, or set $CC")
+    words = [*command, *FLAGS, *flags]
+    path = _cache() / f"{source.stem}-{_key(words, source)}.so"
     if not path.is_file():
-        _compile(command, path)
-    code = ctypes.CDLL(str(path))
-    code.mythos_open.restype = ctypes.c_void_p
-    return code
+        _compile(words, source, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ValueError(f"{source.name} was compiled, but could not be loaded: {error}") from error
 
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
 
 
-def _key(command: list[str]) -> str:
+def _key(words: list[str], source: Path) -> str:
     """Differs wherever the result could: a home directory may be shared by unlike machines."""
     known = [
-        *(path.read_bytes() for path in SOURCES),
-        shlex.join([*command, *FLAGS]).encode(),
+        *(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.h"))]),
+        shlex.join(words).encode(),
         platform.platform().encode(),
         _cpu(),
     ]
@@ -78,19 +81,22 @@ def _cpu() -> bytes:
     return b"\n".join(told) or f"{platform.machine()} {platform.processor()}".encode()
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(words: list[str], source: Path, path: Path) -> None:
     failed = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            made = Path(directory, path.name)
+            made, linked = Path(directory, "made.o"), Path(directory, path.name)
+            link = [*(word for word in words if word != "-fopenmp"), "-shared", str(made), "-o", str(linked), "-lm"]
             for native in NATIVE:
-                words = [*command, *FLAGS, *native, str(SOURCE), "-o", str(made), "-lm"]
-                done = subprocess.run(words, capture_output=True, text=True)
-                if done.returncode == 0:
-                    os.replace(made, path)  # whole or not at all, whoever else is compiling
+                for step in ([*words, *native, "-c", str(source), "-o", str(made)], link):
+                    done = subprocess.run(step, capture_output=True, text=True)
+                    if done.returncode:
+                        failed = f"{shlex.join(step)} failed:\n{done.stderr.strip()[-2000:]}"
+                        break
+                else:
+                    os.replace(linked, path)  # whole or not at all, whoever else is compiling
                     return
-                failed = f"{shlex.join(words)} failed:\n{done.stderr.strip()[-2000:]}"
     except OSError as error:
         failed = f"{error}"
-    raise ValueError(f"compile=True could not compile its code; leave compile out, or mend this: {failed}")
+    raise ValueError(f"{source.name} could not be compiled; do without compiled code, or mend this: {failed}")

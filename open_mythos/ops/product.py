@@ -1,0 +1,156 @@
+"""Matrix products: of two matrices, of batches of them, and of groups of rows.
+
+PyTorch multiplies float32 matrices on x86 by MKL, which uses vectors of 256 bits on processors of other makers than its
+own. ``native/products.c`` uses those of 512 bits wherever there are any, and is then twice as fast; it reads matrices
+as they lie, adds to sums in place, and knows groups of any sizes. Where it cannot be had (another processor, device or
+dtype, no C compiler, or ``OPEN_MYTHOS_NATIVE=0`` in the environment), and for small matrices, PyTorch's own functions
+give the same up to rounding. Nothing here is differentiable: it is what backward passes are made of.
+
+Shape letters: M, K times K, N; E of them; P rows of all groups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.native import library
+
+_ENOUGH = 2**19  # multiplications in all, below which the call costs more than it saves
+_CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
+_ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
+_ROWS, _SUMS = 1, 2  # as in products.c
+
+
+def product(a_MK: Tensor, b_KN: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * a @ b``: (M, N)."""
+    if is_native(a_MK, b_KN, b_KN.shape[1]):
+        out_MN = a_MK.new_empty(len(a_MK), b_KN.shape[1])
+        _run(out_MN[None], a_MK[None], b_KN[None], scale)
+        return out_MN
+    if scale == 1.0:
+        return a_MK @ b_KN
+    return torch.addmm(a_MK.new_empty(()), a_MK, b_KN, beta=0, alpha=scale)
+
+
+def add_product(into_MN: Tensor, a_MK: Tensor, b_KN: Tensor, scale: float = 1.0) -> None:
+    """``into += scale * a @ b``; the sum may be in another dtype than the product."""
+    if into_MN.dtype != a_MK.dtype:
+        into_MN.add_(a_MK @ b_KN, alpha=scale)
+    elif is_native(a_MK, b_KN, b_KN.shape[1]) and into_MN.stride(1) == 1:
+        _run(into_MN[None], a_MK[None], b_KN[None], scale, add=True)
+    else:
+        into_MN.addmm_(a_MK, b_KN, alpha=scale)
+
+
+def add_products(into_EMN: Tensor, a_EMK: Tensor, b_EKN: Tensor) -> None:
+    """``into += a @ b`` for a batch of matrices; the sums may be in another dtype than the products."""
+    if into_EMN.dtype == a_EMK.dtype:
+        into_EMN.baddbmm_(a_EMK, b_EKN)
+        return
+    n = max(1, _CACHED // into_EMN[0].numel())  # a product of its own, which should stay in the processor's cache
+    for into, a, b in zip(into_EMN.split(n), a_EMK.split(n), b_EKN.split(n), strict=True):
+        into.add_(a @ b)
+
+
+def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows times the matrix of their group: (P, N).
+
+    Args:
+        x_PK: rows, group behind group.
+        weight_EKN: a matrix for each.
+        ends_E: int32, where each group's rows end.
+    """
+    if is_native(x_PK, weight_EKN, weight_EKN.shape[2]):
+        out_PN = x_PK.new_empty(len(x_PK), weight_EKN.shape[2])
+        _run(out_PN[None], x_PK[None], weight_EKN, ends_E=ends_E, grouped=_ROWS)
+        return out_PN
+    n_in, n_out = weight_EKN.shape[1:]
+    multiple = _ALIGN // x_PK.element_size()
+    pad_in, pad_out = -n_in % multiple, -n_out % multiple
+    if pad_in or pad_out:
+        x_PK = F.pad(x_PK, (0, pad_in))
+        weight_EKN = F.pad(weight_EKN, (0, pad_out, 0, pad_in))
+    return F.grouped_mm(x_PK.contiguous(), weight_EKN, offs=ends_E)[:, :n_out]
+
+
+def grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, into_EMN: Tensor | None = None) -> Tensor:
+    """``x^T y`` over the rows of each group: (E, M, N); with ``into``, added to that."""
+    if is_native(x_PM, y_PN, y_PN.shape[1]) and (into_EMN is None or into_EMN.stride(2) == 1):
+        out_EMN = x_PM.new_empty(len(ends_E), x_PM.shape[1], y_PN.shape[1]) if into_EMN is None else into_EMN
+        _run(out_EMN, x_PM.t()[None], y_PN[None], add=into_EMN is not None, ends_E=ends_E, grouped=_SUMS)
+        return out_EMN
+    (n_in, n_out), multiple = (x_PM.shape[1], y_PN.shape[1]), _ALIGN // x_PM.element_size()
+    x_PM, y_PN = F.pad(x_PM, (0, -n_in % multiple)), F.pad(y_PN, (0, -n_out % multiple))
+    found_EMN = F.grouped_mm(x_PM.contiguous().t(), y_PN.contiguous(), offs=ends_E)[:, :n_in, :n_out]
+    return found_EMN if into_EMN is None else into_EMN.add_(found_EMN)
+
+
+# -- the C code
+
+
+def is_native(a: Tensor, b: Tensor, n_columns: int) -> bool:
+    """Whether the C code multiplies ``a`` by ``b``, with so many columns."""
+    return (
+        a.dtype == b.dtype == torch.float32
+        and a.device.type == "cpu"
+        and a.numel() * n_columns >= _ENOUGH
+        and _code() is not None
+    )
+
+
+class _Batch(ctypes.Structure):
+    """As in products.c."""
+
+    _fields_ = [
+        ("at", ctypes.c_void_p), ("each", ctypes.c_int64), ("row", ctypes.c_int64), ("column", ctypes.c_int64)
+    ]  # fmt: skip
+
+
+@functools.cache
+def _code() -> Callable[..., None] | None:
+    """The function of ``products.c``, or None where it cannot be had."""
+    if os.environ.get("OPEN_MYTHOS_NATIVE") == "0" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    try:
+        run = library(Path(__file__).parent / "native" / "products.c", "-fopenmp").mythos_products
+    except ValueError:
+        return None
+    size, batch = ctypes.c_int64, ctypes.POINTER(_Batch)
+    run.argtypes = [
+        ctypes.c_void_p, size, size, batch, batch, size, size, size, size, ctypes.c_void_p, ctypes.c_int,
+        ctypes.c_float, ctypes.c_int, ctypes.c_int,
+    ]  # fmt: skip
+    run.restype = None
+    return run
+
+
+def _run(
+    c_EMN: Tensor,
+    a_EMK: Tensor,
+    b_EKN: Tensor,
+    scale: float = 1.0,
+    add: bool = False,
+    ends_E: Tensor | None = None,
+    grouped: int = 0,
+) -> None:
+    """``c = scale * a @ b`` or, with ``add``, ``c += ``; with groups, what they are groups of is a batch of one."""
+    run, n_matrices = _code(), max(len(c_EMN), len(b_EKN))
+    assert run is not None and c_EMN.stride(2) == 1
+    M, K, N = a_EMK.shape[1], a_EMK.shape[2], b_EKN.shape[2]
+    a = _Batch(a_EMK.data_ptr(), 0 if grouped else a_EMK.stride(0), a_EMK.stride(1), a_EMK.stride(2))
+    b = _Batch(b_EKN.data_ptr(), 0 if grouped == _SUMS else b_EKN.stride(0), b_EKN.stride(2), b_EKN.stride(1))
+    assert ends_E is None or (ends_E.dtype == torch.int32 and ends_E.is_contiguous())
+    ends = None if ends_E is None else ends_E.data_ptr()
+    each = 0 if grouped == _ROWS else c_EMN.stride(0)
+    run(
+        c_EMN.data_ptr(), each, c_EMN.stride(1), a, b, n_matrices, M, N, K, ends, grouped, scale, add,
+        torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Matrix products in C are PyTorch's, whatever the sizes, strides and groups."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_near
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decoder import a_model
+
+from open_mythos.ops import product as product_module
+from open_mythos.ops.product import add_product, grouped_outer, grouped_product, product
+
+needs_native = pytest.mark.skipif(product_module._code() is None, reason="needs a C compiler and AVX-512")
+SIZES = st.integers(1, 70)
+
+
+@pytest.fixture(autouse=True)
+def natively(monkeypatch):
+    """Matrices of all sizes go to the C code."""
+    monkeypatch.setattr(product_module, "_ENOUGH", 0)
+
+
+def matrix(rows, columns, layout):
+    """Random numbers, row by row, column by column, or every other of each."""
+    if layout == "columns":
+        return torch.randn(columns, rows).t()
+    return torch.randn(rows, columns) if layout == "rows" else torch.randn(2 * rows, 2 * columns)[::2, ::2]
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.integers(1, 600), SIZES, *[st.sampled_from(["rows", "columns", "strided"])] * 2)
+def test_a_product_is_that_of_double_precision(M, K, N, a_layout, b_layout):
+    a, b = matrix(M, K, a_layout), matrix(K, N, b_layout)
+    expected = 1.5 * a.double() @ b.double()
+    assert_near(product(a, b, 1.5).double(), expected)
+    into = torch.randn(M, N + 3)[:, 1:-2]  # a part of a larger matrix, the rest of which stays
+    expected = expected + into
+    around = into._base.clone()
+    add_product(into, a, b, 1.5)
+    assert_near(into.double(), expected)
+    around[:, 1:-2] = into
+    assert torch.equal(around, into._base)
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), SIZES, SIZES, st.sampled_from(["rows", "columns"]))
+def test_groups_of_any_sizes_are_products_of_their_own(counts, K, N, layout):
+    ends = torch.tensor(counts).cumsum(0).int()
+    x, y = matrix(sum(counts), K, layout), torch.randn(sum(counts), N)
+    weight, into = torch.randn(len(counts), N, K).transpose(1, 2), torch.randn(len(counts), K, N)
+    before, rows = into.clone(), [slice(end - n, end) for n, end in zip(counts, ends.tolist(), strict=True)]
+    found, sums = grouped_product(x, weight, ends), grouped_outer(x, y, ends)
+    grouped_outer(x, y, ends, into)
+    for e, group in enumerate(rows):
+        torch.testing.assert_close(found[group], x[group] @ weight[e], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sums[e], x[group].t() @ y[group], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(into[e], before[e] + x[group].t() @ y[group], rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_a_row_is_the_same_whatever_stands_beside_it_and_whoever_computes_it(threads):
+    a, b = torch.randn(100, 300), torch.randn(300, 130)
+    threads(1)
+    whole = product(a, b)
+    assert torch.equal(product(a[37:40], b), whole[37:40])
+    threads(3)
+    assert torch.equal(product(a, b), whole)
+    assert torch.equal(product(a, b.t().contiguous().t()), whole)
+
+
+@needs_native
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_a_model_trains_as_by_pytorchs_products(attn_type, monkeypatch):
+    def gradients(enough):
+        monkeypatch.setattr(product_module, "_ENOUGH", enough)
+        torch.manual_seed(0)
+        model = a_model(attn_type=attn_type, n_experts=5, n_experts_per_tok=2).train()
+        ids = torch.randint(37, (3, 21), generator=torch.Generator().manual_seed(1))
+        loss = torch.nn.functional.cross_entropy(model(ids, 3).flatten(0, 1), ids.flatten())
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, native = gradients(10**9), gradients(0)
+    assert plain.keys() == native.keys() and any("gate_up" in name for name in plain)
+    for name, grad in plain.items():
+        assert_near(native[name], grad, 1e-4, what=name)
+
+
+@needs_native
+def test_native_products_can_be_left_out():
+    done = subprocess.run(
+        [sys.executable, "-c", "from open_mythos.ops.product import _code; print(_code())"],
+        env=os.environ | {"OPEN_MYTHOS_NATIVE": "0"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "None"
