@@ -1,10 +1,10 @@
 """Matrix products: of two matrices, of batches of them, and of groups of rows.
 
 PyTorch multiplies float32 matrices on x86 by MKL, which uses vectors of 256 bits on processors of other makers than its
-own. ``native/products.c`` uses those of 512 bits wherever there are any, and is then twice as fast; it reads matrices
-as they lie, adds to sums in place, and knows groups of any sizes. Where it cannot be had (another processor, device or
-dtype, no C compiler, or ``OPEN_MYTHOS_NATIVE=0`` in the environment), and for small matrices, PyTorch's own functions
-give the same up to rounding. Nothing here is differentiable: it is what backward passes are made of.
+own. ``native/products.h`` uses those of 512 bits wherever there are any, and is then twice as fast; it reads matrices
+as they lie, adds to sums in place, and knows groups of any sizes. Where it cannot be had (see
+:mod:`open_mythos.ops.kernels`), for other dtypes and devices and for small matrices, PyTorch's own functions give the
+same up to rounding. Nothing here is differentiable: it is what backward passes are made of.
 
 Shape letters: M, K times K, N; E of them; P rows of all groups.
 """
@@ -12,21 +12,17 @@ Shape letters: M, K times K, N; E of them; P rows of all groups.
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.native import library
+from open_mythos.ops.kernels import kernels
 
 _ENOUGH = 2**19  # multiplications in all, below which the call costs more than it saves
 _CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
-_ROWS, _SUMS = 1, 2  # as in products.c
+_ROWS, _SUMS = 1, 2  # as in kernels.c
 
 
 def product(a_MK: Tensor, b_KN: Tensor, scale: float = 1.0) -> Tensor:
@@ -102,34 +98,16 @@ def is_native(a: Tensor, b: Tensor, n_columns: int) -> bool:
         a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
         and a.numel() * n_columns >= _ENOUGH
-        and _code() is not None
+        and kernels() is not None
     )
 
 
 class _Batch(ctypes.Structure):
-    """As in products.c."""
+    """As in kernels.c."""
 
     _fields_ = [
         ("at", ctypes.c_void_p), ("each", ctypes.c_int64), ("row", ctypes.c_int64), ("column", ctypes.c_int64)
     ]  # fmt: skip
-
-
-@functools.cache
-def _code() -> Callable[..., None] | None:
-    """The function of ``products.c``, or None where it cannot be had."""
-    if os.environ.get("OPEN_MYTHOS_NATIVE") == "0" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return None
-    try:
-        run = library(Path(__file__).parent / "native" / "products.c", "-fopenmp").mythos_products
-    except ValueError:
-        return None
-    size, batch = ctypes.c_int64, ctypes.POINTER(_Batch)
-    run.argtypes = [
-        ctypes.c_void_p, size, size, batch, batch, size, size, size, size, ctypes.c_void_p, ctypes.c_int,
-        ctypes.c_float, ctypes.c_int, ctypes.c_int,
-    ]  # fmt: skip
-    run.restype = None
-    return run
 
 
 def _run(
@@ -142,15 +120,16 @@ def _run(
     grouped: int = 0,
 ) -> None:
     """``c = scale * a @ b`` or, with ``add``, ``c += ``; with groups, what they are groups of is a batch of one."""
-    run, n_matrices = _code(), max(len(c_EMN), len(b_EKN))
-    assert run is not None and c_EMN.stride(2) == 1
+    code, n_matrices = kernels(), max(len(c_EMN), len(b_EKN))
+    assert code is not None and c_EMN.stride(2) == 1
     M, K, N = a_EMK.shape[1], a_EMK.shape[2], b_EKN.shape[2]
     a = _Batch(a_EMK.data_ptr(), 0 if grouped else a_EMK.stride(0), a_EMK.stride(1), a_EMK.stride(2))
     b = _Batch(b_EKN.data_ptr(), 0 if grouped == _SUMS else b_EKN.stride(0), b_EKN.stride(2), b_EKN.stride(1))
     assert ends_E is None or (ends_E.dtype == torch.int32 and ends_E.is_contiguous())
     ends = None if ends_E is None else ends_E.data_ptr()
     each = 0 if grouped == _ROWS else c_EMN.stride(0)
-    run(
-        c_EMN.data_ptr(), each, c_EMN.stride(1), a, b, n_matrices, M, N, K, ends, grouped, scale, add,
-        torch.get_num_threads(),
+    size = ctypes.c_int64
+    code.mythos_products(
+        size(c_EMN.data_ptr()), size(each), size(c_EMN.stride(1)), ctypes.byref(a), ctypes.byref(b), size(n_matrices),
+        size(M), size(N), size(K), size(ends or 0), grouped, ctypes.c_float(scale), add, torch.get_num_threads(),
     )  # fmt: skip

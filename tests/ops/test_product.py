@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from test_decoder import a_model
 
 from open_mythos.ops import product as product_module
+from open_mythos.ops.kernels import kernels
 from open_mythos.ops.product import add_product, grouped_outer, grouped_product, product
 
-needs_native = pytest.mark.skipif(product_module._code() is None, reason="needs a C compiler and AVX-512")
+needs_native = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
 SIZES = st.integers(1, 70)
 
 
@@ -95,7 +96,7 @@ def test_a_model_trains_as_by_pytorchs_products(attn_type, monkeypatch):
 @needs_native
 def test_native_products_can_be_left_out():
     done = subprocess.run(
-        [sys.executable, "-c", "from open_mythos.ops.product import _code; print(_code())"],
+        [sys.executable, "-c", "from open_mythos.ops.kernels import kernels; print(kernels())"],
         env=os.environ | {"OPEN_MYTHOS_NATIVE": "0"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "None"

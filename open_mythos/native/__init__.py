@@ -16,10 +16,11 @@ from pathlib import Path
 
 from open_mythos.fields import must
 
+_HERE = Path(__file__).parent
 # Of the liberties of -ffast-math only those that no result shows.
 FLAGS = [
     "-std=gnu11", "-O3", "-fPIC", "-pthread",
-    "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{_HERE}",
 ]  # fmt: skip
 NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that this compiler knows
 
@@ -65,7 +66,7 @@ def _cache() -> Path:
 def _key(words: list[str], source: Path) -> str:
     """Differs wherever the result could: a home directory may be shared by unlike machines."""
     known = [
-        *(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.h"))]),
+        *(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.h")), *_HERE.glob("*.h")]),
         shlex.join(words).encode(),
         platform.platform().encode(),
         _cpu(),

@@ -5,28 +5,16 @@
  * will do, so nothing has to be transposed before. Every number is summed in the same order whatever stands beside it
  * and however many threads there are.
  */
-#include <stdint.h>
-#include <string.h>
+#pragma once
+#include "vectors.h"
 
-#ifndef __AVX512F__
-#error "these products are for processors with AVX-512; PyTorch's own are as fast elsewhere"
-#endif
+enum { TALL = 14, WIDE = 2 * LANES, DEEP = 256, BROAD = 512 };
 
-typedef int64_t Size;
-typedef float Vector __attribute__((vector_size(64)));
-typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Lanes __attribute__((vector_size(64)));
-
-enum { LANES = 16, TALL = 14, WIDE = 2 * LANES, DEEP = 256, BROAD = 512 };
-#define INLINE static inline __attribute__((always_inline))
-
-typedef struct { const float *at; Size each, row, column; } Batch; /* strides; `each` from matrix to matrix */
-typedef struct { const float *at; Size row, column; } Matrix;
+typedef struct { const float *at; Size row, column; } Matrix; /* strides */
 
 static Matrix part(Matrix x, Size row, Size column) {
     return (Matrix){x.at + row * x.row + column * x.column, x.row, x.column};
 }
-static Size least(Size a, Size b) { return a < b ? a : b; }
 
 /* -- copies in the order of reading */
 
@@ -160,35 +148,5 @@ static void product(float *c, Size c_row, Matrix a, Matrix b, Size M, Size N, Si
                                add || k);
             }
         }
-    }
-}
-
-/* -- what product.py calls */
-
-enum { EVERY = 0, ROWS = 1, SUMS = 2 };
-
-/* For E matrices: c = alpha * a b, or that is added to c.
- *
- * Sizes are a (M, K), c (M, N), and b by its columns (N, K). With `ends`, (E) of them, the rows of a and c stand in one
- * matrix, group behind group (ROWS: M is not read), or what is summed over does, in a and b (SUMS: K is not read).
- */
-void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Batch *b, Size E, Size M, Size N, Size K,
-                     const int32_t *ends, int grouped, float alpha, int add, int threads) {
-    Size parts = (2 * threads + E - 1) / E;
-    if (E == 1) parts = threads;
-    int by_rows = grouped == ROWS || M / TALL >= N / WIDE;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (Size task = 0; task < E * parts; task++) {
-        Size e = task / parts, p = task % parts, start = ends && e ? ends[e - 1] : 0;
-        Size m = grouped == ROWS ? ends[e] - start : M, k = grouped == SUMS ? ends[e] - start : K;
-        Size extent = by_rows ? m : N, unit = by_rows ? TALL : WIDE, units = (extent + unit - 1) / unit;
-        Size lo = units * p / parts * unit, hi = least(units * (p + 1) / parts * unit, extent);
-        Matrix left = {a->at + e * a->each, a->row, a->column}, right = {b->at + e * b->each, b->row, b->column};
-        float *to = c + e * c_each;
-        if (grouped == ROWS) left = part(left, start, 0), to += start * c_row;
-        if (grouped == SUMS) left = part(left, 0, start), right = part(right, 0, start);
-        if (lo >= hi) continue;
-        if (by_rows) product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add);
-        else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, k, alpha, add);
     }
 }

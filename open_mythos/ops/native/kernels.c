@@ -1,0 +1,95 @@
+/* What open_mythos.ops calls, and how it is divided among PyTorch's threads. */
+#include "attention.h"
+#include "rows.h"
+
+typedef struct { const float *at; Size each, row, column; } Batch; /* strides; `each` from matrix to matrix */
+
+enum { ROWS = 1, SUMS = 2 };
+
+/* For E matrices: c = alpha * a b, or that is added to c.
+ *
+ * Sizes are a (M, K), c (M, N), and b by its columns (N, K). With `ends`, (E) of them, the rows of a and c stand in one
+ * matrix, group behind group (ROWS: M is not read), or what is summed over does, in a and b (SUMS: K is not read).
+ */
+void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Batch *b, Size E, Size M, Size N, Size K,
+                     const int32_t *ends, int grouped, float alpha, int add, int threads) {
+    Size parts = (2 * threads + E - 1) / E;
+    if (E == 1) parts = threads;
+    int rows_first = grouped == ROWS || M / TALL >= N / WIDE;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (Size task = 0; task < E * parts; task++) {
+        Size e = task / parts, p = task % parts, start = ends && e ? ends[e - 1] : 0;
+        Size m = grouped == ROWS ? ends[e] - start : M, k = grouped == SUMS ? ends[e] - start : K;
+        Size extent = rows_first ? m : N, unit = rows_first ? TALL : WIDE, units = (extent + unit - 1) / unit;
+        Size lo = units * p / parts * unit, hi = least(units * (p + 1) / parts * unit, extent);
+        Matrix left = {a->at + e * a->each, a->row, a->column}, right = {b->at + e * b->each, b->row, b->column};
+        float *to = c + e * c_each;
+        if (grouped == ROWS) left = part(left, start, 0), to += start * c_row;
+        if (grouped == SUMS) left = part(left, 0, start), right = part(right, 0, start);
+        if (lo >= hi) continue;
+        if (rows_first) product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add);
+        else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, k, alpha, add);
+    }
+}
+
+/* -1 if memory ran out, else 0. */
+int mythos_attend(const Attention *a, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *scores = scratch_for(a, 1);
+        failed = !scores;
+#pragma omp for schedule(dynamic, 1)
+        for (Size task = 0; task < a->B * a->H; task++)
+            if (scores) attend(a, scores, task / a->H, task % a->H);
+        free(scores);
+    }
+    return -failed;
+}
+
+int mythos_attend_backward(const Attention *a, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *scores = scratch_for(a, 2);
+        failed = !scores;
+#pragma omp for schedule(dynamic, 1)
+        for (Size task = 0; task < a->B * a->G; task++)
+            if (scores) attend_backward(a, scores, task / a->G, task % a->G);
+        free(scores);
+    }
+    return -failed;
+}
+
+/* Rows (N, n) of all; weight may be NULL. */
+void mythos_norm(float *y, const float *x, const float *weight, Size N, Size n, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Size i = 0; i < N; i++) norm(y + i * n, x + i * n, weight, n, eps);
+}
+
+/* grad_weights (threads, n) are zero before, a row of each thread; weight, and then they, may be NULL. */
+void mythos_norm_backward(float *grad_x, float *grad_weights, const float *grad, const float *x, const float *weight,
+                          Size N, Size n, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int thread = 0; thread < threads; thread++)
+        for (Size i = N * thread / threads; i < N * (thread + 1) / threads; i++)
+            norm_backward(grad_x + i * n, grad_weights ? grad_weights + thread * n : NULL, grad + i * n, x + i * n,
+                          weight, n, eps);
+}
+
+/* hidden (N, 2 n) holds gates and ups; factors (N) or NULL for 1. */
+void mythos_swiglu(float *y, const float *hidden, const float *factors, Size N, Size n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Size i = 0; i < N; i++)
+        swiglu(y + i * n, hidden + 2 * i * n, hidden + (2 * i + 1) * n, n, factors ? factors[i] : 1.0f);
+}
+
+/* grad_hidden (N, 2 n), y (N, n) and grad_factors (N) are written; factors may be NULL. */
+void mythos_swiglu_backward(float *grad_hidden, float *y, float *grad_factors, const float *grad, const float *hidden,
+                            const float *factors, Size N, Size n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Size i = 0; i < N; i++)
+        grad_factors[i] = swiglu_backward(grad_hidden + 2 * i * n, grad_hidden + (2 * i + 1) * n, y + i * n,
+                                          grad + i * n, hidden + 2 * i * n, hidden + (2 * i + 1) * n, n,
+                                          factors ? factors[i] : 1.0f);
+}

@@ -1,0 +1,58 @@
+/* Functions of rows one by one: norms and the SwiGLU, forward and backward. */
+#pragma once
+#include "vectors.h"
+
+/* y = weight * x / rms(x) */
+static void norm(float *restrict y, const float *restrict x, const float *restrict weight, Size n, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (Size i = 0; i < n; i++) sum += x[i] * x[i];
+    float inverse = 1.0f / sqrtf(sum / n + eps);
+    if (weight)
+        for (Size i = 0; i < n; i++) y[i] = x[i] * inverse * weight[i];
+    else
+        for (Size i = 0; i < n; i++) y[i] = x[i] * inverse;
+}
+
+/* Gradients of x, and of the weight, which is added to, unless that is NULL. */
+static void norm_backward(float *restrict grad_x, float *restrict grad_weight, const float *restrict grad,
+                          const float *restrict x, const float *restrict weight, Size n, float eps) {
+    float sum = 0, along = 0;
+#pragma omp simd reduction(+ : sum)
+    for (Size i = 0; i < n; i++) sum += x[i] * x[i];
+    float inverse = 1.0f / sqrtf(sum / n + eps);
+    if (weight) {
+#pragma omp simd reduction(+ : along)
+        for (Size i = 0; i < n; i++) along += grad[i] * weight[i] * x[i];
+        along *= inverse * inverse / n;
+        for (Size i = 0; i < n; i++) grad_x[i] = inverse * (grad[i] * weight[i] - along * x[i]);
+        if (grad_weight)
+            for (Size i = 0; i < n; i++) grad_weight[i] += grad[i] * x[i] * inverse;
+    } else {
+#pragma omp simd reduction(+ : along)
+        for (Size i = 0; i < n; i++) along += grad[i] * x[i];
+        along *= inverse * inverse / n;
+        for (Size i = 0; i < n; i++) grad_x[i] = inverse * (grad[i] - along * x[i]);
+    }
+}
+
+/* y = factor * silu(gate) * up */
+static void swiglu(float *restrict y, const float *restrict gate, const float *restrict up, Size n, float factor) {
+    for (Size i = 0; i < n; i++) y[i] = factor * gate[i] * up[i] / (1.0f + exponential(-gate[i]));
+}
+
+/* Gradients of gate and up; y, for whoever needs it again; and the sum of grad times y without the factor. */
+static float swiglu_backward(float *restrict grad_gate, float *restrict grad_up, float *restrict y,
+                             const float *restrict grad, const float *restrict gate, const float *restrict up, Size n,
+                             float factor) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (Size i = 0; i < n; i++) {
+        float open = 1.0f / (1.0f + exponential(-gate[i])), silu = gate[i] * open;
+        sum += grad[i] * silu * up[i];
+        y[i] = factor * silu * up[i];
+        grad_up[i] = factor * grad[i] * silu;
+        grad_gate[i] = factor * grad[i] * up[i] * (open + silu * (1.0f - open));
+    }
+    return sum;
+}
