@@ -10,6 +10,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.linear import Linear, apply
 from open_mythos.ops.attention import attend, attend_convolved, attend_local, attend_local_convolved
+from open_mythos.ops.attention_kernel import attend_heads, is_native
 from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import rope_rows
 
@@ -125,6 +126,8 @@ class CausalAttention(nn.Module):
         written (see :func:`attend_convolved`).
         """
         n, found = self.n_local_heads, []
+        if taps is None and is_native(q, k, mask):
+            return attend_heads(q, k, v, mask, q.shape[3] ** -0.5 if scale is None else scale, n, self.local_window)
         if n:
             found.append(self._attend_near(range(n), q, k, v, mask, scale, taps))
         if n < self.n_heads:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.nn.linear import WEIGHT_STD, Linear, apply, residual_gain, side_by_side
+from open_mythos.ops.swiglu import swiglu
 
 
 class Expert(nn.Module):
@@ -28,4 +28,4 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = side_by_side(x, self.gate, self.up)
-        return apply(self.down, F.silu(gate) * up)
+        return apply(self.down, swiglu(gate, up))

@@ -16,6 +16,7 @@ from open_mythos.ops.linear import linear, product_dtype
 from open_mythos.ops.one_gradient import OneGradient, one_gradient
 from open_mythos.ops.product import is_native
 from open_mythos.ops.rows import Rows
+from open_mythos.ops.swiglu import swiglu, weighted, weighted_backward
 
 _FEW = 8  # choices up to which bringing rows together costs more than it saves
 
@@ -48,7 +49,7 @@ def grouped_swiglu(
     if len(gate_up_E2FD) == 1:  # nothing to bring together
         # flatten, not [0]: the gradient of a view is a view, and that of an element begins with zeros for all.
         gate_NF, up_NF = linear(x_ND, gate_up_E2FD.flatten(0, 1)).chunk(2, dim=-1)
-        return linear(F.silu(gate_NF) * up_NF, down_EDF.flatten(0, 1)) * weights_NK
+        return linear(swiglu(gate_NF, up_NF), down_EDF.flatten(0, 1)) * weights_NK
     if torch.compiler.is_compiling():
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
@@ -79,8 +80,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The result (N, D), and the gates' and ups' products (P, 2F), which the backward pass starts from."""
     hidden_P2F = rows.product(rows.gather(x_ND), gate_up_E2FD.transpose(1, 2))
-    gate_PF, up_PF = hidden_P2F.chunk(2, dim=-1)
-    act_PF = F.silu(gate_PF).mul_(up_PF).mul_(rows.spread(weights_NK))
+    act_PF = weighted(hidden_P2F, rows.spread(weights_NK))
     return rows.gather_sum(rows.product(act_PF, down_EDF.transpose(1, 2))), hidden_P2F
 
 
@@ -100,22 +100,13 @@ def _backward(
     A mixing weight scales its expert's activation as well as its result, so its gradient is that activation times the
     unmixed gradient, and no expert's result has to be kept. Idle rows have weight 0, which ends every sum over them.
     """
-    weight_P1 = rows.spread(weights_NK)
-    gate_PF, up_PF = hidden_P2F.chunk(2, dim=-1)
-    silu_PF = F.silu(gate_PF)
-    act_PF = silu_PF * up_PF
     grad_PD = rows.gather(grad_ND)
     grad_act_PF = rows.product(grad_PD, down_EDF)
-    grad_weights_NK = torch.linalg.vecdot(grad_act_PF, act_PF)[rows.place_NK]
-    grad_down = _outer(rows, grad_PD, act_PF.mul_(weight_P1), down)
-    grad_act_PF.mul_(weight_P1)
-    grad_hidden_P2F = torch.empty_like(hidden_P2F)
-    grad_gate_PF, grad_up_PF = grad_hidden_P2F.chunk(2, dim=-1)
-    torch.mul(grad_act_PF, silu_PF, out=grad_up_PF)
-    grad_gate_PF.copy_(torch.ops.aten.silu_backward(grad_act_PF.mul_(up_PF), gate_PF))
+    grad_hidden_P2F, grad_weight_P, act_PF = weighted_backward(grad_act_PF, hidden_P2F, rows.spread(weights_NK))
+    grad_down = _outer(rows, grad_PD, act_PF, down)
     grad_gate_up = _outer(rows, grad_hidden_P2F, rows.gather(x_ND), gate_up)
     grad_x = rows.gather_sum(rows.product(grad_hidden_P2F, gate_up_E2FD))
-    return grad_x, grad_gate_up, grad_down, grad_weights_NK
+    return grad_x, grad_gate_up, grad_down, grad_weight_P[rows.place_NK]
 
 
 def _outer(rows: Rows, x_PI: Tensor, y_PO: Tensor, one: OneGradient | None) -> Tensor | None:

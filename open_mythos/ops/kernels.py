@@ -36,3 +36,13 @@ def has_kernels(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and kernels() is not None
     )
+
+
+def address(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin; NULL for None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def size(n: int) -> ctypes.c_int64:
+    """An integer as the C code has them."""
+    return ctypes.c_int64(n)

@@ -5,6 +5,7 @@ Shape letters: N tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.ops.kernels import address, has_kernels, kernels, size
 from open_mythos.ops.product import add_product, product
 
 _FEW = 8192  # inputs up to which another call costs more than another pass
@@ -106,6 +108,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        ctx.eps = eps
+        if has_kernels(x) and (weight is None or has_kernels(weight)):
+            ctx.save_for_backward(x, None, weight)
+            return _native_norm(x, weight, eps)
         wide = _wide(x)
         inverse = torch.linalg.vecdot(wide, wide).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
@@ -116,6 +122,8 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, inverse, weight = ctx.saved_tensors
+        if inverse is None:
+            return *_native_norm_backward(grad, x, weight, ctx.eps, ctx.needs_input_grad[1]), None
         wide, grad = _wide(x), _wide(grad)
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -126,6 +134,31 @@ class _RMSNorm(torch.autograd.Function):
         out = grad * inverse if weight is None else (grad * weight).mul_(inverse)
         along = torch.linalg.vecdot(out, wide).unsqueeze(-1).mul_(inverse.square()).div_(-x.shape[-1])
         return out.addcmul_(wide, along).to(x.dtype), grad_weight, None
+
+
+def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    code, x = kernels(), x.contiguous()
+    assert code is not None
+    out, width = torch.empty_like(x), x.shape[-1]
+    code.mythos_norm(
+        address(out), address(x), address(weight), size(x.numel() // width), size(width), ctypes.c_float(eps),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _native_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    code, x, grad = kernels(), x.contiguous(), grad.contiguous()
+    assert code is not None
+    out, width, threads = torch.empty_like(x), x.shape[-1], torch.get_num_threads()
+    sums = x.new_zeros(threads, width) if needs_weight else None
+    code.mythos_norm_backward(
+        address(out), address(sums), address(grad), address(x), address(weight), size(x.numel() // width),
+        size(width), ctypes.c_float(eps), threads,
+    )  # fmt: skip
+    return out, None if sums is None else sums.sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:

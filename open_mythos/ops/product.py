@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.kernels import kernels
+from open_mythos.ops.kernels import address, has_kernels, kernels, size
 
 _ENOUGH = 2**19  # multiplications in all, below which the call costs more than it saves
 _CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
@@ -94,12 +94,7 @@ def grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, into_EMN: Tensor |
 
 def is_native(a: Tensor, b: Tensor, n_columns: int) -> bool:
     """Whether the C code multiplies ``a`` by ``b``, with so many columns."""
-    return (
-        a.dtype == b.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.numel() * n_columns >= _ENOUGH
-        and kernels() is not None
-    )
+    return a.numel() * n_columns >= _ENOUGH and has_kernels(a, b)
 
 
 class _Batch(ctypes.Structure):
@@ -126,10 +121,8 @@ def _run(
     a = _Batch(a_EMK.data_ptr(), 0 if grouped else a_EMK.stride(0), a_EMK.stride(1), a_EMK.stride(2))
     b = _Batch(b_EKN.data_ptr(), 0 if grouped == _SUMS else b_EKN.stride(0), b_EKN.stride(2), b_EKN.stride(1))
     assert ends_E is None or (ends_E.dtype == torch.int32 and ends_E.is_contiguous())
-    ends = None if ends_E is None else ends_E.data_ptr()
     each = 0 if grouped == _ROWS else c_EMN.stride(0)
-    size = ctypes.c_int64
     code.mythos_products(
-        size(c_EMN.data_ptr()), size(each), size(c_EMN.stride(1)), ctypes.byref(a), ctypes.byref(b), size(n_matrices),
-        size(M), size(N), size(K), size(ends or 0), grouped, ctypes.c_float(scale), add, torch.get_num_threads(),
+        address(c_EMN), size(each), size(c_EMN.stride(1)), ctypes.byref(a), ctypes.byref(b), size(n_matrices), size(M),
+        size(N), size(K), address(ends_E), grouped, ctypes.c_float(scale), add, torch.get_num_threads(),
     )  # fmt: skip

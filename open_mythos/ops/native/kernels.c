@@ -77,19 +77,23 @@ void mythos_norm_backward(float *grad_x, float *grad_weights, const float *grad,
                           weight, n, eps);
 }
 
-/* hidden (N, 2 n) holds gates and ups; factors (N) or NULL for 1. */
-void mythos_swiglu(float *y, const float *hidden, const float *factors, Size N, Size n, int threads) {
+/* Rows of n gates and ups, the next ones `step` floats on; factors (N) or NULL for 1. y is (N, n). */
+void mythos_swiglu(float *y, const float *gate, const float *up, const float *factors, Size N, Size n, Size step,
+                   int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (Size i = 0; i < N; i++)
-        swiglu(y + i * n, hidden + 2 * i * n, hidden + (2 * i + 1) * n, n, factors ? factors[i] : 1.0f);
+        swiglu(y + i * n, gate + i * step, up + i * step, n, factors ? factors[i] : 1.0f);
 }
 
-/* grad_hidden (N, 2 n), y (N, n) and grad_factors (N) are written; factors may be NULL. */
-void mythos_swiglu_backward(float *grad_hidden, float *y, float *grad_factors, const float *grad, const float *hidden,
-                            const float *factors, Size N, Size n, int threads) {
+/* grad_gate and grad_up, in rows as gate and up, y (N, n) and grad_factors (N) are written. */
+void mythos_swiglu_backward(float *grad_gate, float *grad_up, float *y, float *grad_factors, const float *grad,
+                            const float *gate, const float *up, const float *factors, Size N, Size n, Size step,
+                            int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (Size i = 0; i < N; i++)
-        grad_factors[i] = swiglu_backward(grad_hidden + 2 * i * n, grad_hidden + (2 * i + 1) * n, y + i * n,
-                                          grad + i * n, hidden + 2 * i * n, hidden + (2 * i + 1) * n, n,
-                                          factors ? factors[i] : 1.0f);
+    for (Size i = 0; i < N; i++) {
+        Size at = i * step;
+        float sum = swiglu_backward(grad_gate + at, grad_up + at, y ? y + i * n : NULL, grad + i * n, gate + at,
+                                    up + at, n, factors ? factors[i] : 1.0f);
+        if (grad_factors) grad_factors[i] = sum;
+    }
 }

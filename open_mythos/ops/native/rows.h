@@ -7,11 +7,11 @@ static void norm(float *restrict y, const float *restrict x, const float *restri
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (Size i = 0; i < n; i++) sum += x[i] * x[i];
-    float inverse = 1.0f / sqrtf(sum / n + eps);
+    float rms = sqrtf(sum / n + eps);
     if (weight)
-        for (Size i = 0; i < n; i++) y[i] = x[i] * inverse * weight[i];
+        for (Size i = 0; i < n; i++) y[i] = x[i] / rms * weight[i];
     else
-        for (Size i = 0; i < n; i++) y[i] = x[i] * inverse;
+        for (Size i = 0; i < n; i++) y[i] = x[i] / rms;
 }
 
 /* Gradients of x, and of the weight, which is added to, unless that is NULL. */
@@ -41,7 +41,8 @@ static void swiglu(float *restrict y, const float *restrict gate, const float *r
     for (Size i = 0; i < n; i++) y[i] = factor * gate[i] * up[i] / (1.0f + exponential(-gate[i]));
 }
 
-/* Gradients of gate and up; y, for whoever needs it again; and the sum of grad times y without the factor. */
+/* Gradients of gate and up; y, for whoever needs it again, unless that is NULL; and the sum of grad times y without the
+ * factor. */
 static float swiglu_backward(float *restrict grad_gate, float *restrict grad_up, float *restrict y,
                              const float *restrict grad, const float *restrict gate, const float *restrict up, Size n,
                              float factor) {
@@ -50,9 +51,9 @@ static float swiglu_backward(float *restrict grad_gate, float *restrict grad_up,
     for (Size i = 0; i < n; i++) {
         float open = 1.0f / (1.0f + exponential(-gate[i])), silu = gate[i] * open;
         sum += grad[i] * silu * up[i];
-        y[i] = factor * silu * up[i];
         grad_up[i] = factor * grad[i] * silu;
         grad_gate[i] = factor * grad[i] * up[i] * (open + silu * (1.0f - open));
     }
+    if (y) swiglu(y, gate, up, n, factor);
     return sum;
 }

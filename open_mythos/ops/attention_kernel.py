@@ -1,0 +1,119 @@
+"""Causal attention in C (``native/attention.h``), for local and global heads in one call.
+
+Shape letters: B rows, T queries, S keys, H query heads, G key/value heads, D channels of a head, V of a value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.ops.kernels import address, has_kernels, kernels
+from open_mythos.ops.mask import CausalMask
+
+_ENOUGH = 2**17  # pairs of queries and keys, of all heads, below which the call costs more than it saves
+
+
+def is_native(q: Tensor, k: Tensor, mask: CausalMask) -> bool:
+    """Whether the C code attends: many queries, which are the last T tokens, in single precision or trained in half.
+
+    In half precision the backward pass of PyTorch's kernel on a CPU takes four times as long as in single.
+    """
+    if mask.positions is not None or mask.window is not None or q.shape[1] < 2:
+        return False
+    B, T, H, _ = q.shape
+    return B * T * H * k.shape[1] >= _ENOUGH and has_kernels(q if q.dtype == torch.float32 else _as_trained(q))
+
+
+def _as_trained(q: Tensor) -> Tensor:
+    is_half = q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled()
+    return q.new_empty(0, dtype=torch.float32 if is_half else q.dtype)
+
+
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float, n_local: int, window: int) -> Tensor:
+    """Local attention for the first ``n_local`` heads, global for the rest.
+
+    Args:
+        q: (B, T, H, D).
+        k: (B, S, G, D), G dividing H.
+        v: (B, S, G, V).
+        mask: who sees whom, beside ``window``.
+        scale: of the scores.
+        n_local, window: so many heads see so many last keys alone, the query's own included.
+
+    Returns:
+        (B, T, H, V).
+    """
+    out = _Attend.apply(q.float(), k.float(), v.float(), mask.valid, mask.starts, scale, n_local, window)
+    return out.to(q.dtype)
+
+
+class _Rows(ctypes.Structure):
+    """As in attention.h."""
+
+    _fields_ = [
+        ("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)
+    ]  # fmt: skip
+
+    @staticmethod
+    def of(x: Tensor) -> _Rows:
+        assert x.stride(3) == 1 or x.shape[3] == 1
+        return _Rows(x.data_ptr(), *x.stride()[:3])
+
+
+class _Attention(ctypes.Structure):
+    """As in attention.h."""
+
+    _fields_ = [
+        *((name, _Rows) for name in ("q", "k", "v", "out", "grad_q", "grad_k", "grad_v")),
+        ("valid", ctypes.c_void_p), ("starts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("B", "T", "S", "H", "G", "D", "V", "n_local", "window")),
+        ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def _described(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: tuple[Any, ...]) -> _Attention:
+    valid, starts, scale, n_local, window = options
+    (B, T, H, D), (_, S, G, V) = q.shape, v.shape
+    return _Attention(
+        q=_Rows.of(q), k=_Rows.of(k), v=_Rows.of(v), out=_Rows.of(out), valid=address(valid), starts=address(starts),
+        B=B, T=T, S=S, H=H, G=G, D=D, V=V, n_local=n_local, window=window, scale=scale,
+    )  # fmt: skip
+
+
+def _run(name: str, described: _Attention) -> None:
+    code = kernels()
+    assert code is not None
+    if getattr(code, name)(ctypes.byref(described), torch.get_num_threads()):
+        raise MemoryError(f"no memory for the scores of {described.T} queries and {described.S} keys")
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, starts: Tensor | None, scale: float,
+        n_local: int, window: int,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        valid, starts = (None if x is None else x.contiguous() for x in (valid, starts))
+        ctx.options = valid, starts, scale, n_local, window
+        ctx.save_for_backward(q, k, v)
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        _run("mythos_attend", _described(q, k, v, out, ctx.options))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        grads = (
+            torch.empty_like(q, memory_format=torch.contiguous_format),
+            *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v)),
+        )
+        described = _described(q, k, v, grad if grad.stride(-1) == 1 else grad.contiguous(), ctx.options)
+        described.grad_q, described.grad_k, described.grad_v = map(_Rows.of, grads)
+        _run("mythos_attend_backward", described)
+        return *grads, None, None, None, None, None

@@ -1,0 +1,116 @@
+"""Attention, norms and SwiGLUs in C are PyTorch's operations, outputs and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_near
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from open_mythos.ops import attention_kernel
+from open_mythos.ops import swiglu as swiglu_module
+from open_mythos.ops.attention_kernel import attend_heads
+from open_mythos.ops.kernels import kernels
+from open_mythos.ops.linear import rms_norm
+from open_mythos.ops.mask import CausalMask, document_starts
+from open_mythos.ops.reference import attention
+from open_mythos.ops.swiglu import swiglu, weighted, weighted_backward
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
+
+
+def gradients(made, inputs):
+    cotangent = torch.randn(made.shape, generator=torch.Generator().manual_seed(7))
+    return torch.autograd.grad((made.float() * cotangent).sum(), inputs)
+
+
+def masks(kind, B, T, S):
+    """Masks of B rows whose last T of S tokens ask."""
+    if kind == "plain":
+        return CausalMask(T, S)
+    if kind == "padded":
+        valid = torch.arange(S) >= torch.randint(0, S, (B, 1))
+        return CausalMask(T, S, valid & (torch.rand(B, S) < 0.9))
+    numbers = torch.rand(B, S).lt(0.2).cumsum(1) + 1
+    return CausalMask(T, S, starts=document_starts(numbers))
+
+
+def by_pytorch(q, k, v, mask, scale, n_local, window):
+    """The slow twin, with the heads' window."""
+    seen = mask.dense(q.device).expand(len(q), q.shape[2], -1, -1).clone()
+    at = torch.arange(mask.n_keys - mask.n_queries, mask.n_keys).unsqueeze(1)
+    seen[:, :n_local] &= torch.arange(mask.n_keys) > at - window
+    return attention(q, k, v, seen, scale)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 150), st.integers(0, 90), st.sampled_from([(4, 2), (6, 1), (3, 3)]),
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from(["plain", "padded", "documents"]), st.integers(0, 3),
+    st.integers(1, 80),
+)  # fmt: skip
+def test_attention_is_that_of_all_scores(B, T, before, heads, D, V, kind, n_local, window):
+    (H, G), S = heads, T + before
+    q, k, v = (torch.randn(B, n, h, d, requires_grad=True) for n, h, d in ((T, H, D), (S, G, D), (S, G, V)))
+    mask = masks(kind, B, T, S)
+    made = attend_heads(q, k, v, mask, 0.3, n_local, window)
+    expected = by_pytorch(q, k, v, mask, 0.3, n_local, window)
+    assert_near(made, expected)
+    for grad, wanted in zip(gradients(made, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+        assert_near(grad, wanted)
+
+
+def test_attention_is_the_reference_in_half_precision_and_for_strides_of_any_kind():
+    q, k, v = (torch.randn(2, 8, h, 70).transpose(1, 3) for h in (4, 2, 2))  # (2, 70, H, 8), channels far apart
+    expected = by_pytorch(q, k, v, CausalMask(70, 70), 8**-0.5, 0, 0)
+    assert_near(attend_heads(q, k, v, CausalMask(70, 70), 8**-0.5, 0, 0), expected)
+    halves = [x.bfloat16() for x in (q, k, v)]
+    made = attend_heads(*halves, CausalMask(70, 70), 8**-0.5, 0, 0)
+    assert made.dtype == torch.bfloat16
+    assert_near(made.float(), expected, 2e-2)
+
+
+def test_huge_scores_have_finite_gradients():
+    """As in a model that an optimizer has run away with."""
+    q, k, v = (torch.randn(1, 90, 2, 16).mul(s).requires_grad_() for s in (1e4, 1e4, 1.0))
+    made = attend_heads(q, k, v, CausalMask(90, 90), 0.25, 1, 5)
+    assert all(grad.isfinite().all() for grad in gradients(made, (q, k, v)))
+
+
+def test_long_texts_are_read_in_blocks_that_fit():
+    q, k, v = (torch.randn(1, n, 2, 8) for n in (40, 9000, 9000))
+    mask = CausalMask(40, 9000)
+    assert_near(attend_heads(q, k, v, mask, 0.3, 1, 3000), by_pytorch(q, k, v, mask, 0.3, 1, 3000))
+    assert not attention_kernel.is_native(q[:, :1], k, CausalMask(1, 9000)), "one query is the decoder's work"
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 19), (40, 256), (5, 1, 1)])
+@pytest.mark.parametrize("has_weight", [False, True])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_norms(shape, has_weight, n_threads, threads):
+    threads(n_threads)
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(shape[-1], requires_grad=True) if has_weight else None
+    made, expected = rms_norm(x, weight, 1e-5), F.rms_norm(x, shape[-1:], weight, 1e-5)
+    inputs = (x, weight) if has_weight else (x,)
+    assert_near(made, expected)
+    for grad, wanted in zip(gradients(made, inputs), gradients(expected, inputs), strict=True):
+        assert_near(grad, wanted)
+
+
+@pytest.mark.parametrize("n_rows, width", [(1, 1), (33, 17), (64, 80)])
+def test_swiglus(n_rows, width, monkeypatch):
+    monkeypatch.setattr(swiglu_module, "_ENOUGH", 0)
+    gate, up = (torch.randn(2, n_rows, width).mul(9).requires_grad_() for _ in range(2))
+    made, expected = swiglu(gate, up), F.silu(gate) * up
+    assert_near(made, expected)
+    for grad, wanted in zip(gradients(made, (gate, up)), gradients(expected, (gate, up)), strict=True):
+        assert_near(grad, wanted)
+    hidden, weight = torch.randn(n_rows, 2 * width, requires_grad=True), torch.rand(n_rows, 1, requires_grad=True)
+    expected = F.silu(hidden[:, :width]) * hidden[:, width:] * weight
+    assert_near(weighted(hidden.detach(), weight.detach()), expected)
+    grad = torch.randn(n_rows, width)
+    wanted = torch.autograd.grad(expected, (hidden, weight), grad)
+    grad_hidden, grad_weight, again = weighted_backward(grad.clone(), hidden.detach(), weight.detach())
+    for found, known in zip((grad_hidden, grad_weight, again), (wanted[0], wanted[1].flatten(), expected), strict=True):
+        assert_near(found, known)
