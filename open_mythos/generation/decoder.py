@@ -29,6 +29,7 @@ from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.ops.experts import grouped_swiglu
+from open_mythos.ops.linear import rms_norm
 from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import apply_rope, rope_table
@@ -145,7 +146,7 @@ class _Block:
 
 
 def _normed(x_ND: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x_ND, x_ND.shape[-1:], None, eps)
+    return rms_norm(x_ND, None, eps)
 
 
 class ModuleDecoder:

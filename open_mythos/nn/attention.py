@@ -10,7 +10,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.linear import Linear, apply
 from open_mythos.ops.attention import attend, attend_convolved, attend_local, attend_local_convolved
-from open_mythos.ops.attention_kernel import attend_heads, is_native
+from open_mythos.ops.attention_kernel import attend_few, attend_heads, is_native, is_native_for_few
 from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import rope_rows
 
@@ -126,8 +126,11 @@ class CausalAttention(nn.Module):
         written (see :func:`attend_convolved`).
         """
         n, found = self.n_local_heads, []
+        plain_scale = q.shape[3] ** -0.5 if scale is None else scale
         if taps is None and is_native(q, k, mask):
-            return attend_heads(q, k, v, mask, q.shape[3] ** -0.5 if scale is None else scale, n, self.local_window)
+            return attend_heads(q, k, v, mask, plain_scale, n, self.local_window)
+        if taps is not None and is_native_for_few(q, mask):
+            return attend_few(q, k, v, taps[0][0], taps[1][0], mask, plain_scale, n, self.local_window)
         if n:
             found.append(self._attend_near(range(n), q, k, v, mask, scale, taps))
         if n < self.n_heads:

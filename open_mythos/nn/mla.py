@@ -11,6 +11,7 @@ from open_mythos.nn.conv import ShortConv
 from open_mythos.nn.linear import Linear, apply, effective_weight, residual_gain, side_by_side
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.attention import attend_convolved, attend_local_convolved
+from open_mythos.ops.attention_kernel import attend_few, is_native_for_few
 from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.rope import apply_rope
 
@@ -97,6 +98,9 @@ class MLAttention(CausalAttention):
             return self.attend(torch.cat([q_latent, q_rope], -1), keys, c_kv.unsqueeze(2), mask, self.score_scale)
         c_kv, k_rope, taps = c_kv.unsqueeze(2), k_rope.unsqueeze(2), taps.unsqueeze(1)
         read = c_kv, c_kv, taps, taps
+        if is_native_for_few(q_latent, mask):
+            beside = q_rope, k_rope
+            return attend_few(q_latent, *read, mask, self.score_scale, n, self.local_window, beside)
         if n:
             q, beside = q_latent[:, :, :n], (q_rope[:, :, :n], k_rope)
             found.append(attend_local_convolved(q, *read, self.local_window, mask, self.score_scale, beside))

@@ -117,3 +117,67 @@ class _Attend(torch.autograd.Function):
         described.grad_q, described.grad_k, described.grad_v = map(_Rows.of, grads)
         _run("mythos_attend_backward", described)
         return *grads, None, None, None, None, None
+
+
+# -- few queries
+
+
+class _Few(ctypes.Structure):
+    """As in few.h."""
+
+    _fields_ = [
+        *((name, _Rows) for name in ("q", "k", "v", "out", "q_beside", "k_beside")),
+        ("k_taps", ctypes.c_void_p), ("v_taps", ctypes.c_void_p), ("valid", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("B", "T", "S", "H", "G", "D", "V", "P", "n_taps", "n_local")),
+        ("window", ctypes.c_int64), ("same", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def is_native_for_few(q: Tensor, mask: CausalMask) -> bool:
+    """Whether the C code reads a cache for these queries, which are then the last T tokens of one document."""
+    is_plain = mask.positions is None and mask.window is None and mask.starts is None
+    return is_plain and not torch.is_grad_enabled() and has_kernels(q)
+
+
+def attend_few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_taps: Tensor,
+    v_taps: Tensor,
+    mask: CausalMask,
+    scale: float,
+    n_local: int,
+    window: int,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """:func:`attend_heads` for few queries, to keys and values that have still to pass a short convolution.
+
+    Args:
+        q, k, v, mask, scale, n_local, window: as :func:`attend_heads`; ``v`` may be ``k``.
+        k_taps: (K, G, D).
+        v_taps: (K, G, V).
+        beside: channels of queries (B, T, H, P) and keys (B, S, G, P) whose products are added to the scores, and
+            which no convolution touches.
+
+    Returns:
+        (B, T, H, V).
+    """
+    code, (B, T, H, D), (_, S, G, V) = kernels(), q.shape, v.shape
+    assert code is not None
+    k_taps, v_taps = k_taps.contiguous(), v_taps.contiguous()
+    out = q.new_empty(B, T, H, V)
+    few = _Few(
+        q=_Rows.of(q), k=_Rows.of(k), v=_Rows.of(v), out=_Rows.of(out), k_taps=k_taps.data_ptr(),
+        v_taps=v_taps.data_ptr(), B=B, T=T, S=S, H=H, G=G, D=D, V=V, n_taps=len(k_taps), n_local=n_local,
+        window=window, same=v is k, scale=scale,
+    )  # fmt: skip
+    if mask.valid is not None:
+        valid = mask.valid.contiguous()
+        few.valid = valid.data_ptr()
+    if beside is not None:
+        few.q_beside, few.k_beside, few.P = _Rows.of(beside[0]), _Rows.of(beside[1]), beside[0].shape[3]
+    if code.mythos_attend_few(ctypes.byref(few), torch.get_num_threads()):
+        raise MemoryError(f"no memory to look through {S} keys for {T} queries")
+    return out

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.ops.kernels import address, has_kernels, kernels, size
 from open_mythos.ops.linear import linear, product_dtype
 from open_mythos.ops.one_gradient import OneGradient, one_gradient
 from open_mythos.ops.product import is_native
@@ -67,11 +68,26 @@ def _rows(x_ND: Tensor, gate_up_E2FD: Tensor, experts_NK: Tensor) -> Rows:
 
 def _one_by_one(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """For a token or two: matrices times vectors, where they stand."""
+    if has_kernels(x_ND, gate_up_E2FD, down_EDF, weights_NK):
+        return _one_by_one_native(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
     out_ND = torch.zeros_like(x_ND)
     for x_D, out_D, experts_K, weights_K in zip(x_ND, out_ND, experts_NK.tolist(), weights_NK, strict=True):
         for expert, weight in zip(experts_K, weights_K, strict=True):
             gate_F, up_F = torch.mv(gate_up_E2FD[expert], x_D).chunk(2)
             out_D.addmv_(down_EDF[expert], F.silu(gate_F).mul_(up_F).mul_(weight))
+    return out_ND
+
+
+def _one_by_one_native(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor
+) -> Tensor:
+    code, out_ND = kernels(), torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+    held = [x.contiguous() for x in (x_ND, gate_up_E2FD, down_EDF, experts_NK.long(), weights_NK)]
+    assert code is not None
+    if code.mythos_experts_few(
+        address(out_ND), *map(address, held), *map(size, (*experts_NK.shape, x_ND.shape[1], down_EDF.shape[2]))
+    ):
+        raise MemoryError("no memory for an expert's activations")
     return out_ND
 
 

@@ -31,11 +31,10 @@ def kernels() -> ctypes.CDLL | None:
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether the C code takes these tensors: plain float32 ones on the CPU, and nobody is compiling or tracing."""
-    return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-        and not torch.compiler.is_compiling()
-        and kernels() is not None
-    )
+    for x in tensors:
+        if x.dtype != torch.float32 or not x.is_cpu:
+            return False
+    return kernels() is not None and not torch.compiler.is_compiling()
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p:

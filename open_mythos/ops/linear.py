@@ -96,6 +96,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     if weight is not None:
         weight = weight.to(x.dtype)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    if not needs_grad and has_kernels(x):
+        return _native_norm(x, weight, eps)
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     # There PyTorch squares float16 in float16, and writes five tensors of x's size where two do.
     if on_cpu and (needs_grad or x.dtype.itemsize < 4 or x.numel() > _FEW):
@@ -109,7 +111,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.eps = eps
-        if has_kernels(x) and (weight is None or has_kernels(weight)):
+        if has_kernels(x):
             ctx.save_for_backward(x, None, weight)
             return _native_norm(x, weight, eps)
         wide = _wide(x)
@@ -140,9 +142,9 @@ def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     code, x = kernels(), x.contiguous()
     assert code is not None
     out, width = torch.empty_like(x), x.shape[-1]
+    threads = torch.get_num_threads() if x.numel() > _FEW else 1
     code.mythos_norm(
-        address(out), address(x), address(weight), size(x.numel() // width), size(width), ctypes.c_float(eps),
-        torch.get_num_threads(),
+        address(out), address(x), address(weight), size(x.numel() // width), size(width), ctypes.c_float(eps), threads
     )  # fmt: skip
     return out
 

@@ -5,10 +5,16 @@ Shape letters: B batch, T tokens, H heads, D channels of a head.
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from open_mythos.ops.kernels import address, has_kernels, kernels, size
+
 _WAVES = 1.0, 4.0  # in a context: with as few or fewer a frequency is stretched whole, with as many or more not at all
+_MANY = 2**14  # numbers from which on several threads turn them
 
 
 def rope_frequencies(dim: int, theta: float = 500000.0, factor: float = 1.0, context: int = 8192) -> Tensor:
@@ -72,6 +78,8 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
         freqs = torch.view_as_real(freqs)
     if freqs.shape[-3] != x.shape[1]:
         raise RuntimeError(f"freqs hold {freqs.shape[-3]} positions and x has {x.shape[1]}; pass one row per token")
+    if _is_native(x, freqs):
+        return _Turned.apply(x, freqs) if torch.is_grad_enabled() and x.requires_grad else _turn(x, freqs, 1.0)
     freqs = freqs.unsqueeze(-3)  # (T or B,T) x 1 x D/2 x 2
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # compilers know no complex numbers
@@ -80,6 +88,37 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(freqs))
     return turned.flatten(-2).to(x.dtype)
+
+
+def _is_native(x: Tensor, freqs: Tensor) -> bool:
+    """Whether C code turns ``x``: heads of a token side by side, and tokens evenly apart."""
+    (B, T, _, D), (batch, token, head, channel) = x.shape, x.stride()
+    return head == D and channel == 1 and (B == 1 or batch == T * token) and has_kernels(x, freqs)
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, freqs: Tensor) -> Tensor:
+        ctx.freqs = freqs
+        return _turn(x, freqs, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _turn(grad.contiguous(), ctx.freqs, -1.0), None
+
+
+def _turn(x: Tensor, freqs: Tensor, sign: float) -> Tensor:
+    """:func:`apply_rope` in C; with ``sign`` -1 back."""
+    code, (B, T, H, D), freqs = kernels(), x.shape, freqs.contiguous()
+    assert code is not None
+    out = torch.empty(B, T, H, D)
+    threads = torch.get_num_threads() if x.numel() >= _MANY else 1
+    code.mythos_turn(
+        address(out), address(x), address(freqs), size(B * T), size(H), size(D), size(x.stride(1)),
+        size(freqs.numel() // D), ctypes.c_float(sign), threads,
+    )  # fmt: skip
+    return out
 
 
 def rope_rows(freqs: Tensor, start: int, n: int) -> Tensor:

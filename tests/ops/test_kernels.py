@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from open_mythos.ops import attention_kernel
 from open_mythos.ops import swiglu as swiglu_module
-from open_mythos.ops.attention_kernel import attend_heads
+from open_mythos.ops.attention_kernel import attend_few, attend_heads
+from open_mythos.ops.conv import causal_conv
+from open_mythos.ops.experts import grouped_swiglu
 from open_mythos.ops.kernels import kernels
 from open_mythos.ops.linear import rms_norm
 from open_mythos.ops.mask import CausalMask, document_starts
-from open_mythos.ops.reference import attention
+from open_mythos.ops.reference import attention, moe_loop
+from open_mythos.ops.rope import apply_rope, rope_table
 from open_mythos.ops.swiglu import swiglu, weighted, weighted_backward
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
@@ -82,6 +85,50 @@ def test_long_texts_are_read_in_blocks_that_fit():
     mask = CausalMask(40, 9000)
     assert_near(attend_heads(q, k, v, mask, 0.3, 1, 3000), by_pytorch(q, k, v, mask, 0.3, 1, 3000))
     assert not attention_kernel.is_native(q[:, :1], k, CausalMask(1, 9000)), "one query is the decoder's work"
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(0, 700), st.sampled_from([(4, 2), (6, 1), (3, 3)]),
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from(["plain", "padded"]), st.integers(0, 3), st.integers(1, 80),
+    st.integers(1, 6), st.sampled_from(["apart", "same", "beside"]),
+)  # fmt: skip
+@torch.no_grad()
+def test_few_queries_read_rows_that_are_convolved_first(B, T, before, heads, D, V, kind, n_local, window, K, values):
+    (H, G), S = heads, T + before
+    q, k = torch.randn(B, T, H, D), torch.randn(B, G, S, D).transpose(1, 2)  # as a cache has them
+    k_taps, mask, beside = torch.randn(K, G, D), masks(kind, B, T, S), None
+    v, v_taps = (k, k_taps) if values == "same" else (torch.randn(B, S, G, V), torch.randn(K, G, V))
+    if values == "beside":
+        beside = torch.randn(B, T, H, 7), torch.randn(B, S, G, 7)
+    made = attend_few(q, k, v, k_taps, v_taps, mask, 0.3, n_local, window, beside)
+    k, v = (causal_conv(x.flatten(2), taps.flatten(1)).view_as(x) for x, taps in ((k, k_taps), (v, v_taps)))
+    if beside is not None:
+        q, k = torch.cat([q, beside[0]], -1), torch.cat([k, beside[1]], -1)
+    assert_near(made, by_pytorch(q, k, v, mask, 0.3, n_local, window))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("D, width", [(32, 16), (7, 5), (50, 33)])
+def test_experts_of_a_few_tokens_are_the_double_loop(D, width):
+    x, gate_up, down = torch.randn(3, D), torch.randn(4, 2 * width, D), torch.randn(4, D, width)
+    chosen, weights = torch.tensor([[0, 3], [1, 1], [2, 0]]), torch.rand(3, 2)
+    expected = moe_loop(x, gate_up, down, chosen, weights)
+    assert_near(grouped_swiglu(x, gate_up, down, chosen, weights), expected)
+
+
+@pytest.mark.parametrize("B, T, H, D", [(2, 3, 4, 6), (1, 90, 8, 32), (3, 1, 1, 2)])
+@pytest.mark.parametrize("for_each", [False, True])
+def test_turning(B, T, H, D, for_each):
+    positions = torch.randint(99, (B, T) if for_each else (T,))
+    table = rope_table(positions, D)
+    x = torch.randn(B, T, 3 * H, D, requires_grad=True)
+    part = x[:, :, H : 2 * H]  # heads side by side, tokens apart
+    pairs = torch.view_as_complex(part.unflatten(-1, (-1, 2)))
+    expected = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(-2)).flatten(-2)
+    made = apply_rope(part, table)
+    assert_near(made, expected)
+    assert_near(gradients(made, (x,))[0], gradients(expected, (x,))[0])
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 19), (40, 256), (5, 1, 1)])

@@ -1,5 +1,6 @@
 /* What open_mythos.ops calls, and how it is divided among PyTorch's threads. */
 #include "attention.h"
+#include "few.h"
 #include "rows.h"
 
 typedef struct { const float *at; Size each, row, column; } Batch; /* strides; `each` from matrix to matrix */
@@ -63,7 +64,7 @@ int mythos_attend_backward(const Attention *a, int threads) {
 
 /* Rows (N, n) of all; weight may be NULL. */
 void mythos_norm(float *y, const float *x, const float *weight, Size N, Size n, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (Size i = 0; i < N; i++) norm(y + i * n, x + i * n, weight, n, eps);
 }
 
@@ -96,4 +97,52 @@ void mythos_swiglu_backward(float *grad_gate, float *grad_up, float *y, float *g
                                     up + at, n, factors ? factors[i] : 1.0f);
         if (grad_factors) grad_factors[i] = sum;
     }
+}
+
+/* -1 if memory ran out, else 0. */
+int mythos_attend_few(const Few *a, int threads) {
+    Size tasks = a->B * a->G, rows = a->S * tasks, step = padded(few_floats(a)), n = least(threads, rows / 512 + 1);
+    Size parts = least(n, a->S / 256 + 1); /* key heads that all look near have nearly nothing to do */
+    float *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, tasks * parts * step * sizeof(float))) return -1;
+    memset(memory, 0, tasks * parts * step * sizeof(float));
+#pragma omp parallel for num_threads(n) schedule(dynamic, 1) if (n > 1)
+    for (Size task = 0; task < tasks * parts; task++) {
+        Size which = task / parts, p = task % parts, chunks = (a->S + CHUNK - 1) / CHUNK;
+        FewScratch s = few_scratch(a, memory + task * step);
+        look_through(a, &s, which / a->G, which % a->G, chunks * p / parts * CHUNK,
+                     least(chunks * (p + 1) / parts * CHUNK, a->S));
+    }
+    for (Size which = 0; which < tasks; which++)
+        merge(a, memory + which * parts * step, step, parts, which / a->G, which % a->G);
+    free(memory);
+    return 0;
+}
+
+/* out (N, D) = sum over the K experts of each row of weight * down(silu(gate x) * up x); -1 if memory ran out. */
+int mythos_experts_few(float *out, const float *x, const float *gate_up, const float *down, const int64_t *experts,
+                       const float *weights, Size N, Size K, Size D, Size width) {
+    float *hidden = malloc((3 * width + D) * sizeof(float)), *act = hidden + 2 * width, *made = act + width;
+    if (!hidden) return -1;
+    memset(out, 0, N * D * sizeof(float));
+    for (Size i = 0; i < N * K; i++) {
+        const float *in = x + i / K * D;
+        float *to = out + i / K * D;
+        times(hidden, gate_up + experts[i] * 2 * width * D, in, D, 2 * width);
+        swiglu(act, hidden, hidden + width, width, weights[i]);
+        times(made, down + experts[i] * D * width, act, width, D);
+        for (Size d = 0; d < D; d++) to[d] += made[d];
+    }
+    free(hidden);
+    return 0;
+}
+
+/* y (N, H, n) contiguous = heads of x, `x_step` floats from token to token, turned by turns (T, n), token i by those of
+ * i % T; sign -1 turns back. */
+void mythos_turn(float *y, const float *x, const float *turns, Size N, Size H, Size n, Size x_step, Size T, float sign,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (Size i = 0; i < N; i++)
+        for (Size h = 0; h < H; h++)
+            turn(y + (i * H + h) * n, x + i * x_step + h * n, turns + i % T * n, n, sign);
 }

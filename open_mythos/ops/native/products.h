@@ -18,9 +18,9 @@ static Matrix part(Matrix x, Size row, Size column) {
 
 /* -- copies in the order of reading */
 
-/* One of four steps: lanes whose number has this bit change places with rows whose number has it. */
-#define EXCHANGE(bit) \
-    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) if (!(i & bit)) { \
+/* One of four steps: lanes whose number has this bit change places with those of the first rows whose number has it. */
+#define EXCHANGE(bit, rows) \
+    _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++) if (!(i & bit)) { \
         Vector x = r[i], y = r[i + bit]; \
         Lanes first, second; \
         for (int l = 0; l < LANES; l++) { \
@@ -31,7 +31,15 @@ static Matrix part(Matrix x, Size row, Size column) {
         r[i + bit] = __builtin_shuffle(x, y, second); \
     }
 
-INLINE void transpose(Vector *r) { EXCHANGE(8) EXCHANGE(4) EXCHANGE(2) EXCHANGE(1) }
+#define ADD(bit) _Pragma("GCC unroll 16") for (int i = 0; i < bit; i++) r[i] += r[i + bit];
+
+INLINE void transpose(Vector *r) { EXCHANGE(8, 16) EXCHANGE(4, 16) EXCHANGE(2, 16) EXCHANGE(1, 16) }
+
+/* The sum of each of 16 vectors, in order: the rows of the transpose are added up while it is made. */
+INLINE Vector sums(Vector *r) {
+    EXCHANGE(8, 16) ADD(8) EXCHANGE(4, 8) ADD(4) EXCHANGE(2, 4) ADD(2) EXCHANGE(1, 2) ADD(1)
+    return r[0];
+}
 
 /* strip[k * width + i] = x[i][k] for i < n and k < deep, and zero for n <= i < width. Writes up to LANES floats more. */
 static void pack(float *strip, Matrix x, Size n, Size width, Size deep) {

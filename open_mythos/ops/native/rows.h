@@ -57,3 +57,12 @@ static float swiglu_backward(float *restrict grad_gate, float *restrict grad_up,
     if (y) swiglu(y, gate, up, n, factor);
     return sum;
 }
+
+/* Channel pairs (2 i, 2 i + 1) of y turn by (cos, sin) pairs, or back. */
+static void turn(float *restrict y, const float *restrict x, const float *restrict turns, Size n, float sign) {
+    for (Size i = 0; i < n; i += 2) {
+        float cosine = turns[i], sine = sign * turns[i + 1];
+        y[i] = x[i] * cosine - x[i + 1] * sine;
+        y[i + 1] = x[i + 1] * cosine + x[i] * sine;
+    }
+}
