@@ -31,10 +31,12 @@ def kernels() -> ctypes.CDLL | None:
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether the C code takes these tensors: plain float32 ones on the CPU, and nobody is compiling or tracing."""
+    if torch.compiler.is_compiling():
+        return False
     for x in tensors:
         if x.dtype != torch.float32 or not x.is_cpu:
             return False
-    return kernels() is not None and not torch.compiler.is_compiling()
+    return kernels() is not None
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p:
