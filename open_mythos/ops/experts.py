@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.kernels import address, has_kernels, kernels, size
-from open_mythos.ops.linear import linear, product_dtype
+from open_mythos.ops.linear import linear
 from open_mythos.ops.one_gradient import OneGradient, one_gradient
-from open_mythos.ops.product import is_native
+from open_mythos.ops.product import arithmetic, is_native
 from open_mythos.ops.rows import Rows
 from open_mythos.ops.swiglu import swiglu, weighted, weighted_backward
 
@@ -39,13 +39,13 @@ def grouped_swiglu(
         scale: factor of ``gate_up``.
 
     Returns:
-        (N, D) in x's dtype, or autocast's.
+        (N, D) in the dtype that :func:`open_mythos.ops.product.arithmetic` says.
     """
-    dtype = product_dtype(x_ND)
+    dtype, half = arithmetic(x_ND)
     x_ND, weights_NK = (x_ND * scale).to(dtype), weights_NK.to(dtype)
     if len(gate_up_E2FD) > 1 and not torch.compiler.is_compiling() and _is_trained(gate_up_E2FD, down_EDF):
         gate_up, down = one_gradient(gate_up_E2FD, dtype), one_gradient(down_EDF, dtype)
-        return _GroupedSwiGLU.apply(x_ND, gate_up.weight, down.weight, experts_NK, weights_NK, gate_up, down)
+        return _GroupedSwiGLU.apply(x_ND, gate_up.weight, down.weight, experts_NK, weights_NK, half, gate_up, down)
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     if len(gate_up_E2FD) == 1:  # nothing to bring together
         # flatten, not [0]: the gradient of a view is a view, and that of an element begins with zeros for all.
@@ -54,16 +54,16 @@ def grouped_swiglu(
     if torch.compiler.is_compiling():
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
-        return _GroupedSwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, None, None)
-    if experts_NK.numel() <= _FEW and experts_NK.device.type == "cpu":
+        return _GroupedSwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, half, None, None)
+    if not half and experts_NK.numel() <= _FEW and experts_NK.device.type == "cpu":
         return _one_by_one(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
-    return _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, _rows(x_ND, gate_up_E2FD, experts_NK))[0]
+    return _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, _rows(x_ND, gate_up_E2FD, experts_NK, half))[0]
 
 
-def _rows(x_ND: Tensor, gate_up_E2FD: Tensor, experts_NK: Tensor) -> Rows:
+def _rows(x_ND: Tensor, gate_up_E2FD: Tensor, experts_NK: Tensor, half: bool) -> Rows:
     """The experts' rows in the layout whose products are faster."""
-    native = is_native(x_ND, gate_up_E2FD, gate_up_E2FD.shape[1])
-    return Rows.of(experts_NK, len(gate_up_E2FD), may_batch=not native)
+    native = half or is_native(x_ND, gate_up_E2FD, gate_up_E2FD.shape[1])
+    return Rows.of(experts_NK, len(gate_up_E2FD), may_batch=not native, half=half)
 
 
 def _one_by_one(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
@@ -143,10 +143,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
         down_EDF: Tensor,
         experts_NK: Tensor,
         weights_NK: Tensor,
+        half: bool,
         gate_up: OneGradient | None,
         down: OneGradient | None,
     ) -> Tensor:
-        ctx.rows, ctx.sums = _rows(x_ND, gate_up_E2FD, experts_NK), (gate_up, down)
+        ctx.rows, ctx.sums = _rows(x_ND, gate_up_E2FD, experts_NK, half), (gate_up, down)
         out_ND, hidden_P2F = _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, ctx.rows)
         ctx.save_for_backward(x_ND, gate_up_E2FD, down_EDF, weights_NK, hidden_P2F)
         return out_ND
@@ -158,7 +159,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         grad_x, grad_gate_up, grad_down, grad_weights = _backward(
             grad_ND, x_ND, gate_up_E2FD, down_EDF, weights_NK, hidden_P2F, ctx.rows, *ctx.sums
         )
-        return grad_x, grad_gate_up, grad_down, None, grad_weights, None, None
+        return grad_x, grad_gate_up, grad_down, None, grad_weights, None, None, None
 
 
 def _is_trained(*weights: Tensor) -> bool:

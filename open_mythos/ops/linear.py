@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.kernels import address, has_kernels, kernels, size
-from open_mythos.ops.product import add_product, product
+from open_mythos.ops.product import add_product, arithmetic, product
 
 _FEW = 8192  # inputs up to which another call costs more than another pass
 
@@ -28,43 +28,35 @@ def linears(x: Tensor, weights: Sequence[Tensor], scales: Sequence[float]) -> tu
     """``scale * x @ weight.T`` for several weights (O, I) of one input (..., I): a tuple of (..., O).
 
     The factor is the product's own and costs nothing, forward or backward, and the gradients of ``x`` are summed where
-    the products are made. Under autocast the products are of its dtype.
+    the products are made. Under autocast, see :func:`open_mythos.ops.product.arithmetic`.
     """
     if torch.compiler.is_compiling() or x.is_meta or any(type(w) not in _PLAIN for w in weights):
         # A compiler joins the factor to the product by itself; quantised and distributed weights know F.linear alone.
         return tuple(F.linear(x, weight) * scale for weight, scale in zip(weights, scales, strict=True))
-    dtype = product_dtype(x)
+    dtype, half = arithmetic(x)
     x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-    if not torch.is_grad_enabled() and x.numel() <= _FEW:
+    if not half and not torch.is_grad_enabled() and x.numel() <= _FEW:
         products = [F.linear(x, weight) for weight in weights]
         return tuple(out if scale == 1 else out.mul_(scale) for out, scale in zip(products, scales, strict=True))
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
-        return _Linears.apply(x, tuple(scales), *weights)
+        return _Linears.apply(x, tuple(scales), half, *weights)
     x_NI = x.reshape(-1, x.shape[-1])
-    products = [product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
+    products = [product(x_NI, weight.t(), scale, half) for weight, scale in zip(weights, scales, strict=True)]
     return tuple(out.view(*x.shape[:-1], -1) for out in products)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with ``x``: its own, or autocast's."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
 class _Linears(torch.autograd.Function):
     """:func:`linears` with a backward pass that writes every gradient once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.scales = scales
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], half: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.scales, ctx.half = scales, half
         ctx.save_for_backward(x, *weights)
         x_NI = x.reshape(-1, x.shape[-1])
-        products = [product(x_NI, weight.t(), scale) for weight, scale in zip(weights, scales, strict=True)]
+        products = [product(x_NI, weight.t(), scale, half) for weight, scale in zip(weights, scales, strict=True)]
         return tuple(out.view(*x.shape[:-1], -1) for out in products)
 
     @staticmethod
@@ -77,12 +69,12 @@ class _Linears(torch.autograd.Function):
             grad_NO = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[0]:
                 if grad_x is None:
-                    grad_x = product(grad_NO, weight, scale)
+                    grad_x = product(grad_NO, weight, scale, ctx.half)
                 else:
-                    add_product(grad_x, grad_NO, weight, scale)
-            needed = ctx.needs_input_grad[2 + i]
-            grad_weights.append(product(grad_NO.t(), x_NI, scale) if needed else None)
-        return None if grad_x is None else grad_x.view(x.shape), None, *grad_weights
+                    add_product(grad_x, grad_NO, weight, scale, ctx.half)
+            needed = ctx.needs_input_grad[3 + i]
+            grad_weights.append(product(grad_NO.t(), x_NI, scale, ctx.half) if needed else None)
+        return None if grad_x is None else grad_x.view(x.shape), None, None, *grad_weights
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:

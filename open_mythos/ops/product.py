@@ -25,23 +25,38 @@ _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
 _ROWS, _SUMS = 1, 2  # as in kernels.c
 
 
-def product(a_MK: Tensor, b_KN: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * a @ b``: (M, N)."""
-    if is_native(a_MK, b_KN, b_KN.shape[1]):
+def arithmetic(x: Tensor) -> tuple[torch.dtype, bool]:
+    """What products with ``x`` are made of: a dtype, and whether the C code then rounds factors to bfloat16.
+
+    The dtype is that of ``x``, or autocast's. Autocast to bfloat16 costs a pass over every tensor and rounds sums as
+    well; where the C code can, it reads float32, rounds what it multiplies, and leaves sums in float32.
+    """
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x.dtype, False
+    dtype = torch.get_autocast_dtype(device)
+    if dtype == torch.bfloat16 and device == "cpu" and not torch.compiler.is_compiling() and _has_half():
+        return torch.float32, True
+    return dtype, False
+
+
+def product(a_MK: Tensor, b_KN: Tensor, scale: float = 1.0, half: bool = False) -> Tensor:
+    """``scale * a @ b``: (M, N); with ``half`` as :func:`arithmetic` says."""
+    if half or is_native(a_MK, b_KN, b_KN.shape[1]):
         out_MN = a_MK.new_empty(len(a_MK), b_KN.shape[1])
-        _run(out_MN[None], a_MK[None], b_KN[None], scale)
+        _run(out_MN[None], a_MK[None], b_KN[None], scale, half=half)
         return out_MN
     if scale == 1.0:
         return a_MK @ b_KN
     return torch.addmm(a_MK.new_empty(()), a_MK, b_KN, beta=0, alpha=scale)
 
 
-def add_product(into_MN: Tensor, a_MK: Tensor, b_KN: Tensor, scale: float = 1.0) -> None:
+def add_product(into_MN: Tensor, a_MK: Tensor, b_KN: Tensor, scale: float = 1.0, half: bool = False) -> None:
     """``into += scale * a @ b``; the sum may be in another dtype than the product."""
     if into_MN.dtype != a_MK.dtype:
         into_MN.add_(a_MK @ b_KN, alpha=scale)
-    elif is_native(a_MK, b_KN, b_KN.shape[1]) and into_MN.stride(1) == 1:
-        _run(into_MN[None], a_MK[None], b_KN[None], scale, add=True)
+    elif into_MN.stride(1) == 1 and (half or is_native(a_MK, b_KN, b_KN.shape[1])):
+        _run(into_MN[None], a_MK[None], b_KN[None], scale, add=True, half=half)
     else:
         into_MN.addmm_(a_MK, b_KN, alpha=scale)
 
@@ -56,17 +71,18 @@ def add_products(into_EMN: Tensor, a_EMK: Tensor, b_EKN: Tensor) -> None:
         into.add_(a @ b)
 
 
-def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor, half: bool = False) -> Tensor:
     """Rows times the matrix of their group: (P, N).
 
     Args:
         x_PK: rows, group behind group.
         weight_EKN: a matrix for each.
         ends_E: int32, where each group's rows end.
+        half: as :func:`arithmetic` says.
     """
-    if is_native(x_PK, weight_EKN, weight_EKN.shape[2]):
+    if half or is_native(x_PK, weight_EKN, weight_EKN.shape[2]):
         out_PN = x_PK.new_empty(len(x_PK), weight_EKN.shape[2])
-        _run(out_PN[None], x_PK[None], weight_EKN, ends_E=ends_E, grouped=_ROWS)
+        _run(out_PN[None], x_PK[None], weight_EKN, ends_E=ends_E, grouped=_ROWS, half=half)
         return out_PN
     n_in, n_out = weight_EKN.shape[1:]
     multiple = _ALIGN // x_PK.element_size()
@@ -77,11 +93,13 @@ def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(x_PK.contiguous(), weight_EKN, offs=ends_E)[:, :n_out]
 
 
-def grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, into_EMN: Tensor | None = None) -> Tensor:
+def grouped_outer(
+    x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, into_EMN: Tensor | None = None, half: bool = False
+) -> Tensor:
     """``x^T y`` over the rows of each group: (E, M, N); with ``into``, added to that."""
-    if is_native(x_PM, y_PN, y_PN.shape[1]) and (into_EMN is None or into_EMN.stride(2) == 1):
+    if half or is_native(x_PM, y_PN, y_PN.shape[1]):
         out_EMN = x_PM.new_empty(len(ends_E), x_PM.shape[1], y_PN.shape[1]) if into_EMN is None else into_EMN
-        _run(out_EMN, x_PM.t()[None], y_PN[None], add=into_EMN is not None, ends_E=ends_E, grouped=_SUMS)
+        _run(out_EMN, x_PM.t()[None], y_PN[None], add=into_EMN is not None, ends_E=ends_E, grouped=_SUMS, half=half)
         return out_EMN
     (n_in, n_out), multiple = (x_PM.shape[1], y_PN.shape[1]), _ALIGN // x_PM.element_size()
     x_PM, y_PN = F.pad(x_PM, (0, -n_in % multiple)), F.pad(y_PN, (0, -n_out % multiple))
@@ -95,6 +113,11 @@ def grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, into_EMN: Tensor |
 def is_native(a: Tensor, b: Tensor, n_columns: int) -> bool:
     """Whether the C code multiplies ``a`` by ``b``, with so many columns."""
     return a.numel() * n_columns >= _ENOUGH and has_kernels(a, b)
+
+
+def _has_half() -> bool:
+    code = kernels()
+    return code is not None and bool(code.mythos_has_half())
 
 
 class _Batch(ctypes.Structure):
@@ -113,6 +136,7 @@ def _run(
     add: bool = False,
     ends_E: Tensor | None = None,
     grouped: int = 0,
+    half: bool = False,
 ) -> None:
     """``c = scale * a @ b`` or, with ``add``, ``c += ``; with groups, what they are groups of is a batch of one."""
     code, n_matrices = kernels(), max(len(c_EMN), len(b_EKN))
@@ -124,5 +148,5 @@ def _run(
     each = 0 if grouped == _ROWS else c_EMN.stride(0)
     code.mythos_products(
         address(c_EMN), size(each), size(c_EMN.stride(1)), ctypes.byref(a), ctypes.byref(b), size(n_matrices), size(M),
-        size(N), size(K), address(ends_E), grouped, ctypes.c_float(scale), add, torch.get_num_threads(),
+        size(N), size(K), address(ends_E), grouped, ctypes.c_float(scale), add, half, torch.get_num_threads(),
     )  # fmt: skip

@@ -40,6 +40,7 @@ class Rows:
         ends_E: int32, where each expert's rows end; None if batched.
         width: C; 0 if grouped.
         rest: expert, first row and end of those that have more than C.
+        half: of grouped products, as :func:`open_mythos.ops.product.arithmetic` says.
     """
 
     token_P: Tensor
@@ -48,9 +49,10 @@ class Rows:
     ends_E: Tensor | None = None
     width: int = 0
     rest: list[tuple[int, int, int]] = field(default_factory=list)
+    half: bool = False
 
     @staticmethod
-    def of(experts_NK: Tensor, n_experts: int, may_batch: bool = True) -> Rows:
+    def of(experts_NK: Tensor, n_experts: int, may_batch: bool = True, half: bool = False) -> Rows:
         """Rows for the choices ``experts_NK``, in the layout that is faster, or grouped."""
         device, n_choices, K = experts_NK.device, experts_NK.numel(), experts_NK.shape[1]
         expert_M, order_M = experts_NK.flatten().sort(stable=True)
@@ -71,7 +73,7 @@ class Rows:
             rest = [(e, end - n, end) for e, (n, end) in enumerate(zip(more_E.tolist(), ends, strict=True)) if n]
         token_P = torch.full((n_rows,), len(experts_NK), device=device).scatter_(0, row_M, order_M // K)
         place_NK = torch.empty_like(row_M).scatter_(0, order_M, row_M).view_as(experts_NK)
-        return Rows(token_P, place_NK, n_experts, None if width else ends_E.to(torch.int32), width, rest)
+        return Rows(token_P, place_NK, n_experts, None if width else ends_E.to(torch.int32), width, rest, half)
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """Every row's token: (P, D), zeros at idle rows, which must not overflow in the expert of others."""
@@ -88,7 +90,7 @@ class Rows:
     def product(self, x_PI: Tensor, weight_EIO: Tensor) -> Tensor:
         """Rows times the matrix of their expert: (P, O)."""
         if self.ends_E is not None:
-            return grouped_product(x_PI, weight_EIO, self.ends_E)
+            return grouped_product(x_PI, weight_EIO, self.ends_E, self.half)
         out_PO = x_PI.new_empty(len(x_PI), weight_EIO.shape[2])
         torch.bmm(self._batched(x_PI), weight_EIO, out=self._batched(out_PO))
         for expert, start, end in self.rest:
@@ -98,7 +100,7 @@ class Rows:
     def outer(self, x_PI: Tensor, y_PO: Tensor) -> Tensor:
         """For every expert the sum over its rows of ``x y^T``: (E, I, O)."""
         if self.ends_E is not None:
-            return grouped_outer(x_PI, y_PO, self.ends_E)
+            return grouped_outer(x_PI, y_PO, self.ends_E, half=self.half)
         out_EIO = torch.bmm(self._batched(x_PI).transpose(1, 2), self._batched(y_PO))
         for expert, start, end in self.rest:
             add_product(out_EIO[expert], x_PI[start:end].t(), y_PO[start:end])
@@ -107,7 +109,7 @@ class Rows:
     def add_outer(self, x_PI: Tensor, y_PO: Tensor, into: OneGradient) -> None:
         """:meth:`outer`, as another share of a gradient."""
         if self.ends_E is not None:
-            grouped_outer(x_PI, y_PO, self.ends_E, into.sum)
+            grouped_outer(x_PI, y_PO, self.ends_E, into.sum, self.half)
             return
         into.add_products(self._batched(x_PI), self._batched(y_PO))
         for expert, start, end in self.rest:

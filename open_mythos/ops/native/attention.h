@@ -76,10 +76,10 @@ static void attend(const Attention *a, float *scores, Size b, Size h) {
     Size g = h / (a->H / a->G), from, n_keys, n;
     for (Size t = 0; t < a->T; t += n) {
         n = block_of(a, b, h, t, &from, &n_keys);
-        product(scores, n_keys, by_rows(&a->q, b, t, h), by_rows(&a->k, b, from, g), n, n_keys, a->D, a->scale, 0);
+        product(scores, n_keys, by_rows(&a->q, b, t, h), by_rows(&a->k, b, from, g), n, n_keys, a->D, a->scale, 0, 0);
         weigh(a, scores, n_keys, b, h, t, n, from);
         product(row_at(&a->out, b, t, h), a->out.token, (Matrix){scores, n_keys, 1}, by_columns(&a->v, b, from, g), n,
-                a->V, n_keys, 1.0f, 0);
+                a->V, n_keys, 1.0f, 0, 0);
     }
 }
 
@@ -91,11 +91,11 @@ static void attend_backward(const Attention *a, float *scores, Size b, Size g) {
         for (Size t = 0; t < a->T; t += n) {
             n = block_of(a, b, h, t, &from, &n_keys);
             Matrix weights = {scores, 1, n_keys}, grad_scores = {grads, 1, n_keys};
-            product(scores, n_keys, by_rows(&a->q, b, t, h), by_rows(&a->k, b, from, g), n, n_keys, a->D, a->scale, 0);
+            product(scores, n_keys, by_rows(&a->q, b, t, h), by_rows(&a->k, b, from, g), n, n_keys, a->D, a->scale, 0, 0);
             weigh(a, scores, n_keys, b, h, t, n, from);
             product(row_at(&a->grad_v, b, from, g), a->grad_v.token, weights, by_columns(&a->out, b, t, h), n_keys,
-                    a->V, n, 1.0f, 1);
-            product(grads, n_keys, by_rows(&a->out, b, t, h), by_rows(&a->v, b, from, g), n, n_keys, a->V, 1.0f, 0);
+                    a->V, n, 1.0f, 1, 0);
+            product(grads, n_keys, by_rows(&a->out, b, t, h), by_rows(&a->v, b, from, g), n, n_keys, a->V, 1.0f, 0, 0);
             for (Size i = 0; i < n; i++) {
                 float *restrict grad = grads + i * n_keys, *restrict weight = scores + i * n_keys, sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -103,8 +103,8 @@ static void attend_backward(const Attention *a, float *scores, Size b, Size g) {
                 for (Size j = 0; j < n_keys; j++) grad[j] = weight[j] * (grad[j] - sum);
             }
             product(row_at(&a->grad_q, b, t, h), a->grad_q.token, (Matrix){grads, n_keys, 1},
-                    by_columns(&a->k, b, from, g), n, a->D, n_keys, a->scale, 0);
+                    by_columns(&a->k, b, from, g), n, a->D, n_keys, a->scale, 0, 0);
             product(row_at(&a->grad_k, b, from, g), a->grad_k.token, grad_scores, by_columns(&a->q, b, t, h), n_keys,
-                    a->D, n, a->scale, 1);
+                    a->D, n, a->scale, 1, 0);
         }
 }

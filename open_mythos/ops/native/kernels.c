@@ -7,13 +7,23 @@ typedef struct { const float *at; Size each, row, column; } Batch; /* strides; `
 
 enum { ROWS = 1, SUMS = 2 };
 
+/* Whether products may be `half`. */
+int mythos_has_half(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* For E matrices: c = alpha * a b, or that is added to c.
  *
  * Sizes are a (M, K), c (M, N), and b by its columns (N, K). With `ends`, (E) of them, the rows of a and c stand in one
- * matrix, group behind group (ROWS: M is not read), or what is summed over does, in a and b (SUMS: K is not read).
+ * matrix, group behind group (ROWS: M is not read), or what is summed over does, in a and b (SUMS: K is not read). With `half`, factors are rounded
+ * to bfloat16.
  */
 void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Batch *b, Size E, Size M, Size N, Size K,
-                     const int32_t *ends, int grouped, float alpha, int add, int threads) {
+                     const int32_t *ends, int grouped, float alpha, int add, int half, int threads) {
     Size parts = (2 * threads + E - 1) / E;
     if (E == 1) parts = threads;
     int rows_first = grouped == ROWS || M / TALL >= N / WIDE;
@@ -28,8 +38,8 @@ void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Ba
         if (grouped == ROWS) left = part(left, start, 0), to += start * c_row;
         if (grouped == SUMS) left = part(left, 0, start), right = part(right, 0, start);
         if (lo >= hi) continue;
-        if (rows_first) product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add);
-        else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, k, alpha, add);
+        if (rows_first) product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add, half);
+        else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, k, alpha, add, half);
     }
 }
 

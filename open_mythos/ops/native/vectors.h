@@ -1,6 +1,7 @@
 /* Vectors of 16 floats, and functions of them. */
 #pragma once
 #include <float.h>
+#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
