@@ -9,6 +9,8 @@ from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
 from transformers.generation import BaseStreamer
 from wrapped import greedy, letters, prompts, wrapped
 
+from open_mythos.integrations.hf.base import CACHE
+
 IDS = prompts(3, 8)
 MASK = left_padding([8, 3, 5], 8).long()
 PADDED = dict(ids=IDS * MASK, attention_mask=MASK)
@@ -48,9 +50,9 @@ def test_any_cache_will_do(lm, kind):
     expected = greedy(lm, **PADDED, num_loops=7, use_cache=False)
     caches = {
         "default": dict(cache_implementation="static"),
-        "dynamic": dict(past_key_values=DynamicCache()),
-        "with config": dict(past_key_values=DynamicCache(config=lm.config)),
-        "static": dict(past_key_values=StaticCache(config=lm.config, max_cache_len=16)),
+        "dynamic": {CACHE: DynamicCache()},
+        "with config": {CACHE: DynamicCache(config=lm.config)},
+        "static": {CACHE: StaticCache(config=lm.config, max_cache_len=16)},
     }
     assert torch.equal(greedy(lm, **PADDED, num_loops=7, **caches[kind]), expected)
 
