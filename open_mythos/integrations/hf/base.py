@@ -104,6 +104,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             ) from error
         lacks = set(info["missing_keys"]) - model._tied_weights_keys.keys()
         missing = sorted(key for key in lacks if key.startswith("core."))
+        if getattr(model, "_hf_peft_config_loaded", False):  # then `info` is of an adapter that was put on it
+            missing = []
         if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
             raise ValueError(
                 f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
