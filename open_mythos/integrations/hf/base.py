@@ -98,6 +98,13 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             raise OSError(f"{name}/{CONFIG_FILE} is missing; download or save it again, or pass config=")
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if Path(name).exists():
+                raise
+            raise OSError(
+                f"{name} is no folder, is not the name of a shipped model ({', '.join(shipped())}), and did not come "
+                f"from the Hugging Face Hub; check the name and the network. {error}"
+            ) from error
         except SafetensorError as error:
             raise CheckpointError(
                 f"the weights in {name} are truncated or no safetensors file ({error}); download or save them again"
@@ -120,6 +127,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         """
         if self._auto_class is not None:  # all of them are in the source that goes along
             self.config.auto_map = dict(_AUTO_MAP)
+        if hasattr(getattr(self, "generation_config", None), "num_loops"):
+            self.generation_config._from_model_config = False  # else only what all models have is read again
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self._auto_class is not None and self.write_code is not None:
             type(self).write_code(save_directory)

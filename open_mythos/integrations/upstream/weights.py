@@ -35,8 +35,8 @@ def check_architecture(checkpoint: Checkpoint) -> None:
     if "recurrent.injection.log_A" in lacks:
         raise CheckpointError(
             f"{path} is a model of another architecture: its tensors are called {', '.join(sorted(names)[:3])} and so "
-            f"on, and a model of the reference (open-mythos 0.5.0, class OpenMythos) has recurrent.injection.log_A. Of a "
-            f"pretrained Llama, mythos retrofit makes a recurrent-depth model"
+            f"on, and a model of the reference (open-mythos 0.5.0, class OpenMythos) has recurrent.injection.log_A. Of "
+            f"a pretrained Llama, mythos retrofit makes a recurrent-depth model"
         )
     if lacks:
         raise CheckpointError(

@@ -116,7 +116,11 @@ def test_damaged_and_missing_files_are_named(saved):
         OpenMythosForCausalLM.from_pretrained(saved)
 
 
-def test_a_place_that_is_not_there_is_named(tmp_path):
+def test_a_place_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("someone/some-model", "parity-tinny"):
+        with pytest.raises(OSError, match=rf"{name} is no folder, .*parity-tiny.*did not come from the .*Hub; check"):
+            OpenMythosForCausalLM.from_pretrained(name)
     with pytest.raises(OSError, match=r"nowhere does not exist"):
         OpenMythosForCausalLM.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"someone/some-model.*hf download someone/some-model"):

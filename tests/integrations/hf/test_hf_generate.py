@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import ATTENTION, assert_near, left_padding
-from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, pipeline
 from transformers.generation import BaseStreamer
 from wrapped import greedy, letters, prompts, wrapped
 
@@ -97,12 +97,18 @@ def test_assisted_decoding_gives_the_same_tokens(lm, num_loops):
         assert torch.equal(greedy(lm, IDS[:1], num_loops=num_loops, **helper), expected)
 
 
-def test_loops_may_stand_in_a_generation_config():
+def test_loops_may_stand_in_a_generation_config(tmp_path):
     lm = wrapped(halting=False)
     asked = GenerationConfig(max_new_tokens=6, do_sample=False, num_loops=7)
     found = lm.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=asked)
     assert torch.equal(found, greedy(lm, IDS, num_loops=7))
     assert not torch.equal(found, greedy(lm, IDS, num_loops=1))
+    lm.core.save_pretrained(tmp_path / "first")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    lm.generation_config.num_loops = 1
+    lm.save_pretrained(tmp_path / "shallow")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "shallow")
+    assert torch.equal(greedy(lm, IDS), greedy(lm, IDS, num_loops=1))
 
 
 def test_streaming_embeddings_and_hidden_states():
