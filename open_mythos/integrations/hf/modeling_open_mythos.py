@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -133,6 +134,13 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         num_loops = getattr(generation_config, "num_loops", None)
         return generation_config, model_kwargs if num_loops is None else {"num_loops": num_loops, **model_kwargs}
+
+    def _get_candidate_generator(self, **arguments: Any) -> Any:
+        """What drafts for this model: an assistant runs the loops of its own config, and need not know of any."""
+        config = copy.copy(arguments["generation_config"])
+        vars(config).pop("num_loops", None)
+        kwargs = {name: value for name, value in arguments["model_kwargs"].items() if name != "num_loops"}
+        return super()._get_candidate_generator(**arguments | {"generation_config": config, "model_kwargs": kwargs})
 
     @staticmethod
     def create_masks_for_generate(config: Any, inputs_embeds: Any, attention_mask: Any, **others: Any) -> Any:

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from helpers import ATTENTION, assert_near, left_padding
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    pipeline,
+)
 from transformers.generation import BaseStreamer
 from wrapped import greedy, letters, prompts, wrapped
 
@@ -95,6 +103,22 @@ def test_assisted_decoding_gives_the_same_tokens(lm, num_loops):
     expected = greedy(lm, IDS[:1], num_loops=num_loops, use_cache=False)
     for helper in (dict(assistant_model=wrapped(seed=1)), dict(prompt_lookup_num_tokens=3)):
         assert torch.equal(greedy(lm, IDS[:1], num_loops=num_loops, **helper), expected)
+
+
+def test_an_assistant_runs_the_loops_of_its_own_config(monkeypatch):
+    lm, helper, asked = wrapped(), wrapped(seed=1), []
+    states, helper.config.num_loops = helper.core.states, 2
+    monkeypatch.setattr(
+        helper.core, "states", lambda ids, n, *rest, **more: asked.append(n) or states(ids, n, *rest, **more)
+    )
+    sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    expected = greedy(lm, IDS[:1], num_loops=7, use_cache=False)
+    for assistant in (helper, LlamaForCausalLM(LlamaConfig(**sizes))):
+        assert torch.equal(greedy(lm, IDS[:1], num_loops=7, assistant_model=assistant), expected)
+        lm.generation_config.num_loops = 7
+        assert torch.equal(greedy(lm, IDS[:1], assistant_model=assistant), expected)
+        del lm.generation_config.num_loops
+    assert set(asked) == {2}
 
 
 def test_loops_may_stand_in_a_generation_config(tmp_path):
