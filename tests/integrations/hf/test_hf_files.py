@@ -102,7 +102,9 @@ def test_weights_of_another_model_are_named(saved, tmp_path):
     shutil.copy(tmp_path / "llama" / "model.safetensors", saved)
     with pytest.raises(ValueError, match=r"is not a checkpoint of an open_mythos model: it lacks .* such as 'core"):
         AutoModelForCausalLM.from_pretrained(saved)
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this model: it lacks"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a checkpoint of this model: it lacks .*; load it with the class"
+    ):
         OpenMythos.from_pretrained(saved)
 
 
