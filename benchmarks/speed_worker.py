@@ -107,13 +107,13 @@ class Llama:
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         cache = self.new_cache(config=self.model.config)
-        return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits, cache
+        return self.model(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits, cache
 
     def rewound(self, cache: Any, length: int) -> Any:
         return copy.deepcopy(cache)
 
     def next(self, ids: Tensor, cache: Any, position: int) -> Tensor:
-        return self.model(ids, past_key_values=cache, use_cache=True).logits
+        return self.model(ids, None, None, cache, use_cache=True).logits
 
 
 SIDES: dict[str, Any] = {"ours": Ours, "reference": Reference, "llama": Llama}

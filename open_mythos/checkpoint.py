@@ -148,4 +148,7 @@ def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
             for word, names in (("lacks", lacks), ("has", extra))
             if names
         ]
-        raise CheckpointError(f"{path} is not a checkpoint of this model: it {' and '.join(parts)}")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this model: it {' and '.join(parts)}; load it with the class that wrote "
+            f"it, or save it again"
+        )

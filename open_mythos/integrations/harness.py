@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_mythos.fields import must
 from open_mythos.install import missing
-from open_mythos.nn.recurrent import check_n_loops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +66,9 @@ def harness(
         ValueError: for a task that does not exist, a count that is none, a directory without a tokenizer, a tokenizer
             that does not fit the model, or data that would have to come from a hub that cannot be reached.
     """
-    loops = [check_n_loops(count, 1) for count in loops]
+    for count in loops:
+        must(isinstance(count, int) and count >= 1, f"loops={list(loops)}; use whole numbers of at least 1")
+    loops = list(loops)
     lm_eval = _require()
     with _quiet():
         manager = _manager(lm_eval.tasks.TaskManager, tasks, include)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from open_mythos.config import MODEL_TYPE
 from open_mythos.fields import must
 from open_mythos.install import missing
 
@@ -35,6 +36,7 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     try:
         with _quietly(transformers):
             if not options:  # of a GGUF file, reading the config takes as long as reading it all
+                check_kind(transformers.PreTrainedConfig.get_config_dict(directory)[0].get("model_type"), source)
                 check_family(transformers.AutoConfig.from_pretrained(directory))
             tokenizer = _tokenizer(transformers, source, directory, options)
             model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
@@ -51,10 +53,15 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def check_kind(kind: str | None, source: str | Path = "the original") -> None:
+    """Raise ValueError for a ``model_type`` that is not Llama's, which need not be one that transformers knows."""
+    must(kind != MODEL_TYPE, f"{source} is a recurrent-depth model already; train it with mythos train heal start=DIR")
+    must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
+
+
 def check_family(config: Any) -> None:
     """Raise ValueError for an architecture whose layers are not what ours compute."""
-    kind = config.model_type
-    must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
+    check_kind(config.model_type)
     rope = dict(config.rope_parameters)
     rope_type = rope.get("rope_type", "default")
     must(

@@ -115,8 +115,12 @@ def difference(model: OpenMythos, logits: Tensor, ids: Tensor) -> float:
 
 
 def save(model: OpenMythos, tokenizer: Any, directory: str | Path) -> None:
-    """Write the model's files, and its tokenizer's beside them, where ``AutoTokenizer`` finds them."""
+    """Write the model's files, and beside them its tokenizer's and the tokens at which ``generate()`` stops."""
+    from transformers import GenerationConfig
+
     tokenizer.save_pretrained(directory)
+    ends = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ends.save_pretrained(directory)
     model.save_pretrained(directory)
 
 

@@ -31,7 +31,10 @@ from open_mythos.training.config import TrainConfig
 RUN_CONFIG, METRICS, CHECKPOINTS, MODEL, EVALUATION = "config.json", "metrics.jsonl", "checkpoints", "model", FILE
 TRAINING_FILE = "training.json"
 NO_PATHS = ("", "stdlib", "bytes")  # names of sources, and of tokenizers
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
 """Of a pretrained model, beside its weights; the first is what the others add to."""
 
 

@@ -113,7 +113,7 @@ def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
         (["--harness", "parity_choise", "--include-path", TASKS], "task 'parity_choise'; did you mean parity_choice"),
         (["--harness", "parity_choice", "--include-path", "nowhere"], "include='nowhere' is no directory"),
         (["--harness", "parity_choice", "--loops", "1,x"], "--loops '1,x' should be whole numbers"),
-        (["--harness", "parity_choice", "--loops", "0", "--include-path", TASKS], "n_loops=0; use an integer of at"),
+        (["--harness", "parity_choice", "--loops", "0", "--include-path", TASKS], "loops=[0]; use whole numbers of at"),
         (["--harness", "parity_choice", "--task", "parity"], "--task and --harness do not go together"),
         (["--include-path", TASKS], "name one of them with --harness"),
     ],

@@ -158,6 +158,12 @@ def test_an_original_of_another_family(tmp_path: Path) -> None:
     _save_a_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="the original is a 'gpt2'; the Llama family is supported"):
         load_original(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}))
+    with pytest.raises(ValueError, match="the original is a 'new'; the Llama family"):  # and asks for no code
+        load_original(tmp_path)
+    save(retrofit(llama(), Split(1, 1, 1)), transformers.AutoTokenizer.from_pretrained(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="is a recurrent-depth model already; train it with mythos train heal start="):
+        load_original(tmp_path)
 
 
 def test_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +215,7 @@ def test_the_command_writes_a_model_with_its_tokenizer(source: Path, tmp_path: P
     original, tokenizer = load_original(source)
     model, again = OpenMythos.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
     assert again(TEXT).input_ids == tokenizer(TEXT).input_ids
+    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == tokenizer.eos_token_id == 0
     truncate(original, Split(1, 2, 1))
     assert difference(model, logits_of(original, ids()), ids()) < TOLERANCE
 
@@ -238,6 +245,7 @@ def test_healing_makes_loss_fall(source: Path, tmp_path: Path, term: str, distil
     first, last = (sum(line[term] for line in part) for part in (lines[:4], lines[-4:]))
     assert math.isfinite(last) and last < 0.8 * first, (first, last)
     assert transformers.AutoTokenizer.from_pretrained(trained)(TEXT).input_ids == tokenizer(TEXT).input_ids
+    assert transformers.GenerationConfig.from_pretrained(trained).eos_token_id == 0
 
 
 def _documents(directory: Path) -> Path:

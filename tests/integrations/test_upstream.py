@@ -192,7 +192,8 @@ def spoilt(tensors: dict, **changes) -> dict:
     ({"head.weight": torch.ones(29, 48)}, r"head.weight of its own.*cannot be converted"),
     ({"freqs_cis_mla": torch.randn(16, 3, dtype=torch.complex64)}, r"RoPE table.*cannot be converted"),
     ({"recurrent.injection.raw_A": torch.ones(48)}, "of this library already.*from_pretrained"),
-    ({"recurrent.injection.log_A": None}, r"another architecture.*embed.weight.*recurrent.injection.log_A"),
+    ({"core.recurrent.injection.raw_A": torch.ones(48)}, "of this library already.*from_pretrained"),
+    ({"recurrent.injection.log_A": None}, r"another architecture.*embed.weight.*recurrent.injection.log_A.*retrofit"),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value))  # fmt: skip
 def test_spoilt_and_foreign_tensors(changes, message, tensors, tmp_path):
     torch.save(spoilt(tensors, **changes), tmp_path / "x.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,6 +17,8 @@ from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConf
 from open_mythos.model import OpenMythos
 from open_mythos.nn.moe import MoEFFN
 
+# What transformers calls a cache in arguments and outputs: `cache` from 5.24 on. Models here take both names.
+CACHE = ({field.name for field in dataclasses.fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}).pop()
 _TIED = "core.head.weight"  # of most models the same tensor as that of the embedding, so not stored
 _AUTO_MAP = {
     "AutoConfig": "configuration_open_mythos.OpenMythosConfig",
@@ -43,7 +46,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules: ClassVar = ["TransformerBlock"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar = ["router_bias"]
     _tied_weights_keys: dict[str, str] = {_TIED: "core.embed.weight"}  # noqa: RUF012 (another for an untied head)
     without_head: ClassVar[type[PreTrainedModel]]
@@ -95,12 +98,21 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             raise OSError(f"{name}/{CONFIG_FILE} is missing; download or save it again, or pass config=")
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if Path(name).exists():
+                raise
+            raise OSError(
+                f"{name} is no folder, is not the name of a shipped model ({', '.join(shipped())}), and did not come "
+                f"from the Hugging Face Hub; check the name and the network. {error}"
+            ) from error
         except SafetensorError as error:
             raise CheckpointError(
                 f"the weights in {name} are truncated or no safetensors file ({error}); download or save them again"
             ) from error
         lacks = set(info["missing_keys"]) - model._tied_weights_keys.keys()
         missing = sorted(key for key in lacks if key.startswith("core."))
+        if getattr(model, "_hf_peft_config_loaded", False):  # then `info` is of an adapter that was put on it
+            missing = []
         if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
             raise ValueError(
                 f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
@@ -115,6 +127,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         """
         if self._auto_class is not None:  # all of them are in the source that goes along
             self.config.auto_map = dict(_AUTO_MAP)
+        if hasattr(getattr(self, "generation_config", None), "num_loops"):
+            self.generation_config._from_model_config = False  # else only what all models have is read again
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self._auto_class is not None and self.write_code is not None:
             type(self).write_code(save_directory)
@@ -156,6 +170,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         num_loops: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         last: int | None = None,
     ) -> BaseModelOutputWithPast:
         """Run the core, without the head, its last state of the ``last`` positions if so many are all that is wanted.
@@ -167,32 +182,35 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if output_attentions or config.output_attentions:
             raise ValueError("output_attentions=True, but attention weights are never formed here; leave it out")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+        cache = past_key_values if cache is None else cache
         for name in _LIVE:
             setattr(core.cfg, name, getattr(config, name))
         core.recurrent.recompute = self.gradient_checkpointing
-        training_step = self.training and (self.gradient_checkpointing or past_key_values is None)
-        if past_key_values is None and not training_step and (config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
+        training_step = self.training and (self.gradient_checkpointing or cache is None)
+        if cache is None and not training_step and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
-        cache = None if past_key_values is None else SlotCache(past_key_values)
-        past = 0 if cache is None else cache.length
+        slots = None if cache is None else SlotCache(cache)
+        past = 0 if slots is None else slots.length
         if input_ids is not None and (past == 0 or input_ids.device.type == "cpu"):  # it makes a GPU wait
             self._check_vocabulary(input_ids)
-        if cache is not None and past and attention_mask is not None and attention_mask.shape[-1] > past:
-            cache.valid = attention_mask[:, :past].bool()
+        if slots is not None and past and attention_mask is not None and attention_mask.shape[-1] > past:
+            slots.valid = attention_mask[:, :past].bool()
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         n_loops = config.num_loops if num_loops is None else num_loops
         seen: list[Tensor] | None = [] if output_hidden_states else None
         h, freqs, mask = core.states(
-            tokens, n_loops, cache, attention_mask=attention_mask, positions=position_ids, seen=seen
+            tokens, n_loops, slots, attention_mask=attention_mask, positions=position_ids, seen=seen
         )
         if seen is not None:  # where all positions halt early, their states stay
             seen += seen[-1:] * (n_loops + 1 - len(seen))
             seen = [core.recurrent.output(state) for state in seen]
         return BaseModelOutputWithPast(
-            last_hidden_state=core.decode(h, freqs, mask, cache, last=last),
-            past_key_values=past_key_values,
+            last_hidden_state=core.decode(h, freqs, mask, slots, last=last),
             hidden_states=None if seen is None else tuple(seen),
+            **{CACHE: cache},
         )

@@ -31,10 +31,10 @@ class SlotCache(DictCache):
 
     def __init__(self, cache: Cache) -> None:
         if not isinstance(cache, Cache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass a transformers Cache, or None")
+            raise ValueError(f"the cache is a {type(cache).__name__}; pass a transformers Cache, or None")
         if not hasattr(cache, _SLOTS):
             if cache.get_seq_length() > 0:
-                raise ValueError("past_key_values was filled by another model; pass a new cache, or None")
+                raise ValueError("the cache was filled by another model; pass a new cache, or None")
             setattr(cache, _SLOTS, {})
             setattr(cache, _SPARE, copy.deepcopy(cache.layers[-1]) if cache.layers else None)
             cache.layers.clear()

@@ -31,7 +31,7 @@ class OpenMythosConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["cache", "past_key_values"]
     attribute_map: ClassVar = {
         "hidden_size": "dim",
         "max_position_embeddings": "max_seq_len",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from open_mythos.integrations.hf.base import OpenMythosPreTrainedModel
+from open_mythos.integrations.hf.base import CACHE, OpenMythosPreTrainedModel
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
 
@@ -42,12 +43,13 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         num_loops: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """What the head reads, (B, T, dim); arguments as :meth:`OpenMythosForCausalLM.forward`."""
         return self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions,
+            output_hidden_states, output_attentions, cache,
         )  # fmt: skip
 
 
@@ -88,6 +90,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits for the next token.
@@ -96,7 +99,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
             input_ids: (B, T).
             attention_mask: (B, T) or, with a cache, (B, past + T), 0 at padding.
             position_ids: (B or 1, T); counted from each row's first real token if None.
-            past_key_values: a cache of transformers; any kind. One cache, one number of loops.
+            past_key_values: the same as ``cache``, which is what transformers before 5.24 calls it.
             inputs_embeds: (B, T, dim), in place of ``input_ids``: what ``get_input_embeddings()`` makes of tokens.
             labels: (B, T), -100 where nothing is asked; gives a loss.
             use_cache: whether to return a cache; in eval mode, as the config says.
@@ -105,6 +108,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
                 ``num_loops + 1`` tensors (B, T, dim).
             output_attentions: not available.
             logits_to_keep: only the logits of so many last positions, or of these; 0: all.
+            cache: a cache of transformers; any kind. One cache, one number of loops.
             kwargs: what the loss takes, such as ``num_items_in_batch``.
 
         Raises:
@@ -113,14 +117,14 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         n_last, some = (None, logits_to_keep) if isinstance(logits_to_keep, Tensor) else (logits_to_keep, slice(None))
         outputs = self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, last=n_last or None,
+            output_hidden_states, output_attentions, cache, last=n_last or None,
         )  # fmt: skip
         logits = self.core.head(outputs.last_hidden_state[:, some])
         return CausalLMOutputWithPast(
             loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     # -- generate()
@@ -130,6 +134,13 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         num_loops = getattr(generation_config, "num_loops", None)
         return generation_config, model_kwargs if num_loops is None else {"num_loops": num_loops, **model_kwargs}
+
+    def _get_candidate_generator(self, **arguments: Any) -> Any:
+        """What drafts for this model: an assistant runs the loops of its own config, and need not know of any."""
+        config = copy.copy(arguments["generation_config"])
+        vars(config).pop("num_loops", None)
+        kwargs = {name: value for name, value in arguments["model_kwargs"].items() if name != "num_loops"}
+        return super()._get_candidate_generator(**arguments | {"generation_config": config, "model_kwargs": kwargs})
 
     @staticmethod
     def create_masks_for_generate(config: Any, inputs_embeds: Any, attention_mask: Any, **others: Any) -> Any:
@@ -165,6 +176,7 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
         num_loops: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Scores (B, num_labels) of each row's last real token; arguments as :meth:`OpenMythosForCausalLM.forward`.
@@ -176,7 +188,7 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
             attention_mask = input_ids != self.config.pad_token_id
         outputs = self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions,
+            output_hidden_states, output_attentions, cache,
         )  # fmt: skip
         last = outputs.last_hidden_state
         B, T, _ = last.shape
@@ -191,6 +203,6 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )

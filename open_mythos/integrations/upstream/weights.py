@@ -28,14 +28,15 @@ _TABLES = {"freqs_cis", "freqs_cis_mla"}
 def check_architecture(checkpoint: Checkpoint) -> None:
     """CheckpointError unless the tensors are those of a model of the reference."""
     names, path = checkpoint.tensors.keys(), checkpoint.path
-    if "recurrent.injection.raw_A" in names:
+    if any(name.endswith("recurrent.injection.raw_A") for name in names):  # transformers writes "core." before it
         raise CheckpointError(f"{path} is of this library already; load it with OpenMythos.from_pretrained")
     attention = _MLA if "recurrent.block.attn.kv_down.weight" in names else _GQA
     lacks = [name for name in (*_NEEDED, *attention) if name not in names]
     if "recurrent.injection.log_A" in lacks:
         raise CheckpointError(
             f"{path} is a model of another architecture: its tensors are called {', '.join(sorted(names)[:3])} and so "
-            f"on, and a model of the reference (open-mythos 0.5.0, class OpenMythos) has recurrent.injection.log_A"
+            f"on, and a model of the reference (open-mythos 0.5.0, class OpenMythos) has recurrent.injection.log_A. Of "
+            f"a pretrained Llama, mythos retrofit makes a recurrent-depth model"
         )
     if lacks:
         raise CheckpointError(

@@ -102,7 +102,9 @@ def test_weights_of_another_model_are_named(saved, tmp_path):
     shutil.copy(tmp_path / "llama" / "model.safetensors", saved)
     with pytest.raises(ValueError, match=r"is not a checkpoint of an open_mythos model: it lacks .* such as 'core"):
         AutoModelForCausalLM.from_pretrained(saved)
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this model: it lacks"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a checkpoint of this model: it lacks .*; load it with the class"
+    ):
         OpenMythos.from_pretrained(saved)
 
 
@@ -116,7 +118,11 @@ def test_damaged_and_missing_files_are_named(saved):
         OpenMythosForCausalLM.from_pretrained(saved)
 
 
-def test_a_place_that_is_not_there_is_named(tmp_path):
+def test_a_place_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("someone/some-model", "parity-tinny"):
+        with pytest.raises(OSError, match=rf"{name} is no folder, .*parity-tiny.*did not come from the .*Hub; check"):
+            OpenMythosForCausalLM.from_pretrained(name)
     with pytest.raises(OSError, match=r"nowhere does not exist"):
         OpenMythosForCausalLM.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"someone/some-model.*hf download someone/some-model"):

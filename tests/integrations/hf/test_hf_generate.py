@@ -5,9 +5,19 @@ import copy
 import pytest
 import torch
 from helpers import ATTENTION, assert_near, left_padding
-from transformers import DynamicCache, GenerationConfig, StaticCache, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    pipeline,
+)
 from transformers.generation import BaseStreamer
 from wrapped import greedy, letters, prompts, wrapped
+
+from open_mythos.integrations.hf.base import CACHE
 
 IDS = prompts(3, 8)
 MASK = left_padding([8, 3, 5], 8).long()
@@ -48,9 +58,9 @@ def test_any_cache_will_do(lm, kind):
     expected = greedy(lm, **PADDED, num_loops=7, use_cache=False)
     caches = {
         "default": dict(cache_implementation="static"),
-        "dynamic": dict(past_key_values=DynamicCache()),
-        "with config": dict(past_key_values=DynamicCache(config=lm.config)),
-        "static": dict(past_key_values=StaticCache(config=lm.config, max_cache_len=16)),
+        "dynamic": {CACHE: DynamicCache()},
+        "with config": {CACHE: DynamicCache(config=lm.config)},
+        "static": {CACHE: StaticCache(config=lm.config, max_cache_len=16)},
     }
     assert torch.equal(greedy(lm, **PADDED, num_loops=7, **caches[kind]), expected)
 
@@ -95,12 +105,34 @@ def test_assisted_decoding_gives_the_same_tokens(lm, num_loops):
         assert torch.equal(greedy(lm, IDS[:1], num_loops=num_loops, **helper), expected)
 
 
-def test_loops_may_stand_in_a_generation_config():
+def test_an_assistant_runs_the_loops_of_its_own_config(monkeypatch):
+    lm, helper, asked = wrapped(), wrapped(seed=1), []
+    states, helper.config.num_loops = helper.core.states, 2
+    monkeypatch.setattr(
+        helper.core, "states", lambda ids, n, *rest, **more: asked.append(n) or states(ids, n, *rest, **more)
+    )
+    sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    expected = greedy(lm, IDS[:1], num_loops=7, use_cache=False)
+    for assistant in (helper, LlamaForCausalLM(LlamaConfig(**sizes))):
+        assert torch.equal(greedy(lm, IDS[:1], num_loops=7, assistant_model=assistant), expected)
+        lm.generation_config.num_loops = 7
+        assert torch.equal(greedy(lm, IDS[:1], assistant_model=assistant), expected)
+        del lm.generation_config.num_loops
+    assert set(asked) == {2}
+
+
+def test_loops_may_stand_in_a_generation_config(tmp_path):
     lm = wrapped(halting=False)
     asked = GenerationConfig(max_new_tokens=6, do_sample=False, num_loops=7)
     found = lm.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=asked)
     assert torch.equal(found, greedy(lm, IDS, num_loops=7))
     assert not torch.equal(found, greedy(lm, IDS, num_loops=1))
+    lm.core.save_pretrained(tmp_path / "first")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    lm.generation_config.num_loops = 1
+    lm.save_pretrained(tmp_path / "shallow")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "shallow")
+    assert torch.equal(greedy(lm, IDS), greedy(lm, IDS, num_loops=1))
 
 
 def test_streaming_embeddings_and_hidden_states():

@@ -14,6 +14,7 @@ from open_mythos.integrations.hf import (
     OpenMythosForSequenceClassification,
     OpenMythosModel,
 )
+from open_mythos.integrations.hf.base import CACHE
 
 IDS = prompts(2, 8)
 
@@ -97,7 +98,7 @@ def test_the_usual_arguments():
     assert_near(lm(IDS, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
     assert_near(lm(IDS, labels=IDS).loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
     assert_near(lm(IDS, return_dict=False)[0], logits)
-    assert lm(IDS, use_cache=False).past_key_values is None
+    assert CACHE in lm(IDS) and CACHE not in lm(IDS, use_cache=False)
 
 
 @torch.no_grad()
@@ -142,6 +143,20 @@ def test_bad_loop_counts_are_refused(num_loops):
         wrapped()(IDS, num_loops=num_loops)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_a_cache_has_two_names(name):  # transformers calls it the first from 5.24 on, the second before
+    lm, cache = wrapped(), DynamicCache()
+    outputs = lm(IDS[:, :5], **{name: cache})
+    assert outputs[CACHE] is cache
+    assert_near(lm(IDS[:, 5:], **{name: outputs[CACHE]}).logits, lm(IDS).logits[:, 5:])
+    head = OpenMythosForSequenceClassification(lm.config, lm.core).eval()
+    for model in (lm.model, head):
+        cache = DynamicCache()
+        model(IDS[:, :5], **{name: cache})
+        assert cache.get_seq_length() == 5, type(model).__name__
+
+
 def test_more_loops_than_a_cache_holds_are_a_clear_error():
     lm, cache = wrapped(), DynamicCache()
     lm(IDS, past_key_values=cache, num_loops=2)
@@ -152,7 +167,8 @@ def test_more_loops_than_a_cache_holds_are_a_clear_error():
 @pytest.mark.parametrize("given, said", [
     (dict(input_ids=IDS + 20), "holds 40, .*23 tokens.*the tokenizer is not this model's.*resize_token_embeddings"),
     (dict(), "either input_ids or inputs_embeds"),
-    (dict(input_ids=IDS, past_key_values=((1, 2),)), "past_key_values is a tuple"),
+    (dict(input_ids=IDS, past_key_values=((1, 2),)), "the cache is a tuple"),
+    (dict(input_ids=IDS, past_key_values=DynamicCache(), cache=DynamicCache()), "two names of one argument"),
     (dict(input_ids=IDS, output_attentions=True), "attention weights are never formed"),
     (dict(inputs_embeds=torch.zeros(1, 3, 5)), r"embeddings are \(1, 3, 5\); use \(batch, tokens, 32\)"),
     (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), r"attention_mask is \(2, 5\)"),

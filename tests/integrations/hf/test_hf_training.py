@@ -44,6 +44,14 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, recompute):
     assert_near(OpenMythos.from_pretrained(tmp_path / "halves" / "checkpoint-4")(tokens(1, 5)), lm.core(tokens(1, 5)))
 
 
+def test_evaluation_hands_out_logits_and_no_cache(tmp_path):
+    lm = wrapped()
+    trainer = Trainer(model=lm, args=TrainingArguments(tmp_path, **QUIET))
+    lm.config.use_cache = True  # which Trainer turns off
+    found = trainer.predict([{"input_ids": tokens(5), "labels": tokens(5)}])
+    assert_near(torch.tensor(found.predictions), lm.eval()(tokens(1, 5)).logits)
+
+
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_gradient_checkpointing_changes_no_gradient(attn_type):
     found = []
