@@ -25,7 +25,11 @@ class LaneMask(CausalMask):
 
     def __init__(self, real: Tensor) -> None:
         super().__init__(1, real.shape[1])
-        self.real = real
+        self._real = real
+
+    @property
+    def real(self) -> Tensor:
+        return self._real
 
     @property
     def is_plain(self) -> bool:

@@ -22,7 +22,7 @@ def is_native(q: Tensor, k: Tensor, mask: CausalMask) -> bool:
 
     In half precision the backward pass of PyTorch's kernel on a CPU takes four times as long as in single.
     """
-    if mask.positions is not None or mask.window is not None or q.shape[1] < 2:
+    if mask.positions is not None or mask.window is not None or q.shape[1] < 2 or mask.real is not mask.valid:
         return False
     B, T, H, _ = q.shape
     return B * T * H * k.shape[1] >= _ENOUGH and has_kernels(q if q.dtype == torch.float32 else _as_trained(q))
@@ -136,8 +136,8 @@ class _Few(ctypes.Structure):
 
 def is_native_for_few(q: Tensor, mask: CausalMask) -> bool:
     """Whether the C code reads a cache for these queries, which are then the last T tokens of one document."""
-    is_plain = mask.positions is None and mask.window is None and mask.starts is None
-    return is_plain and not torch.is_grad_enabled() and has_kernels(q)
+    is_last = mask.positions is None and mask.window is None and mask.starts is None
+    return is_last and not torch.is_grad_enabled() and has_kernels(q)
 
 
 def attend_few(
@@ -173,9 +173,9 @@ def attend_few(
         v_taps=v_taps.data_ptr(), B=B, T=T, S=S, H=H, G=G, D=D, V=V, n_taps=len(k_taps), n_local=n_local,
         window=window, same=v is k, scale=scale,
     )  # fmt: skip
-    if mask.valid is not None:
-        valid = mask.valid.contiguous()
-        few.valid = valid.data_ptr()
+    if mask.real is not None:
+        real = mask.real.contiguous()
+        few.valid = real.data_ptr()
     if beside is not None:
         few.q_beside, few.k_beside, few.P = _Rows.of(beside[0]), _Rows.of(beside[1]), beside[0].shape[3]
     if code.mythos_attend_few(ctypes.byref(few), torch.get_num_threads()):

@@ -39,6 +39,12 @@ def has_kernels(*tensors: Tensor) -> bool:
     return kernels() is not None
 
 
+def has_half() -> bool:
+    """Whether the C code can round the factors of its products to bfloat16, and multiply those."""
+    code = kernels()
+    return code is not None and bool(code.mythos_has_half())
+
+
 def address(x: Tensor | None) -> ctypes.c_void_p:
     """Where a tensor's numbers begin; NULL for None."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())

@@ -82,6 +82,11 @@ class CausalMask:
         return CausalMask(self.n_queries, self.n_keys, valid, first=self.first, starts=starts)
 
     @property
+    def real(self) -> Tensor | None:
+        """(B, S) bool of keys that a query may look at before its own; None if at all."""
+        return self.valid
+
+    @property
     def is_same_for_all(self) -> bool:
         """True where no row of the batch differs from another."""
         return self.valid is None and self.starts is None and self.positions is None

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.kernels import address, has_kernels, kernels, size
+from open_mythos.ops.kernels import address, has_half, has_kernels, kernels, size
 
 _ENOUGH = 2**19  # multiplications in all, below which the call costs more than it saves
 _CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
@@ -35,7 +35,7 @@ def arithmetic(x: Tensor) -> tuple[torch.dtype, bool]:
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x.dtype, False
     dtype = torch.get_autocast_dtype(device)
-    if dtype == torch.bfloat16 and device == "cpu" and not torch.compiler.is_compiling() and _has_half():
+    if dtype == torch.bfloat16 and device == "cpu" and not torch.compiler.is_compiling() and has_half():
         return torch.float32, True
     return dtype, False
 
@@ -113,11 +113,6 @@ def grouped_outer(
 def is_native(a: Tensor, b: Tensor, n_columns: int) -> bool:
     """Whether the C code multiplies ``a`` by ``b``, with so many columns."""
     return a.numel() * n_columns >= _ENOUGH and has_kernels(a, b)
-
-
-def _has_half() -> bool:
-    code = kernels()
-    return code is not None and bool(code.mythos_has_half())
 
 
 class _Batch(ctypes.Structure):

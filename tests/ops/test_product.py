@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_decoder import a_model
 
 from open_mythos.ops import product as product_module
-from open_mythos.ops.kernels import kernels
+from open_mythos.ops.kernels import has_half, kernels
 from open_mythos.ops.product import add_product, grouped_outer, grouped_product, product
 
 needs_native = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
@@ -62,6 +62,19 @@ def test_groups_of_any_sizes_are_products_of_their_own(counts, K, N, layout):
         torch.testing.assert_close(found[group], x[group] @ weight[e], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sums[e], x[group].t() @ y[group], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(into[e], before[e] + x[group].t() @ y[group], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_half(), reason="needs a C compiler and AVX-512 with bfloat16")
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.integers(1, 1100), SIZES, *[st.sampled_from(["rows", "columns", "strided"])] * 2)
+def test_factors_are_rounded_to_bfloat16_and_sums_are_not(M, K, N, a_layout, b_layout):
+    a, b = matrix(M, K, a_layout), matrix(K, N, b_layout)
+    expected = 0.5 * a.bfloat16().double() @ b.bfloat16().double()
+    assert_near(product(a, b, 0.5, half=True).double(), expected)
+    into = torch.randn(M, N)
+    expected = expected + into
+    add_product(into, a, b, 0.5, half=True)
+    assert_near(into.double(), expected)
 
 
 @needs_native

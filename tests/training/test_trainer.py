@@ -66,6 +66,7 @@ def test_the_same_seed_is_the_same_run_and_the_data_do_not_depend_on_the_model()
     assert not all(torch.equal(a, b) for a, b in zip(drawn, [first.draw().ids for _ in range(3)], strict=True))
 
 
+@pytest.mark.usefixtures("pytorchs_own")
 def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
     trainer = Trainer(tiny_run("precision=bf16"))
     seen: set[torch.dtype] = set()
@@ -73,6 +74,11 @@ def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
     trainer.step()
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_bfloat16_rounds_by_the_c_code_as_well() -> None:
+    single, half = (Trainer(tiny_run(f"precision={precision}")).step().loss for precision in ("fp32", "bf16"))
+    assert single != half == pytest.approx(single, rel=1e-2)
 
 
 def test_the_average_is_what_is_kept() -> None:
