@@ -53,9 +53,11 @@ class Sampling:
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One token for each row: (B, vocab) -> (B,) int64."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        return choose(self.probabilities(logits), generator)
+        return self.choose(logits if self.temperature == 0 else self.probabilities(logits), generator)
+
+    def choose(self, weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One token for each row of (B, vocab) probabilities, or of anything that grows with them if greedy: (B,)."""
+        return weights.argmax(-1) if self.temperature == 0 else choose(weights, generator)
 
 
 def choose(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -95,7 +95,7 @@ class Speculation:
             seen.append((h, e, tokens))
             if i < n_drafted:
                 guesses.append(self.sampling.probabilities(decoder.decode(h, tokens)))
-                drafted.append(choose(guesses[i][:, 0], self.generator).unsqueeze(1))
+                drafted.append(self.sampling.choose(guesses[i][:, 0], self.generator).unsqueeze(1))
         states, inputs, parts = zip(*seen, strict=True)
         tokens = together(parts)
         h = decoder.loops(torch.cat(states, 1), torch.cat(inputs, 1), tokens, self.draft.loops, self.n_loops)

@@ -122,18 +122,6 @@ class _Attend(torch.autograd.Function):
 # -- few queries
 
 
-class _Few(ctypes.Structure):
-    """As in few.h."""
-
-    _fields_ = [
-        *((name, _Rows) for name in ("q", "k", "v", "out", "q_beside", "k_beside")),
-        ("k_taps", ctypes.c_void_p), ("v_taps", ctypes.c_void_p), ("valid", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("B", "T", "S", "H", "G", "D", "V", "P", "n_taps", "n_local")),
-        ("window", ctypes.c_int64), ("same", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-    ]  # fmt: skip
-
-
 def is_native_for_few(q: Tensor, mask: CausalMask) -> bool:
     """Whether the C code reads a cache for these queries, which are then the last T tokens of one document."""
     is_last = mask.positions is None and mask.window is None and mask.starts is None
@@ -168,16 +156,21 @@ def attend_few(
     assert code is not None
     k_taps, v_taps = k_taps.contiguous(), v_taps.contiguous()
     out = q.new_empty(B, T, H, V)
-    few = _Few(
-        q=_Rows.of(q), k=_Rows.of(k), v=_Rows.of(v), out=_Rows.of(out), k_taps=k_taps.data_ptr(),
-        v_taps=v_taps.data_ptr(), B=B, T=T, S=S, H=H, G=G, D=D, V=V, n_taps=len(k_taps), n_local=n_local,
-        window=window, same=v is k, scale=scale,
+    real = None if mask.real is None else mask.real.contiguous()
+    q_beside, k_beside = beside or (None, None)
+    described = _FEW(  # the struct of few.h; filling one in by names would take longer than what it describes
+        *_place(q), *_place(k), *_place(v), *_place(out), *_place(q_beside), *_place(k_beside), k_taps.data_ptr(),
+        v_taps.data_ptr(), address(real) or 0, B, T, S, H, G, D, V, 0 if q_beside is None else q_beside.shape[3],
+        len(k_taps), n_local, window, v is k,
     )  # fmt: skip
-    if mask.real is not None:
-        real = mask.real.contiguous()
-        few.valid = real.data_ptr()
-    if beside is not None:
-        few.q_beside, few.k_beside, few.P = _Rows.of(beside[0]), _Rows.of(beside[1]), beside[0].shape[3]
-    if code.mythos_attend_few(ctypes.byref(few), torch.get_num_threads()):
+    if code.mythos_attend_few(described, scale, torch.get_num_threads()):
         raise MemoryError(f"no memory to look through {S} keys for {T} queries")
     return out
+
+
+_FEW = ctypes.c_int64 * 40
+
+
+def _place(x: Tensor | None) -> tuple[int, ...]:
+    """A ``Strided`` of few.h."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])

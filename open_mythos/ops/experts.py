@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.kernels import address, has_kernels, kernels, size
+from open_mythos.ops.kernels import address, has_kernels, kernels
 from open_mythos.ops.linear import linear
 from open_mythos.ops.one_gradient import OneGradient, one_gradient
 from open_mythos.ops.product import arithmetic, is_native
@@ -85,7 +85,7 @@ def _one_by_one_native(
     held = [x.contiguous() for x in (x_ND, gate_up_E2FD, down_EDF, experts_NK.long(), weights_NK)]
     assert code is not None
     if code.mythos_experts_few(
-        address(out_ND), *map(address, held), *map(size, (*experts_NK.shape, x_ND.shape[1], down_EDF.shape[2]))
+        address(out_ND), *map(address, held), *experts_NK.shape, x_ND.shape[1], down_EDF.shape[2]
     ):
         raise MemoryError("no memory for an expert's activations")
     return out_ND

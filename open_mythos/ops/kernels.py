@@ -17,6 +17,22 @@ from torch import Tensor
 
 from open_mythos.native import library
 
+# Arguments of each function of kernels.c: p for a pointer, n for an int64_t, i for an int, f for a float.
+_ARGUMENTS = {
+    "mythos_products": "pnnppnnnnpifiii",
+    "mythos_attend": "pi",
+    "mythos_attend_backward": "pi",
+    "mythos_attend_few": "pfi",
+    "mythos_experts_few": "ppppppnnnn",
+    "mythos_norm": "pppnnfi",
+    "mythos_norm_backward": "pppppnnfi",
+    "mythos_swiglu": "ppppnnni",
+    "mythos_swiglu_backward": "ppppppppnnni",
+    "mythos_turn": "pppnnnnnfi",
+    "mythos_has_half": "",
+}
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
@@ -24,9 +40,12 @@ def kernels() -> ctypes.CDLL | None:
     if os.environ.get("OPEN_MYTHOS_NATIVE") == "0" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     try:
-        return library(Path(__file__).parent / "native" / "kernels.c", "-fopenmp")
+        code = library(Path(__file__).parent / "native" / "kernels.c", "-fopenmp")
     except ValueError:
         return None
+    for name, kinds in _ARGUMENTS.items():
+        getattr(code, name).argtypes = [_KINDS[kind] for kind in kinds]
+    return code
 
 
 def has_kernels(*tensors: Tensor) -> bool:
@@ -45,11 +64,6 @@ def has_half() -> bool:
     return code is not None and bool(code.mythos_has_half())
 
 
-def address(x: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's numbers begin; NULL for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
-def size(n: int) -> ctypes.c_int64:
-    """An integer as the C code has them."""
-    return ctypes.c_int64(n)
+def address(x: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin; None, which is NULL, for None."""
+    return None if x is None else x.data_ptr()

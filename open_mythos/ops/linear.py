@@ -5,7 +5,6 @@ Shape letters: N tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.kernels import address, has_kernels, kernels, size
+from open_mythos.ops.kernels import address, has_kernels, kernels
 from open_mythos.ops.product import add_product, arithmetic, product
 
 _FEW = 8192  # inputs up to which another call costs more than another pass
@@ -136,7 +135,7 @@ def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     out, width = torch.empty_like(x), x.shape[-1]
     threads = torch.get_num_threads() if x.numel() > _FEW else 1
     code.mythos_norm(
-        address(out), address(x), address(weight), size(x.numel() // width), size(width), ctypes.c_float(eps), threads
+        address(out), address(x), address(weight), x.numel() // width, width, eps, threads
     )  # fmt: skip
     return out
 
@@ -149,8 +148,8 @@ def _native_norm_backward(
     out, width, threads = torch.empty_like(x), x.shape[-1], torch.get_num_threads()
     sums = x.new_zeros(threads, width) if needs_weight else None
     code.mythos_norm_backward(
-        address(out), address(sums), address(grad), address(x), address(weight), size(x.numel() // width),
-        size(width), ctypes.c_float(eps), threads,
+        address(out), address(sums), address(grad), address(x), address(weight), x.numel() // width,
+        width, eps, threads,
     )  # fmt: skip
     return out, None if sums is None else sums.sum(0)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.kernels import address, has_half, has_kernels, kernels, size
+from open_mythos.ops.kernels import address, has_half, has_kernels, kernels
 
 _ENOUGH = 2**19  # multiplications in all, below which the call costs more than it saves
 _CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
@@ -142,6 +142,6 @@ def _run(
     assert ends_E is None or (ends_E.dtype == torch.int32 and ends_E.is_contiguous())
     each = 0 if grouped == _ROWS else c_EMN.stride(0)
     code.mythos_products(
-        address(c_EMN), size(each), size(c_EMN.stride(1)), ctypes.byref(a), ctypes.byref(b), size(n_matrices), size(M),
-        size(N), size(K), address(ends_E), grouped, ctypes.c_float(scale), add, half, torch.get_num_threads(),
+        address(c_EMN), each, c_EMN.stride(1), ctypes.byref(a), ctypes.byref(b), n_matrices, M,
+        N, K, address(ends_E), grouped, scale, add, half, torch.get_num_threads(),
     )  # fmt: skip

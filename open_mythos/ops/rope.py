@@ -5,16 +5,22 @@ Shape letters: B batch, T tokens, H heads, D channels of a head.
 
 from __future__ import annotations
 
-import ctypes
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from open_mythos.ops.kernels import address, has_kernels, kernels, size
+from open_mythos.ops.kernels import address, has_kernels, kernels
 
 _WAVES = 1.0, 4.0  # in a context: with as few or fewer a frequency is stretched whole, with as many or more not at all
 _MANY = 2**14  # numbers from which on several threads turn them
+
+
+@functools.lru_cache(maxsize=32)
+def _frequencies(dim: int, theta: float, factor: float, context: int, device: torch.device) -> Tensor:
+    """:func:`rope_frequencies`, which every call of a model asks for; never written to."""
+    return rope_frequencies(dim, theta, factor, context).to(device)
 
 
 def rope_frequencies(dim: int, theta: float = 500000.0, factor: float = 1.0, context: int = 8192) -> Tensor:
@@ -50,7 +56,7 @@ def rope_table(
     Returns:
         (..., dim // 2, 2) float32; last axis holds (cos, sin).
     """
-    frequencies = rope_frequencies(dim, theta, factor, context).to(positions.device)
+    frequencies = _frequencies(dim, theta, factor, context, positions.device)
     angles = positions.double().unsqueeze(-1) * frequencies  # float32 is 0.03 rad off at a million positions
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
@@ -115,8 +121,8 @@ def _turn(x: Tensor, freqs: Tensor, sign: float) -> Tensor:
     out = torch.empty(B, T, H, D)
     threads = torch.get_num_threads() if x.numel() >= _MANY else 1
     code.mythos_turn(
-        address(out), address(x), address(freqs), size(B * T), size(H), size(D), size(x.stride(1)),
-        size(freqs.numel() // D), ctypes.c_float(sign), threads,
+        address(out), address(x), address(freqs), B * T, H, D, x.stride(1),
+        freqs.numel() // D, sign, threads,
     )  # fmt: skip
     return out
 

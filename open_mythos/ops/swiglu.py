@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.kernels import address, has_kernels, kernels, size
+from open_mythos.ops.kernels import address, has_kernels, kernels
 
 _ENOUGH = 2**14  # numbers, below which the call costs more than it saves
 
@@ -80,8 +80,8 @@ def _forward(out_PF: Tensor, gate_PF: Tensor, up_PF: Tensor, weight_P1: Tensor |
     code, (P, width) = kernels(), gate_PF.shape
     assert code is not None and out_PF.is_contiguous() and gate_PF.stride() == up_PF.stride()
     code.mythos_swiglu(
-        address(out_PF), address(gate_PF), address(up_PF), address(weight_P1), size(P), size(width),
-        size(gate_PF.stride(0)), torch.get_num_threads(),
+        address(out_PF), address(gate_PF), address(up_PF), address(weight_P1), P, width,
+        gate_PF.stride(0), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -94,6 +94,6 @@ def _backward(
     weight_P1 = None if weight_P1 is None else weight_P1.contiguous()
     code.mythos_swiglu_backward(
         address(grad_gate_PF), address(grad_up_PF), address(out_PF), address(grad_weight_P), address(grad_PF),
-        address(gate_PF), address(up_PF), address(weight_P1), size(P), size(width), size(gate_PF.stride(0)),
+        address(gate_PF), address(up_PF), address(weight_P1), P, width, gate_PF.stride(0),
         torch.get_num_threads(),
     )  # fmt: skip

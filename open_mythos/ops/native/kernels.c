@@ -110,7 +110,8 @@ void mythos_swiglu_backward(float *grad_gate, float *grad_up, float *y, float *g
 }
 
 /* -1 if memory ran out, else 0. */
-int mythos_attend_few(const Few *a, int threads) {
+int mythos_attend_few(Few *a, float scale, int threads) {
+    a->scale = scale;
     Size tasks = a->B * a->G, rows = a->S * tasks, step = padded(few_floats(a)), n = least(threads, rows / 512 + 1);
     Size parts = least(n, a->S / 256 + 1); /* key heads that all look near have nearly nothing to do */
     float *memory = NULL;
