@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from open_mythos.native import library
 
@@ -31,6 +32,7 @@ _ARGUMENTS = {
     "mythos_turn": "pppnnnnnfi",
     "mythos_has_half": "",
 }
+_PLAIN = (Tensor, torch.nn.Parameter)
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
@@ -49,19 +51,24 @@ def kernels() -> ctypes.CDLL | None:
 
 
 def has_kernels(*tensors: Tensor) -> bool:
-    """Whether the C code takes these tensors: plain float32 ones on the CPU, and nobody is compiling or tracing."""
+    """Whether the C code takes these tensors.
+
+    They are float32 on the CPU, plain ones with numbers of their own, and nobody compiles, transforms or watches
+    PyTorch's operations, as ``torch.func`` and counters of operations do.
+    """
     if torch.compiler.is_compiling():
         return False
     for x in tensors:
-        if x.dtype != torch.float32 or not x.is_cpu:
+        if x.dtype != torch.float32 or not x.is_cpu or type(x) not in _PLAIN:
             return False
-    return kernels() is not None
+    watched = is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+    return not watched and kernels() is not None
 
 
 def has_half() -> bool:
     """Whether the C code can round the factors of its products to bfloat16, and multiply those."""
     code = kernels()
-    return code is not None and bool(code.mythos_has_half())
+    return code is not None and bool(code.mythos_has_half()) and not is_in_torch_dispatch_mode()
 
 
 def address(x: Tensor | None) -> int | None:

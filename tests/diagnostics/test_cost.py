@@ -102,7 +102,6 @@ def _counted(model, context, n_loops, monkeypatch):
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("n_loops, halting", [(1, False), (3, False), (3, True)])
-@pytest.mark.usefixtures("pytorchs_own")  # the counter sees those alone
 def test_flops_are_those_that_pytorch_counts(attn_type, changes, n_loops, halting, monkeypatch):
     # expert_dim a multiple of 4: grouped products of other float32 widths are padded, and padding is not counted here.
     model = tiny_model(attn_type, halting=halting, gate_bias=-20.0, **changes)  # a gate that is asked halts nothing

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from helpers import assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from open_mythos.ops import attention_kernel
 from open_mythos.ops import swiglu as swiglu_module
@@ -13,7 +15,7 @@ from open_mythos.ops.attention_kernel import attend_few, attend_heads
 from open_mythos.ops.conv import causal_conv
 from open_mythos.ops.experts import grouped_swiglu
 from open_mythos.ops.kernels import kernels
-from open_mythos.ops.linear import rms_norm
+from open_mythos.ops.linear import linear, rms_norm
 from open_mythos.ops.mask import CausalMask, document_starts
 from open_mythos.ops.reference import attention, moe_loop
 from open_mythos.ops.rope import apply_rope, rope_table
@@ -161,3 +163,14 @@ def test_swiglus(n_rows, width, monkeypatch):
     grad_hidden, grad_weight, again = weighted_backward(grad.clone(), hidden.detach(), weight.detach())
     for found, known in zip((grad_hidden, grad_weight, again), (wanted[0], wanted[1].flatten(), expected), strict=True):
         assert_near(found, known)
+
+
+def test_whoever_watches_or_transforms_operations_gets_pytorchs_own():
+    x = torch.randn(300, 64)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, torch.randn(64, 64))
+    assert counter.get_total_flops() == 2 * 300 * 64 * 64
+    each = torch.func.vmap(lambda row: rms_norm(row, None))(x)
+    assert_near(each, rms_norm(x, None))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert rms_norm(torch.empty(300, 64)).shape == (300, 64)
