@@ -29,9 +29,9 @@ from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.ops.experts import grouped_swiglu
-from open_mythos.ops.linear import rms_norm
 from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.mask import CausalMask
+from open_mythos.ops.norm import rms_norm
 from open_mythos.ops.rope import apply_rope, rope_table
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.nn.linear import WEIGHT_STD, Linear, apply
-from open_mythos.ops.linear import rms_norm
+from open_mythos.ops.norm import rms_norm
 
 _CAUTION = 30.0  # how much worse it is to halt a state that still moves than to run one that has settled
 _START = -4.0  # logit of a new gate: it lets 50 loops pass before it halts anything

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from open_mythos.ops.linear import rms_norm
+from open_mythos.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):

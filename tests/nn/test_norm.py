@@ -5,7 +5,7 @@ import torch
 from helpers import assert_near
 
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.linear import rms_norm
+from open_mythos.ops.norm import rms_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -15,8 +15,9 @@ from open_mythos.ops.attention_kernel import attend_few, attend_heads
 from open_mythos.ops.conv import causal_conv
 from open_mythos.ops.experts import grouped_swiglu
 from open_mythos.ops.kernels import kernels
-from open_mythos.ops.linear import linear, rms_norm
+from open_mythos.ops.linear import linear
 from open_mythos.ops.mask import CausalMask, document_starts
+from open_mythos.ops.norm import rms_norm
 from open_mythos.ops.reference import attention, moe_loop
 from open_mythos.ops.rope import apply_rope, rope_table
 from open_mythos.ops.swiglu import swiglu, weighted, weighted_backward
