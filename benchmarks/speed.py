@@ -5,9 +5,9 @@
 The reference is open-mythos 0.5.0, which has this library's import name, so it runs under an interpreter of its own; so
 does the Llama of Hugging Face transformers. Without --reference, one is made in runs/reference-venv (once; it downloads
 torch). What is missing there is left out, with a line that says so. Every side of a workload is a process; all of them
-are made ready, then they take turns, one repetition each, and only one computes at a time. A ratio is the median over
-turns, so what slows a machine for a while slows both sides. Keep the machine free of other work; an hour on two cores,
-and results are kept after every workload.
+are made ready, then they take turns, two repetitions each, of which the second counts, and only one computes at a
+time. A ratio is the median over turns, so what slows a machine for a while slows both sides. Keep the machine free of
+other work; ten minutes on two cores, and results are kept after every workload.
 """
 
 import argparse

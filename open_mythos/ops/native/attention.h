@@ -65,10 +65,19 @@ static Size block_of(const Attention *a, Size b, Size h, Size t, Size *from, Siz
     return n;
 }
 
-static float *scratch_for(const Attention *a, int n) {
-    Size each = a->S * TALL > SCORES ? a->S * TALL : SCORES;
-    float *memory = NULL;
-    return posix_memalign((void **)&memory, 64, n * (each + LANES) * sizeof(float)) ? NULL : memory;
+static Size room_of_one(const Attention *a) { return (a->S * TALL > SCORES ? a->S * TALL : SCORES) + LANES; }
+
+/* Room for the scores of two blocks, kept by each thread; NULL if memory ran out. */
+static float *room_for(const Attention *a) {
+    static _Thread_local float *room;
+    static _Thread_local Size held;
+    Size needed = 2 * room_of_one(a);
+    if (held < needed) {
+        free(room);
+        held = posix_memalign((void **)&room, 64, needed * sizeof(float)) ? 0 : needed;
+        if (!held) room = NULL;
+    }
+    return room;
 }
 
 /* One head of one row. */
@@ -85,7 +94,7 @@ static void attend(const Attention *a, float *scores, Size b, Size h) {
 
 /* All heads that read one key head of one row; its gradients are zero before. */
 static void attend_backward(const Attention *a, float *scores, Size b, Size g) {
-    float *grads = scores + (a->S * TALL > SCORES ? a->S * TALL : SCORES) + LANES;
+    float *grads = scores + room_of_one(a);
     Size from, n_keys, n;
     for (Size h = g * (a->H / a->G); h < (g + 1) * (a->H / a->G); h++)
         for (Size t = 0; t < a->T; t += n) {

@@ -19,8 +19,8 @@ int mythos_has_half(void) {
 /* For E matrices: c = alpha * a b, or that is added to c.
  *
  * Sizes are a (M, K), c (M, N), and b by its columns (N, K). With `ends`, (E) of them, the rows of a and c stand in one
- * matrix, group behind group (ROWS: M is not read), or what is summed over does, in a and b (SUMS: K is not read). With `half`, factors are rounded
- * to bfloat16.
+ * matrix, group behind group (ROWS: M is not read), or what is summed over does, in a and b (SUMS: K is not read). With
+ * `half`, factors are rounded to bfloat16.
  */
 void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Batch *b, Size E, Size M, Size N, Size K,
                      const int32_t *ends, int grouped, float alpha, int add, int half, int threads) {
@@ -48,12 +48,11 @@ int mythos_attend(const Attention *a, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        float *scores = scratch_for(a, 1);
+        float *scores = room_for(a);
         failed = !scores;
 #pragma omp for schedule(dynamic, 1)
         for (Size task = 0; task < a->B * a->H; task++)
             if (scores) attend(a, scores, task / a->H, task % a->H);
-        free(scores);
     }
     return -failed;
 }
@@ -62,12 +61,11 @@ int mythos_attend_backward(const Attention *a, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        float *scores = scratch_for(a, 2);
+        float *scores = room_for(a);
         failed = !scores;
 #pragma omp for schedule(dynamic, 1)
         for (Size task = 0; task < a->B * a->G; task++)
             if (scores) attend_backward(a, scores, task / a->G, task % a->G);
-        free(scores);
     }
     return -failed;
 }
