@@ -20,6 +20,7 @@ from open_mythos.ops.rows import Rows
 from open_mythos.ops.swiglu import swiglu, weighted, weighted_backward
 
 _FEW = 8  # choices up to which bringing rows together costs more than it saves
+_MANY = 2**14  # numbers of the matrices that a few tokens meet, from which on several threads read them
 
 
 def grouped_swiglu(
@@ -41,8 +42,11 @@ def grouped_swiglu(
     Returns:
         (N, D) in the dtype that :func:`open_mythos.ops.product.arithmetic` says.
     """
+    is_few = experts_NK.numel() <= _FEW and experts_NK.is_cpu and not torch.is_grad_enabled()
+    if is_few and has_kernels(x_ND, gate_up_E2FD, down_EDF, weights_NK) and not torch.is_autocast_enabled("cpu"):
+        return _few(x_ND if scale == 1 else x_ND * scale, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
     dtype, half = arithmetic(x_ND)
-    x_ND, weights_NK = (x_ND * scale).to(dtype), weights_NK.to(dtype)
+    x_ND, weights_NK = (x_ND if scale == 1 else x_ND * scale).to(dtype), weights_NK.to(dtype)
     if len(gate_up_E2FD) > 1 and not torch.compiler.is_compiling() and _is_trained(gate_up_E2FD, down_EDF):
         gate_up, down = one_gradient(gate_up_E2FD, dtype), one_gradient(down_EDF, dtype)
         return _GroupedSwiGLU.apply(x_ND, gate_up.weight, down.weight, experts_NK, weights_NK, half, gate_up, down)
@@ -55,7 +59,7 @@ def grouped_swiglu(
         return _grouped_swiglu_op(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)[0]
     if torch.is_grad_enabled():
         return _GroupedSwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, half, None, None)
-    if not half and experts_NK.numel() <= _FEW and experts_NK.device.type == "cpu":
+    if is_few and not half:
         return _one_by_one(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
     return _forward(x_ND, gate_up_E2FD, down_EDF, weights_NK, _rows(x_ND, gate_up_E2FD, experts_NK, half))[0]
 
@@ -68,8 +72,6 @@ def _rows(x_ND: Tensor, gate_up_E2FD: Tensor, experts_NK: Tensor, half: bool) ->
 
 def _one_by_one(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """For a token or two: matrices times vectors, where they stand."""
-    if has_kernels(x_ND, gate_up_E2FD, down_EDF, weights_NK):
-        return _one_by_one_native(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK)
     out_ND = torch.zeros_like(x_ND)
     for x_D, out_D, experts_K, weights_K in zip(x_ND, out_ND, experts_NK.tolist(), weights_NK, strict=True):
         for expert, weight in zip(experts_K, weights_K, strict=True):
@@ -78,15 +80,14 @@ def _one_by_one(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK
     return out_ND
 
 
-def _one_by_one_native(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor
-) -> Tensor:
+def _few(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """:func:`_one_by_one` in C."""
     code, out_ND = kernels(), torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     held = [x.contiguous() for x in (x_ND, gate_up_E2FD, down_EDF, experts_NK.long(), weights_NK)]
+    (N, K), (_, D, width) = experts_NK.shape, down_EDF.shape
+    threads = torch.get_num_threads() if N * K * D * width >= _MANY else 1
     assert code is not None
-    if code.mythos_experts_few(
-        address(out_ND), *map(address, held), *experts_NK.shape, x_ND.shape[1], down_EDF.shape[2]
-    ):
+    if code.mythos_experts_few(address(out_ND), *map(address, held), N, K, D, width, threads):
         raise MemoryError("no memory for an expert's activations")
     return out_ND
 

@@ -24,7 +24,7 @@ _ARGUMENTS = {
     "mythos_attend": "pi",
     "mythos_attend_backward": "pi",
     "mythos_attend_few": "pfi",
-    "mythos_experts_few": "ppppppnnnn",
+    "mythos_experts_few": "ppppppnnnni",
     "mythos_norm": "pppnnfi",
     "mythos_norm_backward": "pppppnnfi",
     "mythos_swiglu": "ppppnnni",

@@ -130,19 +130,23 @@ int mythos_attend_few(Few *a, float scale, int threads) {
 
 /* out (N, D) = sum over the K experts of each row of weight * down(silu(gate x) * up x); -1 if memory ran out. */
 int mythos_experts_few(float *out, const float *x, const float *gate_up, const float *down, const int64_t *experts,
-                       const float *weights, Size N, Size K, Size D, Size width) {
-    float *hidden = malloc((3 * width + D) * sizeof(float)), *act = hidden + 2 * width, *made = act + width;
-    if (!hidden) return -1;
-    memset(out, 0, N * D * sizeof(float));
+                       const float *weights, Size N, Size K, Size D, Size width, int threads) {
+    Size each = padded(3 * width + D);
+    float *memory = malloc(N * K * each * sizeof(float));
+    if (!memory) return -1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (Size i = 0; i < N * K; i++) {
-        const float *in = x + i / K * D;
-        float *to = out + i / K * D;
-        times(hidden, gate_up + experts[i] * 2 * width * D, in, D, 2 * width);
+        float *hidden = memory + i * each, *act = hidden + 2 * width;
+        times(hidden, gate_up + experts[i] * 2 * width * D, x + i / K * D, D, 2 * width);
         swiglu(act, hidden, hidden + width, width, weights[i]);
-        times(made, down + experts[i] * D * width, act, width, D);
-        for (Size d = 0; d < D; d++) to[d] += made[d];
+        times(act + width, down + experts[i] * D * width, act, width, D);
     }
-    free(hidden);
+    for (Size i = 0; i < N; i++)
+        for (Size k = 0; k < K; k++) {
+            const float *made = memory + (i * K + k) * each + 3 * width;
+            for (Size d = 0; d < D; d++) out[i * D + d] = made[d] + (k ? out[i * D + d] : 0);
+        }
+    free(memory);
     return 0;
 }
 
