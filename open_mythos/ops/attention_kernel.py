@@ -84,10 +84,10 @@ def _described(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: tuple[Any,
     )  # fmt: skip
 
 
-def _run(name: str, described: _Attention) -> None:
+def _run(described: _Attention, backward: bool) -> None:
     code = kernels()
     assert code is not None
-    if getattr(code, name)(ctypes.byref(described), torch.get_num_threads()):
+    if code.mythos_attend(ctypes.byref(described), backward, torch.get_num_threads()):
         raise MemoryError(f"no memory for the scores of {described.T} queries and {described.S} keys")
 
 
@@ -102,7 +102,7 @@ class _Attend(torch.autograd.Function):
         ctx.options = valid, starts, scale, n_local, window
         ctx.save_for_backward(q, k, v)
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        _run("mythos_attend", _described(q, k, v, out, ctx.options))
+        _run(_described(q, k, v, out, ctx.options), backward=False)
         return out
 
     @staticmethod
@@ -115,7 +115,7 @@ class _Attend(torch.autograd.Function):
         )
         described = _described(q, k, v, grad if grad.stride(-1) == 1 else grad.contiguous(), ctx.options)
         described.grad_q, described.grad_k, described.grad_v = map(_Rows.of, grads)
-        _run("mythos_attend_backward", described)
+        _run(described, backward=True)
         return *grads, None, None, None, None, None
 
 

@@ -43,29 +43,17 @@ void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Ba
     }
 }
 
-/* -1 if memory ran out, else 0. */
-int mythos_attend(const Attention *a, int threads) {
+/* Forward by heads, backward by key heads, of which each has one writer. -1 if memory ran out, else 0. */
+int mythos_attend(const Attention *a, int backward, int threads) {
     int failed = 0;
+    Size heads = backward ? a->G : a->H;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *scores = room_for(a);
         failed = !scores;
 #pragma omp for schedule(dynamic, 1)
-        for (Size task = 0; task < a->B * a->H; task++)
-            if (scores) attend(a, scores, task / a->H, task % a->H);
-    }
-    return -failed;
-}
-
-int mythos_attend_backward(const Attention *a, int threads) {
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        float *scores = room_for(a);
-        failed = !scores;
-#pragma omp for schedule(dynamic, 1)
-        for (Size task = 0; task < a->B * a->G; task++)
-            if (scores) attend_backward(a, scores, task / a->G, task % a->G);
+        for (Size task = 0; task < a->B * heads; task++)
+            if (scores) (backward ? attend_backward : attend)(a, scores, task / heads, task % heads);
     }
     return -failed;
 }
