@@ -8,7 +8,7 @@ the modules compute, up to rounding; they are the reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -216,6 +216,12 @@ class Decoder(ModuleDecoder):
         return self.model.input_norm(x).view(B, T, -1), tokens
 
     def loops(self, h: Tensor, e: Tensor, tokens: Tokens, first: int, end: int) -> Tensor:
+        for after in self._each(h, e, tokens, first, end):
+            h = after
+        return h
+
+    def _each(self, h: Tensor, e: Tensor, tokens: Tokens, first: int, end: int) -> Iterator[Tensor]:
+        """The states after each of these loops."""
         recurrent, shape = self.model.recurrent, h.shape
         h, e = h.flatten(0, 1), e.flatten(0, 1)
         injected = recurrent.injection.B * e
@@ -229,7 +235,7 @@ class Decoder(ModuleDecoder):
             if adapted is not None and self.lora_up is not None:
                 u = torch.addmm(u, adapted, self.lora_up[loop])
             h = recurrent.norm(u)
-        return h.view(shape)
+            yield h.view(shape)
 
     def loops_until(self, exit: Exit, h: Tensor, e: Tensor, tokens: Tokens, n_loops: int) -> Tensor:
         """The state (1, 1, dim) of one position at the loop where ``exit`` stops it, or after the last.
@@ -237,10 +243,10 @@ class Decoder(ModuleDecoder):
         The loops that it does not run find, when later tokens look, what it had at its last.
         """
         assert tokens.shape == (1, 1) and not exit.needs_predictions
-        carried, running = exit.init(h), torch.ones(1, 1, dtype=torch.bool, device=h.device)
-        for loop in range(n_loops):
-            before, h = h, self.loops(h, e, tokens, loop, loop + 1)
-            stops, carried = exit.check(carried, LoopState(loop, h, running, before, self.model.recurrent.act))
+        carried, running, loop = exit.init(h), torch.ones(1, 1, dtype=torch.bool, device=h.device), 0
+        for loop, after in enumerate(self._each(h, e, tokens, 0, n_loops)):
+            stops, carried = exit.check(carried, LoopState(loop, after, running, h, self.model.recurrent.act))
+            h = after
             if bool(stops):
                 break
         stand_in(tokens.cache, loop, n_loops, tokens.at, len(self.core))

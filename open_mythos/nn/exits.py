@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.fields import must, nearest
-from open_mythos.nn.halting import ask, relative_change
+from open_mythos.nn.halting import ask
+from open_mythos.ops.gate import relative_change
 
 Carried = tuple[Tensor, ...]
 

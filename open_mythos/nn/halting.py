@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.nn.linear import WEIGHT_STD, Linear, apply
+from open_mythos.ops.gate import FINEST, gate, relative_change
+from open_mythos.ops.kernels import has_kernels
 from open_mythos.ops.norm import rms_norm
 
 _CAUTION = 30.0  # how much worse it is to halt a state that still moves than to run one that has settled
 _START = -4.0  # logit of a new gate: it lets 50 loops pass before it halts anything
-_FINEST = 1e-3  # changes below it look alike: bfloat16 knows none that are smaller
 
 
 class ACTHalting(nn.Module):
@@ -42,11 +43,22 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Tensor, change: Tensor | None = None) -> Tensor:
         """(B, T, dim) states, and their :func:`relative_change` (B, T), 1 if None, to (B, T) probabilities."""
-        seen = apply(self.hidden, rms_norm(h))
+        hidden, halt = self.hidden, self.halt
+        if self._is_plain(h, hidden, halt):
+            return gate(h, change, hidden.weight, hidden.scale, self.motion, halt.weight, halt.bias, 1 / self.std)
+        seen = apply(hidden, rms_norm(h))
         if change is not None:
-            seen = seen + (change.to(seen.dtype) + _FINEST).log().unsqueeze(-1) * self.motion / self.std
+            seen = seen + (change.to(seen.dtype) + FINEST).log().unsqueeze(-1) * self.motion / self.std
         found = F.silu(seen) * self.halt.in_features**-0.5
         return (self.halt(found).squeeze(-1) / self.std).sigmoid()
+
+    @staticmethod
+    def _is_plain(h: Tensor, hidden: nn.Module, halt: nn.Module) -> bool:
+        """Whether C code can ask in place of the layers: nobody watches them, or wants a gradient of them."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or type(hidden) is not Linear:
+            return False
+        watched = hidden._forward_hooks or hidden._forward_pre_hooks or halt._forward_hooks or halt._forward_pre_hooks
+        return not watched and has_kernels(h, hidden.weight)
 
 
 _FORWARD = ACTHalting.forward
@@ -69,12 +81,6 @@ def ask(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
         (B, T) probabilities.
     """
     return act(h) if is_replaced(act) else act(h, change)
-
-
-def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """``|after - before| / |after|`` over the last axis, in float32; 0 where both are 0."""
-    size = after.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (after.float() - before.float()).norm(dim=-1) / size
 
 
 def from_here_on(holds: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ _ARGUMENTS = {
     "mythos_swiglu": "ppppnnni",
     "mythos_swiglu_backward": "ppppppppnnni",
     "mythos_turn": "pppnnnnnfi",
+    "mythos_relative_change": "pppnni",
+    "mythos_ask": "pppppppnnnfffi",
     "mythos_has_half": "",
 }
 _PLAIN = (Tensor, torch.nn.Parameter)

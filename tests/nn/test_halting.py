@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos.nn.exits import Gate, LoopState
-from open_mythos.nn.halting import ACTHalting, relative_change
+from open_mythos.nn.halting import ACTHalting
 from open_mythos.ops import reference
+from open_mythos.ops.gate import relative_change
 
 four = st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.5, 0.9, 0.99, 1.0]), min_size=4, max_size=4)
 probabilities = st.lists(four, min_size=1, max_size=8)

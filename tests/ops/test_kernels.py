@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from open_mythos.nn.halting import ACTHalting
 from open_mythos.ops import attention_kernel
+from open_mythos.ops import kernels as kernels_module
 from open_mythos.ops import swiglu as swiglu_module
 from open_mythos.ops.attention_kernel import attend_few, attend_heads
 from open_mythos.ops.conv import causal_conv
 from open_mythos.ops.experts import grouped_swiglu
+from open_mythos.ops.gate import relative_change
 from open_mythos.ops.kernels import kernels
 from open_mythos.ops.linear import linear
 from open_mythos.ops.mask import CausalMask, document_starts
@@ -175,3 +178,23 @@ def test_whoever_watches_or_transforms_operations_gets_pytorchs_own():
     assert_near(each, rms_norm(x, None))
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert rms_norm(torch.empty(300, 64)).shape == (300, 64)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 5, 19)])
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_gate_says_what_its_layers_say(shape, moves, monkeypatch):
+    gate, h, before = ACTHalting(shape[-1]), torch.randn(shape), torch.randn(shape)
+    for weight in gate.parameters():
+        torch.nn.init.normal_(weight, std=gate.std)
+
+    @torch.no_grad()
+    def asked():
+        change = relative_change(before, h)
+        return change, gate(h, change if moves else None)
+
+    native = asked()
+    monkeypatch.setattr(kernels_module, "kernels", lambda: None)
+    for found, expected in zip(native, asked(), strict=True):
+        assert found.shape == shape[:-1]
+        assert_near(found, expected)
+    assert relative_change(torch.zeros(shape), torch.zeros(shape)).eq(0).all()

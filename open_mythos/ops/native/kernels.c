@@ -147,3 +147,38 @@ void mythos_turn(float *y, const float *x, const float *turns, Size N, Size H, S
         for (Size h = 0; h < H; h++)
             turn(y + (i * H + h) * n, x + i * x_step + h * n, turns + i % T * n, n, sign);
 }
+
+/* out (N), from states (N, n). */
+void mythos_relative_change(float *out, const float *before, const float *after, Size N, Size n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (Size i = 0; i < N; i++) out[i] = relative_change(before + i * n, after + i * n, n);
+}
+
+/* The halting gate of states (N, n): out (N) = sigmoid(sharpness * (bias + halt . silu(seen) / sqrt(m))), where what m
+ * hidden units have seen is scale * hidden x / rms(x) + motion * sharpness * log(change + finest); changes (N) may be
+ * NULL. -1 if memory ran out. */
+int mythos_ask(float *out, const float *x, const float *changes, const float *hidden, const float *motion,
+               const float *halt, const float *bias, Size N, Size n, Size m, float finest, float scale,
+               float sharpness, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
+    {
+        float *normed = malloc((n + m) * sizeof(float)), *seen = normed + n;
+        failed = !normed;
+#pragma omp for schedule(static)
+        for (Size i = 0; i < N; i++) {
+            float found = 0, moves = changes ? sharpness * logf(changes[i] + finest) : 0;
+            if (!normed) continue;
+            norm(normed, x + i * n, NULL, n, 1e-6f);
+            times(seen, hidden, normed, n, m);
+#pragma omp simd reduction(+ : found)
+            for (Size j = 0; j < m; j++) {
+                float unit = scale * seen[j] + moves * motion[j];
+                found += halt[j] * unit / (1.0f + exponential(-unit));
+            }
+            out[i] = 1.0f / (1.0f + expf(-sharpness * (*bias + found / sqrtf((float)m))));
+        }
+        free(normed);
+    }
+    return -failed;
+}
