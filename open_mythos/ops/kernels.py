@@ -2,7 +2,7 @@
 
 Products, attention, norms and SwiGLUs go through it by themselves where it can be had: with a C compiler, at the first
 call, unless ``OPEN_MYTHOS_NATIVE=0`` is in the environment. Everywhere else PyTorch's own operations do the same, and
-tests hold the two together.
+tests hold the two together. The code is in the dialect of gcc.
 """
 
 from __future__ import annotations
