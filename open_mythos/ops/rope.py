@@ -92,7 +92,10 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
         (cos, sin), (even, odd) = freqs.unbind(-1), pairs.unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(freqs))
+        pairs = pairs.contiguous()
+        if pairs.storage_offset() % 2:  # between two complex numbers
+            pairs = pairs.clone()
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(freqs))
     return turned.flatten(-2).to(x.dtype)
 
 

@@ -90,3 +90,10 @@ def test_rope_rows_reads_a_table_from_where_the_cache_ends():
     assert torch.equal(rope_rows(table[:3], 7, 3), torch.view_as_real(table[:3]))
     by_row = torch.randn(2, 3, 2, 2)
     assert rope_rows(by_row, 7, 3) is by_row
+
+
+@pytest.mark.usefixtures("pytorchs_own")
+def test_channels_behind_an_odd_number_of_others():
+    """As of one token whose latent is 3 wide."""
+    x, table = torch.randn(1, 1, 1, 7), rope_table(torch.tensor([5]), 4)
+    assert_near(apply_rope(x[..., 3:], table), apply_rope(x[..., 3:].clone(), table))
