@@ -49,16 +49,19 @@ class ACTHalting(nn.Module):
         seen = apply(hidden, rms_norm(h))
         if change is not None:
             seen = seen + (change.to(seen.dtype) + FINEST).log().unsqueeze(-1) * self.motion / self.std
-        found = F.silu(seen) * self.halt.in_features**-0.5
-        return (self.halt(found).squeeze(-1) / self.std).sigmoid()
+        found = F.silu(seen) * halt.in_features**-0.5
+        return (halt(found).squeeze(-1) / self.std).sigmoid()
 
     @staticmethod
     def _is_plain(h: Tensor, hidden: nn.Module, halt: nn.Module) -> bool:
-        """Whether C code can ask in place of the layers: nobody watches them, or wants a gradient of them."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or type(hidden) is not Linear:
+        """Whether C code can ask in place of the layers: they are our own, unwatched, and no gradient is wanted."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        watched = hidden._forward_hooks or hidden._forward_pre_hooks or halt._forward_hooks or halt._forward_pre_hooks
-        return not watched and has_kernels(h, hidden.weight)
+        for layer, kind in ((hidden, Linear), (halt, nn.Linear)):
+            if type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+                return False
+        assert isinstance(hidden, Linear) and isinstance(halt, nn.Linear)
+        return has_kernels(h, hidden.weight, halt.weight)
 
 
 _FORWARD = ACTHalting.forward

@@ -121,7 +121,7 @@ def _turn(x: Tensor, freqs: Tensor, sign: float) -> Tensor:
     """:func:`apply_rope` in C; with ``sign`` -1 back."""
     code, (B, T, H, D), freqs = kernels(), x.shape, freqs.contiguous()
     assert code is not None
-    out = torch.empty(B, T, H, D)
+    out = x.new_empty(B, T, H, D)
     threads = torch.get_num_threads() if x.numel() >= _MANY else 1
     code.mythos_turn(
         address(out), address(x), address(freqs), B * T, H, D, x.stride(1),

@@ -198,3 +198,23 @@ def test_a_gate_says_what_its_layers_say(shape, moves, monkeypatch):
         assert found.shape == shape[:-1]
         assert_near(found, expected)
     assert relative_change(torch.zeros(shape), torch.zeros(shape)).eq(0).all()
+
+
+@torch.no_grad()
+def test_another_output_layer_of_a_gate_is_asked():
+    """As an adapter on it is."""
+    gate, h = ACTHalting(16), torch.randn(2, 3, 16)
+    before = gate(h)
+    gate.halt = torch.nn.Sequential(gate.halt, torch.nn.Hardtanh(2.0 * gate.std, 3.0 * gate.std))
+    gate.halt.in_features = 16
+    assert (gate(h) > 0.5).all() and (before < 0.5).all()
+
+
+def test_another_default_dtype_changes_no_turned_channel():
+    x, table = torch.randn(2, 9, 4, 8), rope_table(torch.arange(9), 8)
+    expected = apply_rope(x, table)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(apply_rope(x, table), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
