@@ -126,11 +126,11 @@ class CausalAttention(nn.Module):
         written (see :func:`attend_convolved`).
         """
         n, found = self.n_local_heads, []
-        plain_scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = q.shape[3] ** -0.5 if scale is None else scale
         if taps is None and is_native(q, k, mask):
-            return attend_heads(q, k, v, mask, plain_scale, n, self.local_window)
+            return attend_heads(q, k, v, mask, scale, n, self.local_window)
         if taps is not None and is_native_for_few(q, mask):
-            return attend_few(q, k, v, taps[0][0], taps[1][0], mask, plain_scale, n, self.local_window)
+            return attend_few(q, k, v, taps[0][0], taps[1][0], mask, scale, n, self.local_window)
         if n:
             found.append(self._attend_near(range(n), q, k, v, mask, scale, taps))
         if n < self.n_heads:
@@ -138,7 +138,7 @@ class CausalAttention(nn.Module):
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def _attend_near(
-        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None, taps: Taps | None
+        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float, taps: Taps | None
     ) -> Tensor:
         """Local attention of some heads."""
         q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)
@@ -148,7 +148,7 @@ class CausalAttention(nn.Module):
         return attend_local_convolved(q, k, v, k_taps, v_taps, self.local_window, mask, scale)
 
     def _attend_far(
-        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float | None, taps: Taps | None
+        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float, taps: Taps | None
     ) -> Tensor:
         """Global attention of some heads."""
         q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)

@@ -22,7 +22,7 @@ def is_native(q: Tensor, k: Tensor, mask: CausalMask) -> bool:
 
     In half precision the backward pass of PyTorch's kernel on a CPU takes four times as long as in single.
     """
-    if mask.positions is not None or mask.window is not None or q.shape[1] < 2 or mask.real is not mask.valid:
+    if mask.positions is not None or mask.window is not None or q.shape[1] < 2:
         return False
     B, T, H, _ = q.shape
     return B * T * H * k.shape[1] >= _ENOUGH and has_kernels(q if q.dtype == torch.float32 else _as_trained(q))
@@ -51,44 +51,36 @@ def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float
     return out.to(q.dtype)
 
 
-class _Rows(ctypes.Structure):
-    """As in attention.h."""
-
-    _fields_ = [
-        ("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)
-    ]  # fmt: skip
-
-    @staticmethod
-    def of(x: Tensor) -> _Rows:
-        assert x.stride(3) == 1 or x.shape[3] == 1
-        return _Rows(x.data_ptr(), *x.stride()[:3])
+# The structs of attention.h and few.h, whose fields are integers and pointers but for the scale, which comes last. To
+# fill in ctypes structures by names takes longer than what some of them describe.
+_Numbers = ctypes.c_int64 * 40
 
 
-class _Attention(ctypes.Structure):
-    """As in attention.h."""
-
-    _fields_ = [
-        *((name, _Rows) for name in ("q", "k", "v", "out", "grad_q", "grad_k", "grad_v")),
-        ("valid", ctypes.c_void_p), ("starts", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("B", "T", "S", "H", "G", "D", "V", "n_local", "window")),
-        ("scale", ctypes.c_float),
-    ]  # fmt: skip
+def _place(x: Tensor | None) -> tuple[int, ...]:
+    """A ``Rows`` of vectors.h; of nothing for None."""
+    if x is None:
+        return 0, 0, 0, 0
+    assert x.stride(3) == 1 or x.shape[3] == 1
+    return x.data_ptr(), *x.stride()[:3]
 
 
-def _described(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: tuple[Any, ...]) -> _Attention:
-    valid, starts, scale, n_local, window = options
-    (B, T, H, D), (_, S, G, V) = q.shape, v.shape
-    return _Attention(
-        q=_Rows.of(q), k=_Rows.of(k), v=_Rows.of(v), out=_Rows.of(out), valid=address(valid), starts=address(starts),
-        B=B, T=T, S=S, H=H, G=G, D=D, V=V, n_local=n_local, window=window, scale=scale,
-    )  # fmt: skip
-
-
-def _run(described: _Attention, backward: bool) -> None:
-    code = kernels()
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    options: tuple[Any, ...],
+    grads: tuple[Tensor | None, ...] = (None,) * 3,
+) -> None:
+    """Forward into ``out``, or from the gradient ``out`` back into those of q, k and v."""
+    code, (valid, starts, scale, n_local, window), (S, G, V) = kernels(), options, v.shape[1:]
     assert code is not None
-    if code.mythos_attend(ctypes.byref(described), backward, torch.get_num_threads()):
-        raise MemoryError(f"no memory for the scores of {described.T} queries and {described.S} keys")
+    described = _Numbers(
+        *_place(q), *_place(k), *_place(v), *_place(out), *(number for grad in grads or (None,) * 3 for number in _place(grad)),
+        address(valid) or 0, address(starts) or 0, len(q), q.shape[1], S, q.shape[2], G, q.shape[3], V, n_local, window,
+    )  # fmt: skip
+    if code.mythos_attend(described, scale, grads is not None, torch.get_num_threads()):
+        raise MemoryError(f"no memory for the scores of {q.shape[1]} queries and {S} keys")
 
 
 class _Attend(torch.autograd.Function):
@@ -102,7 +94,7 @@ class _Attend(torch.autograd.Function):
         ctx.options = valid, starts, scale, n_local, window
         ctx.save_for_backward(q, k, v)
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        _run(_described(q, k, v, out, ctx.options), backward=False)
+        _run(q, k, v, out, ctx.options)
         return out
 
     @staticmethod
@@ -113,9 +105,7 @@ class _Attend(torch.autograd.Function):
             torch.empty_like(q, memory_format=torch.contiguous_format),
             *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v)),
         )
-        described = _described(q, k, v, grad if grad.stride(-1) == 1 else grad.contiguous(), ctx.options)
-        described.grad_q, described.grad_k, described.grad_v = map(_Rows.of, grads)
-        _run(described, backward=True)
+        _run(q, k, v, grad if grad.stride(-1) == 1 else grad.contiguous(), ctx.options, grads)
         return *grads, None, None, None, None, None
 
 
@@ -158,7 +148,7 @@ def attend_few(
     out = q.new_empty(B, T, H, V)
     real = None if mask.real is None else mask.real.contiguous()
     q_beside, k_beside = beside or (None, None)
-    described = _FEW(  # the struct of few.h; filling one in by names would take longer than what it describes
+    described = _Numbers(
         *_place(q), *_place(k), *_place(v), *_place(out), *_place(q_beside), *_place(k_beside), k_taps.data_ptr(),
         v_taps.data_ptr(), address(real) or 0, B, T, S, H, G, D, V, 0 if q_beside is None else q_beside.shape[3],
         len(k_taps), n_local, window, v is k,
@@ -166,11 +156,3 @@ def attend_few(
     if code.mythos_attend_few(described, scale, torch.get_num_threads()):
         raise MemoryError(f"no memory to look through {S} keys for {T} queries")
     return out
-
-
-_FEW = ctypes.c_int64 * 40
-
-
-def _place(x: Tensor | None) -> tuple[int, ...]:
-    """A ``Strided`` of few.h."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])

@@ -4,20 +4,8 @@
  * 64 bytes, and the same code adds them up in the same order.
  */
 #pragma once
-#include <float.h>
-
+#include "change.h"
 #include "team.h"
-
-/* |after - before| / |after| */
-static float relative_change(const float *before, const float *after, Size n) {
-    float moved = 0, size = 0;
-#pragma omp simd reduction(+ : moved, size)
-    for (Size i = 0; i < n; i++) {
-        moved += (after[i] - before[i]) * (after[i] - before[i]);
-        size += after[i] * after[i];
-    }
-    return sqrtf(moved) / fmaxf(sqrtf(size), FLT_MIN);
-}
 
 /* The gate's probability. `seen` is the gate's alone: until it is written again there are a whole loop's barriers. */
 static float ask_gate(Worker *w, const Exit *exit, float change) {

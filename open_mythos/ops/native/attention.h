@@ -9,8 +9,6 @@
 enum { BLOCK = 64 };            /* queries at a time */
 enum { SCORES = 1 << 17 };      /* numbers, and fewer queries where they would need more */
 
-typedef struct { float *at; Size batch, token, head; } Rows; /* (B, tokens, heads, D) by its strides; D's is 1 */
-
 typedef struct {
     Rows q, k, v, out;          /* T, S, S and T tokens; H, G, G and H heads; D, D, V and V channels */
     Rows grad_q, grad_k, grad_v;/* to be written; out is then the gradient that came in */
@@ -21,9 +19,6 @@ typedef struct {
     float scale;
 } Attention;
 
-static float *row_at(const Rows *x, Size b, Size t, Size h) {
-    return x->at + b * x->batch + t * x->token + h * x->head;
-}
 static Matrix by_rows(const Rows *x, Size b, Size t, Size h) { return (Matrix){row_at(x, b, t, h), x->token, 1}; }
 static Matrix by_columns(const Rows *x, Size b, Size t, Size h) { return (Matrix){row_at(x, b, t, h), 1, x->token}; }
 

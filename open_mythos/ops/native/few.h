@@ -11,11 +11,9 @@ enum { CHUNK = 2 * LANES };     /* rows of the context at a time */
 
 static Size padded(Size n) { return (n + LANES - 1) / LANES * LANES; }
 
-typedef struct { const float *at; Size batch, token, head; } Strided; /* (B, tokens, heads, channels), the last at 1 */
-
 typedef struct {
-    Strided q, k, v, out;       /* T, S, S and T tokens; H, G, G and H heads; D, D, V and V channels */
-    Strided q_beside, k_beside; /* P more channels of the scores, which are not convolved; P may be 0 */
+    Rows q, k, v, out;          /* T, S, S and T tokens; H, G, G and H heads; D, D, V and V channels */
+    Rows q_beside, k_beside;    /* P more channels of the scores, which are not convolved; P may be 0 */
     const float *k_taps, *v_taps;/* (n_taps, G, D) and (n_taps, G, V); n_taps may be 1 */
     const uint8_t *valid;       /* (B, S), 0 at padding, or NULL */
     Size B, T, S, H, G, D, V, P, n_taps, n_local, window;
@@ -24,10 +22,6 @@ typedef struct {
 } Few;
 
 typedef struct { float *query, *keys, *values, *found; } FewScratch;
-
-static const float *strided(const Strided *x, Size b, Size t, Size h) {
-    return x->at + b * x->batch + t * x->token + h * x->head;
-}
 
 /* 16 channels of convolve, below, with as many taps as are known when it is compiled. */
 INLINE void convolve_lanes(int n_taps, float *restrict to, Size width, const float *restrict rows, Size step,
@@ -121,9 +115,9 @@ static void look_through(const Few *a, const FewScratch *s, Size b, Size g, Size
     Size first_head = g * heads, near = a->S - a->T + 1 - a->window; /* of the first query's window */
     for (Size i = 0; i < a->T * heads; i++) {
         Size t = i / heads, h = first_head + i % heads;
-        const float *q = strided(&a->q, b, t, h);
+        const float *q = row_at(&a->q, b, t, h);
         for (Size d = 0; d < a->D; d++) s->query[i * width + d] = q[d] * a->scale;
-        if (a->P) q = strided(&a->q_beside, b, t, h);
+        if (a->P) q = row_at(&a->q_beside, b, t, h);
         for (Size d = 0; d < a->P; d++) s->query[i * width + a->D + d] = q[d] * a->scale;
         memset(s->found + i * step, 0, step * sizeof(float));
         s->found[i * step + at] = -FLT_MAX;
@@ -131,12 +125,12 @@ static void look_through(const Few *a, const FewScratch *s, Size b, Size g, Size
     if (first_head + heads <= a->n_local && near > start) start = near; /* nobody looks further back */
     for (Size row = start; row < end; row += CHUNK) {
         Size n = least(CHUNK, end - row);
-        convolve(s->keys, width, strided(&a->k, b, 0, g), a->k.token, a->k_taps + g * a->D, a->n_taps, a->G * a->D, a->D,
+        convolve(s->keys, width, row_at(&a->k, b, 0, g), a->k.token, a->k_taps + g * a->D, a->n_taps, a->G * a->D, a->D,
                  row, n);
         for (Size i = 0; a->P && i < n; i++)
-            memcpy(s->keys + i * width + a->D, strided(&a->k_beside, b, row + i, g), a->P * sizeof(float));
+            memcpy(s->keys + i * width + a->D, row_at(&a->k_beside, b, row + i, g), a->P * sizeof(float));
         if (!a->same)
-            convolve(s->values, at, strided(&a->v, b, 0, g), a->v.token, a->v_taps + g * a->V, a->n_taps, a->G * a->V,
+            convolve(s->values, at, row_at(&a->v, b, 0, g), a->v.token, a->v_taps + g * a->V, a->n_taps, a->G * a->V,
                      a->V, row, n);
         for (Size i = 0; i < a->T * heads; i++) {
             Size position = a->S - a->T + i / heads;
@@ -163,7 +157,7 @@ static FewScratch few_scratch(const Few *a, float *memory) {
 static void merge(const Few *a, float *memory, Size step, Size parts, Size b, Size g) {
     Size heads = a->H / a->G, at = value_width(a);
     for (Size i = 0; i < a->T * heads; i++) {
-        float *out = (float *)strided(&a->out, b, i / heads, g * heads + i % heads), top = -FLT_MAX, total = 0;
+        float *out = row_at(&a->out, b, i / heads, g * heads + i % heads), top = -FLT_MAX, total = 0;
         for (Size p = 0; p < parts; p++) {
             const float *found = few_scratch(a, memory + p * step).found + i * found_width(a);
             top = found[at] > top ? found[at] : top;

@@ -44,8 +44,9 @@ void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Ba
 }
 
 /* Forward by heads, backward by key heads, of which each has one writer. -1 if memory ran out, else 0. */
-int mythos_attend(const Attention *a, int backward, int threads) {
+int mythos_attend(Attention *a, float scale, int backward, int threads) {
     int failed = 0;
+    a->scale = scale;
     Size heads = backward ? a->G : a->H;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {

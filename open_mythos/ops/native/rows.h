@@ -1,5 +1,6 @@
 /* Functions of rows one by one: norms and the SwiGLU, forward and backward. */
 #pragma once
+#include "change.h"
 #include "vectors.h"
 
 /* y = weight * x / rms(x) */
@@ -65,15 +66,4 @@ static void turn(float *restrict y, const float *restrict x, const float *restri
         y[i] = x[i] * cosine - x[i + 1] * sine;
         y[i + 1] = x[i + 1] * cosine + x[i] * sine;
     }
-}
-
-/* |after - before| / |after|, 0 where both are 0. */
-static float relative_change(const float *restrict before, const float *restrict after, Size n) {
-    float moved = 0, size = 0;
-#pragma omp simd reduction(+ : moved, size)
-    for (Size i = 0; i < n; i++) {
-        moved += (after[i] - before[i]) * (after[i] - before[i]);
-        size += after[i] * after[i];
-    }
-    return sqrtf(moved) / fmaxf(sqrtf(size), FLT_MIN);
 }

@@ -22,3 +22,9 @@ enum { LANES = 16 };
 #define INLINE static inline __attribute__((always_inline))
 
 static Size least(Size a, Size b) { return a < b ? a : b; }
+
+typedef struct { float *at; Size batch, token, head; } Rows; /* (B, tokens, heads, D) by its strides; D's is 1 */
+
+static float *row_at(const Rows *x, Size b, Size t, Size h) {
+    return x->at + b * x->batch + t * x->token + h * x->head;
+}
