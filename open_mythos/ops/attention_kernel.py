@@ -6,6 +6,7 @@ Shape letters: B rows, T queries, S keys, H query heads, G key/value heads, D ch
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any
 
 import torch
@@ -65,18 +66,14 @@ def _place(x: Tensor | None) -> tuple[int, ...]:
 
 
 def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    options: tuple[Any, ...],
-    grads: tuple[Tensor | None, ...] = (None,) * 3,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: tuple[Any, ...], grads: tuple[Tensor, ...] | None = None
 ) -> None:
     """Forward into ``out``, or from the gradient ``out`` back into those of q, k and v."""
     code, (valid, starts, scale, n_local, window), (S, G, V) = kernels(), options, v.shape[1:]
     assert code is not None
+    places = [_place(x) for x in (q, k, v, out, *(grads or (None, None, None)))]
     described = _Numbers(
-        *_place(q), *_place(k), *_place(v), *_place(out), *(number for grad in grads or (None,) * 3 for number in _place(grad)),
+        *itertools.chain.from_iterable(places),
         address(valid) or 0, address(starts) or 0, len(q), q.shape[1], S, q.shape[2], G, q.shape[3], V, n_local, window,
     )  # fmt: skip
     if code.mythos_attend(described, scale, grads is not None, torch.get_num_threads()):
