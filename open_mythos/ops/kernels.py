@@ -23,6 +23,7 @@ _ARGUMENTS = {
     "mythos_products": "pnnppnnnnpifiii",
     "mythos_attend": "pfii",
     "mythos_attend_few": "pfi",
+    "mythos_rows": "pppnnnfii",
     "mythos_experts_few": "ppppppnnnni",
     "mythos_norm": "pppnnfi",
     "mythos_norm_backward": "pppppnnfi",

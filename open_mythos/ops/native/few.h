@@ -63,14 +63,17 @@ static void convolve(float *restrict to, Size width, const float *restrict rows,
     }
 }
 
-/* 16 rows of w, the next one `step` floats on, times x: n is a multiple of LANES. */
+/* 16 rows of w, the next one `step` floats on, times x: n is a multiple of LANES. Eight streams at a time are as many as
+ * the processor fetches ahead; that is what a matrix which comes from memory waits for. */
 INLINE Vector dots(const float *w, Size step, const float *x, Size n) {
     Vector sum[LANES];
     _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) sum[i] = (Vector){0};
-    for (Size d = 0; d < n; d += LANES) {
-        Vector part = *(const Unaligned *)(x + d);
-        _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) sum[i] += *(const Unaligned *)(w + i * step + d) * part;
-    }
+    _Pragma("GCC unroll 2") for (int half = 0; half < LANES; half += 8)
+        for (Size d = 0; d < n; d += LANES) {
+            Vector part = *(const Unaligned *)(x + d);
+            _Pragma("GCC unroll 8") for (int i = half; i < half + 8; i++)
+                sum[i] += *(const Unaligned *)(w + i * step + d) * part;
+        }
     return sums(sum);
 }
 
@@ -91,22 +94,34 @@ static Size key_width(const Few *a) { return padded(a->D + a->P); }
 static Size value_width(const Few *a) { return a->same ? key_width(a) : padded(a->V); }
 static Size found_width(const Few *a) { return value_width(a) + LANES; } /* behind the sum: greatest score, total */
 
+/* e^(x - top) in every lane of `seen`, and 0 in the others. */
+INLINE Vector weights(Vector x, float top, __mmask16 seen) {
+    Vector y = x - top;
+    for (Size i = 0; i < LANES; i++) y[i] = exponential(y[i]);
+    return (Vector)_mm512_maskz_mov_ps(seen, (__m512)y);
+}
+
 /* One query looks at rows first + lo to first + hi, which are in scratch; at its own, first + own, even in padding. */
 static void look(const Few *a, const FewScratch *s, const float *query, float *found, Size b, Size first, Size lo,
                  Size hi, Size own) {
     Size width = key_width(a), at = value_width(a);
-    float scores[CHUNK], top = found[at], sum = 0;
-    for (Size i = 0; i < CHUNK; i += LANES) *(Unaligned *)(scores + i) = dots(s->keys + i * width, width, query, width);
+    uint32_t seen = (uint32_t)(((uint64_t)1 << hi) - ((uint64_t)1 << lo));
     if (a->valid)
         for (Size i = lo; i < hi; i++)
-            if (!a->valid[b * a->S + first + i] && i != own) scores[i] = -FLT_MAX;
-    for (Size i = lo; i < hi; i++) top = scores[i] > top ? scores[i] : top;
-    for (Size i = 0; i < CHUNK; i++) scores[i] = scores[i] == -FLT_MAX ? 0.0f : exponential(scores[i] - top);
-    for (Size i = lo; i < hi; i++) sum += scores[i];
-    float rescale = found[at] == -FLT_MAX ? 0.0f : exponential(found[at] - top);
+            if (!a->valid[b * a->S + first + i] && i != own) seen &= ~((uint32_t)1 << i);
+    if (!seen) return;
+    __mmask16 low = seen & 0xffff, high = seen >> 16;
+    Vector near = dots(s->keys, width, query, width), far = dots(s->keys + LANES * width, width, query, width);
+    __m512 none = _mm512_set1_ps(-FLT_MAX);
+    float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(none, low, (__m512)near),
+                                                   _mm512_mask_mov_ps(none, high, (__m512)far)));
+    if (found[at] > top) top = found[at];
+    near = weights(near, top, low), far = weights(far, top, high);
+    float scores[CHUNK], rescale = found[at] == -FLT_MAX ? 0.0f : exponential(found[at] - top);
+    *(Unaligned *)scores = near, *(Unaligned *)(scores + LANES) = far;
     add_rows(found, scores + lo, s->values + lo * at, at, hi - lo, rescale);
     found[at] = top;
-    found[at + 1] = found[at + 1] * rescale + sum;
+    found[at + 1] = found[at + 1] * rescale + _mm512_reduce_add_ps((__m512)(near + far));
 }
 
 /* All queries of the heads that read key head g, and rows from `start` to `end`. found: (T, heads, found_width). */
@@ -174,20 +189,27 @@ static void merge(const Few *a, float *memory, Size step, Size parts, Size b, Si
     }
 }
 
-/* -- experts */
+/* -- products of a few rows, and experts */
+
+/* w[o .. o + 15] . x for rows of w (.., n) */
+static Vector sixteen(const float *w, const float *x, Size n) {
+    Size whole = n / LANES * LANES;
+    Vector y = dots(w, n, x, whole);
+    for (Size i = 0; whole < n && i < LANES; i++)
+        for (Size d = whole; d < n; d++) y[i] += w[i * n + d] * x[d];
+    return y;
+}
+
+static float one(const float *w, const float *x, Size n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (Size d = 0; d < n; d++) sum += w[d] * x[d];
+    return sum;
+}
 
 /* y[o] = w[o] . x for n_out rows of w (.., n) */
 static void times(float *y, const float *w, const float *x, Size n, Size n_out) {
-    Size o = 0, whole = n / LANES * LANES;
-    for (; o + LANES <= n_out; o += LANES) {
-        *(Unaligned *)(y + o) = dots(w + o * n, n, x, whole);
-        for (Size i = 0; i < LANES; i++)
-            for (Size d = whole; d < n; d++) y[o + i] += w[(o + i) * n + d] * x[d];
-    }
-    for (; o < n_out; o++) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (Size d = 0; d < n; d++) sum += w[o * n + d] * x[d];
-        y[o] = sum;
-    }
+    Size o = 0;
+    for (; o + LANES <= n_out; o += LANES) *(Unaligned *)(y + o) = sixteen(w + o * n, x, n);
+    for (; o < n_out; o++) y[o] = one(w + o * n, x, n);
 }

@@ -117,6 +117,19 @@ int mythos_attend_few(Few *a, float scale, int threads) {
     return 0;
 }
 
+/* out (N, O) = scale x (N, I) times the rows of w (O, I), added to out or written there. */
+void mythos_rows(float *out, const float *x, const float *w, Size N, Size I, Size O, float scale, int add,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (Size o = 0; o < O; o += LANES)
+        for (Size i = 0; i < N; i++) {
+            float found[LANES], *to = out + i * O + o;
+            Size n = least(LANES, O - o);
+            times(found, w + o * I, x + i * I, I, n);
+            for (Size j = 0; j < n; j++) to[j] = scale * found[j] + (add ? to[j] : 0.0f);
+        }
+}
+
 /* out (N, D) = sum over the K experts of each row of weight * down(silu(gate x) * up x); -1 if memory ran out. */
 int mythos_experts_few(float *out, const float *x, const float *gate_up, const float *down, const int64_t *experts,
                        const float *weights, Size N, Size K, Size D, Size width, int threads) {
