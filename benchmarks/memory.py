@@ -2,14 +2,12 @@
 
     python benchmarks/memory.py [--out benchmarks/results/memory.json]
 
-Each figure is the growth of a fresh process' greatest resident size over one step, gradient through all loops. glibc is
-told to give large blocks back (MALLOC_MMAP_THRESHOLD_); by default it keeps what lies between the states of two loops,
-and the size is several times that of the tensors. Half a minute on one core.
+Each figure is the growth of a fresh process' greatest resident size over one step, gradient through all loops. Half a
+minute on one core.
 """
 
 import argparse
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -50,8 +48,7 @@ def resident() -> float:
 def measured(n_loops: int, recompute: bool) -> float:
     """:func:`peak`, in a process of its own."""
     command = [sys.executable, __file__, "--loops", str(n_loops), *(["--recompute"] if recompute else [])]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:

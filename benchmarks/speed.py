@@ -61,8 +61,6 @@ class Worker:
             environment["PYTHONPATH"] = str(ROOT)
         else:
             environment.pop("PYTHONPATH", None)
-        if self.task.work == "memory":  # glibc keeps what is freed between other things unless told to give it back
-            environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
         self.process = subprocess.Popen(
             [str(self.python), str(WORKER), json.dumps(asdict(self.task) | {"threads": self.threads})],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos.model import OpenMythos
 from open_mythos.ops.mask import CausalMask
+from open_mythos.training.allocator import give_back_here
+
+_GIVE_BACK = 4  # after so many recomputed loops free pages return to the system: fewer cost less time, more less memory
 
 
 @dataclass
@@ -54,7 +57,8 @@ def unroll(
         n_grad: (B,) how many of these, the last ones, have gradient; on the CPU.
         damping: share of the new state in each loop with gradient; below 1, gradients are those of a damped fixed-point
             iteration ("phantom gradients", Geng et al. 2021, arXiv:2111.05177).
-        recompute: keep only each loop's first state, and compute it again in the backward pass.
+        recompute: keep only each loop's first state, and compute it again in the backward pass. On a CPU free memory
+            is given back to the system as well.
 
     Yields:
         One :class:`Stage` a loop in which any sequence has gradient, in order.
@@ -75,7 +79,11 @@ def unroll(
             h = _put(h, quiet, after)  # with gradient: the other rows' graphs go on
         if len(loud):
             before = take(h, loud)
-            after = checkpoint(step, before, loud, loop, use_reentrant=False) if recompute else step(before, loud, loop)
+            if recompute:
+                started = before if loop % _GIVE_BACK else give_back_here(before)
+                after = checkpoint(step, started, loud, loop, use_reentrant=False)
+            else:
+                after = step(before, loud, loop)
             if damping < 1:
                 after = before + damping * (after - before)
             h = _put(h, loud, after)
