@@ -32,7 +32,7 @@ from open_mythos.ops.experts import grouped_swiglu
 from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.mask import CausalMask
 from open_mythos.ops.norm import rms_norm
-from open_mythos.ops.product import few_product
+from open_mythos.ops.product import rows_product
 from open_mythos.ops.rope import apply_rope, rope_table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class _GQA:
             self.taps = attn.k_conv.kernel().view(shape), attn.v_conv.kernel().view(shape)
 
     def __call__(self, x_ND: Tensor, tokens: Tokens, slot: str) -> Tensor:
-        qk, v = few_product(x_ND, self.w_in).view(*tokens.shape, -1, self.head_dim).split(self.heads, 2)
+        qk, v = rows_product(x_ND, self.w_in).view(*tokens.shape, -1, self.head_dim).split(self.heads, 2)
         q, k = apply_rope(qk, tokens.freqs).split([self.attn.n_heads, self.attn.n_kv_heads], 2)
         rows = tokens.cache.slot(slot).update({"k": k, "v": v}, tokens.at)
         found = self.attn.attend(q, rows["k"], rows["v"], tokens.mask, taps=self.taps)
@@ -101,9 +101,9 @@ class _MLA:
 
     def __call__(self, x_ND: Tensor, tokens: Tokens, slot: str) -> Tensor:
         attn, (B, T) = self.attn, tokens.shape
-        q, c_kv, k_rope = few_product(x_ND, self.w_in).split(self.widths, 1)
+        q, c_kv, k_rope = rows_product(x_ND, self.w_in).split(self.widths, 1)
         c_kv = attn.kv_norm(c_kv)
-        q = few_product(_normed(q, attn.q_norm.eps), self.w_q).view(B * T, attn.n_heads, -1)
+        q = rows_product(_normed(q, attn.q_norm.eps), self.w_q).view(B * T, attn.n_heads, -1)
         turned = torch.cat([q[..., attn.nope_dim :], k_rope.unsqueeze(1)], 1).view(B, T, -1, attn.rope_dim)
         q_rope, k_rope = apply_rope(turned, tokens.freqs).split([attn.n_heads, 1], 2)
         new = {"c_kv": c_kv.view(B, T, -1), "k_rope": k_rope.squeeze(2)}
@@ -133,11 +133,11 @@ class _Block:
         self.widths = [len(weight) for weight in gate_up]
 
     def __call__(self, x_ND: Tensor, tokens: Tokens, slot: str) -> Tensor:
-        x_ND = few_product(self.attn(_normed(x_ND, self.eps), tokens, slot), self.w_attn, to_NO=x_ND)
+        x_ND = rows_product(self.attn(_normed(x_ND, self.eps), tokens, slot), self.w_attn, to_NO=x_ND)
         normed = _normed(x_ND, self.eps)
-        parts = few_product(normed, self.w_ffn).split(self.widths, 1)
+        parts = rows_product(normed, self.w_ffn).split(self.widths, 1)
         if self.w_down is not None:
-            x_ND = few_product(F.silu(parts[0]).mul_(parts[1]), self.w_down, to_NO=x_ND)
+            x_ND = rows_product(F.silu(parts[0]).mul_(parts[1]), self.w_down, to_NO=x_ND)
         if self.moe is not None:
             chosen, weights = self.moe.choose(parts[-1].float())
             x_ND = x_ND + grouped_swiglu(

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.product import add_product, arithmetic, few_product, product
-
-_FEW = 8192  # inputs up to which another call costs more than another pass
+from open_mythos.ops.product import add_product, arithmetic, product, rows_product
 
 
 def linear(x: Tensor, weight_OI: Tensor, scale: float = 1.0) -> Tensor:
@@ -33,14 +31,13 @@ def linears(x: Tensor, weights: Sequence[Tensor], scales: Sequence[float]) -> tu
         return tuple(F.linear(x, weight) * scale for weight, scale in zip(weights, scales, strict=True))
     dtype, half = arithmetic(x)
     x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-    if not half and not torch.is_grad_enabled() and x.numel() <= _FEW:
-        x_NI = x.reshape(-1, x.shape[-1])
-        products = [few_product(x_NI, weight, scale) for weight, scale in zip(weights, scales, strict=True)]
-        return tuple(out.view(*x.shape[:-1], -1) for out in products)
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return _Linears.apply(x, tuple(scales), half, *weights)
     x_NI = x.reshape(-1, x.shape[-1])
-    products = [product(x_NI, weight.t(), scale, half) for weight, scale in zip(weights, scales, strict=True)]
+    products = [
+        product(x_NI, weight.t(), scale, half) if half else rows_product(x_NI, weight, scale)
+        for weight, scale in zip(weights, scales, strict=True)
+    ]
     return tuple(out.view(*x.shape[:-1], -1) for out in products)
 
 

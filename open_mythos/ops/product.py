@@ -19,10 +19,9 @@ from torch import Tensor
 
 from open_mythos.ops.kernels import address, has_half, has_kernels, kernels
 
-_FEW_ROWS = 16  # from so many on a matrix is copied, which then pays
-_ENOUGH_OF_FEW = 2**16  # multiplications of a few rows, below which the call costs more than it saves
-_ENOUGH_FOR_THREADS = 2**16  # numbers of a matrix that a few rows meet, from which on several threads read it
 _ENOUGH = 2**19  # multiplications in all, below which the call costs more than it saves
+_ENOUGH_OF_ROWS, _ENOUGH_FOR_THREADS = 2**16, 2**17  # the same of rows_product, and of several threads there
+_FEW = 8192  # numbers up to which another call costs more than another pass
 _CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
 _ROWS, _SUMS = 1, 2  # as in kernels.c
@@ -54,20 +53,24 @@ def product(a_MK: Tensor, b_KN: Tensor, scale: float = 1.0, half: bool = False) 
     return torch.addmm(a_MK.new_empty(()), a_MK, b_KN, beta=0, alpha=scale)
 
 
-def few_product(x_NI: Tensor, weight_OI: Tensor, scale: float = 1.0, to_NO: Tensor | None = None) -> Tensor:
-    """``scale * x @ weight.T``, or ``to +`` that: (N, O), of so few rows that time goes by reading the matrix."""
-    N, (O, I) = len(x_NI), weight_OI.shape
-    if N <= _FEW_ROWS and N * weight_OI.numel() >= _ENOUGH_OF_FEW and has_kernels(x_NI, weight_OI):
+def rows_product(x_NI: Tensor, weight_OI: Tensor, scale: float = 1.0, to_NO: Tensor | None = None) -> Tensor:
+    """``scale * x @ weight.T``, or ``to +`` that: (N, O), in as little time as a call can take."""
+    n_multiplied = len(x_NI) * weight_OI.numel()
+    if n_multiplied >= _ENOUGH_OF_ROWS and has_kernels(x_NI, weight_OI):
         code, x_NI, weight_OI = kernels(), x_NI.contiguous(), weight_OI.contiguous()
         assert code is not None
-        out_NO = x_NI.new_empty(N, O) if to_NO is None else to_NO.contiguous().clone()
-        threads = torch.get_num_threads() if weight_OI.numel() >= _ENOUGH_FOR_THREADS else 1
-        code.mythos_rows(
-            out_NO.data_ptr(), x_NI.data_ptr(), weight_OI.data_ptr(), N, I, O, scale, to_NO is not None, threads
+        n_out, n_in = weight_OI.shape
+        out_NO = (
+            x_NI.new_empty(len(x_NI), n_out) if to_NO is None else to_NO.clone(memory_format=torch.contiguous_format)
         )
+        threads = torch.get_num_threads() if n_multiplied >= _ENOUGH_FOR_THREADS else 1
+        places = out_NO.data_ptr(), x_NI.data_ptr(), weight_OI.data_ptr()
+        code.mythos_rows(*places, len(x_NI), n_in, n_out, scale, to_NO is not None, threads)
         return out_NO
     if to_NO is not None:
         return torch.addmm(to_NO, x_NI, weight_OI.t(), alpha=scale)
+    if scale != 1 and x_NI.numel() > _FEW:
+        return torch.addmm(x_NI.new_empty(()), x_NI, weight_OI.t(), beta=0, alpha=scale)
     out_NO = F.linear(x_NI, weight_OI)
     return out_NO if scale == 1 else out_NO.mul_(scale)
 

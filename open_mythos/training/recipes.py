@@ -99,12 +99,16 @@ def reasoning_gym() -> TrainConfig:
 
 
 def text() -> TrainConfig:
-    """Language modelling on the Python standard library's sources, by bytes, at random depths of mean 8."""
+    """Language modelling on the Python standard library's sources, by bytes, at random depths of mean 8.
+
+    Each loop with gradient is asked for the next byte, so that a few loops say nearly what many do.
+    """
     cfg = _reasoner(
         "text", range(128, 129), loops=32, steps=800, share=0.5, prelude=1, coda=1, dim=128, batch_size=8,
         evaluation=EvalConfig([128], [1, 2, 4, 8, 16, 32], 256),
     )  # fmt: skip
     cfg.loops = LoopConfig("poisson", mean=8.0, maximum=32, gradient="last", grad_loops=4)
+    cfg.loss.depth = "uniform"
     cfg.model.max_loop_iters = 8
     cfg.gate.steps = 0
     return cfg
@@ -115,6 +119,7 @@ def heal() -> TrainConfig:
     cfg = text()
     cfg.task.options = {"max_bytes": 1 << 22}
     cfg.loops = LoopConfig("curriculum", minimum=1, maximum=4, ramp=0.25, gradient="last", grad_loops=4)
+    cfg.loss.depth = "final"  # where a prediction is out of tens of thousands, to ask costs as much as to loop
     cfg.model.max_loop_iters = 4
     cfg.optim = OptimConfig(lr=1e-4, warmup=20, ema=0.9)
     cfg.evaluation = EvalConfig([128], [1, 2, 4, 8], 32)

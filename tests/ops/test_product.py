@@ -13,7 +13,7 @@ from test_decoder import a_model
 
 from open_mythos.ops import product as product_module
 from open_mythos.ops.kernels import has_half, kernels
-from open_mythos.ops.product import add_product, few_product, grouped_outer, grouped_product, product
+from open_mythos.ops.product import add_product, grouped_outer, grouped_product, product, rows_product
 
 needs_native = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
 SIZES = st.integers(1, 70)
@@ -23,7 +23,7 @@ SIZES = st.integers(1, 70)
 def natively(monkeypatch):
     """Matrices of all sizes go to the C code."""
     monkeypatch.setattr(product_module, "_ENOUGH", 0)
-    monkeypatch.setattr(product_module, "_ENOUGH_OF_FEW", 0)
+    monkeypatch.setattr(product_module, "_ENOUGH_OF_ROWS", 0)
 
 
 def matrix(rows, columns, layout):
@@ -56,16 +56,16 @@ def test_a_product_of_few_rows_is_that_of_double_precision(N, n_in, n_out, x_lay
     x, weight, to = matrix(N, n_in, x_layout), matrix(n_out, n_in, weight_layout), torch.randn(N, n_out)
     before = to.clone()
     expected = 1.5 * x.double() @ weight.double().t()
-    assert_near(few_product(x, weight, 1.5).double(), expected)
-    assert_near(few_product(x, weight, 1.5, to).double(), before + expected)
+    assert_near(rows_product(x, weight, 1.5).double(), expected)
+    assert_near(rows_product(x, weight, 1.5, to).double(), before + expected)
     assert torch.equal(to, before)
 
 
 @needs_native
 def test_a_row_has_the_same_product_whoever_stands_beside_it():
     x, weight = torch.randn(16, 200), torch.randn(100, 200)
-    alone = torch.cat([few_product(row, weight) for row in x.split(1)])
-    assert torch.equal(few_product(x, weight), alone)
+    alone = torch.cat([rows_product(row, weight) for row in x.split(1)])
+    assert torch.equal(rows_product(x, weight), alone)
 
 
 @needs_native

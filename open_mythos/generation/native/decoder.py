@@ -210,9 +210,9 @@ class CompiledDecoder:
     def _block(self, block: _Block) -> ctypes.Structure:
         attn, moe = block.attn, block.moe
         found = _CBlock(
-            w_in=self._at(attn.w_in), w_out=self._at(block.w_attn.t()), w_ffn=self._at(block.w_ffn),
-            ffn=0 if block.w_down is None else len(block.w_down), n_local=attn.attn.n_local_heads,
-            window=attn.attn.local_window, w_down=None if block.w_down is None else self._at(block.w_down.t()),
+            w_in=self._at(attn.w_in), w_out=self._at(block.w_attn), w_ffn=self._at(block.w_ffn),
+            ffn=0 if block.w_down is None else block.w_down.shape[1], n_local=attn.attn.n_local_heads,
+            window=attn.attn.local_window, w_down=None if block.w_down is None else self._at(block.w_down),
         )  # fmt: skip
         if isinstance(attn, _GQA):
             one = torch.ones(1, attn.attn.n_kv_heads * attn.head_dim)

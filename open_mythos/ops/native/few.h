@@ -63,20 +63,6 @@ static void convolve(float *restrict to, Size width, const float *restrict rows,
     }
 }
 
-/* 16 rows of w, the next one `step` floats on, times x: n is a multiple of LANES. Eight streams at a time are as many as
- * the processor fetches ahead; that is what a matrix which comes from memory waits for. */
-INLINE Vector dots(const float *w, Size step, const float *x, Size n) {
-    Vector sum[LANES];
-    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) sum[i] = (Vector){0};
-    _Pragma("GCC unroll 2") for (int half = 0; half < LANES; half += 8)
-        for (Size d = 0; d < n; d += LANES) {
-            Vector part = *(const Unaligned *)(x + d);
-            _Pragma("GCC unroll 8") for (int i = half; i < half + 8; i++)
-                sum[i] += *(const Unaligned *)(w + i * step + d) * part;
-        }
-    return sums(sum);
-}
-
 /* y = rescale y + sum of weights times rows; width is a multiple of LANES. */
 static void add_rows(float *y, const float *weights, const float *rows, Size width, Size n, float rescale) {
     for (Size at = 0; at < width; at += LANES) {
@@ -189,27 +175,9 @@ static void merge(const Few *a, float *memory, Size step, Size parts, Size b, Si
     }
 }
 
-/* -- products of a few rows, and experts */
-
-/* w[o .. o + 15] . x for rows of w (.., n) */
-static Vector sixteen(const float *w, const float *x, Size n) {
-    Size whole = n / LANES * LANES;
-    Vector y = dots(w, n, x, whole);
-    for (Size i = 0; whole < n && i < LANES; i++)
-        for (Size d = whole; d < n; d++) y[i] += w[i * n + d] * x[d];
-    return y;
-}
-
-static float one(const float *w, const float *x, Size n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (Size d = 0; d < n; d++) sum += w[d] * x[d];
-    return sum;
-}
+/* -- experts */
 
 /* y[o] = w[o] . x for n_out rows of w (.., n) */
 static void times(float *y, const float *w, const float *x, Size n, Size n_out) {
-    Size o = 0;
-    for (; o + LANES <= n_out; o += LANES) *(Unaligned *)(y + o) = sixteen(w + o * n, x, n);
-    for (; o < n_out; o++) y[o] = one(w + o * n, x, n);
+    product_of_few(y, n_out, (Matrix){x, n, 1}, (Matrix){w, n, 1}, 1, n_out, n, 1.0f, 0);
 }

@@ -27,7 +27,7 @@ void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Ba
     Size parts = (2 * threads + E - 1) / E;
     if (E == 1) parts = threads;
     int rows_first = grouped == ROWS || M / TALL >= N / WIDE;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (Size task = 0; task < E * parts; task++) {
         Size e = task / parts, p = task % parts, start = ends && e ? ends[e - 1] : 0;
         Size m = grouped == ROWS ? ends[e] - start : M, k = grouped == SUMS ? ends[e] - start : K;
@@ -38,8 +38,26 @@ void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Ba
         if (grouped == ROWS) left = part(left, start, 0), to += start * c_row;
         if (grouped == SUMS) left = part(left, 0, start), right = part(right, 0, start);
         if (lo >= hi) continue;
-        if (rows_first) product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add, half);
+        if (grouped == ROWS && is_of_few(left, right, m, half))
+            product_of_few(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add);
+        else if (rows_first) product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add, half);
         else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, k, alpha, add, half);
+    }
+}
+
+/* out (N, O) = scale x (N, I) times the rows of w (O, I), added to out or written there. */
+void mythos_rows(float *out, const float *x, const float *w, Size N, Size I, Size O, float scale, int add,
+                 int threads) {
+    if (N > FEW) {
+        Batch a = {x, 0, I, 1}, b = {w, 0, I, 1};
+        mythos_products(out, 0, O, &a, &b, 1, N, O, I, NULL, 0, scale, add, 0, threads);
+        return;
+    }
+    Size units = (O + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int p = 0; p < threads; p++) {
+        Size lo = units * p / threads * LANES, hi = least(units * (p + 1) / threads * LANES, O);
+        product_of_few(out + lo, O, (Matrix){x, I, 1}, (Matrix){w + lo * I, I, 1}, N, hi - lo, I, scale, add);
     }
 }
 
@@ -115,19 +133,6 @@ int mythos_attend_few(Few *a, float scale, int threads) {
         merge(a, memory + which * parts * step, step, parts, which / a->G, which % a->G);
     free(memory);
     return 0;
-}
-
-/* out (N, O) = scale x (N, I) times the rows of w (O, I), added to out or written there. */
-void mythos_rows(float *out, const float *x, const float *w, Size N, Size I, Size O, float scale, int add,
-                 int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (Size o = 0; o < O; o += LANES)
-        for (Size i = 0; i < N; i++) {
-            float found[LANES], *to = out + i * O + o;
-            Size n = least(LANES, O - o);
-            times(found, w + o * I, x + i * I, I, n);
-            for (Size j = 0; j < n; j++) to[j] = scale * found[j] + (add ? to[j] : 0.0f);
-        }
 }
 
 /* out (N, D) = sum over the K experts of each row of weight * down(silu(gate x) * up x); -1 if memory ran out. */
