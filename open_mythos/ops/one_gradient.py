@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from open_mythos.ops.product import add_products
+from open_mythos.ops.product import add_grouped_outers, add_products, is_native
 
 _ENOUGH = 64  # rows for each matrix, from which on products cost more than adding them up
 
@@ -43,6 +43,8 @@ class OneGradient:
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self._sum: Tensor | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._grouped: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._half = False  # of grouped products, as :func:`open_mythos.ops.product.arithmetic` says
         self._leaf = weight.detach()
         self._made_of = _state(weight, dtype)
         self._is_open = True
@@ -61,7 +63,7 @@ class OneGradient:
     def sum(self) -> Tensor:
         """What uses add their share to, in place."""
         if self._sum is None:
-            self._sum = torch.zeros_like(self._leaf)
+            self._sum = torch.zeros_like(self._leaf, memory_format=torch.contiguous_format)
         return self._sum
 
     def add_products(self, x_ECI: Tensor, y_ECO: Tensor) -> None:
@@ -77,7 +79,24 @@ class OneGradient:
         if sum(x.shape[1] for x, _ in self._waiting) >= _ENOUGH:
             self._add_waiting()
 
+    def add_grouped_outer(self, x_PI: Tensor, y_PO: Tensor, ends_E: Tensor, half: bool) -> None:
+        """Add ``x^T y`` of each group's rows to each matrix of a weight (E, I, O).
+
+        With few rows to a matrix, nearly all of the work is to bring the sum from memory and back. So those of several
+        uses wait for each other where the C code then adds them all at once.
+        """
+        if half != self._half:
+            self._add_waiting()
+        self._half = half
+        self._grouped.append((x_PI, y_PO, ends_E))
+        waits = half or is_native(x_PI, y_PO, y_PO.shape[1])
+        if not waits or sum(len(x) for x, _, _ in self._grouped) >= _ENOUGH * len(ends_E):
+            self._add_waiting()
+
     def _add_waiting(self) -> None:
+        if self._grouped:
+            add_grouped_outers(self.sum, self._grouped, self._half)
+            self._grouped = []
         if self._waiting:
             x_ECI, y_ECO = (torch.cat(parts, 1) for parts in zip(*self._waiting, strict=True))
             self._waiting = []

@@ -12,6 +12,7 @@ Shape letters: M, K times K, N; E of them; P rows of all groups.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ _ENOUGH_OF_ROWS, _ENOUGH_FOR_THREADS = 2**16, 2**17  # the same of rows_product,
 _FEW = 8192  # numbers up to which another call costs more than another pass
 _CACHED = 2**18  # numbers of a product in another dtype that is made at one time, before it is added
 _ALIGN = 16  # bytes; grouped_mm wants every stride to be a multiple of this
-_ROWS, _SUMS = 1, 2  # as in kernels.c
 
 
 def arithmetic(x: Tensor) -> tuple[torch.dtype, bool]:
@@ -106,7 +106,7 @@ def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor, half: bool
     """
     if half or is_native(x_PK, weight_EKN, weight_EKN.shape[2]):
         out_PN = x_PK.new_empty(len(x_PK), weight_EKN.shape[2])
-        _run(out_PN[None], x_PK[None], weight_EKN, ends_E=ends_E, grouped=_ROWS, half=half)
+        _run(out_PN[None], x_PK[None], weight_EKN, ends_E=ends_E, half=half)
         return out_PN
     n_in, n_out = weight_EKN.shape[1:]
     multiple = _ALIGN // x_PK.element_size()
@@ -117,18 +117,28 @@ def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor, half: bool
     return F.grouped_mm(x_PK.contiguous(), weight_EKN, offs=ends_E)[:, :n_out]
 
 
-def grouped_outer(
-    x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, into_EMN: Tensor | None = None, half: bool = False
-) -> Tensor:
-    """``x^T y`` over the rows of each group: (E, M, N); with ``into``, added to that."""
+def grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, half: bool = False) -> Tensor:
+    """``x^T y`` over the rows of each group: (E, M, N)."""
     if half or is_native(x_PM, y_PN, y_PN.shape[1]):
-        out_EMN = x_PM.new_empty(len(ends_E), x_PM.shape[1], y_PN.shape[1]) if into_EMN is None else into_EMN
-        _run(out_EMN, x_PM.t()[None], y_PN[None], add=into_EMN is not None, ends_E=ends_E, grouped=_SUMS, half=half)
+        out_EMN = x_PM.new_zeros(len(ends_E), x_PM.shape[1], y_PN.shape[1])
+        add_grouped_outers(out_EMN, [(x_PM, y_PN, ends_E)], half)
         return out_EMN
     (n_in, n_out), multiple = (x_PM.shape[1], y_PN.shape[1]), _ALIGN // x_PM.element_size()
     x_PM, y_PN = F.pad(x_PM, (0, -n_in % multiple)), F.pad(y_PN, (0, -n_out % multiple))
-    found_EMN = F.grouped_mm(x_PM.contiguous().t(), y_PN.contiguous(), offs=ends_E)[:, :n_in, :n_out]
-    return found_EMN if into_EMN is None else into_EMN.add_(found_EMN)
+    return F.grouped_mm(x_PM.contiguous().t(), y_PN.contiguous(), offs=ends_E)[:, :n_in, :n_out]
+
+
+def add_grouped_outers(into_EMN: Tensor, several: Sequence[tuple[Tensor, Tensor, Tensor]], half: bool = False) -> None:
+    """``into +=`` :func:`grouped_outer` of each of these x (P, M), y (P, N) and ends (E,)."""
+    (x_PM, y_PN, _), code = several[0], kernels()
+    if not half and not is_native(x_PM, y_PN, y_PN.shape[1]):
+        for x_PM, y_PN, ends_E in several:
+            into_EMN.add_(grouped_outer(x_PM, y_PN, ends_E))
+        return
+    assert code is not None and into_EMN.is_contiguous()
+    kept = [[x.contiguous() for x in of_all] for of_all in zip(*several, strict=True)]
+    pointers = [(ctypes.c_void_p * len(several))(*(x.data_ptr() for x in of_all)) for of_all in kept]
+    code.mythos_add_outers(address(into_EMN), *pointers, len(several), *into_EMN.shape, half, torch.get_num_threads())
 
 
 # -- the C code
@@ -154,18 +164,18 @@ def _run(
     scale: float = 1.0,
     add: bool = False,
     ends_E: Tensor | None = None,
-    grouped: int = 0,
     half: bool = False,
 ) -> None:
-    """``c = scale * a @ b`` or, with ``add``, ``c += ``; with groups, what they are groups of is a batch of one."""
+    """``c = scale * a @ b`` or, with ``add``, ``c += ``; rows of groups are those of a batch of one."""
     code, n_matrices = kernels(), max(len(c_EMN), len(b_EKN))
     assert code is not None and c_EMN.stride(2) == 1
     M, K, N = a_EMK.shape[1], a_EMK.shape[2], b_EKN.shape[2]
-    a = _Batch(a_EMK.data_ptr(), 0 if grouped else a_EMK.stride(0), a_EMK.stride(1), a_EMK.stride(2))
-    b = _Batch(b_EKN.data_ptr(), 0 if grouped == _SUMS else b_EKN.stride(0), b_EKN.stride(2), b_EKN.stride(1))
+    in_one = ends_E is not None
+    a = _Batch(a_EMK.data_ptr(), 0 if in_one else a_EMK.stride(0), a_EMK.stride(1), a_EMK.stride(2))
+    b = _Batch(b_EKN.data_ptr(), b_EKN.stride(0), b_EKN.stride(2), b_EKN.stride(1))
     assert ends_E is None or (ends_E.dtype == torch.int32 and ends_E.is_contiguous())
-    each = 0 if grouped == _ROWS else c_EMN.stride(0)
+    each = 0 if in_one else c_EMN.stride(0)
     code.mythos_products(
         address(c_EMN), each, c_EMN.stride(1), ctypes.byref(a), ctypes.byref(b), n_matrices, M,
-        N, K, address(ends_E), grouped, scale, add, half, torch.get_num_threads(),
+        N, K, address(ends_E), scale, add, half, torch.get_num_threads(),
     )  # fmt: skip

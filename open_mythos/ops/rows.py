@@ -109,7 +109,7 @@ class Rows:
     def add_outer(self, x_PI: Tensor, y_PO: Tensor, into: OneGradient) -> None:
         """:meth:`outer`, as another share of a gradient."""
         if self.ends_E is not None:
-            grouped_outer(x_PI, y_PO, self.ends_E, into.sum, self.half)
+            into.add_grouped_outer(x_PI, y_PO, self.ends_E, self.half)
             return
         into.add_products(self._batched(x_PI), self._batched(y_PO))
         for expert, start, end in self.rest:

@@ -13,7 +13,14 @@ from test_decoder import a_model
 
 from open_mythos.ops import product as product_module
 from open_mythos.ops.kernels import has_half, kernels
-from open_mythos.ops.product import add_product, grouped_outer, grouped_product, product, rows_product
+from open_mythos.ops.product import (
+    add_grouped_outers,
+    add_product,
+    grouped_outer,
+    grouped_product,
+    product,
+    rows_product,
+)
 
 needs_native = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
 SIZES = st.integers(1, 70)
@@ -77,11 +84,11 @@ def test_groups_of_any_sizes_are_products_of_their_own(counts, K, N, layout):
     weight, into = torch.randn(len(counts), N, K).transpose(1, 2), torch.randn(len(counts), K, N)
     before, rows = into.clone(), [slice(end - n, end) for n, end in zip(counts, ends.tolist(), strict=True)]
     found, sums = grouped_product(x, weight, ends), grouped_outer(x, y, ends)
-    grouped_outer(x, y, ends, into)
+    add_grouped_outers(into, [(x, y, ends), (2 * x, y, ends)])
     for e, group in enumerate(rows):
         torch.testing.assert_close(found[group], x[group] @ weight[e], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sums[e], x[group].t() @ y[group], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(into[e], before[e] + x[group].t() @ y[group], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(into[e], before[e] + 3 * x[group].t() @ y[group], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not has_half(), reason="needs a C compiler and AVX-512 with bfloat16")

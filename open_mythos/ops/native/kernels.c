@@ -5,8 +5,6 @@
 
 typedef struct { const float *at; Size each, row, column; } Batch; /* strides; `each` from matrix to matrix */
 
-enum { ROWS = 1, SUMS = 2 };
-
 /* Whether products may be `half`. */
 int mythos_has_half(void) {
 #ifdef __AVX512BF16__
@@ -19,29 +17,44 @@ int mythos_has_half(void) {
 /* For E matrices: c = alpha * a b, or that is added to c.
  *
  * Sizes are a (M, K), c (M, N), and b by its columns (N, K). With `ends`, (E) of them, the rows of a and c stand in one
- * matrix, group behind group (ROWS: M is not read), or what is summed over does, in a and b (SUMS: K is not read). With
- * `half`, factors are rounded to bfloat16.
+ * matrix, group behind group, and M is not read. With `half`, factors are rounded to bfloat16.
  */
 void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Batch *b, Size E, Size M, Size N, Size K,
-                     const int32_t *ends, int grouped, float alpha, int add, int half, int threads) {
+                     const int32_t *ends, float alpha, int add, int half, int threads) {
     Size parts = (2 * threads + E - 1) / E;
     if (E == 1) parts = threads;
-    int rows_first = grouped == ROWS || M / TALL >= N / WIDE;
+    int rows_first = ends || M / TALL >= N / WIDE;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (Size task = 0; task < E * parts; task++) {
-        Size e = task / parts, p = task % parts, start = ends && e ? ends[e - 1] : 0;
-        Size m = grouped == ROWS ? ends[e] - start : M, k = grouped == SUMS ? ends[e] - start : K;
+        Size e = task / parts, p = task % parts, start = ends && e ? ends[e - 1] : 0, m = ends ? ends[e] - start : M;
         Size extent = rows_first ? m : N, unit = rows_first ? TALL : WIDE, units = (extent + unit - 1) / unit;
         Size lo = units * p / parts * unit, hi = least(units * (p + 1) / parts * unit, extent);
         Matrix left = {a->at + e * a->each, a->row, a->column}, right = {b->at + e * b->each, b->row, b->column};
         float *to = c + e * c_each;
-        if (grouped == ROWS) left = part(left, start, 0), to += start * c_row;
-        if (grouped == SUMS) left = part(left, 0, start), right = part(right, 0, start);
         if (lo >= hi) continue;
-        if (grouped == ROWS && is_of_few(left, right, m, half))
-            product_of_few(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add);
-        else if (rows_first) product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, k, alpha, add, half);
-        else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, k, alpha, add, half);
+        if (ends) left = part(left, start, 0), to += start * c_row;
+        if (ends && is_of_few(left, right, m, half))
+            product_of_few(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, K, alpha, add);
+        else if (rows_first)
+            product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, K, alpha, add, half);
+        else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, K, alpha, add, half);
+    }
+}
+
+/* c (E, M, N) += x^T y of each group's rows, for each of U pairs of x (.., M) and y (.., N), one behind the other, so
+ * that a matrix is brought from memory and back once for all of them. */
+void mythos_add_outers(float *c, const float *const *x, const float *const *y, const int32_t *const *ends, Size U,
+                       Size E, Size M, Size N, int half, int threads) {
+    Size parts = (2 * threads + E - 1) / E, units = (M + TALL - 1) / TALL;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (Size task = 0; task < E * parts; task++) {
+        Size e = task / parts, p = task % parts;
+        Size lo = units * p / parts * TALL, hi = least(units * (p + 1) / parts * TALL, M);
+        for (Size u = 0; lo < hi && u < U; u++) {
+            Size start = e ? ends[u][e - 1] : 0;
+            product(c + (e * M + lo) * N, N, (Matrix){x[u] + start * M + lo, 1, M}, (Matrix){y[u] + start * N, 1, N},
+                    hi - lo, N, ends[u][e] - start, 1.0f, 1, half);
+        }
     }
 }
 
@@ -50,7 +63,7 @@ void mythos_rows(float *out, const float *x, const float *w, Size N, Size I, Siz
                  int threads) {
     if (N > FEW) {
         Batch a = {x, 0, I, 1}, b = {w, 0, I, 1};
-        mythos_products(out, 0, O, &a, &b, 1, N, O, I, NULL, 0, scale, add, 0, threads);
+        mythos_products(out, 0, O, &a, &b, 1, N, O, I, NULL, scale, add, 0, threads);
         return;
     }
     Size units = (O + LANES - 1) / LANES;
