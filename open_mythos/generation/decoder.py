@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from open_mythos.cache import Cache, coda_slot, core_slot, loop_slot, prelude_slot, stand_in
 from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.conv import ShortConv
-from open_mythos.nn.exits import Exit, LoopState
+from open_mythos.nn.exits import Exit
 from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.gqa import GQAttention
 from open_mythos.nn.injection import LTIInjection
@@ -244,13 +244,12 @@ class Decoder(ModuleDecoder):
         The loops that it does not run find, when later tokens look, what it had at its last.
         """
         assert tokens.shape == (1, 1) and not exit.needs_predictions
-        carried, running, loop = exit.init(h), torch.ones(1, 1, dtype=torch.bool, device=h.device), 0
-        for loop, after in enumerate(self._each(h, e, tokens, 0, n_loops)):
-            stops, carried = exit.check(carried, LoopState(loop, after, running, h, self.model.recurrent.act))
-            h = after
-            if bool(stops):
+        may_stop, ran = exit.follow(h, self.model.recurrent.act), 0
+        for after in self._each(h, e, tokens, 0, n_loops):
+            before, h, ran = h, after, ran + 1
+            if may_stop(before, h):
                 break
-        stand_in(tokens.cache, loop, n_loops, tokens.at, len(self.core))
+        stand_in(tokens.cache, ran - 1, n_loops, tokens.at, len(self.core))
         return h
 
     def decode(self, h: Tensor, tokens: Tokens) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.nn.linear import WEIGHT_STD, Linear, apply
-from open_mythos.ops.gate import FINEST, gate, relative_change
+from open_mythos.ops.gate import FINEST, follow_gate, gate, relative_change
 from open_mythos.ops.kernels import has_kernels
 from open_mythos.ops.norm import rms_norm
 
@@ -84,6 +85,22 @@ def ask(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
         (B, T) probabilities.
     """
     return act(h) if is_replaced(act) else act(h, change)
+
+
+def follow(act: nn.Module, h: Tensor) -> Callable[[Tensor, Tensor], float] | None:
+    """What the gate says of one position, given its states (1, 1, dim) before and after a loop; as a number, at once.
+
+    Args:
+        act: as for :func:`ask`.
+        h: its first state, (1, 1, dim).
+
+    Returns:
+        None where :func:`ask` has to be called instead.
+    """
+    if not isinstance(act, ACTHalting) or is_replaced(act) or not act._is_plain(h, act.hidden, act.halt):
+        return None
+    hidden, halt = act.hidden, act.halt
+    return follow_gate(h, hidden.weight, hidden.scale, act.motion, halt.weight, halt.bias, 1 / act.std)
 
 
 def from_here_on(holds: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ Shape letters: N positions, D state width, M hidden units.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,46 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
         return out
     size = after.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (after.float() - before.float()).norm(dim=-1) / size
+
+
+def follow_change(h: Tensor) -> Callable[[Tensor, Tensor], float]:
+    """:func:`relative_change` of one position's states before and after a loop, each like ``h``, as a number."""
+    if torch.is_grad_enabled() or not has_kernels(h):
+        return lambda before, after: float(relative_change(before, after))
+    code, found, D = kernels(), ctypes.c_float(), h.numel()
+    assert code is not None
+    measure, at = code.mythos_relative_change, ctypes.addressof(found)
+
+    def change(before: Tensor, after: Tensor) -> float:
+        before, after = before.contiguous(), after.contiguous()
+        measure(at, before.data_ptr(), after.data_ptr(), 1, D, 1)
+        return found.value
+
+    return change
+
+
+def follow_gate(
+    h: Tensor, hidden_MD: Tensor, scale: float, motion_M: Tensor, halt_M: Tensor, bias: Tensor, sharpness: float
+) -> Callable[[Tensor, Tensor], float]:
+    """What :func:`gate` says of one position's states before and after a loop, each like ``h``, as a number.
+
+    Between two loops of one token there is hardly more to do than to call.
+    """
+    code, said = kernels(), (ctypes.c_float * 2)()
+    M, D = hidden_MD.shape
+    assert code is not None and hidden_MD.is_contiguous()
+    at = ctypes.addressof(said)
+    weights = [x.data_ptr() for x in (hidden_MD, motion_M, halt_M, bias)]
+    measure, ask, change_at = code.mythos_relative_change, code.mythos_ask, at + ctypes.sizeof(ctypes.c_float)
+
+    def probability(before: Tensor, after: Tensor) -> float:
+        before, after = before.contiguous(), after.contiguous()
+        measure(change_at, before.data_ptr(), after.data_ptr(), 1, D, 1)
+        if ask(at, after.data_ptr(), change_at, *weights, 1, D, M, FINEST, scale, sharpness, 1):
+            raise MemoryError("no memory for a gate's hidden units")
+        return said[0]
+
+    return probability
 
 
 def gate(

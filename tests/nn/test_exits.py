@@ -10,7 +10,7 @@ from torch import Tensor
 from open_mythos import KVCache, OpenMythos, reference
 from open_mythos.nn import exits
 from open_mythos.nn.exits import Acceleration, Exit, Gate, LoopState, PredictionKL, StableArgmax, StateChange
-from open_mythos.nn.halting import ask
+from open_mythos.nn.halting import ACTHalting, ask
 
 LOOPS = 7
 # Settings at which a tiny model's positions stop at different loops, some of them never.
@@ -280,3 +280,29 @@ def test_exits_by_name(text, expected):
 def test_names_and_settings_that_do_not_exist(text, message):
     with pytest.raises(ValueError, match=message):
         exits.parse(text)
+
+
+# -- one position at a time
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.needs_predictions], ids=str)
+def test_a_position_that_is_followed_alone_stops_where_it_is_checked(rule, replaced):
+    torch.manual_seed(0)
+    act, first = ACTHalting(24).eval(), torch.randn(1, 1, 24)
+    torch.nn.init.normal_(act.halt.weight, std=0.05)
+    torch.nn.init.normal_(act.motion, std=0.02)
+    act.halt.bias.data.fill_(-0.03)
+    gate = torch.nn.Sequential(torch.nn.Linear(24, 1), torch.nn.Sigmoid(), torch.nn.Flatten(1)) if replaced else act
+    with torch.no_grad():
+        states = [first + torch.randn(1, 1, 24) * 0.5**i for i in range(12)]
+        may_stop, carried, before = rule.follow(first, gate), rule.init(first), first
+        followed, checked = [], []
+        for loop, after in enumerate(states):
+            state = LoopState(loop, after, torch.ones(1, 1, dtype=torch.bool), before, gate)
+            stops, carried = rule.check(carried, state)
+            checked.append(bool(stops))
+            followed.append(may_stop(before, after))
+            before = after
+    assert followed == checked
+    assert True in checked and False in checked
