@@ -1,20 +1,17 @@
 /* Products, norms and functions of a few vectors. Matrices are row-major (out, in). */
 #pragma once
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
+#include "dots.h"
 #include "exponential.h"
-
-typedef int64_t Size;
-
-enum { LANES = 16 }; /* scratch rows are padded to so many floats */
-
-static Size padded(Size n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* y[o] += w[o] . x for rows lo <= o < hi of w, (.., n). */
 static void add_product(float *restrict y, const float *restrict w, const float *restrict x, Size n, Size lo, Size hi) {
     Size o = lo;
+#ifdef HAS_VECTORS
+    for (; n % LANES == 0 && o + LANES <= hi; o += LANES) *(Unaligned *)(y + o) += dots(w + o * n, n, x, n);
+#endif
     for (; o + 8 <= hi; o += 8) {
         const float *restrict r = w + o * n;
         float a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;

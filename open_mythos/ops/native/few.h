@@ -9,8 +9,6 @@
 
 enum { CHUNK = 2 * LANES };     /* rows of the context at a time */
 
-static Size padded(Size n) { return (n + LANES - 1) / LANES * LANES; }
-
 typedef struct {
     Rows q, k, v, out;          /* T, S, S and T tokens; H, G, G and H heads; D, D, V and V channels */
     Rows q_beside, k_beside;    /* P more channels of the scores, which are not convolved; P may be 0 */

@@ -21,29 +21,6 @@ static Matrix part(Matrix x, Size row, Size column) {
 
 /* -- copies in the order of reading */
 
-/* One of four steps: lanes whose number has this bit change places with those of the first rows whose number has it. */
-#define EXCHANGE(bit, rows) \
-    _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++) if (!(i & bit)) { \
-        Vector x = r[i], y = r[i + bit]; \
-        Lanes first, second; \
-        for (int l = 0; l < LANES; l++) { \
-            first[l] = l & bit ? LANES + l - bit : l; \
-            second[l] = l & bit ? LANES + l : l + bit; \
-        } \
-        r[i] = __builtin_shuffle(x, y, first); \
-        r[i + bit] = __builtin_shuffle(x, y, second); \
-    }
-
-#define ADD(bit) _Pragma("GCC unroll 16") for (int i = 0; i < bit; i++) r[i] += r[i + bit];
-
-INLINE void transpose(Vector *r) { EXCHANGE(8, 16) EXCHANGE(4, 16) EXCHANGE(2, 16) EXCHANGE(1, 16) }
-
-/* The sum of each of 16 vectors, in order: the rows of the transpose are added up while it is made. */
-INLINE Vector sums(Vector *r) {
-    EXCHANGE(8, 16) ADD(8) EXCHANGE(4, 8) ADD(4) EXCHANGE(2, 4) ADD(2) EXCHANGE(1, 2) ADD(1)
-    return r[0];
-}
-
 /* Each lane of both, rounded to the nearest even bfloat16, in one cell. */
 INLINE Vector pair(Vector even, Vector odd) {
     Lanes low = (Lanes)even, high = (Lanes)odd;
@@ -196,20 +173,6 @@ static void multiply_strip(float *c, Size c_row, Size rows, Matrix b, int packed
 }
 
 /* -- a product of so few rows that nothing is copied: each row of b, whose numbers lie together, meets them all */
-
-/* 16 rows of w, the next one `step` floats on, times x: n is a multiple of LANES. Eight rows at a time come faster from
- * memory than sixteen, or four. */
-INLINE Vector dots(const float *w, Size step, const float *x, Size n) {
-    Vector sum[LANES];
-    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) sum[i] = (Vector){0};
-    _Pragma("GCC unroll 2") for (int half = 0; half < LANES; half += 8)
-        for (Size d = 0; d < n; d += LANES) {
-            Vector part = *(const Unaligned *)(x + d);
-            _Pragma("GCC unroll 8") for (int i = half; i < half + 8; i++)
-                sum[i] += *(const Unaligned *)(w + i * step + d) * part;
-        }
-    return sums(sum);
-}
 
 static float dot(const float *w, const float *x, Size n) {
     float sum = 0;

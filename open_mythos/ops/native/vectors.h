@@ -3,23 +3,15 @@
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "dots.h"
 #include "exponential.h"
 
-#ifndef __AVX512F__
-#error "this is for processors with AVX-512; PyTorch's own functions are as fast elsewhere"
+#ifndef HAS_VECTORS
+#error "this is for gcc and processors with AVX-512; PyTorch's own functions are as fast elsewhere"
 #endif
-
-typedef int64_t Size;
-typedef float Vector __attribute__((vector_size(64)));
-typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Lanes __attribute__((vector_size(64)));
-
-enum { LANES = 16 };
-#define INLINE static inline __attribute__((always_inline))
 
 static Size least(Size a, Size b) { return a < b ? a : b; }
 
