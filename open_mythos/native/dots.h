@@ -10,6 +10,8 @@ static Size padded(Size n) { return (n + LANES - 1) / LANES * LANES; }
 
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__) /* the vectors are in the dialect of gcc */
 #define HAS_VECTORS 1
+#include <immintrin.h>
+
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float Vector __attribute__((vector_size(64)));
@@ -39,17 +41,27 @@ INLINE Vector sums(Vector *r) {
     return r[0];
 }
 
-/* 16 rows of w, the next one `step` floats on, times x: n is a multiple of LANES. Eight rows at a time come faster from
- * memory than sixteen, or four. */
+/* n <= 16 numbers, and zeros. */
+INLINE Vector first_of(const float *x, Size n) {
+    return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), x);
+}
+
+/* 16 rows of w, of n numbers, the next one `step` floats on, times x. Eight rows at a time come faster from memory than
+ * sixteen, or four. */
 INLINE Vector dots(const float *w, Size step, const float *x, Size n) {
     Vector sum[LANES];
+    Size whole = n / LANES * LANES, rest = n - whole;
     _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) sum[i] = (Vector){0};
     _Pragma("GCC unroll 2") for (int half = 0; half < LANES; half += 8)
-        for (Size d = 0; d < n; d += LANES) {
+        for (Size d = 0; d < whole; d += LANES) {
             Vector part = *(const Unaligned *)(x + d);
             _Pragma("GCC unroll 8") for (int i = half; i < half + 8; i++)
                 sum[i] += *(const Unaligned *)(w + i * step + d) * part;
         }
+    if (rest) {
+        Vector part = first_of(x + whole, rest);
+        _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) sum[i] += first_of(w + i * step + whole, rest) * part;
+    }
     return sums(sum);
 }
 #endif

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoder import a_model
 
+from open_mythos.native import compiler
 from open_mythos.ops import product as product_module
 from open_mythos.ops.kernels import has_half, kernels
 from open_mythos.ops.product import (
@@ -24,6 +25,9 @@ from open_mythos.ops.product import (
 
 needs_native = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
 SIZES = st.integers(1, 70)
+USES_GCC = "gcc" in " ".join(compiler() or []) or "Free Software" in subprocess.run(
+    [*(compiler() or ["true"]), "--version"], capture_output=True, text=True
+).stdout  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,14 @@ def matrix(rows, columns, layout):
     if layout == "columns":
         return torch.randn(columns, rows).t()
     return torch.randn(rows, columns) if layout == "rows" else torch.randn(2 * rows, 2 * columns)[::2, ::2]
+
+
+@pytest.mark.skipif(
+    os.environ.get("OPEN_MYTHOS_NATIVE") == "0" or torch.backends.cpu.get_cpu_capability() != "AVX512" or not USES_GCC,
+    reason="needs gcc and AVX-512",
+)
+def test_the_c_code_is_there_where_it_can_be():
+    assert kernels() is not None, "other tests of it would be skipped without a word"
 
 
 @needs_native

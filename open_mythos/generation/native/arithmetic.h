@@ -10,7 +10,7 @@
 static void add_product(float *restrict y, const float *restrict w, const float *restrict x, Size n, Size lo, Size hi) {
     Size o = lo;
 #ifdef HAS_VECTORS
-    for (; n % LANES == 0 && o + LANES <= hi; o += LANES) *(Unaligned *)(y + o) += dots(w + o * n, n, x, n);
+    for (; o + LANES <= hi; o += LANES) *(Unaligned *)(y + o) += dots(w + o * n, n, x, n);
 #endif
     for (; o + 8 <= hi; o += 8) {
         const float *restrict r = w + o * n;

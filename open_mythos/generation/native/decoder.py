@@ -94,6 +94,7 @@ class CompiledDecoder:
         self._slots = (_CSlot * (len(blocks) + (n_loops - 1) * len(decoder.core)))()
         self._places: list[tuple[int, int, int, int]] = []  # what they hold
         self._names: dict[int | None, list[str]] = {}  # of the slots, for each number of them that loops share
+        self._job = _CStep(slots=ctypes.addressof(self._slots), n_loops=n_loops)
 
     def step(self, tokens: Tensor, cache: KVCache, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The state (B, 1, dim) after the last loop that a row ran, and the logits (B, vocab_size), of tokens (B, 1).
@@ -110,15 +111,12 @@ class CompiledDecoder:
         state = torch.empty(B, 1, cfg.dim, dtype=torch.float32)
         logits = torch.empty(B, cfg.vocab_size, dtype=torch.float32)
         position = self._open_slots(cache, B)
-        Integers = ctypes.c_int64 * B
+        Integers, job = ctypes.c_int64 * B, self._job
         c_ids, used, starts = Integers(*ids), Integers(), Integers(*self._read_padding(cache))
-        step = _CStep(
-            ids=ctypes.addressof(c_ids), h=None if first is None else first.data_ptr(), state=state.data_ptr(),
-            logits=logits.data_ptr(), slots=ctypes.addressof(self._slots), used=ctypes.addressof(used),
-            starts=ctypes.addressof(starts), batch=B, position=position, n_loops=self.n_loops,
-            n_slots=cache.cache_loops or self.n_loops,
-        )  # fmt: skip
-        self._run(self._team, ctypes.byref(step))
+        job.ids, job.used, job.starts = (ctypes.addressof(numbers) for numbers in (c_ids, used, starts))
+        job.h, job.state, job.logits = None if first is None else first.data_ptr(), state.data_ptr(), logits.data_ptr()
+        job.batch, job.position, job.n_slots = B, position, cache.cache_loops or self.n_loops
+        self._run(self._team, ctypes.byref(job))
         self.used = list(used)
         return state, logits
 

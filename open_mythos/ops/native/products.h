@@ -137,6 +137,37 @@ KERNELS(8) KERNELS(9) KERNELS(10) KERNELS(11) KERNELS(12) KERNELS(13) KERNELS(14
 static Multiply *const multiplies[2][TALL + 1] = {EACH(MULTIPLY), EACH(MULTIPLY_HALF)};
 static Copy *const copies[2][TALL + 1] = {EACH(COPY), EACH(COPY_HALF)};
 
+/* -- a product of so few rows that nothing is copied: each row of b, whose numbers lie together, meets them all */
+
+static float dot(const float *w, const float *x, Size n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (Size d = 0; d < n; d++) sum += w[d] * x[d];
+    return sum;
+}
+
+static int is_of_few(Matrix a, Matrix b, Size M, int half) {
+    return !half && M <= FEW && a.column == 1 && b.column == 1;
+}
+
+/* As product, below. */
+static void product_of_few(float *c, Size c_row, Matrix a, Matrix b, Size M, Size N, Size K, float alpha, int add) {
+    Size n = 0;
+    for (; n + LANES <= N; n += LANES)
+        for (Size m = 0; m < M; m++) {
+            Vector y = alpha * dots(b.at + n * b.row, b.row, a.at + m * a.row, K);
+            Unaligned *to = (Unaligned *)(c + m * c_row + n);
+            *to = add ? *to + y : y;
+        }
+    for (; n < N; n++)
+        for (Size m = 0; m < M; m++) {
+            float *to = c + m * c_row + n, y = alpha * dot(b.at + n * b.row, a.at + m * a.row, K);
+            *to = add ? *to + y : y;
+        }
+}
+
+/* -- one product, by one thread */
+
 static _Thread_local struct {
     _Alignas(64) float a[TALL * DEEP + LANES], b[BROAD * DEEP + LANES], edge[TALL * WIDE];
 } scratch;
@@ -171,40 +202,6 @@ static void multiply_strip(float *c, Size c_row, Size rows, Matrix b, int packed
                 c[i * c_row + n + j] = scratch.edge[i * WIDE + j] + (add ? c[i * c_row + n + j] : 0);
     }
 }
-
-/* -- a product of so few rows that nothing is copied: each row of b, whose numbers lie together, meets them all */
-
-static float dot(const float *w, const float *x, Size n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (Size d = 0; d < n; d++) sum += w[d] * x[d];
-    return sum;
-}
-
-static int is_of_few(Matrix a, Matrix b, Size M, int half) {
-    return !half && M <= FEW && a.column == 1 && b.column == 1;
-}
-
-/* As product, below. */
-static void product_of_few(float *c, Size c_row, Matrix a, Matrix b, Size M, Size N, Size K, float alpha, int add) {
-    Size n = 0, whole = K / LANES * LANES;
-    for (; n + LANES <= N; n += LANES)
-        for (Size m = 0; m < M; m++) {
-            const float *w = b.at + n * b.row, *x = a.at + m * a.row;
-            Vector y = dots(w, b.row, x, whole);
-            for (Size i = 0; whole < K && i < LANES; i++)
-                for (Size d = whole; d < K; d++) y[i] += w[i * b.row + d] * x[d];
-            Unaligned *to = (Unaligned *)(c + m * c_row + n);
-            *to = add ? *to + alpha * y : alpha * y;
-        }
-    for (; n < N; n++)
-        for (Size m = 0; m < M; m++) {
-            float *to = c + m * c_row + n, y = alpha * dot(b.at + n * b.row, a.at + m * a.row, K);
-            *to = add ? *to + y : y;
-        }
-}
-
-/* -- one product, by one thread */
 
 /* b by its columns: (N, K). */
 static void product(float *c, Size c_row, Matrix a, Matrix b, Size M, Size N, Size K, float alpha, int add, int half) {

@@ -1,7 +1,6 @@
 /* Vectors of 16 floats, and functions of them. */
 #pragma once
 #include <float.h>
-#include <immintrin.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
