@@ -20,7 +20,8 @@ from open_mythos.native import library
 
 # Arguments of each function of kernels.c: p for a pointer, n for an int64_t, i for an int, f for a float.
 _ARGUMENTS = {
-    "mythos_products": "pnnppnnnnpfiii",
+    "mythos_product": "pnpnnpnnnnnfiii",
+    "mythos_grouped": "ppnnpnnnpnnnii",
     "mythos_add_outers": "ppppnnnnii",
     "mythos_attend": "pfii",
     "mythos_attend_few": "pfi",

@@ -46,7 +46,7 @@ def product(a_MK: Tensor, b_KN: Tensor, scale: float = 1.0, half: bool = False) 
     """``scale * a @ b``: (M, N); with ``half`` as :func:`arithmetic` says."""
     if half or is_native(a_MK, b_KN, b_KN.shape[1]):
         out_MN = a_MK.new_empty(len(a_MK), b_KN.shape[1])
-        _run(out_MN[None], a_MK[None], b_KN[None], scale, half=half)
+        _run(out_MN, a_MK, b_KN, scale, half=half)
         return out_MN
     if scale == 1.0:
         return a_MK @ b_KN
@@ -80,7 +80,7 @@ def add_product(into_MN: Tensor, a_MK: Tensor, b_KN: Tensor, scale: float = 1.0,
     if into_MN.dtype != a_MK.dtype:
         into_MN.add_(a_MK @ b_KN, alpha=scale)
     elif into_MN.stride(1) == 1 and (half or is_native(a_MK, b_KN, b_KN.shape[1])):
-        _run(into_MN[None], a_MK[None], b_KN[None], scale, add=True, half=half)
+        _run(into_MN, a_MK, b_KN, scale, add=True, half=half)
     else:
         into_MN.addmm_(a_MK, b_KN, alpha=scale)
 
@@ -105,8 +105,13 @@ def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor, half: bool
         half: as :func:`arithmetic` says.
     """
     if half or is_native(x_PK, weight_EKN, weight_EKN.shape[2]):
-        out_PN = x_PK.new_empty(len(x_PK), weight_EKN.shape[2])
-        _run(out_PN[None], x_PK[None], weight_EKN, ends_E=ends_E, half=half)
+        (n_groups, n_in, n_out), (each, row, column), code = weight_EKN.shape, weight_EKN.stride(), kernels()
+        assert code is not None and ends_E.dtype == torch.int32 and ends_E.is_contiguous()
+        out_PN = x_PK.new_empty(len(x_PK), n_out)
+        code.mythos_grouped(
+            out_PN.data_ptr(), x_PK.data_ptr(), *x_PK.stride(), weight_EKN.data_ptr(), each, column, row,
+            ends_E.data_ptr(), n_groups, n_out, n_in, half, torch.get_num_threads(),
+        )  # fmt: skip
         return out_PN
     n_in, n_out = weight_EKN.shape[1:]
     multiple = _ALIGN // x_PK.element_size()
@@ -149,33 +154,11 @@ def is_native(a: Tensor, b: Tensor, n_columns: int) -> bool:
     return a.numel() * n_columns >= _ENOUGH and has_kernels(a, b)
 
 
-class _Batch(ctypes.Structure):
-    """As in kernels.c."""
-
-    _fields_ = [
-        ("at", ctypes.c_void_p), ("each", ctypes.c_int64), ("row", ctypes.c_int64), ("column", ctypes.c_int64)
-    ]  # fmt: skip
-
-
-def _run(
-    c_EMN: Tensor,
-    a_EMK: Tensor,
-    b_EKN: Tensor,
-    scale: float = 1.0,
-    add: bool = False,
-    ends_E: Tensor | None = None,
-    half: bool = False,
-) -> None:
-    """``c = scale * a @ b`` or, with ``add``, ``c += ``; rows of groups are those of a batch of one."""
-    code, n_matrices = kernels(), max(len(c_EMN), len(b_EKN))
-    assert code is not None and c_EMN.stride(2) == 1
-    M, K, N = a_EMK.shape[1], a_EMK.shape[2], b_EKN.shape[2]
-    in_one = ends_E is not None
-    a = _Batch(a_EMK.data_ptr(), 0 if in_one else a_EMK.stride(0), a_EMK.stride(1), a_EMK.stride(2))
-    b = _Batch(b_EKN.data_ptr(), b_EKN.stride(0), b_EKN.stride(2), b_EKN.stride(1))
-    assert ends_E is None or (ends_E.dtype == torch.int32 and ends_E.is_contiguous())
-    each = 0 if in_one else c_EMN.stride(0)
-    code.mythos_products(
-        address(c_EMN), each, c_EMN.stride(1), ctypes.byref(a), ctypes.byref(b), n_matrices, M,
-        N, K, address(ends_E), scale, add, half, torch.get_num_threads(),
+def _run(c_MN: Tensor, a_MK: Tensor, b_KN: Tensor, scale: float, add: bool = False, half: bool = False) -> None:
+    """``c = scale * a @ b`` or, with ``add``, ``c += ``."""
+    code, (M, K), N, (row, column) = kernels(), a_MK.shape, b_KN.shape[1], b_KN.stride()
+    assert code is not None and c_MN.stride(1) == 1
+    code.mythos_product(
+        c_MN.data_ptr(), c_MN.stride(0), a_MK.data_ptr(), *a_MK.stride(), b_KN.data_ptr(), column, row, M, N, K,
+        scale, add, half, torch.get_num_threads(),
     )  # fmt: skip

@@ -3,8 +3,6 @@
 #include "few.h"
 #include "rows.h"
 
-typedef struct { const float *at; Size each, row, column; } Batch; /* strides; `each` from matrix to matrix */
-
 /* Whether products may be `half`. */
 int mythos_has_half(void) {
 #ifdef __AVX512BF16__
@@ -14,30 +12,37 @@ int mythos_has_half(void) {
 #endif
 }
 
-/* For E matrices: c = alpha * a b, or that is added to c.
- *
- * Sizes are a (M, K), c (M, N), and b by its columns (N, K). With `ends`, (E) of them, the rows of a and c stand in one
- * matrix, group behind group, and M is not read. With `half`, factors are rounded to bfloat16.
- */
-void mythos_products(float *c, Size c_each, Size c_row, const Batch *a, const Batch *b, Size E, Size M, Size N, Size K,
-                     const int32_t *ends, float alpha, int add, int half, int threads) {
+/* c = alpha * a b, or that is added to c; a is (M, K), c (M, N), and b is given by its columns, (N, K), all by their
+ * strides. With `half`, factors are rounded to bfloat16. */
+void mythos_product(float *c, Size c_row, const float *a, Size a_row, Size a_column, const float *b, Size b_row,
+                    Size b_column, Size M, Size N, Size K, float alpha, int add, int half, int threads) {
+    Matrix left = {a, a_row, a_column}, right = {b, b_row, b_column};
+    int rows_first = M / TALL >= N / WIDE;
+    Size extent = rows_first ? M : N, unit = rows_first ? TALL : WIDE, units = (extent + unit - 1) / unit;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int p = 0; p < threads; p++) {
+        Size lo = units * p / threads * unit, hi = least(units * (p + 1) / threads * unit, extent);
+        if (lo >= hi) continue;
+        if (rows_first) product(c + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, K, alpha, add, half);
+        else product(c + lo, c_row, left, part(right, lo, 0), M, hi - lo, K, alpha, add, half);
+    }
+}
+
+/* c = x times the matrix of each row's group: the rows of x (.., K) and c (.., N) stand group behind group, up to
+ * ends (E); w (E, N, K) by its strides. */
+void mythos_grouped(float *c, const float *x, Size x_row, Size x_column, const float *w, Size w_each, Size w_row,
+                    Size w_column, const int32_t *ends, Size E, Size N, Size K, int half, int threads) {
     Size parts = (2 * threads + E - 1) / E;
-    if (E == 1) parts = threads;
-    int rows_first = ends || M / TALL >= N / WIDE;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (Size task = 0; task < E * parts; task++) {
-        Size e = task / parts, p = task % parts, start = ends && e ? ends[e - 1] : 0, m = ends ? ends[e] - start : M;
-        Size extent = rows_first ? m : N, unit = rows_first ? TALL : WIDE, units = (extent + unit - 1) / unit;
-        Size lo = units * p / parts * unit, hi = least(units * (p + 1) / parts * unit, extent);
-        Matrix left = {a->at + e * a->each, a->row, a->column}, right = {b->at + e * b->each, b->row, b->column};
-        float *to = c + e * c_each;
+        Size e = task / parts, p = task % parts, start = e ? ends[e - 1] : 0, m = ends[e] - start;
+        Size units = (m + TALL - 1) / TALL;
+        Size lo = units * p / parts * TALL, hi = least(units * (p + 1) / parts * TALL, m);
+        Matrix left = {x + (start + lo) * x_row, x_row, x_column}, right = {w + e * w_each, w_row, w_column};
+        float *to = c + (start + lo) * N;
         if (lo >= hi) continue;
-        if (ends) left = part(left, start, 0), to += start * c_row;
-        if (ends && is_of_few(left, right, m, half))
-            product_of_few(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, K, alpha, add);
-        else if (rows_first)
-            product(to + lo * c_row, c_row, part(left, lo, 0), right, hi - lo, N, K, alpha, add, half);
-        else product(to + lo, c_row, left, part(right, lo, 0), m, hi - lo, K, alpha, add, half);
+        if (is_of_few(left, right, m, half)) product_of_few(to, N, left, right, hi - lo, N, K, 1.0f, 0);
+        else product(to, N, left, right, hi - lo, N, K, 1.0f, 0, half);
     }
 }
 
@@ -62,8 +67,7 @@ void mythos_add_outers(float *c, const float *const *x, const float *const *y, c
 void mythos_rows(float *out, const float *x, const float *w, Size N, Size I, Size O, float scale, int add,
                  int threads) {
     if (N > FEW) {
-        Batch a = {x, 0, I, 1}, b = {w, 0, I, 1};
-        mythos_products(out, 0, O, &a, &b, 1, N, O, I, NULL, scale, add, 0, threads);
+        mythos_product(out, O, x, I, 1, w, I, 1, N, O, I, scale, add, 0, threads);
         return;
     }
     Size units = (O + LANES - 1) / LANES;
