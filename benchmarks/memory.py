@@ -9,12 +9,12 @@ minute on one core.
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from speed_worker import resident
 
 LOOPS = (4, 8, 16, 32)
 ROOT = Path(__file__).parent
@@ -38,11 +38,6 @@ def peak(n_loops: int, recompute: bool) -> float:
     plan = objective.plan(0, len(ids), ids.shape[1], torch.Generator().manual_seed(0))
     objective(model, Batch(ids, ids), plan, ids.numel()).loss.backward()
     return resident() - before
-
-
-def resident() -> float:
-    """Greatest resident size of this process so far, in megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measured(n_loops: int, recompute: bool) -> float:

@@ -69,6 +69,11 @@ class LossConfig(Checked):
     teacher: str = text("")
     distill: float = real(0.5, 0.0, 1.0)  # with a teacher only
 
+    @property
+    def asks_each_loop(self) -> bool:
+        """Whether every loop with gradient is asked for an answer, not only the last of a run."""
+        return self.depth in ("uniform", "geometric")
+
 
 @dataclass
 class OptimConfig(Checked):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,8 @@ def flops_per_step(cfg: TrainConfig) -> float:
     """Expected floating-point operations of a step, from as many of its random draws as make a steady mean.
 
     Matrix products only, as :func:`~open_mythos.diagnostics.flops_per_token` counts them, at a token's mean context of
-    half the problem. A loop without gradient counts once, one with it three times, or four if it is recomputed.
+    half the problem. A loop without gradient counts once, one with it three times, or four if it is recomputed; coda
+    and head count for every loop that is asked for an answer.
     """
     generator, objective = torch.Generator().manual_seed(cfg.seed), Objective(cfg)
     task = tasks.load(cfg.task.name, **cfg.task.options)
@@ -102,9 +103,14 @@ def flops_per_step(cfg: TrainConfig) -> float:
         runs += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
         context = (length + 1) // 2
         outside = flops_per_token(cfg.model, 0, context)
+        answer = flops_per_token(replace(cfg.model, prelude_layers=0), 0, context)
         loop = flops_per_token(cfg.model, 1, context) - outside
         passes = sum(float((n_loops + (loud - 1) * n_grad).float().mean()) for n_loops, n_grad in runs)
-        total += cfg.batch_size * length * (_WITH_GRADIENT * outside + passes * loop)
+        if cfg.loss.asks_each_loop:
+            answers = loud * sum(float(n_grad.float().mean()) for _, n_grad in runs)
+        else:
+            answers = _WITH_GRADIENT * len(runs)
+        total += cfg.batch_size * length * (_WITH_GRADIENT * (outside - answer) + passes * loop + answers * answer)
     return total / _DRAWS
 
 

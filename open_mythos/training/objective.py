@@ -166,7 +166,10 @@ class _Run:
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
             asked, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
             if len(asked):
-                said = self._ask(take(stage.after, asked), stage.rows[asked], weights[asked])
+                question = take(stage.after, asked), stage.rows[asked], weights[asked]
+                # Where loops are recomputed, what every one of them is asked would be most of what is kept.
+                again = cfg.checkpoint_loops and cfg.loss.asks_each_loop
+                said = checkpoint(self._ask, *question, use_reentrant=False) if again else self._ask(*question)
                 cross_entropy, z, distillation, right = said
                 ran.cross_entropy, ran.z = ran.cross_entropy + cross_entropy, ran.z + z
                 ran.distillation = ran.distillation + distillation

@@ -75,6 +75,20 @@ def test_depths_are_weighted_as_named(model, batch):
     torch.testing.assert_close(last_two.loss, (each[2] + each[3]) / 2)
 
 
+@pytest.mark.parametrize("depth", ["final", "uniform", "geometric"])
+def test_recomputed_loops_and_answers_have_the_same_gradients(model, batch, depth):
+    loss = {"depth": depth, "z": 1e-2}
+    kept, _ = outcome(model, batch, config(loss=loss))
+    expected = gradient(model, kept.loss)
+    recomputed, _ = outcome(model, batch, config(loss=loss, checkpoint_loops=True))
+    torch.testing.assert_close(recomputed.loss, kept.loss)
+    assert recomputed.n_right == kept.n_right
+    found = gradient(model, recomputed.loss)
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_progressive_mixes_a_second_run(model, batch):
     loops = {"schedule": "fixed", "mean": 5.0, "gradient": "all"}
     whole, plan = outcome(model, batch, config(loops))

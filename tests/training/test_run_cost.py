@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tiny import tiny_run
 
@@ -25,6 +27,16 @@ def test_flops_count_loops_with_gradient_three_times(overrides: tuple[str, ...],
     cfg = tiny_run(*FIXED, *overrides)
     outside, one = (flops_per_token(cfg.model, n, 3) for n in (0, 1))
     assert flops_per_step(cfg) == pytest.approx(8 * 5 * (3 * outside + passes * (one - outside)))
+
+
+@pytest.mark.parametrize(("recomputed", "times"), [("false", 3), ("true", 4)])
+def test_flops_count_every_loop_that_is_asked(recomputed: str, times: int) -> None:
+    cfg = tiny_run(*FIXED, "loops.grad_loops=2", "loss.depth=uniform", f"checkpoint_loops={recomputed}")
+    assert (cfg.model.prelude_layers, cfg.model.coda_layers) == (1, 1)
+    outside, one = (flops_per_token(cfg.model, n, 3) for n in (0, 1))
+    block = flops_per_token(replace(cfg.model, coda_layers=2), 0, 3) - outside
+    expected = 3 * block + (1 + 2 * times) * (one - outside) + 2 * times * (outside - block)
+    assert flops_per_step(cfg) == pytest.approx(8 * 5 * expected)
 
 
 def test_weights_gradients_adam_and_average_are_counted() -> None:
