@@ -67,11 +67,9 @@ class MLAttention(CausalAttention):
 
     def read_expanded(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:
         """Every latent becomes H keys and values."""
-        up_k, up_v = self.up_projections()
-        c_kv = self._mixed_latents(rows, mask)
-        k_nope = torch.einsum("bsr,hdr->bshd", c_kv, up_k)
+        up = apply(self.kv_up, self._mixed_latents(rows, mask)).unflatten(-1, (self.n_heads, -1))
+        k_nope, v = up.split([self.nope_dim, self.v_dim], dim=-1)
         k_rope = rows["k_rope"].unsqueeze(2).expand(-1, -1, self.n_heads, -1)
-        v = torch.einsum("bsr,hdr->bshd", c_kv, up_v)
         return self.attend(q, torch.cat([k_nope, k_rope], -1), v, mask, self.score_scale)
 
     def read_absorbed(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:
