@@ -12,7 +12,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.linear import Linear, apply, fan_in_scale, residual_gain
 from open_mythos.ops.experts import grouped_swiglu
-from open_mythos.ops.rows import expert_counts
+from open_mythos.ops.rows import expert_counts, greatest
 
 
 class MoEFFN(nn.Module):
@@ -66,7 +66,7 @@ class MoEFFN(nn.Module):
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`route`, from the router's logits (..., n_experts) in float32."""
-        chosen = (logits + self.router_bias).topk(self.topk, dim=-1).indices
+        chosen = greatest(logits, self.router_bias, self.topk)
         scores = logits.gather(-1, chosen)
         if self.is_softmax:
             return chosen, scores.softmax(-1)

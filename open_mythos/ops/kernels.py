@@ -22,7 +22,8 @@ from open_mythos.native import library
 _ARGUMENTS = {
     "mythos_product": "pnpnnpnnnnnfiii",
     "mythos_grouped": "ppnnpnnnpnnnii",
-    "mythos_add_outers": "ppppnnnnii",
+    "mythos_outers": "ppppnnnniii",
+    "mythos_greatest": "pppnnni",
     "mythos_attend": "pfii",
     "mythos_attend_few": "pfi",
     "mythos_rows": "pppnnnfii",

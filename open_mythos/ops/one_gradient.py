@@ -95,7 +95,10 @@ class OneGradient:
 
     def _add_waiting(self) -> None:
         if self._grouped:
-            add_grouped_outers(self.sum, self._grouped, self._half)
+            is_new = self._sum is None
+            if self._sum is None:
+                self._sum = torch.empty_like(self._leaf, memory_format=torch.contiguous_format)
+            add_grouped_outers(self._sum, self._grouped, self._half, is_new)
             self._grouped = []
         if self._waiting:
             x_ECI, y_ECO = (torch.cat(parts, 1) for parts in zip(*self._waiting, strict=True))

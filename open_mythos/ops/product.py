@@ -125,25 +125,30 @@ def grouped_product(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor, half: bool
 def grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor, half: bool = False) -> Tensor:
     """``x^T y`` over the rows of each group: (E, M, N)."""
     if half or is_native(x_PM, y_PN, y_PN.shape[1]):
-        out_EMN = x_PM.new_zeros(len(ends_E), x_PM.shape[1], y_PN.shape[1])
-        add_grouped_outers(out_EMN, [(x_PM, y_PN, ends_E)], half)
+        out_EMN = x_PM.new_empty(len(ends_E), x_PM.shape[1], y_PN.shape[1])
+        add_grouped_outers(out_EMN, [(x_PM, y_PN, ends_E)], half, is_new=True)
         return out_EMN
     (n_in, n_out), multiple = (x_PM.shape[1], y_PN.shape[1]), _ALIGN // x_PM.element_size()
     x_PM, y_PN = F.pad(x_PM, (0, -n_in % multiple)), F.pad(y_PN, (0, -n_out % multiple))
     return F.grouped_mm(x_PM.contiguous().t(), y_PN.contiguous(), offs=ends_E)[:, :n_in, :n_out]
 
 
-def add_grouped_outers(into_EMN: Tensor, several: Sequence[tuple[Tensor, Tensor, Tensor]], half: bool = False) -> None:
-    """``into +=`` :func:`grouped_outer` of each of these x (P, M), y (P, N) and ends (E,)."""
+def add_grouped_outers(
+    into_EMN: Tensor, several: Sequence[tuple[Tensor, Tensor, Tensor]], half: bool = False, is_new: bool = False
+) -> None:
+    """``into +=`` :func:`grouped_outer` of each of these x (P, M), y (P, N) and ends (E,); if new, ``into =``."""
     (x_PM, y_PN, _), code = several[0], kernels()
     if not half and not is_native(x_PM, y_PN, y_PN.shape[1]):
+        if is_new:
+            into_EMN.zero_()
         for x_PM, y_PN, ends_E in several:
             into_EMN.add_(grouped_outer(x_PM, y_PN, ends_E))
         return
     assert code is not None and into_EMN.is_contiguous()
     kept = [[x.contiguous() for x in of_all] for of_all in zip(*several, strict=True)]
     pointers = [(ctypes.c_void_p * len(several))(*(x.data_ptr() for x in of_all)) for of_all in kept]
-    code.mythos_add_outers(address(into_EMN), *pointers, len(several), *into_EMN.shape, half, torch.get_num_threads())
+    sizes, threads = into_EMN.shape, torch.get_num_threads()
+    code.mythos_outers(address(into_EMN), *pointers, len(several), *sizes, not is_new, half, threads)
 
 
 # -- the C code

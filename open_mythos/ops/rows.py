@@ -12,10 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.ops.kernels import has_kernels, kernels
 from open_mythos.ops.one_gradient import OneGradient
 from open_mythos.ops.product import add_product, grouped_outer, grouped_product
 
+_MANY = 2**14  # numbers from which on several threads look for the greatest
 _CALL = 48  # a product of its own for an expert takes as much longer as this many rows would
+
+
+def greatest(logits: Tensor, bias_E: Tensor, k: int) -> Tensor:
+    """Places of the ``k`` greatest of ``logits + bias`` (..., E), the greatest first: (..., k) int64."""
+    logits, E = logits.detach(), logits.shape[-1]
+    if logits.numel() and k <= E and has_kernels(logits, bias_E):
+        code, logits_NE, bias_E = kernels(), logits.reshape(-1, E).contiguous(), bias_E.contiguous()
+        assert code is not None
+        out_NK = torch.empty(len(logits_NE), k, dtype=torch.int64)
+        threads = torch.get_num_threads() if logits_NE.numel() >= _MANY else 1
+        code.mythos_greatest(out_NK.data_ptr(), logits_NE.data_ptr(), bias_E.data_ptr(), len(logits_NE), E, k, threads)
+        return out_NK.view(*logits.shape[:-1], k)
+    return (logits + bias_E).topk(k, dim=-1).indices
 
 
 def expert_counts(experts_NK: Tensor, n_experts: int) -> Tensor:

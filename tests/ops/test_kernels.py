@@ -23,6 +23,7 @@ from open_mythos.ops.mask import CausalMask, document_starts
 from open_mythos.ops.norm import rms_norm
 from open_mythos.ops.reference import attention, moe_loop
 from open_mythos.ops.rope import apply_rope, rope_table
+from open_mythos.ops.rows import greatest
 from open_mythos.ops.swiglu import swiglu, weighted, weighted_backward
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="needs a C compiler and AVX-512")
@@ -218,3 +219,20 @@ def test_another_default_dtype_changes_no_turned_channel():
         assert torch.equal(apply_rope(x, table), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 70), st.data())
+def test_the_greatest_are_those_of_topk(N, E, data):
+    k = data.draw(st.integers(1, E))
+    logits, bias = torch.randn(N, E).mul(2).round(), torch.randn(E)  # equal ones among the logits, none among the sums
+    assert torch.equal(greatest(logits, bias, k), (logits + bias).topk(k).indices)
+
+
+def test_what_is_no_number_is_chosen_once_and_in_range():
+    for value in (float("nan"), float("-inf"), float("inf")):
+        logits = torch.full((3, 20), value)
+        assert greatest(logits, torch.zeros(20), 5).sort().values.tolist() == [[0, 1, 2, 3, 4]] * 3
+    logits = torch.zeros(1, 20)
+    logits[0, 13] = float("nan")
+    assert greatest(logits, torch.zeros(20), 2)[0].tolist() == [13, 0]

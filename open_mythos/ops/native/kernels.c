@@ -46,10 +46,10 @@ void mythos_grouped(float *c, const float *x, Size x_row, Size x_column, const f
     }
 }
 
-/* c (E, M, N) += x^T y of each group's rows, for each of U pairs of x (.., M) and y (.., N), one behind the other, so
- * that a matrix is brought from memory and back once for all of them. */
-void mythos_add_outers(float *c, const float *const *x, const float *const *y, const int32_t *const *ends, Size U,
-                       Size E, Size M, Size N, int half, int threads) {
+/* c (E, M, N) = the sum of x^T y of each group's rows over U pairs of x (.., M) and y (.., N), or that is added to c. Pairs
+ * go one behind the other, so that a matrix is brought from memory and back once for all of them. */
+void mythos_outers(float *c, const float *const *x, const float *const *y, const int32_t *const *ends, Size U,
+                       Size E, Size M, Size N, int add, int half, int threads) {
     Size parts = (2 * threads + E - 1) / E, units = (M + TALL - 1) / TALL;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (Size task = 0; task < E * parts; task++) {
@@ -58,9 +58,15 @@ void mythos_add_outers(float *c, const float *const *x, const float *const *y, c
         for (Size u = 0; lo < hi && u < U; u++) {
             Size start = e ? ends[u][e - 1] : 0;
             product(c + (e * M + lo) * N, N, (Matrix){x[u] + start * M + lo, 1, M}, (Matrix){y[u] + start * N, 1, N},
-                    hi - lo, N, ends[u][e] - start, 1.0f, 1, half);
+                    hi - lo, N, ends[u][e] - start, 1.0f, add || u, half);
         }
     }
+}
+
+/* out (N, K) = the places of the K greatest of x (N, E) + bias (E), the greatest first; NaN is greater than all. */
+void mythos_greatest(int64_t *out, const float *x, const float *bias, Size N, Size E, Size K, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (Size i = 0; i < N; i++) greatest(out + i * K, x + i * E, bias, E, K);
 }
 
 /* out (N, O) = scale x (N, I) times the rows of w (O, I), added to out or written there. */

@@ -1,4 +1,4 @@
-/* Functions of rows one by one: norms and the SwiGLU, forward and backward. */
+/* Functions of rows one by one: norms and the SwiGLU, forward and backward, and the places of the greatest. */
 #pragma once
 #include "change.h"
 #include "vectors.h"
@@ -65,5 +65,27 @@ static void turn(float *restrict y, const float *restrict x, const float *restri
         float cosine = turns[i], sine = sign * turns[i + 1];
         y[i] = x[i] * cosine - x[i + 1] * sine;
         y[i + 1] = x[i + 1] * cosine + x[i] * sine;
+    }
+}
+
+/* The places of the K greatest of n numbers with their bias; of equal ones the first. */
+static void greatest(int64_t *restrict out, const float *restrict x, const float *restrict bias, Size n, Size K) {
+    for (Size k = 0; k < K; k++) {
+        float most = -INFINITY;
+        Size at = -1;
+        for (Size first = 0; first < n; first += LANES) {
+            Size wide = least(LANES, n - first);
+            __mmask16 left = (__mmask16)((1u << wide) - 1);
+            for (Size j = 0; j < k; j++)
+                if (out[j] >= first && out[j] < first + wide) left &= ~(__mmask16)(1u << (out[j] - first));
+            __m512 value = (__m512)(first_of(x + first, wide) + first_of(bias + first, wide));
+            value = _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_ps(INFINITY));
+            if (!left) continue;
+            float here = _mm512_mask_reduce_max_ps(left, value);
+            if (at >= 0 && here <= most) continue;
+            most = here;
+            at = first + __builtin_ctz(_mm512_mask_cmp_ps_mask(left, value, _mm512_set1_ps(here), _CMP_EQ_OQ));
+        }
+        out[k] = at;
     }
 }
