@@ -51,7 +51,7 @@ def context(tokens: int) -> str:
 
 RECIPES = (
     Recipe("small", "The first one to try.", (
-        f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512), "batch_size=128 precision=bf16 steps=5000",
+        f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512), "batch_size=128 accumulate=2 precision=bf16 steps=5000",
     )),
     Recipe("deep", "The same, with gradient through all of its loops, which are computed again in the backward pass.", (
         f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512),
@@ -60,11 +60,11 @@ RECIPES = (
     )),
     Recipe("long", "A context of 4096 tokens.", (
         f"model.dim=256 {EXPERTS} model.expert_dim=256", context(4096),
-        "batch_size=32 accumulate=2 precision=bf16 steps=5000",
+        "batch_size=32 accumulate=4 precision=bf16 steps=5000",
     )),
     Recipe("medium", "Twice as wide.", (
         "model.dim=512 model.n_heads=8 model.n_kv_heads=4", f"{EXPERTS} model.expert_dim=512", context(1024),
-        "batch_size=64 accumulate=2 precision=bf16 steps=10000",
+        "batch_size=64 accumulate=4 precision=bf16 steps=10000",
     )),
     Recipe("large", "50 million parameters, and two blocks before and after the loop.", (
         "model.dim=768 model.n_heads=12 model.n_kv_heads=4 model.prelude_layers=2 model.coda_layers=2",
