@@ -51,7 +51,8 @@ def context(tokens: int) -> str:
 
 RECIPES = (
     Recipe("small", "The first one to try.", (
-        f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512), "batch_size=128 accumulate=2 precision=bf16 steps=5000",
+        f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512),
+        "batch_size=128 accumulate=2 precision=bf16 steps=5000",
     )),
     Recipe("deep", "The same, with gradient through all of its loops, which are computed again in the backward pass.", (
         f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512),

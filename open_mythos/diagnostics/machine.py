@@ -20,22 +20,23 @@ MATMULS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (2048, 10
 _READ_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than a processor's own cache holds
 
 
-def repeat(work: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
-    """Seconds that each repetition took, three at least, after one that warms up and does not count.
+def repeat(work: Callable[[], Any], device: torch.device, seconds: float, warm_up: int = 1) -> list[float]:
+    """Seconds that each repetition took, three at least, after some that warm up and do not count.
 
     Args:
         work: what is repeated.
         device: waited for before each look at the clock.
         seconds: in all, warming up included; no repetition beyond the third is begun after that.
+        warm_up: repetitions that do not count.
     """
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < 4 or time.perf_counter() - begun < seconds:
+    while len(times) < warm_up + 3 or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
         work()
         synchronize(device)
         times.append(time.perf_counter() - started)
-    return times[1:]
+    return times[warm_up:]
 
 
 def synchronize(device: torch.device) -> None:
