@@ -25,6 +25,7 @@ from open_mythos.cli.timed import shaped
 from open_mythos.diagnostics import cache_bytes_per_token, flops_per_token, parameters
 from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
 from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed
+from open_mythos.training.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "costs.md"
@@ -53,6 +54,7 @@ def measure(sweep: str, line: dict[str, Any], seconds: float) -> dict[str, Any]:
         "prefill": prefill_speed(model, 1, context, loops, seconds).tokens_per_second,
     }  # fmt: skip
     if sweep != "context":
+        keep_freed_memory()  # as the Trainer does
         found["train"] = train_speed(model, *TRAINED, loops, seconds=seconds).tokens_per_second
     return found
 

@@ -98,9 +98,11 @@ def measure(
     begin: Callable[[str], None],
 ) -> Speed:
     from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed
+    from open_mythos.training.allocator import keep_freed_memory
 
     begin(work)
     if work is Work.train:
+        keep_freed_memory()  # as the Trainer does
         return train_speed(model.float(), batch, tokens, n_loops, dtype, seconds)
     timed = prefill_speed if work is Work.prefill else decode_speed
     return timed(model.to(dtype), batch, tokens, n_loops, seconds)

@@ -20,7 +20,6 @@ from open_mythos.diagnostics.cost import (
 from open_mythos.diagnostics.machine import repeat
 from open_mythos.generation.decoder import make_decoder
 from open_mythos.model import OpenMythos
-from open_mythos.training.allocator import keep_freed_memory
 
 NEW = 16  # tokens that one repetition of decoding makes
 
@@ -87,8 +86,6 @@ def train_speed(
         optimizer.zero_grad(set_to_none=True)
 
     flops = batch * tokens * flops_per_trained_token(model.cfg, n_loops, tokens)
-    if device.type == "cpu":
-        keep_freed_memory()  # as the Trainer does
     model.train()
     times = repeat(step, device, seconds, warm_up=4)  # until then memory is asked of the system, and faulted in
     model.eval()
