@@ -13,7 +13,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.ops.mask import CausalMask
 from open_mythos.training.allocator import give_back_here
 
-_GIVE_BACK = 4  # after so many recomputed loops free pages return to the system: fewer cost less time, more less memory
+_GIVE_BACK = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
 
 
 @dataclass
