@@ -1,96 +1,131 @@
-"""Key/value caches: one slot for each layer of prelude and coda and for each loop of the recurrent block."""
+"""Key/value caches: one slot for each layer of prelude and coda, and for each layer and loop of the recurrent block.
+
+A *row* is what attention reads of one token: (groups, width), with keys and values of GQA, or the latent and the rotary
+key of MLA, next to each other. Rows have passed the short convolution and are final. Of *raw* rows, which have not,
+the last few are kept as well, for the convolution of the tokens that follow.
+"""
 
 from __future__ import annotations
 
-import functools
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from open_mythos.fields import must
 
+ROLLBACK = 64
+"""Tokens that a cache can be cut back by and still go on: raw rows further back are not kept."""
 PADDING_SLOT = "padding"
 """Slot of a plain-dict cache that holds which cached tokens are real; present only if some are padding."""
-
-LOOPS_SLOT = "recurrent_loops"
-"""The one slot of all loops of a layer of the recurrent block, in a cache whose rows stand at different ones."""
+_RAW = "raw"  # of a plain dict's slot: the last raw rows
 
 
-def prelude_slot(layer: int) -> str:
-    return f"prelude_{layer}"
+class Slot(NamedTuple):
+    """Which layer writes: of the prelude, the core (the recurrent block, at a loop) or the coda.
+
+    A coda layer has a slot for each loop as well, for exits that read predictions after every loop.
+    """
+
+    part: str
+    layer: int = 0
+    loop: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in plain dicts: ``prelude_0``, ``recurrent_loop_2``, ``recurrent_loop_2_layer_1``, ``coda_0``."""
+        if self.part == "core":
+            return f"recurrent_loop_{self.loop}" + (f"_layer_{self.layer}" if self.layer else "")
+        return f"{self.part}_{self.layer}" + ("" if self.loop is None else f"_loop_{self.loop}")
 
 
-def loop_slot(loop: int, cache: Cache | None = None) -> str:
-    """The slot that a loop writes and reads; a ``cache`` of fewer slots than loops uses them in turn."""
-    n_slots = cache.cache_loops if cache is not None else None
-    return _loop_slot(loop if n_slots is None else loop % n_slots)
-
-
-@functools.cache
-def _loop_slot(i: int) -> str:
-    return f"recurrent_loop_{i}"
-
-
-@functools.cache
-def core_slot(loop: str, layer: int) -> str:
-    """The slot of one layer of the recurrent block, from that of the loop, which the first layer keeps as it is."""
-    return f"{loop}_layer_{layer}" if layer else loop
-
-
-def coda_slot(layer: int, loop: int | None = None) -> str:
-    """The slot of a coda layer; with ``loop``, of what it made of the states after that loop, for an exit to read."""
-    return f"coda_{layer}" if loop is None else f"coda_{layer}_loop_{loop}"
+def slot_name(slot: Slot | str) -> str:
+    return slot if isinstance(slot, str) else slot.name
 
 
 class CacheSlot:
-    """Rows of one layer (or loop), in buffers that double when they are full and are written in place.
+    """Rows of one layer (and loop), (B, length, G, W), in a buffer that doubles when it is full, written in place.
 
-    The slot of a loop that the newest tokens did not need holds what the slot before it got (:meth:`repeat`). Nothing
-    is copied before some token comes that deep, and then all at once.
+    The slot of a loop that the newest tokens did not run holds what the slot of the loop before got (:meth:`repeat`).
+    Nothing is copied before some token runs that loop, and then all at once.
     """
 
     def __init__(self, room: int = 0) -> None:
         self.length, self._room = 0, room
-        self._written = 0  # tokens whose rows are in the buffers; those after them are in the slot before
+        self._written = 0  # tokens whose rows are in the buffer; those after them are in the slot before
         self._before: CacheSlot | None = None
-        self._buffers: dict[str, Tensor] = {}
-        self._place: tuple[int, int, int, int] | None = None  # of the buffers, once somebody has asked
+        self._rows: Tensor | None = None
+        self._raw: Tensor | None = None  # (B, R, G, W), a ring: position p is at p % R
+        self._raw_start = 0  # the first position that the ring still holds
+        self._base: tuple[int, Tensor] | None = None  # where the newest rows begin, and the raw rows before that
+        self._addresses: tuple[int, int, int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_place": None}  # a copy's buffers are elsewhere
+        return self.__dict__ | {"_addresses": None}  # a copy's buffers are elsewhere
 
     @property
-    def rows(self) -> dict[str, Tensor]:
-        """The used part of each buffer, (B, length, ...), as views."""
+    def rows(self) -> Tensor:
+        """(B, length, G, W), a view."""
         self._catch_up()
-        return {name: buffer[:, : self.length] for name, buffer in self._buffers.items()}
+        assert self._rows is not None, "the slot has been written"
+        return self._rows[:, : self.length]
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch; 0 if nothing has been written."""
-        return next((len(buffer) for buffer in self._buffers.values()), 0)
+        return 0 if self._rows is None else len(self._rows)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows written."""
-        return sum(buffer[:, : self._written].nbytes for buffer in self._buffers.values())
+        return 0 if self._rows is None else self._rows[:, : self._written].nbytes
 
-    def update(self, new: dict[str, Tensor], at: int | None = None) -> dict[str, Tensor]:
-        """Write ``new`` rows, (B, T, ...) each, and return all rows, (B, length, ...).
+    def raw_before(self, at: int, n: int) -> Tensor | None:
+        """The ``n`` raw rows before position ``at``, (B, n, G, W), zeros before the first; None where there is none.
 
-        They stand at position ``at``, behind all others if None; what the slot held from there on is given up.
+        Raises:
+            ValueError: if they are not held any more, since the cache was cut back by more than ``ROLLBACK``.
         """
-        start = self._open(self.length if at is None else at)
-        self._write(new)
+        if at == 0 or n == 0:
+            return None
+        if self._base is not None and self._base[0] == at:
+            return self._base[1]
+        self._catch_up()
+        assert self._raw is not None
+        ring, start = self._raw.shape[1], max(at - n, 0)
+        must(
+            start >= self._raw_start and at - start <= ring,
+            f"the cache was cut back to {at} tokens, and of the convolution's input those from {self._raw_start} on are "
+            f"kept; cut back by at most {ROLLBACK} tokens, or start a new cache",
+        )
+        first, end = start % ring, (at - 1) % ring + 1
+        parts = [self._raw[:, first:end]] if first < end else [self._raw[:, first:], self._raw[:, :end]]
+        if at < n:
+            parts.insert(0, torch.zeros_like(self._raw[:, : n - at]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
+        """Write ``rows`` (B, T, G, W) and return all rows, (B, length, G, W).
+
+        Args:
+            rows: final.
+            raw: the same before the convolution; None without one.
+            at: position of the first, behind all others if None; what the slot held from there on is given up.
+            n_raw: raw rows before its own that a token's convolution reads.
+        """
+        start = self.length if at is None else at
+        base = None
+        if raw is not None and raw.shape[1] > ROLLBACK:  # the ring will not hold what comes before
+            before = self.raw_before(start, n_raw)
+            base = None if before is None else (start, before.clone())
+        self._base = base
+        self._open(start)
+        self._write(rows, raw, n_raw)
         self.length = self._written
-        if torch.is_grad_enabled() and any(rows.requires_grad for rows in new.values()):
-            # Autograd must not meet buffers that later tokens overwrite.
-            return {
-                name: torch.cat([self._buffers[name][:, :start].clone(), rows], 1) if start else rows
-                for name, rows in new.items()
-            }
+        if rows.requires_grad:  # autograd must not meet a buffer that later tokens overwrite
+            assert self._rows is not None
+            return torch.cat([self._rows[:, :start].clone(), rows], 1) if start else rows
         return self.rows
 
     def repeat(self, before: CacheSlot) -> None:
@@ -99,14 +134,15 @@ class CacheSlot:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
+        if length < self.length:
+            self._base = None
         self.length, self._written = min(self.length, length), min(self._written, length)
 
-    def _open(self, at: int) -> int:
+    def _open(self, at: int) -> None:
         """Give up what is held from ``at`` on, and have all before it written, so that new rows can follow."""
         assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
-        self.truncate(at)
+        self.length, self._written = min(self.length, at), min(self._written, at)
         self._catch_up()
-        return at
 
     def _catch_up(self) -> None:
         if self._written == self.length:
@@ -116,40 +152,68 @@ class CacheSlot:
             assert chain[-1]._before is not None, "what is not written is held by the slot before"
             chain.append(chain[-1]._before)
         for before, slot in pairwise(reversed(chain)):
-            slot._write({name: buffer[:, slot._written : self.length] for name, buffer in before._buffers.items()})
+            assert before._rows is not None
+            start, raw, n_raw = slot._written, None, 0
+            if before._raw is not None:
+                n_raw = before._raw.shape[1] - ROLLBACK
+                first = max(start, before._raw_start, self.length - before._raw.shape[1])
+                raw = before.raw_before(self.length, self.length - first)
+            slot._write(before._rows[:, start : self.length], raw, n_raw)
 
-    def _write(self, new: dict[str, Tensor]) -> None:
-        start, end = self._written, self._written + next(iter(new.values())).shape[1]
-        for name, rows in new.items():
-            self._reserve(name, rows, end)
-            self._buffers[name][:, start:end] = rows.detach()
+    def _write(self, rows: Tensor, raw: Tensor | None, n_raw: int) -> None:
+        """``raw`` may be of the last of the rows alone."""
+        start, end = self._written, self._written + rows.shape[1]
+        self._reserve(rows, end)
+        assert self._rows is not None
+        self._rows[:, start:end] = rows.detach()
         self._written = end
+        if raw is not None:
+            self._write_raw(raw.detach(), end, n_raw)
 
-    def open_row(self, at: int) -> tuple[int, int, int, int]:
-        """Count a row at position ``at``, for compiled code to write; what the slot held from there on is given up.
+    def _write_raw(self, raw: Tensor, end: int, n_raw: int) -> None:
+        ring = ROLLBACK + n_raw
+        if self._raw is None or len(self._raw) != len(raw):
+            B, _, G, W = raw.shape
+            self._raw, self._raw_start, self._addresses = raw.new_empty(B, ring, G, W), end - raw.shape[1], None
+        raw = raw[:, -ring:]
+        start = end - raw.shape[1]
+        if self._raw_start > start or raw.shape[1] == ring:
+            self._raw_start = start
+        self._raw_start = max(self._raw_start, end - ring)
+        first, split = start % ring, min(raw.shape[1], ring - start % ring)
+        self._raw[:, first : first + split] = raw[:, :split]
+        if split < raw.shape[1]:
+            self._raw[:, : raw.shape[1] - split] = raw[:, split:]
 
-        Returns the addresses of both buffers, each (B, room, D) or (B, G, room, D) in one piece, and their room and B.
+    def addresses(self, at: int) -> tuple[int, int, int, int]:
+        """Open position ``at`` for compiled code to write: what the slot held from there on is given up.
+
+        Returns:
+            The addresses of the rows (B, G, room, W) and of the ring of raw rows (B, R, G, W), 0 without one; room, B.
         """
-        if self._place is None or not self._written == self.length == at < self._place[2]:
+        if self._addresses is None or not self._written == self.length == at < self._addresses[2]:
             self._open(at)
-            for name, buffer in list(self._buffers.items()):
-                self._reserve(name, buffer, at + 1)
-            first, second = self._buffers.values()
-            self._place = first.data_ptr(), second.data_ptr(), first.shape[1], len(first)
+            assert self._rows is not None
+            self._reserve(self._rows, at + 1)
+            raw = 0 if self._raw is None else self._raw.data_ptr()
+            self._addresses = self._rows.data_ptr(), raw, self._rows.shape[1], len(self._rows)
+        if self._raw is not None:
+            self.raw_before(at, self._raw.shape[1] - ROLLBACK)  # still held?
+            self._raw_start = max(self._raw_start, at + 1 - self._raw.shape[1])
+        self._base = None
         self.length = self._written = at + 1
-        return self._place
+        return self._addresses
 
-    def _reserve(self, name: str, like: Tensor, length: int) -> None:
-        buffer = self._buffers.get(name)
-        if buffer is not None and buffer.shape[1] >= length:
+    def _reserve(self, like: Tensor, length: int) -> None:
+        if self._rows is not None and self._rows.shape[1] >= length:
             return
-        capacity = max(length, self._room if buffer is None else 2 * buffer.shape[1])
-        B, _, *heads, D = like.shape
+        capacity = max(length, self._room if self._rows is None else 2 * self._rows.shape[1])
+        B, _, G, W = like.shape
         # A head's rows lie together: that is how attention reads them.
-        grown = torch.empty(B, *heads, capacity, D, dtype=like.dtype, device=like.device).movedim(-2, 1)
-        if buffer is not None:
-            grown[:, : self._written] = buffer[:, : self._written]
-        self._buffers[name], self._place = grown, None
+        grown = torch.empty(B, G, capacity, W, dtype=like.dtype, device=like.device).transpose(1, 2)
+        if self._rows is not None:
+            grown[:, : self._written] = self._rows[:, : self._written]
+        self._rows, self._addresses = grown, None
 
 
 class KVCache:
@@ -163,7 +227,6 @@ class KVCache:
             what it wrote itself, and for earlier ones what the deepest of the loops that share the slot has left.
             Memory no longer grows with the loops, and logits come to depend on how the tokens were divided into
             calls. Predictions that an exit reads are kept for every loop all the same.
-
         room: tokens to make room for from the start; a cache that gets more doubles.
 
     Raises:
@@ -175,7 +238,7 @@ class KVCache:
             whole = isinstance(cache_loops, int) and not isinstance(cache_loops, bool)
             must(whole and cache_loops >= 1, f"cache_loops={cache_loops!r}; use a whole number of at least 1, or None")
         self.cache_loops, self._room = cache_loops, room
-        self._slots: dict[str, CacheSlot] = {}
+        self._slots: dict[Slot | str, CacheSlot] = {}
         self.valid: Tensor | None = None  # (B, length) bool, False at padding; None while there is none
 
     @property
@@ -185,22 +248,22 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows in use; loops that no token has needed yet take none."""
+        """Bytes of the rows in use; loops that no token has needed yet take none, and raw rows are not counted."""
         return sum(slot.nbytes for slot in self._slots.values())
 
-    def slot(self, name: str) -> CacheSlot:
-        """The slot called ``name``, made empty if it is new."""
-        if name not in self._slots:
-            self._slots[name] = CacheSlot(self._room)
-        return self._slots[name]
+    def slot(self, slot: Slot | str) -> CacheSlot:
+        """The rows of a slot, made empty if it is new."""
+        if slot not in self._slots:
+            self._slots[slot] = CacheSlot(self._room)
+        return self._slots[slot]
 
-    def slot_length(self, name: str) -> int:
-        """Tokens held by one slot; 0 if there is none of that name."""
-        return self._slots[name].length if name in self._slots else 0
+    def slot_length(self, slot: Slot | str) -> int:
+        """Tokens held by one slot."""
+        return self._slots[slot].length if slot in self._slots else 0
 
     def lengths(self) -> dict[str, int]:
         """Tokens held by each slot."""
-        return {name: slot.length for name, slot in self._slots.items()}
+        return {slot_name(slot): held.length for slot, held in self._slots.items()}
 
     @property
     def batch_size(self) -> int:
@@ -209,6 +272,8 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``.
+
+        After a cut by more than ``ROLLBACK`` tokens a model with a convolution cannot go on, and says so.
 
         Raises:
             ValueError: if the cache holds fewer.
@@ -239,25 +304,35 @@ class _DictSlot:
 
     @property
     def length(self) -> int:
-        return next(iter(self.rows.values())).shape[1] if self._name in self._cache else 0
+        return self._cache[self._name]["rows"].shape[1] if self._name in self._cache else 0
 
     @property
-    def rows(self) -> dict[str, Tensor]:
-        return self._cache[self._name]
+    def rows(self) -> Tensor:
+        return self._cache[self._name]["rows"]
 
-    def update(self, new: dict[str, Tensor], at: int | None = None) -> dict[str, Tensor]:
+    def raw_before(self, at: int, n: int) -> Tensor | None:
+        return self._cache[self._name][_RAW] if at and n else None
+
+    def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
         old = self._cache.get(self._name)
-        rows = new if old is None else {name: torch.cat([old[name], rows], 1) for name, rows in new.items()}
-        self._cache[self._name] = rows
-        return rows
+        held = {"rows": rows if old is None else torch.cat([old["rows"], rows], 1)}
+        if raw is not None:
+            before = raw.new_zeros(len(raw), n_raw, *raw.shape[2:]) if old is None else old[_RAW]
+            held[_RAW] = torch.cat([before, raw], 1)[:, raw.shape[1] :]
+        self._cache[self._name] = held
+        return held["rows"]
 
     def repeat(self, before: _DictSlot) -> None:
-        start = self.length
-        self.update({name: rows[:, start:] for name, rows in before.rows.items()})
+        theirs, start = self._cache[before._name], self.length
+        raw = theirs.get(_RAW)
+        self.update(theirs["rows"][:, start:])
+        if raw is not None:
+            self._cache[self._name][_RAW] = raw
 
 
 class DictCache:
-    """A plain dict, ``{slot: {name: tensor}}``, seen through the interface of :class:`KVCache`."""
+    """A plain dict, ``{slot: {"rows": (B, length, G, W), "raw": (B, taps - 1, G, W)}}``, behind the interface of
+    :class:`KVCache`."""
 
     cache_loops = None
 
@@ -270,7 +345,7 @@ class DictCache:
 
     @property
     def batch_size(self) -> int:
-        return max((len(t) for rows in self._data.values() for t in rows.values()), default=0)
+        return max((len(t) for held in self._data.values() for t in held.values()), default=0)
 
     @property
     def valid(self) -> Tensor | None:
@@ -281,43 +356,52 @@ class DictCache:
         if valid is not None:
             self._data[PADDING_SLOT] = {"valid": valid}
 
-    def slot(self, name: str) -> _DictSlot:
-        return _DictSlot(self._data, name)
+    def slot(self, slot: Slot | str) -> _DictSlot:
+        return _DictSlot(self._data, slot_name(slot))
 
-    def slot_length(self, name: str) -> int:
-        return self.slot(name).length
+    def slot_length(self, slot: Slot | str) -> int:
+        return self.slot(slot).length
 
     def lengths(self) -> dict[str, int]:
-        return {name: next(iter(rows.values())).shape[1] for name, rows in self._data.items() if name != PADDING_SLOT}
+        return {name: held["rows"].shape[1] for name, held in self._data.items() if name != PADDING_SLOT}
 
 
 Cache = KVCache | DictCache
 
 
-def stand_in(cache: Cache, loop: int, n_loops: int, past: int, n_layers: int = 1) -> None:
-    """Let what tokens after ``past`` wrote at ``loop``, their last, stand for the loops behind it, in every layer."""
+def loop_slot(loop: int, cache: Cache | None = None, layer: int = 0) -> Slot:
+    """The slot that a layer of the core writes and reads at a loop; of fewer slots than loops, they take turns."""
+    n_slots = cache.cache_loops if cache is not None else None
+    return Slot("core", layer, loop if n_slots is None else loop % n_slots)
+
+
+def fill_skipped_loops(cache: Cache, loop: int, n_loops: int, past: int, n_layers: int = 1) -> None:
+    """Let what tokens after ``past`` wrote at ``loop``, their last, stand for the loops after it, in every layer."""
     for layer in range(n_layers):
-        slots = [core_slot(loop_slot(idle, cache), layer) for idle in range(loop, n_loops)]
+        slots = [loop_slot(idle, cache, layer) for idle in range(loop, n_loops)]
         if cache.cache_loops is None:
             repeat_rows(cache, slots, past)
             continue
         # Loops share slots, so what deeper ones would have written takes the place of what is there.
-        new = {name: rows[:, past:] for name, rows in cache.slot(slots[0]).rows.items()}
-        for name in set(slots) - {slots[0]}:
-            cache.slot(name).update(new, past)
+        last: Any = cache.slot(slots[0])
+        n_new = last.length - past
+        for slot in set(slots) - {slots[0]}:
+            raw = last.raw_before(last.length, min(n_new, ROLLBACK)) if last._raw is not None else None
+            n_raw = 0 if raw is None else last._raw.shape[1] - ROLLBACK
+            cache.slot(slot).update(last.rows[:, past:], raw, past, n_raw)
 
 
-def repeat_rows(cache: Cache, names: list[str], past: int) -> None:
-    """Give each of the slots ``names`` that got nothing after ``past`` tokens what the slot before it got.
+def repeat_rows(cache: Cache, slots: list[Slot], past: int) -> None:
+    """Give each of ``slots`` that got nothing after ``past`` tokens what the slot before it got.
 
     They are those of loops that no position needed any more: what there was to read did not change from then on.
     """
-    before: Any = cache.slot(names[0])
-    for name in names[1:]:
-        slot: Any = cache.slot(name)  # of the same kind
-        if slot.length <= past:
-            slot.repeat(before)
-        before = slot
+    before: Any = cache.slot(slots[0])
+    for slot in slots[1:]:
+        held: Any = cache.slot(slot)  # of the same kind
+        if held.length <= past:
+            held.repeat(before)
+        before = held
 
 
 def as_cache(kv_cache: KVCache | DictCache | dict[str, Any] | None) -> Cache | None:

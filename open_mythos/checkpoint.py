@@ -9,17 +9,16 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig
+from open_mythos.interface import Model
 
-if TYPE_CHECKING:
-    from open_mythos.model import OpenMythos
-
+Loaded = TypeVar("Loaded", bound=nn.Module)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # instead of it, where weights are divided among several files
@@ -31,7 +30,7 @@ class CheckpointError(ValueError):
     """A checkpoint file that is missing, damaged, or not one of ours; the message names it."""
 
 
-def save(model: OpenMythos, directory: str | Path) -> None:
+def save(model: Model, directory: str | Path) -> None:
     """Write the model's config and weights into ``directory``, made if need be.
 
     Each file is written beside its place and moved there whole, weights first.
@@ -58,7 +57,7 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
 
 
-def config_file(model: OpenMythos) -> dict[str, Any]:
+def config_file(model: Model) -> dict[str, Any]:
     """What ``config.json`` holds: what transformers asks for, and the fields of the config."""
     head = {
         "architectures": ["OpenMythosForCausalLM"],
@@ -81,7 +80,7 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS_FILE}"))
 
 
-def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
+def load(cls: type[Loaded], source: str | Path) -> Loaded:
     """Build a saved model, in eval mode, in the dtype it was saved in.
 
     Args:
@@ -108,7 +107,7 @@ def load(cls: type[OpenMythos], source: str | Path) -> OpenMythos:
     except ValueError as error:
         raise CheckpointError(f"not an open_mythos config: {error}") from error
     tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in _read(weights_path).items()}
-    model = cls(cfg)
+    model = cls(cfg)  # type: ignore[call-arg]
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in _tied(cfg)}
     _check_names(weights_path, set(expected), set(tensors))
     model.to(tensors["embed.weight"].dtype)

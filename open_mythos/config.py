@@ -94,6 +94,8 @@ class MythosConfig(Checked):
     conv_taps: int = size(3, minimum=0)
     # local heads of the recurrent block see this many last tokens only; 0: all heads see all tokens
     local_window: int = size(6, minimum=0)
+    # a token sees itself and those before it; False: those behind it as well, for puzzles and encoders
+    causal: bool = flag(True)
     # share of the recurrent block's heads that are local; below 1, one head at least sees all tokens. 1: none does, and
     # what a position computes depends on its neighbours alone, at any length
     local_share: float = real(0.75, 0.0, 1.0)

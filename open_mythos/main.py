@@ -2,14 +2,14 @@
 
 from open_mythos.config import MythosConfig as MythosConfig
 from open_mythos.model import OpenMythos as OpenMythos
+from open_mythos.nn.attention import GQAttention as GQAttention
+from open_mythos.nn.attention import MLAttention as MLAttention
 from open_mythos.nn.block import TransformerBlock as TransformerBlock
 from open_mythos.nn.feed_forward import Expert as Expert
-from open_mythos.nn.gqa import GQAttention as GQAttention
+from open_mythos.nn.feed_forward import MoEFFN as MoEFFN
 from open_mythos.nn.halting import ACTHalting as ACTHalting
+from open_mythos.nn.injection import LoRAAdapter as LoRAAdapter
 from open_mythos.nn.injection import LTIInjection as LTIInjection
-from open_mythos.nn.lora import LoRAAdapter as LoRAAdapter
-from open_mythos.nn.mla import MLAttention as MLAttention
-from open_mythos.nn.moe import MoEFFN as MoEFFN
 from open_mythos.nn.norm import RMSNorm as RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock as RecurrentBlock
 from open_mythos.ops.loop_index import loop_index_embedding as loop_index_embedding

@@ -14,15 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.model import OpenMythos
+from open_mythos.nn.attention import GQAttention, MLAttention, ShortConv
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.conv import ShortConv
-from open_mythos.nn.feed_forward import Expert
-from open_mythos.nn.gqa import GQAttention
+from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.halting import ACTHalting
+from open_mythos.nn.injection import LoRAAdapter
 from open_mythos.nn.linear import Linear
-from open_mythos.nn.lora import LoRAAdapter
-from open_mythos.nn.mla import MLAttention
-from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops import reference
 
@@ -33,7 +30,7 @@ def reference_logits(
     """What ``model(input_ids, n_loops, attention_mask=attention_mask)`` should return.
 
     Follows ``model.training``: in training no position halts, in eval mode they do if ``cfg.halting`` is set. A
-    halted position keeps its state, and the others go on seeing its keys and values of the last loop that it ran.
+    halted position keeps its state, and its keys and values as they were after the last loop that it ran.
 
     Args:
         model: whose parameters, buffers and config to use; it is not called and not changed.
@@ -56,7 +53,7 @@ def reference_logits(
     if attention_mask is not None and attention_mask.max() > 1:
         return _document_by_document(model, input_ids, n_loops, attention_mask)
     real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    where = Positions(real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), cfg.rope[1:])
+    where = Positions(real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), cfg.rope[1:], cfg.causal)
 
     x = model.embed.weight[input_ids] * math.sqrt(cfg.dim)
     x = torch.where(real_BT[..., None], x, 0.0)
@@ -86,13 +83,15 @@ class Positions:
     real_BT: Tensor
     index_BT: Tensor
     rope: tuple[float, float, int]
+    causal: bool
 
     def allowed(self, n_heads: int, n_local_heads: int, window: int) -> Tensor:
-        """(B, H, T, T) bool: real keys no later than the query, in the first heads within ``window``; always itself."""
+        """(B, H, T, T) bool: real keys, no later than the query if causal, nearer than ``window`` in the first heads; and
+        always itself."""
         T = self.real_BT.shape[1]
         query, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
-        causal = key <= query
-        local = causal & (key > query - window)
+        causal = key <= query if self.causal else torch.ones(T, T, dtype=torch.bool)
+        local = causal & (key > query - window) & (key < query + window)
         by_head_HTS = torch.stack([local if head < n_local_heads else causal for head in range(n_heads)])
         return (by_head_HTS[None] & self.real_BT[:, None, None, :]) | (key == query)
 
@@ -102,7 +101,7 @@ def _loops(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tens
     h = e if cfg.state_init == "input" else torch.zeros_like(e)
     running = where.real_BT
     mass = torch.zeros(running.shape)
-    rows: list[dict[str, Tensor] | None] = [None for _ in recurrent.layers]
+    rows: list[Rows | None] = [None for _ in recurrent.layers]
     for loop in range(n_loops):
         u = recurrent.injection.get_A() * h + recurrent.injection.B * e
         if cfg.loop_index_dim:
@@ -125,7 +124,7 @@ def _mixture(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Te
     h = e if cfg.state_init == "input" else torch.zeros_like(e)
     mixed, spent = torch.zeros_like(e), torch.zeros(e.shape[:2])
     running = where.real_BT
-    rows: dict[str, Tensor] | None = None
+    rows: Rows | None = None
     for loop in range(n_loops):
         x = h + e
         if cfg.loop_index_dim:
@@ -147,37 +146,40 @@ def _mixture(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Te
     return mixed
 
 
+@dataclass
+class Rows:
+    """Keys and values of all positions, (B, T, C) each, before the convolution and after it."""
+
+    raw: dict[str, Tensor]
+    final: dict[str, Tensor]
+
+
 def _block(
-    block: nn.Module,
-    x: Tensor,
-    where: Positions,
-    running: Tensor | None = None,
-    rows: dict[str, Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    block: nn.Module, x: Tensor, where: Positions, running: Tensor | None = None, rows: Rows | None = None
+) -> tuple[Tensor, Rows]:
     """The block's output (B, T, dim), and the key/value rows that it read.
 
     ``rows`` are those of the loop before, kept where ``running`` (B, T) is False.
     """
     assert isinstance(block, TransformerBlock)
     read = _gqa if isinstance(block.attn, GQAttention) else _mla
-    found, rows = read(block.attn, _norm(block.attn_norm, x), where, running, rows)  # type: ignore[arg-type]
-    x = x + found
+    attended, rows = read(block.attn, _norm(block.attn_norm, x), where, running, rows)  # type: ignore[arg-type]
+    x = x + attended
     feed_forward = _moe if isinstance(block.ffn, MoEFFN) else _expert
     return x + feed_forward(block.ffn, _norm(block.ffn_norm, x)), rows  # type: ignore[arg-type]
 
 
 def _gqa(
-    attn: GQAttention, x: Tensor, where: Positions, running: Tensor | None, old: dict[str, Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+    attn: GQAttention, x: Tensor, where: Positions, running: Tensor | None, old: Rows | None
+) -> tuple[Tensor, Rows]:
     q = _heads(_linear(attn.wq, x), attn.n_heads)
     k = _heads(_linear(attn.wk, x), attn.n_kv_heads)
-    rows = {
+    raw = {
         "k": reference.rope_complex(k, where.index_BT, *where.rope).flatten(2),
         "v": _linear(attn.wv, x),
     }
-    rows = _kept(rows, running, old)
-    k = _heads(_conv(attn.k_conv, rows["k"]), attn.n_kv_heads)
-    v = _heads(_conv(attn.v_conv, rows["v"]), attn.n_kv_heads)
+    rows = _convolved(raw, {"k": attn.k_conv, "v": attn.v_conv}, where, running, old)
+    k, v = (_heads(x, attn.n_kv_heads) for x in rows.final.values())
     q = reference.rope_complex(q, where.index_BT, *where.rope)
     allowed = where.allowed(attn.n_heads, attn.n_local_heads, attn.local_window)
     out = reference.attention(q, k, v, allowed, attn.head_dim**-0.5)
@@ -185,28 +187,41 @@ def _gqa(
 
 
 def _mla(
-    attn: MLAttention, x: Tensor, where: Positions, running: Tensor | None, old: dict[str, Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+    attn: MLAttention, x: Tensor, where: Positions, running: Tensor | None, old: Rows | None
+) -> tuple[Tensor, Rows]:
     q = _heads(_linear(attn.q_up, _norm(attn.q_norm, _linear(attn.q_down, x))), attn.n_heads)
     down = _linear(attn.kv_down, x)
     k_rope = down[..., None, attn.latent_dim :]
-    rows = {
+    raw = {
         "c_kv": _norm(attn.kv_norm, down[..., : attn.latent_dim]),
         "k_rope": reference.rope_complex(k_rope, where.index_BT, *where.rope)[..., 0, :],
     }
-    rows = _kept(rows, running, old)
+    rows = _convolved(raw, {"c_kv": attn.conv, "k_rope": None}, where, running, old)
     up = (attn.kv_up.weight * attn.kv_up.scale).view(attn.n_heads, attn.nope_dim + attn.v_dim, attn.latent_dim)
     out = reference.mla_expanded(
         q[..., : attn.nope_dim],
         reference.rope_complex(q[..., attn.nope_dim :], where.index_BT, *where.rope),
-        _conv(attn.conv, rows["c_kv"]),
-        rows["k_rope"],
+        rows.final["c_kv"],
+        rows.final["k_rope"],
         up[:, : attn.nope_dim],
         up[:, attn.nope_dim :],
         where.allowed(attn.n_heads, attn.n_local_heads, attn.local_window),
         (attn.nope_dim + attn.rope_dim) ** -0.5,
     )
     return _linear(attn.wo, out.flatten(2)), rows
+
+
+def _convolved(
+    raw: dict[str, Tensor],
+    convs: dict[str, ShortConv | None],
+    where: Positions,
+    running: Tensor | None,
+    old: Rows | None,
+) -> Rows:
+    """Rows where positions run, those of the loop before elsewhere, zeros where there never were any."""
+    raw = _kept(raw, running, None if old is None else old.raw)
+    final = {name: _conv(convs[name], rows, where.causal) for name, rows in raw.items()}
+    return Rows(raw, _kept(final, running, None if old is None else old.final))
 
 
 def _kept(new: dict[str, Tensor], running: Tensor | None, old: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -245,10 +260,8 @@ def _gate(act: ACTHalting, before: Tensor, h: Tensor) -> Tensor:
 
 
 def _lora(lora: LoRAAdapter, x: Tensor, loop: int) -> Tensor:
-    """Deeper loops than were ever trained use the scale of the deepest that was; in training, none is too deep."""
-    n_scales = len(lora.scale.weight)
-    trained = n_scales if lora.training else int(lora.trained_loops)
-    row = max(0, min(loop, trained - 1, n_scales - 1))
+    """Deeper loops than were ever trained use the scale of the deepest that was."""
+    row = max(0, min(loop, int(lora.trained_loops) - 1, len(lora.scale.weight) - 1))
     return (_linear(lora.down, x) * lora.scale.weight[row]) @ lora.B.T
 
 
@@ -258,11 +271,14 @@ def _loop_code(loop: int, n_channels: int, dim: int) -> Tensor:
     return torch.tensor(code[:n_channels] + [0.0] * (dim - n_channels))
 
 
-def _conv(conv: ShortConv | None, x: Tensor) -> Tensor:
+def _conv(conv: ShortConv | None, x: Tensor, causal: bool) -> Tensor:
+    """Over the last positions if causal, else centred."""
     if conv is None:
         return x
-    channel_to_tap = torch.arange(x.shape[-1]) // conv.share
-    return reference.causal_conv(x, conv.taps[:, channel_to_tap] / conv.std)
+    channel_to_tap, n_taps = torch.arange(x.shape[-1]) // conv.share, len(conv.taps)
+    ahead = 0 if causal else (n_taps - 1) // 2
+    x = F.pad(x, (0, 0, 0, ahead))
+    return reference.causal_conv(x, conv.taps[:, channel_to_tap] / conv.std)[:, ahead:]
 
 
 def _heads(x: Tensor, n_heads: int) -> Tensor:

@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from open_mythos.ops import kernels
-
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("suite")
@@ -55,9 +53,3 @@ def reference_checkpoints(tmp_path_factory):
     done = subprocess.run([sys.executable, worker, out], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return out
-
-
-@pytest.fixture
-def pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything goes by PyTorch's operations, as where the C code of open_mythos.ops cannot be had."""
-    monkeypatch.setattr(kernels, "kernels", lambda: None)

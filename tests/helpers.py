@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import MythosConfig, OpenMythos
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.feed_forward import MoEFFN
 
 ATTENTION = ("gqa", "mla")
 TINY: dict[str, Any] = dict(
@@ -45,6 +45,7 @@ TINY: dict[str, Any] = dict(
     local_window=4,
     local_share=0.75,
     loop_index_dim=0,
+    causal=True,
     halting=True,
     warm_start=False,
     halting_tolerance=0.1,

@@ -10,8 +10,9 @@ from open_mythos.cache import PADDING_SLOT, KVCache
 def cache_bytes(kv_cache: KVCache | dict[str, Any]) -> int:
     """Bytes of the key and value rows that a cache holds.
 
-    Neither the padding mask nor the room that :class:`KVCache` keeps for rows to come is counted.
+    Neither the padding mask, nor the room that :class:`KVCache` keeps for rows to come, nor the few rows that wait for the
+    convolution are counted.
     """
     if isinstance(kv_cache, KVCache):
         return kv_cache.nbytes
-    return sum(rows.nbytes for slot, named in kv_cache.items() if slot != PADDING_SLOT for rows in named.values())
+    return sum(held["rows"].nbytes for slot, held in kv_cache.items() if slot != PADDING_SLOT)

@@ -13,8 +13,7 @@ from torch import nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.nn.linear import Linear
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.feed_forward import MoEFFN
 
 FLOPS_PER_MULTIPLY_ADD = 2
 
@@ -136,7 +135,7 @@ def _built(config: str) -> OpenMythos:
 
 def _matrices(*modules: nn.Module) -> int:
     """Weights of the linear layers inside: multiply-adds of one token that passes each once."""
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear | nn.Linear)]
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(layer.weight.numel() for layer in layers)
 
 

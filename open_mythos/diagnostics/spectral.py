@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from open_mythos.inputs import check_n_loops
 from open_mythos.model import OpenMythos
 from open_mythos.nn.modes import eval_mode
-from open_mythos.nn.recurrent import check_n_loops
 
 
 def spectral_radius(model: OpenMythos) -> float:
@@ -52,13 +52,11 @@ def _one_more_loop(model: OpenMythos, input_ids: Tensor, n_loops: int) -> tuple[
     What a mixture carries beside its state goes along; it never comes back into the state.
     """
     with torch.no_grad():
-        e, freqs, mask = model.encode(input_ids)
-        h = model.first_state(e)
-        for loop in range(n_loops):
-            h = model.recurrent.step(h, e, loop, freqs, mask)
-    h, beside = h.detach().tensor_split([model.cfg.dim], -1)
+        e, ctx = model.encode(input_ids)
+        h = model.recurrent.states(model.first_state(e, ctx), e, ctx, n_loops)[-1]
+    h, others = h.detach().tensor_split([model.cfg.dim], -1)
     h.requires_grad_()
-    after = model.recurrent.step(torch.cat([h, beside], -1), e, n_loops, freqs, mask)
+    after = model.recurrent.step(torch.cat([h, others], -1), e, n_loops, ctx)
     return h, after[..., : model.cfg.dim]
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.cache import KVCache
 from open_mythos.diagnostics.cost import (
     bytes_per_decoding_step,
     flops_of_prompt,
@@ -18,7 +17,7 @@ from open_mythos.diagnostics.cost import (
     flops_per_trained_token,
 )
 from open_mythos.diagnostics.machine import repeat
-from open_mythos.generation.decoder import make_decoder
+from open_mythos.generation.engines import Depth, Engine, make_engine
 from open_mythos.model import OpenMythos
 
 NEW = 16  # tokens that one repetition of decoding makes
@@ -100,7 +99,7 @@ def prefill_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seco
     """
     ids = _random_ids(model, batch, tokens)
     model.eval()
-    times = repeat(lambda: _read(model, ids, n_loops), ids.device, seconds)
+    times = repeat(lambda: _read(model, ids, n_loops, "modules"), ids.device, seconds)
     flops = batch * flops_of_prompt(model.cfg, n_loops, tokens)
     return Speed("prefill", batch, tokens, n_loops, ids.numel(), flops, None, times)
 
@@ -110,14 +109,13 @@ def decode_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, secon
     """The likeliest token, ``NEW`` times a repetition, after ``tokens`` that are in the cache; else as above."""
     ids = _random_ids(model, batch, tokens)
     model.eval()
-    first, cache = _read(model, ids, n_loops)
-    decoder = make_decoder(model, n_loops, padded=False)
+    first, engine = _read(model, ids, n_loops, "auto")
 
     def decode() -> None:
-        cache.truncate(tokens)
+        engine.truncate(tokens)
         token = first
         for _ in range(NEW):
-            token = decoder.logits(token, cache, n_loops).argmax(-1)
+            token = engine.step(token).argmax(-1, keepdim=True)
 
     times = repeat(decode, ids.device, seconds)
     contexts = range(tokens + 1, tokens + NEW + 1)
@@ -132,7 +130,7 @@ def _random_ids(model: OpenMythos, batch: int, tokens: int) -> Tensor:
     return torch.randint(model.cfg.vocab_size, (batch, tokens), generator=generator).to(model.embed.weight.device)
 
 
-def _read(model: OpenMythos, ids: Tensor, n_loops: int) -> tuple[Tensor, KVCache]:
-    """The likeliest next token (B, 1), and a cache of the prompt."""
-    cache = KVCache()
-    return model.head(model.hidden(ids, n_loops, cache, last=1)).argmax(-1), cache
+def _read(model: OpenMythos, ids: Tensor, n_loops: int, engine: str) -> tuple[Tensor, Engine]:
+    """The likeliest next token (B, 1), and an engine that has read the prompt."""
+    made = make_engine(engine, model, Depth(n_loops))
+    return made.extend(ids).argmax(-1, keepdim=True), made

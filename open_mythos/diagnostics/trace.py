@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from open_mythos.inputs import check_n_loops
 from open_mythos.model import OpenMythos
-from open_mythos.nn.halting import ask
+from open_mythos.nn.feed_forward import MoEFFN
+from open_mythos.nn.halting import halting_probability
 from open_mythos.nn.modes import eval_mode
-from open_mythos.nn.moe import MoEFFN
-from open_mythos.nn.recurrent import check_n_loops
-from open_mythos.ops.rows import expert_counts
 
 
 @dataclass
@@ -58,19 +57,19 @@ def trace(
     n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
     halting, delta = [], []
     with eval_mode(model), _expert_load(model) as load:
-        e, freqs, mask = model.encode(input_ids, attention_mask=attention_mask)
-        h = model.first_state(e)
+        e, ctx = model.encode(input_ids, attention_mask=attention_mask)
+        h = model.first_state(e, ctx)
         loops_used = torch.zeros_like(input_ids, dtype=torch.int64)
-        for state in model.recurrent.iterate(h, e, freqs, mask, n_loops):
+        for state in model.recurrent.iterate(h, e, ctx, n_loops):
             loops_used += state.ran
             assert state.halting is not None and state.change is not None, "both are there in eval mode"
             halting.append(state.halting)
             delta.append(torch.where(state.ran, state.change, 0.0))
             h = state.h
-        logits = model.head(model.decode(h, freqs, mask))
+        logits = model.head(model.decode(h, ctx))
         idle = n_loops - len(delta)
         still = torch.zeros(input_ids.shape, device=h.device)
-        halting += [ask(model.recurrent.act, h, still)] * idle
+        halting += [halting_probability(model.recurrent.act, h, still)] * idle
         delta += [still] * idle
         load += [torch.zeros(model.cfg.n_experts, device=h.device)] * idle
     return Trace(logits, loops_used, torch.stack(halting), torch.stack(delta), torch.stack(load))
@@ -91,7 +90,7 @@ def _expert_load(model: OpenMythos) -> Iterator[list[Tensor]]:
         tokens = inputs[0].flatten(0, -2)
         chosen, _ = ffn.route(tokens)  # type: ignore[operator]
         real = tokens.ne(0).any(-1)  # padding is all zeros here
-        loads[-1] += expert_counts(chosen[real], model.cfg.n_experts)
+        loads[-1] += chosen[real].flatten().bincount(minlength=model.cfg.n_experts)
 
     ffns = [layer.ffn for layer in model.recurrent.layers if isinstance(layer.ffn, MoEFFN)]
     hooks = [model.recurrent.block.register_forward_pre_hook(begin)]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from open_mythos.context import Context
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
@@ -59,7 +60,7 @@ def readings(
     ids: Tensor,
     loops: Iterable[int],
     valid: Tensor | None = None,
-    start: Callable[[Tensor], Tensor] | None = None,
+    start: Callable[[Tensor, Context], Tensor] | None = None,
     exit: Exit | None = None,
 ) -> Iterator[Reading]:
     """The model after each of ``loops``, in rising order, from one run; use it inside :func:`measuring`.
@@ -69,7 +70,7 @@ def readings(
         ids: (B, T) tokens.
         loops: numbers of loops to read at.
         valid: (B, T) bool, False at padding; None where there is none.
-        start: the state before the first loop, from the encoded input (B, T, dim); the model's own if None.
+        start: the state before the first loop, from the encoded input (B, T, dim) and its context; the model's own if None.
         exit: when a position stops looping; with None, when the gate says so if ``cfg.halting``, else never.
 
     Raises:
@@ -78,10 +79,10 @@ def readings(
     wanted = sorted(set(loops))
     if not wanted or wanted[0] < 1:
         raise ValueError(f"loops={wanted}; give one or more integers of at least 1")
-    e, freqs, mask = model.encode(ids, attention_mask=valid)
-    h, used = (start or model.first_state)(e), torch.zeros_like(ids)
-    predict = model.readout(freqs, mask)
-    for state in model.recurrent.iterate(h, e, freqs, mask, wanted[-1], exit=exit, readout=predict):
+    e, ctx = model.encode(ids, attention_mask=valid)
+    h, used = (start or model.first_state)(e, ctx), torch.zeros_like(ids)
+    predict = model.readout(ctx)
+    for state in model.recurrent.iterate(h, e, ctx, wanted[-1], exit, predict):
         h, used = state.h, used + state.ran
         if state.loop + 1 == wanted[0]:
             yield Reading(wanted.pop(0), h, predict(h, state.loop), used)

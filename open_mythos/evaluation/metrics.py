@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
+from open_mythos.context import Context
 from open_mythos.diagnostics import flops_per_token
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.evaluation.grid import DepthGrid, check_fit, depth_grid, score_by_loops
@@ -123,12 +124,13 @@ def initial_state_gap(
     generator = torch.Generator().manual_seed(seed)
     problems = task.batch(examples, difficulty, generator)
 
-    def noise(e: Tensor) -> Tensor:
-        return torch.randn(e.shape, generator=generator).to(e) * e.ne(0).any(-1, keepdim=True)  # none at padding
+    def noise(e: Tensor, ctx: Context) -> Tensor:
+        drawn, valid = torch.randn(e.shape, generator=generator).to(e), ctx.mask.new_valid(e.shape[1])
+        return drawn if valid is None else drawn * valid  # none at padding
 
-    starts: dict[str, Callable[[Tensor], Tensor]] = {
+    starts: dict[str, Callable[[Tensor, Context], Tensor]] = {
         "own": model.first_state,
-        "zeros": torch.zeros_like,
+        "zeros": lambda e, ctx: torch.zeros_like(e),
         "noise": noise,
     }
     accuracy, differing, scored = dict.fromkeys(starts, 0.0), dict.fromkeys(starts, 0), 0

@@ -5,21 +5,19 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterator
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from open_mythos.cache import KVCache
+from open_mythos.cache import ROLLBACK
 from open_mythos.fields import must
+from open_mythos.generation.engines import Depth, Engine, make_engine
 from open_mythos.generation.sampling import Sampling
+from open_mythos.inputs import check_n_loops
+from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
-from open_mythos.nn.recurrent import check_n_loops
 from open_mythos.tasks.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from open_mythos.model import OpenMythos
 
 Messages = list[dict[str, str]]
 """As chat templates take them: ``{"role": "user" or "assistant", "content": text}`` each."""
@@ -47,7 +45,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: OpenMythos,
+        model: Model,
         tokenizer: Tokenizer,
         n_loops: int | None = None,
         sampling: Sampling | None = None,
@@ -63,7 +61,6 @@ class Conversation:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.sampling, self.exit, self.generator = sampling or Sampling(), exit, generator
         self._n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
-        self._cache, self._held = KVCache(), list[int]()  # the tokens whose rows the cache holds
         self.reset()
 
     def reset(self) -> None:
@@ -125,15 +122,15 @@ class Conversation:
         """
         must(len(self.ids) > 1 and n >= 1, "there is nothing to trace yet; say something first")
         n = min(n, len(self.ids) - 1)
-        model, found = self.model, []
+        model, by_loop = self.model, []
         with eval_mode(model):
-            e, freqs, mask = model.encode(self._tensor(self.ids[:-1]))
-            first, readout = model.first_state(e), model.readout(freqs, mask)
-            for state in model.recurrent.iterate(first, e, freqs, mask, self.n_loops, exit=self.exit, readout=readout):
-                logits = model.head(model.decode(state.h, freqs, mask)[0, -n:])
+            e, ctx = model.encode(self._tensor(self.ids[:-1]))
+            first, readout = model.first_state(e, ctx), model.readout(ctx)
+            for state in model.recurrent.iterate(first, e, ctx, self.n_loops, self.exit, readout):
+                logits = model.head(model.decode(state.h, ctx)[0, -n:])
                 probability, token = logits.float().softmax(-1).max(-1)
-                found.append(list(zip(token.tolist(), probability.tolist(), strict=True)))
-        return self.ids[-n:], found
+                by_loop.append(list(zip(token.tolist(), probability.tolist(), strict=True)))
+        return self.ids[-n:], by_loop
 
     def _piece(self, token: int) -> bytes:
         # A model may have more tokens than its tokenizer, so that their number is round.
@@ -151,20 +148,26 @@ class Conversation:
             said = "\n" + said
         return ((self.ids or start) + self.tokenizer.encode([said]).tolist())[-room:]
 
-    @torch.no_grad()
     def _logits(self) -> Tensor:
         """Of what follows ``ids``, (1, vocab_size); what the cache holds of them is not computed again."""
-        same = (mine == other for mine, other in zip(self._held, self.ids[:-1], strict=False))
-        known = sum(takewhile(bool, same))
-        self._cache.truncate(known)
-        new, self._held = self.ids[known:], []  # whoever interrupts what follows leaves half a token in the cache
         with eval_mode(self.model):
-            logits = self.model(self._tensor(new), self.n_loops, self._cache, exit=self.exit)[:, -1]
+            if self._engine is None:
+                depth = Depth(self.n_loops, self.model.recurrent.choose_exit(self.exit))
+                self._engine = make_engine("auto", self.model, depth)
+            same = (mine == other for mine, other in zip(self._held, self.ids[:-1], strict=False))
+            known = sum(takewhile(bool, same))
+            if len(self._held) - known > ROLLBACK:
+                known = 0
+            self._engine.truncate(known)
+            new, self._held = self.ids[known:], []  # an interruption leaves half a token in the cache
+            read = self._engine.step if known and len(new) == 1 else self._engine.extend
+            logits = read(self._tensor(new))
         self._held = list(self.ids)
         return logits
 
     def _forget_cache(self) -> None:
-        self._cache, self._held = KVCache(), list[int]()
+        self._engine: Engine | None = None
+        self._held = list[int]()  # the tokens whose rows the cache holds
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.embed.weight.device)

@@ -11,27 +11,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from open_mythos.cache import KVCache, coda_slot, prelude_slot
-from open_mythos.generation.generate import check_lengths
+from open_mythos.cache import Slot
+from open_mythos.context import AttentionMask, Context
+from open_mythos.fields import must
+from open_mythos.generation.engines import Depth, ModuleEngine
+from open_mythos.generation.fused import fuse, why_not_fused
 from open_mythos.generation.lanes import LaneCache, Place
 from open_mythos.generation.sampling import Sampling
-from open_mythos.nn.exits import Exit, LoopState
+from open_mythos.inputs import check_lengths, check_n_loops, end_tokens
+from open_mythos.interface import Model
+from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
-from open_mythos.nn.recurrent import check_n_loops
-from open_mythos.ops.mask import CausalMask
+from open_mythos.nn.recurrent import LoopInput, advance
 
-if TYPE_CHECKING:
-    from open_mythos.model import OpenMythos
-
-
-_COMPANY = 0.25
-"""Rows that have left the loops go on once they are this share of all: prelude, coda and head take a small model about
-as long for several rows as for one."""
+MIN_FINISHED_FRACTION = 0.25
+"""Run coda, head and sampling only when this fraction of rows has finished looping; it amortises their fixed cost."""
 
 
 @dataclass(eq=False)
@@ -40,8 +39,9 @@ class Request:
 
     Attributes:
         prompt: (T,) token ids.
-        max_new_tokens, n_loops, sampling, eos_token_id, generator: as :meth:`OpenMythos.generate_many`.
-        tokens: made so far, with ``eos_token_id`` if it came.
+        max_new_tokens, n_loops, sampling, generator: as :meth:`OpenMythos.generate_many`.
+        ends: tokens that end it.
+        tokens: made so far, with the one that ended it.
         loops: run by each token that was fed in after the prompt.
         done: whether there will be no more.
     """
@@ -50,7 +50,7 @@ class Request:
     max_new_tokens: int
     n_loops: int
     sampling: Sampling
-    eos_token_id: int | None
+    ends: tuple[int, ...]
     generator: torch.Generator | None
     tokens: list[int] = field(default_factory=list)
     loops: list[int] = field(default_factory=list)
@@ -59,13 +59,18 @@ class Request:
 
 @dataclass(eq=False)
 class _Row:
-    """A request that is being decoded: its lane of the cache, and where its newest token is."""
+    """A request that is being decoded: its lane of the cache, and where its newest token is.
+
+    Attributes:
+        loop: the next to run.
+        finished: state (1, 1, dim) and rotary phasors, once it has finished looping.
+    """
 
     request: Request
     lane: int
     position: int
-    loop: int = 0  # the next to run
-    left_with: tuple[Tensor, Tensor] | None = None  # state (1, 1, dim) and freqs, once it has left the loops
+    loop: int = 0
+    finished: tuple[Tensor, Tensor] | None = None
 
 
 class DepthBatch:
@@ -80,31 +85,30 @@ class DepthBatch:
         ValueError: for a model in training mode, and for an exit that reads predictions.
     """
 
-    def __init__(self, model: OpenMythos, exit: Exit | None = None, max_rows: int = 32) -> None:
-        if model.training:
-            raise ValueError("the model is in training mode, where nothing halts; call model.eval() first")
-        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
-            raise ValueError(f"max_rows={max_rows!r}; use an integer of at least 1")
+    def __init__(self, model: Model, exit: Exit | None = None, max_rows: int = 32) -> None:
+        must(not model.training, "the model is in training mode, where nothing halts; call model.eval() first")
+        whole = isinstance(max_rows, int) and not isinstance(max_rows, bool)
+        must(whole and max_rows >= 1, f"max_rows={max_rows!r}; use an integer of at least 1")
         self.exit = model.recurrent.choose_exit(exit)
-        if self.exit is not None and self.exit.needs_predictions:
-            raise ValueError(
-                f"exit={self.exit} reads predictions, which rows at different loops do not make together; use Gate, "
-                f"StateChange or Acceleration, or model.generate for a plain batch"
-            )
+        must(
+            self.exit is None or not self.exit.needs_predictions,
+            f"exit={self.exit} reads predictions, which rows at different loops do not make together; use Gate, "
+            f"StateChange or Acceleration, or model.generate for a plain batch",
+        )
         self.model = model
+        self._steps = model if why_not_fused(model) else fuse(model)  # computes tokens that come one by one
         cfg = model.cfg
-        # How far back the recurrent block looks: if all its heads are local, a window, and what is convolved into it.
-        local = cfg.n_local_heads == cfg.n_heads
-        self._reach = cfg.local_window + max(0, cfg.conv_taps - 1) if local else None
-        self._layers = [prelude_slot(i) for i in range(cfg.prelude_layers)]
-        self._layers += [coda_slot(i) for i in range(cfg.coda_layers)]
-        self._cache = LaneCache(max_rows, cfg.core_layers)
+        # How far back the recurrent block looks, if all its heads are local.
+        self._reach = cfg.local_window if cfg.n_local_heads == cfg.n_heads else None
+        self._layers = [Slot("prelude", i) for i in range(cfg.prelude_layers)]
+        self._layers += [Slot("coda", i) for i in range(cfg.coda_layers)]
+        self._cache = LaneCache(max_rows, cfg.core_layers, max(cfg.conv_taps - 1, 0))
         self._free = list(reversed(range(max_rows)))
         self._queue: deque[Request] = deque()
         self._running: list[_Row] = []
-        self._left: list[_Row] = []
-        # Of the running rows: h, e, freqs, loop, and what the exit carries, (n, 1, ...) each; and where they are.
-        self._state: tuple[Tensor, ...] = ()
+        self._finished: list[_Row] = []
+        # Of the running rows: h, rotary, loop, what each loop reads, and what the exit carries, (n, 1, ...) each.
+        self._state: tuple[Tensor, Tensor, Tensor, LoopInput, tuple[Tensor, ...]]
         self._place: Place
 
     def add(
@@ -113,7 +117,7 @@ class DepthBatch:
         max_new_tokens: int = 64,
         n_loops: int | None = None,
         sampling: Sampling | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Request:
         """Queue a sequence; arguments as :meth:`OpenMythos.generate_many`, ``prompt`` (T,).
@@ -124,9 +128,9 @@ class DepthBatch:
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             what = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise ValueError(f"prompt is {what}; pass a (tokens,) tensor of int64 or int32")
-        check_lengths(self.model, prompt.unsqueeze(0), max_new_tokens)
-        n_loops = check_n_loops(n_loops, self.model.cfg.max_loop_iters)
-        request = Request(prompt, max_new_tokens, n_loops, sampling or Sampling(), eos_token_id, generator)
+        check_lengths(self.model.cfg, prompt.unsqueeze(0), max_new_tokens)
+        n_loops, ends = check_n_loops(n_loops, self.model.cfg.max_loop_iters), end_tokens(eos_token_id)
+        request = Request(prompt, max_new_tokens, n_loops, sampling or Sampling(), ends, generator)
         if max_new_tokens == 0:
             request.done = True
         else:
@@ -136,31 +140,30 @@ class DepthBatch:
     @property
     def busy(self) -> bool:
         """Whether some request is not done."""
-        return bool(self._queue or self._running or self._left)
+        return bool(self._queue or self._running or self._finished)
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Start what waits for a place, and run one loop of every row. Returns the requests that got a token."""
+        """Start requests that fit, and run one loop of every row. Returns the requests that got a token."""
         served = []
         while self._queue and self._free:
             served.append(self._start(self._queue.popleft()))
-        n_rows = len(self._left) + len(self._running)
-        if self._left and len(self._left) >= _COMPANY * n_rows:
-            served += [row.request for row in self._left]
+        n_rows = len(self._finished) + len(self._running)
+        if self._finished and len(self._finished) >= MIN_FINISHED_FRACTION * n_rows:
+            served += [row.request for row in self._finished]
             self._next_tokens()
         if self._running:
             self._loop()
         return served
 
     def _start(self, request: Request) -> Request:
-        """Run the prompt through the model as it is; its last token's answer is the first new one."""
-        cache, T = KVCache(), len(request.prompt)
-        last = self.model.hidden(request.prompt.unsqueeze(0), request.n_loops, cache, exit=self.exit)[:, -1]
-        token = int(request.sampling.draw(self.model.head(last), request.generator))
+        """Read the prompt by itself, which gives the first new token."""
+        engine, T = ModuleEngine(self.model, Depth(request.n_loops, self.exit)), len(request.prompt)
+        token = int(request.sampling.draw(engine.extend(request.prompt.unsqueeze(0)), request.generator))
         if self._accept(request, token):
             row = _Row(request, self._free.pop(), T)
-            self._cache.reserve(T + request.max_new_tokens, 1, last.device)
-            self._cache.fill(row.lane, cache, self._layers, request.n_loops)
+            self._cache.reserve(T + request.max_new_tokens, 1, engine.state.device)
+            self._cache.fill(row.lane, engine.cache, self._layers, request.n_loops)
             self._enter([row])
         return request
 
@@ -168,45 +171,41 @@ class DepthBatch:
     def _accept(request: Request, token: int) -> bool:
         """Note a new token; whether another one is wanted."""
         request.tokens.append(token)
-        request.done = token == request.eos_token_id or len(request.tokens) == request.max_new_tokens
+        request.done = token in request.ends or len(request.tokens) == request.max_new_tokens
         return not request.done
 
     def _loop(self) -> None:
-        """One loop of every running row, from which those that have halted leave."""
-        rows, (h, e, freqs, loop, *carried) = self._running, self._state
-        deepest = max(row.loop for row in rows)
-        self._cache.reserve(0, deepest + 1, h.device)
+        """One loop of every running row; those that halt, or have run all of theirs, finish."""
+        rows, (h, rotary, loop, e, carried) = self._running, self._state
+        self._cache.reserve(0, max(row.loop for row in rows) + 1, h.device)
         self._cache.go_to(self._place, loop)
-        before, h = h, self.model.recurrent.step(h, e, loop, freqs, self._place.mask, self._cache)
-        stops = [False] * len(rows)
-        if self.exit is not None:
-            state = LoopState(deepest, h, torch.ones_like(loop, dtype=torch.bool), before, self.model.recurrent.act)
-            stopped, kept = self.exit.check(tuple(carried), state)
-            stops, carried = stopped.squeeze(1).tolist(), list(kept)
+        ctx = Context(rotary, self._place.mask, self._cache)
+        h, stopped, carried = advance(self._steps.recurrent, h, e, loop, ctx, self.exit, carried)
+        stops = [False] * len(rows) if stopped is None else stopped.squeeze(1).tolist()
         stay = []
         for i, row in enumerate(rows):
             row.loop += 1
             if stops[i] or row.loop == row.request.n_loops:
-                row.left_with = h[i : i + 1], freqs[i : i + 1]
-                self._left.append(row)
+                row.finished = h[i : i + 1], rotary[i : i + 1]
+                self._finished.append(row)
             else:
                 stay.append(i)
-        self._state = (h, e, freqs, loop + 1, *carried)
+        self._state = h, rotary, loop + 1, e, carried
         if len(stay) < len(rows):
             self._running = [rows[i] for i in stay]
             at = torch.tensor(stay, dtype=torch.int64, device=h.device)
-            self._state = tuple(x[at] for x in self._state)
+            h, rotary, loop, e, carried = self._state
+            self._state = h[at], rotary[at], loop[at], e.map(lambda x: x[at]), tuple(x[at] for x in carried)
             self._place = self._place.select(at)
 
     def _next_tokens(self) -> None:
-        """Coda, head and choice of a token for the rows that have left the loops; those that go on enter them again."""
-        rows, self._left = self._left, []
+        """Coda, head and choice of a token for the rows that have finished; those that go on enter the loops again."""
+        rows, self._finished = self._finished, []
         lanes, positions = [row.lane for row in rows], [row.position for row in rows]
-        self._cache.leave(lanes, positions, [row.loop - 1 for row in rows])
-        left_with = [row.left_with for row in rows if row.left_with is not None]
-        h, freqs = (torch.cat(parts) for parts in zip(*left_with, strict=True))
-        mask = self._outside_loops(lanes, positions)
-        logits = self.model.head(self.model.decode(h, freqs, mask, self._cache))[:, -1]
+        self._cache.retire(lanes, positions, [row.loop - 1 for row in rows])
+        h, rotary = (torch.cat(parts) for parts in zip(*(row.finished for row in rows if row.finished), strict=True))
+        ctx = Context(rotary, self._outside_loops(lanes, positions), self._cache)
+        logits = self.model.head(self._steps.decode(h, ctx))[:, -1]
         on = []
         for row, token in zip(rows, self._draw(rows, logits), strict=True):
             row.request.loops.append(row.loop)
@@ -218,17 +217,17 @@ class DepthBatch:
         if on:
             self._enter(on)
 
-    def _outside_loops(self, lanes: list[int], positions: list[int]) -> CausalMask:
+    def _outside_loops(self, lanes: list[int], positions: list[int]) -> AttentionMask:
         """Turn the cache to these tokens, for prelude and coda; the mask that they need."""
         if not self._layers:
-            return CausalMask(1, 1)
+            return AttentionMask(1, 1)
         place = self._cache.place(lanes, positions)
         self._cache.go_to(place)
         return place.mask
 
     @staticmethod
     def _draw(rows: list[_Row], logits: Tensor) -> list[int]:
-        """A token for each row of ``logits`` (n, vocab_size), as its request wants it drawn."""
+        """A token for each row of ``logits`` (n, vocab_size), drawn as its request says."""
         greedy = logits.argmax(-1).tolist()
         return [
             token if row.request.sampling.temperature == 0
@@ -241,39 +240,43 @@ class DepthBatch:
         lanes, positions = [row.lane for row in rows], [row.position for row in rows]
         device = self.model.embed.weight.device
         ids = torch.tensor([[row.request.tokens[-1]] for row in rows], device=device)
-        mask = self._outside_loops(lanes, positions)
-        e, freqs = self.model.encode_at(ids, torch.tensor(positions, device=device).unsqueeze(1), mask, self._cache)
-        h = self.model.first_state(e)
-        new = (h, e, freqs, torch.zeros_like(ids), *(self.exit.init(h) if self.exit is not None else ()))
-        if self._running:
-            new = tuple(torch.cat(pair) for pair in zip(self._state, new, strict=True))
-        self._running, self._state = self._running + rows, new
+        mask, at = self._outside_loops(lanes, positions), torch.tensor(positions, device=device).unsqueeze(1)
+        e, ctx = self._steps.encode_at(ids, at, mask, self._cache)
+        h, loop_input = self.model.first_state(e, ctx), self._steps.recurrent.prepare(e)
+        carried = () if self.exit is None else self.exit.init(h)
+        new: tuple[Any, ...] = h, ctx.rotary, torch.zeros_like(ids), loop_input, carried
+        self._state = tuple(map(_joined, self._state, new)) if self._running else new  # type: ignore[assignment]
+        self._running = self._running + rows
         self._place = self._cache.place(
             [row.lane for row in self._running], [row.position for row in self._running], self._reach
         )
 
 
+def _joined(old: Any, new: Any) -> Any:
+    """Rows of two batches, in tensors or in tuples of them."""
+    if isinstance(old, LoopInput):
+        per_row = zip(old[:3], new[:3], strict=True)
+        return LoopInput(*(None if x is None else torch.cat([x, y]) for x, y in per_row), *new[3:])
+    if isinstance(old, tuple):
+        return tuple(torch.cat(pair) for pair in zip(old, new, strict=True))
+    return torch.cat([old, new])
+
+
 def generate_many(
-    model: OpenMythos,
+    model: Model,
     prompts: Sequence[Tensor],
-    max_new_tokens: int,
     n_loops: int | Sequence[int] | None,
-    sampling: Sampling,
-    eos_token_id: int | None,
-    generator: torch.Generator | None,
     exit: Exit | None,
     max_rows: int,
+    **request: Any,
 ) -> list[Tensor]:
-    """See :meth:`OpenMythos.generate_many`."""
+    """See :meth:`OpenMythos.generate_many`; ``request`` is what each prompt's :meth:`DepthBatch.add` takes besides."""
     loops = list(n_loops) if isinstance(n_loops, Sequence) else [n_loops] * len(prompts)
     if len(loops) != len(prompts):
         raise ValueError(f"n_loops holds {len(loops)} numbers for {len(prompts)} prompts; give one for each, or one")
     with eval_mode(model):
         batch = DepthBatch(model, exit, max_rows)
-        requests = [
-            batch.add(prompt, max_new_tokens, count, sampling, eos_token_id, generator)
-            for prompt, count in zip(prompts, loops, strict=True)
-        ]
+        requests = [batch.add(prompt, n_loops=count, **request) for prompt, count in zip(prompts, loops, strict=True)]
         while batch.busy:
             batch.step()
     return [torch.cat([done.prompt, done.prompt.new_tensor(done.tokens)]) for done in requests]

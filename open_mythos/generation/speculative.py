@@ -9,20 +9,17 @@ all of them together, which where one token does not fill the machine costs litt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from open_mythos.cache import KVCache
+from open_mythos.cache import ROLLBACK
 from open_mythos.fields import must
-from open_mythos.generation.decoder import ModuleDecoder, make_decoder, together
+from open_mythos.generation.engines import Engine
 from open_mythos.generation.sampling import Sampling, choose
+from open_mythos.interface import Model
 from open_mythos.nn.modes import eval_mode
-
-if TYPE_CHECKING:
-    from open_mythos.model import OpenMythos
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Draft:
 
     Args:
         loops: of a draft; few enough to be cheap, enough to agree mostly.
-        tokens: drafted at a time, at most.
+        tokens: drafted at a time, 1 to 63: a cache can be cut back by no more.
 
     Raises:
         ValueError: naming what is out of range.
@@ -44,70 +41,53 @@ class Draft:
         for name, value in (("draft_loops", self.loops), ("draft_tokens", self.tokens)):
             whole = isinstance(value, int) and not isinstance(value, bool)
             must(whole and value >= 1, f"{name}={value!r}; use a whole number of at least 1")
+        must(self.tokens < ROLLBACK, f"draft_tokens={self.tokens}; use at most {ROLLBACK - 1}")
 
 
-@dataclass
-class Speculation:
-    """One continuation, drafted and verified.
+def drafted(
+    model: Model,
+    engine: Engine,
+    logits: Tensor,
+    draft: Draft,
+    sampling: Sampling,
+    ends: tuple[int, ...],
+    generator: torch.Generator | None,
+    max_new_tokens: int,
+) -> Iterator[Tensor]:
+    """New tokens as they are accepted, ``max_new_tokens`` in all: (B, 1 to draft.tokens + 1) at a time.
 
     Args:
-        model: run in eval mode, and put back after each block.
-        n_loops: loops for every token that comes out.
-        draft: loops and tokens of a draft.
-        sampling: how to draw, both draft and output.
-        eos_token_id: rows that have produced it go on with anything.
-        generator: random state to draw from.
-        cache: empty; holds in the end every token but the last.
+        model: put into eval mode for each block, and back after it.
+        engine: has read the prompt.
+        logits: (B, vocab_size) of what follows it.
+        draft, sampling, generator: as :func:`open_mythos.generation.generate.stream`.
+        ends: tokens after which a row goes on with anything.
+        max_new_tokens: where to stop.
     """
 
-    model: OpenMythos
-    n_loops: int
-    draft: Draft
-    sampling: Sampling
-    eos_token_id: int | None = None
-    generator: torch.Generator | None = None
-    cache: KVCache = field(default_factory=KVCache)
-    _decoder: ModuleDecoder = field(init=False, repr=False)
+    def is_end(tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device))
 
-    def blocks(self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
-        """New tokens as they are accepted, ``max_new_tokens`` in all: (B, 1 to draft.tokens + 1) at a time."""
-        with eval_mode(self.model), torch.no_grad():
-            padded = attention_mask is not None and not bool(attention_mask.all())
-            self._decoder = make_decoder(self.model, self.n_loops, padded)
-            last = self.model.hidden(input_ids, self.n_loops, self.cache, attention_mask=attention_mask, last=1)
-            new = self.sampling.draw(self.model.head(last[:, 0]), self.generator).unsqueeze(1)
-        done, left = torch.zeros_like(new, dtype=torch.bool), max_new_tokens
-        while True:
-            yield new
-            done, left = done | self._is_eos(new).any(1, keepdim=True), left - new.shape[1]
-            if not left:
-                return
-            with eval_mode(self.model), torch.no_grad():
-                new = self._round(new[:, -1:], min(self.draft.tokens, left - 1), done)
-
-    def _round(self, token: Tensor, n_drafted: int, done: Tensor) -> Tensor:
-        """The tokens that follow ``token`` (B, 1), the last one given out and not yet in the cache."""
-        decoder, cache, past = self._decoder, self.cache, self.cache.length
-        drafted, guesses, seen = [token], [], []
-        for i in range(n_drafted + 1):
-            e, tokens = decoder.encode(drafted[i], cache)
-            h = decoder.loops(decoder.first_state(e), e, tokens, 0, self.draft.loops)
-            seen.append((h, e, tokens))
-            if i < n_drafted:
-                guesses.append(self.sampling.probabilities(decoder.decode(h, tokens)))
-                drafted.append(self.sampling.choose(guesses[i][:, 0], self.generator).unsqueeze(1))
-        states, inputs, parts = zip(*seen, strict=True)
-        tokens = together(parts)
-        h = decoder.loops(torch.cat(states, 1), torch.cat(inputs, 1), tokens, self.draft.loops, self.n_loops)
-        p = self.sampling.probabilities(decoder.decode(h, tokens))
-        q, y = torch.cat([p[:, :0], *guesses], 1), torch.cat(drafted, 1)
-        after_eos = torch.cat([done, self._is_eos(y[:, 1:])], 1).cumsum(1).bool()[:, :n_drafted]
-        new = accept(p, q, y[:, 1:], after_eos, self.generator)
-        cache.truncate(past + new.shape[1])
-        return new
-
-    def _is_eos(self, tokens: Tensor) -> Tensor:
-        return torch.zeros_like(tokens, dtype=torch.bool) if self.eos_token_id is None else tokens == self.eos_token_id
+    new = sampling.draw(logits, generator).unsqueeze(1)
+    done, left = torch.zeros_like(new, dtype=torch.bool), max_new_tokens
+    while True:
+        yield new
+        done, left = done | is_end(new).any(1, keepdim=True), left - new.shape[1]
+        if not left:
+            return
+        n_drafted = min(draft.tokens, left - 1)
+        tokens, guesses, past = [new[:, -1:]], [], engine.cache.length
+        with eval_mode(model), torch.no_grad():
+            for i in range(n_drafted + 1):
+                guess = engine.draft(tokens[i], draft.loops)
+                if i < n_drafted:
+                    guesses.append(sampling.probabilities(guess.unsqueeze(1)))
+                    tokens.append(sampling.choose(guesses[i][:, 0], generator).unsqueeze(1))
+            p = sampling.probabilities(engine.verify())
+        q, y = torch.cat([p[:, :0], *guesses], 1), torch.cat(tokens, 1)
+        after_end = torch.cat([done, is_end(y[:, 1:])], 1).cumsum(1).bool()[:, :n_drafted]
+        new = accept(p, q, y[:, 1:], after_end, generator)
+        engine.truncate(past + new.shape[1])
 
 
 def accept(p: Tensor, q: Tensor, y: Tensor, free: Tensor, generator: torch.Generator | None = None) -> Tensor:

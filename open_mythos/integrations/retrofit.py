@@ -22,7 +22,7 @@ from open_mythos.integrations.original import check_family
 from open_mythos.model import OpenMythos
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import Expert
-from open_mythos.nn.gqa import GQAttention
+from open_mythos.nn.attention import GQAttention
 from open_mythos.nn.linear import Linear
 
 TOLERANCE = 1e-4

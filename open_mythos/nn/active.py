@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from open_mythos.ops.mask import CausalMask
+from open_mythos.context import AttentionMask, Context
 
 
 class ActiveTokens:
     """Bookkeeping for running one block on some of the (B, T) positions of a batch.
 
-    Position-wise work is done on the N running positions as one (1, N, ...) sequence; for attention the queries
-    are packed to the front of each row, (B, width, ...), width being the most that any row still runs. A halted
-    position keeps the key and value rows of the last loop that it ran. While all positions run, every method hands
-    back what it was given.
+    Where positions are *packed*, position-wise work is done on the N running ones as one (1, N, ...) sequence; for
+    attention the queries are packed to the front of each row, (B, width, ...), width being the most that any row still
+    runs. Else, as on a GPU, which would have to wait for these numbers, all positions are computed at fixed shapes. A
+    halted position keeps the key and value rows of the last loop that it ran. While all positions run, every method
+    returns what it was given.
 
     Args:
         running: (B, T) bool.
-        rows: key/value rows of the previous loop, (B, T, ...) each, for each layer of the block; empty at the first.
-
-    Attributes:
-        layer: the layer at work; where a block has several, it says which.
+        packs: whether positions are packed.
+        rows: raw and final key/value rows of the previous loop for each layer of the block, (B, T, ...) each; empty at
+            the first loop, which all positions run.
     """
 
-    def __init__(self, running: Tensor, rows: dict[int, dict[str, Tensor]] | None = None) -> None:
-        self.running = running
+    def __init__(self, running: Tensor, packs: bool, rows: dict[Any, tuple[Tensor, Tensor]] | None = None) -> None:
+        self.running, self.packs = running, packs
         self.rows = rows or {}
-        self.layer = 0
 
     def only(self, running: Tensor) -> ActiveTokens:
         """Those of these positions that still run, with the rows of the loop that is over."""
-        still = ActiveTokens(running, self.rows)
-        return self if len(still) == len(self) else still
+        still = ActiveTokens(running, self.packs, self.rows)
+        return self if self.packs and len(still) == len(self) else still
 
     @cached_property
     def _n(self) -> int:
@@ -60,47 +62,54 @@ class ActiveTokens:
         return int(self.running.sum(1).max())
 
     @property
-    def is_everything(self) -> bool:
-        """Whether no position has halted."""
-        return len(self) == self.running.numel()
+    def is_packed(self) -> bool:
+        """Whether some positions are left out."""
+        return self.packs and len(self) < self.running.numel()
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        if self.is_everything:
-            return x
-        return x[self._at].unsqueeze(0)
+        return x[self._at].unsqueeze(0) if self.is_packed else x
 
     def scatter(self, new: Tensor, into: Tensor) -> Tensor:
         """``into`` (B, T, ...) with the running positions replaced by ``new`` (1, N, ...)."""
-        if self.is_everything:
+        if self.is_packed:
+            return into.index_put(self._at, new[0].to(into.dtype))
+        if self.packs:
             return new
-        return into.index_put(self._at, new[0].to(into.dtype))
+        return torch.where(self.running.view(*self.running.shape, *[1] * (new.ndim - 2)), new, into)
 
     def pack(self, x: Tensor) -> Tensor:
         """(1, N, ...) -> (B, width, ...), zeros behind each row's last."""
-        if self.is_everything:
+        if not self.is_packed:
             return x
         packed = x.new_zeros(len(self.running), self.width, *x.shape[2:])
         return packed.index_put(self._packed_at, x[0])
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(B, width, ...) -> (1, N, ...)."""
-        if self.is_everything:
-            return packed
-        return packed[self._packed_at].unsqueeze(0)
+        return packed[self._packed_at].unsqueeze(0) if self.is_packed else packed
 
-    def mask(self, whole: CausalMask) -> CausalMask:
-        """``whole``, the mask of all T positions of the batch, for the packed queries alone."""
-        if self.is_everything:
-            return whole
-        first = whole.n_keys - whole.n_queries
-        positions = self.pack((self._at[1] + first).unsqueeze(0))
-        return CausalMask(self.width, whole.n_keys, whole.valid, positions, first, whole.starts)
+    def merge_raw(self, layer: Any, raw: Tensor) -> Tensor:
+        """Raw rows of all (B, T) positions: ``raw`` (1, N, ...) where they run, the previous loop's elsewhere."""
+        return self.scatter(raw, self.rows[layer][0]) if layer in self.rows else raw
 
-    def merge(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rows of all (B, T) positions: ``new`` ones (1, N, ...) where they run, the previous loop's elsewhere."""
-        if not self.is_everything:
-            old = self.rows[self.layer]
-            new = {name: self.scatter(rows, into=old[name]) for name, rows in new.items()}
-        self.rows[self.layer] = new
-        return new
+    def merge(self, layer: Any, raw: Tensor, rows: Tensor) -> Tensor:
+        """Final rows (B, T, ...) likewise; a halted position's stay as they are, whatever its neighbours do."""
+        if layer in self.rows and (self.is_packed or not self.packs):
+            running = self.running.view(*self.running.shape, *[1] * (rows.ndim - 2))
+            rows = torch.where(running, rows, self.rows[layer][1])
+        self.rows[layer] = raw, rows
+        return rows
+
+    def context(self, whole: Context) -> Context:
+        """``whole``, the context of all T positions of the batch, for the running ones."""
+        if not self.is_packed:
+            return replace(whole, active=self)
+        mask = whole.mask
+        assert isinstance(mask, AttentionMask)
+        n_rows, rotary = len(self.running), whole.rotary
+        if rotary.ndim == (2 if rotary.is_complex() else 3):
+            rotary = rotary.expand(n_rows, *rotary.shape)
+        positions = self.pack((self._at[1] + mask.start).unsqueeze(0))
+        packed = replace(mask, n_queries=self.width, positions=positions, first=mask.start)
+        return replace(whole, rotary=self.gather(rotary), mask=packed, active=self)

@@ -1,173 +1,269 @@
-"""What both kinds of attention share: cache, halted positions, and the split into global and local heads."""
+"""Attention: grouped queries or latents, a short convolution before the cache, and heads with a window."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache, as_cache
+from open_mythos.cache import KVCache, Slot
 from open_mythos.config import MythosConfig
-from open_mythos.nn.active import ActiveTokens
-from open_mythos.nn.linear import Linear, apply
-from open_mythos.ops.attention import attend, attend_convolved, attend_local, attend_local_convolved
-from open_mythos.ops.attention_kernel import attend_few, attend_heads, is_native, is_native_for_few
-from open_mythos.ops.mask import CausalMask
-from open_mythos.ops.rope import rope_rows
-
-Rows = dict[str, Tensor]
-Taps = tuple[Tensor, Tensor]
-"""Of keys (1, K, G, D) and of values (1, K, G, Dv)."""
-
-_FEW = 16  # rows for one query, from which on they are not convolved before they are read
+from open_mythos.context import AttentionMask, Context, as_context
+from open_mythos.nn.linear import WEIGHT_STD, LatentUp, Linear, project, residual_gain
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.ops.attention import attend
+from open_mythos.ops.rope import apply_rope
 
 
-def without_padding(rows: Rows, valid: Tensor) -> Rows:
-    """``rows`` (B, T, ...), zero at padding, where no gradient may pass either.
+class ShortConv(nn.Module):
+    """The taps of a depth-wise convolution of keys and values over the last few tokens; called, it returns them.
 
-    The norm of a zero row multiplies gradients by a thousand, which overflows over a few loops, and infinity times
-    zero is not a number.
+    It gives attention a direct view of the previous token, so that information moves one position along at every loop
+    without a head having to learn it (the idea of Canon layers, Allen-Zhu 2025).
+
+    Like the matrices of :class:`~open_mythos.nn.linear.Linear`, taps are stored at the scale of ``std``.
 
     Args:
-        rows: of the last T tokens.
-        valid: (B, S) bool, S at least T.
+        channels: width of the rows.
+        n_taps: tokens each output sees, its own included.
+        share: neighbouring channels that have the same taps; 2 for rotated keys, whose channels rotate in pairs and
+            must keep doing so for scores to depend on distances alone.
+        std: see above.
     """
-    padding = ~valid[:, -next(iter(rows.values())).shape[1] :]
-    return {name: x.masked_fill(padding.view(*x.shape[:2], *[1] * (x.ndim - 2)), 0) for name, x in rows.items()}
+
+    def __init__(self, channels: int, n_taps: int, share: int = 1, std: float = WEIGHT_STD) -> None:
+        super().__init__()
+        self.share, self.std = share, std
+        self.taps = nn.Parameter(torch.empty(n_taps, channels // share))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Near the identity, with some of the previous token mixed in."""
+        start = torch.zeros_like(self.taps)
+        start[0] = 1.0
+        start[1:2] = 0.3
+        with torch.no_grad():
+            self.taps.normal_(std=0.1).add_(start).mul_(self.std)
+
+    def forward(self) -> Tensor:
+        """The taps of every channel, the token's own first: (n_taps, channels)."""
+        taps = self.taps / self.std
+        return taps if self.share == 1 else taps.unsqueeze(2).expand(-1, -1, self.share).flatten(1)
 
 
-class CausalAttention(nn.Module):
+class Attention(nn.Module):
     """Base of :class:`GQAttention` and :class:`MLAttention`: the order of work around a score function.
 
-    A subclass says how tokens become queries and cacheable rows (:meth:`project`), and how queries read all rows
-    (:meth:`read`).
+    A subclass says how tokens become queries and rows (:meth:`project`), how rows are convolved (:meth:`kernel`), and
+    how queries read all rows (:meth:`read`). A row is (G, W): what attention reads of one token.
 
     Args:
-        cfg: reads n_heads, n_local_heads.
-        local_window: if above 0, ``cfg.n_local_heads`` of the heads see only this many last tokens.
+        cfg: reads n_heads, n_local_heads, conv_taps.
+        local_window: if above 0, ``cfg.n_local_heads`` of the heads see tokens nearer than this only.
     """
 
     wo: Linear
 
     def __init__(self, cfg: MythosConfig, local_window: int = 0) -> None:
         super().__init__()
-        self.n_heads = cfg.n_heads
+        self.n_heads, self.n_taps = cfg.n_heads, cfg.conv_taps
         self.local_window = local_window
         self.n_local_heads = cfg.n_local_heads if local_window else 0
 
     def forward(
         self,
         x: Tensor,
-        freqs: Tensor,
-        mask: CausalMask | None = None,
-        kv_cache: Cache | dict[str, Rows] | None = None,
-        cache_key: str = "default",
-        active: ActiveTokens | None = None,
+        freqs: Context | Tensor,
+        mask: AttentionMask | Tensor | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None,
+        cache_key: Slot | str = "default",
         last: int | None = None,
     ) -> Tensor:
-        """Attend causally.
+        """Attend.
 
         Args:
-            x: tokens, (B, T, dim); or the running ones alone, (1, N, dim), with ``active``.
-            freqs: rotary phasors or (cos, sin) pairs of these tokens, see :func:`open_mythos.ops.rope.apply_rope`.
-                A table of more positions than tokens is read from the first position that the cache lacks.
-            mask: who sees whom; plain causal if None.
-            kv_cache: rows of earlier tokens; this call's are written where ``mask`` says that the new tokens stand, or
-                appended.
+            x: tokens, (B, T, dim); or the running ones alone, (1, N, dim), if the context says so.
+            freqs: the :class:`Context` of these tokens, and then neither mask nor cache; or their rotary phasors or
+                (cos, sin) pairs, see :func:`open_mythos.ops.rope.apply_rope`. A table of more positions than tokens is
+                read from the first position that the cache lacks.
+            mask: who sees whom, see :func:`~open_mythos.context.as_mask`; causal if None.
+            kv_cache: rows of earlier tokens; this call's are appended.
             cache_key: slot of the cache.
-            active: which positions of the batch ``x`` holds, when some have halted.
-            last: how many of the last tokens ask; all if None. The rows of all of them are cached and seen.
+            last: how many of the last tokens are queries; all if None. The rows of all of them are cached and seen.
 
         Returns:
-            As x, of the tokens that ask.
+            As x, of the tokens that are queries.
         """
-        if mask is not None and not isinstance(mask, CausalMask):
-            raise ValueError(
-                f"mask is a {type(mask).__name__}; attention is causal by itself, so pass None, or give padding "
-                f"to the model as attention_mask"
-            )
-        cache = as_cache(kv_cache)
-        freqs = rope_rows(freqs, cache.slot_length(cache_key) if cache is not None else 0, x.shape[1])
-        q, rows = self.project(x, freqs)
+        ctx = as_context(freqs, mask, kv_cache, cache_key, x.shape[1])
+        mask, active = ctx.mask, ctx.active
+        assert isinstance(mask, AttentionMask)
+        queries, raw = self.project(x, ctx.rotary)
+        layer = cache_key.layer if isinstance(cache_key, Slot) else cache_key
         if active is not None:
-            q, rows = active.pack(q), active.merge(rows)
-        if mask is not None and mask.valid is not None:
-            rows = without_padding(rows, mask.valid)
-        if cache is not None:
-            rows = cache.slot(cache_key).update(rows, None if mask is None else mask.n_keys - mask.n_new)
-        mask = mask or CausalMask(q.shape[1], next(iter(rows.values())).shape[1])
+            queries, raw = [active.pack(q) for q in queries], active.merge_raw(layer, raw)
+        if mask.valid is not None:
+            # The norm of a zero row multiplies gradients by a thousand, which overflows over a few loops.
+            raw = raw.masked_fill(~mask.new_valid(raw.shape[1]).unsqueeze(-1), 0)  # type: ignore[union-attr]
+        rows = self._convolve(raw, ctx, mask, cache_key) if self.n_taps else raw
+        if active is not None:
+            rows = active.merge(layer, raw, rows)
+        if ctx.cache is not None:
+            slot = ctx.cache.slot(cache_key)
+            rows = slot.update(rows, raw if self.n_taps else None, mask.start, self.n_taps - 1)
         if last is not None:
-            q = q[:, -last:]
-            mask = mask.ending(q.shape[1])
-        out = self.read(q, rows, mask)
-        if mask.valid is not None and (active is None or active.is_everything):  # padding halts after the first loop
-            out = without_padding({"out": out}, mask.valid)["out"]  # behind a convolution it sees real tokens
-        return apply(self.wo, (active.unpack(out) if active is not None else out).flatten(2))
+            queries, mask = [q[:, -last:] for q in queries], mask.ending(last)
+        out = self.read(queries, rows, mask)
+        if mask.valid is not None and (active is None or not active.is_packed):  # padding halts after the first loop
+            out = out.masked_fill(~mask.new_valid(out.shape[1]).unsqueeze(-1), 0)  # type: ignore[union-attr]
+        return self.wo((active.unpack(out) if active is not None else out).flatten(2))
 
-    def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Rows]:
-        """Queries (B, T, H, D) and the rows to cache, (B, T, ...) each."""
+    def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Queries, as parts (B, T, H, ...), and raw rows (B, T, G, W)."""
         raise NotImplementedError
 
-    def read(self, q: Tensor, rows: Rows, mask: CausalMask) -> Tensor:
-        """What the queries find in all rows: (B, T, H, Dv)."""
+    def kernel(self) -> Tensor:
+        """Taps of every number of a row: (n_taps, G, W)."""
         raise NotImplementedError
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: CausalMask,
-        scale: float | None = None,
-        taps: Taps | None = None,
-    ) -> Tensor:
-        """Local attention for the first ``n_local_heads`` heads, global for the rest; shapes as ops.attention.
+    def read(self, queries: list[Tensor], rows: Tensor, mask: AttentionMask) -> Tensor:
+        """What the queries find in all rows (B, S, G, W): (B, T, H, Dv)."""
+        raise NotImplementedError
 
-        ``taps`` are of a short convolution that keys and values have still to pass; nothing of their length is then
-        written (see :func:`attend_convolved`).
-        """
-        n, found = self.n_local_heads, []
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        if taps is None and is_native(q, k, mask):
-            return attend_heads(q, k, v, mask, scale, n, self.local_window)
-        if taps is not None and is_native_for_few(q, mask):
-            return attend_few(q, k, v, taps[0][0], taps[1][0], mask, scale, n, self.local_window)
-        if n:
-            found.append(self._attend_near(range(n), q, k, v, mask, scale, taps))
-        if n < self.n_heads:
-            found.append(self._attend_far(range(n, self.n_heads), q, k, v, mask, scale, taps))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+    def _convolve(self, raw: Tensor, ctx: Context, mask: AttentionMask, slot: Slot | str) -> Tensor:
+        """``y[t] = sum_j taps[j] raw[t - j]`` within each document: (B, T, G, W); centred where attention sees ahead."""
+        kernel, K, T = ctx.once((self, "kernel"), lambda: self.kernel().flip(0)), self.n_taps, raw.shape[1]
+        before = None if ctx.cache is None else ctx.cache.slot(slot).raw_before(mask.start, K - 1)
+        if T == 1 and before is not None:
+            return (torch.cat([before, raw], 1) * kernel).sum(1, keepdim=True)
+        ahead = 0 if mask.causal else (K - 1) // 2
+        padded = nn.functional.pad(raw, (0, 0, 0, 0, K - 1, ahead)) if before is None else torch.cat([before, raw], 1)
+        own = K - 1 - ahead
+        out = raw * kernel[own]
+        for i in (i for i in range(K) if i != own):
+            shifted = padded[:, i + ahead : i + ahead + T]
+            if mask.documents is not None:
+                same = mask.documents == mask.documents.roll(own - i, 1)
+                shifted = shifted * same.view(*same.shape, 1, 1)
+            out = torch.addcmul(out, shifted, kernel[i])
+        return out
 
-    def _attend_near(
-        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float, taps: Taps | None
-    ) -> Tensor:
-        """Local attention of some heads."""
-        q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)
-        if taps is None:
-            return attend_local(q, k, v, self.local_window, mask, scale)
-        k_taps, v_taps = (self._read_by(heads, tap)[0] for tap in taps)
-        return attend_local_convolved(q, k, v, k_taps, v_taps, self.local_window, mask, scale)
 
-    def _attend_far(
-        self, heads: range, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, scale: float, taps: Taps | None
-    ) -> Tensor:
-        """Global attention of some heads."""
-        q, k, v = q[:, :, heads.start : heads.stop], self._read_by(heads, k), self._read_by(heads, v)
-        if taps is None:
-            return attend(q, k, v, mask, scale)
-        k_taps, v_taps = (self._read_by(heads, tap)[0] for tap in taps)
-        return attend_convolved(q, k, v, k_taps, v_taps, mask, scale)
+class GQAttention(Attention):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions.
 
-    @staticmethod
-    def are_few(q: Tensor, rows: Rows, mask: CausalMask) -> bool:
-        """Whether there are so few queries that convolving all rows for them would cost more than reading them.
+    A row holds, for each of ``n_kv_heads``, a rotated key and a value: (n_kv_heads, 2 head_dim).
 
-        Never between documents, which a convolution that moves to the queries does not know.
-        """
-        return mask.starts is None and q.shape[1] * _FEW <= next(iter(rows.values())).shape[1]
+    Args:
+        cfg: reads dim, n_heads, n_kv_heads, conv_taps.
+        local_window: see :class:`Attention`.
+        n_layers: depth of the stack it stands in.
+    """
 
-    def _read_by(self, heads: range, x: Tensor) -> Tensor:
-        """The key/value heads of ``x`` (B, S, G, D) that the query ``heads`` read."""
-        per_group = self.n_heads // x.shape[2]
-        if heads.start % per_group == 0 and len(heads) % per_group == 0:
-            return x[:, :, heads.start // per_group : heads.stop // per_group]
-        return x if x.shape[2] == 1 else x[:, :, [head // per_group for head in heads]]
+    def __init__(self, cfg: MythosConfig, local_window: int = 0, n_layers: int = 1) -> None:
+        super().__init__(cfg, local_window)
+        self.n_kv_heads, self.head_dim = cfg.n_kv_heads, cfg.head_dim
+        std = cfg.weight_std
+        kv_dim = cfg.n_kv_heads * cfg.head_dim
+        self.wq = Linear(cfg.dim, cfg.dim, std=std)
+        self.wk = Linear(cfg.dim, kv_dim, std=std)
+        self.wv = Linear(cfg.dim, kv_dim, std=std)
+        self.wo = Linear(cfg.dim, cfg.dim, gain=residual_gain(n_layers), std=std)
+        self.k_conv = ShortConv(kv_dim, cfg.conv_taps, share=2, std=std) if cfg.conv_taps else None
+        self.v_conv = ShortConv(kv_dim, cfg.conv_taps, std=std) if cfg.conv_taps else None
+
+    def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
+        q, k, v = project(x, self.wq, self.wk, self.wv)
+        return self.rotate(torch.cat([q, k], -1), v, rotary)
+
+    def rotate(self, qk: Tensor, v: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
+        """:meth:`project`, from queries and keys next to each other (B, T, (H + G) D) and values (B, T, G D)."""
+        q, k = apply_rope(qk.unflatten(-1, (-1, self.head_dim)), rotary).split([self.n_heads, self.n_kv_heads], 2)
+        return [q], torch.cat([k, v.unflatten(-1, (-1, self.head_dim))], -1)
+
+    def kernel(self) -> Tensor:
+        assert self.k_conv is not None and self.v_conv is not None
+        taps = [conv().unflatten(1, (self.n_kv_heads, -1)) for conv in (self.k_conv, self.v_conv)]
+        return torch.cat(taps, -1)
+
+    def read(self, queries: list[Tensor], rows: Tensor, mask: AttentionMask) -> Tensor:
+        return attend(queries[0], rows, mask, self.head_dim**-0.5, self.n_local_heads, self.local_window)
+
+
+class MLAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Queries and keys/values pass through low-rank latents; position travels on a separate rotary part, whose key
+    is one for all heads. A row holds that latent and that key, (1, kv_lora_rank + qk_rope_head_dim), and nothing else.
+
+    There are two ways to read it, equal up to rounding. *Expanded* turns every latent into the keys and values of
+    all heads. *Absorbed* moves the expansion to the queries and the output, so the latents are read as they are.
+    :meth:`read` takes whichever needs fewer multiplications: expanded for a long prompt, absorbed in decoding.
+
+    Args:
+        cfg: reads dim, n_heads, the five MLA sizes, conv_taps.
+        local_window: see :class:`Attention`.
+        n_layers: depth of the stack it stands in.
+    """
+
+    def __init__(self, cfg: MythosConfig, local_window: int = 0, n_layers: int = 1) -> None:
+        super().__init__(cfg, local_window)
+        std = cfg.weight_std
+        self.nope_dim, self.rope_dim, self.v_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+        self.latent_dim = cfg.kv_lora_rank
+        self.score_scale = (self.nope_dim + self.rope_dim) ** -0.5
+        self.q_down = Linear(cfg.dim, cfg.q_lora_rank, std=std)
+        self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
+        self.q_up = Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope_dim + self.rope_dim), std=std)
+        self.kv_down = Linear(cfg.dim, self.latent_dim + self.rope_dim, std=std)
+        self.kv_norm = RMSNorm(self.latent_dim, cfg.norm_eps)
+        self.kv_up = LatentUp(self.latent_dim, cfg.n_heads, self.nope_dim, self.v_dim, std=std)
+        self.wo = Linear(cfg.n_heads * self.v_dim, cfg.dim, gain=residual_gain(n_layers), std=std)
+        self.conv = ShortConv(self.latent_dim, cfg.conv_taps, std=std) if cfg.conv_taps else None
+
+    def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
+        q_latent, kv = project(x, self.q_down, self.kv_down)
+        c_kv, k_rope = kv.split([self.latent_dim, self.rope_dim], dim=-1)
+        return self.rotate(self.q_up(self.q_norm(q_latent)), self.kv_norm(c_kv), k_rope, rotary)
+
+    def rotate(self, q: Tensor, c_kv: Tensor, k_rope: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
+        """:meth:`project`, from queries (B, T, H (N + P)), latents (B, T, R) and rotary keys (B, T, P)."""
+        q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
+        rotated = apply_rope(torch.cat([q_rope, k_rope.unsqueeze(2)], 2), rotary)
+        q_rope, k_rope = rotated.split([self.n_heads, 1], 2)
+        return [q_nope, q_rope], torch.cat([c_kv.unsqueeze(2), k_rope], -1)
+
+    def kernel(self) -> Tensor:
+        assert self.conv is not None
+        taps = self.conv()
+        identity = taps.new_zeros(self.n_taps, self.rope_dim)  # rotary keys are not convolved
+        identity[0] = 1
+        return torch.cat([taps, identity], -1).unsqueeze(1)
+
+    def read(self, queries: list[Tensor], rows: Tensor, mask: AttentionMask) -> Tensor:
+        (q_nope, q_rope), n_all = queries, rows.shape[1]
+        per_pair_expanded = self.nope_dim + self.rope_dim + self.v_dim
+        per_pair_absorbed = self.rope_dim + 2 * self.latent_dim
+        per_token = self.latent_dim * (self.nope_dim + self.v_dim)
+        n_new = q_nope.shape[1]
+        expanded = n_all * per_token + n_new * n_all * per_pair_expanded
+        absorbed = n_new * per_token + n_new * n_all * per_pair_absorbed
+        can_absorb = isinstance(self.kv_up, LatentUp)  # an adapter put around it cannot
+        read = self.read_absorbed if can_absorb and absorbed < expanded else self.read_expanded
+        return read(q_nope, q_rope, rows, mask)
+
+    def read_expanded(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: AttentionMask) -> Tensor:
+        """Every latent becomes H keys and values."""
+        c_kv, k_rope = rows.split([self.latent_dim, self.rope_dim], -1)
+        up = self.kv_up(c_kv.squeeze(2)).unflatten(-1, (self.n_heads, -1))
+        k_nope, v = up.split([self.nope_dim, self.v_dim], dim=-1)
+        q, kv = torch.cat([q_nope, q_rope], -1), [k_nope, k_rope.expand(-1, -1, self.n_heads, -1), v]
+        return attend(q, torch.cat(kv, -1), mask, self.score_scale, self.n_local_heads, self.local_window)
+
+    def read_absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: AttentionMask) -> Tensor:
+        """The rows are the keys, and the latents in them the values, of one shared head."""
+        B, T = q_nope.shape[:2]
+        q_latent = self.kv_up(q_nope.flatten(0, 1), absorb="keys").unflatten(0, (B, T))
+        q = torch.cat([q_latent, q_rope], -1)
+        mixed = attend(q, rows, mask, self.score_scale, self.n_local_heads, self.local_window)
+        return self.kv_up(mixed[..., : self.latent_dim].flatten(0, 1), absorb="values").unflatten(0, (B, T))

@@ -6,15 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache, core_slot
+from open_mythos.cache import KVCache, Slot
 from open_mythos.config import MythosConfig
-from open_mythos.nn.active import ActiveTokens
-from open_mythos.nn.feed_forward import Expert
-from open_mythos.nn.gqa import GQAttention
-from open_mythos.nn.mla import MLAttention
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.context import AttentionMask, Context
+from open_mythos.nn.attention import GQAttention, MLAttention
+from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.mask import CausalMask
 
 
 class TransformerBlock(nn.Module):
@@ -42,23 +39,20 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        freqs: Tensor,
-        mask: CausalMask | None = None,
-        kv_cache: Cache | dict[str, Any] | None = None,
-        cache_key: str = "default",
-        active: ActiveTokens | None = None,
+        freqs: Context | Tensor,
+        mask: AttentionMask | Tensor | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None,
+        cache_key: Slot | str = "default",
         last: int | None = None,
     ) -> Tensor:
-        """(B, T, dim) -> (B, T or last, dim); arguments as :meth:`CausalAttention.forward`."""
-        found = self.attn(self.attn_norm(x), freqs, mask, kv_cache, cache_key, active, last)
-        x = (x if last is None else x[:, -last:]) + self.dropout(found)
+        """(B, T, dim) -> (B, T or last, dim); arguments as :meth:`Attention.forward`."""
+        attended = self.attn(self.attn_norm(x), freqs, mask, kv_cache, cache_key, last)
+        x = (x if last is None else x[:, -last:]) + self.dropout(attended)
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class CoreBlocks(nn.ModuleList):
     """Several blocks of the recurrent kind that a loop runs in turn, called as one :class:`TransformerBlock` is.
-
-    Each has slots and rows of its own; the first one's slots are called as the only block's would be.
 
     Args:
         cfg: reads core_layers.
@@ -70,15 +64,14 @@ class CoreBlocks(nn.ModuleList):
     def forward(
         self,
         x: Tensor,
-        freqs: Tensor,
-        mask: CausalMask | None = None,
-        kv_cache: Cache | dict[str, Any] | None = None,
-        cache_key: str = "default",
-        active: ActiveTokens | None = None,
+        freqs: Context | Tensor,
+        mask: AttentionMask | Tensor | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None,
+        cache_key: Slot | str = "default",
     ) -> Tensor:
-        """(B, T, dim) -> (B, T, dim); arguments as :meth:`TransformerBlock.forward`."""
+        """(B, T, dim) -> (B, T, dim); arguments as :meth:`TransformerBlock.forward`. Each block has its own slots."""
         for layer, block in enumerate(self):
-            if active is not None:
-                active.layer = layer
-            x = block(x, freqs, mask, kv_cache, core_slot(cache_key, layer), active)
+            if layer:
+                own = cache_key._replace(layer=layer) if isinstance(cache_key, Slot) else f"{cache_key}_layer_{layer}"
+            x = block(x, freqs, mask, kv_cache, own if layer else cache_key)
         return x

@@ -1,40 +1,37 @@
 """Exits: when a position may stop looping. Settings only; what is carried from loop to loop is handed back and forth.
 
-Every exit here but :class:`Gate` works on any trained model. They all watch something come to rest, and rest is not
-the same as being done: where an answer must travel, a position far from what it waits for sits still, undecided,
-until the news arrives. ``patience`` helps against short waits only; :class:`Gate` learns to tell the two apart.
+Every exit here but :class:`Gate` works on any trained model. They all stop when something has converged, which is not
+the same as being done: where an answer must travel, a position far from what it depends on does not move until that
+arrives. ``patience`` helps against short waits only; :class:`Gate` learns to tell the two apart.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from open_mythos.fields import must, nearest
-from open_mythos.nn.halting import ask, follow
-from open_mythos.ops.gate import follow_change, relative_change
+from open_mythos.nn.halting import halting_probability, relative_change
 
 Carried = tuple[Tensor, ...]
 
 
 @dataclass
 class LoopState:
-    """What there is to see after one loop. What costs something is computed when it is first read.
+    """What happened in one loop. What costs something is computed when it is first read.
 
     Attributes:
-        loop: number of the loop, from 0; the greatest, if rows are at different ones.
+        loop: number of the loop, from 0; the largest, if rows are at different ones.
         h: (B, T, dim) state after it.
         ran: (B, T) bool, the positions that this loop computed.
         before: (B, T, dim) state before it; None in training, when nothing halts.
-        gate: the block's gate, to be asked; None in training.
+        gate: the block's gate; None in training.
         logits: (B, T, vocab_size) predictions from ``h``; None unless the exit in use reads them.
     """
 
@@ -53,11 +50,11 @@ class LoopState:
     @cached_property
     def halting(self) -> Tensor | None:
         """(B, T) probability that the gate gives; None in training."""
-        return None if self.gate is None or self.change is None else ask(self.gate, self.h, self.change)
+        return None if self.gate is None or self.change is None else halting_probability(self.gate, self.h, self.change)
 
 
 class Exit(ABC):
-    """Says after each loop which positions may stop; whoever has stopped is not asked again.
+    """Decides after each loop which positions may stop; those that have are not checked again.
 
     Attributes:
         needs_predictions: whether ``check`` reads ``state.logits``. They cost a pass through coda and head each loop.
@@ -72,22 +69,6 @@ class Exit(ABC):
     @abstractmethod
     def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
         """(B, T) bool, True where a position may stop after this loop, and what to carry into the next."""
-
-    def follow(self, h: Tensor, gate: nn.Module) -> Callable[[Tensor, Tensor], bool]:
-        """For one position with the first state ``h`` (1, 1, dim): whether it may stop, told after every loop in turn.
-
-        What is returned takes the states before and after the loop, and says what :meth:`check` does. Where that takes
-        as long as a third of a loop, subclasses say it in less time.
-        """
-        carried, loop, ran = self.init(h), 0, torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-
-        def may_stop(before: Tensor, after: Tensor) -> bool:
-            nonlocal carried, loop
-            stops, carried = self.check(carried, LoopState(loop, after, ran, before, gate))
-            loop += 1
-            return bool(stops)
-
-        return may_stop
 
 
 @dataclass(frozen=True)
@@ -114,25 +95,12 @@ class Gate(Exit):
         mass = carried[0] + state.halting.detach().float()
         return mass >= self.threshold, (mass,)
 
-    def follow(self, h: Tensor, gate: nn.Module) -> Callable[[Tensor, Tensor], bool]:
-        probability = follow(gate, h)
-        if probability is None:
-            return super().follow(h, gate)
-        mass, threshold = np.float32(0), np.float32(self.threshold)  # as a tensor would add them up, bit for bit
 
-        def may_stop(before: Tensor, after: Tensor) -> bool:
-            nonlocal mass
-            mass += np.float32(probability(before, after))
-            return bool(mass >= threshold)
-
-        return may_stop
-
-
-class _AtRest(Exit):
-    """Stop after ``patience`` loops in a row at which what the exit watches is still."""
+class ConvergenceExit(Exit):
+    """Stop after ``patience`` loops in a row in which what the exit watches has converged."""
 
     patience: int
-    compares: ClassVar[int] = 2  # how many loops' values `still` takes
+    compares: ClassVar[int] = 2  # how many loops' values `is_still` compares
 
     def __post_init__(self) -> None:
         threshold = getattr(self, "threshold", 1.0)
@@ -152,20 +120,20 @@ class _AtRest(Exit):
         seen = [*seen, self.watch(state)]
         if len(seen) < self.compares:
             return count >= self.patience, (count, *seen)
-        count = (count + 1) * self.still(*seen)
+        count = (count + 1) * self.is_still(*seen)
         return count >= self.patience, (count, *seen[1:])
 
     def watch(self, state: LoopState) -> Tensor:
-        """What the exit compares from loop to loop, (B, T, ...): the state, unless a subclass says otherwise."""
+        """What is compared from loop to loop, (B, T, ...): the state, unless a subclass overrides this."""
         return state.h.detach()
 
     @abstractmethod
-    def still(self, *seen: Tensor) -> Tensor:
+    def is_still(self, *seen: Tensor) -> Tensor:
         """(B, T) bool, given what was watched at the last ``compares`` loops, the latest last."""
 
 
 @dataclass(frozen=True)
-class StateChange(_AtRest):
+class StateChange(ConvergenceExit):
     """Stop when a state hardly moves: ``|h_t - h_{t-1}| / |h_t|`` below a threshold (Huginn, arXiv:2502.05171).
 
     Args:
@@ -181,22 +149,12 @@ class StateChange(_AtRest):
         assert state.change is not None, "there is a change in eval mode"
         return state.change.detach()
 
-    def still(self, *seen: Tensor) -> Tensor:
+    def is_still(self, *seen: Tensor) -> Tensor:
         return seen[-1] < self.threshold
-
-    def follow(self, h: Tensor, gate: nn.Module) -> Callable[[Tensor, Tensor], bool]:
-        change, count, threshold = follow_change(h), 0, np.float32(self.threshold)
-
-        def may_stop(before: Tensor, after: Tensor) -> bool:
-            nonlocal count
-            count = count + 1 if change(before, after) < threshold else 0
-            return count >= self.patience
-
-        return may_stop
 
 
 @dataclass(frozen=True)
-class Acceleration(_AtRest):
+class Acceleration(ConvergenceExit):
     """Stop when a state moves evenly: ``|h_t - 2 h_{t-1} + h_{t-2}| / |h_t|`` below a threshold (arXiv:2509.23314).
 
     Args:
@@ -208,13 +166,13 @@ class Acceleration(_AtRest):
     patience: int = 1
     compares: ClassVar[int] = 3
 
-    def still(self, *seen: Tensor) -> Tensor:
+    def is_still(self, *seen: Tensor) -> Tensor:
         first, second, third = (x.float() for x in seen)
         return _size(third - 2 * second + first) < self.threshold * _size(third)
 
 
 @dataclass(frozen=True)
-class PredictionKL(_AtRest):
+class PredictionKL(ConvergenceExit):
     """Stop when a prediction hardly changes: ``KL(p_t || p_{t-1})`` below a threshold (Huginn, arXiv:2502.05171).
 
     Args:
@@ -229,13 +187,13 @@ class PredictionKL(_AtRest):
     def watch(self, state: LoopState) -> Tensor:
         return _logits(state).float().log_softmax(-1)
 
-    def still(self, *seen: Tensor) -> Tensor:
+    def is_still(self, *seen: Tensor) -> Tensor:
         before, now = seen
         return (now.exp() * (now - before)).sum(-1) < self.threshold
 
 
 @dataclass(frozen=True)
-class StableArgmax(_AtRest):
+class StableArgmax(ConvergenceExit):
     """Stop when the likeliest token is the one of the loop before.
 
     Args:
@@ -248,7 +206,7 @@ class StableArgmax(_AtRest):
     def watch(self, state: LoopState) -> Tensor:
         return _logits(state).argmax(-1)
 
-    def still(self, *seen: Tensor) -> Tensor:
+    def is_still(self, *seen: Tensor) -> Tensor:
         before, now = seen
         return before == now
 

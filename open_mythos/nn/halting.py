@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import WEIGHT_STD, Linear, apply
-from open_mythos.ops.gate import FINEST, follow_gate, gate, relative_change
-from open_mythos.ops.kernels import has_kernels
-from open_mythos.ops.norm import rms_norm
+from open_mythos.nn.linear import WEIGHT_STD, Linear
 
-_CAUTION = 30.0  # how much worse it is to halt a state that still moves than to run one that has settled
-_START = -4.0  # logit of a new gate: it lets 50 loops pass before it halts anything
+MIN_CHANGE = 1e-3  # changes below it look alike to a gate: bfloat16 knows none that are smaller
+EARLY_EXIT_WEIGHT = 30.0  # how much worse it is to halt a state that still moves than to run one that has converged
+INITIAL_LOGIT = -4.0  # a new gate lets 50 loops pass before it halts anything
+
+
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """``|after - before| / |after|`` over the last axis, in float32; 0 where both are 0."""
+    before, after = before.float(), after.float()
+    size = torch.linalg.vector_norm(after, dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.linalg.vector_norm(after - before, dim=-1) / size
 
 
 class ACTHalting(nn.Module):
@@ -40,29 +42,14 @@ class ACTHalting(nn.Module):
     def reset(self) -> None:
         """Treat all states alike again; the hidden layer keeps what it has learned to see."""
         nn.init.zeros_(self.halt.weight)
-        nn.init.constant_(self.halt.bias, _START * self.std)
+        nn.init.constant_(self.halt.bias, INITIAL_LOGIT * self.std)
 
     def forward(self, h: Tensor, change: Tensor | None = None) -> Tensor:
         """(B, T, dim) states, and their :func:`relative_change` (B, T), 1 if None, to (B, T) probabilities."""
-        hidden, halt = self.hidden, self.halt
-        if self._is_plain(h, hidden, halt):
-            return gate(h, change, hidden.weight, hidden.scale, self.motion, halt.weight, halt.bias, 1 / self.std)
-        seen = apply(hidden, rms_norm(h))
+        hidden = self.hidden(F.rms_norm(h, h.shape[-1:], eps=1e-6))
         if change is not None:
-            seen = seen + (change.to(seen.dtype) + FINEST).log().unsqueeze(-1) * self.motion / self.std
-        found = F.silu(seen) * halt.in_features**-0.5
-        return (halt(found).squeeze(-1) / self.std).sigmoid()
-
-    @staticmethod
-    def _is_plain(h: Tensor, hidden: nn.Module, halt: nn.Module) -> bool:
-        """Whether C code can ask in place of the layers: they are our own, unwatched, and no gradient is wanted."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return False
-        for layer, kind in ((hidden, Linear), (halt, nn.Linear)):
-            if type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-                return False
-        assert isinstance(hidden, Linear) and isinstance(halt, nn.Linear)
-        return has_kernels(h, hidden.weight, halt.weight)
+            hidden = hidden + (change.to(hidden.dtype) + MIN_CHANGE).log().unsqueeze(-1) * (self.motion / self.std)
+        return (self.halt(F.silu(hidden) * self.halt.in_features**-0.5).squeeze(-1) / self.std).sigmoid()
 
 
 _FORWARD = ACTHalting.forward
@@ -73,42 +60,23 @@ def is_replaced(act: nn.Module) -> bool:
     return getattr(act.forward, "__func__", None) is not _FORWARD
 
 
-def ask(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
-    """What the gate ``act`` says of states and their :func:`relative_change`; one of somebody else's sees states alone.
+def halting_probability(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
+    """(B, T) probabilities of the gate ``act``, from states and their :func:`relative_change`.
 
     Args:
-        act: an :class:`ACTHalting`, or what was put in its place or in that of its ``forward``.
+        act: an :class:`ACTHalting`, or what was put in its place or in that of its ``forward``: it gets states alone.
         h: (B, T, dim).
         change: (B, T).
-
-    Returns:
-        (B, T) probabilities.
     """
     return act(h) if is_replaced(act) else act(h, change)
 
 
-def follow(act: nn.Module, h: Tensor) -> Callable[[Tensor, Tensor], float] | None:
-    """What the gate says of one position, given its states (1, 1, dim) before and after a loop; as a number, at once.
-
-    Args:
-        act: as for :func:`ask`.
-        h: its first state, (1, 1, dim).
-
-    Returns:
-        None where :func:`ask` has to be called instead.
-    """
-    if not isinstance(act, ACTHalting) or is_replaced(act) or not act._is_plain(h, act.hidden, act.halt):
-        return None
-    hidden, halt = act.hidden, act.halt
-    return follow_gate(h, hidden.weight, hidden.scale, act.motion, halt.weight, halt.bias, 1 / act.std)
-
-
-def from_here_on(holds: Tensor) -> Tensor:
+def holds_from_here_on(holds: Tensor) -> Tensor:
     """Where (loops, ...) bool holds at this loop and at every later one."""
     return holds.flip(0).cumprod(0).flip(0).bool()
 
 
-def settled(states: Tensor, tolerance: float, end: Tensor | None = None) -> Tensor:
+def converged(states: Tensor, tolerance: float, end: Tensor | None = None) -> Tensor:
     """Which states are final: from that loop on, never further than ``tolerance`` from where the position ends.
 
     Args:
@@ -120,55 +88,34 @@ def settled(states: Tensor, tolerance: float, end: Tensor | None = None) -> Tens
         (loops, B, T) bool, once True then True.
     """
     end = (states[-1] if end is None else end).float()
-    return from_here_on((states.float() - end).norm(dim=-1) <= tolerance * end.norm(dim=-1))
+    return holds_from_here_on((states.float() - end).norm(dim=-1) <= tolerance * end.norm(dim=-1))
 
 
-def surprise(probability: Tensor, may_stop: Tensor, caution: float) -> Tensor:
-    """Cross-entropy of the gate, ``caution`` times as dear where it should not stop as where it may.
+def gate_cross_entropy(probability: Tensor, may_stop: Tensor, early_exit_weight: float) -> Tensor:
+    """Cross-entropy of the gate, weighted by ``early_exit_weight`` where it should not stop; as given, float32.
 
     Args:
-        probability: what the gate says, any shape.
-        may_stop: bool, what it should say, as ``probability``.
-        caution: above 0.
-
-    Returns:
-        As ``probability``, float32.
+        probability: of the gate, any shape.
+        may_stop: bool, its label, as ``probability``.
+        early_exit_weight: above 0.
     """
     p = probability.float().clamp(1e-6, 1 - 1e-6)
     # Written out, since F.binary_cross_entropy refuses to run under CUDA autocast.
-    return -torch.where(may_stop, p.log(), caution * (1 - p).log())
+    return -torch.where(may_stop, p.log(), early_exit_weight * (1 - p).log())
 
 
 def gate_loss(act: nn.Module, states: Tensor, live: Tensor, tolerance: float) -> Tensor:
-    """:func:`surprise` of the gate against :func:`settled`, on states without their history: a scalar.
+    """:func:`gate_cross_entropy` against :func:`converged`, on states without their history: a scalar.
 
     Args:
         act: the gate.
         states: (1 + loops, B, T, dim), the first before any loop.
         live: (B, T) bool, False at padding.
-        tolerance: see :func:`settled`.
+        tolerance: see :func:`converged`.
     """
     states = states.detach()
-    known = states[1:-1]  # whether the last has settled is not known
+    known = states[1:-1]  # whether the last has converged is not known
     change = relative_change(states[:-2], known)
-    probability = ask(act, known.flatten(0, 1), change.flatten(0, 1)).view(known.shape[:-1])
-    losses = surprise(probability, settled(states[1:], tolerance)[:-1], _CAUTION)
+    probability = halting_probability(act, known.flatten(0, 1), change.flatten(0, 1)).view(known.shape[:-1])
+    losses = gate_cross_entropy(probability, converged(states[1:], tolerance)[:-1], EARLY_EXIT_WEIGHT)
     return (losses * live).sum() / (live.sum() * len(known)).clamp(min=1)
-
-
-class _WithLoss(torch.autograd.Function):
-    """Identity on ``x`` whose backward also starts the backward of ``loss``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss_dtype = loss.dtype
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones((), dtype=ctx.loss_dtype, device=grad.device)
-
-
-def with_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """``x``, unchanged; whatever is trained through it trains ``loss`` too, with nothing for the caller to add."""
-    return _WithLoss.apply(x, loss)

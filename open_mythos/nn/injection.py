@@ -1,9 +1,13 @@
-"""Input injection: the linear, stable part of the recurrence."""
+"""How a loop reads the encoded input: linear injection, and depth-wise LoRA."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from open_mythos.nn.linear import WEIGHT_STD, Linear
 
 MARGIN = 2.0**-7
 """What A keeps from 0 and 1; exact in bfloat16 and float16, so A stays inside (0, 1) there too."""
@@ -38,13 +42,68 @@ class LTIInjection(nn.Module):
         folded = torch.where(phase <= width, phase, 2 * width - phase)
         return (self.margin + folded).to(self.raw_A.dtype)
 
-    def forward(self, h: Tensor, e: Tensor, transformer_out: Tensor | None = None) -> Tensor:
-        """One step of the recurrence.
+    def forward(self, h: Tensor | None, e: Tensor, transformer_out: Tensor | None = None) -> Any:
+        """One step of the recurrence, (..., dim).
 
         Args:
-            h: state, (..., dim).
+            h: state, (..., dim); None for A and ``B * e`` apart, which are the same in every loop.
             e: encoded input, (..., dim).
             transformer_out: what the block adds, (..., dim); left out, only the linear part is returned.
         """
-        out = self.get_A() * h + self.B * e
+        decay, injected = self.get_A(), self.B * e
+        if h is None:
+            return decay, injected
+        out = torch.addcmul(injected, decay, h)
         return out if transformer_out is None else out + transformer_out
+
+
+class LoRAAdapter(nn.Module):
+    """``B(scale[loop] * down(x))``, added to the block's output (after Relaxed Recursive Transformers, 2410.20672).
+
+    The recurrent block gives it the encoded input e, not the state: a low-rank map of the state that is applied at
+    every loop grows like a power and undoes solved states at depths beyond the trained one. ``B`` starts at zero, so
+    a new model computes exactly what it would without the adapter. Loops deeper than any that was trained
+    (``trained_loops``, see :mod:`open_mythos.nn.auxiliary`) use the scale of the deepest that was.
+
+    Args:
+        dim: model width.
+        rank: width of the adapter.
+        max_loops: rows of the table of scales; deeper loops are allowed and use the last.
+        std: see :class:`Linear`.
+    """
+
+    trained_loops: Tensor
+
+    def __init__(self, dim: int, rank: int, max_loops: int, std: float = WEIGHT_STD) -> None:
+        super().__init__()
+        self.down = Linear(dim, rank, std=std)
+        self.B = nn.Parameter(torch.zeros(dim, rank))
+        self.scale = nn.Embedding(max_loops, rank)
+        nn.init.ones_(self.scale.weight)
+        self.register_buffer("trained_loops", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor | None, loop_t: int | Tensor, prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0; (B, 1) integers for one of each row.
+
+        ``prepared``, if given, is what :meth:`prepare` made of ``x``.
+        """
+        low_rank, scales = self.prepare(x) if prepared is None else prepared  # type: ignore[arg-type]
+        last = len(scales) - 1
+        row = scales[loop_t.clamp(max=last) if isinstance(loop_t, Tensor) else min(loop_t, last)]
+        return nn.functional.linear(low_rank * row, self.B)
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is the same in every loop: ``down(x)`` (..., rank), and the scale of each loop (max_loops, rank)."""
+        loops = torch.arange(self.scale.num_embeddings, device=x.device)
+        return self.down(x), self.scale(loops.clamp(max=(self.trained_loops - 1).clamp(min=0)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Fit a table saved with another ``max_loops``: grow to it, or repeat its last row. Nothing trained is cut."""
+        key = prefix + "scale.weight"
+        if key in state_dict:
+            n_saved, rank = state_dict[key].shape
+            if n_saved > self.scale.num_embeddings:
+                self.scale = nn.Embedding(n_saved, rank).to(self.scale.weight)
+            rows = torch.arange(self.scale.num_embeddings).clamp(max=n_saved - 1)
+            state_dict[key] = state_dict[key][rows.to(state_dict[key].device)]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.ops.linear import linear, linears
-
 WEIGHT_STD = 0.02
 """Default of ``MythosConfig.weight_std``, for layers built without a config."""
 
@@ -43,63 +41,56 @@ class Linear(nn.Linear):
         self.std = std
         super().__init__(in_features, out_features, bias=False)  # calls reset_parameters
         self.scale = fan_in_scale(in_features, gain, std)
-        self._is_wrapped = False
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self._is_wrapped else linear(x, self.weight, self.scale)
+        return scaled_linear(x, self.weight, self.scale)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
         return f"{in_features}, {out_features}, scale={self.scale:.3g}"
 
 
+class LatentUp(Linear):
+    """From a latent to ``n_heads`` keys and values; or that map moved to the other side of a product.
+
+    ``q . (U c)`` is ``(U^T q) . c``: with ``absorb="keys"`` queries (N, H, key_dim) become (N, H, in_features), and with
+    ``absorb="values"`` mixtures of latents (N, H, in_features) become values (N, H, value_dim).
+
+    Args:
+        in_features: R, of a latent.
+        n_heads, key_dim, value_dim: of the keys and values.
+        std: as :class:`Linear`.
+    """
+
+    def __init__(self, in_features: int, n_heads: int, key_dim: int, value_dim: int, std: float = WEIGHT_STD) -> None:
+        super().__init__(in_features, n_heads * (key_dim + value_dim), std=std)
+        self.n_heads, self.key_dim = n_heads, key_dim
+
+    def forward(self, x: Tensor, absorb: str = "") -> Tensor:
+        if not absorb:
+            return super().forward(x)
+        weight = self.weight.unflatten(0, (self.n_heads, -1))  # (H, key_dim + value_dim, R)
+        weight = weight[:, : self.key_dim] if absorb == "keys" else weight[:, self.key_dim :].transpose(1, 2)
+        ignored = weight.detach()[:1, :1, :1]
+        return torch.baddbmm(ignored, x.transpose(0, 1), weight, beta=0, alpha=self.scale).transpose(0, 1)
+
+
 class Head(nn.Linear):
     """``y = x @ weight.T``: states to logits, with a weight that may be the embedding's."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+
+def scaled_linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
+    """``scale * x @ weight.T``: (..., I) -> (..., O), with the factor inside of the product."""
+    if type(weight_OI) not in (Tensor, nn.Parameter):  # quantised and distributed weights know F.linear alone
+        return F.linear(x, weight_OI) * scale
+    ignored = weight_OI.detach()[:1, 0]  # beta is 0
+    out_NO = torch.addmm(ignored, x.reshape(-1, x.shape[-1]), weight_OI.t(), beta=0, alpha=scale)
+    return out_NO.view(*x.shape[:-1], -1)
 
 
-def apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a :class:`Linear` makes of ``x``, or one that PEFT has put an adapter around.
-
-    The scale is then applied to the sum of layer and adapter, so that an adapter that is merged into the weight, as it
-    is stored, computes what it did before.
-    """
-    base = _base(layer)
-    if base is layer or base is None:
-        return layer(x)
-    base._is_wrapped = True
-    try:
-        return layer(x) * base.scale
-    finally:
-        base._is_wrapped = False
-
-
-def side_by_side(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What several layers make of one input, faster than one after the other, unless one of them has an adapter."""
-    plain = [layer for layer in layers if isinstance(layer, Linear)]
-    if len(plain) < len(layers):
-        return tuple(apply(layer, x) for layer in layers)
-    return linears(x, [layer.weight for layer in plain], [layer.scale for layer in plain])
-
-
-def effective_weight(layer: nn.Module) -> Tensor:
-    """The matrix (out_features, in_features) that :func:`apply` multiplies by."""
-    if isinstance(layer, Linear):
-        return layer.weight * layer.scale
-    base = _base(layer)
-    assert base is not None, "there is a Linear inside"
-    return apply(layer, torch.eye(base.in_features, dtype=base.weight.dtype, device=base.weight.device)).T
-
-
-def _base(layer: nn.Module) -> Linear | None:
-    """The :class:`Linear` inside what PEFT puts around it."""
-    while not isinstance(layer, Linear):
-        if (inner := getattr(layer, "base_layer", None)) is None:
-            return None
-        layer = inner
-    return layer
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each of several layers makes of one input."""
+    return [layer(x) for layer in layers]

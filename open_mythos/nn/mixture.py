@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.cache import Cache
 from open_mythos.config import MythosConfig
-from open_mythos.nn.active import ActiveTokens
+from open_mythos.context import Context
 from open_mythos.nn.exits import LoopState
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.linear import WEIGHT_STD
-from open_mythos.nn.recurrent import RecurrentBlock, step_slot
-from open_mythos.ops.mask import CausalMask
+from open_mythos.nn.recurrent import LoopInput, RecurrentBlock, step_slot
 
 
 class MixtureGate(nn.Module):
@@ -32,7 +30,7 @@ class MixtureGate(nn.Module):
         nn.init.zeros_(self.halt.bias)
 
     def forward(self, state: Tensor) -> Tensor:
-        """(B, T, dim), or states with what :class:`MixtureBlock` carries beside h, to (B, T)."""
+        """(B, T, dim), or states with what :class:`MixtureBlock` carries next to h, to (B, T)."""
         return self.halt(state[..., : self.halt.in_features].to(self.halt.weight.dtype)).squeeze(-1).sigmoid()
 
 
@@ -43,8 +41,8 @@ class MixtureBlock(RecurrentBlock):
     it until these add up to ``cfg.act_threshold``; the one that reaches it has what is left of 1, and later ones none.
     Weights of too few loops add up to less than 1. All of it has gradient, so the gate needs no loss of its own.
 
-    With ``cfg.halting`` a position stops, in eval mode, when its mixture is made. Others then go on reading its last
-    keys and values, which makes a slight difference; without, every position runs every loop.
+    With ``cfg.halting`` a position stops, in eval mode, when its mixture is complete. Others then go on reading its
+    last keys and values, which makes a slight difference; without, every position runs every loop.
 
     The state that loops hand on is (B, T, 2 dim + 1), of float32 or more: h, its mixture so far, and the weight spent.
     Any A in [0, 1] is possible.
@@ -70,20 +68,15 @@ class MixtureBlock(RecurrentBlock):
         """As :meth:`RecurrentBlock.iterate`, from a state or from a first h, (B, T, dim)."""
         return super().iterate(self.begin(h) if h.shape[-1] == self.cfg.dim else h, *inputs, **options)
 
-    def step(
-        self,
-        h: Tensor,
-        e: Tensor,
-        loop: int | Tensor,
-        freqs: Tensor,
-        mask: CausalMask | None = None,
-        kv_cache: Cache | None = None,
-        active: ActiveTokens | None = None,
-    ) -> Tensor:
+    def prepare(self, e: Tensor) -> LoopInput:
+        return LoopInput(e)
+
+    def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
+        e = e.e if isinstance(e, LoopInput) else e
         h, mixed, spent = h.split([self.cfg.dim, self.cfg.dim, 1], -1)
         h = h.to(e.dtype)
-        x = self.norm(self.with_loop_index(h, e, loop) + e)
-        x = self.block(x, freqs, mask, kv_cache, step_slot(loop, kv_cache), active)
+        x = self.norm(self._with_loop_index(h, loop, ctx) + e)
+        x = self.block(x, ctx, cache_key=step_slot(loop, ctx))
         if self.lora is not None:
             x = x + self.lora(x, loop)
         h = self.injection(h, e, x).to(mixed.dtype)
@@ -92,7 +85,3 @@ class MixtureBlock(RecurrentBlock):
         unspent = spent < self.cfg.act_threshold
         weight = torch.where(spent + share >= self.cfg.act_threshold, rest, share) * unspent
         return torch.cat([h, mixed + weight * h, spent + share * unspent], -1)
-
-    def _explore(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask | None) -> tuple[Tensor, None]:
-        """Nothing: this gate learns from the model's own loss, and training starts where the model does."""
-        return h, None

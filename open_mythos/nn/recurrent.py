@@ -1,62 +1,98 @@
-"""The recurrent block: one transformer block, or a few in turn, run for any number of loops."""
+"""The recurrent block, and the driver of its loops, which training, decoding and every measurement use."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos.cache import LOOPS_SLOT, Cache, as_cache, loop_slot, stand_in
+from open_mythos.cache import KVCache, Slot, fill_skipped_loops, loop_slot
 from open_mythos.config import MythosConfig
+from open_mythos.context import AttentionMask, Context, as_context
+from open_mythos.inputs import check_n_loops
 from open_mythos.nn.active import ActiveTokens
+from open_mythos.nn.auxiliary import training_states
 from open_mythos.nn.block import CoreBlocks, TransformerBlock
-from open_mythos.nn.exits import Exit, Gate, LoopState
-from open_mythos.nn.halting import ACTHalting, gate_loss, is_replaced, with_loss
-from open_mythos.nn.injection import LTIInjection
-from open_mythos.nn.lora import LoRAAdapter
-from open_mythos.nn.modes import eval_mode
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.exits import Carried, Exit, Gate, LoopState
+from open_mythos.nn.halting import ACTHalting, is_replaced
+from open_mythos.nn.injection import LoRAAdapter, LTIInjection
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.ops.dispatch import shapes_follow_values
 from open_mythos.ops.loop_index import loop_index_embedding
-from open_mythos.ops.mask import CausalMask
-from open_mythos.ops.rope import rope_rows
-
-_EXPLORED = 8  # one row in so many of a training batch is also run to full depth
-_GATE_WEIGHT = 0.02  # Adam does not mind, and gradient clipping then barely notices the gate
-
 
 Readout = Callable[[Tensor, int], Tensor]
 """From the states (B, T, dim) after a loop, and its number, to predictions (B, T, vocab_size)."""
 
 
-class RecurrentBlock(nn.Module):
-    """``h <- norm(A h + B e + Transformer(A h + B e))``, ``n_loops`` times with the same weights.
+class LoopInput(NamedTuple):
+    """What every loop reads beside its state, (B, T, ...): the encoded input, and what is made of it once.
+
+    Attributes:
+        e: the encoded input, (B, T, dim).
+        injected: ``B * e``.
+        low_rank: of e, (B, T, rank), without LoRA None.
+        scales: of LoRA, for each loop, (loops, rank).
+        decay: A of the injection, (dim,).
+    """
+
+    e: Tensor
+    injected: Tensor | None = None
+    low_rank: Tensor | None = None
+    scales: Tensor | None = None
+    decay: Tensor | None = None
+
+    def map(self, select: Callable[[Tensor], Tensor]) -> LoopInput:
+        """The same of some rows or positions."""
+        e, *others = (None if x is None else select(x) for x in self[:3])
+        return LoopInput(cast(Tensor, e), *others, *self[3:])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How training runs the loops: each sequence for its own number, with gradient through the last ones.
+
+    Args:
+        n_loops: (B,) loops of each sequence, at least 1; on the CPU, so that nothing waits for a GPU.
+        n_grad: (B,) how many of these, the last ones, have gradient, at least 1; on the CPU.
+        damping: share of the new state in each loop with gradient; below 1, gradients are those of a damped fixed-point
+            iteration ("phantom gradients", Geng et al. 2021, arXiv:2111.05177).
+        recompute: keep only the first state of each loop with gradient, and compute it again in the backward pass.
+        around: called on the state before a loop that is recomputed, with the loop's number, and on the last one.
+    """
+
+    n_loops: Tensor
+    n_grad: Tensor
+    damping: float = 1.0
+    recompute: bool = False
+    around: Callable[[Tensor, int], Tensor] = lambda h, loop: h
+
+    def groups(self, loop: int) -> Iterator[tuple[Tensor, bool]]:
+        """(R,) sequences that run a loop together, on the CPU; first those without gradient, then those with."""
+        running, without = loop < self.n_loops, loop < self.n_loops - self.n_grad
+        for rows, with_grad in ((without, False), (running & ~without, True)):
+            if len(rows := rows.nonzero().squeeze(1)):
+                yield rows, with_grad
+
+
+class LoopBlock(nn.Module):
+    """What one loop computes: ``norm(A h + B e + Transformer(A h + B e))``.
 
     ``Transformer`` is what the block's attention and feed-forward, or those of ``cfg.core_layers`` blocks one after the
-    other, add to their residual stream. In training every
-    position runs every loop. In eval mode a position stops when an exit says so, which is the gate with
-    ``cfg.halting``: its state stays, it is no longer computed, and others go on reading its last keys and values.
+    other, add to their residual stream.
 
     Args:
         cfg: the model's config.
-
-    Attributes:
-        recompute: in training, keep only each loop's first state, and compute the loop again in the backward pass.
     """
-
-    recompute = False
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.block = TransformerBlock(cfg, use_moe=True) if cfg.core_layers == 1 else CoreBlocks(cfg)
         self.injection = LTIInjection(cfg.dim, cfg.injection_decay, cfg.injection_gain)
-        self.act = ACTHalting(cfg.dim, cfg.weight_std)
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters, cfg.weight_std) if cfg.lora_rank else None
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.state_norm else nn.Identity()
 
@@ -65,53 +101,91 @@ class RecurrentBlock(nn.Module):
         """The transformer blocks that a loop runs, in order."""
         return [module for module in self.block.modules() if isinstance(module, TransformerBlock)]
 
+    def prepare(self, e: Tensor) -> LoopInput:
+        """What all loops read of the encoded input (B, T, dim), computed once."""
+        decay, injected = self.injection(None, e)
+        return LoopInput(e, injected, *((None, None) if self.lora is None else self.lora.prepare(e)), decay)
+
+    def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
+        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) of the positions that the context says still run.
+
+        ``loop`` may be (B, 1) integers, one of each row, with a cache that knows them.
+        """
+        e = e if isinstance(e, LoopInput) else self.prepare(e)
+        assert e.injected is not None and e.decay is not None
+        u = self._with_loop_index(torch.addcmul(e.injected, e.decay, h), loop, ctx)
+        u = self.block(u, ctx, cache_key=step_slot(loop, ctx))
+        if self.lora is not None:
+            u = u + self.lora(e.e, loop, (e.low_rank, e.scales))
+        h = self.norm(u)
+        if self.training and self.cfg.state_noise:
+            h = h + _without_padding(self.cfg.state_noise * torch.randn_like(h), ctx)
+        return h
+
+    def _with_loop_index(self, x: Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
+        """``x`` with the code of the loop's number, if the config has one."""
+        if not self.cfg.loop_index_dim:
+            return x
+        return _without_padding(loop_index_embedding(x, loop, self.cfg.loop_index_dim), ctx)
+
+
+class Loops(nn.Module):
+    """The driver: runs :meth:`step` loop after loop. Base of :class:`RecurrentBlock` and :class:`UntiedBlocks`."""
+
+    cfg: MythosConfig
+    act: ACTHalting
+    step: Callable[..., Tensor]
+    prepare: Callable[[Tensor], LoopInput]
+
     def forward(
         self,
         h: Tensor,
         e: Tensor,
-        freqs: Tensor,
-        mask: CausalMask | None = None,
+        freqs: Context | Tensor,
+        mask: AttentionMask | Tensor | None = None,
         n_loops: int | None = None,
-        kv_cache: Cache | dict[str, Any] | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None,
         exit: Exit | None = None,
         readout: Readout | None = None,
-        first_loop: int = 0,
+        auxiliary: bool = True,
+        recompute: bool = False,
         seen: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the loops.
 
+        In training every position runs every loop. In eval mode a position stops when an exit says so, which is the
+        gate with ``cfg.halting``: its state stays, it is no longer computed, and others go on reading its last keys and
+        values.
+
         Args:
             h: first state, (B, T, dim), as :meth:`begin` gives it.
             e: encoded input, injected again at every loop, (B, T, dim).
-            freqs: rotary phasors of the T positions.
-            mask: who sees whom; plain causal if None.
+            freqs, mask, kv_cache: a :class:`Context`, or what makes one; see :meth:`Attention.forward`.
             n_loops: at least 1; ``cfg.max_loop_iters`` if None.
-            kv_cache: one slot per loop.
             exit: when a position stops; with None, when the gate says so if ``cfg.halting``, else after the last loop.
             readout: predictions from states, called after every loop for an exit that needs them, and else never.
-            first_loop: loops that were run before, if ``h`` is the state after them; no exit may be in use then.
+            auxiliary: in a training step, also what :mod:`open_mythos.nn.auxiliary` does.
+            recompute: in training, keep only each loop's first state, and compute the loop again in the backward pass.
             seen: gets the states before the first loop and after each one, (B, T, dim).
 
         Returns:
             (B, T, dim): each position's state at the loop where it halted, or after the last.
 
         Raises:
-            ValueError: for an exit in training mode, or one that needs a readout and has none, or a ``first_loop``
-                that is not below ``n_loops``.
+            ValueError: for an exit in training mode, or one that needs a readout and has none.
         """
-        loss = None
-        for layer in self.layers if self.training else ():
-            if isinstance(layer.ffn, MoEFFN):
-                layer.ffn.update_bias()  # before any loop of this step, explored ones and a compiled block's too
-        if self.training and torch.is_grad_enabled() and kv_cache is None:
-            h, loss = self._explore(h, e, freqs, mask)
-        if seen is not None:
-            seen.append(h)
-        for state in self.iterate(h, e, freqs, mask, n_loops, kv_cache, exit, readout, first_loop):
+        ctx = as_context(freqs, mask, kv_cache, Slot("core", 0, 0), e.shape[1])
+        n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
+        finish: Callable[[Tensor], Tensor] = lambda last: last  # noqa: E731
+        if self.training and auxiliary and ctx.cache is None:
+            h, finish = training_states(self, h, e, ctx, n_loops)
+        states = [h]
+        for state in self.iterate(h, e, ctx, n_loops, exit, readout, recompute=recompute):
             h = state.h
-            if seen is not None:
-                seen.append(h)
-        return h if loss is None else with_loss(h, _GATE_WEIGHT * loss)
+            states.append(h)
+        if seen is not None:
+            seen += states
+        return finish(h)
 
     def begin(self, h: Tensor) -> Tensor:
         """The state that the loops start from and hand on, given a first ``h`` (B, T, dim): here ``h`` itself."""
@@ -121,53 +195,27 @@ class RecurrentBlock(nn.Module):
         """What goes on to the coda, (B, T, dim), of a state: here the state itself."""
         return state
 
-    def _explore(self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask | None) -> tuple[Tensor, Tensor | None]:
-        """What a training step learns from depths that it does not itself reach.
-
-        The first rows of the batch, one in ``_EXPLORED``, are run without gradient for all ``cfg.max_loop_iters``
-        loops. Their states teach the gate which of them have settled. With ``cfg.warm_start`` the step then starts
-        these rows not from ``h`` but from their states after 1, 2, ... loops, evenly spread; a batch too small for
-        a whole row has none.
-
-        Args:
-            h, e, freqs, mask: as :meth:`forward`.
-
-        Returns:
-            The states to start from, (B, T, dim), and the gate's loss, whose gradient reaches the gate alone.
-        """
-        n_warm = len(e) // _EXPLORED if self.cfg.warm_start else 0
-        n = math.ceil(len(e) / _EXPLORED) if self.cfg.halting else n_warm
-        if n == 0:
-            return h, None
-        with eval_mode(self), torch.no_grad():
-            rows = rope_rows(freqs, 0, e.shape[1])
-            rows = rows[:n] if rows.ndim == 4 else rows
-            whole = CausalMask(e.shape[1], e.shape[1]) if mask is None else mask.rows(slice(n))
-            n_loops, explored = max(2, self.cfg.max_loop_iters), [h[:n]]
-            for loop in range(n_loops):
-                explored.append(self.step(explored[-1], e[:n], loop, rows, whole))
-            states = torch.stack(explored)
-        if n_warm:
-            depths = torch.arange(n_warm, device=h.device) * n_loops // n_warm
-            h = torch.cat([states[1 + depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])
-        if not self.cfg.halting:
-            return h, None
-        loss = gate_loss(self.act, states, e[:n].detach().ne(0).any(-1), self.cfg.halting_tolerance)
-        return h, loss if loss.requires_grad else None
+    def states(self, h: Tensor, e: Tensor, ctx: Context, n_loops: int) -> list[Tensor]:
+        """The state before the first loop and after each one, (B, T, dim), with every position running every loop."""
+        loops = self._all_positions(h, self.prepare(e), ctx.looping(), range(n_loops), recompute=False)
+        return [h, *(state.h for state in loops)]
 
     def iterate(
         self,
         h: Tensor,
         e: Tensor,
-        freqs: Tensor,
-        mask: CausalMask | None = None,
+        ctx: Context,
         n_loops: int | None = None,
-        kv_cache: Cache | dict[str, Any] | None = None,
         exit: Exit | None = None,
         readout: Readout | None = None,
         first_loop: int = 0,
+        recompute: bool = False,
     ) -> Iterator[LoopState]:
-        """As :meth:`forward`, handing out the state after every loop; ends early when all positions have halted."""
+        """As :meth:`forward`, handing out the state after every loop; ends early when all positions have halted.
+
+        Args:
+            first_loop: loops that were run before, if ``h`` is the state after them; no exit may be in use then.
+        """
         n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         exit = self.choose_exit(exit)
         if exit is not None and exit.needs_predictions and readout is None:
@@ -176,16 +224,12 @@ class RecurrentBlock(nn.Module):
             raise ValueError(f"first_loop={first_loop} of n_loops={n_loops}; use 0 to {n_loops - 1}")
         if first_loop and exit is not None:
             raise ValueError(f"exit={exit} has not seen the loops before first_loop={first_loop}; start at 0")
-        cache = as_cache(kv_cache)
-        B, T, _ = e.shape
-        past = cache.slot_length(loop_slot(first_loop, cache)) if cache is not None else 0
-        freqs = rope_rows(freqs, past, T)
-        mask = mask or CausalMask(T, past + T)
-        live = mask.valid[:, -T:] if mask.valid is not None else torch.ones(B, T, dtype=torch.bool, device=e.device)
+        loop_input = self.prepare(e)
+        recompute = recompute and self.training and ctx.cache is None
+        ctx = ctx.looping(keep=not recompute)
         if exit is None:
-            yield from self._all_positions(h, e, freqs, mask, range(first_loop, n_loops), cache, live)
-        else:
-            yield from self._running_positions(h, e, freqs, mask, n_loops, cache, live, exit, readout)
+            return self._all_positions(h, loop_input, ctx, range(first_loop, n_loops), recompute)
+        return self._running_positions(h, loop_input, ctx, n_loops, exit, readout)
 
     def choose_exit(self, exit: Exit | None) -> Exit | None:
         """``exit``, or for None the gate if ``cfg.halting``; None in training. ValueError for an exit in training."""
@@ -195,68 +239,28 @@ class RecurrentBlock(nn.Module):
             raise ValueError(f"exit={exit} in training mode, where every position runs every loop; call eval() first")
         return exit
 
-    def step(
-        self,
-        h: Tensor,
-        e: Tensor,
-        loop: int | Tensor,
-        freqs: Tensor,
-        mask: CausalMask | None = None,
-        kv_cache: Cache | None = None,
-        active: ActiveTokens | None = None,
-    ) -> Tensor:
-        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) for the positions in ``active``.
-
-        ``loop`` may be (B, 1) integers, one of each row, with a cache that knows them: rows are then in ``LOOPS_SLOT``.
-        """
-        u = self.with_loop_index(self.injection(h, e), e, loop)
-        u = self.block(u, freqs, mask, kv_cache, step_slot(loop, kv_cache), active)
-        if self.lora is not None:
-            u = u + self.lora(e, loop)
-        h = self.norm(u)
-        if self.training and self.cfg.state_noise:
-            noise = self.cfg.state_noise * torch.randn_like(h)
-            if mask is not None and mask.valid is not None:
-                noise = noise * mask.valid[:, -h.shape[1] :].unsqueeze(-1)
-            h = h + noise
-        return h
-
-    def with_loop_index(self, x: Tensor, e: Tensor, loop: int | Tensor) -> Tensor:
-        """``x`` with the code of the loop's number, if the config has one. Padding, where e is zero, stays zero."""
-        if not self.cfg.loop_index_dim:
-            return x
-        return loop_index_embedding(x, loop, self.cfg.loop_index_dim) * e.ne(0).any(-1, keepdim=True)
-
     def _all_positions(
-        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, loops: range, cache: Cache | None, live: Tensor
+        self, h: Tensor, e: LoopInput, ctx: Context, loops: range, recompute: bool
     ) -> Iterator[LoopState]:
-        recompute = self.recompute and self.training and torch.is_grad_enabled() and cache is None
+        live = _live(e.e, ctx)
         for loop in loops:
-            args = h, e, loop, freqs, mask, cache
+            args = h, e, loop, ctx
             before, h = h, checkpoint(self.step, *args, use_reentrant=False) if recompute else self.step(*args)
             state = LoopState(loop, h, live) if self.training else LoopState(loop, h, live, before, self.act)
             if not self.training and is_replaced(self.act):
-                _ = state.halting  # whoever puts a gate there watches it, and nobody else may be asking
+                _ = state.halting  # a user's replacement gate may record calls, so it is always evaluated
             yield state
 
     def _running_positions(
-        self,
-        h: Tensor,
-        e: Tensor,
-        freqs: Tensor,
-        mask: CausalMask,
-        n_loops: int,
-        cache: Cache | None,
-        live: Tensor,
-        exit: Exit,
-        readout: Readout | None,
+        self, h: Tensor, e: LoopInput, ctx: Context, n_loops: int, exit: Exit, readout: Readout | None
     ) -> Iterator[LoopState]:
-        carried, running = exit.init(h), live
-        freqs = freqs.expand(len(e), *freqs.shape[-3:])
-        active = ActiveTokens(torch.ones_like(live))  # padding runs the first loop, so that every position has rows
-        e_N, freqs_N, mask_N = e, freqs, mask
+        carried, running = exit.init(h), _live(e.e, ctx)
+        # Padding runs the first loop, so that every position has rows. A GPU computes all positions at fixed shapes:
+        # it would have to wait for the numbers of those that still run.
+        active = ActiveTokens(torch.ones_like(running), packs=shapes_follow_values(h))
+        e_N, ctx_N = e, active.context(ctx)
         for loop in range(n_loops):
-            h_N = self.step(active.gather(h), e_N, loop, freqs_N, mask_N, cache, active)
+            h_N = self.step(active.gather(h), e_N, loop, ctx_N)
             before, h = h, active.scatter(h_N, into=h)
             logits = readout(h, loop) if readout is not None and exit.needs_predictions else None
             state = LoopState(loop, h, running, before, self.act, logits)
@@ -265,27 +269,119 @@ class RecurrentBlock(nn.Module):
             running = running & ~stops
             if (still := active.only(running)) is active:
                 continue
-            if len(still) == 0:
+            if still.packs and len(still) == 0:
                 break
             active = still
-            e_N, freqs_N, mask_N = active.gather(e), active.gather(freqs), active.mask(mask)
-        if cache is not None:
-            stand_in(cache, loop, n_loops, mask.n_keys - mask.n_queries, self.cfg.core_layers)
+            e_N, ctx_N = e.map(active.gather), active.context(ctx)
+        if ctx.cache is not None:
+            assert isinstance(ctx.mask, AttentionMask)
+            fill_skipped_loops(ctx.cache, loop, n_loops, ctx.mask.start, self.cfg.core_layers)
+
+    def scheduled(self, h: Tensor, e: Tensor, ctx: Context, schedule: Schedule) -> Iterator[Stage]:
+        """Run every sequence for its own number of loops, in training mode; hand out the loops that have gradient.
+
+        No sequence waits for another: a loop computes the rows that still run, and nothing else.
+        """
+        assert int(schedule.n_loops.min()) >= 1 and int(schedule.n_grad.min()) >= 1
+        last, loop_input, damping = int(schedule.n_loops.max()), self.prepare(e), schedule.damping
+        no_grad_ctx, grad_ctx = ctx.looping(), ctx.looping(keep=not schedule.recompute)
+
+        def step(h: Tensor, rows: Tensor, loop: int, ctx: Context) -> Tensor:
+            own = ctx if len(rows) == len(e) else ctx.rows(rows.to(e.device, non_blocking=True))
+            return self.step(h, loop_input.map(lambda x: take(x, rows)), loop, own)
+
+        for loop in range(last):
+            for rows, with_grad in schedule.groups(loop):
+                before = take(h, rows)
+                if not with_grad:
+                    with torch.no_grad():
+                        after = step(before, rows, loop, no_grad_ctx)
+                    h = put(h, rows, after)  # with gradient: the other rows' graphs go on
+                    continue
+                if schedule.recompute:
+                    args = schedule.around(before, loop), rows, loop, grad_ctx
+                    after = checkpoint(step, *args, use_reentrant=False)
+                    after = schedule.around(after, 0) if loop == last - 1 else after
+                else:
+                    after = step(before, rows, loop, grad_ctx)
+                if damping < 1:
+                    after = before + damping * (after - before)
+                h = put(h, rows, after)
+                yield Stage(rows, before, after, schedule.n_loops[rows] - 1 - loop)
 
 
-def step_slot(loop: int | Tensor, cache: Cache | None) -> str:
-    """The slot of a :meth:`RecurrentBlock.step`."""
-    return LOOPS_SLOT if isinstance(loop, Tensor) else loop_slot(loop, cache)
+class Stage(NamedTuple):
+    """The outcome of one loop, for the sequences that ran it with gradient.
 
-
-def check_n_loops(n_loops: Any, default: int) -> int:
-    """``n_loops``, or ``default`` for None.
-
-    Raises:
-        ValueError: unless it is an integer of at least 1.
+    Attributes:
+        rows: (R,) int64, which sequences of the batch; on the CPU, so that nothing waits for a GPU.
+        before, after: (R, T, dim), their states before and after the loop.
+        left: (R,) int64, loops that each still has to run; 0 at its last. On the CPU.
     """
-    if n_loops is None:
-        n_loops = default
-    if isinstance(n_loops, bool) or not isinstance(n_loops, numbers.Integral) or n_loops < 1:
-        raise ValueError(f"n_loops={n_loops!r}; use an integer of at least 1, or None for max_loop_iters={default}")
-    return int(n_loops)
+
+    rows: Tensor
+    before: Tensor
+    after: Tensor
+    left: Tensor
+
+
+class RecurrentBlock(LoopBlock, Loops):
+    """``h <- norm(A h + B e + Transformer(A h + B e))``, ``n_loops`` times with the same weights.
+
+    Args:
+        cfg: the model's config.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__(cfg)
+        self.act = ACTHalting(cfg.dim, cfg.weight_std)
+
+
+def step_slot(loop: int | Tensor, ctx: Context) -> Slot:
+    """The first layer's slot of a step; of rows at different loops, one that knows these."""
+    return Slot("loops") if isinstance(loop, Tensor) else loop_slot(loop, ctx.cache)
+
+
+def advance(
+    core: RecurrentBlock, h: Tensor, e: LoopInput, loop: Tensor, ctx: Context, exit: Exit | None, carried: Carried
+) -> tuple[Tensor, Tensor | None, Carried]:
+    """One loop of rows that are at different ones, for depth batching.
+
+    Args:
+        core, h, e, ctx: as :meth:`LoopBlock.step`, one token a row.
+        loop: (B, 1), each row's.
+        exit, carried: when a row stops.
+
+    Returns:
+        The states after it, (B, 1, dim); whether each row stops, (B, 1) bool, None without an exit; and what to carry.
+    """
+    before, h = h, core.step(h, e, loop, ctx)
+    if exit is None:
+        return h, None, carried
+    stops, carried = exit.check(carried, LoopState(0, h, torch.ones_like(loop, dtype=torch.bool), before, core.act))
+    return h, stops, carried
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of ``x``, in order, or itself; ``rows`` (R,) int64 may be on the CPU, and nothing waits for a GPU."""
+    return x if len(rows) == len(x) else x[rows.to(x.device, non_blocking=True)]
+
+
+def put(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """``x`` with ``new`` in place of its ``rows``, or ``new`` itself if these are all."""
+    return new if len(rows) == len(x) else x.index_copy(0, rows.to(x.device, non_blocking=True), new.to(x.dtype))
+
+
+def _live(e: Tensor, ctx: Context) -> Tensor:
+    """(B, T) bool, the positions that are no padding."""
+    assert isinstance(ctx.mask, AttentionMask)
+    valid = ctx.mask.new_valid(e.shape[1])
+    return torch.ones(e.shape[:2], dtype=torch.bool, device=e.device) if valid is None else valid.squeeze(-1)
+
+
+def _without_padding(x: Tensor, ctx: Context) -> Tensor:
+    """``x`` (B, T, dim), zero at padding; the positions that still run where some have halted are none."""
+    assert isinstance(ctx.mask, AttentionMask)
+    valid = ctx.mask.new_valid(x.shape[1])
+    is_packed = ctx.active is not None and ctx.active.is_packed
+    return x if valid is None or is_packed else x * valid

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,14 @@ from torch import Tensor, nn
 from open_mythos.install import missing
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.linear import Linear
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.feed_forward import MoEFFN
 
-if TYPE_CHECKING:
-    from open_mythos.model import OpenMythos
-
+Quantised = TypeVar("Quantised", bound=nn.Module)
 _LEFT_ALONE = ("router", "kv_up")
 
 
 @torch.no_grad()
-def quantize_int8(model: OpenMythos) -> OpenMythos:
+def quantize_int8(model: Quantised) -> Quantised:
     """Turn the matrices of a model's blocks into int8, in place.
 
     The model then computes in the dtype that it has, which ``.to(dtype)`` changes as ever, and generates, halts and is

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import Int8Tensor, PerRow
 
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.feed_forward import MoEFFN
 
 _FEW = 16  # rows up to which PyTorch's int8 product is faster than turning the weight back
 

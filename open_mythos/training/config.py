@@ -63,15 +63,15 @@ class LossConfig(Checked):
     progressive: float = real(0.5, 0.0, 1.0)
     fixed_point: float = real(0.0, 0.0)  # weight of the last loop's squared relative state change
     z: float = real(0.0, 0.0)  # weight of the squared log-partition of the logits (PaLM, 2204.02311)
-    chunk: int = size(0, minimum=0)  # tokens whose logits exist at one time; 0: all
+    chunk: int = size(0, minimum=0)  # tokens whose logits exist at one time; 0: as many as a quarter of a GB holds
     # a model of the same tokens, run at its own max_loop_iters, whose predictions take `distill` of cross-entropy's
     # weight: the divergence of the model's from its (Hinton et al. 2015, 1503.02531); "": none
     teacher: str = text("")
     distill: float = real(0.5, 0.0, 1.0)  # with a teacher only
 
     @property
-    def asks_each_loop(self) -> bool:
-        """Whether every loop with gradient is asked for an answer, not only the last of a run."""
+    def supervises_every_loop(self) -> bool:
+        """Whether every loop with gradient has a loss, not only the last of a run."""
         return self.depth in ("uniform", "geometric")
 
 

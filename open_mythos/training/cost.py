@@ -106,7 +106,7 @@ def flops_per_step(cfg: TrainConfig) -> float:
         answer = flops_per_token(replace(cfg.model, prelude_layers=0), 0, context)
         loop = flops_per_token(cfg.model, 1, context) - outside
         passes = sum(float((n_loops + (loud - 1) * n_grad).float().mean()) for n_loops, n_grad in runs)
-        if cfg.loss.asks_each_loop:
+        if cfg.loss.supervises_every_loop:
             answers = loud * sum(float(n_grad.float().mean()) for _, n_grad in runs)
         else:
             answers = _WITH_GRADIENT * len(runs)

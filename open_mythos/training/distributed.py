@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.feed_forward import MoEFFN
 
 _PATIENCE = timedelta(hours=12)  # process 0 may have a long corpus to read before the others
 
@@ -96,8 +96,6 @@ def add_up_gradients(model: nn.Module) -> None:
 def counting_together(model: nn.Module) -> Iterator[None]:
     """What experts are chosen for inside counts for all processes, and for one optimizer step."""
     experts = [module for module in model.modules() if isinstance(module, MoEFFN)]
-    for module in experts:
-        module.update_bias()  # now: compiled code does not, and what was counted before must not count inside
     if world_size() == 1:
         yield
         return

@@ -16,10 +16,10 @@ from torch import Tensor
 from open_mythos.evaluation.depth import chunks, device_of, measuring
 from open_mythos.evaluation.grid import score_by_loops
 from open_mythos.fields import must
+from open_mythos.inputs import check_n_loops
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import LoopState
-from open_mythos.nn.halting import ACTHalting, from_here_on, settled, surprise
-from open_mythos.nn.recurrent import check_n_loops
+from open_mythos.nn.halting import ACTHalting, converged, gate_cross_entropy, holds_from_here_on
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.training.config import GateConfig
 
@@ -131,13 +131,13 @@ def examples(
     """
     found = []
     with measuring(model, halting=False):
-        e, freqs, mask = model.encode(batch.ids, attention_mask=batch.valid)
+        e, ctx = model.encode(batch.ids, attention_mask=batch.valid)
 
         def run() -> list[LoopState]:
-            return list(model.recurrent.iterate(model.first_state(e), e, freqs, mask, n_loops))
+            return list(model.recurrent.iterate(model.first_state(e, ctx), e, ctx, n_loops))
 
         def predict(h: Tensor) -> Tensor:
-            return model.head(model.decode(h, freqs, mask)).float().log_softmax(-1)
+            return model.head(model.decode(h, ctx)).float().log_softmax(-1)
 
         runs = [run()]
         if closed:
@@ -151,7 +151,7 @@ def examples(
             h, change = torch.stack([state.h for state in states]), torch.stack([_change(state) for state in states])
             strays = torch.stack([_kl(last_word, predict(state.h)) for state in states])
             may_stop = torch.where(
-                asked, from_here_on(strays <= tolerance), settled(h, model.cfg.halting_tolerance, end)
+                asked, holds_from_here_on(strays <= tolerance), converged(h, model.cfg.halting_tolerance, end)
             )
             told = torch.stack([state.ran for state in states]) & ~(may_stop & wrong)
             # Most states are long settled; keep as many of those that are not.
@@ -194,7 +194,7 @@ def _fit(
     for _ in range(n_steps):
         drawn = torch.randint(len(states), (_BATCH,), generator=generator).to(states.device)
         with torch.enable_grad():
-            loss = surprise(act(states[drawn], change[drawn]), may_stop[drawn], _CAUTION).mean()
+            loss = gate_cross_entropy(act(states[drawn], change[drawn]), may_stop[drawn], _CAUTION).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from open_mythos.context import Context
 from open_mythos.model import OpenMythos
+from open_mythos.nn.recurrent import Schedule, Stage, take
 from open_mythos.tasks.base import UNSCORED, Batch
+from open_mythos.training.allocator import give_back_here
 from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
 from open_mythos.training.loops import draw_loops
-from open_mythos.training.unroll import Stage, rows_of, take, unroll
+
+_TRIM_EVERY = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
+_MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.chunk`` says otherwise
 
 
 @dataclass
@@ -77,11 +82,11 @@ class Objective:
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0))
         n_loops = draw_loops(loops, step / self.cfg.steps, n, length, generator)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
-        quiet = torch.randint(0, loops.maximum, (1,), generator=generator)
-        loud = 1 + (torch.rand(1, generator=generator) * (loops.maximum - quiet)).long()
+        no_grad = torch.randint(0, loops.maximum, (1,), generator=generator)
+        with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
         stale = torch.rand(n, generator=generator)
         stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
-        return Plan(n_loops, _with_gradient(loops, n_loops), (quiet + loud).expand(n), loud.expand(n), stale)
+        return Plan(n_loops, _with_gradient(loops, n_loops), (no_grad + with_grad).expand(n), with_grad.expand(n), stale)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
         """The loss of a micro-batch.
@@ -96,7 +101,7 @@ class Objective:
         cfg = self.cfg.loss
         run = _Run(model, batch, self.cfg, self.teacher)
         short = cfg.progressive if cfg.depth == "progressive" else 0.0
-        h = self._first_state(model, run.e, plan.stale)
+        h = self._first_state(model, run.e, run.ctx, plan.stale)
         ran = [run(h, plan.n_loops, plan.n_grad)] if short < 1 else []
         ran += [run(h, plan.short_loops, plan.short_grad)] if short > 0 else []
         shares = [share for share in (1 - short, short) if share > 0]
@@ -106,23 +111,24 @@ class Objective:
             name: sum(share * getattr(result, name) for share, result in zip(shares, ran, strict=True)) / n_scored
             for name in ("cross_entropy", "z", "change", *(["distillation"] if self.teacher is not None else []))
         }
-        taught = cfg.distill if self.teacher is not None else 0.0
-        loss = (1 - taught) * parts["cross_entropy"] + taught * parts.get("distillation", 0.0)
+        distill = cfg.distill if self.teacher is not None else 0.0
+        loss = (1 - distill) * parts["cross_entropy"] + distill * parts.get("distillation", 0.0)
         loss = loss + cfg.z * parts["z"] + cfg.fixed_point * parts["change"]
         n_loops = plan.n_loops if short < 1 else plan.short_loops
         detached = {name: part.detach() for name, part in parts.items()}
         return Outcome(loss, ran[0].n_right, float(n_loops.float().mean()), detached)
 
-    def _first_state(self, model: OpenMythos, e: Tensor, stale: Tensor) -> Tensor:
-        h = model.first_state(e)
-        rows = (stale >= 0).nonzero().squeeze(1).to(e.device)
+    def _first_state(self, model: OpenMythos, e: Tensor, ctx: Context, stale: Tensor) -> Tensor:
+        h = model.first_state(e, ctx)
+        rows = (stale >= 0).nonzero().squeeze(1)  # on the CPU
         if self.left is None or len(rows) == 0:
             return h
-        picked = self.left.to(e.device, h.dtype)[(stale.to(e.device)[rows] * len(self.left)).long()]
+        picked = self.left.to(e.device, h.dtype)[(stale[rows] * len(self.left)).long().to(e.device, non_blocking=True)]
         T = min(h.shape[1], picked.shape[1])
         h = h.clone()
-        h[rows, :T] = picked[:, :T]
-        return h * e.ne(0).any(-1, keepdim=True)  # padding stays zero
+        h[rows.to(e.device, non_blocking=True), :T] = picked[:, :T]
+        valid = ctx.mask.new_valid(h.shape[1])  # type: ignore[union-attr]
+        return h if valid is None else h * valid  # padding stays zero
 
     def state_dict(self) -> dict[str, Any]:
         """What later steps depend on."""
@@ -152,48 +158,53 @@ class _Run:
         self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
         if teacher is not None:
             with torch.no_grad():
-                self.taught = teacher.hidden(batch.ids, attention_mask=batch.valid)
-        self.e, self.freqs, self.mask = model.encode(batch.ids, attention_mask=batch.valid)
+                self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
+        self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid)
 
     def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor) -> _Ran:
         cfg = self.cfg
         zero = self.e.new_zeros((), dtype=torch.float32)
         ran = _Ran(zero, zero, zero, zero, zero.long(), torch.empty_like(h, requires_grad=False))
         damping = cfg.loops.damping if cfg.loops.gradient == "phantom" else 1.0
-        for stage in unroll(
-            self.model, h, self.e, self.freqs, self.mask, n_loops, n_grad, damping, cfg.checkpoint_loops
-        ):
+        schedule = Schedule(n_loops, n_grad, damping, cfg.checkpoint_loops, _trim)
+        for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
-            asked, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
-            if len(asked):
-                question = take(stage.after, asked), stage.rows[asked], weights[asked]
-                # Where loops are recomputed, what every one of them is asked would be most of what is kept.
-                again = cfg.checkpoint_loops and cfg.loss.asks_each_loop
-                said = checkpoint(self._ask, *question, use_reentrant=False) if again else self._ask(*question)
-                cross_entropy, z, distillation, right = said
+            supervised, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
+            if len(supervised):
+                inputs = take(stage.after, supervised), stage.rows[supervised], weights[supervised]
+                # Where loops are recomputed, the head's activations for each would be most of what is kept.
+                recompute = cfg.checkpoint_loops and cfg.loss.supervises_every_loop
+                terms = checkpoint(self._loss_terms, *inputs, use_reentrant=False) if recompute else self._loss_terms(*inputs)
+                cross_entropy, z, distillation, right = terms
                 ran.cross_entropy, ran.z = ran.cross_entropy + cross_entropy, ran.z + z
                 ran.distillation = ran.distillation + distillation
-                is_end = (stage.left[asked] == 0).to(right.device, non_blocking=True)
+                is_end = (stage.left[supervised] == 0).to(right.device, non_blocking=True)
                 ran.n_right = ran.n_right + (right * is_end).sum()
             if len(ends):
                 rows, before, after = stage.rows[ends], take(stage.before, ends), take(stage.after, ends)
-                moved = (after - before).float().square().sum(-1)
-                moved = moved / after.float().square().sum(-1).clamp(min=1e-12)
-                ran.change = ran.change + (moved.mean(1) * (take(self.targets, rows) != UNSCORED).sum(1)).sum()
+                if cfg.loss.fixed_point:
+                    moved = (after - before).float().square().sum(-1)
+                    moved = moved / after.float().square().sum(-1).clamp(min=1e-12)
+                    ran.change = ran.change + (moved.mean(1) * (take(self.targets, rows) != UNSCORED).sum(1)).sum()
                 ran.final[rows.to(h.device, non_blocking=True)] = after.detach()
         return ran
 
-    def _ask(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _loss_terms(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted sums of cross-entropy, squared log-partition and divergence, and tokens right in each row, (R,)."""
-        x = self.model.decode(h, *rows_of(self.freqs, self.mask, rows))
+        ctx = self.ctx if len(rows) == len(self.e) else self.ctx.rows(rows.to(h.device, non_blocking=True))
+        x = self.model.decode(h, ctx)
         targets = take(self.targets, rows)
-        scored = targets != UNSCORED
-        weight = weights.to(h.device, non_blocking=True).unsqueeze(1).expand(scored.shape)[scored]
-        taught = None if self.teacher is None else (self.teacher.head, take(self.taught, rows)[scored])
-        *sums, hits = readout(self.model.head, x[scored], targets[scored], weight, self.cfg.loss.chunk, taught)
-        right = torch.zeros_like(targets).masked_scatter_(scored, hits.long())
+        weight = weights.to(h.device, non_blocking=True).unsqueeze(1) * (targets != UNSCORED)
+        teacher = None if self.teacher is None else (self.teacher.head, take(self.teacher_hidden, rows).flatten(0, 1))
+        chunk = self.cfg.loss.chunk or max(1, _MAX_LOGITS // self.model.cfg.vocab_size)
+        flat = x.flatten(0, 1), targets.flatten(), weight.flatten()
+        *sums, hits = readout(self.model.head, *flat, chunk, teacher)
         cross_entropy, z, distillation = sums
-        return cross_entropy, z, distillation, right.sum(1)
+        return cross_entropy, z, distillation, hits.view(targets.shape).sum(1)
+
+
+def _trim(h: Tensor, loop: int) -> Tensor:
+    return h if loop % _TRIM_EVERY else give_back_here(h)
 
 
 def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
@@ -217,44 +228,44 @@ def readout(
     targets: Tensor,
     weights: Tensor,
     chunk: int = 0,
-    taught: tuple[torch.nn.Module, Tensor] | None = None,
+    teacher: tuple[torch.nn.Module, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy without all logits at once.
 
     Args:
         head: (N, dim) -> (N, vocab_size).
         x: (N, dim).
-        targets: (N,).
-        weights: (N,).
+        targets: (N,); ``UNSCORED`` where none is scored.
+        weights: (N,), 0 where none is scored.
         chunk: rows whose logits exist at one time, computed again in the backward pass; 0: all.
-        taught: a teacher's head and what it reads, (N, its dim).
+        teacher: its head and what it reads, (N, its dim).
 
     Returns:
         Weighted sums, float32, of cross-entropy, of the squared log-partition and of the divergence from the teacher's
         predictions (0 without one), and (N,) bool, whether the likeliest token is the target.
     """
-    teach, others = (None, []) if taught is None else (taught[0], [taught[1]])
+    teacher_head, others = (None, []) if teacher is None else (teacher[0], [teacher[1]])
 
-    def ask(x: Tensor, targets: Tensor, weights: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def terms(x: Tensor, targets: Tensor, weights: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = head(x).float()
         log_partition = logits.logsumexp(-1)
-        cross_entropy = log_partition - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        cross_entropy = log_partition - logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         divergence = torch.zeros_like(cross_entropy)
-        if teach is not None:
+        if teacher_head is not None:
             with torch.no_grad():
-                theirs = teach(*others).float().log_softmax(-1)
+                theirs = teacher_head(*others).float().log_softmax(-1)
             divergence = F.kl_div(logits - log_partition[:, None], theirs, reduction="none", log_target=True).sum(-1)
         sums = ((weights * term).sum() for term in (cross_entropy, log_partition.square(), divergence))
         return *sums, logits.argmax(-1) == targets
 
     inputs = x, targets, weights, *others
     if chunk == 0 or len(x) <= chunk:
-        return ask(*inputs)
-    asked: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]] = (
-        checkpoint(ask, *part, use_reentrant=False)
+        return terms(*inputs)
+    by_chunk: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]] = (
+        checkpoint(terms, *part, use_reentrant=False)
         for part in zip(*(rows.split(chunk) for rows in inputs), strict=True)
     )
-    *sums, hits = (torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts) for parts in zip(*asked, strict=True))
+    *sums, hits = (torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts) for parts in zip(*by_chunk, strict=True))
     cross_entropy, z, divergence = (parts.sum() for parts in sums)
     return cross_entropy, z, divergence, hits
 

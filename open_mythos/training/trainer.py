@@ -14,8 +14,9 @@ from torch import nn
 from open_mythos import tasks
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
+from open_mythos.nn.auxiliary import balance
+from open_mythos.nn.feed_forward import MoEFFN
 from open_mythos.nn.injection import LTIInjection
-from open_mythos.nn.moe import MoEFFN
 from open_mythos.tasks import UNSCORED, Batch
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
@@ -118,6 +119,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.optimizer.scale_lr(lr_factor(self.cfg.optim, self.step_number - 1, self.cfg.steps))
         self.optimizer.step()
+        balance(self.model)
         self.ema.update(self.model)
         return result
 

@@ -15,7 +15,7 @@ from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, shippe
 from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.feed_forward import MoEFFN
 
 # What transformers calls a cache in arguments and outputs: `cache` from 5.24 on. Models here take both names.
 CACHE = ({field.name for field in dataclasses.fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}).pop()
@@ -172,6 +172,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         output_attentions: bool | None = None,
         cache: Cache | None = None,
         last: int | None = None,
+        auxiliary: bool = False,
     ) -> BaseModelOutputWithPast:
         """Run the core, without the head, its last state of the ``last`` positions if so many are all that is wanted.
 
@@ -187,7 +188,6 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         cache = past_key_values if cache is None else cache
         for name in _LIVE:
             setattr(core.cfg, name, getattr(config, name))
-        core.recurrent.recompute = self.gradient_checkpointing
         training_step = self.training and (self.gradient_checkpointing or cache is None)
         if cache is None and not training_step and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
@@ -203,14 +203,15 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             output_hidden_states = config.output_hidden_states
         n_loops = config.num_loops if num_loops is None else num_loops
         seen: list[Tensor] | None = [] if output_hidden_states else None
-        h, freqs, mask = core.states(
-            tokens, n_loops, slots, attention_mask=attention_mask, positions=position_ids, seen=seen
-        )
+        h, ctx = core.states(
+            tokens, n_loops, slots, attention_mask=attention_mask, positions=position_ids, seen=seen,
+            auxiliary=auxiliary, recompute=self.gradient_checkpointing,
+        )  # fmt: skip
         if seen is not None:  # where all positions halt early, their states stay
             seen += seen[-1:] * (n_loops + 1 - len(seen))
             seen = [core.recurrent.output(state) for state in seen]
         return BaseModelOutputWithPast(
-            last_hidden_state=core.decode(h, freqs, mask, slots, last=last),
+            last_hidden_state=core.decode(h, ctx, last=last),
             hidden_states=None if seen is None else tuple(seen),
             **{CACHE: cache},
         )

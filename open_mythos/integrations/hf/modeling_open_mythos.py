@@ -117,7 +117,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         n_last, some = (None, logits_to_keep) if isinstance(logits_to_keep, Tensor) else (logits_to_keep, slice(None))
         outputs = self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache, last=n_last or None,
+            output_hidden_states, output_attentions, cache, last=n_last or None, auxiliary=labels is not None,
         )  # fmt: skip
         logits = self.core.head(outputs.last_hidden_state[:, some])
         return CausalLMOutputWithPast(
@@ -188,7 +188,7 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
             attention_mask = input_ids != self.config.pad_token_id
         outputs = self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache,
+            output_hidden_states, output_attentions, cache, auxiliary=labels is not None,
         )  # fmt: skip
         last = outputs.last_hidden_state
         B, T, _ = last.shape

@@ -1,0 +1,140 @@
+"""The methods of a model that make text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.generation.depth_batching import generate_many
+from open_mythos.generation.generate import generate, stream
+from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.speculative import Draft
+from open_mythos.nn.exits import Exit
+
+
+class Generates:
+    """``generate``, ``stream`` and ``generate_many`` of :class:`~open_mythos.OpenMythos`."""
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 64,
+        n_loops: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        exit: Exit | None = None,
+        *,
+        sampling: Sampling | None = None,
+        draft: Draft | None = None,
+        engine: str = "auto",
+        **options: Any,
+    ) -> Tensor:
+        """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
+
+        Args:
+            input_ids: (B, T) prompt, padded on the left where rows differ in length.
+            max_new_tokens: how many tokens to add.
+            n_loops: loops for every token; ``cfg.max_loop_iters`` if None.
+            temperature, top_k, top_p, min_p: see :class:`~open_mythos.generation.sampling.Sampling`; 0 is greedy.
+            eos_token_id: a token, or several; a row that produced one repeats it from then on.
+            attention_mask: (B, T), 0 at padding.
+            generator: random state to draw from.
+            exit: when a position stops looping; see :meth:`forward`.
+            sampling: in place of the four keywords above.
+            draft: guess tokens at fewer loops first, and verify several at once: faster for one row or few, with the
+                same tokens, or the same distribution of them; see :mod:`open_mythos.generation.speculative`.
+            engine: what computes the new tokens, the same up to rounding; "auto" takes the fastest that can. See
+                :mod:`open_mythos.generation.engines`.
+            options: ``cache_loops``, to share the loops' keys and values among so many slots of a
+                :class:`~open_mythos.cache.KVCache`, and need less memory; ``warm_start``, to start each new token from
+                the last state of the one before it (Huginn, arXiv:2502.05171), for models with ``state_init="noise"``;
+                and, for one more version, ``draft_loops``, ``draft_tokens`` and ``compile``.
+
+        Returns:
+            (B, T + max_new_tokens).
+
+        Raises:
+            ValueError: for input, sampling options or lengths that do not fit.
+        """
+        sampling = sampling or Sampling(temperature, top_k, top_p, min_p)
+        return generate(
+            self, input_ids, max_new_tokens, n_loops=n_loops, sampling=sampling, eos_token_id=eos_token_id,
+            attention_mask=attention_mask, generator=generator, exit=exit, draft=draft, engine=engine, **options,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 64,
+        n_loops: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        exit: Exit | None = None,
+        *,
+        sampling: Sampling | None = None,
+        draft: Draft | None = None,
+        engine: str = "auto",
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
+        sampling = sampling or Sampling(temperature, top_k, top_p, min_p)
+        return stream(
+            self, input_ids, max_new_tokens, n_loops=n_loops, sampling=sampling, eos_token_id=eos_token_id,
+            attention_mask=attention_mask, generator=generator, exit=exit, draft=draft, engine=engine, **options,
+        )  # fmt: skip
+
+    def generate_many(
+        self,
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 64,
+        n_loops: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        exit: Exit | None = None,
+        max_rows: int = 32,
+        *,
+        sampling: Sampling | None = None,
+    ) -> list[Tensor]:
+        """Continue prompts of any lengths together; no token waits for the loops of another sequence's.
+
+        Greedy tokens are those that :meth:`generate` gives for each prompt alone. It pays with an exit, or with
+        ``n_loops`` that differ: see :class:`~open_mythos.generation.depth_batching.DepthBatch`.
+
+        Args:
+            prompts: (T,) token ids each, without padding.
+            max_new_tokens: how many tokens to add to each, at most.
+            n_loops: loops for every token; one number for each prompt, or one for all.
+            temperature, top_k, top_p, min_p, sampling: as :meth:`generate`.
+            eos_token_id: a token that ends a sequence, or several.
+            generator: random state to draw from, in the order in which tokens come.
+            exit: as :meth:`forward`; none that reads predictions.
+            max_rows: sequences decoded at once; others follow as these end.
+
+        Returns:
+            For each prompt, it and its new tokens, (T + new,); ends with a token of ``eos_token_id`` if that came.
+
+        Raises:
+            ValueError: for input, options or lengths that do not fit, before anything is computed.
+        """
+        requests = dict(
+            max_new_tokens=max_new_tokens, sampling=sampling or Sampling(temperature, top_k, top_p, min_p),
+            eos_token_id=eos_token_id, generator=generator,
+        )  # fmt: skip
+        return generate_many(self, prompts, n_loops, exit, max_rows, **requests)  # type: ignore[arg-type]

@@ -1,0 +1,75 @@
+"""Checks of what users pass in, before anything is computed."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.config import MythosConfig
+from open_mythos.fields import must
+from open_mythos.ops.dispatch import has_values
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def check_ids(input_ids: Any, name: str = "input_ids") -> None:
+    """ValueError unless ``input_ids`` is a non-empty (B, T) tensor of integers."""
+    is_tensor = isinstance(input_ids, Tensor)
+    if not is_tensor or input_ids.ndim != 2 or input_ids.dtype not in _INTEGERS or not input_ids.numel():
+        what = f"{tuple(input_ids.shape)} {input_ids.dtype}" if is_tensor else type(input_ids).__name__
+        raise ValueError(f"{name} is {what}; pass a non-empty (batch, tokens) tensor of int64 or int32")
+
+
+def check_range(input_ids: Tensor, vocab_size: int) -> None:
+    """ValueError for tokens outside [0, vocab_size). Only where looking costs no wait for a device."""
+    if not has_values(input_ids):
+        return
+    low, high = int(input_ids.min()), int(input_ids.max())
+    bad = low if low < 0 else high
+    must(0 <= bad < vocab_size, f"input_ids holds {bad}; tokens of this model are 0 to {vocab_size - 1}")
+
+
+def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int) -> None:
+    """ValueError unless the prompt is (B, T), and prompt and continuation fit ``cfg``."""
+    check_ids(input_ids)
+    must(
+        cfg.causal, "the model was built with causal=False and sees tokens to come, so it cannot generate; use causal=True"
+    )
+    limit = cfg.max_output_tokens
+    if not isinstance(max_new_tokens, numbers.Integral) or not 0 <= max_new_tokens <= limit:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
+    total, limit = input_ids.shape[1] + max_new_tokens, cfg.max_seq_len
+    must(
+        total <= limit,
+        f"{input_ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} make {total}, more than "
+        f"max_seq_len={limit}; ask for at most {max(0, limit - input_ids.shape[1])} or raise model.cfg.max_seq_len",
+    )
+
+
+def check_n_loops(n_loops: Any, default: int) -> int:
+    """``n_loops``, or ``default`` for None.
+
+    Raises:
+        ValueError: unless it is an integer of at least 1.
+    """
+    if n_loops is None:
+        n_loops = default
+    if isinstance(n_loops, bool) or not isinstance(n_loops, numbers.Integral) or n_loops < 1:
+        raise ValueError(f"n_loops={n_loops!r}; use an integer of at least 1, or None for max_loop_iters={default}")
+    return int(n_loops)
+
+
+def end_tokens(eos_token_id: Any) -> tuple[int, ...]:
+    """The tokens that end a sequence: one, several as in transformers' configs, or none.
+
+    Raises:
+        ValueError: unless ``eos_token_id`` is None, an integer, or a list or tuple of integers.
+    """
+    ends = () if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list | tuple) else (eos_token_id,)
+    for end in ends:
+        if isinstance(end, bool) or not isinstance(end, numbers.Integral):
+            raise ValueError(f"eos_token_id={eos_token_id!r}; use a token id, a list of them, or None")
+    return tuple(int(end) for end in ends)

@@ -1,0 +1,211 @@
+"""What a training step does for a model beside its loss: experts are balanced, and the gate learns when to halt.
+
+A loop of one's own, ``loss = f(model(ids)); loss.backward(); optimizer.step()``, has all of it without another line:
+
+- **Expert balance** (DeepSeek-V3, arXiv:2412.19437): forward passes count how many tokens each expert gets; after the
+  optimizer's step each router's bias moves towards the mean load.
+- **Gate**: one row in eight is also run to full depth without gradient. Its states teach the gate which of them have
+  converged, by a loss whose gradient joins the caller's backward pass.
+- **Warm starts** (``cfg.warm_start``): the step then starts these rows from the states they met at depth.
+- **Trained loops**: depth-wise LoRA learns how deep a model was trained.
+
+None of it happens in eval mode, without gradient, to weights that are not trained, or with ``auxiliary=False``, as
+where two models are compared (DPO, GRPO). The :class:`~open_mythos.training.trainer.Trainer` has its own schedule of
+depths, and calls :func:`balance` itself.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from open_mythos.config import MythosConfig
+from open_mythos.context import Context
+from open_mythos.nn.halting import gate_loss
+from open_mythos.nn.modes import eval_mode
+from open_mythos.ops.dispatch import is_training_step
+
+EXPLORED_ROWS = 8  # one row in so many of a batch is also run to full depth
+GATE_LOSS_WEIGHT = 0.02  # Adam is scale-free; small so that the gate hardly contributes to the clipped norm
+
+
+class Loops(Protocol):
+    """What this module needs of a :class:`~open_mythos.nn.recurrent.RecurrentBlock`."""
+
+    cfg: MythosConfig
+    training: bool
+    act: nn.Module
+    lora: Any
+
+    def modules(self) -> Iterator[nn.Module]: ...
+    def states(self, h: Tensor, e: Tensor, ctx: Context, n_loops: int) -> list[Tensor]: ...
+
+
+def experts(model: Any) -> list[Any]:
+    """The sparse layers of a model: those that have a ``router_bias``."""
+    return [module for module in model.modules() if "router_bias" in getattr(module, "_buffers", {})]
+
+
+# -- expert balance
+
+
+def count_choices(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
+    """Add each expert's share of real tokens to ``load`` (E,), in a training step; padding is all zeros.
+
+    Recomputation by activation checkpointing is not counted.
+    """
+    if tokens_ND.requires_grad:
+        torch.ops.open_mythos.count_choices(load, chosen_NK, tokens_ND.detach())
+
+
+@torch.library.custom_op("open_mythos::count_choices", mutates_args=("load",))
+def _count(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
+    """An operator, so that compiled code asks again at every call whether a gradient is being computed."""
+    if torch._C._current_graph_task_id() == -1:
+        # Behind a norm no squares vanish but those of zeros.
+        live_N1 = torch.linalg.vecdot(tokens_ND, tokens_ND).ne(0).unsqueeze(-1)
+        load.scatter_add_(0, chosen_NK.flatten(), live_N1.expand_as(chosen_NK).flatten().to(load.dtype))
+
+
+@_count.register_fake
+def _(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
+    return None
+
+
+@torch.no_grad()
+def balance(model: nn.Module | Loops) -> None:
+    """Move each router's bias by ``cfg.router_bias_rate`` towards the mean load, and start a new count."""
+    for ffn in experts(model):
+        load = ffn.expert_load.float()
+        ffn.router_bias += ffn.bias_rate * torch.sign(load.mean() - load)
+        ffn.expert_load.zero_()
+
+
+# -- what a forward pass of a loop of one's own does
+
+
+def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int) -> tuple[Tensor, Callable]:
+    """The states (B, T, dim) that a training step starts its loops from, and what to do with those it ends with.
+
+    The first rows of the batch, one in ``EXPLORED_ROWS``, are run without gradient for all ``cfg.max_loop_iters``
+    loops. Their states teach the gate which of them have converged. With ``cfg.warm_start`` the step then starts these
+    rows not from ``h`` but from their states after 1, 2, ... loops, evenly spread; a batch too small for a whole row
+    has none.
+
+    Args:
+        core: the recurrent block, in training mode.
+        h, e: first states and encoded input, (B, T, dim).
+        ctx: of the tokens.
+        n_loops: that the step runs.
+
+    Returns:
+        The states to start from; and a function of the last states, which returns them as they are, and has whatever
+        is trained through them train the gate as well.
+    """
+    if not is_training_step():
+        return h, lambda last: last
+    cfg, gate = core.cfg, [p for p in core.act.parameters() if p.requires_grad]
+    if core.lora is not None:
+        core.lora.trained_loops.clamp_(min=n_loops)
+    _watch(core)
+    learns = cfg.halting and cfg.recurrence == "injected" and bool(gate)
+    n_warm = len(e) // EXPLORED_ROWS if cfg.warm_start else 0
+    n = math.ceil(len(e) / EXPLORED_ROWS) if learns else n_warm
+    gradients = [torch.zeros_like(p) for p in gate]
+    if n:
+        depth = max(2, cfg.max_loop_iters)
+        with eval_mode(core), torch.no_grad():
+            states = torch.stack(core.states(h[:n], e[:n], ctx.rows(slice(n)), depth))
+        if n_warm:
+            depths = torch.arange(n_warm, device=h.device) * depth // n_warm
+            h = torch.cat([states[1 + depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])
+        if learns:
+            live = ctx.mask.new_valid(e.shape[1])  # type: ignore[union-attr]
+            live = torch.ones_like(e[:n, :, 0], dtype=torch.bool) if live is None else live[:n].squeeze(-1)
+            with torch.enable_grad():
+                loss = GATE_LOSS_WEIGHT * gate_loss(core.act, states, live, cfg.halting_tolerance)
+                gradients = list(torch.autograd.grad(loss, gate))
+            _pending[core].append(gradients)
+    if cfg.recurrence != "injected" or not gate or not (learns or _has_peers()):
+        return h, lambda last: last
+    return h, lambda last: _WithGradients.apply(last, gradients, *gate)
+
+
+class _WithGradients(torch.autograd.Function):
+    """Identity on ``x`` whose backward also gives each of ``parameters`` a gradient made beforehand.
+
+    Of several processes each parameter needs one, if only zeros: DistributedDataParallel waits for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, *ctx.gradients
+
+
+def _has_peers() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+# -- at the optimizer's step
+
+_pending: weakref.WeakKeyDictionary[Any, list[list[Tensor]]] = weakref.WeakKeyDictionary()
+"""Blocks that ran in a training step since their optimizer's last, and the gate's gradient of each run."""
+
+
+def _watch(core: Any) -> None:
+    _register_hooks()
+    _pending.setdefault(core, [])
+
+
+def _cores_of(optimizer: Optimizer) -> Iterable[Any]:
+    """The pending blocks some of whose parameters the optimizer updates."""
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [core for core in list(_pending) if any(id(p) in updated for p in core.parameters())]
+
+
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """The gate's gradient is the mean over the runs of a step, whatever the caller made of his loss.
+
+    He may divide it by the number of micro-batches, or multiply it for float16.
+    """
+    for core in _cores_of(optimizer):
+        if not (runs := _pending[core]):
+            continue
+        gate = [p for p in core.act.parameters() if p.requires_grad]
+        for parameter, gradients in zip(gate, zip(*runs, strict=True), strict=False):
+            if parameter.grad is None:
+                continue
+            if _has_peers():  # which have averaged theirs
+                parameter.grad /= len(runs)
+            else:
+                parameter.grad.copy_(sum(gradients) / len(runs))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for core in _cores_of(optimizer):
+        # Frozen experts, as under adapters, keep their router as it is: no adapter's file could hold what moved.
+        trained = nn.ModuleList(ffn for ffn in experts(core) if ffn.gate_up.requires_grad)
+        balance(trained)
+        del _pending[core]
+
+
+_hooks: list[Any] = []
+
+
+def _register_hooks() -> None:
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))

@@ -1,0 +1,61 @@
+"""A block for each loop in place of one for all: the unrolled baseline."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.context import Context
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.halting import ACTHalting
+from open_mythos.nn.injection import LoRAAdapter, LTIInjection
+from open_mythos.nn.recurrent import LoopBlock, LoopInput, Loops
+
+
+class UntiedBlocks(Loops):
+    """A recurrent block whose every loop has weights of its own: a plain deep transformer, to compare loops with.
+
+    Args:
+        cfg: ``max_loop_iters`` is the number of blocks, and the one number of loops that there is.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.blocks = nn.ModuleList(LoopBlock(cfg) for _ in range(cfg.max_loop_iters))
+        self.act = ACTHalting(cfg.dim, cfg.weight_std)
+
+    @property
+    def first(self) -> LoopBlock:
+        return cast(LoopBlock, self.blocks[0])
+
+    @property
+    def block(self) -> nn.Module:
+        """The first loop's block; likewise the others."""
+        return self.first.block
+
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        return [layer for block in self.blocks for layer in cast(LoopBlock, block).layers]
+
+    @property
+    def lora(self) -> LoRAAdapter | None:
+        return self.first.lora
+
+    @property
+    def injection(self) -> LTIInjection:
+        return self.first.injection
+
+    def prepare(self, e: Tensor) -> LoopInput:  # type: ignore[override]
+        return LoopInput(e)
+
+    def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:  # type: ignore[override]
+        if isinstance(loop, Tensor):
+            raise ValueError("this baseline has a block for each loop, so rows at different loops do not run together")
+        if loop >= len(self.blocks):
+            raise ValueError(
+                f"n_loops={loop + 1}, but this baseline has {len(self.blocks)} blocks and cannot go deeper"
+            )
+        return cast(LoopBlock, self.blocks[loop]).step(h, e.e if isinstance(e, LoopInput) else e, loop, ctx)
