@@ -1,0 +1,138 @@
+"""Decoding on CUDA: one captured graph a token, over caches of fixed size, with the position in a tensor.
+
+A loop of one token is some fifty small operations, and on a GPU each is a launch that takes longer than its work. A
+graph launches all of them at once. It reads the weights where they are, and is captured anew when a buffer has grown.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from open_mythos.cache import CacheSlot, KVCache, Slot
+from open_mythos.context import AttentionMask
+from open_mythos.generation.engines import Depth, ModuleEngine
+from open_mythos.generation.fused import fuse, why_not_fused
+from open_mythos.interface import Model
+
+
+def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
+    """Why tokens cannot be decoded by a graph; None if they can."""
+    if model.embed.weight.device.type != "cuda":
+        return "graphs are for CUDA"
+    if drafts:
+        return "a graph runs every token for all loops, and drafts do not"
+    if depth.exit is not None:
+        return f"a graph runs every token for all loops, and {depth.exit} ends some"
+    return why_not_fused(model)
+
+
+class FixedSlot:
+    """A :class:`CacheSlot` whose buffers stay where they are, read whole, and written at a position in a tensor."""
+
+    def __init__(self, slot: CacheSlot, at: Tensor) -> None:
+        assert slot._rows is not None
+        self._rows, self._ring, self._at = slot._rows, slot._raw, at
+
+    def raw_before(self, at: int, n: int) -> Tensor | None:
+        if self._ring is None or n == 0:
+            return None
+        positions = self._at + torch.arange(-n, 0, device=self._at.device)
+        raw = self._ring.index_select(1, positions % self._ring.shape[1])
+        return raw * (positions >= 0).view(1, n, 1, 1)
+
+    def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
+        self._rows.index_copy_(1, self._at, rows)
+        if raw is not None:
+            assert self._ring is not None
+            self._ring.index_copy_(1, self._at % self._ring.shape[1], raw)
+        return self._rows
+
+
+class FixedCache:
+    """All slots of a :class:`KVCache` as :class:`FixedSlot`, for one token of each row."""
+
+    def __init__(self, cache: KVCache, at: Tensor) -> None:
+        self.cache_loops, self._cache, self._at = cache.cache_loops, cache, at
+
+    def slot(self, slot: Slot | str) -> FixedSlot:
+        return FixedSlot(self._cache.slot(slot), self._at)
+
+
+class GraphEngine(ModuleEngine):
+    """:class:`ModuleEngine` whose single tokens are replayed from a graph.
+
+    Args:
+        model, depth, room: as :class:`ModuleEngine`.
+    """
+
+    def __init__(self, model: Model, depth: Depth, room: int = 0) -> None:
+        super().__init__(model, depth, room, fuse(model))
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capacity = 0
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, first: Tensor | None = None) -> Tensor:
+        if first is not None:
+            return super().step(tokens, first)
+        past, slots = self.cache.length, self.cache._slots.values()
+        for slot in slots:
+            slot._catch_up()
+            assert slot._rows is not None
+            slot._reserve(slot._rows, past + 1)
+        capacity = min(slot._rows.shape[1] for slot in slots if slot._rows is not None)
+        if capacity != self._capacity:
+            self._open(tokens, capacity)
+        self._tokens.copy_(tokens)
+        self._at.fill_(past)
+        if self._graph is None:
+            self._compute()
+        else:
+            self._graph.replay()
+        for slot in slots:
+            slot.length = slot._written = past + 1
+            slot._base = None
+            if slot._raw is not None:
+                slot._raw_start = max(slot._raw_start, past + 1 - slot._raw.shape[1])
+        if self.cache.valid is not None:
+            self.cache.valid = self._valid[:, : past + 1]
+        self.state = self._state.clone()
+        return self._logits_out.clone()
+
+    def _open(self, tokens: Tensor, capacity: int) -> None:
+        """Fixed buffers for so many tokens, and on CUDA a graph over them."""
+        self._capacity, self._tokens = capacity, tokens.clone()
+        self._at = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        valid, self._padding = self.cache.valid, None
+        if valid is not None:
+            self._valid = torch.nn.functional.pad(valid, (0, capacity - valid.shape[1]), value=True)
+            self._padding = (~valid).sum(1, keepdim=True)
+        if tokens.device.type != "cuda":
+            return
+        self._at.fill_(self.cache.length)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are chosen and workspaces made outside of the capture
+            self._compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._compute()
+
+    def _compute(self) -> None:
+        """One token of each row, at ``_at``, from fixed inputs into fixed outputs; writes nothing but its own rows."""
+        model, B = self.step_model, len(self._tokens)
+        valid = None if self._padding is None else self._valid
+        at = self._at.expand(B, 1)
+        mask = AttentionMask(1, self._capacity, positions=at, first=0)
+        rotary_at = self._at if self._padding is None else at - self._padding
+        if valid is not None:
+            mask = AttentionMask(1, self._capacity, valid, positions=at, first=0)
+        e, ctx = model.encode_at(self._tokens, rotary_at, mask, FixedCache(self.cache, self._at))  # type: ignore[arg-type]
+        h = model.first_state(e, ctx)
+        for state in model.recurrent.iterate(h, e, ctx, self.depth.n_loops):
+            h = state.h
+        self._state = h
+        self._logits_out = model.head(model.decode(h, ctx)[:, -1])
+
+
