@@ -260,7 +260,7 @@ class Context:
         assert isinstance(self.mask, AttentionMask)
         if self.mask.is_same_for_all:
             return self
-        per_row = self.rotary.ndim == (3 if self.rotary.is_complex() else 4)
+        per_row = self.rotary.ndim == (3 if self.rotary.is_complex() else 4) and len(self.rotary) > 1
         return replace(self, rotary=self.rotary[which] if per_row else self.rotary, mask=self.mask.rows(which))
 
 

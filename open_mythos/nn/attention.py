@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from open_mythos.cache import KVCache, Slot
 from open_mythos.config import MythosConfig
 from open_mythos.context import AttentionMask, Context, as_context
-from open_mythos.nn.linear import WEIGHT_STD, LatentUp, Linear, project, residual_gain
+from open_mythos.nn.linear import WEIGHT_STD, LatentUp, Linear, call, project, residual_gain
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.attention import attend
 from open_mythos.ops.rope import apply_rope
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         out = self.read(queries, rows, mask)
         if mask.valid is not None and (active is None or not active.is_packed):  # padding halts after the first loop
             out = out.masked_fill(~mask.new_valid(out.shape[1]).unsqueeze(-1), 0)  # type: ignore[union-attr]
-        return self.wo((active.unpack(out) if active is not None else out).flatten(2))
+        return call(self.wo, (active.unpack(out) if active is not None else out).flatten(2))
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
         """Queries, as parts (B, T, H, ...), and raw rows (B, T, G, W)."""
@@ -224,7 +224,7 @@ class MLAttention(Attention):
     def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
         q_latent, kv = project(x, self.q_down, self.kv_down)
         c_kv, k_rope = kv.split([self.latent_dim, self.rope_dim], dim=-1)
-        return self.rotate(self.q_up(self.q_norm(q_latent)), self.kv_norm(c_kv), k_rope, rotary)
+        return self.rotate(call(self.q_up, self.q_norm(q_latent)), self.kv_norm(c_kv), k_rope, rotary)
 
     def rotate(self, q: Tensor, c_kv: Tensor, k_rope: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
         """:meth:`project`, from queries (B, T, H (N + P)), latents (B, T, R) and rotary keys (B, T, P)."""
@@ -255,7 +255,7 @@ class MLAttention(Attention):
     def read_expanded(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: AttentionMask) -> Tensor:
         """Every latent becomes H keys and values."""
         c_kv, k_rope = rows.split([self.latent_dim, self.rope_dim], -1)
-        up = self.kv_up(c_kv.squeeze(2)).unflatten(-1, (self.n_heads, -1))
+        up = call(self.kv_up, c_kv.squeeze(2)).unflatten(-1, (self.n_heads, -1))
         k_nope, v = up.split([self.nope_dim, self.v_dim], dim=-1)
         q, kv = torch.cat([q_nope, q_rope], -1), [k_nope, k_rope.expand(-1, -1, self.n_heads, -1), v]
         return attend(q, torch.cat(kv, -1), mask, self.score_scale, self.n_local_heads, self.local_window)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.auxiliary import count_choices
-from open_mythos.nn.linear import WEIGHT_STD, Linear, fan_in_scale, project, residual_gain
+from open_mythos.nn.linear import WEIGHT_STD, Linear, call, fan_in_scale, project, residual_gain
 from open_mythos.ops.experts import swiglu_experts
 
 
@@ -34,7 +34,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate, self.up)
-        return self.down(F.silu(gate) * up)
+        return call(self.down, F.silu(gate) * up)
 
 
 class MoEFFN(nn.Module):
@@ -79,7 +79,7 @@ class MoEFFN(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts (..., topk) int64, best first, and their mixing weights (..., topk) float32."""
-        return self.choose(self.router(x).float())
+        return self.choose(call(self.router, x).float())
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`route`, from the router's logits (..., n_experts) in float32."""

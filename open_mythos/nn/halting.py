@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import WEIGHT_STD, Linear
+from open_mythos.nn.linear import WEIGHT_STD, Linear, call
 
 MIN_CHANGE = 1e-3  # changes below it look alike to a gate: bfloat16 knows none that are smaller
 EARLY_EXIT_WEIGHT = 30.0  # how much worse it is to halt a state that still moves than to run one that has converged
@@ -46,7 +46,7 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Tensor, change: Tensor | None = None) -> Tensor:
         """(B, T, dim) states, and their :func:`relative_change` (B, T), 1 if None, to (B, T) probabilities."""
-        hidden = self.hidden(F.rms_norm(h, h.shape[-1:], eps=1e-6))
+        hidden = call(self.hidden, F.rms_norm(h, h.shape[-1:], eps=1e-6))
         if change is not None:
             hidden = hidden + (change.to(hidden.dtype) + MIN_CHANGE).log().unsqueeze(-1) * (self.motion / self.std)
         return (self.halt(F.silu(hidden) * self.halt.in_features**-0.5).squeeze(-1) / self.std).sigmoid()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import WEIGHT_STD, Linear
+from open_mythos.nn.linear import WEIGHT_STD, Linear, call
 
 MARGIN = 2.0**-7
 """What A keeps from 0 and 1; exact in bfloat16 and float16, so A stays inside (0, 1) there too."""
@@ -95,7 +95,7 @@ class LoRAAdapter(nn.Module):
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What is the same in every loop: ``down(x)`` (..., rank), and the scale of each loop (max_loops, rank)."""
         loops = torch.arange(self.scale.num_embeddings, device=x.device)
-        return self.down(x), self.scale(loops.clamp(max=(self.trained_loops - 1).clamp(min=0)))
+        return call(self.down, x), self.scale(loops.clamp(max=(self.trained_loops - 1).clamp(min=0)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Fit a table saved with another ``max_loops``: grow to it, or repeat its last row. Nothing trained is cut."""

@@ -45,8 +45,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return scaled_linear(x, self.weight, self.scale)
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        """(..., in_features) -> (..., out_features); ``scale``, if given, in place of the layer's own."""
+        return scaled_linear(x, self.weight, self.scale if scale is None else scale)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
@@ -69,9 +70,9 @@ class LatentUp(Linear):
         super().__init__(in_features, n_heads * (key_dim + value_dim), std=std)
         self.n_heads, self.key_dim = n_heads, key_dim
 
-    def forward(self, x: Tensor, absorb: str = "") -> Tensor:
+    def forward(self, x: Tensor, scale: float | None = None, absorb: str = "") -> Tensor:
         if not absorb:
-            return super().forward(x)
+            return super().forward(x, scale)
         weight = self.weight.unflatten(0, (self.n_heads, -1))  # (H, key_dim + value_dim, R)
         weight = weight[:, : self.key_dim] if absorb == "keys" else weight[:, self.key_dim :].transpose(1, 2)
         ignored = weight.detach()[:1, :1, :1]
@@ -91,6 +92,22 @@ def scaled_linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
     return out_NO.view(*x.shape[:-1], -1)
 
 
+def call(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a :class:`Linear` makes of ``x``, or what was put around one, as by PEFT.
+
+    The scale is then applied to the sum of layer and adapter, so that an adapter that is merged into the weight, as it
+    is stored, computes what it did before.
+    """
+    if isinstance(layer, Linear):
+        return layer(x)
+    inner: object = layer
+    while not isinstance(inner, Linear):
+        inner = getattr(inner, "base_layer", None)
+        if inner is None:
+            return layer(x)
+    return layer(x, scale=1.0) * inner.scale
+
+
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of several layers makes of one input."""
-    return [layer(x) for layer in layers]
+    return [call(layer, x) for layer in layers]

@@ -1,8 +1,9 @@
 """Our caches' interface over a cache of transformers, which then does what transformers does with caches.
 
-Every layer and every loop writes a slot. A slot is one layer of the ``Cache``: keys and values for GQA, latents and
-rotary keys for MLA, (batch, heads, tokens, channels) as transformers keeps them. Slots take layers in the order in
-which they are first written, and layers are added as loops need them, so that any number of loops fits any cache.
+Every layer and every loop writes a slot. A slot is one layer of the ``Cache``, with the two halves of its rows as keys
+and values, (batch, groups, tokens, width / 2), as transformers keeps them; and where there is a convolution another one,
+which holds the last raw rows. Slots take layers in the order in which they are first written, and layers are added as
+loops need them, so that any number of loops fits any cache.
 """
 
 from __future__ import annotations
@@ -10,13 +11,45 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
-from open_mythos.cache import DictCache
+from open_mythos.cache import ROLLBACK, DictCache, Slot, slot_name
+from open_mythos.fields import must
 
 _SLOTS = "_open_mythos_slots"  # on the Cache: the layer of each slot, by name
 _SPARE = "_open_mythos_spare"  # on the Cache: an unused layer, to be copied
+_RAW = "/raw"  # ends the name of the layer with a slot's raw rows
+
+
+class RawLayer(DynamicLayer):
+    """The last raw rows of a slot, with ``seen`` tokens in all; reordered and repeated with the others."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seen = 0
+
+    def append(self, raw: Tensor, at: int, kept: int) -> None:
+        """Add raw rows (B, G, T, W) at position ``at``, and keep so many of the last."""
+        if not self.is_initialized:
+            self.lazy_initialization(raw, raw)
+        held = raw if at == 0 else torch.cat([self.before(at, self.keys.shape[2]), raw], 2)
+        self.keys, self.values, self.seen = held[:, :, -kept:], raw[..., :0], at + raw.shape[2]
+
+    def before(self, at: int, n: int) -> Tensor:
+        """The ``n`` rows before position ``at``, or as many as there are."""
+        return self.keys[:, :, : self.keys.shape[2] - (self.seen - at)][:, :, -n:]
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def crop(self, *args: Any) -> None:
+        """Nothing: the rows of the slot tell how many tokens are left."""
+
+    def reset(self) -> None:
+        self.keys, self.values, self.is_initialized, self.seen = None, None, False, 0
 
 
 class SlotCache(DictCache):
@@ -59,20 +92,33 @@ class SlotCache(DictCache):
     def valid(self, valid: Tensor | None) -> None:
         self._valid = valid
 
-    def slot(self, name: str) -> _Slot:  # type: ignore[override]
+    def slot(self, slot: Slot | str) -> _Slot:  # type: ignore[override]
+        name = slot_name(slot)
         if name not in self._slots:
             self._slots[name] = _Slot(self, name)
         return self._slots[name]
 
     def lengths(self) -> dict[str, int]:
-        return {name: int(self.cache.get_seq_length(layer)) for name, layer in getattr(self.cache, _SLOTS).items()}
+        layers = getattr(self.cache, _SLOTS).items()
+        return {name: int(self.cache.get_seq_length(layer)) for name, layer in layers if not name.endswith(_RAW)}
 
     def layer_of(self, name: str) -> int:
         """The layer of a slot, made if it is new."""
         layers: dict[str, int] = getattr(self.cache, _SLOTS)
         layer, spare = layers.setdefault(name, len(layers)), getattr(self.cache, _SPARE)
-        while spare is not None and len(self.cache.layers) <= layer:  # without a spare, the cache adds its own
-            self.cache.layers.append(copy.deepcopy(spare))
+        while len(self.cache.layers) <= layer:
+            if name.endswith(_RAW):
+                self.cache.layers.append(RawLayer())
+            elif spare is not None:
+                self.cache.layers.append(copy.deepcopy(spare))
+            else:  # the cache adds its own
+                break
+        return layer
+
+    def raw_layer(self, name: str) -> RawLayer:
+        """The raw rows of a slot whose rows have a layer."""
+        layer = self.cache.layers[self.layer_of(name + _RAW)]
+        assert isinstance(layer, RawLayer)
         return layer
 
 
@@ -81,33 +127,43 @@ class _Slot:
 
     def __init__(self, cache: SlotCache, name: str) -> None:
         self._cache, self._name = cache, name
-        self.rows: dict[str, Tensor] = {}  # all of it, once this call has written some
+        self.rows: Tensor  # all of it, once this call has written some
 
     @property
     def length(self) -> int:
         layer = getattr(self._cache.cache, _SLOTS).get(self._name)
         return 0 if layer is None else int(self._cache.cache.get_seq_length(layer))
 
-    def update(self, new: dict[str, Tensor], at: int | None = None) -> dict[str, Tensor]:
-        keys, values = new.values()
+    def raw_before(self, at: int, n: int) -> Tensor | None:
+        if at == 0 or n == 0:
+            return None
+        raw = self._cache.raw_layer(self._name)
+        held = raw.before(at, n).transpose(1, 2)
+        must(
+            held.shape[1] == min(n, at) and raw.seen - at <= ROLLBACK,
+            f"the cache was cut back to {at} of {raw.seen} tokens, and this model's convolution keeps what it needs for "
+            f"{ROLLBACK}; start a new cache",
+        )
+        return held if at >= n else torch.cat([held.new_zeros(len(held), n - at, *held.shape[2:]), held], 1)
+
+    def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
+        start, half = self.length, rows.shape[-1] // 2
+        keys, values = (part.transpose(1, 2) for part in rows.split([half, rows.shape[-1] - half], -1))
         layer = self._cache.layer_of(self._name)
-        held = self._cache.cache.update(_heads_first(keys), _heads_first(values), layer)
+        held = self._cache.cache.update(keys, values, layer)
         length = self.length  # a static layer hands out all its room
-        self.rows = {
-            name: _tokens_first(x[:, :, :length], like) for name, x, like in zip(new, held, new.values(), strict=True)
-        }
+        self.rows = torch.cat([part[:, :, :length] for part in held], -1).transpose(1, 2)
+        if raw is not None:
+            self._cache.raw_layer(self._name).append(raw.transpose(1, 2), start, ROLLBACK + n_raw)
         return self.rows
 
-    def repeat(self, before: Any) -> None:
-        start = self.length
-        self.update({name: rows[:, start:] for name, rows in before.rows.items()})
-
-
-def _heads_first(rows: Tensor) -> Tensor:
-    """(B, T, G, D) or (B, T, D) as (B, G or 1, T, D)."""
-    return rows.transpose(1, 2) if rows.ndim == 4 else rows.unsqueeze(1)
-
-
-def _tokens_first(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`_heads_first`, for rows that were ``like`` it."""
-    return rows.transpose(1, 2) if like.ndim == 4 else rows.squeeze(1)
+    def repeat(self, before: _Slot) -> None:
+        start, end = self.length, before.length
+        self.update(before.rows[:, start:])
+        if before._name + _RAW in getattr(self._cache.cache, _SLOTS):
+            raw, theirs = self._cache.raw_layer(self._name), self._cache.raw_layer(before._name)
+            assert theirs.keys is not None
+            new = theirs.keys[:, :, -min(end - start, theirs.keys.shape[2]) :]
+            if end - start > new.shape[2]:
+                raw.seen, raw.keys = end - new.shape[2], new[:, :, :0]
+            raw.append(new, end - new.shape[2], theirs.keys.shape[2])
