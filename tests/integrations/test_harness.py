@@ -123,6 +123,22 @@ def test_mistakes(parity, arguments, words):
     assert done.exit_code == 2 and words in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize("change, words", [
+    (("max_gen_toks: 1,", "max_tokens: 4096,"), "parity_said asks for 4096 new tokens, and prompt and answer have"),
+    (("metric: exact_match", "metric: precise_match"), "cannot run parity_said:"),
+    (("{{bits}}", "{{bits"), "cannot run parity_said:"),
+    (("{{parity}}", "{{answer.text}}"), "cannot run parity_said: UndefinedError: 'answer' is undefined"),
+    (("!function files.parity", "!function files.nothing"), "cannot run parity_said: AttributeError"),
+    (("metric_list:", "metric_list: ["), "parity_said.yaml cannot be read as YAML: while parsing"),
+])  # fmt: skip
+def test_a_task_that_cannot_be_run(parity, tmp_path, change, words):
+    """Whatever the harness raises, it is one line."""
+    tasks = shutil.copytree(TASKS, tmp_path / "tasks")
+    (tasks / "parity_said.yaml").write_text((tasks / "parity_said.yaml").read_text().replace(*change))
+    done = run_eval(parity, "--harness", "parity_said", "--include-path", tasks, "--loops", "1", "--examples", 4)
+    assert done.exit_code == 2 and words in " ".join(done.output.split())
+
+
 def test_an_exported_model_knows_where_texts_end(parity, tmp_path):
     assert run_export(parity, tmp_path / "folder").exit_code == 0
     for name in ("config.json", "generation_config.json"):
