@@ -11,12 +11,12 @@ from open_mythos.fields import must
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM
 from open_mythos.model import OpenMythos
+from open_mythos.models import load_model, model_dir
 from open_mythos.tasks import tokenizer
-from open_mythos.training.runs import load_model, model_dir
 
 
 def export(source: str | Path, directory: str | Path) -> bool:
-    """Write the model that :func:`~open_mythos.training.runs.model_dir` finds by ``source`` into ``directory``.
+    """Write the model that :func:`~open_mythos.models.model_dir` finds by ``source`` into ``directory``.
 
     Returns:
         Whether it had a tokenizer, which then lies there too.
