@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig
 
@@ -39,12 +39,7 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     Raises:
         CheckpointError: for weights that a file of plain numbers cannot hold, as int8 ones.
     """
-    for name, tensor in model.state_dict().items():
-        if type(tensor) is not Tensor:
-            raise CheckpointError(
-                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before that is done to "
-                f"it, and do it again to what is loaded"
-            )
+    check_plain(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in _tied(model.cfg)}
@@ -56,6 +51,16 @@ def save(model: OpenMythos, directory: str | Path) -> None:
     partial.replace(directory / CONFIG_FILE)
     # safetensors lets nobody else read what it writes
     shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
+
+
+def check_plain(model: nn.Module) -> None:
+    """CheckpointError for weights that a file of plain numbers cannot hold."""
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is not Tensor:
+            raise CheckpointError(
+                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before that is done to "
+                f"it, and do it again to what is loaded"
+            )
 
 
 def config_file(model: OpenMythos) -> dict[str, Any]:
