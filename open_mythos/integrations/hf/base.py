@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, shipped
+from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, is_tied, shipped
 from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
@@ -61,6 +62,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
+        _tell_peft()
         if core is None:
             cfg = config.mythos()
             cfg.max_loop_iters = config.lora_loops or cfg.max_loop_iters
@@ -124,6 +126,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
                 f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
                 f"{missing[0]!r}; load it with the class that wrote it, or save it again"
             )
+        model._notice_untied()  # where a file of old says one thing and holds another
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
@@ -136,6 +139,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         """
         if state_dict is None and getattr(self, "hf_quantizer", None) is None:  # which saves what it made
             check_plain(self)
+        self._notice_untied()
         if self._auto_class is not None:  # all of them are in the source that goes along
             self.config.auto_map = dict(_AUTO_MAP)
         if hasattr(getattr(self, "generation_config", None), "num_loops"):
@@ -159,6 +163,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         self.core.embed, self.core.cfg.vocab_size = value, value.num_embeddings
         if self.core.cfg.tied_head:
             self.core.head.weight, self.core.head.out_features = value.weight, value.num_embeddings
+
+    def _notice_untied(self) -> None:
+        """Let the configs say so where the head has become another tensor than the embedding, as in a merge by PEFT."""
+        if isinstance(self.core.head, nn.Linear) and self.core.cfg.tied_head and not is_tied(self.core):
+            self.core.cfg.tied_head = self.config.tied_head = self.config.tie_word_embeddings = False
+            self._tied_weights_keys = {}
 
     # -- the work
 
@@ -239,6 +249,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             hidden_states=None if seen is None else tuple(seen),
             **{CACHE: cache},
         )
+
+
+def _tell_peft() -> None:
+    """PEFT keeps adapters of embedding and head one (``ensure_weight_tying``) if a list of its own has their names."""
+    names = getattr(sys.modules.get("peft.utils.constants"), "EMBEDDING_LAYER_NAMES", [])
+    names += [name for name in ("embed", "head") if name not in names]
 
 
 def _check_others(others: dict[str, Any], has_positions: bool) -> None:

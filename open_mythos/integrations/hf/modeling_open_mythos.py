@@ -76,9 +76,9 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         return self.core.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """A head of its own; nothing where head and embedding are one tensor."""
-        if not self.core.cfg.tied_head:
-            self.core.head = new_embeddings
+        """Another head, which is then no longer the embedding unless it shares its weight."""
+        self.core.head = new_embeddings
+        self._notice_untied()
 
     @can_return_tuple
     def forward(
