@@ -141,7 +141,7 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
 
 def _check_files(include: str | Path | None) -> None:
     """ValueError for a file that is no YAML, which the harness passes over without a word."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     for path in [] if include is None else sorted(Path(include).rglob("*.yaml")):
         try:
@@ -163,7 +163,7 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
     model = OpenMythosForCausalLM.from_pretrained(directory).eval()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    class Checked(HFLM):  # type: ignore[misc]
+    class Checked(HFLM):
         """The harness's view of a model, which says what to change where it would fail an assertion."""
 
         def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[str]:

@@ -55,7 +55,7 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
     """
     found = _within(_read(source), max_bytes or (STREAMED if source.startswith("hf:") else math.inf))
     first = next(found, b"")
-    must(first, f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
+    must(first != b"", f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
     second = next(found, b"")
     for document in chain((first, second), found) if second else _pieces(BytesIO(first)):
         yield document.decode("utf-8", "replace")
