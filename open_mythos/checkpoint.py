@@ -38,15 +38,11 @@ def save(model: Model, directory: str | Path) -> None:
     Raises:
         CheckpointError: for weights that a file of plain numbers cannot hold, as int8 ones.
     """
-    for name, tensor in model.state_dict().items():
-        if type(tensor) is not Tensor:
-            raise CheckpointError(
-                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before that is done to "
-                f"it, and do it again to what is loaded"
-            )
+    check_plain(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in _tied(model.cfg)}
+    left_out = ["head.weight"] if is_tied(model) else []
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out}
     partial = directory / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(directory / WEIGHTS_FILE)
@@ -55,6 +51,16 @@ def save(model: Model, directory: str | Path) -> None:
     partial.replace(directory / CONFIG_FILE)
     # safetensors lets nobody else read what it writes
     shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
+
+
+def check_plain(model: nn.Module) -> None:
+    """CheckpointError for weights that a file of plain numbers cannot hold."""
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is not Tensor:
+            raise CheckpointError(
+                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before that is done to "
+                f"it, and do it again to what is loaded"
+            )
 
 
 def config_file(model: Model) -> dict[str, Any]:
@@ -66,7 +72,13 @@ def config_file(model: Model) -> dict[str, Any]:
         "model_type": MODEL_TYPE,
     }
     lora = model.recurrent.lora  # its table may be longer than max_loop_iters, which can be changed at any time
-    return head | ({} if lora is None else {"lora_loops": lora.scale.num_embeddings}) | model.cfg.to_dict()
+    head |= {} if lora is None else {"lora_loops": lora.scale.num_embeddings}
+    return head | model.cfg.to_dict() | {"tied_head": is_tied(model)}
+
+
+def is_tied(model: OpenMythos) -> bool:
+    """Whether the head still is the embedding: PEFT may have put a trained one in its place."""
+    return model.cfg.tied_head and model.head.weight.data_ptr() == model.embed.weight.data_ptr()
 
 
 def hub_hint(source: str | Path) -> str:

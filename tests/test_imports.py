@@ -18,7 +18,7 @@ LAYERS = [
     {"nn"},
     {"checkpoint", "generation", "quantization"},
     {"model"},
-    {"reference", "diagnostics"},
+    {"reference", "diagnostics", "models"},
     {"evaluation"},
     {"training"},
     {"integrations"},

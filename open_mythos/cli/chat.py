@@ -47,9 +47,9 @@ def chat(
 
     from open_mythos.generation.conversation import Conversation
     from open_mythos.generation.sampling import Sampling
+    from open_mythos.models import load_model, model_dir, tokenizer_of
     from open_mythos.nn.exits import parse
     from open_mythos.training.checks import find_device
-    from open_mythos.training.runs import load_model, model_dir, tokenizer_of
 
     with clear_errors():
         at = find_device(device)

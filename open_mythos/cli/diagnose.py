@@ -23,7 +23,7 @@ BLOCKS, MOST_BLOCKS = " ▁▂▃▄▅▆▇█", 32
 
 
 def diagnose(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory written by save_pretrained.")],
+    checkpoint: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
     loops: Annotated[int | None, typer.Option(min=1, help="Loops to run; the model's default if left out.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Directory for pictures (needs matplotlib).")] = None,
     prompt: Annotated[str | None, typer.Option(help='Token ids, as in "1 2 1 1".')] = None,
@@ -31,12 +31,12 @@ def diagnose(
     """Look inside a checkpoint, loop by loop."""
     from open_mythos.cli.tokens import choose_tokens
     from open_mythos.diagnostics import trace
-    from open_mythos.model import OpenMythos
+    from open_mythos.models import load_model, model_dir
 
     with clear_errors(), progress(n_steps=3 if plots is None else 4) as begin:
         begin("loading")
-        model = OpenMythos.from_pretrained(checkpoint)
-        source, ids = choose_tokens(model.cfg, checkpoint, prompt)
+        model = load_model(checkpoint)
+        source, ids = choose_tokens(model.cfg, model_dir(checkpoint), prompt)
         begin("tracing")
         found = trace(model, ids, loops)
         begin("measuring")
@@ -142,7 +142,7 @@ def bars(counts: np.ndarray) -> str:
     return "".join(BLOCKS[round(8 * mean / max(*means, 1))] for mean in means)
 
 
-def show_next(checkpoint: Path, plots: Path | None, cfg: MythosConfig) -> None:
+def show_next(checkpoint: str, plots: Path | None, cfg: MythosConfig) -> None:
     if plots is not None:
         console.print(f"Pictures are in {plots}.", highlight=False)
     deeper = f"mythos diagnose {checkpoint} --loops {2 * cfg.max_loop_iters}"

@@ -40,9 +40,10 @@ def eval(
             raise ValueError("--include-path is where --harness finds tasks; name one of them with --harness")
         from open_mythos import tasks
         from open_mythos.cli.own_tasks import eval_problems, eval_text, settings
+        from open_mythos.models import load_model
         from open_mythos.nn.exits import parse
         from open_mythos.tasks.text import Text
-        from open_mythos.training.runs import evaluation_dir, load_model
+        from open_mythos.training.runs import evaluation_dir
 
         model = load_model(checkpoint)
         cfg = settings(checkpoint, model.cfg, task, option or [], difficulties, loops, examples)
@@ -59,9 +60,10 @@ def eval(
 
 
 def next_step(checkpoint: str) -> str:
-    from open_mythos.training.runs import METRICS, model_dir
+    from open_mythos.models import model_dir
+    from open_mythos.training.runs import METRICS
 
     directory = model_dir(checkpoint)
     if (directory.parent / METRICS).is_file():
         return f"Next: a page with all of it, [bold]mythos report {directory.parent}[/bold]."
-    return f"Next: look inside, [bold]mythos diagnose {directory}[/bold]."
+    return f"Next: look inside, [bold]mythos diagnose {checkpoint}[/bold]."

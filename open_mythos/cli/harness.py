@@ -12,7 +12,8 @@ from rich.text import Text
 from open_mythos import plots
 from open_mythos.cli.console import announce, console, picture, table, whole_numbers
 from open_mythos.integrations.harness import Curve, harness
-from open_mythos.training.runs import evaluation_dir, model_dir
+from open_mythos.models import model_dir
+from open_mythos.training.runs import evaluation_dir
 
 FILE = "harness.json"
 

@@ -15,14 +15,19 @@ CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A variant such as 1b, a config.json, or a checkpoint directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A variant such as 1b, a run, a model's directory, a config.json, or a shipped model."),
+    ],
 ) -> None:
     """What a variant or a checkpoint costs: parameters, arithmetic, cache."""
+    from open_mythos.checkpoint import shipped
+
     with clear_errors():
         cfg = find_config(model)
     show_shape(model, cfg)
     show_cost(cfg)
-    if Path(model).exists():
+    if Path(model).is_dir() or model in shipped():
         console.print(f"Next: look inside it with [bold]mythos diagnose {model}[/bold].", highlight=False)
     else:
         console.print("Next: train a small model with [bold]mythos demo[/bold], then look inside it with "
@@ -30,19 +35,20 @@ def info(
 
 
 def find_config(name: str) -> MythosConfig:
-    """The config of a file, a checkpoint directory or a variant; an existing path comes first.
+    """The config of a file, a run, a model's directory, a shipped model or a variant; an existing path comes first.
 
     Raises:
         ValueError: if ``name`` is none of them, or its config is bad.
     """
-    from open_mythos.checkpoint import CONFIG_FILE
+    from open_mythos.checkpoint import CONFIG_FILE, SHIPPED
+    from open_mythos.models import MODEL
 
     path = Path(name)
-    inside = path / CONFIG_FILE
-    if path.is_file() or inside.is_file():
-        return MythosConfig.load(path if path.is_file() else inside)
+    for file in (path, *(place / CONFIG_FILE for place in (path / MODEL, path, SHIPPED / name))):
+        if file.is_file():
+            return MythosConfig.load(file)
     if path.is_dir():
-        raise ValueError(f"{inside} is missing; a checkpoint directory holds {CONFIG_FILE}")
+        raise ValueError(f"{path / CONFIG_FILE} is missing; a checkpoint directory holds {CONFIG_FILE}")
     if len(path.parts) > 1 or path.suffix:
         raise ValueError(
             f"{path} does not exist; give a config file, a checkpoint directory or one of {', '.join(VARIANTS)}"

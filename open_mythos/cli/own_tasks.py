@@ -15,11 +15,12 @@ from open_mythos.evaluation.metrics import BEYOND
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.model import OpenMythos
+from open_mythos.models import TRAINING_FILE, model_dir
 from open_mythos.nn.exits import Exit, parse
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
-from open_mythos.training.runs import TRAINING_FILE, held_out_options, model_dir, training_config
+from open_mythos.training.runs import held_out_options, training_config
 
 
 def settings(

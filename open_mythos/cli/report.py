@@ -19,12 +19,13 @@ def report(
     seed: Annotated[int, typer.Option(help="Of the example.")] = 0,
 ) -> None:
     """One page about a run: curves, and every loop of an example."""
+    from open_mythos.models import home_dir, model_dir
     from open_mythos.report import gather, render
 
     with clear_errors():
         with progress(n_steps=3) as begin:
             page = render(gather(run, difficulty, loops, seed, begin))
-        path = out or (Path(run) if Path(run).is_dir() else Path("runs") / run) / "report.html"
+        path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     console.print(

@@ -61,7 +61,7 @@ def retrofit(
         if not apart <= surgery.TOLERANCE:
             fail(f"logits differ by {apart:.1e} of the largest, more than {surgery.TOLERANCE:g}; nothing was written")
         begin("saving")
-        surgery.save(model, tokenizer, directory)
+        surgery.save(model, tokenizer, directory, original.generation_config)
     show_layers(split, n_layers)
     show_bits(rows, ids.shape[1])
     largest = float(logits.abs().max())

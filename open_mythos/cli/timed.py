@@ -7,7 +7,7 @@ import torch
 from open_mythos.cli.info import find_config
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.training.runs import load_model, model_dir
+from open_mythos.models import load_model, model_dir
 
 _HEAD, _VOCABULARY = 64, 8192  # of the shapes that --dim makes
 

@@ -31,9 +31,10 @@ def train_gate(
     import torch
 
     from open_mythos import tasks
+    from open_mythos.models import TRAINING_FILE, load_model, model_dir, save_model
     from open_mythos.training.gate import ROUNDS
     from open_mythos.training.gate import train_gate as teach
-    from open_mythos.training.runs import TRAINING_FILE, load_model, model_dir, training_config
+    from open_mythos.training.runs import training_config
 
     with clear_errors():
         trained = training_config(checkpoint)
@@ -47,7 +48,7 @@ def train_gate(
         with progress(n_steps=ROUNDS + 2) as begin:
             generator = torch.Generator().manual_seed(seed)
             found = teach(model, task, cfg.gate, easiest, hardest, generator, begin)
-        model.save_pretrained(out)
+        save_model(model, out, checkpoint)
         dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
     show(found, f"{easiest} to {hardest} {task.unit}")
     console.print(
@@ -80,7 +81,7 @@ def settings(
 
 def beside(checkpoint: str) -> Path:
     """``NAME-gate`` next to the run or the model's directory; in ``runs`` for a shipped model."""
-    from open_mythos.training.runs import home_dir, model_dir
+    from open_mythos.models import home_dir, model_dir
 
     if not Path(checkpoint).exists():
         return Path("runs") / f"{checkpoint}-gate"

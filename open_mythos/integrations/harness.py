@@ -18,6 +18,8 @@ from open_mythos.install import missing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_NEW_TOKENS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"  # the first that is given counts
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -63,8 +65,9 @@ def harness(
 
     Raises:
         ImportError: naming the extra, if the harness is not installed.
-        ValueError: for a task that does not exist, a count that is none, a directory without a tokenizer, a tokenizer
-            that does not fit the model, or data that would have to come from a hub that cannot be reached.
+        ValueError: for a task that does not exist or cannot be run, or asks for more new tokens than the model holds, a
+            count that is none, a directory without a tokenizer, a tokenizer that does not fit the model, or data that
+            would have to come from a hub that cannot be reached.
     """
     for count in loops:
         must(isinstance(count, int) and count >= 1, f"loops={list(loops)}; use whole numbers of at least 1")
@@ -73,12 +76,18 @@ def harness(
     with _quiet():
         manager = _manager(lm_eval.tasks.TaskManager, tasks, include)
         model, lm = _load(directory, batch_size)
-        found = []
-        for count in loops:
-            if begin is not None:
-                begin(f"{count} loops")
-            model.config.num_loops = count
-            found.append(_run(lm_eval, lm, list(tasks), manager, limit))
+        found, names = [], list(tasks)
+        with _blaming(names):
+            for count in loops:
+                if begin is not None:
+                    begin(f"{count} loops")
+                model.config.num_loops = count
+                found.append(
+                    lm_eval.simple_evaluate(
+                        model=lm, tasks=names, task_manager=manager, limit=limit, log_samples=False,
+                        bootstrap_iters=1000,
+                    )
+                )  # fmt: skip
     return _curves(found, loops)
 
 
@@ -123,10 +132,22 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
     known = manager.all_tasks
     for name in names:
         if name not in known:
+            _check_files(include)
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
             raise ValueError(f"the harness has no task {name!r}; {hint} Your own are found in the directory `include`")
     return manager
+
+
+def _check_files(include: str | Path | None) -> None:
+    """ValueError for a file that is no YAML, which the harness passes over without a word."""
+    import yaml  # type: ignore[import-untyped]
+
+    for path in [] if include is None else sorted(Path(include).rglob("*.yaml")):
+        try:
+            list(yaml.parse(path.read_text()))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} cannot be read as YAML: {error}") from error
 
 
 def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
@@ -141,25 +162,45 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(directory, OpenMythosConfig.from_pretrained(directory).vocab_size)
     model = OpenMythosForCausalLM.from_pretrained(directory).eval()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    lm = HFLM(
+
+    class Checked(HFLM):
+        """The harness's view of a model, which says what to change where it would fail an assertion."""
+
+        def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[str]:
+            for request in requests:
+                wanted = [n for name in _NEW_TOKENS if (n := request.args[1].get(name)) is not None]
+                n, most = (*wanted, self.max_gen_toks)[0], self.max_length - 1
+                must(
+                    n <= most,
+                    f"{request.task_name} asks for {n} new tokens, and prompt and answer have room for {most + 1}; "
+                    f"write generation_kwargs: {{max_gen_toks: N}} into its YAML file, N being {most} at most, or "
+                    f"raise max_seq_len in {directory}/config.json",
+                )
+            return super().generate_until(requests, *args, **kwargs)
+
+    lm = Checked(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
         max_length=model.config.max_seq_len, prefix_token_id=prefix,
     )  # fmt: skip
     return model, lm
 
 
-def _run(lm_eval: Any, lm: Any, tasks: list[str], manager: Any, limit: int | None) -> dict[str, Any]:
+@contextmanager
+def _blaming(tasks: list[str]) -> Iterator[None]:
+    """ValueErrors that name the tasks, in place of all that the harness, a task and its data may raise."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return lm_eval.simple_evaluate(
-            model=lm, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
-        )
+        yield
     except (ConnectionError, DatasetNotFoundError) as error:
         raise ValueError(
             f"the data of {', '.join(tasks)} could not be fetched ({error}); tasks that the harness ships need the "
             f"Hugging Face hub, so connect once, or use tasks of your own on local files"
         ) from error
+    except Exception as error:  # there is no common base
+        said = f"{type(error).__name__}: {error}; see the task's YAML file, and the data that it names"
+        said = str(error) if isinstance(error, ValueError) else said
+        raise ValueError(f"cannot run {', '.join(tasks)}: {said}") from error
 
 
 def _curves(found: list[dict[str, Any]], loops: list[int]) -> list[Curve]:

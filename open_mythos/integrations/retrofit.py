@@ -114,13 +114,24 @@ def difference(model: OpenMythos, logits: Tensor, ids: Tensor) -> float:
     return float(apart / logits.abs().max().clamp(min=1))
 
 
-def save(model: OpenMythos, tokenizer: Any, directory: str | Path) -> None:
-    """Write the model's files, and beside them its tokenizer's and the tokens at which ``generate()`` stops."""
+def save(model: OpenMythos, tokenizer: Any, directory: str | Path, generation: Any = None) -> None:
+    """Write the model's files, and beside them its tokenizer's and the tokens at which ``generate()`` stops.
+
+    Those are the ends of ``generation``, the original's generation config, and the tokenizer's; other special tokens
+    are the tokenizer's where ``generation`` names none.
+    """
     from transformers import GenerationConfig
 
     tokenizer.save_pretrained(directory)
-    ends = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    ends.save_pretrained(directory)
+    made = GenerationConfig()
+    for name in ("bos_token_id", "pad_token_id"):
+        said = getattr(generation, name, None)
+        setattr(made, name, getattr(tokenizer, name) if said is None else said)
+    said = getattr(generation, "eos_token_id", None)
+    ends = [*said] if isinstance(said, list) else [said]
+    ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    made.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    made.save_pretrained(directory)
     model.save_pretrained(directory)
 
 

@@ -49,7 +49,7 @@ def gather(
     """All that :func:`~open_mythos.report.page.render` needs, as plain values; the same for the same run.
 
     Args:
-        run: a run, its model, or the name of a shipped model; see :func:`open_mythos.training.runs.model_dir`.
+        run: a run, its model, or the name of a shipped model; see :func:`open_mythos.models.model_dir`.
         difficulty: of the example; the least measured that is harder than training, if it fits a screen.
         n_loops: allowed for the example; the most measured, or as many as fit the page.
         seed: of the example.
@@ -60,6 +60,7 @@ def gather(
     """
     begin = progress or (lambda what: None)
     begin("reading")
+    run = runs.home_dir(runs.model_dir(run)) if Path(run).exists() else run
     cfg, model = runs.training_config(run), runs.load_model(run).to(find_device("auto"))
     unseen = runs.held_out_options(run, cfg)
     task = tasks.load(cfg.task.name, **cfg.task.options | unseen)

@@ -6,21 +6,27 @@ import glob
 import hashlib
 import math
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from open_mythos.fields import must
 from open_mythos.install import missing
 
 PIECE = 4096
-"""Bytes of a document where one single file is the whole corpus."""
+"""Bytes of a document where one single text is the whole corpus."""
 
 STREAMED = 1 << 26
 """Bytes read of a streamed dataset whose end nobody asked for."""
+
+_ENDS = [re.compile(end) for end in (rb"[.!?]\s", rb"\s", rb"(?=[^\x80-\xbf])|$")]
+"""Where a long line may be cut, best first: behind a sentence, behind a word, before a character."""
 
 _NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
@@ -34,26 +40,25 @@ def documents(source: str, max_bytes: int) -> tuple[str, ...]:
 def stream(source: str, max_bytes: int) -> Iterator[str]:
     """The documents of a corpus one by one, always in the same order.
 
+    One single document, of which there would be no part to hold out, is cut into documents of about ``PIECE`` bytes:
+    at line ends, or in a long line behind a sentence or a word. Documents of nothing but white space are left out.
+
     Args:
-        source: ``"stdlib"``, the modules of the running Python without tests; a file, which is cut at line ends into
-            documents of ``PIECE`` bytes; a directory or glob, whose text files are the documents; or
-            ``"hf:NAME"`` or ``"hf:NAME:CONFIG"``, the training part of a Hugging Face dataset, streamed. NAME may be
-            a local folder of JSON lines or Parquet.
+        source: ``"stdlib"``, the modules of the running Python without tests; a file; a directory or glob, whose text
+            files are the documents; or ``"hf:NAME"`` or ``"hf:NAME:CONFIG"``, the training part of a Hugging Face
+            dataset, streamed. NAME may be a local folder of JSON lines or Parquet.
         max_bytes: where to stop; the last document is cut there. 0: at the end, or of a dataset after ``STREAMED``.
 
     Raises:
         ValueError: if there is nothing to read at ``source``.
         ImportError: naming the extra to install, for ``hf:`` without ``datasets``.
     """
-    left: float = max_bytes or (STREAMED if source.startswith("hf:") else math.inf)
-    document = None
-    for document in _read(source):
-        yield (document if len(document) <= left else document[: int(left)]).decode("utf-8", "replace")
-        left -= len(document)
-        if left <= 0:
-            return
-    if document is None:
-        raise ValueError(f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
+    found = _within(_read(source), max_bytes or (STREAMED if source.startswith("hf:") else math.inf))
+    first = next(found, b"")
+    must(first != b"", f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
+    second = next(found, b"")
+    for document in chain((first, second), found) if second else _pieces(BytesIO(first)):
+        yield document.decode("utf-8", "replace")
 
 
 def state(source: str) -> list[Any]:
@@ -70,13 +75,23 @@ def held_out(document: str) -> bool:
     return hashlib.blake2b(document.encode(), digest_size=1).digest()[0] < 256 // 16
 
 
+def _within(documents: Iterator[bytes], left: float) -> Iterator[bytes]:
+    """Those that hold something, of the first ``left`` bytes."""
+    for document in documents:
+        if (cut := document if len(document) <= left else document[: int(left)]).strip():
+            yield cut
+        left -= len(document)
+        if left <= 0:
+            return
+
+
 def _read(source: str) -> Iterator[bytes]:
     if source.startswith("hf:"):
         return _hugging_face(source)
     if source == "stdlib":
         return _texts(_library_modules())
     path = Path(source).expanduser()
-    return _pieces(path) if path.is_file() else _texts(_files(source))
+    return _file(path) if path.is_file() else _texts(_files(source))
 
 
 def _files(source: str) -> list[Path]:
@@ -97,15 +112,26 @@ def _library_modules() -> list[Path]:
 def _texts(paths: list[Path]) -> Iterator[bytes]:
     for path in paths:
         content = path.read_bytes()
-        if content and b"\0" not in content:
+        if b"\0" not in content:
             yield content
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _file(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
+        for piece in _pieces(file):
             must(b"\0" not in piece, f"source={str(path)!r} is not a text file")
-            yield piece if piece.endswith(b"\n") else piece + file.readline()
+            yield piece
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(PIECE):
+        if not piece.endswith(b"\n"):
+            piece += file.readline(PIECE)
+            if len(piece) == 2 * PIECE and not piece.endswith(b"\n"):
+                cut = next(found.end() for end in _ENDS if (found := end.search(piece, PIECE)))
+                file.seek(cut - len(piece), os.SEEK_CUR)
+                piece = piece[:cut]
+        yield piece
 
 
 def _hugging_face(source: str) -> Iterator[bytes]:
@@ -116,8 +142,8 @@ def _hugging_face(source: str) -> Iterator[bytes]:
     _, name, *config = source.split(":", 2)
     try:
         for row in datasets.load_dataset(name, *config, split="train", streaming=True):
-            if not isinstance(row.get("text"), str):
+            if not isinstance(row.get("text", 0), str | None):
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}")
-            yield row["text"].encode()
+            yield (row["text"] or "").encode()
     except Exception as error:  # of datasets, the hub, or the network: there is no common base
         raise ValueError(f"cannot read source={source!r}: {error}; check name and network, or use a path") from error

@@ -30,7 +30,7 @@ from open_mythos.tasks import corpus, tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
 PARTS = ("train", "held_out")
-_VERSION = 1
+_VERSION = 2
 _TRAINED_ON = 1 << 24  # bytes of text that a tokenizer is trained on
 _AT_ONCE = 1 << 20  # characters that are tokenised together
 

@@ -1,4 +1,4 @@
-"""What lies where in a run's directory, and how to find a model by a path or a name.
+"""What lies where in a run's directory. Models are found by :mod:`open_mythos.models`.
 
 ::
 
@@ -15,48 +15,20 @@ from __future__ import annotations
 
 import glob
 import os
-import shutil
 from pathlib import Path
 
-from open_mythos.checkpoint import SHIPPED, WEIGHTS_FILE, hub_hint, shipped
+from open_mythos import models
 from open_mythos.evaluation.summary import FILE
-from open_mythos.fields import nearest
 from open_mythos.model import OpenMythos
+from open_mythos.models import MODEL, TRAINING_FILE, home_dir, load_model, model_dir, tokenizer_of
 from open_mythos.tasks import tokenizer
 from open_mythos.tasks.text import Text
-from open_mythos.tasks.tokenizer import Tokenizer
-from open_mythos.training.baselines import model_class
 from open_mythos.training.config import TrainConfig
 
-RUN_CONFIG, METRICS, CHECKPOINTS, MODEL, EVALUATION = "config.json", "metrics.jsonl", "checkpoints", "model", FILE
-TRAINING_FILE = "training.json"
+__all__ = ["MODEL", "TRAINING_FILE", "home_dir", "load_model", "model_dir", "tokenizer_of"]
+
+RUN_CONFIG, METRICS, CHECKPOINTS, EVALUATION = "config.json", "metrics.jsonl", "checkpoints", FILE
 NO_PATHS = ("", "stdlib", "bytes")  # names of sources, and of tokenizers
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "generation_config.json",
-)  # fmt: skip
-"""Of a pretrained model, beside its weights; the first is what the others add to."""
-
-
-def model_dir(source: str | Path) -> Path:
-    """The directory with a model's files.
-
-    Args:
-        source: a run, its model, any directory that ``save_pretrained`` wrote, or the name of a shipped model.
-
-    Raises:
-        ValueError: saying what is missing, or which names there are.
-    """
-    for directory in (Path(source) / MODEL, Path(source), SHIPPED / str(source)):
-        if (directory / WEIGHTS_FILE).is_file():
-            return directory
-    if (Path(source) / RUN_CONFIG).is_file():
-        raise ValueError(f"{source} has no {MODEL}/{WEIGHTS_FILE}: the run has not ended; go on with --resume auto")
-    if Path(source).exists():
-        raise ValueError(f"{source} is no run and no model: it holds neither {MODEL}/{WEIGHTS_FILE} nor {WEIGHTS_FILE}")
-    names = shipped()
-    hint = f" and no shipped model; {nearest(source, names)}" if names else ""
-    raise ValueError(f"{source} is no directory{hint}{hub_hint(source)}")
 
 
 def everywhere(path: str) -> str:
@@ -70,11 +42,6 @@ def everywhere(path: str) -> str:
     full = os.path.abspath(os.path.expanduser(name))
     there = os.path.exists(full) or next(glob.iglob(full, recursive=True), None) is not None
     return prefix + full + rest if there else path
-
-
-def home_dir(directory: Path) -> Path:
-    """The run that a model's ``directory`` lies in, or itself if it lies in none."""
-    return directory.parent if directory.name == MODEL else directory
 
 
 def evaluation_dir(source: str | Path) -> Path:
@@ -101,29 +68,9 @@ def training_config(source: str | Path) -> TrainConfig:
 def save_model(model: OpenMythos, cfg: TrainConfig, run: Path) -> Path:
     """Write RUN/model, with the tokenizer of the model it started from if that has one, and return its path."""
     directory = run / MODEL
-    model.save_pretrained(directory)
-    if cfg.start:
-        for name in TOKENIZER_FILES:
-            if (found := model_dir(cfg.start) / name).is_file():
-                shutil.copyfile(found, directory / name)
+    models.save_model(model, directory, cfg.start)
     cfg.save(directory / TRAINING_FILE)
     return directory
-
-
-def tokenizer_of(source: str | Path) -> Tokenizer:
-    """What the model found by :func:`model_dir` reads and writes text with.
-
-    Raises:
-        ValueError: as :func:`model_dir`, for a damaged ``tokenizer.json``, or if there is none.
-        ImportError: naming the extra to install, if it needs a package that is not there.
-    """
-    directory = model_dir(source)
-    if not (directory / tokenizer.FILE).is_file():
-        raise ValueError(
-            f"{directory} has no {tokenizer.FILE}, so {source} is no model of text; use text-tiny or a run of mythos "
-            f"train text, or put the tokenizer that it was trained with there"
-        )
-    return tokenizer.load(directory)
 
 
 def held_out_options(source: str | Path, cfg: TrainConfig) -> dict[str, str]:
@@ -133,15 +80,3 @@ def held_out_options(source: str | Path, cfg: TrainConfig) -> dict[str, str]:
     directory, trained = model_dir(source), cfg.task.options.get("tokenizer", "bytes") != "bytes"
     own = {"tokenizer": str(directory)} if trained and (directory / tokenizer.FILE).is_file() else {}
     return {"split": "held_out", **own}
-
-
-def load_model(source: str | Path) -> OpenMythos:
-    """The model found by :func:`model_dir`, in eval mode, of the class that it was trained as.
-
-    Raises:
-        ValueError: as :func:`model_dir`, or for damaged files.
-    """
-    directory = model_dir(source)
-    trained = (directory / TRAINING_FILE).is_file()
-    kind = model_class(training_config(source)) if trained else OpenMythos
-    return kind.from_pretrained(directory)

@@ -6,9 +6,9 @@ import torch
 
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
+from open_mythos.models import load_model
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.overrides import differences
-from open_mythos.training.runs import load_model
 
 
 def start_from(model: OpenMythos, cfg: TrainConfig) -> None:

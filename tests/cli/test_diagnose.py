@@ -89,7 +89,7 @@ def test_bad_example_is_one_line(checkpoint, text):
 
 
 def test_bad_checkpoint_is_one_line(checkpoint, tmp_path):
-    check_failure(run(tmp_path / "nowhere"), "config.json is missing")
+    check_failure(run(tmp_path / "nowhere"), "nowhere is no directory and no shipped model")
     (checkpoint / "model.safetensors").write_bytes(b"no")
     check_failure(run(checkpoint), "model.safetensors is truncated or not a safetensors file")
 

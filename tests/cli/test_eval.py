@@ -11,6 +11,7 @@ from fabricated import fabricate_run
 from helpers import tiny_config, tiny_model
 from typer.testing import CliRunner, Result
 
+from open_mythos import models
 from open_mythos.cli import app
 from open_mythos.evaluation import Evaluation
 from open_mythos.training import runs
@@ -66,7 +67,7 @@ def test_a_models_directory_names_no_task(tmp_path: Path) -> None:
 
 def test_a_shipped_model_is_measured_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fabricate_run(tmp_path / "shipped" / "tiny", evaluated=False)
-    monkeypatch.setattr(runs, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(models, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "shipped" / "tiny" / "model").rename(tmp_path / "shipped" / "tiny-model")
     monkeypatch.chdir(tmp_path)
     done = run_eval("tiny-model", "--difficulties", "4", "--loops", "1", "--examples", "2")

@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import tiny_model
 from typer.testing import CliRunner
 
 from open_mythos import plots
 from open_mythos.checkpoint import SHIPPED
 from open_mythos.cli import app
-from open_mythos.integrations.harness import harness
+from open_mythos.integrations.harness import _load, harness
+from open_mythos.tasks.tokenizer import tokenizer
 
 pytest.importorskip("lm_eval")
 tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
 TASKS = Path(__file__).parent / "harness_tasks"
 # The harness leaves files to the garbage collector and warns of this and that.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -123,10 +126,46 @@ def test_mistakes(parity, arguments, words):
     assert done.exit_code == 2 and words in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize("change, words", [
+    (("max_gen_toks: 1,", "max_tokens: 4096,"), "parity_said asks for 4096 new tokens, and prompt and answer have"),
+    (("metric: exact_match", "metric: precise_match"), "cannot run parity_said:"),
+    (("{{bits}}", "{{bits"), "cannot run parity_said:"),
+    (("{{parity}}", "{{answer.text}}"), "cannot run parity_said: UndefinedError: 'answer' is undefined"),
+    (("!function files.parity", "!function files.nothing"), "cannot run parity_said: AttributeError"),
+    (("metric_list:", "metric_list: ["), "parity_said.yaml cannot be read as YAML: while parsing"),
+])  # fmt: skip
+def test_a_task_that_cannot_be_run(parity, tmp_path, change, words):
+    """Whatever the harness raises, it is one line."""
+    tasks = shutil.copytree(TASKS, tmp_path / "tasks")
+    (tasks / "parity_said.yaml").write_text((tasks / "parity_said.yaml").read_text().replace(*change))
+    done = run_eval(parity, "--harness", "parity_said", "--include-path", tasks, "--loops", "1", "--examples", 4)
+    assert done.exit_code == 2 and words in " ".join(done.output.split())
+
+
 def test_an_exported_model_knows_where_texts_end(parity, tmp_path):
     assert run_export(parity, tmp_path / "folder").exit_code == 0
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "folder" / name).read_text())["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe:300"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_exported_tokenizer_reads_names_of_tokens_as_text(tmp_path, kind, ends):
+    """As the one that it was exported from does."""
+    texts = ["a <pad> and an <eos>", "<eos>", "<pad>" * 3]
+    made = tokenizer(kind, texts * 9, ends)
+    tiny_model(vocab_size=len(made.pieces)).save_pretrained(tmp_path / "model")
+    made.save(tmp_path / "model")
+    assert run_export(tmp_path / "model", tmp_path / "folder").exit_code == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    for text in texts:
+        ids = made.encode([text]).tolist()
+        assert theirs(text).input_ids == theirs.encode(text) == ids and 0 not in ids
+        assert theirs.decode([*ids, 0], skip_special_tokens=True) == text
+    theirs.save_pretrained(tmp_path / "again")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again")(texts[0]).input_ids == theirs.encode(texts[0])
+    _, lm = _load(tmp_path / "model", 1)
+    assert lm.tok_encode(texts[0]) == theirs.encode(texts[0])
 
 
 @pytest.mark.parametrize("damage, words", [

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.train_from_iterator([TEXT * 20], VOCAB - 2, special_tokens=["<|end|>"], show_progress=False)
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
     made.save_pretrained(directory)
-    llama().save_pretrained(directory)
+    llama(eos_token_id=0, bos_token_id=None).save_pretrained(directory)
     return directory
 
 
@@ -218,6 +219,20 @@ def test_the_command_writes_a_model_with_its_tokenizer(source: Path, tmp_path: P
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == tokenizer.eos_token_id == 0
     truncate(original, Split(1, 2, 1))
     assert difference(model, logits_of(original, ids()), ids()) < TOLERANCE
+
+
+def test_all_ends_of_the_original_are_kept(source: Path, tmp_path: Path) -> None:
+    """By the command, and by mythos export after it."""
+    shutil.copytree(source, tmp_path / "chat")
+    ends = transformers.GenerationConfig(eos_token_id=[5, 7], pad_token_id=3, bos_token_id=4)
+    ends.save_pretrained(tmp_path / "chat")
+    looped, exported = tmp_path / "looped", tmp_path / "exported"
+    split = ["--prelude", "1", "--core", "2", "--coda", "1"]
+    for command in (["retrofit", tmp_path / "chat", *split, "--out", looped], ["export", looped, exported]):
+        done = CliRunner().invoke(app, [*map(str, command)])
+        assert done.exit_code == 0, done.output
+        found = transformers.GenerationConfig.from_pretrained(command[-1])
+        assert found.eos_token_id == [5, 7, 0] and (found.pad_token_id, found.bos_token_id) == (3, 4)
 
 
 def test_the_command_s_errors_are_one_line(source: Path, tmp_path: Path) -> None:

@@ -39,6 +39,46 @@ def test_a_single_file_is_cut_at_line_ends(tmp_path: Path) -> None:
     assert all(PIECE <= len(document.encode()) < PIECE + 20 for document in found[:-1])
 
 
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("the weights think deeper. Then, " * 900, (". ",)),
+        ("the weights think " * 900, (" ",)),
+        ("é漢" * 9000, ("é", "漢")),
+    ],
+)
+def test_a_long_line_is_cut_behind_a_sentence_a_word_or_a_character(
+    tmp_path: Path, text: str, ends: tuple[str, ...]
+) -> None:
+    """In a file, and in a folder that holds no other."""
+    (tmp_path / "a.txt").write_text(text)
+    found = documents(str(tmp_path / "a.txt"), MUCH)
+    assert "".join(found) == text and len(found) >= 3
+    assert all(document.endswith(ends) for document in found[:-1])
+    assert all(len(document.encode()) <= 2 * PIECE for document in found)
+    assert documents(str(tmp_path), MUCH) == found == documents(f"{tmp_path}/*.txt", MUCH)
+
+
+def test_of_one_long_row_there_is_a_part_held_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "".join(f"{i} think deeper, " for i in range(2000))}, {"text": "never read"}]
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub(rows))
+    found = documents("hf:one/row", 20_000)
+    assert "".join(found) == rows[0]["text"][:20_000] and len(found) == 4
+
+
+def test_documents_of_nothing_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and rows alike."""
+    texts = ["one", "", " \n\t", "two", "\n", "  three"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    assert documents(str(tmp_path), MUCH) == ("one", "two", "  three")
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": None}, *({"text": text} for text in texts)]))
+    assert documents("hf:some/rows", MUCH) == ("one", "two", "  three")
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": ""}]))
+    with pytest.raises(ValueError, match="'hf:empty/rows' holds no text"):
+        documents("hf:empty/rows", MUCH)
+
+
 def test_a_directory_and_a_glob_are_read_in_order_without_binaries(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name, content in {"b.txt": b"second", "a.md": b"first", "sub/c.txt": b"thi\xffrd", "d.bin": b"\0"}.items():

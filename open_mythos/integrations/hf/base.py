@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, shipped
+from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, is_tied, shipped
 from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
@@ -26,6 +29,10 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_open_mythos.OpenMythosForCausalLM",
     "AutoModelForSequenceClassification": "modeling_open_mythos.OpenMythosForSequenceClassification",
 }
+# Arguments that libraries send to any model, and that change nothing here
+_LET_PASS = {"cache_position", "ignore_index", "num_items_in_batch", "shift_labels", "token_type_ids"}
+_AS_POSITIONS = {"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"}  # say the same
+_INSTEAD = {"exit": "model.core(…, exit=…)", "kv_cache": "cache", "n_loops": "num_loops", "start_pos": "position_ids"}
 _LIVE = ("max_loop_iters", "max_seq_len", "halting", "act_threshold")  # config fields that may change at any time
 
 
@@ -55,6 +62,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
+        _tell_peft()
         if core is None:
             cfg = config.mythos()
             cfg.max_loop_iters = config.lora_loops or cfg.max_loop_iters
@@ -118,13 +126,20 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
                 f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
                 f"{missing[0]!r}; load it with the class that wrote it, or save it again"
             )
+        model._notice_untied()  # where a file of old says one thing and holds another
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
         """As in transformers. The folder is also one for :meth:`OpenMythos.from_pretrained`.
 
         With ``register_for_auto_class``, the model's source goes along, for where this package is not installed.
+
+        Raises:
+            ValueError: for weights that a file of plain numbers cannot hold, as int8 ones.
         """
+        if state_dict is None and getattr(self, "hf_quantizer", None) is None:  # which saves what it made
+            check_plain(self)
+        self._notice_untied()
         if self._auto_class is not None:  # all of them are in the source that goes along
             self.config.auto_map = dict(_AUTO_MAP)
         if hasattr(getattr(self, "generation_config", None), "num_loops"):
@@ -149,6 +164,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         if self.core.cfg.tied_head:
             self.core.head.weight, self.core.head.out_features = value.weight, value.num_embeddings
 
+    def _notice_untied(self) -> None:
+        """Let the configs say so where the head has become another tensor than the embedding, as in a merge by PEFT."""
+        if isinstance(self.core.head, nn.Linear) and self.core.cfg.tied_head and not is_tied(self.core):
+            self.core.cfg.tied_head = self.config.tied_head = self.config.tie_word_embeddings = False
+            self._tied_weights_keys = {}
+
     # -- the work
 
     def _check_vocabulary(self, input_ids: Tensor) -> None:
@@ -171,12 +192,13 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cache: Cache | None = None,
+        others: dict[str, Any] | None = None,
         last: int | None = None,
         auxiliary: bool = False,
     ) -> BaseModelOutputWithPast:
         """Run the core, without the head, its last state of the ``last`` positions if so many are all that is wanted.
 
-        Other arguments as :meth:`OpenMythosForCausalLM.forward`.
+        ``others`` are checked. Other arguments as :meth:`OpenMythosForCausalLM.forward`.
         """
         config, core = self.config, self.core
         if (input_ids is None) == (inputs_embeds is None):
@@ -185,14 +207,27 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             raise ValueError("output_attentions=True, but attention weights are never formed here; leave it out")
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+        _check_others(others or {}, position_ids is not None)
         cache = past_key_values if cache is None else cache
         for name in _LIVE:
             setattr(core.cfg, name, getattr(config, name))
-        training_step = self.training and (self.gradient_checkpointing or cache is None)
-        if cache is None and not training_step and (config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache()
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
+        packed = False
+        if cache is None:
+            attention_mask = _numbered(attention_mask, position_ids, tokens)
+            packed = (
+                attention_mask is not None and attention_mask.dtype != torch.bool and bool((attention_mask > 1).any())
+            )
+        training_step = self.training and (self.gradient_checkpointing or cache is None)
+        if (
+            cache is None
+            and not training_step
+            and (config.use_cache and not packed if use_cache is None else use_cache)
+        ):
+            if packed:
+                raise ValueError("no cache holds several documents of a row; pass use_cache=False")
+            cache = DynamicCache()
         slots = None if cache is None else SlotCache(cache)
         past = 0 if slots is None else slots.length
         if input_ids is not None and (past == 0 or input_ids.device.type == "cpu"):  # it makes a GPU wait
@@ -215,3 +250,32 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             hidden_states=None if seen is None else tuple(seen),
             **{CACHE: cache},
         )
+
+
+def _tell_peft() -> None:
+    """PEFT keeps adapters of embedding and head one (``ensure_weight_tying``) if a list of its own has their names."""
+    names = getattr(sys.modules.get("peft.utils.constants"), "EMBEDDING_LAYER_NAMES", [])
+    names += [name for name in ("embed", "head") if name not in names]
+
+
+def _check_others(others: dict[str, Any], has_positions: bool) -> None:
+    """ValueError for arguments that would change something elsewhere and do nothing here."""
+    for name, value in others.items():
+        if value is None or name in _LET_PASS or (has_positions and name in _AS_POSITIONS):
+            continue
+        if name.startswith("output_") and value is False:
+            continue
+        instead = "position_ids, which start again with each document" if name in _AS_POSITIONS else _INSTEAD.get(name)
+        hint = "leave it out" if instead is None else f"use {instead}"
+        raise ValueError(f"there is no argument {name} here; {hint}")
+
+
+def _numbered(mask: Tensor | None, positions: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """``mask``, or where ``positions`` of real tokens start again within a row, (B, T) numbers of its documents."""
+    if positions is None or positions.shape[-1] < 2 or (mask is not None and mask.shape != tokens.shape[:2]):
+        return mask
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    again = F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0), value=False) & real & real.roll(1, 1)
+    if not bool(again.any()) or (mask is not None and bool((mask > 1).any())):
+        return mask
+    return (1 + again.cumsum(1)) * real

@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from open_mythos.fields import must
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM
 from open_mythos.model import OpenMythos
+from open_mythos.models import load_model, model_dir
 from open_mythos.tasks import tokenizer
-from open_mythos.training.runs import load_model, model_dir
 
 
 def export(source: str | Path, directory: str | Path) -> bool:
-    """Write the model that :func:`~open_mythos.training.runs.model_dir` finds by ``source`` into ``directory``.
+    """Write the model that :func:`~open_mythos.models.model_dir` finds by ``source`` into ``directory``.
 
     Returns:
         Whether it had a tokenizer, which then lies there too.
@@ -35,7 +36,10 @@ def export(source: str | Path, directory: str | Path) -> bool:
     try:
         OpenMythosConfig.register_for_auto_class()
         OpenMythosForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-        OpenMythosForCausalLM.wrap(core, **ends).save_pretrained(directory)
+        lm = OpenMythosForCausalLM.wrap(core, **ends)
+        if (model_dir(source) / GENERATION_CONFIG_NAME).is_file():  # of a retrofit, which may have several ends
+            lm.generation_config = GenerationConfig.from_pretrained(model_dir(source))
+        lm.save_pretrained(directory)
     finally:
         OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
     return has_tokenizer
@@ -62,4 +66,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> Any:
     )
     words.eos_token = words.eos_token or words.convert_ids_to_tokens(0)
     words.pad_token = words.pad_token or words.eos_token
+    # As in this library's tokenizers, "<eos>" in a text is five characters; in what a template makes, it is a token.
+    words.split_special_tokens = words.chat_template is None
+    words.init_kwargs["split_special_tokens"] = words.split_special_tokens  # which is what is saved
     return words

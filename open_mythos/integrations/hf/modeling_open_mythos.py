@@ -13,6 +13,10 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import can_return_tuple
 
 from open_mythos.integrations.hf.base import CACHE, OpenMythosPreTrainedModel
@@ -49,7 +53,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         """What the head reads, (B, T, dim); arguments as :meth:`OpenMythosForCausalLM.forward`."""
         return self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache,
+            output_hidden_states, output_attentions, cache, kwargs,
         )  # fmt: skip
 
 
@@ -72,9 +76,9 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         return self.core.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """A head of its own; nothing where head and embedding are one tensor."""
-        if not self.core.cfg.tied_head:
-            self.core.head = new_embeddings
+        """Another head, which is then no longer the embedding unless it shares its weight."""
+        self.core.head = new_embeddings
+        self._notice_untied()
 
     @can_return_tuple
     def forward(
@@ -97,27 +101,29 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T) or, with a cache, (B, past + T), 0 at padding.
-            position_ids: (B or 1, T); counted from each row's first real token if None.
+            attention_mask: (B, T) or, with a cache, (B, past + T), 0 at padding. Without a cache, it may number
+                documents packed in a row, 1, 2, …: each gives the logits it gives alone.
+            position_ids: (B or 1, T); counted from each row's first real token if None. Without a cache, a document
+                begins wherever they do not rise, as in what ``DataCollatorWithFlattening`` and TRL's packing make.
             past_key_values: the same as ``cache``, which is what transformers before 5.24 calls it.
             inputs_embeds: (B, T, dim), in place of ``input_ids``: what ``get_input_embeddings()`` makes of tokens.
             labels: (B, T), -100 where nothing is asked; gives a loss.
-            use_cache: whether to return a cache; in eval mode, as the config says.
+            use_cache: whether to return a cache; in eval mode, as the config says, and not of packed documents.
             num_loops: loops to run, any number of at least 1; ``config.num_loops`` if None.
             output_hidden_states: whether to return the state before the first loop and after each one:
                 ``num_loops + 1`` tensors (B, T, dim).
             output_attentions: not available.
             logits_to_keep: only the logits of so many last positions, or of these; 0: all.
             cache: a cache of transformers; any kind. One cache, one number of loops.
-            kwargs: what the loss takes, such as ``num_items_in_batch``.
+            kwargs: what the loss takes, such as ``num_items_in_batch``, and what libraries send to any model.
 
         Raises:
-            ValueError: for input that does not fit.
+            ValueError: for input that does not fit, or an argument that is not known.
         """
         n_last, some = (None, logits_to_keep) if isinstance(logits_to_keep, Tensor) else (logits_to_keep, slice(None))
         outputs = self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache, last=n_last or None, auxiliary=labels is not None,
+            output_hidden_states, output_attentions, cache, kwargs, n_last or None, labels is not None,
         )  # fmt: skip
         logits = self.core.head(outputs.last_hidden_state[:, some])
         return CausalLMOutputWithPast(
@@ -188,7 +194,7 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
             attention_mask = input_ids != self.config.pad_token_id
         outputs = self.run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache, auxiliary=labels is not None,
+            output_hidden_states, output_attentions, cache, kwargs, auxiliary=labels is not None,
         )  # fmt: skip
         last = outputs.last_hidden_state
         B, T, _ = last.shape
@@ -206,3 +212,10 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
             hidden_states=outputs.hidden_states,
             **{CACHE: outputs.get(CACHE)},
         )
+
+
+# By these names Trainer knows whose labels are to be shifted where it smooths them, and pipelines what they may run.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OpenMythosConfig.model_type] = OpenMythosForCausalLM.__name__
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[OpenMythosConfig.model_type] = (
+    OpenMythosForSequenceClassification.__name__
+)

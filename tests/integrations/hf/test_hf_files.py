@@ -118,6 +118,15 @@ def test_damaged_and_missing_files_are_named(saved):
         OpenMythosForCausalLM.from_pretrained(saved)
 
 
+def test_int8_weights_are_not_saved(tmp_path):
+    pytest.importorskip("torchao")
+    from open_mythos.quantization import quantize_int8
+
+    lm = OpenMythosForCausalLM.wrap(quantize_int8(tiny_model()))
+    with pytest.raises(CheckpointError, match="is of Int8Weight, which cannot be saved; save the model before that"):
+        lm.save_pretrained(tmp_path)
+
+
 def test_a_place_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("someone/some-model", "parity-tinny"):

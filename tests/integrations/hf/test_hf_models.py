@@ -137,6 +137,65 @@ def test_the_config_follows_ours_and_refuses_what_it_does_not_know():
         OpenMythosConfig(dim=33)
 
 
+@pytest.mark.parametrize("head", ["language", "none", "classes"])
+@torch.no_grad()
+def test_arguments_that_do_nothing_here_are_refused(head):
+    lm = wrapped()
+    of = {"language": lm, "none": lm.model, "classes": OpenMythosForSequenceClassification(lm.config, lm.core).eval()}
+    model, at = of[head], torch.arange(8)[None]
+    ends = torch.tensor([0, 8], dtype=torch.int32)
+    sent = dict(cache_position=at[0], token_type_ids=0 * IDS, num_items_in_batch=8, return_dict=True, task_ids=None)
+    packing = dict(position_ids=at, cu_seq_lens_q=ends, max_length_q=8, seq_idx=0 * at.int())
+    found = model(IDS, **sent, **packing, output_router_logits=False)  # what Trainer, TRL and PEFT send to any model
+    assert_near(found[0], model(IDS)[0], 1e-4)
+    for given, instead in (
+        (dict(n_loops=1), "n_loops here; use num_loops"),
+        (dict(kv_cache={}), "kv_cache here; use cache"),
+        (dict(start_pos=3), "start_pos here; use position_ids"),
+        (dict(exit=None, num_loop=3), "num_loop here; leave it out"),
+        (dict(output_router_logits=True), "output_router_logits here"),
+        (dict(seq_idx=0 * IDS), "seq_idx here; use position_ids, which start again with each document"),
+    ):
+        with pytest.raises(ValueError, match=f"no argument {instead}"):
+            model(IDS, **given)
+
+
+PACKED = torch.cat([torch.arange(5), torch.arange(1), torch.arange(6)])[None]
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@torch.no_grad()
+def test_documents_packed_in_a_row_do_not_see_each_other(attn_type):
+    """Told apart by position_ids that start again, with padding or without, or by numbers."""
+    lm = wrapped(attn_type, halting=False)
+    ids = prompts(2, 12)
+    alone = torch.cat([lm(part, use_cache=False).logits for part in ids.split([5, 1, 6], 1)], 1)
+    numbers = torch.tensor([[1] * 5 + [2] + [3] * 6]).expand(2, -1)
+    for given in (
+        dict(position_ids=PACKED), dict(position_ids=PACKED + 2), dict(position_ids=PACKED.expand(2, -1)),
+        dict(position_ids=PACKED, attention_mask=torch.ones(2, 12)), dict(attention_mask=numbers),
+    ):  # fmt: skip
+        found = lm(ids, **given)
+        assert CACHE not in found, "nobody asked for one"
+        assert_near(found.logits, alone, 1e-4)
+        with pytest.raises(ValueError, match="no cache holds several documents of a row; pass use_cache=False"):
+            lm(ids, **given, use_cache=True)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 11] = 0
+    found = lm(ids, position_ids=PACKED, attention_mask=mask).logits
+    assert_near(found[0], alone[0], 1e-4)
+    assert_near(found[1, :11], alone[1, :11], 1e-4)
+
+
+@torch.no_grad()
+def test_positions_of_padding_begin_no_document():
+    """As generate() makes them, without a cache too."""
+    lm, mask = wrapped(halting=False), left_padding([8, 3], 8).long()
+    for at in ((mask.cumsum(1) - 1).clamp(min=0), (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)):
+        found = lm(IDS, attention_mask=mask, position_ids=at, use_cache=False).logits
+        assert_near(found[1, 5:], lm(IDS[1:, 5:]).logits[0], 1e-4)
+
+
 @pytest.mark.parametrize("num_loops", [0, -1, 1.5, "8", True])
 def test_bad_loop_counts_are_refused(num_loops):
     with pytest.raises(ValueError, match="integer of at least 1"):

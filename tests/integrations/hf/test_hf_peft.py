@@ -7,6 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from wrapped import greedy, prompts, wrapped
 
+from open_mythos import OpenMythos
+
 IDS = prompts(2, 8)
 ADAPTERS = {
     "attention": dict(target_modules=["wq", "wk", "wv", "wo", "q_down", "q_up", "kv_down", "kv_up"]),
@@ -47,3 +49,59 @@ def test_adapters(tmp_path, attn_type, adapter):
     assert type(merged) is type(lm)
     assert_near(merged(IDS, num_loops=3).logits, after, 1e-4)
     assert_near(merged.core(IDS, 3), after, 1e-4)
+
+
+PLAIN = dict(n_experts=0, lora_rank=0)  # nothing that training moves besides parameters
+
+
+def trained(**options):
+    model = get_peft_model(
+        wrapped(**PLAIN), LoraConfig(task_type="CAUSAL_LM", target_modules=["wq"], **options)
+    ).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@torch.no_grad()
+def test_a_head_trained_apart_from_the_embedding_stays_apart(tmp_path):
+    with torch.enable_grad():
+        merged = trained(modules_to_save=["head"]).merge_and_unload()
+    right = merged(IDS).logits
+    merged.core.save_pretrained(tmp_path / "ours")
+    merged.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        for model in (AutoModelForCausalLM.from_pretrained(folder), OpenMythos.from_pretrained(folder)):
+            cfg = model.cfg if isinstance(model, OpenMythos) else model.core.cfg
+            assert not cfg.tied_head
+            found = model.to("cpu").float()(IDS)
+            assert_near(found if isinstance(model, OpenMythos) else found.logits, right, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_embedding_and_head_trained_as_one_stay_one(tmp_path):
+    model = trained(modules_to_save=["embed", "head"], ensure_weight_tying=True)
+    before = model(IDS).logits.detach()
+    model.save_pretrained(tmp_path / "adapter")
+    base = wrapped(**PLAIN)
+    assert_near(PeftModel.from_pretrained(base, tmp_path / "adapter")(IDS).logits, before, 1e-4)
+    merged = model.merge_and_unload()
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    merged.save_pretrained(tmp_path / "merged")
+    assert OpenMythos.from_pretrained(tmp_path / "merged").cfg.tied_head
+    assert_near(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, before, 1e-4)
+
+
+def test_another_head_is_another_head(tmp_path):
+    lm = wrapped()
+    head = torch.nn.Linear(32, 23, bias=False)
+    lm.set_output_embeddings(head)
+    assert lm.get_output_embeddings() is head and not lm.config.tie_word_embeddings
+    lm.save_pretrained(tmp_path)
+    assert_near(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, lm(IDS).logits, 1e-4)

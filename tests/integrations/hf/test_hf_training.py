@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from helpers import assert_near, tiny_model, tokens
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from wrapped import letters, wrapped
 
@@ -52,6 +59,35 @@ def test_evaluation_hands_out_logits_and_no_cache(tmp_path):
     assert_near(torch.tensor(found.predictions), lm.eval()(tokens(1, 5)).logits)
 
 
+def test_smoothed_labels_are_shifted(tmp_path):
+    lm, ids = wrapped(halting=False), tokens(4, 12)
+    logits = lm(ids).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1).item()
+    args = TrainingArguments(tmp_path, **QUIET | {"max_steps": 1}, label_smoothing_factor=0.1)
+    for model in (lm, get_peft_model(lm, LoraConfig(target_modules=["wq"]))):
+        trainer = Trainer(model=model, args=args, train_dataset=[{"input_ids": i, "labels": i} for i in ids])
+        trainer.train()
+        assert losses(trainer)[0] == pytest.approx(expected, rel=0.1)
+
+
+def test_rows_of_packed_documents_train_as_the_documents_do(tmp_path):
+    documents = [{"input_ids": tokens(n, seed=n).tolist()} for n in (7, 9, 4, 5)]
+    args = TrainingArguments(tmp_path, **QUIET | {"max_steps": 1}, remove_unused_columns=False)
+    found = []
+    for flat in (True, False):
+        rows = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+        each = [{key: torch.tensor(row["input_ids"]) for key in ("input_ids", "labels")} for row in documents]
+        mean = args if flat else TrainingArguments(
+            tmp_path, **QUIET | {"max_steps": 1, "per_device_train_batch_size": 1}, gradient_accumulation_steps=4
+        )  # fmt: skip
+        lm = wrapped(halting=False).train()
+        data = documents if flat else each
+        trainer = Trainer(model=lm, args=mean, train_dataset=data, data_collator=rows if flat else None)
+        trainer.train()
+        found += losses(trainer)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_gradient_checkpointing_changes_no_gradient(attn_type):
     found = []
@@ -75,7 +111,7 @@ def test_trl(tmp_path):
     lora = LoraConfig(target_modules=["wq", "wo"], target_parameters=["ffn.gate_up", "ffn.down"])
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     texts = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in words])
-    args = SFTConfig(tmp_path / "sft", **FEW)
+    args = SFTConfig(tmp_path / "sft", **FEW | {"max_length": None}, padding_free=True)
     sft = SFTTrainer(lm, args, train_dataset=texts, processing_class=tokenizer, peft_config=lora)
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     pairs = Dataset.from_list(words)

@@ -1,0 +1,108 @@
+"""Finding, loading and saving a model, with its tokenizer and its card, by a path or a name.
+
+A model's directory holds ``config.json`` and ``model.safetensors``. There may be ``tokenizer.json``; ``README.md``, its
+card; and ``training.json``, how it was trained. In a run it is ``RUN/model``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from open_mythos.checkpoint import CONFIG_FILE, INDEX_FILE, SHIPPED, WEIGHTS_FILE, hub_hint, shipped
+from open_mythos.fields import must, nearest
+from open_mythos.model import OpenMythos
+from open_mythos.tasks import tokenizer
+from open_mythos.tasks.tokenizer import Tokenizer
+
+MODEL, TRAINING_FILE, CARD = "model", "training.json", "README.md"
+TOKENIZER_FILES = (
+    tokenizer.FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+"""Of a pretrained model, beside its weights; the first is what the others add to."""
+
+
+def model_dir(source: str | Path) -> Path:
+    """The directory with a model's files.
+
+    Args:
+        source: a run, its model, any directory that ``save_pretrained`` wrote, or the name of a shipped model.
+
+    Raises:
+        ValueError: saying what is missing, or which names there are.
+    """
+    for directory in (Path(source) / MODEL, Path(source), SHIPPED / str(source)):
+        if any((directory / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE)):
+            return directory
+    if (Path(source) / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{source} has no {MODEL}/{WEIGHTS_FILE}: the run has not ended; go on with --resume auto. If it is a "
+            f"model, its {WEIGHTS_FILE} is missing; save it again"
+        )
+    if Path(source).exists():
+        raise ValueError(f"{source} is no run and no model: it holds neither {MODEL}/{WEIGHTS_FILE} nor {WEIGHTS_FILE}")
+    names = shipped()
+    hint = f" and no shipped model; {nearest(source, names)}" if names else ""
+    raise ValueError(f"{source} is no directory{hint}{hub_hint(source)}")
+
+
+def home_dir(directory: Path) -> Path:
+    """The run that a model's ``directory`` lies in, or itself if it lies in none."""
+    return directory.parent if directory.name == MODEL else directory
+
+
+def load_model(source: str | Path) -> OpenMythos:
+    """The model found by :func:`model_dir`, in eval mode, of the class that it was trained as.
+
+    Raises:
+        ValueError: as :func:`model_dir`, or for damaged files.
+    """
+    directory, kind = model_dir(source), OpenMythos
+    if (trained := directory / TRAINING_FILE).is_file():
+        try:
+            said = json.loads(trained.read_text())["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
+                f"with a loop"
+            ) from error
+        if said == "unrolled":
+            from open_mythos.training.baselines import UnrolledMythos as kind
+    return kind.from_pretrained(directory)
+
+
+def tokenizer_of(source: str | Path) -> Tokenizer:
+    """What the model found by :func:`model_dir` reads and writes text with.
+
+    Raises:
+        ValueError: as :func:`model_dir`, for a damaged ``tokenizer.json``, or if there is none.
+        ImportError: naming the extra to install, if it needs a package that is not there.
+    """
+    directory = model_dir(source)
+    must(
+        (directory / tokenizer.FILE).is_file(),
+        f"{directory} has no {tokenizer.FILE}, so {source} is no model of text; use text-tiny or a run of mythos "
+        f"train text, or put the tokenizer that it was trained with there",
+    )
+    return tokenizer.load(directory)
+
+
+def card_of(source: str | Path) -> str:
+    """What the card of the model found by :func:`model_dir` says, Markdown: of shipped models, how good they are.
+
+    Raises:
+        ValueError: as :func:`model_dir`, or if there is none.
+    """
+    path = model_dir(source) / CARD
+    must(path.is_file(), f"{path} is missing, so {source} has no card; mythos report says what was measured of a run")
+    return path.read_text()
+
+
+def save_model(model: OpenMythos, directory: str | Path, source: str | Path = "") -> None:
+    """Write a model, with the tokenizer of the one found by ``source``, which it started from, if that has one."""
+    model.save_pretrained(directory)
+    for name in TOKENIZER_FILES if source else ():
+        if (found := model_dir(source) / name).is_file():
+            shutil.copyfile(found, Path(directory, name))

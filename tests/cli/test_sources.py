@@ -1,0 +1,49 @@
+"""Every command that takes a model takes a run, its model's directory, and the name of a shipped model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fabricated import fabricate_run
+from typer.testing import CliRunner
+
+from open_mythos.cli import app
+from open_mythos.models import load_model, save_model
+
+COMMANDS = {
+    "info": (),
+    "diagnose": (),
+    "bench": ("--only", "prefill", "--tokens", "8", "--seconds", "0"),
+    "eval": ("--difficulties", "8", "--loops", "1", "--examples", "2"),
+    "report": (),
+    "export": ("exported",),
+    "train-gate": ("--steps", "1", "--max-difficulty", "8"),
+}
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    fabricate_run(tmp_path / "run")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("source", ["run", "run/model", "parity-tiny"])
+def test_commands_of_any_model(there: Path, command: str, source: str) -> None:
+    if command == "export":
+        pytest.importorskip("transformers")
+    done = CliRunner().invoke(app, [command, source, *COMMANDS[command]])
+    assert done.exit_code == 0, done.output
+    if command == "report":
+        page = there / "runs/parity-tiny/report.html" if source == "parity-tiny" else there / "run/report.html"
+        assert (source == "parity-tiny") == ('"training":null' in page.read_text().replace(" ", ""))
+
+
+@pytest.mark.parametrize("source", ["run", "run/model", "text-tiny"])
+def test_chat(there: Path, source: str) -> None:
+    save_model(load_model("text-tiny"), there / "run/model", "text-tiny")
+    done = CliRunner().invoke(app, ["chat", source, "--max-tokens", "1"], input="hi\n")
+    assert done.exit_code == 0, done.output
+    assert f"mythos diagnose {source}" in done.output

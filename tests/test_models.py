@@ -1,0 +1,81 @@
+"""A model, its tokenizer and its card are found by a run, a directory or a name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import tiny_model
+
+from open_mythos import checkpoint, models
+from open_mythos.models import card_of, load_model, model_dir, save_model, tokenizer_of
+from open_mythos.training.baselines import UnrolledMythos
+
+
+def test_a_run_its_model_and_any_saved_model_are_found(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert model_dir(tmp_path) == model_dir(tmp_path / "model") == tmp_path / "model"
+    model = load_model(str(tmp_path))
+    assert model.cfg.dim == 32 and not model.training
+
+
+def test_weights_in_several_files_are_found(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    weights = ", ".join(f'"{name}": "part.safetensors"' for name in tiny_model().state_dict())
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{weights}}}}}')
+    assert load_model(tmp_path).cfg.dim == 32
+
+
+def test_a_shipped_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "SHIPPED", tmp_path)
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    tiny_model().save_pretrained(tmp_path / "parity-tiny")
+    assert model_dir("parity-tiny") == tmp_path / "parity-tiny"
+    with pytest.raises(ValueError, match="'parity-tiny'"):
+        model_dir("parity-tniy")
+
+
+def test_errors_say_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run and no model"):
+        model_dir(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="the run has not ended; go on with --resume auto"):
+        model_dir(tmp_path)
+    with pytest.raises(ValueError, match=r"a/b is no directory and no shipped .* hf download a/b --local-dir FOLDER"):
+        model_dir("a/b")
+    with pytest.raises(ValueError, match="nowhere is no directory"):
+        model_dir("nowhere")
+
+
+def test_a_baseline_is_loaded_as_what_it_is(tmp_path: Path) -> None:
+    UnrolledMythos(tiny_model().cfg).save_pretrained(tmp_path)
+    (tmp_path / "training.json").write_text('{"kind": "unrolled"}')
+    assert type(load_model(tmp_path)) is UnrolledMythos
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "training.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"training.json does not say how the model was trained"):
+            load_model(tmp_path)
+
+
+def test_a_tokenizer_goes_along_and_a_card_is_read(tmp_path: Path) -> None:
+    save_model(load_model("text-tiny"), tmp_path / "text", "text-tiny")
+    assert tokenizer_of(tmp_path / "text").encode(["no"]).tolist() == tokenizer_of("text-tiny").encode(["no"]).tolist()
+    assert "# text-tiny" in card_of("text-tiny")
+    with pytest.raises(ValueError, match=r"README.md is missing, so .*text has no card; mythos report says"):
+        card_of(tmp_path / "text")
+    save_model(tiny_model(), tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"bare has no tokenizer.json, so .*bare is no model of text"):
+        tokenizer_of(tmp_path / "bare")
+
+
+def test_it_needs_nothing_of_training() -> None:
+    code = (
+        "import sys; from open_mythos.models import card_of, load_model, tokenizer_of\n"
+        "load_model('text-tiny'), tokenizer_of('text-tiny'), card_of('text-tiny')\n"
+        "assert not [name for name in sys.modules if name.startswith('open_mythos.training')]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
