@@ -134,6 +134,7 @@ class Loops(nn.Module):
 
     cfg: MythosConfig
     act: ACTHalting
+    lora: Any
     step: Callable[..., Tensor]
     prepare: Callable[[Tensor], LoopInput]
 
@@ -283,7 +284,10 @@ class Loops(nn.Module):
         No sequence waits for another: a loop computes the rows that still run, and nothing else.
         """
         assert int(schedule.n_loops.min()) >= 1 and int(schedule.n_grad.min()) >= 1
-        last, loop_input, damping = int(schedule.n_loops.max()), self.prepare(e), schedule.damping
+        last, damping = int(schedule.n_loops.max()), schedule.damping
+        if self.lora is not None:  # whose scales this run trains, so that they have to be read
+            self.lora.trained_loops.clamp_(min=last)
+        loop_input = self.prepare(e)
         no_grad_ctx, grad_ctx = ctx.looping(), ctx.looping(keep=not schedule.recompute)
 
         def step(h: Tensor, rows: Tensor, loop: int, ctx: Context) -> Tensor:
