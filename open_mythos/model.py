@@ -151,6 +151,8 @@ class OpenMythos(Generates, nn.Module):
         past, valid = self._checked(input_ids, cache, start_pos, attention_mask, n_loops)
         T, device = input_ids.shape[1], input_ids.device
         documents = None if attention_mask is None else document_numbers(attention_mask)
+        # A mask may stand on the CPU, where it has just been looked at without a wait for the device.
+        valid, documents = (None if x is None else x.to(device, non_blocking=True) for x in (valid, documents))
         must(
             documents is None or (cache is None and not start_pos),
             "attention_mask numbers documents, which start at 0 and which no cache holds; leave the cache out "

@@ -63,11 +63,13 @@ def bench(
 
     from open_mythos.cli.timed import build, chosen_device
     from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
+    from open_mythos.ops.dispatch import use_tf32
 
     with clear_errors():
         if threads is not None:
             torch.set_num_threads(threads)
         at = chosen_device(device)
+        use_tf32(at)
         number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
         timed = build(model, dim, attn, experts, loops).to(at)
         n_loops = timed.cfg.max_loop_iters

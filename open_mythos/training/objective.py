@@ -86,14 +86,16 @@ class Objective:
         with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
         stale = torch.rand(n, generator=generator)
         stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
-        return Plan(n_loops, _with_gradient(loops, n_loops), (no_grad + with_grad).expand(n), with_grad.expand(n), stale)
+        return Plan(
+            n_loops, _with_gradient(loops, n_loops), (no_grad + with_grad).expand(n), with_grad.expand(n), stale
+        )
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
         """The loss of a micro-batch.
 
         Args:
             model: in training mode.
-            batch: problems, on the model's device.
+            batch: problems, on the model's device; their mask may stay on the CPU, where nothing waits for a GPU.
             plan: its rows of the step's plan.
             n_scored: scored tokens of the whole step. The losses of its micro-batches, each a sum over this number,
                 add up to the step's.
@@ -174,7 +176,11 @@ class _Run:
                 inputs = take(stage.after, supervised), stage.rows[supervised], weights[supervised]
                 # Where loops are recomputed, the head's activations for each would be most of what is kept.
                 recompute = cfg.checkpoint_loops and cfg.loss.supervises_every_loop
-                terms = checkpoint(self._loss_terms, *inputs, use_reentrant=False) if recompute else self._loss_terms(*inputs)
+                terms = (
+                    checkpoint(self._loss_terms, *inputs, use_reentrant=False)
+                    if recompute
+                    else self._loss_terms(*inputs)
+                )
                 cross_entropy, z, distillation, right = terms
                 ran.cross_entropy, ran.z = ran.cross_entropy + cross_entropy, ran.z + z
                 ran.distillation = ran.distillation + distillation
@@ -265,7 +271,9 @@ def readout(
         checkpoint(terms, *part, use_reentrant=False)
         for part in zip(*(rows.split(chunk) for rows in inputs), strict=True)
     )
-    *sums, hits = (torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts) for parts in zip(*by_chunk, strict=True))
+    *sums, hits = (
+        torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts) for parts in zip(*by_chunk, strict=True)
+    )
     cross_entropy, z, divergence = (parts.sum() for parts in sums)
     return cross_entropy, z, divergence, hits
 

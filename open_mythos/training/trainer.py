@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from open_mythos import tasks
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
-from open_mythos.nn.auxiliary import balance
-from open_mythos.nn.feed_forward import MoEFFN
+from open_mythos.nn.auxiliary import balance, experts
 from open_mythos.nn.injection import LTIInjection
+from open_mythos.ops.dispatch import use_tf32
 from open_mythos.tasks import UNSCORED, Batch
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
@@ -73,6 +73,7 @@ class Trainer:
     Attributes:
         step_number: steps made so far, skipped ones included.
         skipped, skipped_in_a_row: steps that were skipped so far, and just now.
+        expert_load: of each sparse layer, how many tokens each expert got in the last step.
 
     Raises:
         ValueError: for a task, a device or difficulties that do not fit.
@@ -81,6 +82,7 @@ class Trainer:
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
         self.device = find_device(cfg.device)
+        use_tf32(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.task = tasks.load(cfg.task.name, **cfg.task.options)
@@ -100,6 +102,7 @@ class Trainer:
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
         self.step_number = self.skipped = self.skipped_in_a_row = 0
+        self.expert_load = list[Tensor]()
         if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
             torch.manual_seed(1000 * cfg.seed + _RANKS + distributed.rank())
 
@@ -119,6 +122,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.optimizer.scale_lr(lr_factor(self.cfg.optim, self.step_number - 1, self.cfg.steps))
         self.optimizer.step()
+        self.expert_load = [module.expert_load.clone() for module in experts(self.model)]
         balance(self.model)
         self.ema.update(self.model)
         return result
@@ -136,27 +140,28 @@ class Trainer:
         return self.task.batch(self.cfg.batch_size, difficulty, self.data_rng)
 
     def forward_backward(self, batch: Batch) -> StepResult:
-        """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch."""
+        """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
+
+        Nothing waits for a GPU before the end, where the step's numbers are known all at once.
+        """
         cfg = self.cfg
         n_scored = int((batch.targets != UNSCORED).sum())
         plan = self.objective.plan(self.step_number, cfg.batch_size, batch.ids.shape[1], self.loops_rng)
         self.optimizer.zero_grad()
-        loss, right, loops, parts = 0.0, 0.0, 0.0, dict[str, float]()
+        loops, seen = 0.0, list[Tensor]()
         with distributed.counting_together(self.model):
             for rows in self._micro_batches():
                 micro = _move(batch, rows, self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                     outcome = self.objective(self.model, micro, plan[rows], n_scored)
                 outcome.loss.backward()
-                loss += float(outcome.loss.detach())
-                right += int(outcome.n_right)
                 loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
-                for name, part in outcome.parts.items():
-                    parts[name] = parts.get(name, 0.0) + float(part)
+                seen.append(torch.stack([outcome.loss.detach(), outcome.n_right.float(), *outcome.parts.values()]))
         distributed.add_up_gradients(self.model)
-        loss, right, loops, *terms = distributed.add_up([loss, right, loops, *parts.values()])
-        parts = dict(zip(parts, terms, strict=True))
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.clip))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.clip)
+        norm, *sums = torch.cat([norm.float().view(1), torch.stack(seen).sum(0)]).tolist()  # the one wait of a step
+        loops, loss, right, *terms = distributed.add_up([loops, *sums])
+        parts = dict(zip(outcome.parts, terms, strict=True))
         finite = math.isfinite(loss) and math.isfinite(norm)
         return StepResult(loss, right / max(1, n_scored), loops, norm, batch.ids.numel(), not finite, parts)
 
@@ -186,7 +191,7 @@ class Trainer:
         """
         modules = list(self.model.modules())
         decays = [float(module.get_A().detach().max()) for module in modules if isinstance(module, LTIInjection)]
-        loads = [module.expert_load.float() for module in modules if isinstance(module, MoEFFN)]
+        loads = [load.float() for load in self.expert_load]
         balance = [float(len(load) * load.min() / load.sum()) for load in loads if load.sum() > 0]
         return {
             "lr": self.cfg.optim.lr * lr_factor(self.cfg.optim, max(0, self.step_number - 1), self.cfg.steps),
@@ -268,5 +273,10 @@ class Trainer:
 
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:
-    valid = None if batch.valid is None else batch.valid[rows].to(device)
-    return Batch(batch.ids[rows].to(device), batch.targets[rows].to(device), valid)
+    """Rows of a batch, on their way to ``device``. The mask stays: looking at it there would wait for the device."""
+
+    def move(x: Tensor) -> Tensor:
+        return x[rows].pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x[rows].to(device)
+
+    valid = None if batch.valid is None else batch.valid[rows]
+    return Batch(move(batch.ids), move(batch.targets), valid)

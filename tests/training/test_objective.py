@@ -10,6 +10,7 @@ from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
 from open_mythos.training.objective import Objective, readout
 
 N, T = 6, 9
+PACKED = torch.arange(T).div(3, rounding_mode="floor").expand(N, -1) + 1  # documents of three tokens
 
 
 def config(loops=None, loss=None, **changes):
@@ -113,14 +114,14 @@ def test_gradient_reaches_as_many_loops_as_the_switch_says(kind, expected):
 def test_fixed_point_and_z_terms(model, batch):
     plain, plan = outcome(model, batch, config())
     steadied, _ = outcome(model, batch, config(loss={"fixed_point": 0.5, "z": 0.1}))
-    e, freqs, mask = model.encode(batch.ids)
-    states = [model.first_state(e)]
+    e, ctx = model.encode(batch.ids)
+    states = [model.first_state(e, ctx)]
     for loop in range(int(plan.n_loops[0])):
-        states.append(model.recurrent.step(states[-1], e, loop, freqs, mask))
+        states.append(model.recurrent.step(states[-1], e, loop, ctx))
     moved = (states[-1] - states[-2]).square().sum(-1) / states[-1].square().sum(-1)
     scored = batch.targets != UNSCORED
     change = (moved.mean(1) * scored.sum(1)).sum() / scored.sum()
-    z = model.head(model.decode(states[-1], freqs, mask)).logsumexp(-1).square()[scored].mean()
+    z = model.head(model.decode(states[-1], ctx)).logsumexp(-1).square()[scored].mean()
     torch.testing.assert_close(steadied.loss, plain.loss + 0.5 * change + 0.1 * z)
     torch.testing.assert_close(steadied.parts["change"], change.detach())
 
@@ -171,7 +172,21 @@ def test_chunks_bound_the_logits_that_exist(model, batch):
     sizes = []
     model.head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[0]))
     outcome(model, batch, config(loss={"chunk": 8}))
-    assert max(sizes) <= 8 and sum(sizes) == n_scored(batch)
+    assert max(sizes) <= 8 and sum(sizes) == N * T
+
+
+@pytest.mark.parametrize("mask", [torch.arange(T) < torch.arange(4, 4 + N)[:, None], PACKED, None])
+@pytest.mark.parametrize("changes", [{}, {"checkpoint_loops": True}])
+def test_no_number_on_the_device_is_looked_at(batch, mask, changes):
+    """Where there are none, looking fails; a GPU would have to be waited for."""
+    model = tiny_model("mla", halting=False).train().to("meta")
+    cfg = config({"per": "sequence", "stale": 0.5}, {"depth": "uniform", "z": 0.1, "fixed_point": 0.1}, **changes)
+    objective, drawn = Objective(cfg), generator()
+    for step in range(2):
+        there = Batch(batch.ids.to("meta"), batch.targets.to("meta"), mask)
+        found = objective(model, there, objective.plan(step, N, T, drawn), n_scored(batch))
+        found.loss.backward()
+    assert all(x.is_meta for x in (found.loss, found.n_right, *found.parts.values()))
 
 
 def test_stale_rows_start_from_what_the_last_step_left(model, batch):

@@ -42,7 +42,7 @@ def test_training_learns() -> None:
 
 
 def test_micro_batches_change_nothing_but_memory() -> None:
-    """On a model whose buffers do not change within a step: experts count, but balance once a step."""
+    """Experts count in every micro-batch, and balance once a step."""
     whole, split = (Trainer(tiny_run(f"accumulate={n}", "loops.stale=0")) for n in (1, 4))
     torch.manual_seed(0)
     one = whole.step()
@@ -50,8 +50,8 @@ def test_micro_batches_change_nothing_but_memory() -> None:
     four = split.step()
     assert one.loss == pytest.approx(four.loss, rel=1e-5) and one.grad_norm == pytest.approx(four.grad_norm, rel=1e-4)
     assert (one.accuracy, one.loops, one.tokens) == (four.accuracy, four.loops, four.tokens)
-    load = {name: buffer for name, buffer in whole.model.named_buffers() if name.endswith("expert_load")}
-    for name, buffer in load.items():
+    torch.testing.assert_close(whole.expert_load, split.expert_load, rtol=0, atol=0)
+    for name, buffer in whole.model.named_buffers():
         assert torch.equal(buffer, split.model.get_buffer(name))
 
 
@@ -66,7 +66,6 @@ def test_the_same_seed_is_the_same_run_and_the_data_do_not_depend_on_the_model()
     assert not all(torch.equal(a, b) for a, b in zip(drawn, [first.draw().ids for _ in range(3)], strict=True))
 
 
-@pytest.mark.usefixtures("pytorchs_own")
 def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
     trainer = Trainer(tiny_run("precision=bf16"))
     seen: set[torch.dtype] = set()
@@ -74,11 +73,6 @@ def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
     trainer.step()
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-
-
-def test_bfloat16_rounds_by_the_c_code_as_well() -> None:
-    single, half = (Trainer(tiny_run(f"precision={precision}")).step().loss for precision in ("fp32", "bf16"))
-    assert single != half == pytest.approx(single, rel=1e-2)
 
 
 def test_the_average_is_what_is_kept() -> None:
@@ -96,7 +90,8 @@ def test_gauges() -> None:
     trainer = Trainer(tiny_run("optim.warmup=4"))
     trainer.step()
     gauges = trainer.gauges()
-    load = trainer.model.recurrent.block.ffn.expert_load.float()
+    (load,) = trainer.expert_load
+    assert int(load.sum()) > 0 == int(trainer.model.recurrent.block.ffn.expert_load.sum())
     assert gauges["lr"] == pytest.approx(1e-3 / 4)
     assert gauges["spectral_radius"] == trainer.model.recurrent.injection.get_A().max().item()
     assert gauges["expert_balance"] == pytest.approx(float(4 * load.min() / load.sum()))
