@@ -24,6 +24,7 @@ from open_mythos.fields import must, nearest
 from open_mythos.generation.fused import fuse, why_not_fused
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
+from open_mythos.ops.dispatch import use_tf32
 
 NAMES = ("auto", "modules", "fused", "graph", "native")
 _reported: set[str] = set()
@@ -84,6 +85,7 @@ class ModuleEngine:
     def __init__(self, model: Model, depth: Depth, room: int = 0, step_model: Model | None = None) -> None:
         self.model, self.depth, self.step_model = model, depth, step_model or model
         self.cache = KVCache(depth.cache_loops, room)
+        use_tf32(model.embed.weight.device)
         self.state: Tensor
         self._drafted: list[tuple[Tensor, Tensor, Context]] = []
         self._draft_loops = 0

@@ -102,7 +102,7 @@ def _grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
 
 @_grouped_mm.register_fake
 def _(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
-    return x_PK.new_empty(len(x_PK), weight_EKN.shape[2])
+    return x_PK.new_empty(x_PK.shape[0], weight_EKN.shape[2])
 
 
 @torch.library.custom_op("open_mythos::grouped_outer", mutates_args=())
@@ -115,7 +115,7 @@ def _grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
 
 @_grouped_outer.register_fake
 def _(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
-    return x_PM.new_empty(len(ends_E), x_PM.shape[1], y_PN.shape[1])
+    return x_PM.new_empty(ends_E.shape[0], x_PM.shape[1], y_PN.shape[1])
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
