@@ -92,8 +92,10 @@ def test_folding_is_continuous():
 def test_one_step_is_a_h_plus_b_e_plus_the_transformer():
     module, (h, e, out) = LTIInjection(4), torch.randn(3, 2, 5, 4)
     linear = module.get_A() * h + module.B * e
-    assert_near(module(h, e), linear, 0.0)
+    assert_near(module(h, e), linear, 1e-6)
     assert_near(module(h, e, out), linear + out, 1e-6)
+    decay, injected = module(None, e)  # what all steps have in common
+    assert_near(decay * h + injected, linear, 1e-6)
 
 
 def test_without_a_transformer_the_state_stays_bounded():

@@ -1,4 +1,6 @@
-"""Fused, local and convolving attention against explicit softmax and loops."""
+"""Who sees whom, and attention on every path it can take, against loops and explicit softmax."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,87 +9,179 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from open_mythos.context import AttentionMask, as_mask
+from open_mythos.ops import attention as attention_module
 from open_mythos.ops import reference
-from open_mythos.ops.attention import attend, attend_convolved, attend_local
-from open_mythos.ops.conv import causal_conv
-from open_mythos.ops.mask import CausalMask
+from open_mythos.ops.attention import attend
 
 
-def allowed(T: int, S: int, valid: Tensor | None, positions: Tensor | None, window: int | None = None) -> Tensor:
-    """(B or 1, 1, T, S), written position by position."""
-    rows = 1 if valid is None and positions is None else len(valid if valid is not None else positions)  # type: ignore[arg-type]
-    out = torch.zeros(rows, 1, T, S, dtype=torch.bool)
-    for b in range(rows):
-        for t in range(T):
-            at = S - T + t if positions is None else int(positions[b, t])
-            for s in range(S):
-                real = valid is None or bool(valid[b, s])
-                near = window is None or s > at - window
-                out[b, 0, t, s] = s == at or (s < at and real and near)
+def seen(mask: AttentionMask, B: int, n_heads: int = 1, n_local: int = 0, window: int = 0) -> Tensor:
+    """(B, H, T, S), decided one pair at a time."""
+    T, S = mask.n_queries, mask.n_keys
+    out = torch.zeros(B, n_heads, T, S, dtype=torch.bool)
+    for b, head, t, s in torch.cartesian_prod(*map(torch.arange, (B, n_heads, T, S))).tolist():
+        at = S - T + t if mask.positions is None else int(mask.positions[b, t])
+        real = mask.valid is None or bool(mask.valid[b, s])
+        same = mask.documents is None or bool(mask.documents[b, s] == mask.documents[b, at])
+        before = not mask.causal or s <= at
+        near = head >= n_local or abs(s - at) < window
+        out[b, head, t, s] = s == at or (real and same and before and near)
     return out
 
 
 @st.composite
-def problems(draw):
-    """q, k, v, mask parts: any split of keys into past and new, any head grouping, padding, scattered queries."""
-    B, S = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+def masks(draw, B: int, S: int):
+    """Causal or not, with padding or not, with documents or not, of the last tokens or of scattered ones."""
     T = draw(st.integers(1, S))
-    G, R, D, V = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     torch.manual_seed(draw(st.integers(0, 1000)))
-    q, k, v = torch.randn(B, T, G * R, D), torch.randn(B, S, G, D), torch.randn(B, S, G, V)
     valid = left_padding([draw(st.integers(0, S)) for _ in range(B)], S) if draw(st.booleans()) else None
+    documents = torch.rand(B, S).lt(0.4).cumsum(1) if draw(st.booleans()) else None
     positions = None
     if draw(st.booleans()):
         positions = torch.stack([torch.randperm(S)[:T].sort().values for _ in range(B)])
-    return q, k, v, valid, positions
+    return AttentionMask(T, S, valid, documents, positions, causal=draw(st.booleans()))
 
 
-@given(problems(), st.none() | st.floats(0.1, 2.0))
-def test_attend_is_explicit_softmax(problem, scale):
-    q, k, v, valid, positions = problem
-    mask = CausalMask(q.shape[1], k.shape[1], valid, positions)
-    expected = reference.attention(
-        q, k, v, allowed(q.shape[1], k.shape[1], valid, positions), q.shape[-1] ** -0.5 if scale is None else scale
+@st.composite
+def problems(draw):
+    """q, kv, a mask and its window: any split of keys into past and new, any head grouping."""
+    B, S = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    mask = draw(masks(B, S))
+    G, R, D = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    V = draw(st.integers(1, D))
+    q, kv = torch.randn(B, mask.n_queries, G * R, D), torch.randn(B, S, G, D + V)
+    return q, kv, mask, draw(st.integers(0, G * R)), draw(st.integers(1, 11))
+
+
+def check(q: Tensor, kv: Tensor, mask: AttentionMask, n_local: int, window: int, is_both: bool = False) -> None:
+    """Outputs and gradients are those of the softmax written out."""
+    D = q.shape[-1]
+    inputs = [x.requires_grad_() for x in (q, kv)]
+    fast = attend(q, kv, mask, 0.3, n_local, window)
+    k, v = (kv, kv) if is_both else (kv[..., :D], kv[..., D:])
+    slow = reference.attention(q, k, v, seen(mask, len(q), q.shape[2], n_local, window), 0.3)
+    assert_near(fast, slow)
+    cotangent = torch.randn_like(slow)
+    expected = torch.autograd.grad(slow, inputs, cotangent)
+    for name, actual, wanted in zip(("q", "kv"), torch.autograd.grad(fast, inputs, cotangent), expected, strict=True):
+        assert_near(actual, wanted, what=name)
+
+
+@given(problems())
+def test_attend_is_explicit_softmax(problem):
+    check(*problem)
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.data())
+def test_every_form_of_a_mask_says_what_the_double_loop_says(B, S, data):
+    mask, window = data.draw(masks(B, S)), data.draw(st.integers(1, 6))
+    q = torch.empty(B, mask.n_queries, 3, 1)
+    for width, expected in ((None, seen(mask, B)), (window, seen(mask, B, 1, 1, window))):
+        bias, is_causal = mask.sdpa(q, width)
+        if bias is None:
+            full = torch.ones(mask.n_queries, S, dtype=torch.bool)
+            bias = torch.zeros(full.shape).masked_fill(~(full.tril() if is_causal else full), float("-inf"))
+        else:
+            assert not is_causal
+        assert torch.equal((bias == 0).expand_as(expected), expected)
+    by_head = mask.by_head(q, 2, window)
+    assert torch.equal((by_head == 0).expand(B, -1, -1, -1), seen(mask, B, 3, 2, window))
+    assert not by_head.isnan().any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "padding", "documents", "packed"])
+def test_a_block_mask_is_the_dense_one(kind, causal):
+    """FlexAttention's, of which it computes the blocks that are not empty."""
+    torch.manual_seed(0)
+    B, T, S = 2, 24, 32
+    valid = left_padding([32, 17], S) if kind == "padding" else None
+    documents = torch.rand(B, S).lt(0.2).cumsum(1) if kind == "documents" else None
+    positions = torch.stack([torch.randperm(S)[:T].sort().values for _ in range(B)]) if kind == "packed" else None
+    mask = AttentionMask(T, S, valid, documents, positions, causal=causal)
+    for window, n_local in ((None, 0), (5, 0), (5, 2)):
+        # The predicate itself, pair by pair; `BlockMask.to_dense` tells of whole blocks only.
+        n_heads = 3
+        predicate = mask.block_mask(window, n_local, n_heads).mask_mod
+        at = torch.cartesian_prod(*map(torch.arange, (B, n_heads, T, S)))
+        found = torch.stack([predicate(*index) for index in at]).view(B, n_heads, T, S)
+        n_near = 0 if window is None else n_local or n_heads
+        assert torch.equal(found, seen(mask, B, n_heads, n_near, window or 0)), (window, n_local)
+
+
+@pytest.mark.filterwarnings("default")  # it would rather be compiled
+@pytest.mark.parametrize("n_local, window", [(0, None), (0, 5), (2, 5)])
+def test_flex_attention_with_a_block_mask_is_attend(n_local, window):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = AttentionMask(24, 32, left_padding([32, 17], 32))
+    q, kv = torch.randn(2, 24, 4, 8), torch.randn(2, 32, 4, 16)
+    block_mask = mask.block_mask(window, n_local, n_heads=4)
+    out = flex_attention(*(x.transpose(1, 2) for x in (q, *kv.chunk(2, -1))), block_mask=block_mask, scale=0.5)
+    n_near = 0 if window is None else n_local or 4
+    assert_near(out.transpose(1, 2), attend(q, kv, mask, 0.5, n_near, window or 0))
+
+
+# -- the paths
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("n_local", [0, 3, 6, 8])
+@pytest.mark.parametrize("T, S, window", [
+    (1, 40, 6), (5, 40, 6),  # one call with a bias
+    (5, 300, 6),  # two calls, few queries
+    (70, 70, 6), (64, 64, 33), (65, 90, 50),  # in chunks of queries
+], ids=str)  # fmt: skip
+def test_two_kinds_of_heads_share_groups(T, S, window, n_local, padded):
+    """Eight heads in two groups: of six local ones, two read the same keys as the two that see everything."""
+    torch.manual_seed(0)
+    B = 2
+    valid = left_padding([S, S // 3], S) if padded else None
+    check(torch.randn(B, T, 8, 6), torch.randn(B, S, 2, 6 + 4), AttentionMask(T, S, valid), n_local, window)
+
+
+@pytest.mark.parametrize("T, S", [(1, 40), (70, 80)])
+def test_rows_that_are_both_keys_and_values(T, S):
+    """As of latents: one row for all heads."""
+    check(torch.randn(2, T, 4, 7), torch.randn(2, S, 1, 7), AttentionMask(T, S), 3, 5, is_both=True)
+
+
+def test_documents_in_chunks():
+    documents = torch.rand(2, 70, generator=torch.Generator().manual_seed(0)).lt(0.1).cumsum(1)
+    check(torch.randn(2, 70, 4, 6), torch.randn(2, 70, 2, 9), AttentionMask(70, 70, documents=documents), 3, 6)
+
+
+def test_queries_that_see_both_ways():
+    check(torch.randn(2, 70, 4, 6), torch.randn(2, 70, 2, 9), AttentionMask(70, 70, causal=False), 3, 6)
+
+
+def test_a_window_costs_no_scores_of_all_pairs(monkeypatch):
+    sizes = []
+    plain = attention_module.sdpa
+    monkeypatch.setattr(
+        attention_module, "sdpa", lambda q, kv, *a: sizes.append(q.shape[1] * kv.shape[1]) or plain(q, kv, *a)
     )
-    assert_near(attend(q, k, v, mask, scale), expected)
+    attend(torch.randn(1, 1024, 2, 4), torch.randn(1, 1024, 2, 8), AttentionMask(1024, 1024), 1.0, 2, 6)
+    assert max(sizes) < 64 * 64  # of a chunk
 
 
-@given(problems(), st.integers(1, 4), st.none() | st.floats(0.1, 2.0))
-def test_attend_convolved_is_attention_to_convolved_rows(problem, n_taps, scale):
-    q, k, v, valid, positions = problem
-    mask = CausalMask(q.shape[1], k.shape[1], valid, positions)
-    k_taps, v_taps = torch.randn(n_taps, *k.shape[2:]), torch.randn(n_taps, *v.shape[2:])
-    expected = attend(
-        q, reference.causal_conv(k.flatten(2), k_taps.flatten(1)).view_as(k),
-        reference.causal_conv(v.flatten(2), v_taps.flatten(1)).view_as(v), mask, scale,
-    )  # fmt: skip
-    assert_near(attend_convolved(q, k, v, k_taps, v_taps, mask, scale), expected)
+def test_half_precision_has_gradients_near_those_of_single():
+    q, kv = torch.randn(2, 9, 4, 6), torch.randn(2, 9, 2, 12)
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, kv)]
+        out = attend(*inputs, AttentionMask(9, 9), 0.4, 3, 4)
+        assert out.dtype == dtype
+        grads[dtype] = torch.autograd.grad(out.float().square().sum(), inputs)
+    for half, whole in zip(grads[torch.bfloat16], grads[torch.float32], strict=True):
+        assert_near(half.float(), whole, 0.05)
 
 
-@given(problems(), st.integers(1, 11))
-def test_attend_local_is_explicit_softmax_over_a_window(problem, window):
-    q, k, v, valid, positions = problem
-    mask = CausalMask(q.shape[1], k.shape[1], valid, positions)
-    seen = allowed(q.shape[1], k.shape[1], valid, positions, window)
-    assert_near(attend_local(q, k, v, window, mask), reference.attention(q, k, v, seen, q.shape[-1] ** -0.5))
-
-
-@given(problems(), st.integers(1, 4))
-def test_gradients_of_both(problem, window):
-    q, k, v, valid, positions = problem
-    assume(q.shape[1] > 1)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    mask = CausalMask(q.shape[1], k.shape[1], valid, positions)
-    for width in (None, window):
-        fast = attend(q, k, v, mask) if width is None else attend_local(q, k, v, width, mask)
-        seen = allowed(q.shape[1], k.shape[1], valid, positions, width)
-        slow = reference.attention(q, k, v, seen, q.shape[-1] ** -0.5)
-        weight = torch.randn_like(slow)
-        expected = torch.autograd.grad((slow * weight).sum(), inputs)
-        for name, actual, wanted in zip(
-            "qkv", torch.autograd.grad((fast * weight).sum(), inputs), expected, strict=True
-        ):
-            assert_near(actual, wanted, what=name)
+def test_huge_scores_have_finite_gradients():
+    """As in a model that an optimizer has run away with."""
+    q, kv = torch.randn(1, 90, 2, 16).mul(1e4), torch.randn(1, 90, 2, 32).mul(1e4)
+    out = attend(q.requires_grad_(), kv.requires_grad_(), AttentionMask(90, 90), 0.25, 1, 5)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, kv)))
 
 
 def test_the_reference_keeps_kv_heads_apart():
@@ -99,41 +193,77 @@ def test_the_reference_keeps_kv_heads_apart():
 
 @pytest.mark.parametrize("valid", [None, left_padding([4, 2, 0], 4)], ids=["no padding", "padding"])
 def test_plain_masks_are_left_to_the_kernel(valid):
-    assert CausalMask(4, 4, valid).is_plain == CausalMask(1, 4, valid).is_plain == (valid is None)
-    assert not CausalMask(2, 4, valid).is_plain
+    like = torch.empty(3, 1, 1, 1)
+    for T in (1, 4):
+        assert (AttentionMask(T, 4, valid).sdpa(like)[0] is None) == (valid is None)
+    assert AttentionMask(2, 4, valid).sdpa(like)[0] is not None
 
 
 def test_a_row_of_nothing_but_padding_is_finite():
     valid = torch.zeros(2, 5, dtype=torch.bool)
-    q, kv = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
-    mask = CausalMask(5, 5, valid)
-    assert_near(attend(q, kv, kv, mask), kv)  # each query sees itself alone
-    assert_near(attend_local(q, kv, kv, 3, mask), kv)
+    q, kv = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 8)
+    mask = AttentionMask(5, 5, valid)
+    for n_local in (0, 1, 2):
+        assert_near(attend(q, kv, mask, 1.0, n_local, 3), kv[..., 4:])  # each query sees itself alone
 
 
-@given(B=st.integers(1, 2), S=st.integers(1, 8), C=st.integers(1, 5), K=st.integers(1, 10))
-def test_causal_conv_is_the_double_loop(B, S, C, K):
-    x, taps = torch.randn(B, S, C, requires_grad=True), torch.randn(K, C, requires_grad=True)
-    fast, slow = causal_conv(x, taps), reference.causal_conv(x, taps)
-    assert_near(fast, slow)
-    weight = torch.randn_like(slow)
-    expected = torch.autograd.grad((slow * weight).sum(), (x, taps))
-    for actual, wanted in zip(torch.autograd.grad((fast * weight).sum(), (x, taps)), expected, strict=True):
-        assert_near(actual, wanted)
+# -- masks that a caller gives
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("T, S, window, Dv", [(70, 70, 6, 8), (64, 64, 33, 4), (33, 50, 6, 8), (40, 45, 50, 12)])
-def test_local_attention_in_several_chunks(T, S, window, Dv, padded):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, T, 4, 8), torch.randn(3, S, 2, 8), torch.randn(3, S, 2, Dv)
-    valid = left_padding([0, 7, 41], S) if padded else None
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    fast = attend_local(q, k, v, window, CausalMask(T, S, valid))
-    slow = reference.attention(q, k, v, allowed(T, S, valid, None, window), 8**-0.5)
-    assert_near(fast, slow)
-    cotangent = torch.randn_like(slow)
-    for got, wanted in zip(
-        torch.autograd.grad(fast, inputs, cotangent), torch.autograd.grad(slow, inputs, cotangent), strict=True
-    ):
-        assert_near(got, wanted)
+@given(st.integers(1, 2), st.integers(1, 6), st.sampled_from([2, 3, 4]), st.booleans())
+def test_a_given_mask_takes_the_place_of_the_predicate(B, S, n_axes, is_bool):
+    q, kv = torch.randn(B, S, 4, 3), torch.randn(B, S, 2, 6)
+    allowed = torch.rand((B, 4, S, S)[-n_axes:] if n_axes != 3 else (4, S, S)).lt(0.5) | torch.eye(S).bool()
+    given = allowed if is_bool else torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+    mask = as_mask(given, S, S)
+    near = (torch.arange(S) - torch.arange(S).unsqueeze(1)).abs() < 2
+    for n_local in (0, 3, 4):
+        local = torch.arange(4).lt(n_local).view(1, 4, 1, 1)
+        expected = reference.attention(q, kv[..., :3], kv[..., 3:], allowed & (near | ~local), 0.5)
+        assert_near(attend(q, kv, mask, 0.5, n_local, 2), expected)
+
+
+def test_numbers_are_added_to_the_scores():
+    q, kv, bias = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 8), torch.randn(2, 1, 5, 5)
+    scores = torch.einsum("bthd,bshd->bhts", q, kv[..., :4]) * 0.5 + bias
+    expected = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), kv[..., 4:])
+    assert_near(attend(q, kv, as_mask(bias, 5, 5), 0.5), expected)
+
+
+@pytest.mark.parametrize("mask, what", [(torch.ones(4, 5), r"\(4, 5\)"), (torch.ones(5), r"\(5,\)"), ("causal", "str")])
+def test_a_given_mask_that_does_not_fit_is_refused(mask, what):
+    with pytest.raises(ValueError, match=rf"mask is {what}; pass a tensor that ends in \(5, 5\)"):
+        as_mask(mask, 5, 5)
+
+
+def test_a_given_mask_of_some_rows_and_of_queries_that_are_packed():
+    given = torch.randn(3, 1, 6, 6)
+    whole, q = as_mask(given, 6, 6), torch.empty(3, 2, 4, 1)
+    assert torch.equal(whole.rows(slice(1, 3)).sdpa(q)[0], given[1:])
+    assert torch.equal(as_mask(given[:1], 6, 6).rows(slice(2)).sdpa(q)[0], given[:1])
+    positions = torch.tensor([[0, 4], [1, 2], [3, 5]])
+    packed = replace(whole, n_queries=2, positions=positions, first=0)
+    expected = torch.stack([rows[:, at] for rows, at in zip(given, positions, strict=True)])
+    assert torch.equal(packed.sdpa(q)[0], expected)
+    assert packed.by_head(q, 2, 3).shape == (3, 4, 2, 6)
+
+
+@given(st.integers(1, 3), st.integers(2, 9), st.data())
+def test_the_mask_of_some_rows_or_of_the_last_queries(B, S, data):
+    mask = data.draw(masks(B, S))
+    expected, q = seen(mask, B), torch.empty(B, mask.n_queries, 1, 1)
+
+    def dense(part: AttentionMask, like: Tensor) -> Tensor:
+        bias, is_causal = part.sdpa(like)
+        if bias is None:
+            whole = torch.ones(part.n_queries, S, dtype=torch.bool)
+            return whole.tril() if is_causal else whole
+        return bias == 0
+
+    rows = torch.tensor([B - 1, 0])
+    assert torch.equal(dense(mask.rows(rows), q[rows]).expand_as(expected[rows]), expected[rows])
+    assume(mask.positions is None)
+    n = data.draw(st.integers(1, mask.n_queries))
+    last = mask.ending(n)
+    assert last.n_queries == n and last.first == mask.first
+    assert torch.equal(dense(last, q[:, -n:]).expand_as(expected[:, :, -n:]), expected[:, :, -n:])

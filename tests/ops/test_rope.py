@@ -86,13 +86,29 @@ def test_a_wrong_number_of_positions_is_an_error():
 
 def test_rope_rows_reads_a_table_from_where_the_cache_ends():
     table = precompute_rope_freqs(4, 20)
-    assert torch.equal(rope_rows(table, 7, 3), torch.view_as_real(table[7:10]))
-    assert torch.equal(rope_rows(table[:3], 7, 3), torch.view_as_real(table[:3]))
+    assert torch.equal(rope_rows(table, 7, 3), table[7:10])
+    assert torch.equal(rope_rows(torch.view_as_real(table), 7, 3), torch.view_as_real(table[7:10]))
+    assert torch.equal(rope_rows(table[:3], 7, 3), table[:3])
     by_row = torch.randn(2, 3, 2, 2)
     assert rope_rows(by_row, 7, 3) is by_row
 
 
-@pytest.mark.usefixtures("pytorchs_own")
+def test_another_default_dtype_changes_no_turned_channel():
+    x, table = torch.randn(2, 9, 4, 8), rope_table(torch.arange(9), 8)
+    expected = apply_rope(x, table)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(apply_rope(x, table), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_compiled_code_turns_alike_without_complex_numbers():
+    x, table = torch.randn(2, 5, 3, 8), rope_table(torch.arange(5), 8)
+    compiled = torch.compile(apply_rope, fullgraph=True, backend="aot_eager")
+    assert_near(compiled(x, table), apply_rope(x, table), 1e-6)
+
+
 def test_channels_behind_an_odd_number_of_others():
     """As of one token whose latent is 3 wide."""
     x, table = torch.randn(1, 1, 1, 7), rope_table(torch.tensor([5]), 4)
