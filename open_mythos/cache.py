@@ -17,9 +17,6 @@ from open_mythos.fields import must
 
 ROLLBACK = 64
 """Tokens that a cache can be cut back by and still go on: raw rows further back are not kept."""
-PADDING_SLOT = "padding"
-"""Slot of a plain-dict cache that holds which cached tokens are real; present only if some are padding."""
-_RAW = "raw"  # of a plain dict's slot: the last raw rows
 
 
 class Slot(NamedTuple):
@@ -93,17 +90,23 @@ class CacheSlot:
             return self._base[1]
         self._catch_up()
         assert self._raw is not None
-        ring, start = self._raw.shape[1], max(at - n, 0)
-        must(
-            start >= self._raw_start and at - start <= ring,
-            f"the cache was cut back to {at} tokens, and of the convolution's input those from {self._raw_start} on are "
-            f"kept; cut back by at most {ROLLBACK} tokens, or start a new cache",
-        )
+        ring, start = self._raw.shape[1], self._first_raw(at, n)
         first, end = start % ring, (at - 1) % ring + 1
         parts = [self._raw[:, first:end]] if first < end else [self._raw[:, first:], self._raw[:, :end]]
         if at < n:
             parts.insert(0, torch.zeros_like(self._raw[:, : n - at]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _first_raw(self, at: int, n: int) -> int:
+        """Position of the first of the ``n`` raw rows before ``at``; ValueError if they are not held."""
+        assert self._raw is not None
+        start = max(at - n, 0)
+        if start < self._raw_start or at - start > self._raw.shape[1]:
+            raise ValueError(
+                f"the cache was cut back to {at} tokens, and of the convolution's input those from {self._raw_start} on "
+                f"are kept; cut back by at most {ROLLBACK} tokens, or start a new cache"
+            )
+        return start
 
     def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
         """Write ``rows`` (B, T, G, W) and return all rows, (B, length, G, W).
@@ -198,7 +201,7 @@ class CacheSlot:
             raw = 0 if self._raw is None else self._raw.data_ptr()
             self._addresses = self._rows.data_ptr(), raw, self._rows.shape[1], len(self._rows)
         if self._raw is not None:
-            self.raw_before(at, self._raw.shape[1] - ROLLBACK)  # still held?
+            self._first_raw(at, self._raw.shape[1] - ROLLBACK)  # still held?
             self._raw_start = max(self._raw_start, at + 1 - self._raw.shape[1])
         self._base = None
         self.length = self._written = at + 1
@@ -216,7 +219,41 @@ class CacheSlot:
         self._rows, self._addresses = grown, None
 
 
-class KVCache:
+class Cache:
+    """What layers write rows to and read them from."""
+
+    cache_loops: int | None = None
+    valid: Tensor | None  # (B, length) bool, False at padding; None while there is none
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return max(self.lengths().values(), default=0)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch it holds; 0 if empty."""
+        raise NotImplementedError
+
+    def slot(self, slot: Slot | str) -> Any:
+        """The rows of a slot, made empty if it is new; see :class:`CacheSlot`."""
+        raise NotImplementedError
+
+    def slot_length(self, slot: Slot | str) -> int:
+        """Tokens held by one slot."""
+        return self.slot(slot).length
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens held by each slot."""
+        raise NotImplementedError
+
+    def open(self, slot: Slot | str, at: int, n_raw: int) -> tuple[Any, Tensor | None]:
+        """A slot, and the ``n_raw`` raw rows that it holds before position ``at``; see :meth:`CacheSlot.raw_before`."""
+        held = self.slot(slot)
+        return held, held.raw_before(at, n_raw)
+
+
+class KVCache(Cache):
     """The cache to use: ``model(ids, kv_cache=cache)`` appends to it, any number of tokens at a time.
 
     It knows its length and its size, and can be cut back (:meth:`truncate`) or emptied (:meth:`reset`).
@@ -239,11 +276,10 @@ class KVCache:
             must(whole and cache_loops >= 1, f"cache_loops={cache_loops!r}; use a whole number of at least 1, or None")
         self.cache_loops, self._room = cache_loops, room
         self._slots: dict[Slot | str, CacheSlot] = {}
-        self.valid: Tensor | None = None  # (B, length) bool, False at padding; None while there is none
+        self.valid = None
 
     @property
     def length(self) -> int:
-        """Tokens held."""
         return max((slot.length for slot in self._slots.values()), default=0)
 
     @property
@@ -252,22 +288,18 @@ class KVCache:
         return sum(slot.nbytes for slot in self._slots.values())
 
     def slot(self, slot: Slot | str) -> CacheSlot:
-        """The rows of a slot, made empty if it is new."""
         if slot not in self._slots:
             self._slots[slot] = CacheSlot(self._room)
         return self._slots[slot]
 
     def slot_length(self, slot: Slot | str) -> int:
-        """Tokens held by one slot."""
         return self._slots[slot].length if slot in self._slots else 0
 
     def lengths(self) -> dict[str, int]:
-        """Tokens held by each slot."""
         return {slot_name(slot): held.length for slot, held in self._slots.items()}
 
     @property
     def batch_size(self) -> int:
-        """Rows of the batch it holds; 0 if empty."""
         return next((slot.batch_size for slot in self._slots.values() if slot.batch_size), 0)
 
     def truncate(self, length: int) -> None:
@@ -291,82 +323,6 @@ class KVCache:
         """Forget everything."""
         self._slots.clear()
         self.valid = None
-
-
-class _DictSlot:
-    """A slot of a plain dict: each update replaces the tensors by longer ones.
-
-    No two loops share one, so that new rows always stand behind the last, and ``at`` says nothing new.
-    """
-
-    def __init__(self, cache: dict[str, Any], name: str) -> None:
-        self._cache, self._name = cache, name
-
-    @property
-    def length(self) -> int:
-        return self._cache[self._name]["rows"].shape[1] if self._name in self._cache else 0
-
-    @property
-    def rows(self) -> Tensor:
-        return self._cache[self._name]["rows"]
-
-    def raw_before(self, at: int, n: int) -> Tensor | None:
-        return self._cache[self._name][_RAW] if at and n else None
-
-    def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
-        old = self._cache.get(self._name)
-        held = {"rows": rows if old is None else torch.cat([old["rows"], rows], 1)}
-        if raw is not None:
-            before = raw.new_zeros(len(raw), n_raw, *raw.shape[2:]) if old is None else old[_RAW]
-            held[_RAW] = torch.cat([before, raw], 1)[:, raw.shape[1] :]
-        self._cache[self._name] = held
-        return held["rows"]
-
-    def repeat(self, before: _DictSlot) -> None:
-        theirs, start = self._cache[before._name], self.length
-        raw = theirs.get(_RAW)
-        self.update(theirs["rows"][:, start:])
-        if raw is not None:
-            self._cache[self._name][_RAW] = raw
-
-
-class DictCache:
-    """A plain dict, ``{slot: {"rows": (B, length, G, W), "raw": (B, taps - 1, G, W)}}``, behind the interface of
-    :class:`KVCache`."""
-
-    cache_loops = None
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        self._data = data
-
-    @property
-    def length(self) -> int:
-        return max(self.lengths().values(), default=0)
-
-    @property
-    def batch_size(self) -> int:
-        return max((len(t) for held in self._data.values() for t in held.values()), default=0)
-
-    @property
-    def valid(self) -> Tensor | None:
-        return self._data[PADDING_SLOT]["valid"] if PADDING_SLOT in self._data else None
-
-    @valid.setter
-    def valid(self, valid: Tensor | None) -> None:
-        if valid is not None:
-            self._data[PADDING_SLOT] = {"valid": valid}
-
-    def slot(self, slot: Slot | str) -> _DictSlot:
-        return _DictSlot(self._data, slot_name(slot))
-
-    def slot_length(self, slot: Slot | str) -> int:
-        return self.slot(slot).length
-
-    def lengths(self) -> dict[str, int]:
-        return {name: held["rows"].shape[1] for name, held in self._data.items() if name != PADDING_SLOT}
-
-
-Cache = KVCache | DictCache
 
 
 def loop_slot(loop: int, cache: Cache | None = None, layer: int = 0) -> Slot:
@@ -402,16 +358,3 @@ def repeat_rows(cache: Cache, slots: list[Slot], past: int) -> None:
         if held.length <= past:
             held.repeat(before)
         before = held
-
-
-def as_cache(kv_cache: KVCache | DictCache | dict[str, Any] | None) -> Cache | None:
-    """``kv_cache`` behind one interface; dicts are wrapped, not copied.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if kv_cache is None or isinstance(kv_cache, KVCache | DictCache):
-        return kv_cache
-    if isinstance(kv_cache, dict):
-        return DictCache(kv_cache)
-    raise ValueError(f"kv_cache is a {type(kv_cache).__name__}; pass a KVCache, a dict, or None")

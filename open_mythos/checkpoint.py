@@ -76,7 +76,7 @@ def config_file(model: Model) -> dict[str, Any]:
     return head | model.cfg.to_dict() | {"tied_head": is_tied(model)}
 
 
-def is_tied(model: OpenMythos) -> bool:
+def is_tied(model: Model) -> bool:
     """Whether the head still is the embedding: PEFT may have put a trained one in its place."""
     return model.cfg.tied_head and model.head.weight.data_ptr() == model.embed.weight.data_ptr()
 

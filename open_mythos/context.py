@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.cache import Cache, KVCache, Slot, as_cache
+from open_mythos.cache import Cache, KVCache, Slot
+from open_mythos.dict_cache import as_cache
 from open_mythos.ops.dispatch import is_traced
 from open_mythos.ops.rope import rope_rows, rope_table
 
@@ -38,7 +39,7 @@ class AttentionMask:
         valid: (B, S) bool, False at padding; None if there is none.
         documents: (B, S) integers, the same for neighbours of one document; None if a row is one.
         positions: (B, T) key position of each query, for queries that are not the last T tokens in order.
-        first: position of the first new token, from which on queries stand; ``S - T`` if None.
+        first: position of the first new token, from which on queries stand; ``S - T`` if below 0.
         causal: False lets a query see keys after its own too.
         given: (B or 1, H or 1, T, S), added to the scores in place of the predicate.
     """
@@ -48,15 +49,13 @@ class AttentionMask:
     valid: Tensor | None = None
     documents: Tensor | None = None
     positions: Tensor | None = None
-    first: int | None = None
+    first: int = -1
     causal: bool = True
     given: Tensor | None = None
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def start(self) -> int:
-        """Position of the first new token."""
-        return self.n_keys - self.n_queries if self.first is None else self.first
+    def __post_init__(self) -> None:
+        self.first = self.n_keys - self.n_queries if self.first < 0 else self.first
 
     @property
     def is_same_for_all(self) -> bool:
@@ -119,10 +118,17 @@ class AttentionMask:
 
         return self._once(("chunks", window, chunk, like.dtype), make)
 
-    def block_mask(self, window: int | None = None, n_local: int = 0, device: torch.device | str = "cpu") -> BlockMask:
-        """The predicate for FlexAttention; ``window`` is of the first ``n_local`` heads, or of all if that is 0."""
+    def block_mask(
+        self,
+        window: int | None = None,
+        n_local: int = 0,
+        n_heads: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BlockMask:
+        """The predicate for FlexAttention; ``window`` is of the first ``n_local`` of ``n_heads``, or of all if 0."""
         from torch.nn.attention.flex_attention import create_block_mask
 
+        assert self.given is None, "FlexAttention takes a predicate"
         valid, documents, positions, start = self.valid, self.documents, self.positions, self.n_keys - self.n_queries
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -137,22 +143,23 @@ class AttentionMask:
                 seen = seen & valid[b, k]
             return seen | (k == at)
 
-        rows = None if self.is_same_for_all else len(valid if valid is not None else documents)  # type: ignore[arg-type]
-        heads = n_local + 1 if n_local else None
+        rows = next((len(x) for x in (valid, documents, positions) if x is not None), None)
+        heads = n_heads if n_local else None
         return create_block_mask(sees, rows, heads, self.n_queries, self.n_keys, device=device)
 
     def ending(self, n_queries: int) -> AttentionMask:
         """The mask of the last queries alone, which see the same keys; for queries that are the last T tokens."""
         assert self.positions is None and n_queries <= self.n_queries
         given = None if self.given is None else self.given[..., -n_queries:, :]
-        return replace(self, n_queries=n_queries, first=self.start, given=given)
+        return replace(self, n_queries=n_queries, given=given)
 
     def rows(self, which: slice | Tensor) -> AttentionMask:
         """The mask of some rows of the batch."""
         valid, documents, positions = (
             None if x is None else x[which] for x in (self.valid, self.documents, self.positions)
         )
-        return replace(self, valid=valid, documents=documents, positions=positions)
+        given = self.given if self.given is None or len(self.given) == 1 else self.given[which]
+        return replace(self, valid=valid, documents=documents, positions=positions, given=given)
 
     def _bias(self, like: Tensor, window: int | None) -> Tensor:
         query = self.positions
@@ -162,6 +169,10 @@ class AttentionMask:
         if self.given is None:
             return _as_bias(self.allowed(query, key, window), like.dtype).unsqueeze(1)
         given = self.given.to(like.dtype)
+        if self.positions is not None:  # of all new tokens, in order; these are some of them
+            at = (self.positions - self.first)[:, None, :, None]
+            given = given.expand(len(at), -1, -1, -1)
+            given = given.gather(2, at.expand(-1, given.shape[1], -1, given.shape[3]))
         if window is None:
             return given
         return given + _as_bias((key > query - window) & (key < query + window), like.dtype)
@@ -228,31 +239,26 @@ class Context:
         mask: who sees whom; causal if None.
         cache: holds the tokens before these, and gets these.
         active: the positions that still run, where others have halted (:class:`~open_mythos.nn.active.ActiveTokens`).
-        constants: what layers compute once for all loops; None to keep nothing.
+        constants: what layers have computed once for all loops of a run; None to keep nothing.
     """
 
     rotary: Tensor
     mask: AttentionMask | Tensor | None = None
     cache: Cache | None = None
     active: Any = None
-    constants: dict[Any, Any] | None = None
+    constants: dict[Any, Tensor] | None = field(default_factory=dict)
 
     @staticmethod
     def of(positions: Tensor, rope: tuple[int, float, float, int], mask: AttentionMask, cache: Cache | None) -> Context:
         """The context of tokens at ``positions`` (T,) or (B, T)."""
         table = rope_table(positions, *rope)
-        return Context(table if is_traced() else torch.view_as_complex(table), mask, cache)
-
-    def once(self, key: Any, make: Callable[[], Value]) -> Value:
-        """What ``make`` returns, made once for all loops of a forward pass."""
-        if self.constants is None:
-            return make()
-        if key not in self.constants:
-            self.constants[key] = make()
-        return self.constants[key]
+        if is_traced():
+            return Context(table, mask, cache, constants=None)
+        constants: dict[Any, Tensor] | None = None if torch.is_grad_enabled() else {}  # graphs are of one run
+        return Context(torch.view_as_complex(table), mask, cache, constants=constants)
 
     def looping(self, keep: bool = True) -> Context:
-        """This context for the loops of one run; without ``keep``, as where loops are recomputed, nothing is kept."""
+        """This context for another run of the loops; without ``keep``, as where they are recomputed, nothing is kept."""
         return replace(self, constants={} if keep else None)
 
     def rows(self, which: slice | Tensor) -> Context:

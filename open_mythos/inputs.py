@@ -36,7 +36,8 @@ def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int) -> 
     """ValueError unless the prompt is (B, T), and prompt and continuation fit ``cfg``."""
     check_ids(input_ids)
     must(
-        cfg.causal, "the model was built with causal=False and sees tokens to come, so it cannot generate; use causal=True"
+        cfg.causal,
+        "the model was built with causal=False and sees tokens to come, so it cannot generate; use causal=True",
     )
     limit = cfg.max_output_tokens
     if not isinstance(max_new_tokens, numbers.Integral) or not 0 <= max_new_tokens <= limit:

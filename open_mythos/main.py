@@ -10,7 +10,7 @@ from open_mythos.nn.feed_forward import MoEFFN as MoEFFN
 from open_mythos.nn.halting import ACTHalting as ACTHalting
 from open_mythos.nn.injection import LoRAAdapter as LoRAAdapter
 from open_mythos.nn.injection import LTIInjection as LTIInjection
-from open_mythos.nn.norm import RMSNorm as RMSNorm
+from open_mythos.nn.linear import RMSNorm as RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock as RecurrentBlock
 from open_mythos.ops.loop_index import loop_index_embedding as loop_index_embedding
 from open_mythos.ops.rope import apply_rope as apply_rope

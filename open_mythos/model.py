@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import checkpoint
-from open_mythos.cache import Cache, KVCache, Slot, as_cache, loop_slot, repeat_rows
+from open_mythos.cache import Cache, KVCache, Slot, loop_slot, repeat_rows
 from open_mythos.config import MythosConfig
 from open_mythos.context import AttentionMask, Context, document_numbers
+from open_mythos.dict_cache import as_cache
 from open_mythos.fields import must
 from open_mythos.generation.methods import Generates
 from open_mythos.inputs import check_ids, check_n_loops, check_range
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
-from open_mythos.nn.linear import Head
+from open_mythos.nn.linear import Head, RMSNorm
 from open_mythos.nn.mixture import MixtureBlock
-from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import Readout, RecurrentBlock
 from open_mythos.nn.untied import UntiedBlocks
 
@@ -41,6 +41,7 @@ class OpenMythos(Generates, nn.Module):
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self._rope = cfg.rope
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         nn.init.normal_(self.embed.weight, std=cfg.dim**-0.5)
         self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
@@ -183,7 +184,7 @@ class OpenMythos(Generates, nn.Module):
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = x * mask.new_valid(x.shape[1])  # type: ignore[operator]
-        ctx = Context.of(positions, self.cfg.rope, mask, cache)
+        ctx = Context.of(positions, self._rope, mask, cache)
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, cache_key=Slot("prelude", layer))
         return self.input_norm(x), ctx
@@ -207,11 +208,14 @@ class OpenMythos(Generates, nn.Module):
                 nothing goes on to other positions, does no more.
         """
         h, end = self.recurrent.output(h), len(self.coda) - 1
+        if torch.is_grad_enabled():
+            ctx = ctx.looping(keep=False)
         for layer, block in enumerate(self.coda):
             h = block(h, ctx, cache_key=Slot("coda", layer, loop), last=last if layer == end else None)
         h = self.norm(h if last is None else h[:, -last:])
-        valid = ctx.mask.new_valid(h.shape[1])  # type: ignore[union-attr]
-        return h if valid is None else h.masked_fill(~valid, 0)
+        mask = ctx.mask
+        assert isinstance(mask, AttentionMask)
+        return h if mask.valid is None else h.masked_fill(~mask.new_valid(h.shape[1]), 0)  # type: ignore[operator]
 
     def readout(self, ctx: Context) -> Readout:
         """Reads predictions from states: ``(h (B, T, dim), loop) -> (B, T, vocab_size)``, as exits need them.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from open_mythos.checkpoint import CONFIG_FILE, INDEX_FILE, SHIPPED, WEIGHTS_FILE, hub_hint, shipped
 from open_mythos.fields import must, nearest
-from open_mythos.model import OpenMythos
+from open_mythos.model import OpenMythos, UnrolledMythos
 from open_mythos.tasks import tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
@@ -68,8 +68,7 @@ def load_model(source: str | Path) -> OpenMythos:
                 f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
                 f"with a loop"
             ) from error
-        if said == "unrolled":
-            from open_mythos.training.baselines import UnrolledMythos as kind
+        kind = UnrolledMythos if said == "unrolled" else OpenMythos
     return kind.from_pretrained(directory)
 
 

@@ -19,8 +19,7 @@ from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.halting import ACTHalting
 from open_mythos.nn.injection import LoRAAdapter
-from open_mythos.nn.linear import Linear
-from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.linear import Linear, RMSNorm
 from open_mythos.ops import reference
 
 

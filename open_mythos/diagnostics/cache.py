@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from open_mythos.cache import PADDING_SLOT, KVCache
+from open_mythos.cache import KVCache
+from open_mythos.dict_cache import PADDING_SLOT
 
 
 def cache_bytes(kv_cache: KVCache | dict[str, Any]) -> int:

@@ -107,7 +107,11 @@ def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, 
 
 
 def generate(
-    model: Model, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | Sequence[int] | None = None, **options: Any
+    model: Model,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    **options: Any,
 ) -> Tensor:
     """The prompt and ``max_new_tokens`` more, (B, T + max_new_tokens); arguments as :func:`stream`."""
     new = list(stream(model, input_ids, max_new_tokens, eos_token_id=eos_token_id, **options))

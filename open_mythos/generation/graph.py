@@ -55,8 +55,9 @@ class FixedCache:
     def __init__(self, cache: KVCache, at: Tensor) -> None:
         self.cache_loops, self._cache, self._at = cache.cache_loops, cache, at
 
-    def slot(self, slot: Slot | str) -> FixedSlot:
-        return FixedSlot(self._cache.slot(slot), self._at)
+    def open(self, slot: Slot | str, at: int, n_raw: int) -> tuple[FixedSlot, Tensor | None]:
+        held = FixedSlot(self._cache.slot(slot), self._at)
+        return held, held.raw_before(at, n_raw)
 
 
 class GraphEngine(ModuleEngine):
@@ -134,5 +135,3 @@ class GraphEngine(ModuleEngine):
             h = state.h
         self._state = h
         self._logits_out = model.head(model.decode(h, ctx)[:, -1])
-
-

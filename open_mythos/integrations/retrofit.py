@@ -20,9 +20,9 @@ from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.integrations.original import check_family
 from open_mythos.model import OpenMythos
+from open_mythos.nn.attention import GQAttention
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import Expert
-from open_mythos.nn.attention import GQAttention
 from open_mythos.nn.linear import Linear
 
 TOLERANCE = 1e-4

@@ -110,6 +110,6 @@ class ActiveTokens:
         n_rows, rotary = len(self.running), whole.rotary
         n_axes = 2 if rotary.is_complex() else 3
         rotary = rotary.expand(n_rows, *rotary.shape[-n_axes:])
-        positions = self.pack((self._at[1] + mask.start).unsqueeze(0))
-        packed = replace(mask, n_queries=self.width, positions=positions, first=mask.start)
+        positions = self.pack((self._at[1] + mask.first).unsqueeze(0))
+        packed = replace(mask, n_queries=self.width, positions=positions, first=mask.first)
         return replace(whole, rotary=self.gather(rotary), mask=packed, active=self)

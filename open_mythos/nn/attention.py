@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from open_mythos.cache import KVCache, Slot
 from open_mythos.config import MythosConfig
 from open_mythos.context import AttentionMask, Context, as_context
-from open_mythos.nn.linear import WEIGHT_STD, LatentUp, Linear, call, project, residual_gain
-from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.linear import WEIGHT_STD, Linear, RMSNorm, call, project, residual_gain
 from open_mythos.ops.attention import attend
 from open_mythos.ops.rope import apply_rope
 
@@ -95,7 +94,7 @@ class Attention(nn.Module):
         Returns:
             As x, of the tokens that are queries.
         """
-        ctx = as_context(freqs, mask, kv_cache, cache_key, x.shape[1])
+        ctx = freqs if isinstance(freqs, Context) else as_context(freqs, mask, kv_cache, cache_key, x.shape[1])
         mask, active = ctx.mask, ctx.active
         assert isinstance(mask, AttentionMask)
         queries, raw = self.project(x, ctx.rotary)
@@ -105,12 +104,14 @@ class Attention(nn.Module):
         if mask.valid is not None:
             # The norm of a zero row multiplies gradients by a thousand, which overflows over a few loops.
             raw = raw.masked_fill(~mask.new_valid(raw.shape[1]).unsqueeze(-1), 0)  # type: ignore[union-attr]
-        rows = self._convolve(raw, ctx, mask, cache_key) if self.n_taps else raw
+        n_raw, before, slot = self.n_taps - 1, None, None
+        if ctx.cache is not None:
+            slot, before = ctx.cache.open(cache_key, mask.first, n_raw)
+        rows = self._convolve(raw, before, ctx, mask) if self.n_taps else raw
         if active is not None:
             rows = active.merge(layer, raw, rows)
-        if ctx.cache is not None:
-            slot = ctx.cache.slot(cache_key)
-            rows = slot.update(rows, raw if self.n_taps else None, mask.start, self.n_taps - 1)
+        if slot is not None:
+            rows = slot.update(rows, raw if self.n_taps else None, mask.first, n_raw)
         if last is not None:
             queries, mask = [q[:, -last:] for q in queries], mask.ending(last)
         out = self.read(queries, rows, mask)
@@ -130,10 +131,14 @@ class Attention(nn.Module):
         """What the queries find in all rows (B, S, G, W): (B, T, H, Dv)."""
         raise NotImplementedError
 
-    def _convolve(self, raw: Tensor, ctx: Context, mask: AttentionMask, slot: Slot | str) -> Tensor:
+    def _convolve(self, raw: Tensor, before: Tensor | None, ctx: Context, mask: AttentionMask) -> Tensor:
         """``y[t] = sum_j taps[j] raw[t - j]`` within each document: (B, T, G, W); centred where attention sees ahead."""
-        kernel, K, T = ctx.once((self, "kernel"), lambda: self.kernel().flip(0)), self.n_taps, raw.shape[1]
-        before = None if ctx.cache is None else ctx.cache.slot(slot).raw_before(mask.start, K - 1)
+        K, T, constants = self.n_taps, raw.shape[1], ctx.constants
+        kernel = None if constants is None else constants.get(self)
+        if kernel is None:
+            kernel = self.kernel().flip(0)
+            if constants is not None:
+                constants[self] = kernel
         if T == 1 and before is not None:
             return (torch.cat([before, raw], 1) * kernel).sum(1, keepdim=True)
         ahead = 0 if mask.causal else (K - 1) // 2
@@ -190,6 +195,31 @@ class GQAttention(Attention):
         return attend(queries[0], rows, mask, self.head_dim**-0.5, self.n_local_heads, self.local_window)
 
 
+class LatentUp(Linear):
+    """From a latent to ``n_heads`` keys and values; or that map moved to the other side of a product.
+
+    ``q . (U c)`` is ``(U^T q) . c``: with ``absorb="keys"`` queries (N, H, key_dim) become (N, H, in_features), and with
+    ``absorb="values"`` mixtures of latents (N, H, in_features) become values (N, H, value_dim).
+
+    Args:
+        in_features: R, of a latent.
+        n_heads, key_dim, value_dim: of the keys and values.
+        std: as :class:`Linear`.
+    """
+
+    def __init__(self, in_features: int, n_heads: int, key_dim: int, value_dim: int, std: float = WEIGHT_STD) -> None:
+        super().__init__(in_features, n_heads * (key_dim + value_dim), std=std)
+        self.n_heads, self.key_dim = n_heads, key_dim
+
+    def forward(self, x: Tensor, scale: float | None = None, absorb: str = "") -> Tensor:
+        if not absorb:
+            return super().forward(x, scale)
+        weight = self.weight.unflatten(0, (self.n_heads, -1))  # (H, key_dim + value_dim, R)
+        weight = weight[:, : self.key_dim] if absorb == "keys" else weight[:, self.key_dim :].transpose(1, 2)
+        ignored = weight.detach()[:1, :1, :1]
+        return torch.baddbmm(ignored, x.transpose(0, 1), weight, beta=0, alpha=self.scale).transpose(0, 1)
+
+
 class MLAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
@@ -224,7 +254,9 @@ class MLAttention(Attention):
     def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
         q_latent, kv = project(x, self.q_down, self.kv_down)
         c_kv, k_rope = kv.split([self.latent_dim, self.rope_dim], dim=-1)
-        return self.rotate(call(self.q_up, self.q_norm(q_latent)), self.kv_norm(c_kv), k_rope, rotary)
+        return self.rotate(
+            call(self.q_up, self.q_norm(q_latent.to(x.dtype))), self.kv_norm(c_kv.to(x.dtype)), k_rope, rotary
+        )
 
     def rotate(self, q: Tensor, c_kv: Tensor, k_rope: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
         """:meth:`project`, from queries (B, T, H (N + P)), latents (B, T, R) and rotary keys (B, T, P)."""

@@ -11,7 +11,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.context import AttentionMask, Context
 from open_mythos.nn.attention import GQAttention, MLAttention
 from open_mythos.nn.feed_forward import Expert, MoEFFN
-from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.linear import RMSNorm
 
 
 class TransformerBlock(nn.Module):

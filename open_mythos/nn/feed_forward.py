@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.auxiliary import count_choices
-from open_mythos.nn.linear import WEIGHT_STD, Linear, call, fan_in_scale, project, residual_gain
+from open_mythos.nn.linear import WEIGHT_STD, Linear, call, fan_in_scale, residual_gain, swiglu
 from open_mythos.ops.experts import swiglu_experts
 
 
@@ -33,8 +33,7 @@ class Expert(nn.Module):
         self.down = Linear(expert_dim, dim, gain=residual_gain(n_layers), std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate, self.up)
-        return call(self.down, F.silu(gate) * up)
+        return swiglu(x, self.gate, self.up, self.down)
 
 
 class MoEFFN(nn.Module):

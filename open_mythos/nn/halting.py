@@ -52,12 +52,12 @@ class ACTHalting(nn.Module):
         return (self.halt(F.silu(hidden) * self.halt.in_features**-0.5).squeeze(-1) / self.std).sigmoid()
 
 
-_FORWARD = ACTHalting.forward
+OWN_GATE = ACTHalting.forward
 
 
 def is_replaced(act: nn.Module) -> bool:
     """Whether somebody has put another gate in the place of ``act``, or in that of its ``forward``."""
-    return getattr(act.forward, "__func__", None) is not _FORWARD
+    return getattr(act.forward, "__func__", None) is not OWN_GATE
 
 
 def halting_probability(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear layer whose learning speed does not depend on its width."""
+"""Linear layers whose learning speed does not depend on their width, and the norm before them."""
 
 from __future__ import annotations
 
@@ -54,33 +54,20 @@ class Linear(nn.Linear):
         return f"{in_features}, {out_features}, scale={self.scale:.3g}"
 
 
-class LatentUp(Linear):
-    """From a latent to ``n_heads`` keys and values; or that map moved to the other side of a product.
-
-    ``q . (U c)`` is ``(U^T q) . c``: with ``absorb="keys"`` queries (N, H, key_dim) become (N, H, in_features), and with
-    ``absorb="values"`` mixtures of latents (N, H, in_features) become values (N, H, value_dim).
-
-    Args:
-        in_features: R, of a latent.
-        n_heads, key_dim, value_dim: of the keys and values.
-        std: as :class:`Linear`.
-    """
-
-    def __init__(self, in_features: int, n_heads: int, key_dim: int, value_dim: int, std: float = WEIGHT_STD) -> None:
-        super().__init__(in_features, n_heads * (key_dim + value_dim), std=std)
-        self.n_heads, self.key_dim = n_heads, key_dim
-
-    def forward(self, x: Tensor, scale: float | None = None, absorb: str = "") -> Tensor:
-        if not absorb:
-            return super().forward(x, scale)
-        weight = self.weight.unflatten(0, (self.n_heads, -1))  # (H, key_dim + value_dim, R)
-        weight = weight[:, : self.key_dim] if absorb == "keys" else weight[:, self.key_dim :].transpose(1, 2)
-        ignored = weight.detach()[:1, :1, :1]
-        return torch.baddbmm(ignored, x.transpose(0, 1), weight, beta=0, alpha=self.scale).transpose(0, 1)
-
-
 class Head(nn.Linear):
     """``y = x @ weight.T``: states to logits, with a weight that may be the embedding's."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """``weight * x / rms(x)`` over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    The mean square is taken in float32, so half-precision inputs of any size neither overflow nor vanish.
+    """
+
+    eps: float
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps)
 
 
 def scaled_linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
@@ -111,3 +98,8 @@ def call(layer: nn.Module, x: Tensor) -> Tensor:
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of several layers makes of one input."""
     return [call(layer, x) for layer in layers]
+
+
+def swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202), from its layers."""
+    return call(down, F.silu(call(gate, x)) * call(up, x))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos.cache import KVCache, Slot, fill_skipped_loops, loop_slot
+from open_mythos.cache import KVCache, Slot, fill_skipped_loops
 from open_mythos.config import MythosConfig
 from open_mythos.context import AttentionMask, Context, as_context
 from open_mythos.inputs import check_n_loops
@@ -18,9 +17,10 @@ from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.auxiliary import training_states
 from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.exits import Carried, Exit, Gate, LoopState
-from open_mythos.nn.halting import ACTHalting, is_replaced
+from open_mythos.nn.halting import OWN_GATE, ACTHalting
 from open_mythos.nn.injection import LoRAAdapter, LTIInjection
-from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.linear import RMSNorm
+from open_mythos.nn.schedule import Schedule, Stage, put, take
 from open_mythos.ops.dispatch import shapes_follow_values
 from open_mythos.ops.loop_index import loop_index_embedding
 
@@ -51,33 +51,6 @@ class LoopInput(NamedTuple):
         return LoopInput(cast(Tensor, e), *others, *self[3:])
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How training runs the loops: each sequence for its own number, with gradient through the last ones.
-
-    Args:
-        n_loops: (B,) loops of each sequence, at least 1; on the CPU, so that nothing waits for a GPU.
-        n_grad: (B,) how many of these, the last ones, have gradient, at least 1; on the CPU.
-        damping: share of the new state in each loop with gradient; below 1, gradients are those of a damped fixed-point
-            iteration ("phantom gradients", Geng et al. 2021, arXiv:2111.05177).
-        recompute: keep only the first state of each loop with gradient, and compute it again in the backward pass.
-        around: called on the state before a loop that is recomputed, with the loop's number, and on the last one.
-    """
-
-    n_loops: Tensor
-    n_grad: Tensor
-    damping: float = 1.0
-    recompute: bool = False
-    around: Callable[[Tensor, int], Tensor] = lambda h, loop: h
-
-    def groups(self, loop: int) -> Iterator[tuple[Tensor, bool]]:
-        """(R,) sequences that run a loop together, on the CPU; first those without gradient, then those with."""
-        running, without = loop < self.n_loops, loop < self.n_loops - self.n_grad
-        for rows, with_grad in ((without, False), (running & ~without, True)):
-            if len(rows := rows.nonzero().squeeze(1)):
-                yield rows, with_grad
-
-
 class LoopBlock(nn.Module):
     """What one loop computes: ``norm(A h + B e + Transformer(A h + B e))``.
 
@@ -100,6 +73,11 @@ class LoopBlock(nn.Module):
     def layers(self) -> list[TransformerBlock]:
         """The transformer blocks that a loop runs, in order."""
         return [module for module in self.block.modules() if isinstance(module, TransformerBlock)]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the blocks are compiled: code that found what an earlier loop left would be compiled again."""
+        return any(layer._compiled_call_impl is not None for layer in self.layers)
 
     def prepare(self, e: Tensor) -> LoopInput:
         """What all loops read of the encoded input (B, T, dim), computed once."""
@@ -135,6 +113,7 @@ class Loops(nn.Module):
     cfg: MythosConfig
     act: ACTHalting
     lora: Any
+    is_compiled = False
     step: Callable[..., Tensor]
     prepare: Callable[[Tensor], LoopInput]
 
@@ -198,7 +177,9 @@ class Loops(nn.Module):
 
     def states(self, h: Tensor, e: Tensor, ctx: Context, n_loops: int) -> list[Tensor]:
         """The state before the first loop and after each one, (B, T, dim), with every position running every loop."""
-        loops = self._all_positions(h, self.prepare(e), ctx.looping(), range(n_loops), recompute=False)
+        loops = self._all_positions(
+            h, self.prepare(e), ctx.looping(not self.is_compiled), range(n_loops), recompute=False
+        )
         return [h, *(state.h for state in loops)]
 
     def iterate(
@@ -217,7 +198,8 @@ class Loops(nn.Module):
         Args:
             first_loop: loops that were run before, if ``h`` is the state after them; no exit may be in use then.
         """
-        n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
+        if type(n_loops) is not int or n_loops < 1:
+            n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         exit = self.choose_exit(exit)
         if exit is not None and exit.needs_predictions and readout is None:
             raise ValueError(f"exit={exit} reads predictions; give it to the model, or a readout to the block")
@@ -227,7 +209,9 @@ class Loops(nn.Module):
             raise ValueError(f"exit={exit} has not seen the loops before first_loop={first_loop}; start at 0")
         loop_input = self.prepare(e)
         recompute = recompute and self.training and ctx.cache is None
-        ctx = ctx.looping(keep=not recompute)
+        keep = not recompute and not self.is_compiled
+        if torch.is_grad_enabled() or not keep:  # what is kept has the graph of one run
+            ctx = ctx.looping(keep)
         if exit is None:
             return self._all_positions(h, loop_input, ctx, range(first_loop, n_loops), recompute)
         return self._running_positions(h, loop_input, ctx, n_loops, exit, readout)
@@ -248,7 +232,7 @@ class Loops(nn.Module):
             args = h, e, loop, ctx
             before, h = h, checkpoint(self.step, *args, use_reentrant=False) if recompute else self.step(*args)
             state = LoopState(loop, h, live) if self.training else LoopState(loop, h, live, before, self.act)
-            if not self.training and is_replaced(self.act):
+            if not self.training and getattr(self.act.forward, "__func__", None) is not OWN_GATE:
                 _ = state.halting  # a user's replacement gate may record calls, so it is always evaluated
             yield state
 
@@ -276,7 +260,7 @@ class Loops(nn.Module):
             e_N, ctx_N = e.map(active.gather), active.context(ctx)
         if ctx.cache is not None:
             assert isinstance(ctx.mask, AttentionMask)
-            fill_skipped_loops(ctx.cache, loop, n_loops, ctx.mask.start, self.cfg.core_layers)
+            fill_skipped_loops(ctx.cache, loop, n_loops, ctx.mask.first, self.cfg.core_layers)
 
     def scheduled(self, h: Tensor, e: Tensor, ctx: Context, schedule: Schedule) -> Iterator[Stage]:
         """Run every sequence for its own number of loops, in training mode; hand out the loops that have gradient.
@@ -288,7 +272,8 @@ class Loops(nn.Module):
         if self.lora is not None:  # whose scales this run trains, so that they have to be read
             self.lora.trained_loops.clamp_(min=last)
         loop_input = self.prepare(e)
-        no_grad_ctx, grad_ctx = ctx.looping(), ctx.looping(keep=not schedule.recompute)
+        no_grad_ctx = ctx.looping(keep=not self.is_compiled)
+        grad_ctx = ctx.looping(keep=not schedule.recompute and not self.is_compiled)
 
         def step(h: Tensor, rows: Tensor, loop: int, ctx: Context) -> Tensor:
             own = ctx if len(rows) == len(e) else ctx.rows(rows.to(e.device, non_blocking=True))
@@ -314,21 +299,6 @@ class Loops(nn.Module):
                 yield Stage(rows, before, after, schedule.n_loops[rows] - 1 - loop)
 
 
-class Stage(NamedTuple):
-    """The outcome of one loop, for the sequences that ran it with gradient.
-
-    Attributes:
-        rows: (R,) int64, which sequences of the batch; on the CPU, so that nothing waits for a GPU.
-        before, after: (R, T, dim), their states before and after the loop.
-        left: (R,) int64, loops that each still has to run; 0 at its last. On the CPU.
-    """
-
-    rows: Tensor
-    before: Tensor
-    after: Tensor
-    left: Tensor
-
-
 class RecurrentBlock(LoopBlock, Loops):
     """``h <- norm(A h + B e + Transformer(A h + B e))``, ``n_loops`` times with the same weights.
 
@@ -343,7 +313,10 @@ class RecurrentBlock(LoopBlock, Loops):
 
 def step_slot(loop: int | Tensor, ctx: Context) -> Slot:
     """The first layer's slot of a step; of rows at different loops, one that knows these."""
-    return Slot("loops") if isinstance(loop, Tensor) else loop_slot(loop, ctx.cache)
+    if isinstance(loop, Tensor):
+        return Slot("loops")
+    n_slots = ctx.cache.cache_loops if ctx.cache is not None else None
+    return Slot("core", 0, loop if n_slots is None else loop % n_slots)
 
 
 def advance(
@@ -366,21 +339,12 @@ def advance(
     return h, stops, carried
 
 
-def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of ``x``, in order, or itself; ``rows`` (R,) int64 may be on the CPU, and nothing waits for a GPU."""
-    return x if len(rows) == len(x) else x[rows.to(x.device, non_blocking=True)]
-
-
-def put(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    """``x`` with ``new`` in place of its ``rows``, or ``new`` itself if these are all."""
-    return new if len(rows) == len(x) else x.index_copy(0, rows.to(x.device, non_blocking=True), new.to(x.dtype))
-
-
 def _live(e: Tensor, ctx: Context) -> Tensor:
     """(B, T) bool, the positions that are no padding."""
     assert isinstance(ctx.mask, AttentionMask)
-    valid = ctx.mask.new_valid(e.shape[1])
-    return torch.ones(e.shape[:2], dtype=torch.bool, device=e.device) if valid is None else valid.squeeze(-1)
+    if ctx.mask.valid is not None:
+        return ctx.mask.valid[:, -e.shape[1] :]
+    return torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
 
 
 def _without_padding(x: Tensor, ctx: Context) -> Tensor:

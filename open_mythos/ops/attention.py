@@ -74,9 +74,7 @@ def sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: flo
     return out.transpose(1, 2)[..., :Dv]
 
 
-def _attend_window(
-    q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, window: int, is_dense: bool
-) -> Tensor:
+def _attend_window(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, window: int, is_dense: bool) -> Tensor:
     """Every head sees keys nearer than ``window`` only; cost T * W, not T * S, where there are many queries or one."""
     T = q.shape[1]
     if T > ONE_CALL_QUERIES and not is_dense:

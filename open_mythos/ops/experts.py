@@ -42,15 +42,16 @@ def swiglu_experts(
         (N, D).
     """
     N, K = experts_NK.shape
-    E, dtype = len(down_EDF), compute_dtype(x_ND)
-    gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)
+    E = len(down_EDF)
     if E == 1:
         hidden_N2F = F.linear(x_ND * scales[0], gate_up_E2FD.flatten(0, 1))
-        act_NF = _swiglu(hidden_N2F) * (weights_NK * scales[1]).to(dtype)
+        act_NF = _swiglu(hidden_N2F) * (weights_NK * scales[1]).to(hidden_N2F.dtype)
         out_ND = F.linear(act_NF, down_EDF.flatten(0, 1))
         return out_ND if to_ND is None else out_ND + to_ND
-    if N * K <= MAX_GATHERED and not x_ND.requires_grad:
+    if 0 < N * K <= MAX_GATHERED and not x_ND.requires_grad:
         return _gathered(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, scales, to_ND)
+    dtype = compute_dtype(x_ND)
+    gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)
     order_P = experts_NK.flatten().argsort(stable=True)
     token_P = order_P // K
     ends_E = torch.zeros(E, dtype=torch.int64, device=x_ND.device)
@@ -92,6 +93,8 @@ def grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("open_mythos::grouped_mm", mutates_args=())
 def _grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    if x_PK.dtype == torch.float64:  # which F.grouped_mm does not know
+        return torch.cat([x @ weight for x, weight in zip(_groups(x_PK, ends_E), weight_EKN, strict=True)])
     n_out, multiple = weight_EKN.shape[2], _ALIGN // x_PK.element_size()
     pad_in, pad_out = -x_PK.shape[1] % multiple, -n_out % multiple
     if pad_in or pad_out:
@@ -105,9 +108,15 @@ def _(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
     return x_PK.new_empty(x_PK.shape[0], weight_EKN.shape[2])
 
 
+def _groups(x_PK: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
+    return x_PK.split(ends_E.diff(prepend=ends_E.new_zeros(1)).tolist())
+
+
 @torch.library.custom_op("open_mythos::grouped_outer", mutates_args=())
 def _grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
     """``x^T y`` over the rows of each group: (E, M, N)."""
+    if x_PM.dtype == torch.float64:
+        return torch.stack([x.t() @ y for x, y in zip(_groups(x_PM, ends_E), _groups(y_PN, ends_E), strict=True)])
     (M, N), multiple = (x_PM.shape[1], y_PN.shape[1]), _ALIGN // x_PM.element_size()
     x_PM, y_PN = F.pad(x_PM, (0, -M % multiple)), F.pad(y_PN, (0, -N % multiple))
     return F.grouped_mm(x_PM.contiguous().t(), y_PN.contiguous(), offs=ends_E)[:, :M, :N].contiguous()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from open_mythos.ops.dispatch import is_traced
-
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0  # of Llama 3.1's rope_scaling
 
 
@@ -81,15 +79,14 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
     if freqs.shape[-2 if is_complex else -3] != x.shape[1]:
         held = freqs.shape[-2 if is_complex else -3]
         raise RuntimeError(f"freqs hold {held} positions and x has {x.shape[1]}; pass one row per token")
-    if is_traced():
-        freqs = (torch.view_as_real(freqs) if is_complex else freqs).unsqueeze(-3)
+    if not is_complex:
+        freqs = freqs.unsqueeze(-3)
         (cos, sin), (even, odd) = freqs.unbind(-1), x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
-    phasors = (freqs if is_complex else torch.view_as_complex(freqs)).unsqueeze(-2)
     pairs = x.float().unflatten(-1, (-1, 2))
     if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
         pairs = pairs.clone(memory_format=torch.contiguous_format)  # not where complex numbers can lie
-    return torch.view_as_real(torch.view_as_complex(pairs) * phasors).flatten(-2).to(x.dtype)
+    return torch.view_as_real(torch.view_as_complex(pairs) * freqs.unsqueeze(-2)).flatten(-2).to(x.dtype)
 
 
 def rope_rows(freqs: Tensor, start: int, n: int) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from open_mythos.install import missing
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.linear import Linear
 from open_mythos.nn.feed_forward import MoEFFN
+from open_mythos.nn.linear import Linear
 
 Quantised = TypeVar("Quantised", bound=nn.Module)
 _LEFT_ALONE = ("router", "kv_up")

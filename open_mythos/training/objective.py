@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos.context import Context
 from open_mythos.model import OpenMythos
-from open_mythos.nn.recurrent import Schedule, Stage, take
+from open_mythos.nn.schedule import Schedule, Stage, take
 from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.training.allocator import give_back_here
 from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig

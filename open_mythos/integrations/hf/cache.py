@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from open_mythos.cache import ROLLBACK, DictCache, Slot, slot_name
+from open_mythos.cache import ROLLBACK, Slot, slot_name
+from open_mythos.dict_cache import DictCache
 from open_mythos.fields import must
 
 _SLOTS = "_open_mythos_slots"  # on the Cache: the layer of each slot, by name

@@ -11,8 +11,8 @@ from open_mythos.checkpoint import CheckpointError
 from open_mythos.integrations.upstream.files import Checkpoint
 from open_mythos.integrations.upstream.shape import table_of
 from open_mythos.model import OpenMythos
-from open_mythos.nn.linear import Linear
 from open_mythos.nn.feed_forward import MoEFFN
+from open_mythos.nn.linear import Linear
 
 _NEEDED = (
     "embed.weight", "norm.weight", "recurrent.injection.log_A", "recurrent.injection.log_dt",

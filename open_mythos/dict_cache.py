@@ -1,0 +1,91 @@
+"""A plain dict as a cache, as the public reference takes one: ``model(ids, kv_cache={})``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.cache import Cache, Slot, slot_name
+
+PADDING_SLOT = "padding"
+"""Slot that holds which cached tokens are real; present only if some are padding."""
+_RAW = "raw"  # of a slot: the last raw rows
+
+
+class _DictSlot:
+    """A slot of a plain dict: each update replaces the tensors by longer ones.
+
+    No two loops share one, so that new rows always stand behind the last, and ``at`` says nothing new.
+    """
+
+    def __init__(self, cache: dict[str, Any], name: str) -> None:
+        self._cache, self._name = cache, name
+
+    @property
+    def length(self) -> int:
+        return self._cache[self._name]["rows"].shape[1] if self._name in self._cache else 0
+
+    @property
+    def rows(self) -> Tensor:
+        return self._cache[self._name]["rows"]
+
+    def raw_before(self, at: int, n: int) -> Tensor | None:
+        return self._cache[self._name][_RAW] if at and n else None
+
+    def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
+        old = self._cache.get(self._name)
+        held = {"rows": rows if old is None else torch.cat([old["rows"], rows], 1)}
+        if raw is not None:
+            before = raw.new_zeros(len(raw), n_raw, *raw.shape[2:]) if old is None else old[_RAW]
+            held[_RAW] = torch.cat([before, raw], 1)[:, raw.shape[1] :]
+        self._cache[self._name] = held
+        return held["rows"]
+
+    def repeat(self, before: _DictSlot) -> None:
+        theirs, start = self._cache[before._name], self.length
+        raw = theirs.get(_RAW)
+        self.update(theirs["rows"][:, start:])
+        if raw is not None:
+            self._cache[self._name][_RAW] = raw
+
+
+class DictCache(Cache):
+    """A plain dict, ``{slot: {"rows": (B, length, G, W), "raw": (B, taps - 1, G, W)}}``, behind the interface of
+    :class:`KVCache`."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self._data = data
+
+    @property
+    def batch_size(self) -> int:
+        return max((len(t) for held in self._data.values() for t in held.values()), default=0)
+
+    @property  # type: ignore[override]
+    def valid(self) -> Tensor | None:
+        return self._data[PADDING_SLOT]["valid"] if PADDING_SLOT in self._data else None
+
+    @valid.setter
+    def valid(self, valid: Tensor | None) -> None:
+        if valid is not None:
+            self._data[PADDING_SLOT] = {"valid": valid}
+
+    def slot(self, slot: Slot | str) -> _DictSlot:
+        return _DictSlot(self._data, slot_name(slot))
+
+    def lengths(self) -> dict[str, int]:
+        return {name: held["rows"].shape[1] for name, held in self._data.items() if name != PADDING_SLOT}
+
+
+def as_cache(kv_cache: Cache | dict[str, Any] | None) -> Cache | None:
+    """``kv_cache`` behind one interface; dicts are wrapped, not copied.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if kv_cache is None or isinstance(kv_cache, Cache):
+        return kv_cache
+    if isinstance(kv_cache, dict):
+        return DictCache(kv_cache)
+    raise ValueError(f"kv_cache is a {type(kv_cache).__name__}; pass a KVCache, a dict, or None")

@@ -1,0 +1,61 @@
+"""How training runs the loops: how many times each sequence, with gradient through which of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How training runs the loops: each sequence for its own number, with gradient through the last ones.
+
+    Args:
+        n_loops: (B,) loops of each sequence, at least 1; on the CPU, so that nothing waits for a GPU.
+        n_grad: (B,) how many of these, the last ones, have gradient, at least 1; on the CPU.
+        damping: share of the new state in each loop with gradient; below 1, gradients are those of a damped fixed-point
+            iteration ("phantom gradients", Geng et al. 2021, arXiv:2111.05177).
+        recompute: keep only the first state of each loop with gradient, and compute it again in the backward pass.
+        around: called on the state before a loop that is recomputed, with the loop's number, and on the last one.
+    """
+
+    n_loops: Tensor
+    n_grad: Tensor
+    damping: float = 1.0
+    recompute: bool = False
+    around: Callable[[Tensor, int], Tensor] = lambda h, loop: h
+
+    def groups(self, loop: int) -> Iterator[tuple[Tensor, bool]]:
+        """(R,) sequences that run a loop together, on the CPU; first those without gradient, then those with."""
+        running, without = loop < self.n_loops, loop < self.n_loops - self.n_grad
+        for rows, with_grad in ((without, False), (running & ~without, True)):
+            if len(rows := rows.nonzero().squeeze(1)):
+                yield rows, with_grad
+
+
+class Stage(NamedTuple):
+    """The outcome of one loop, for the sequences that ran it with gradient.
+
+    Attributes:
+        rows: (R,) int64, which sequences of the batch; on the CPU, so that nothing waits for a GPU.
+        before, after: (R, T, dim), their states before and after the loop.
+        left: (R,) int64, loops that each still has to run; 0 at its last. On the CPU.
+    """
+
+    rows: Tensor
+    before: Tensor
+    after: Tensor
+    left: Tensor
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of ``x``, in order, or itself; ``rows`` (R,) int64 may be on the CPU, and nothing waits for a GPU."""
+    return x if len(rows) == len(x) else x[rows.to(x.device, non_blocking=True)]
+
+
+def put(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """``x`` with ``new`` in place of its ``rows``, or ``new`` itself if these are all."""
+    return new if len(rows) == len(x) else x.index_copy(0, rows.to(x.device, non_blocking=True), new.to(x.dtype))
