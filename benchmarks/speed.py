@@ -1,6 +1,6 @@
 """Speed and memory beside the reference implementation and a dense Llama of as many operations, on this CPU.
 
-    python benchmarks/speed.py [--only NAME ...] [--threads N] [--repeat N] [--reference PYTHON] [--out FILE]
+    python benchmarks/speed.py [--only NAME ...] [--threads N] [--repeat N] [--avx2] [--reference PYTHON] [--out FILE]
 
 The reference is open-mythos 0.5.0, which has this library's import name, so it runs under an interpreter of its own; so
 does the Llama of Hugging Face transformers. Without --reference, one is made in runs/reference-venv (once; it downloads
@@ -36,6 +36,9 @@ VENV = ROOT / "runs" / "reference-venv"
 # The reference pins an older torch than its code needs; both sides get the same.
 PACKAGES = (["torch=={torch}", "transformers>=5.17,<6"], ["--no-deps", "open-mythos==0.5.0"])
 
+# What PyTorch's own kernels, MKL and oneDNN call the instructions of a processor that knows no wider ones.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
 # -- measuring
 
 
@@ -44,19 +47,21 @@ class Worker:
     """A process of one side.
 
     Attributes:
+        environment: variables that it gets beside its parent's.
         built: what it said of what it made; under ``missing``, why it cannot do its task.
         found: a dict of each repetition.
     """
 
     python: Path
     task: Task
+    environment: dict[str, str]
     threads: int
     built: dict[str, Any] = field(default_factory=dict)
     found: list[dict[str, float]] = field(default_factory=list)
 
     def start(self) -> None:
         """Returns once it is ready; a memory task's is ready for one repetition only."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)} | self.environment
         if self.task.side == "ours":
             environment["PYTHONPATH"] = str(ROOT)
         else:
@@ -91,9 +96,16 @@ class Worker:
         return found
 
 
-def measure(case: Case, pythons: dict[str, Path], threads: int, repeat: int, say: Any) -> dict[str, Any]:
+def measure(
+    case: Case,
+    pythons: dict[str, Path],
+    threads: int,
+    repeat: int,
+    say: Any,
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Ready-made figures of one case: of each side, every repetition; of each ratio, median, least and greatest."""
-    workers = {name: Worker(pythons[task.side], task, threads) for name, task in case.sides.items()
+    workers = {name: Worker(pythons[task.side], task, environment or {}, threads) for name, task in case.sides.items()
                if task.side in pythons}  # fmt: skip
     started: dict[str, Worker] = {}
     try:
@@ -205,9 +217,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=7, help="turns that every side takes")
+    parser.add_argument("--avx2", action="store_true", help="both sides without wider instructions than AVX2")
     parser.add_argument("--reference", type=Path, metavar="PYTHON", help="interpreter with open-mythos 0.5.0")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "speed.json")
+    parser.add_argument("--out", type=Path, help="benchmarks/results/speed.json, or speed-avx2.json")
     args = parser.parse_args()
+    out = args.out or ROOT / "benchmarks" / "results" / ("speed-avx2.json" if args.avx2 else "speed.json")
     console, screen = Console(), Console(stderr=True)
     pythons = {"ours": Path(sys.executable)}
     with screen.status("") as status:
@@ -217,24 +231,26 @@ def main() -> None:
         except RuntimeError as error:
             screen.print(f"no reference and no Llama: {error}", style="yellow", highlight=False, markup=False)
     torch.set_num_threads(args.threads)
-    conditions = describe(torch.device("cpu"))
-    kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    conditions = describe(torch.device("cpu")) | ({"instructions": "AVX2"} if args.avx2 else {})
+    kept = json.loads(out.read_text()) if out.is_file() else {}
     # Never two machines, nor two counts of threads, in one table.
     results = kept["results"] if kept.get("conditions") == conditions else {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     failed = False
     for name in args.only:
         try:
             with screen.status(name) as status:
-                results[name] = measure(CASES[name], pythons, args.threads, args.repeat, status.update)
+                results[name] = measure(
+                    CASES[name], pythons, args.threads, args.repeat, status.update, AVX2 if args.avx2 else {}
+                )
         except RuntimeError as error:
             failed = True
             screen.print(f"{name} failed: {error}", style="red", highlight=False, markup=False)
             continue
         show(results[name], console)
         ordered = {name: results[name] for name in CASES if name in results}
-        args.out.write_text(json.dumps({"conditions": conditions, "results": ordered}, indent=1) + "\n")
-    console.print(f"Results: {args.out}", soft_wrap=True, highlight=False)
+        out.write_text(json.dumps({"conditions": conditions, "results": ordered}, indent=1) + "\n")
+    console.print(f"Results: {out}", soft_wrap=True, highlight=False)
     sys.exit(failed)
 
 

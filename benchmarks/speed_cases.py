@@ -23,7 +23,8 @@ class Task:
         work: train, prefill, decode or memory.
         model: arguments of the side's config.
         loops, batch, tokens: as asked of it; ``tokens`` is what a row holds before decoding.
-        bf16, recompute, spread, compile: variants of the work.
+        bf16, recompute, spread: variants of the work.
+        engine: of ours, what decodes.
     """
 
     side: str
@@ -35,7 +36,7 @@ class Task:
     bf16: bool = False
     recompute: bool = False
     spread: bool = False
-    compile: bool = False
+    engine: str = "modules"
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,23 @@ def decoding(attn: str) -> Case:
     model = SHAPE | dict(attn_type=attn)
     sides = {
         "ours": Task("ours", "decode", model, 8, 1, 512),
-        "ours, compiled": Task("ours", "decode", model, 8, 1, 512, compile=True),
+        "ours, auto": Task("ours", "decode", model, 8, 1, 512, engine="auto"),
         "reference": Task("reference", "decode", model, 8, 1, 512),
     }
-    ratios = [("ours", "reference"), ("ours, compiled", "ours"), ("ours, compiled", "reference")]
+    ratios = [("ours", "reference"), ("ours, auto", "ours"), ("ours, auto", "reference")]
     return Case(f"decoding, {attn.upper()}, 8 loops, batch 1, after 512 tokens", sides, ratios)
 
 
 def flatness(attn: str) -> Case:
     """A ratio of 1.2 says that a token at 4000 tokens takes 1.2 times as long as one at 64."""
     model, sides, ratios = SHAPE | dict(attn_type=attn), {}, []
-    for side in ("ours", "reference"):
-        near, far = f"{side}, 64", f"{side}, 4000"
-        sides |= {near: Task(side, "decode", model, 8, 1, 64), far: Task(side, "decode", model, 8, 1, 4000)}
+    for name, side, engine in (
+        ("ours", "ours", "modules"),
+        ("ours, auto", "ours", "auto"),
+        ("reference", "reference", ""),
+    ):
+        near, far = f"{name}, 64", f"{name}, 4000"
+        sides |= {at: Task(side, "decode", model, 8, 1, n, engine=engine) for at, n in ((near, 64), (far, 4000))}
         ratios.append((near, far))
     return Case(f"time of a token at 4000 tokens over one at 64, {attn.upper()}, 8 loops, batch 1", sides, ratios)
 
@@ -112,8 +117,8 @@ def beside_llama(work: str, what: str, changes: dict[str, Any]) -> Case:
     }
     ratios = [("ours", "llama")]
     if work == "decode":
-        sides["ours, compiled"] = Task("ours", work, model, loops, batch, tokens, compile=True)
-        ratios.append(("ours, compiled", "llama"))
+        sides["ours, auto"] = Task("ours", work, model, loops, batch, tokens, engine="auto")
+        ratios.append(("ours, auto", "llama"))
     where = f"{batch} x {tokens} tokens" if work == "train" else f"batch {batch}, after {tokens} tokens"
     return Case(f"{work}, beside Llama of equal operations, {what}, {loops} loops, {where}", sides, ratios, bar=1.0)
 

@@ -8,7 +8,6 @@ each line that comes in, what one repetition measured, after one that does not c
 """
 
 import copy
-import inspect
 import json
 import os
 import resource
@@ -28,77 +27,81 @@ STEPS = 3  # of training that a repetition takes
 Measured = dict[str, float]
 
 
-class Missing(Exception):
-    """Says what this interpreter lacks for the task."""
-
-
 # -- sides: the same few calls for every model
 
 
 class Ours:
-    """This library; positions run the loops asked for and no others, as ``halting`` and ``warm_start`` are off."""
+    """This library; positions run the loops asked for and no others, as ``halting`` and ``warm_start`` are off.
 
-    def __init__(self, model: dict[str, Any], loops: int) -> None:
+    The modules are decoded with as where somebody looks on: a hook keeps every engine from passing them by.
+    """
+
+    def __init__(self, model: dict[str, Any], loops: int, engine: str = "modules") -> None:
         from open_mythos import KVCache, MythosConfig, OpenMythos
-        from open_mythos.generation.decoder import make_decoder
+        from open_mythos.generation.engines import Depth, make_engine
 
         config = MythosConfig(**model | dict(halting=False, warm_start=False))
         self.model, self.loops, self.new_cache = OpenMythos(config), loops, KVCache
-        self.make_decoder = make_decoder
+        if engine == "modules":
+            self.model.recurrent.layers[-1].attn.register_forward_hook(lambda *_: None)
+        self.new_engine = lambda: make_engine(engine, self.model, Depth(loops))
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.model(ids, self.loops)
 
     def logits_recomputed(self, ids: Tensor) -> Tensor:
         """As :meth:`logits`, for a backward pass that computes each loop again instead of keeping it."""
-        from open_mythos.training.unroll import unroll
+        return self.model.head(self.model.hidden(ids, self.loops, recompute=True))
 
-        e, freqs, mask = self.model.encode(ids)
-        loops = torch.full((len(ids),), self.loops)
-        for stage in unroll(self.model, self.model.first_state(e), e, freqs, mask, loops, loops, recompute=True):
-            h = stage.after
-        return self.model.head(self.model.decode(h, freqs, mask))
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Logits of the last position, and a cache of all is left."""
+        return self.model.head(self.model.hidden(ids, self.loops, self.new_cache(), last=1))
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Logits of the last position, and a cache of all."""
-        cache = self.new_cache()
-        return self.model.head(self.model.hidden(ids, self.loops, cache, last=1)), cache
+    def read(self, ids: Tensor) -> Any:
+        """What :meth:`next` goes on from: all of this read, as generation reads a prompt."""
+        engine = self.new_engine()
+        engine.extend(ids)
+        return engine
 
-    def rewound(self, cache: Any, length: int) -> Any:
-        """A cache that holds the prompt alone."""
-        cache.truncate(length)
-        self.decoder = self.make_decoder(self.model, self.loops, padded=False)  # as generate() does for every text
-        return cache
+    def rewound(self, engine: Any, length: int) -> Any:
+        """The same with the prompt alone."""
+        engine.truncate(length)
+        return engine
 
-    def next(self, ids: Tensor, cache: Any, position: int) -> Tensor:
-        return self.decoder.logits(ids, cache, self.loops)
+    def next(self, ids: Tensor, engine: Any, position: int) -> Tensor:
+        """Logits (B, vocab_size) of what follows."""
+        return engine.step(ids)
 
 
 class Reference(Ours):
     """open-mythos 0.5.0; its gate is held shut, or it would leave loops out and weigh states by it."""
 
-    def __init__(self, model: dict[str, Any], loops: int) -> None:
+    def __init__(self, model: dict[str, Any], loops: int, engine: str = "") -> None:
         from open_mythos.main import MythosConfig, OpenMythos
 
         self.model, self.loops = OpenMythos(MythosConfig(**model, act_threshold=1e9)), loops
         nn.init.constant_(self.model.recurrent.act.halt.bias, -3.0)
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+    def prefill(self, ids: Tensor) -> Tensor:
         """Its forward pass knows logits of all positions only."""
+        return self.model(ids, self.loops, kv_cache={})[:, -1:]
+
+    def read(self, ids: Tensor) -> Any:
         cache: dict[str, Any] = {}
-        return self.model(ids, self.loops, kv_cache=cache)[:, -1:], cache
+        self.model(ids, self.loops, kv_cache=cache)
+        return cache
 
     def rewound(self, cache: Any, length: int) -> Any:
         return copy.copy(cache)  # slots are replaced, never written to
 
     def next(self, ids: Tensor, cache: Any, position: int) -> Tensor:
-        return self.model(ids, self.loops, kv_cache=cache, start_pos=position)
+        return self.model(ids, self.loops, kv_cache=cache, start_pos=position)[:, -1]
 
 
 class Llama:
     """A dense decoder of Hugging Face transformers, its depth its layers."""
 
-    def __init__(self, model: dict[str, Any], loops: int) -> None:
+    def __init__(self, model: dict[str, Any], loops: int, engine: str = "") -> None:
         from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
         self.model, self.new_cache = LlamaForCausalLM(LlamaConfig(**model)), DynamicCache
@@ -106,15 +109,16 @@ class Llama:
     def logits(self, ids: Tensor) -> Tensor:
         return self.model(ids, use_cache=False).logits
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+    def read(self, ids: Tensor) -> Any:
         cache = self.new_cache(config=self.model.config)
-        return self.model(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits, cache
+        self.model(ids, None, None, cache, use_cache=True, logits_to_keep=1)
+        return cache
 
     def rewound(self, cache: Any, length: int) -> Any:
         return copy.deepcopy(cache)
 
     def next(self, ids: Tensor, cache: Any, position: int) -> Tensor:
-        return self.model(ids, None, None, cache, use_cache=True).logits
+        return self.model(ids, None, None, cache, use_cache=True).logits[:, -1]
 
 
 SIDES: dict[str, Any] = {"ours": Ours, "reference": Reference, "llama": Llama}
@@ -223,34 +227,17 @@ def prefill(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], Measur
 
 def decoding(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], Measured]:
     """The likeliest token, ``NEW`` times, after a prompt that is in the cache."""
-    if task["compile"]:
-        return decoding_compiled(side, ids)
     side.model.eval()
     length = task["tokens"]
     with torch.inference_mode():
-        _, filled = side.prefill(ids[:, :-1])
+        filled = side.read(ids[:, :-1])
 
     def repetition() -> Measured:
         cache, token = side.rewound(filled, length), ids[:, -1:]
         started = time.perf_counter()
         with torch.inference_mode():
             for i in range(NEW):
-                token = side.next(token, cache, length + i)[:, -1].argmax(-1, keepdim=True)
-        return {"tokens/s": len(ids) * NEW / (time.perf_counter() - started)}
-
-    return repetition
-
-
-def decoding_compiled(side: Any, ids: Tensor) -> Callable[[], Measured]:
-    """The same through the library's own loop, which is what knows how to compile."""
-    if "compile" not in inspect.signature(side.model.stream).parameters:
-        raise Missing("this version of the library cannot compile decoding: OpenMythos.stream has no `compile`")
-
-    def repetition() -> Measured:
-        stream = side.model.stream(ids[:, :-1], 1 + NEW, side.loops, temperature=0, compile=True)
-        next(stream)  # the prompt
-        started = time.perf_counter()
-        assert sum(1 for _ in stream) == NEW
+                token = side.next(token, cache, length + i).argmax(-1, keepdim=True)
         return {"tokens/s": len(ids) * NEW / (time.perf_counter() - started)}
 
     return repetition
@@ -274,7 +261,7 @@ def main() -> None:
             if task["work"] != "memory":
                 repetition()  # who has waited for a turn has lost its place in caches, and perhaps pages
             reply(repetition())
-    except (ImportError, Missing) as error:
+    except ImportError as error:
         reply({"missing": str(error)})
     except Exception:
         reply({"failed": traceback.format_exc()})
@@ -284,9 +271,10 @@ def make_ready(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Measu
     """What was built, and its repetition, which has been run once unless it measures memory."""
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    side = SIDES[task["side"]](task["model"], task["loops"])
+    side = SIDES[task["side"]](task["model"], task["loops"], task["engine"])
     ids = torch.randint(task["model"]["vocab_size"], (task["batch"], task["tokens"] + 1))
     built: dict[str, Any] = {"parameters": sum(p.numel() for p in side.model.parameters())}
+    built["capability"] = torch.backends.cpu.get_cpu_capability()
     if task["spread"]:
         spread_experts(side, ids[:, :-1])
     repetition = WORKS[task["work"]](side, ids, task)

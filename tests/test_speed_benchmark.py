@@ -17,6 +17,7 @@ from speed_cases import CASES, DENSE, SHAPE, Case, Task, llama_config, llama_flo
 
 from open_mythos import MythosConfig
 from open_mythos.diagnostics import flops_per_token, flops_per_trained_token
+from open_mythos.generation.fused import why_not_fused
 
 MODEL = {name: value for name, value in TINY.items() if name != "halting"}
 HERE = {"ours": Path(sys.executable)}
@@ -70,6 +71,13 @@ def test_sides_take_turns_and_what_is_missing_is_left_out() -> None:
     assert "| training | ours / ours, bf16 |" in table and "4 / 4 experts used" in table
 
 
+def test_both_sides_run_with_the_instructions_asked_for() -> None:
+    ours = Task("ours", "prefill", MODEL, loops=2, batch=1, tokens=8)
+    case = Case("prefill", {"ours": ours, "again": ours}, [("ours", "again")])
+    found = speed.measure(case, HERE, 1, 1, quiet, speed.AVX2)
+    assert {side["capability"] for side in found["sides"].values()} == {"AVX2"}
+
+
 def test_a_side_with_nothing_to_divide_by_is_shown() -> None:
     sides = {"ours": {"tokens/s": [4321.0]}}
     found = {"what": "training", "sides": sides, "ratios": [], "left_out": {"reference": "gone"}}
@@ -100,17 +108,22 @@ def test_no_interpreter_where_one_was_named(tmp_path: Path) -> None:
 # -- the worker's calls, in this process
 
 
-def test_decoding_by_hand_gives_the_logits_of_one_pass() -> None:
-    side, ids = speed_worker.Ours(MODEL, loops=3), tokens(1, 9)
+@pytest.mark.parametrize("engine", ["modules", "fused"])
+def test_decoding_by_hand_gives_the_logits_of_one_pass(engine: str) -> None:
+    side, ids = speed_worker.Ours(MODEL, 3, engine), tokens(1, 9)
     side.model.eval()
     with torch.inference_mode():
-        last, cache = side.prefill(ids[:, :6])
-        whole = side.logits(ids)
-        assert_near(last[:, 0], whole[:, 5])
+        whole, held = side.logits(ids), side.read(ids[:, :6])
+        assert_near(side.prefill(ids[:, :6])[:, 0], whole[:, 5])
         for _ in range(2):
-            cache = side.rewound(cache, 6)
-            found = [side.next(ids[:, i : i + 1], cache, i) for i in range(6, 9)]
-            assert_near(torch.cat(found, 1), whole[:, 6:])
+            held = side.rewound(held, 6)
+            found = [side.next(ids[:, i : i + 1], held, i) for i in range(6, 9)]
+            assert_near(torch.stack(found, 1), whole[:, 6:])
+
+
+def test_modules_are_decoded_with_where_somebody_looks_on() -> None:
+    assert why_not_fused(speed_worker.Ours(MODEL, 3).model)
+    assert not why_not_fused(speed_worker.Ours(MODEL, 3, "auto").model)
 
 
 def test_recomputed_loops_are_the_same_loops() -> None:
