@@ -119,7 +119,7 @@ def load(cls: type[Loaded], source: str | Path) -> Loaded:
     except ValueError as error:
         raise CheckpointError(f"not an open_mythos config: {error}") from error
     tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in _read(weights_path).items()}
-    model = cls(cfg)  # type: ignore[call-arg]
+    model = cls(cfg)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in _tied(cfg)}
     _check_names(weights_path, set(expected), set(tensors))
     model.to(tensors["embed.weight"].dtype)

@@ -67,9 +67,12 @@ class AttentionMask:
         """True where every query sees every key."""
         return self.is_same_for_all and (self.n_queries == 1 or not self.causal)
 
-    def new_valid(self, n: int) -> Tensor | None:
-        """(B, n, 1) bool of the last n tokens; None without padding."""
-        return None if self.valid is None else self.valid[:, -n:].unsqueeze(-1)
+    def without_padding(self, x: Tensor) -> Tensor:
+        """``x`` (B, n, ...) of the last n tokens, zero at padding, where no gradient passes either."""
+        if self.valid is None:
+            return x
+        padding = ~self.valid[:, -x.shape[1] :]
+        return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0)
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
         """The predicate, for positions (B or 1, T, 1) of queries and (S,) or (B or 1, T, W) of keys that exist."""
@@ -112,8 +115,8 @@ class AttentionMask:
             key = key.expand(-1, chunk, -1)
             exists = (key >= 0) & (key < self.n_keys)
             shape = (1, n_chunks * chunk, -1)
-            inside = (x.clamp(0, self.n_keys - 1).reshape(shape) for x in (query, key))
-            seen = self.allowed(*inside, window).unflatten(1, (n_chunks, chunk)) & exists
+            inside = [x.clamp(0, self.n_keys - 1).reshape(shape) for x in (query, key)]
+            seen = self.allowed(inside[0], inside[1], window).unflatten(1, (n_chunks, chunk)) & exists
             return _as_bias(seen | (key == query), like.dtype).unsqueeze(2)
 
         return self._once(("chunks", window, chunk, like.dtype), make)
@@ -236,14 +239,14 @@ class Context:
 
     Attributes:
         rotary: phasors (cos, sin) of the T positions, (T, P/2) or (B, T, P/2) complex, or real with a last axis of 2.
-        mask: who sees whom; causal if None.
+        mask: who sees whom.
         cache: holds the tokens before these, and gets these.
         active: the positions that still run, where others have halted (:class:`~open_mythos.nn.active.ActiveTokens`).
         constants: what layers have computed once for all loops of a run; None to keep nothing.
     """
 
     rotary: Tensor
-    mask: AttentionMask | Tensor | None = None
+    mask: AttentionMask
     cache: Cache | None = None
     active: Any = None
     constants: dict[Any, Tensor] | None = field(default_factory=dict)
@@ -263,7 +266,6 @@ class Context:
 
     def rows(self, which: slice | Tensor) -> Context:
         """The context of some rows of the batch."""
-        assert isinstance(self.mask, AttentionMask)
         if self.mask.is_same_for_all:
             return self
         per_row = self.rotary.ndim == (3 if self.rotary.is_complex() else 4) and len(self.rotary) > 1

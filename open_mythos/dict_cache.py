@@ -45,10 +45,11 @@ class _DictSlot:
 
     def repeat(self, before: _DictSlot) -> None:
         theirs, start = self._cache[before._name], self.length
-        raw = theirs.get(_RAW)
-        self.update(theirs["rows"][:, start:])
-        if raw is not None:
-            self._cache[self._name][_RAW] = raw
+        rows, raw = theirs["rows"][:, start:], theirs.get(_RAW)
+        if raw is None:
+            self.update(rows)
+        else:  # of earlier tokens it keeps its own
+            self.update(rows, raw[:, -rows.shape[1] :], n_raw=raw.shape[1])
 
 
 class DictCache(Cache):
@@ -62,7 +63,7 @@ class DictCache(Cache):
     def batch_size(self) -> int:
         return max((len(t) for held in self._data.values() for t in held.values()), default=0)
 
-    @property  # type: ignore[override]
+    @property
     def valid(self) -> Tensor | None:
         return self._data[PADDING_SLOT]["valid"] if PADDING_SLOT in self._data else None
 

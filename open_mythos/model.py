@@ -27,7 +27,7 @@ from open_mythos.nn.recurrent import Readout, RecurrentBlock
 from open_mythos.nn.untied import UntiedBlocks
 
 
-class OpenMythos(Generates, nn.Module):
+class OpenMythos(Generates):
     """A causal language model whose depth is chosen at every call.
 
     ``model(input_ids, n_loops=T)`` runs the prelude once, the recurrent block T times, the coda once. The three
@@ -183,7 +183,7 @@ class OpenMythos(Generates, nn.Module):
         """:meth:`encode` of tokens whose ``positions`` (T,) or (B, T) and mask are known to fit."""
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
-            x = x * mask.new_valid(x.shape[1])  # type: ignore[operator]
+            x = mask.without_padding(x)
         ctx = Context.of(positions, self._rope, mask, cache)
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, cache_key=Slot("prelude", layer))
@@ -194,8 +194,7 @@ class OpenMythos(Generates, nn.Module):
         if self.cfg.state_init == "input":
             return self.recurrent.begin(e)
         if self.cfg.state_init == "noise" and self.training:
-            valid = ctx.mask.new_valid(e.shape[1])  # type: ignore[union-attr]
-            return torch.randn_like(e) if valid is None else torch.randn_like(e) * valid
+            return ctx.mask.without_padding(torch.randn_like(e))
         return self.recurrent.begin(torch.zeros_like(e))
 
     def decode(self, h: Tensor, ctx: Context, loop: int | None = None, last: int | None = None) -> Tensor:
@@ -213,9 +212,7 @@ class OpenMythos(Generates, nn.Module):
         for layer, block in enumerate(self.coda):
             h = block(h, ctx, cache_key=Slot("coda", layer, loop), last=last if layer == end else None)
         h = self.norm(h if last is None else h[:, -last:])
-        mask = ctx.mask
-        assert isinstance(mask, AttentionMask)
-        return h if mask.valid is None else h.masked_fill(~mask.new_valid(h.shape[1]), 0)  # type: ignore[operator]
+        return h if ctx.mask.valid is None else ctx.mask.without_padding(h)
 
     def readout(self, ctx: Context) -> Readout:
         """Reads predictions from states: ``(h (B, T, dim), loop) -> (B, T, vocab_size)``, as exits need them.
@@ -339,7 +336,7 @@ class UnrolledMythos(OpenMythos):
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__(replace(cfg, recurrence="injected", halting=False, warm_start=False))
-        self.recurrent = UntiedBlocks(self.cfg)  # type: ignore[assignment]
+        self.recurrent = UntiedBlocks(self.cfg)
 
 
 def _tie_assigned(model: OpenMythos, incompatible_keys: Any) -> None:

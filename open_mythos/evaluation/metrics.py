@@ -125,8 +125,7 @@ def initial_state_gap(
     problems = task.batch(examples, difficulty, generator)
 
     def noise(e: Tensor, ctx: Context) -> Tensor:
-        drawn, valid = torch.randn(e.shape, generator=generator).to(e), ctx.mask.new_valid(e.shape[1])
-        return drawn if valid is None else drawn * valid  # none at padding
+        return ctx.mask.without_padding(torch.randn(e.shape, generator=generator).to(e))
 
     starts: dict[str, Callable[[Tensor, Context], Tensor]] = {
         "own": model.first_state,

@@ -59,6 +59,8 @@ class Conversation:
             f"belong together; use the tokenizer that the model was trained with",
         )
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self._engine: Engine | None = None
+        self._held = list[int]()  # the tokens whose rows the cache holds
         self.sampling, self.exit, self.generator = sampling or Sampling(), exit, generator
         self._n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
         self.reset()
@@ -166,8 +168,7 @@ class Conversation:
         return logits
 
     def _forget_cache(self) -> None:
-        self._engine: Engine | None = None
-        self._held = list[int]()  # the tokens whose rows the cache holds
+        self._engine, self._held = None, []
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.embed.weight.device)

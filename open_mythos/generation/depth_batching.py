@@ -245,7 +245,7 @@ class DepthBatch:
         h, loop_input = self.model.first_state(e, ctx), self._steps.recurrent.prepare(e)
         carried = () if self.exit is None else self.exit.init(h)
         new: tuple[Any, ...] = h, ctx.rotary, torch.zeros_like(ids), loop_input, carried
-        self._state = tuple(map(_joined, self._state, new)) if self._running else new  # type: ignore[assignment]
+        self._state = tuple(map(_joined, self._state, new)) if self._running else new
         self._running = self._running + rows
         self._place = self._cache.place(
             [row.lane for row in self._running], [row.position for row in self._running], self._reach
@@ -255,8 +255,10 @@ class DepthBatch:
 def _joined(old: Any, new: Any) -> Any:
     """Rows of two batches, in tensors or in tuples of them."""
     if isinstance(old, LoopInput):
-        per_row = zip(old[:3], new[:3], strict=True)
-        return LoopInput(*(None if x is None else torch.cat([x, y]) for x, y in per_row), *new[3:])
+        e, injected, low_rank = (
+            None if x is None else torch.cat([x, y]) for x, y in zip(old[:3], new[:3], strict=True)
+        )
+        return new._replace(e=e, injected=injected, low_rank=low_rank)
     if isinstance(old, tuple):
         return tuple(torch.cat(pair) for pair in zip(old, new, strict=True))
     return torch.cat([old, new])

@@ -129,7 +129,7 @@ class GraphEngine(ModuleEngine):
         rotary_at = self._at if self._padding is None else at - self._padding
         if valid is not None:
             mask = AttentionMask(1, self._capacity, valid, positions=at, first=0)
-        e, ctx = model.encode_at(self._tokens, rotary_at, mask, FixedCache(self.cache, self._at))  # type: ignore[arg-type]
+        e, ctx = model.encode_at(self._tokens, rotary_at, mask, FixedCache(self.cache, self._at))
         h = model.first_state(e, ctx)
         for state in model.recurrent.iterate(h, e, ctx, self.depth.n_loops):
             h = state.h

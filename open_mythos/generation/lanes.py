@@ -37,9 +37,8 @@ class Place:
     def select(self, rows: Tensor) -> Place:
         """Some of the n."""
         mask = self.mask if self.mask.valid is None else replace(self.mask, valid=self.mask.valid[rows])
-        return Place(
-            *(x[rows] for x in (self.write, self.read, self.retired_at, self.ring, self.ring_retired_at)), mask=mask
-        )
+        tensors = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, mask=mask, **tensors)
 
 
 class LaneSlot(CacheSlot):

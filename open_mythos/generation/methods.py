@@ -12,10 +12,11 @@ from open_mythos.generation.depth_batching import generate_many
 from open_mythos.generation.generate import generate, stream
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
+from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
 
 
-class Generates:
+class Generates(Model):
     """``generate``, ``stream`` and ``generate_many`` of :class:`~open_mythos.OpenMythos`."""
 
     def generate(
@@ -137,4 +138,4 @@ class Generates:
             max_new_tokens=max_new_tokens, sampling=sampling or Sampling(temperature, top_k, top_p, min_p),
             eos_token_id=eos_token_id, generator=generator,
         )  # fmt: skip
-        return generate_many(self, prompts, n_loops, exit, max_rows, **requests)  # type: ignore[arg-type]
+        return generate_many(self, prompts, n_loops, exit, max_rows, **requests)

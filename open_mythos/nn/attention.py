@@ -103,8 +103,8 @@ class Attention(nn.Module):
             queries, raw = [active.pack(q) for q in queries], active.merge_raw(layer, raw)
         if mask.valid is not None:
             # The norm of a zero row multiplies gradients by a thousand, which overflows over a few loops.
-            raw = raw.masked_fill(~mask.new_valid(raw.shape[1]).unsqueeze(-1), 0)  # type: ignore[union-attr]
-        n_raw, before, slot = self.n_taps - 1, None, None
+            raw = mask.without_padding(raw)
+        n_raw, before, slot = max(self.n_taps - 1, 0), None, None
         if ctx.cache is not None:
             slot, before = ctx.cache.open(cache_key, mask.first, n_raw)
         rows = self._convolve(raw, before, ctx, mask) if self.n_taps else raw
@@ -116,7 +116,7 @@ class Attention(nn.Module):
             queries, mask = [q[:, -last:] for q in queries], mask.ending(last)
         out = self.read(queries, rows, mask)
         if mask.valid is not None and (active is None or not active.is_packed):  # padding halts after the first loop
-            out = out.masked_fill(~mask.new_valid(out.shape[1]).unsqueeze(-1), 0)  # type: ignore[union-attr]
+            out = mask.without_padding(out)
         return call(self.wo, (active.unpack(out) if active is not None else out).flatten(2))
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -127,12 +128,12 @@ def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int)
             depths = torch.arange(n_warm, device=h.device) * depth // n_warm
             h = torch.cat([states[1 + depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])
         if learns:
-            live = ctx.mask.new_valid(e.shape[1])  # type: ignore[union-attr]
-            live = torch.ones_like(e[:n, :, 0], dtype=torch.bool) if live is None else live[:n].squeeze(-1)
+            live = ctx.mask.without_padding(torch.ones_like(e[..., 0], dtype=torch.bool))[:n]
             with torch.enable_grad():
                 loss = GATE_LOSS_WEIGHT * gate_loss(core.act, states, live, cfg.halting_tolerance)
-                gradients = list(torch.autograd.grad(loss, gate))
-            _pending[core].append(gradients)
+                if loss.requires_grad:  # or somebody has put another gate in the place of this one
+                    gradients = list(torch.autograd.grad(loss, gate, allow_unused=True, materialize_grads=True))
+            _pending[core].add(gradients)
     if cfg.recurrence != "injected" or not gate or not (learns or _has_peers()):
         return h, lambda last: last
     return h, lambda last: _WithGradients.apply(last, gradients, *gate)
@@ -160,19 +161,40 @@ def _has_peers() -> bool:
 
 # -- at the optimizer's step
 
-_pending: weakref.WeakKeyDictionary[Any, list[list[Tensor]]] = weakref.WeakKeyDictionary()
-"""Blocks that ran in a training step since their optimizer's last, and the gate's gradient of each run."""
+
+@dataclass
+class _Pending:
+    """What the training steps of a block since its optimizer's last have left to do.
+
+    Attributes:
+        is_counted: whether experts are to be balanced.
+        n_runs: runs that teach the gate.
+        gradients: of the gate, their sum.
+    """
+
+    is_counted: bool = True
+    n_runs: int = 0
+    gradients: list[Tensor] = field(default_factory=list)
+
+    def add(self, gradients: list[Tensor]) -> None:
+        self.n_runs += 1
+        before = self.gradients or [torch.zeros_like(x) for x in gradients]
+        self.gradients = [a + b for a, b in zip(before, gradients, strict=True)]
+
+
+_pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
+"""Blocks that ran in a training step since their optimizer's last."""
 
 
 def _watch(core: Any) -> None:
     _register_hooks()
-    _pending.setdefault(core, [])
+    _pending.setdefault(core, _Pending()).is_counted = True
 
 
-def _cores_of(optimizer: Optimizer) -> Iterable[Any]:
-    """The pending blocks some of whose parameters the optimizer updates."""
+def _updated(optimizer: Optimizer, module: Any) -> list[Tensor]:
+    """The parameters of a module that the optimizer updates."""
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [core for core in list(_pending) if any(id(p) in updated for p in core.parameters())]
+    return [p for p in module.parameters() if id(p) in updated]
 
 
 @torch.no_grad()
@@ -181,25 +203,32 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
     He may divide it by the number of micro-batches, or multiply it for float16.
     """
-    for core in _cores_of(optimizer):
-        if not (runs := _pending[core]):
-            continue
+    for core, pending in list(_pending.items()):
+        mine = {id(p) for p in _updated(optimizer, core.act)} if pending.n_runs else set()
         gate = [p for p in core.act.parameters() if p.requires_grad]
-        for parameter, gradients in zip(gate, zip(*runs, strict=True), strict=False):
-            if parameter.grad is None:
+        for parameter, gradient in zip(gate, pending.gradients, strict=False):
+            if parameter.grad is None or id(parameter) not in mine:
                 continue
             if _has_peers():  # which have averaged theirs
-                parameter.grad /= len(runs)
-            else:
-                parameter.grad.copy_(sum(gradients) / len(runs))
+                parameter.grad /= pending.n_runs
+                continue
+            parameter.grad.copy_(gradient / pending.n_runs)
+            scale = getattr(optimizer, "grad_scale", None)  # a GradScaler's, for an optimizer that divides by itself
+            if scale is not None:
+                parameter.grad *= scale
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for core in _cores_of(optimizer):
-        # Frozen experts, as under adapters, keep their router as it is: no adapter's file could hold what moved.
-        trained = nn.ModuleList(ffn for ffn in experts(core) if ffn.gate_up.requires_grad)
-        balance(trained)
-        del _pending[core]
+    """Of several optimizers the first balances the experts, and the gate's own ends its runs."""
+    for core, pending in list(_pending.items()):
+        if not _updated(optimizer, core):
+            continue
+        if pending.is_counted:
+            # Frozen experts, as under adapters, keep their router as it is: no adapter's file could hold what moved.
+            balance(nn.ModuleList(ffn for ffn in experts(core) if ffn.gate_up.requires_grad))
+            pending.is_counted = False
+        if not pending.n_runs or _updated(optimizer, core.act):
+            del _pending[core]
 
 
 _hooks: list[Any] = []

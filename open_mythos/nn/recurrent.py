@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ class LoopInput(NamedTuple):
 
     def map(self, select: Callable[[Tensor], Tensor]) -> LoopInput:
         """The same of some rows or positions."""
-        e, *others = (None if x is None else select(x) for x in self[:3])
-        return LoopInput(cast(Tensor, e), *others, *self[3:])
+        injected, low_rank = (None if x is None else select(x) for x in (self.injected, self.low_rank))
+        return self._replace(e=select(self.e), injected=injected, low_rank=low_rank)
 
 
 class LoopBlock(nn.Module):
@@ -74,15 +74,11 @@ class LoopBlock(nn.Module):
         """The transformer blocks that a loop runs, in order."""
         return [module for module in self.block.modules() if isinstance(module, TransformerBlock)]
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the blocks are compiled: code that found what an earlier loop left would be compiled again."""
-        return any(layer._compiled_call_impl is not None for layer in self.layers)
-
     def prepare(self, e: Tensor) -> LoopInput:
         """What all loops read of the encoded input (B, T, dim), computed once."""
         decay, injected = self.injection(None, e)
-        return LoopInput(e, injected, *((None, None) if self.lora is None else self.lora.prepare(e)), decay)
+        low_rank, scales = (None, None) if self.lora is None else self.lora.prepare(e)
+        return LoopInput(e, injected, low_rank, scales, decay)
 
     def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
         """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) of the positions that the context says still run.
@@ -113,9 +109,18 @@ class Loops(nn.Module):
     cfg: MythosConfig
     act: ACTHalting
     lora: Any
-    is_compiled = False
     step: Callable[..., Tensor]
     prepare: Callable[[Tensor], LoopInput]
+
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        """The transformer blocks that loops run, in order."""
+        raise NotImplementedError
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the blocks are compiled: code that found what an earlier loop left would be compiled again."""
+        return any(layer._compiled_call_impl is not None for layer in self.layers)
 
     def forward(
         self,
@@ -259,7 +264,6 @@ class Loops(nn.Module):
             active = still
             e_N, ctx_N = e.map(active.gather), active.context(ctx)
         if ctx.cache is not None:
-            assert isinstance(ctx.mask, AttentionMask)
             fill_skipped_loops(ctx.cache, loop, n_loops, ctx.mask.first, self.cfg.core_layers)
 
     def scheduled(self, h: Tensor, e: Tensor, ctx: Context, schedule: Schedule) -> Iterator[Stage]:
@@ -341,7 +345,6 @@ def advance(
 
 def _live(e: Tensor, ctx: Context) -> Tensor:
     """(B, T) bool, the positions that are no padding."""
-    assert isinstance(ctx.mask, AttentionMask)
     if ctx.mask.valid is not None:
         return ctx.mask.valid[:, -e.shape[1] :]
     return torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
@@ -349,7 +352,5 @@ def _live(e: Tensor, ctx: Context) -> Tensor:
 
 def _without_padding(x: Tensor, ctx: Context) -> Tensor:
     """``x`` (B, T, dim), zero at padding; the positions that still run where some have halted are none."""
-    assert isinstance(ctx.mask, AttentionMask)
-    valid = ctx.mask.new_valid(x.shape[1])
     is_packed = ctx.active is not None and ctx.active.is_packed
-    return x if valid is None or is_packed else x * valid
+    return x if is_packed else ctx.mask.without_padding(x)

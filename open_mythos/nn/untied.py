@@ -48,10 +48,10 @@ class UntiedBlocks(Loops):
     def injection(self) -> LTIInjection:
         return self.first.injection
 
-    def prepare(self, e: Tensor) -> LoopInput:  # type: ignore[override]
+    def prepare(self, e: Tensor) -> LoopInput:
         return LoopInput(e)
 
-    def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:  # type: ignore[override]
+    def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
         if isinstance(loop, Tensor):
             raise ValueError("this baseline has a block for each loop, so rows at different loops do not run together")
         if loop >= len(self.blocks):

@@ -17,17 +17,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.install import missing
+from open_mythos.interface import Model
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import MoEFFN
 from open_mythos.nn.linear import Linear
 
-Quantised = TypeVar("Quantised", bound=nn.Module)
+Quantised = TypeVar("Quantised", bound=Model)
 _LEFT_ALONE = ("router", "kv_up")
 
 

@@ -129,8 +129,7 @@ class Objective:
         T = min(h.shape[1], picked.shape[1])
         h = h.clone()
         h[rows.to(e.device, non_blocking=True), :T] = picked[:, :T]
-        valid = ctx.mask.new_valid(h.shape[1])  # type: ignore[union-attr]
-        return h if valid is None else h * valid  # padding stays zero
+        return ctx.mask.without_padding(h)
 
     def state_dict(self) -> dict[str, Any]:
         """What later steps depend on."""

@@ -28,6 +28,10 @@ _RAW = "/raw"  # ends the name of the layer with a slot's raw rows
 class RawLayer(DynamicLayer):
     """The last raw rows of a slot, with ``seen`` tokens in all; reordered and repeated with the others."""
 
+    keys: Any
+    values: Any
+    is_initialized: bool
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.seen = 0
