@@ -10,7 +10,7 @@ from torch import Tensor
 from open_mythos import KVCache, OpenMythos, reference
 from open_mythos.nn import exits
 from open_mythos.nn.exits import Acceleration, Exit, Gate, LoopState, PredictionKL, StableArgmax, StateChange
-from open_mythos.nn.halting import ACTHalting, ask
+from open_mythos.nn.halting import halting_probability
 
 LOOPS = 7
 # Settings at which a tiny model's positions stop at different loops, some of them never.
@@ -106,7 +106,7 @@ def plain(rule: Exit, past_h: list[Tensor], past_logits: list[Tensor], mass: flo
 def slow(model: OpenMythos, ids: Tensor, rule: Exit, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits and loops used, every position computed at every loop and what has stopped put back."""
     real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    where = reference.Positions(real, (real.cumsum(1) - 1).clamp(min=0), model.cfg.rope[1:])
+    where = reference.Positions(real, (real.cumsum(1) - 1).clamp(min=0), model.cfg.rope[1:], causal=True)
     x = torch.where(real[..., None], model.embed.weight[ids] * math.sqrt(model.cfg.dim), 0.0)
     for block in model.prelude:
         x, _ = reference._block(block, x, where)
@@ -171,7 +171,7 @@ def test_predictions_are_read_only_by_those_who_need_them(rule, monkeypatch):
 @pytest.mark.parametrize("rule", [None, *RULES], ids=str)
 def test_the_gate_is_asked_only_by_who_heeds_it(rule, monkeypatch):
     model, asked = tiny_model(halting=False), []
-    monkeypatch.setattr(exits, "ask", lambda act, h, change: asked.append(1) or ask(act, h, change))
+    monkeypatch.setattr(exits, "halting_probability", lambda *args: asked.append(1) or halting_probability(*args))
     model(tokens(2, 6), 3, exit=rule)
     assert len(asked) == (3 if isinstance(rule, Gate) else 0)
 
@@ -247,9 +247,9 @@ def test_exits_belong_to_eval_mode():
 
 def test_a_block_alone_has_no_predictions():
     model, e = tiny_model(), torch.randn(1, 4, 32)
-    _, freqs, mask = model.encode(tokens(1, 4))
+    _, ctx = model.encode(tokens(1, 4))
     with pytest.raises(ValueError, match="reads predictions"):
-        model.recurrent(e, e, freqs, mask, 3, exit=PredictionKL())
+        model.recurrent(e, e, ctx, n_loops=3, exit=PredictionKL())
 
 
 @torch.no_grad()
@@ -280,29 +280,3 @@ def test_exits_by_name(text, expected):
 def test_names_and_settings_that_do_not_exist(text, message):
     with pytest.raises(ValueError, match=message):
         exits.parse(text)
-
-
-# -- one position at a time
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.needs_predictions], ids=str)
-def test_a_position_that_is_followed_alone_stops_where_it_is_checked(rule, replaced):
-    torch.manual_seed(0)
-    act, first = ACTHalting(24).eval(), torch.randn(1, 1, 24)
-    torch.nn.init.normal_(act.halt.weight, std=0.05)
-    torch.nn.init.normal_(act.motion, std=0.02)
-    act.halt.bias.data.fill_(-0.03)
-    gate = torch.nn.Sequential(torch.nn.Linear(24, 1), torch.nn.Sigmoid(), torch.nn.Flatten(1)) if replaced else act
-    with torch.no_grad():
-        states = [first + torch.randn(1, 1, 24) * 0.5**i for i in range(12)]
-        may_stop, carried, before = rule.follow(first, gate), rule.init(first), first
-        followed, checked = [], []
-        for loop, after in enumerate(states):
-            state = LoopState(loop, after, torch.ones(1, 1, dtype=torch.bool), before, gate)
-            stops, carried = rule.check(carried, state)
-            checked.append(bool(stops))
-            followed.append(may_stop(before, after))
-            before = after
-    assert followed == checked
-    assert True in checked and False in checked

@@ -7,7 +7,7 @@ import torch
 from helpers import ATTENTION, assert_near, left_padding, tiny_model, tokens
 
 from open_mythos import OpenMythos
-from open_mythos.nn.halting import ACTHalting, gate_loss, settled, with_loss
+from open_mythos.nn.halting import ACTHalting, converged, gate_loss
 
 
 def gradients(model: OpenMythos, **inputs) -> dict[str, torch.Tensor | None]:
@@ -16,12 +16,14 @@ def gradients(model: OpenMythos, **inputs) -> dict[str, torch.Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_settled_means_near_the_end_from_there_on():
+def test_converged_means_near_the_end_from_there_on():
     ends = torch.tensor([[3.0], [1.0], [1.0], [1.0]])  # one position, width 1: passes by its end, then returns to it
     passes_by = torch.tensor([[1.0], [3.0], [1.05], [1.0]])
-    found = settled(torch.stack([ends, passes_by], dim=1).unsqueeze(-1), tolerance=0.1)
+    found = converged(torch.stack([ends, passes_by], dim=1).unsqueeze(-1), tolerance=0.1)
     assert found[:, 0, 0].tolist() == [False, True, True, True]
     assert found[:, 1, 0].tolist() == [False, False, True, True]
+    elsewhere = converged(ends.unsqueeze(1), 0.1, end=torch.full((1, 1), 3.0))
+    assert not elsewhere.any()
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
@@ -46,19 +48,33 @@ def test_learning_leaves_no_other_trace():
         assert torch.equal(one, other), name
 
 
-def test_no_gate_is_taught_without_gradients_or_in_eval_mode(monkeypatch):
-    model, calls = tiny_model(), []
-    monkeypatch.setattr(model.recurrent, "_explore", lambda *args: calls.append(args))
-    with torch.no_grad():
-        model.train()(tokens(2, 4), 2)
-    model.eval()(tokens(2, 4), 2)
+@pytest.mark.parametrize("setting", ["eval", "no_grad", "auxiliary=False"])
+def test_no_gate_is_taught_without_gradients_or_in_eval_mode_or_if_asked_not_to(setting, monkeypatch):
+    model, calls = tiny_model().train(setting != "eval"), []
+    monkeypatch.setattr(model.recurrent, "states", lambda *args: calls.append(args))
+    with torch.set_grad_enabled(setting != "no_grad"):
+        model(tokens(2, 4), 2, auxiliary=setting != "auxiliary=False")
     assert not calls
 
 
 def test_a_gate_without_parameters_is_left_alone():
     model = tiny_model().train()
     model.recurrent.act.forward = lambda h: h.new_full(h.shape[:2], 0.5)
+    model.recurrent.act.requires_grad_(False)
     model(tokens(2, 4), 2).mean().backward()
+
+
+def test_a_gate_that_does_not_read_its_parameters_is_left_alone():
+    model = tiny_model().train()
+    model.recurrent.act.forward = lambda h: h.new_full(h.shape[:2], 0.5)
+    model(tokens(2, 4), 2).mean().backward()
+
+
+def test_a_gate_may_be_trained_in_part():
+    model = tiny_model().train()
+    model.recurrent.act.hidden.requires_grad_(False)
+    model(tokens(2, 4), 2).mean().backward()
+    assert model.recurrent.act.halt.bias.grad.abs() > 0 and model.recurrent.act.hidden.weight.grad is None
 
 
 def test_the_gate_learns_what_settling_looks_like():
@@ -88,10 +104,75 @@ def test_padding_teaches_nothing():
     assert_near(gate_loss(act, states, live, 0.1), gate_loss(act, states[:, :1], live[:1], 0.1), 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_loss_adds_its_gradient_and_changes_no_value(dtype):
-    x, w = torch.randn(3, dtype=dtype, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    out = with_loss(x, 3 * w)
-    assert torch.equal(out, x)
-    (5 * out).sum().backward()
-    assert x.grad.tolist() == [5.0] * 3 and w.grad == 3
+# -- whatever the caller makes of his loss
+
+
+def gate_gradients(model: OpenMythos, batches: list[torch.Tensor], scale: float) -> list[torch.Tensor]:
+    """The gate's gradients as an optimizer's step finds them, after runs of ``batches`` with scaled losses."""
+    model.zero_grad()
+    for ids in batches:
+        (model(ids, 2).square().mean() * scale).backward()
+    torch.optim.SGD(model.parameters(), 0.0).step()
+    return [p.grad.clone() for p in model.recurrent.act.parameters()]
+
+
+def test_neither_a_scaled_loss_nor_gradient_accumulation_changes_what_the_gate_learns():
+    model, batches = tiny_model(router_bias_rate=0.0).train(), list(tokens(3, 4, 6))
+    alone = [gate_gradients(model, [ids], 1.0) for ids in batches]
+    mean = [sum(grads) / 3 for grads in zip(*alone, strict=True)]
+    for scale in (1.0, 1024.0, 1e-3):
+        for actual, expected in zip(gate_gradients(model, batches, scale), mean, strict=True):
+            assert expected.abs().max() > 0
+            assert_near(actual, expected, 1e-6, str(scale))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_changes_nothing(fused):
+    """A fused optimizer divides by the scale in its step, others before."""
+    steps = {}
+    for scaled in (False, True):
+        model, ids = tiny_model(warm_start=False).train(), tokens(4, 6)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4096.0, enabled=scaled)
+        for _ in range(2):
+            optimizer.zero_grad()
+            scaler.scale(model(ids, 2).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        steps[scaled] = {name: p.detach() for name, p in model.named_parameters()}
+    before = dict(tiny_model(warm_start=False).named_parameters())
+    for name, parameter in steps[True].items():
+        assert_near(parameter, steps[False][name], 1e-5, name)
+    assert not torch.equal(steps[True]["recurrent.act.halt.bias"], before["recurrent.act.halt.bias"])
+
+
+def test_the_gate_may_have_an_optimizer_of_its_own():
+    """As matrices and the rest often have; whichever steps first."""
+    found = []
+    for order in ((0,), (1, 2), (2, 1)):
+        model = tiny_model(router_bias_rate=0.01).train()
+        gate = list(model.recurrent.act.parameters())
+        others = [p for p in model.parameters() if all(p is not q for q in gate)]
+        optimizers = [torch.optim.SGD(group, 0.1) for group in (list(model.parameters()), gate, others)]
+        for _ in range(2):
+            model.zero_grad()
+            for ids in tokens(2, 4, 6):
+                (model(ids, 2).square().mean() / 2).backward()
+            for i in order:
+                optimizers[i].step()
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        for other in found[1:]:
+            assert_near(other[name].float(), value.float(), 1e-6, name)
+    assert found[0]["recurrent.block.ffn.router_bias"].abs().max() > 0.01
+
+
+def test_whoever_never_steps_gathers_nothing():
+    """Gradients of inputs, or updates made by hand."""
+    from open_mythos.nn import auxiliary
+
+    model = tiny_model().train()
+    for _ in range(3):
+        model(tokens(2, 4), 2).mean().backward()
+    (pending,) = [found for core, found in auxiliary._pending.items() if core is model.recurrent]
+    assert pending.n_runs == 3 and len(pending.gradients) == len(list(model.recurrent.act.parameters()))

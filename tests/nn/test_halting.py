@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos.nn.exits import Gate, LoopState
-from open_mythos.nn.halting import ACTHalting
+from open_mythos.nn.halting import ACTHalting, relative_change
 from open_mythos.ops import reference
-from open_mythos.ops.gate import relative_change
 
 four = st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.5, 0.9, 0.99, 1.0]), min_size=4, max_size=4)
 probabilities = st.lists(four, min_size=1, max_size=8)
@@ -98,3 +97,13 @@ def test_no_gradient_flows_through_the_decision():
 def test_thresholds_that_cannot_be_reached_are_refused(threshold):
     with pytest.raises(ValueError, match="threshold="):
         Gate(threshold)
+
+
+@torch.no_grad()
+def test_another_output_layer_of_a_gate_is_asked():
+    """As an adapter on it is."""
+    gate, h = ACTHalting(16), torch.randn(2, 3, 16)
+    before = gate(h)
+    gate.halt = torch.nn.Sequential(gate.halt, torch.nn.Hardtanh(2.0 * gate.std, 3.0 * gate.std))
+    gate.halt.in_features = 16
+    assert (gate(h) > 0.5).all() and (before < 0.5).all()

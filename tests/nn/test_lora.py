@@ -7,17 +7,16 @@ import torch
 from helpers import assert_near, tiny_config, tiny_model, tokens
 
 from open_mythos import OpenMythos
-from open_mythos.nn.lora import LoRAAdapter
+from open_mythos.nn.injection import LoRAAdapter
 
 
 def trained(max_loops: int, n_loops: int, rank: int = 3) -> LoRAAdapter:
-    """An adapter with random weights, whose forward pass has seen ``n_loops`` loops in training."""
+    """An adapter with random weights, that training has run for ``n_loops`` loops."""
     torch.manual_seed(0)
     lora = LoRAAdapter(8, rank, max_loops)
     lora.B.data.normal_()
     lora.scale.weight.data.normal_()
-    for loop in range(n_loops):
-        lora.train()(torch.randn(1, 8), loop)
+    lora.trained_loops.fill_(n_loops)
     return lora.eval()
 
 
@@ -44,14 +43,26 @@ def test_loops_deeper_than_trained_use_the_deepest_trained_scale(seen):
     assert all(not torch.equal(a, b) for a, b in pairwise(outputs))
 
 
-def test_loops_run_in_eval_mode_do_not_count_as_trained():
-    lora = trained(6, 2)
-    lora(torch.randn(1, 8), 5)
-    assert lora.trained_loops == 2
+@pytest.mark.parametrize("setting", ["eval", "no_grad", "auxiliary=False"])
+def test_loops_that_train_nothing_do_not_count_as_trained(setting):
+    model = tiny_model().train(setting != "eval")
+    with torch.set_grad_enabled(setting != "no_grad"):
+        model(tokens(2, 4), 5, auxiliary=setting != "auxiliary=False")
+    assert model.recurrent.lora.trained_loops == 3
+    model.train()(tokens(2, 4), 5)
+    assert model.recurrent.lora.trained_loops == 5
 
 
-def test_every_loop_trains_its_own_scale():
-    lora, x = trained(6, 0).train(), torch.randn(4, 8)
+def test_a_mode_chooses_no_other_scale():
+    """What training computes is what eval mode computes, at any number of loops."""
+    model, ids = tiny_model(halting=False, max_loop_iters=8), tokens(2, 5)
+    for n_loops in (2, 3, 6):
+        found = [model.train(training)(ids, n_loops, auxiliary=False) for training in (True, False)]
+        assert_near(*found, 1e-6)
+
+
+def test_every_trained_loop_has_a_scale_of_its_own():
+    lora, x = trained(6, 6).train(), torch.randn(4, 8)
     for loop in range(8):
         (gradient,) = torch.autograd.grad(lora(x, loop).sum(), lora.scale.weight)
         assert gradient.abs().sum(1).nonzero().flatten().tolist() == [min(loop, 5)]
@@ -93,3 +104,10 @@ def test_a_model_trained_shallow_runs_deep():
 
 def test_rank_zero_means_none():
     assert tiny_model(lora_rank=0).recurrent.lora is None
+
+
+def test_rows_at_different_loops_have_each_their_scale():
+    lora, x = trained(6, 5), torch.randn(4, 1, 8)
+    loops = torch.tensor([[0], [3], [4], [9]])
+    alone = torch.cat([lora(row[None], int(loop)) for row, loop in zip(x, loops, strict=True)])
+    assert_near(lora(x, loops), alone)

@@ -8,9 +8,9 @@ from open_mythos import KVCache, OpenMythos
 from open_mythos.diagnostics import flops_per_token, loop_gain, trace
 from open_mythos.nn.exits import Gate, PredictionKL
 from open_mythos.nn.injection import LTIInjection
+from open_mythos.model import UnrolledMythos
 from open_mythos.quantization import quantize_int8
 from open_mythos.reference import reference_logits
-from open_mythos.training.baselines import UnrolledMythos
 
 MIXTURE = dict(recurrence="mixture", router_score="softmax", halting=False, loop_index_dim=5)
 
@@ -56,8 +56,8 @@ def test_the_shares_are_those_of_the_gate_and_what_is_left_goes_to_the_loop_that
     model = mixture(act_threshold=0.9).double()
     model.recurrent.act.forward = lambda state: torch.full(state.shape[:2], 0.4, dtype=torch.float64)
     e = torch.randn(1, 1, 32, dtype=torch.float64)
-    freqs = model.encode(tokens(1, 1))[1]
-    states = [state.h for state in model.recurrent.iterate(model.recurrent.begin(e), e, freqs, n_loops=5)]
+    _, ctx = model.encode(tokens(1, 1))
+    states = [state.h for state in model.recurrent.iterate(model.recurrent.begin(e), e, ctx, n_loops=5)]
     h = [state[..., :32] for state in states]
     for n_loops, shares in [(1, [0.4]), (2, [0.4, 0.4]), (3, [0.4, 0.4, 0.2]), (5, [0.4, 0.4, 0.2, 0.0, 0.0])]:
         wanted = sum(share * at for share, at in zip(shares, h, strict=False))
@@ -112,8 +112,8 @@ def test_rows_at_different_loops_are_decoded_together():
 
 def test_compiled_decoding_says_what_it_does_not_know():
     for model in (mixture(router_score="sigmoid"), tiny_model(router_score="softmax", halting=False)):
-        with pytest.raises(ValueError, match="compile=True knows recurrence='injected' and router_score='sigmoid'"):
-            model.generate(tokens(1, 3), 2, compile=True)
+        with pytest.raises(ValueError, match="it knows recurrence='injected', router_score='sigmoid'"):
+            model.generate(tokens(1, 3), 2, engine="native")
 
 
 def test_int8_weights_and_half_precision_stay_near():
