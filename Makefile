@@ -11,9 +11,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.open-mythos-installed
 
-# What C code does where it can be had, tested as it is elsewhere too.
-BY_PYTORCH := tests/ops tests/nn tests/test_model.py tests/test_cache.py tests/test_decoder.py
-
 .PHONY: demo test docs notebooks lint install clean
 
 demo: install
@@ -21,7 +18,6 @@ demo: install
 
 test: install lint
 	$(BIN)/python -m pytest
-	OPEN_MYTHOS_NATIVE=0 $(BIN)/python -m pytest $(BY_PYTORCH)
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
