@@ -1,4 +1,4 @@
-"""Problems whose difficulty is a number, to train and to measure on. They know nothing of models."""
+"""Synthetic tasks with a numeric difficulty, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CLASSES = {
     "text": "Text",
 }
 NAMES = tuple(_CLASSES)
-"""Names that :func:`load` knows, each that of a module here."""
+"""Names that :func:`load` accepts; each is a module of this package."""
 
 
 def load(name: str, **options: Any) -> Task:
@@ -32,12 +32,11 @@ def load(name: str, **options: Any) -> Task:
 
     Args:
         name: one of ``NAMES``.
-        options: of that task; the fields of its class.
+        options: fields of the task's class.
 
     Raises:
-        ValueError: for an unknown name (with the nearest known one), an unknown option (with those there are), or a
-            value that does not do.
-        ImportError: naming the extra to install, if the task needs a package that is not there.
+        ValueError: for an unknown name (with the nearest known one), an unknown option, or an invalid value.
+        ImportError: naming the extra to install, if the task needs a package that is not installed.
     """
     if name not in _CLASSES:
         raise ValueError(f"unknown task {name!r}; {nearest(name, NAMES)}")
