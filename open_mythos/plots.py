@@ -1,7 +1,4 @@
-"""Pictures of what loops do: numbers and a path in, a PNG out. Needs the ``plots`` extra; knows nothing of models.
-
-Numbers may be lists, NumPy arrays or CPU tensors.
-"""
+"""PNG plots by loop, from lists, NumPy arrays or CPU tensors. Needs the ``plots`` extra."""
 
 from __future__ import annotations
 
@@ -19,13 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers (jfly.uni-koeln.de/color).
+# Okabe and Ito's colour-blind-safe palette (jfly.uni-koeln.de/color).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-QUIET, FAINT = "#767676", "#F2F2F2"
-HEAT = "cividis"
-WIDTH, HEIGHT, WIDEST = 6.4, 4.0, 16.0  # inches
-LEGEND = 1.6  # inches beside the axes
+GREY, LIGHT_GREY = "#767676", "#F2F2F2"
+WIDTH, HEIGHT, MAX_WIDTH = 6.4, 4.0, 16.0  # inches
+LEGEND = 1.6  # inches, right of the axes
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 12,
@@ -39,18 +35,14 @@ STYLE: Any = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "legend.frameon": False,
-    "image.cmap": HEAT,
+    "image.cmap": "cividis",
     "savefig.dpi": 150,
     "savefig.facecolor": "white",
 }
 
 
 def require_matplotlib() -> None:
-    """Worth calling before long work that ends in a picture.
-
-    Raises:
-        ImportError: naming the extra, if matplotlib is not installed.
-    """
+    """Raise ImportError, naming the extra, if matplotlib is not installed: before long work that ends in a plot."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -69,7 +61,7 @@ def accuracy_by_loops(
         curves: for each label, accuracy in [0, 1] at each loop count.
         path: PNG to write.
         chance: accuracy of guessing, drawn as a dotted line.
-        trained_loops: most loops seen in training; deeper ones are shaded.
+        trained_loops: maximum in training; deeper ones are shaded.
     """
     with _axes(path, WIDTH + LEGEND) as (figure, axes):
         for i, (label, curve) in enumerate(curves.items()):
@@ -82,19 +74,19 @@ def accuracy_by_loops(
         axes.set(ylim=(0, 1), ylabel="accuracy (share of answers right)", xlabel="loops of the recurrent block")
         axes.set_title("Accuracy by number of loops")
         if chance is not None:
-            axes.axhline(chance, color=QUIET, linestyle=":", linewidth=1.4, label="guessing")
+            axes.axhline(chance, color=GREY, linestyle=":", linewidth=1.4, label="guessing")
         if trained_loops is not None and counts[-1] > trained_loops:
-            axes.axvspan(trained_loops, counts[-1], color=FAINT, zorder=0, label="deeper than trained")
+            axes.axvspan(trained_loops, counts[-1], color=LIGHT_GREY, zorder=0, label="deeper than trained")
         figure.legend(loc="outside right upper")
 
 
 def scores_by_loops(
     panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]], path: str | Path
 ) -> None:
-    """Scores against the number of loops: a panel for each metric, in it a line for each task.
+    """Scores against the number of loops: one panel per metric, one line per task.
 
     Args:
-        panels: for each metric and task, at each loop count, the score and its standard error, drawn as a bar, or None.
+        panels: for each metric and task, at each loop count, the score and its standard error or None.
         path: PNG to write.
     """
     tasks = list(dict.fromkeys(task for curves in panels.values() for task in curves))
@@ -132,8 +124,8 @@ def accuracy_grid(
         loops: L of them.
         path: PNG to write.
         unit: what difficulty counts.
-        chance: accuracy of guessing, where the colours begin.
-        trained: greatest difficulty and most loops of training; a line runs around the cells within both.
+        chance: accuracy of guessing, the low end of the colours.
+        trained: maximum difficulty and loops in training; the cells within both are outlined.
     """
     values = np.asarray(accuracy, dtype=float)
     n_rows, n_columns = values.shape
@@ -144,30 +136,26 @@ def accuracy_grid(
             dark = values[row, column] < (1 + chance) / 2
             text = f"{values[row, column]:.3f}".removeprefix("0")
             axes.text(column, row + 1, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        title = "Accuracy by difficulty and loops"
         hardest, deepest = trained or (0, 0)
         bottom, right = 0.5 + sum(n <= hardest for n in difficulties), sum(n <= deepest for n in loops) - 0.5
         if bottom > 0.5 and right > -0.5:
             across, down = [-0.5, right, right, -0.5, -0.5], [0.5, 0.5, bottom, bottom, 0.5]
             axes.plot(across, down, color=COLOURS[1], linewidth=2.5, clip_on=False)
-            title += " (outlined: as in training)"
         axes.set_xticks(range(n_columns), [str(n) for n in loops])
         axes.set_yticks(range(1, n_rows + 1), [str(n) for n in difficulties])
         axes.tick_params(length=0)
-        outlined = " (outlined: as in training)" if trained is not None else ""
-        axes.set(
-            xlabel="loops of the recurrent block", ylabel=unit, title=f"Accuracy by difficulty and loops{outlined}"
-        )
+        title = "Accuracy by difficulty and loops" + (" (outlined: as in training)" if trained is not None else "")
+        axes.set(xlabel="loops of the recurrent block", ylabel=unit, title=title)
 
 
 def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | None = None) -> None:
-    """Where loops were spent, or when the gate was ready to stop.
+    """Loops used, or halting probability, by position.
 
     Args:
         loops: (T,) loops used by each position, drawn as bars; or (loops, T) halting probability after each loop,
             drawn as a heat map.
         path: PNG to write.
-        tokens: what stands at each of the T positions, written below it.
+        tokens: label of each of the T positions.
     """
     values = np.asarray(loops, dtype=float)
     length = values.shape[-1]
@@ -189,10 +177,10 @@ def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | N
 
 
 def expert_load(load: ArrayLike, path: str | Path) -> None:
-    """Share of the token choices that each expert gets at each loop.
+    """Share of token choices of each expert at each loop.
 
     Args:
-        load: (loops, n_experts) counts; a loop without any is left blank.
+        load: (loops, n_experts) counts; a row of zeros is left blank.
         path: PNG to write.
     """
     counts = np.asarray(load, dtype=float)
@@ -205,21 +193,21 @@ def expert_load(load: ArrayLike, path: str | Path) -> None:
 
 
 def state_change(delta: ArrayLike, path: str | Path) -> None:
-    """How much the state still moves at each loop: mean over positions, and the range from least to most.
+    """Relative change of the state at each loop: mean and range over positions.
 
     Args:
-        delta: (loops, ...) relative change ``|h_t - h_{t-1}| / |h_t|``; zeros, positions that did not run, are left
-            out.
+        delta: (loops, ...) ``|h_t - h_{t-1}| / |h_t|``; zeros (positions that did not run) are excluded.
         path: PNG to write.
     """
-    moved = [row[row > 0] for row in np.asarray(delta, dtype=float).reshape(len(np.asarray(delta)), -1)]
-    rows = [(loop, row.mean(), row.min(), row.max()) for loop, row in enumerate(moved, 1) if row.size]
+    values = np.asarray(delta, dtype=float)
+    ran = [row[row > 0] for row in values.reshape(len(values), -1)]
+    rows = [(loop, row.mean(), row.min(), row.max()) for loop, row in enumerate(ran, 1) if row.size]
     with _axes(path, WIDTH + LEGEND) as (figure, axes):
         if rows:
-            loops, mean, least, most = map(np.array, zip(*rows, strict=True))
-            axes.fill_between(loops, least, most, color=COLOURS[0], alpha=0.18, linewidth=0, label="least to most")
+            loops, mean, low, high = map(np.array, zip(*rows, strict=True))
+            axes.fill_between(loops, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="min to max")
             axes.plot(loops, mean, color=COLOURS[0], marker="o", label="mean over positions")
-            _log10_ticks(axes, least.min(), most.max())
+            _log10_ticks(axes, low.min(), high.max())
             figure.legend(loc="outside right upper")
         axes.set(xlabel="loop", ylabel="relative change of the state, |Δh| / |h|", title="State change by loop")
         _whole_ticks(axes.xaxis)
@@ -227,18 +215,13 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
 
 @contextmanager
 def _axes(path: str | Path, width: float, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
-    """A :func:`_figure` and its only axes."""
     with _figure(path, width, height) as figure:
         yield figure, figure.add_subplot()
 
 
 @contextmanager
 def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in the style of this file; written to ``path`` at the end.
-
-    Raises:
-        ImportError: naming the extra, if matplotlib is not installed.
-    """
+    """A figure in :data:`STYLE`, written to ``path`` at the end."""
     require_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -260,27 +243,27 @@ def _heat_map(
     highest: float | None = None,
     lowest: float = 0.0,
 ) -> None:
-    """(rows, columns) from ``lowest`` to ``highest`` as a heat map with a colour bar; row 1 is on top."""
+    """(rows, columns) values as a heat map with a colour bar; row 1 is on top."""
     n_rows, n_columns = values.shape
     columns, rows = np.arange(n_columns + 1) - 0.5, np.arange(n_rows + 1) + 0.5
     cells = axes.pcolormesh(columns, rows, values, vmin=lowest, vmax=highest, edgecolors="white", linewidth=0.4)
     figure.colorbar(cells, ax=axes, label=label, pad=0.02)
     axes.invert_yaxis()
-    axes.set_facecolor(FAINT)
+    axes.set_facecolor(LIGHT_GREY)
     axes.grid(False)
     _whole_ticks(axes.yaxis)
 
 
 def _log2_ticks(axes: Axes, counts: Sequence[int]) -> None:
-    """A base-2 axis that names the powers of two and both ends of ``counts``."""
+    """A base-2 axis with ticks at the powers of two and both ends of ``counts``."""
     axes.set_xscale("log", base=2)
-    named = [n for n in counts if n & (n - 1) == 0 or n in (counts[0], counts[-1])]
-    axes.set_xticks(named, [str(n) for n in named])
+    ticks = [n for n in counts if n & (n - 1) == 0 or n in (counts[0], counts[-1])]
+    axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.set_xticks([], minor=True)
 
 
 def _log10_ticks(axes: Axes, low: float, high: float) -> None:
-    """A base-10 axis that also names 2s and 5s where there are few decades."""
+    """A base-10 axis, with ticks at 2s and 5s too below three decades."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -296,5 +279,4 @@ def _whole_ticks(axis: Any) -> None:
 
 
 def _width_for(n_columns: int) -> float:
-    """Inches for a plot of so many columns."""
-    return min(WIDEST, max(WIDTH, 1.8 + 0.16 * n_columns))
+    return min(MAX_WIDTH, max(WIDTH, 1.8 + 0.16 * n_columns))

@@ -1,4 +1,4 @@
-"""What was measured of a run last, wherever it lies."""
+"""The latest evaluation of a run."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from open_mythos.training.fit import load_evaluation
 def last_evaluation(
     run: Path, cfg: TrainConfig, model: OpenMythos, task: tasks.Task
 ) -> tuple[Evaluation | dict[int, float], EvalConfig]:
-    """What was measured last, when training ended or by ``mythos eval``, or else is now; of text, bits per byte by
-    loops. With it, the settings by which text was measured."""
-    asked, loops = cfg.evaluation, cfg.depths
-    places = {place for place in (run, runs.evaluation_dir(run)) if (place / runs.EVALUATION).is_file()}
-    for place in sorted(places, key=lambda place: (place / runs.EVALUATION).stat().st_mtime, reverse=True):
-        found = load_evaluation(place)
-        if isinstance(found, Evaluation):
-            if place == run or (found.grids[0].task, found.grids[0].options) == (task.name, task.to_dict()):
-                return found, asked
+    """The newer evaluation of training and of ``mythos eval`` (of text: bits per byte by loops), with its settings;
+    computed now if there is none."""
+    settings, loops = cfg.evaluation, cfg.depths
+    directories = [path for path in {run, runs.evaluation_dir(run)} if (path / runs.EVALUATION).is_file()]
+    for directory in sorted(directories, key=lambda path: (path / runs.EVALUATION).stat().st_mtime, reverse=True):
+        evaluation = load_evaluation(directory)
+        if directory == run:
+            return evaluation, settings
+        if isinstance(evaluation, Evaluation):
+            if (evaluation.grids[0].task, evaluation.grids[0].options) == (task.name, task.to_dict()):
+                return evaluation, settings
             continue
-        data = json.loads((place / runs.EVALUATION).read_text())
-        if place == run:
-            return found, asked
+        data = json.loads((directory / runs.EVALUATION).read_text())
         if _same_text(data["options"], task.to_dict()) and data["exit"] is None:
             lengths = [int(length) for length in data["by_length"]]
-            return found, dataclasses.replace(asked, difficulties=lengths, examples=data["windows"])
+            return evaluation, dataclasses.replace(settings, difficulties=lengths, examples=data["windows"])
     if isinstance(task, Text):
-        return bits_per_byte(model, task, loops, asked.difficulties[0], asked.examples), asked
-    return Evaluation([depth_grid(model, task, asked.difficulties, loops, asked.examples)], {}), asked
+        return bits_per_byte(model, task, loops, settings.difficulties[0], settings.examples), settings
+    return Evaluation([depth_grid(model, task, settings.difficulties, loops, settings.examples)], {}), settings
 
 
 def _same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether options name the same text; the model's own tokenizer may be named by several paths."""
+    """Whether options name the same text, by any tokenizer path."""
     return one | {"tokenizer": ""} == other | {"tokenizer": ""}
