@@ -11,7 +11,7 @@ from open_mythos.cli.console import console, picture, progress, table
 from open_mythos.cli.measured import share, show_grid, show_halting, show_text
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation.grid import combine
-from open_mythos.evaluation.metrics import BEYOND
+from open_mythos.evaluation.metrics import OVERTHINKING_FACTOR
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.model import OpenMythos
@@ -88,7 +88,7 @@ def show_metrics(found: Evaluation) -> None:
     console.print(shown)
     trained = found.metrics["trained_loops"]
     console.print(
-        f"best: at the fewest loops that reach it to within .001. lost: best minus accuracy at {BEYOND} times the "
+        f"best: at the fewest loops that reach it to within .001. lost: best minus accuracy at {OVERTHINKING_FACTOR} times the "
         f"{trained} trained loops, or the deepest here. settled: positions whose state moves by less than 1% in loop "
         f"{grid.loops[-1]}. zeros, noise: answers that differ there if the loop starts from these.",
         style="dim", highlight=False,
