@@ -1,4 +1,4 @@
-"""``mythos info``: what a model costs, from its config alone."""
+"""``mythos info``: cost of a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
 def info(
     model: Annotated[str, typer.Argument(help="A variant such as 1b, a config.json, or a checkpoint directory.")],
 ) -> None:
-    """What a variant or a checkpoint costs: parameters, arithmetic, cache."""
+    """Cost of a variant or a checkpoint: parameters, FLOPs, cache."""
     with clear_errors():
         cfg = find_config(model)
     show_shape(model, cfg)
     show_cost(cfg)
-    if Path(model).exists():
-        console.print(f"Next: look inside it with [bold]mythos diagnose {model}[/bold].", highlight=False)
-    else:
-        console.print("Next: train a small model with [bold]mythos demo[/bold], then look inside it with "
-                      "[bold]mythos diagnose DIRECTORY[/bold].", highlight=False)  # fmt: skip
+    train_one = "train a small model with [bold]mythos demo[/bold], then "
+    exists = Path(model).exists()
+    directory = model if exists else "DIRECTORY"
+    console.print(
+        f"Next: {'' if exists else train_one}look inside it with [bold]mythos diagnose {directory}[/bold].",
+        highlight=False,
+    )
 
 
 def find_config(name: str) -> MythosConfig:
-    """The config of a file, a checkpoint directory or a variant; an existing path comes first.
+    """The config of a file, a checkpoint directory or a variant; existing paths take precedence.
 
     Raises:
         ValueError: if ``name`` is none of them, or its config is bad.
@@ -38,11 +40,11 @@ def find_config(name: str) -> MythosConfig:
     from open_mythos.checkpoint import CONFIG_FILE
 
     path = Path(name)
-    inside = path / CONFIG_FILE
-    if path.is_file() or inside.is_file():
-        return MythosConfig.load(path if path.is_file() else inside)
+    file = path / CONFIG_FILE if path.is_dir() else path
+    if file.is_file():
+        return MythosConfig.load(file)
     if path.is_dir():
-        raise ValueError(f"{inside} is missing; a checkpoint directory holds {CONFIG_FILE}")
+        raise ValueError(f"{file} is missing; a checkpoint directory holds {CONFIG_FILE}")
     if len(path.parts) > 1 or path.suffix:
         raise ValueError(
             f"{path} does not exist; give a config file, a checkpoint directory or one of {', '.join(VARIANTS)}"
@@ -61,7 +63,7 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
         attention = f"MLA, {cfg.n_heads} heads, latent {cfg.kv_lora_rank} + rotary {cfg.qk_rope_head_dim}"
     experts = {
         "routed experts": f"{cfg.n_experts} of width {cfg.expert_dim:,}, {cfg.n_experts_per_tok} per token",
-        "shared experts": f"{cfg.n_shared_experts}, together of width {cfg.shared_dim:,}",
+        "shared experts": f"{cfg.n_shared_experts}, total width {cfg.shared_dim:,}",
     }
     for label, value in {
         "width": f"{cfg.dim:,}",
@@ -95,6 +97,5 @@ def show_cost(cfg: MythosConfig) -> None:
 
 def loop_counts(cfg: MythosConfig) -> list[int]:
     """Powers of two up to twice the default number of loops, and those two numbers."""
-    most = 2 * cfg.max_loop_iters
-    powers = {2**i for i in range(most.bit_length()) if 2**i <= most}
-    return sorted(powers | {cfg.max_loop_iters, most})
+    maximum = 2 * cfg.max_loop_iters
+    return sorted({2**i for i in range(maximum.bit_length())} | {cfg.max_loop_iters, maximum})

@@ -1,4 +1,4 @@
-"""Tables of what was measured of a model, as every command shows them."""
+"""Tables of evaluation results, shared by the commands."""
 
 from __future__ import annotations
 
@@ -12,62 +12,59 @@ from open_mythos.evaluation.summary import Evaluation
 from open_mythos.nn.exits import Exit
 
 SHALLOW, DEEP = 8, 32
-"""Loops between which a text model is asked to stay as good as it was."""
+"""Loop counts whose relative difference in bits is shown."""
 
 
-def show_grid(found: Evaluation, trained: int, exit: Exit | None = None) -> None:
-    """A column for each difficulty, those up to ``trained`` marked; the best accuracies bold."""
-    grid, mean = found.grids[0], combine(found.grids)["accuracy"].mean
-    state = "none stops early" if exit is None else f"exit {exit}"
-    n_problems = grid.examples * len(found.grids)
+def show_grid(evaluation: Evaluation, trained: int, exit: Exit | None = None) -> None:
+    """A column per difficulty, those up to ``trained`` marked; the best accuracies bold."""
+    grid, mean = evaluation.grids[0], combine(evaluation.grids)["accuracy"].mean
+    rule = "no early exit" if exit is None else f"exit {exit}"
+    n_problems = grid.examples * len(evaluation.grids)
     names = [f"{n} {grid.unit}" + (" (trained)" if n <= trained else "") for n in grid.difficulties]
-    title = f"{grid.task}: accuracy by loops, {state}, {n_problems} problems each, guessing {share(grid.chance)}"
-    shown, best = table(title, "loops", *names), [share(accuracy) for accuracy in mean.amax(1).tolist()]
+    title = f"{grid.task}: accuracy by loops, {rule}, {n_problems} problems each, guessing {share(grid.chance)}"
+    rows, best = table(title, "loops", *names), [share(accuracy) for accuracy in mean.amax(1).tolist()]
     for count, column in zip(grid.loops, mean.T.tolist(), strict=True):
-        cells = (Text(share(x), "bold" if share(x) == most else "") for x, most in zip(column, best, strict=True))
-        shown.add_row(str(count), *cells)
-    console.print(shown)
+        cells = (Text(share(x), "bold" if share(x) == top else "") for x, top in zip(column, best, strict=True))
+        rows.add_row(str(count), *cells)
+    console.print(rows)
     if exit is not None:
         used = zip(grid.difficulties, grid.loops_used[:, -1].tolist(), strict=True)
-        ran = ", ".join(f"{n:.1f} with {difficulty} {grid.unit}" for difficulty, n in used)
-        console.print(f"loops that a position ran, of {grid.loops[-1]}: {ran}", style="dim", highlight=False)
+        means = ", ".join(f"{n:.1f} with {difficulty} {grid.unit}" for difficulty, n in used)
+        console.print(f"mean loops of a position, of {grid.loops[-1]}: {means}", style="dim", highlight=False)
 
 
-def show_halting(found: Evaluation) -> None:
-    """What halting saves, and accuracy at equal operations; nothing for a model that does not halt."""
-    halting, matched = found.metrics["halting"], found.metrics["compute_matched"]
+def show_halting(evaluation: Evaluation) -> None:
+    """Savings of halting, and accuracy at matched FLOPs; nothing for a model without halting."""
+    halting, matched = evaluation.metrics["halting"], evaluation.metrics["compute_matched"]
     if halting is None:
         return
-    shown = table("difficulties mixed in one batch", "", "accuracy", "loops")
-    shown.add_row("fixed count", share(halting["accuracy_fixed"]), f"{halting['loops_fixed']:.1f}")
-    shown.add_row("halting", share(halting["accuracy_halting"]), f"{halting['loops_halting']:.1f}")
-    shown.add_row("saved", "", f"{halting['saved']:.0%}")
-    console.print(shown)
-    title = f"at equal operations, {matched['difficulty']} {found.grids[0].unit}"
-    shown = table(title, "act_threshold", "loops", "a token", "halting", "fixed count")
+    rows = table("difficulties mixed in one batch", "", "accuracy", "loops")
+    rows.add_row("fixed depth", share(halting["accuracy_fixed"]), f"{halting['loops_fixed']:.1f}")
+    rows.add_row("halting", share(halting["accuracy_halting"]), f"{halting['loops_halting']:.1f}")
+    rows.add_row("saved", "", f"{halting['saved']:.0%}")
+    console.print(rows)
+    title = f"at matched FLOPs, {matched['difficulty']} {evaluation.grids[0].unit}"
+    rows = table(title, "act_threshold", "loops", "a token", "halting", "fixed depth")
     for threshold, curve in matched["halting"].items():
         point: dict[str, Any] = curve[-1]
-        cost = si(point["flops"], "FLOP")
-        shown.add_row(
-            threshold, f"{point['loops']:.1f}", cost, share(point["accuracy"]), share(point["fixed_accuracy"])
-        )
-    console.print(shown)
+        accuracy = share(point["accuracy"]), share(point["fixed_accuracy"])
+        rows.add_row(threshold, f"{point['loops']:.1f}", si(point["flops"], "FLOP"), *accuracy)
+    console.print(rows)
 
 
-def show_text(found: dict[int, dict[int, float]]) -> None:
-    """A column for each length; the least bits bold."""
-    shown = table("bits per byte of held-out text", "loops", *(f"{length} tokens" for length in found))
-    curves = list(found.values())
+def show_text(bits: dict[int, dict[int, float]]) -> None:
+    """A column per length; the minimum bits bold."""
+    rows = table("bits per byte of held-out text", "loops", *(f"{length} tokens" for length in bits))
+    curves = list(bits.values())
     for n in curves[0]:
-        cells = ((curve[n], "bold" if curve[n] == min(curve.values()) else "") for curve in curves)
-        shown.add_row(str(n), *(Text(f"{bits:.4f}", style) for bits, style in cells))
+        rows.add_row(str(n), *(Text(f"{c[n]:.4f}", "bold" if c[n] == min(c.values()) else "") for c in curves))
     if {SHALLOW, DEEP} <= curves[0].keys():
-        shown.add_section()
+        rows.add_section()
         changes = (curve[DEEP] / curve[SHALLOW] - 1 for curve in curves)
-        shown.add_row(f"from {SHALLOW} to {DEEP}", *(f"{change:+.2%}" for change in changes))
-    console.print(shown)
+        rows.add_row(f"from {SHALLOW} to {DEEP}", *(f"{change:+.2%}" for change in changes))
+    console.print(rows)
 
 
 def share(x: float) -> str:
-    """A share in four characters: ``.731``, ``1.00``."""
+    """A fraction in four characters: ``.731``, ``1.00``."""
     return f"{x:.3f}".removeprefix("0")[:4]
