@@ -23,22 +23,11 @@ GREY, LIGHT_GREY = "#767676", "#F2F2F2"
 WIDTH, HEIGHT, MAX_WIDTH = 6.4, 4.0, 16.0  # inches
 LEGEND = 1.6  # inches, right of the axes
 STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "image.cmap": "cividis",
-    "savefig.dpi": 150,
-    "savefig.facecolor": "white",
-}
+    "font.size": 10, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.titlepad": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#E4E4E4",
+    "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False, "image.cmap": "cividis",
+    "savefig.dpi": 150, "savefig.facecolor": "white",
+}  # fmt: skip
 
 
 def require_matplotlib() -> None:
@@ -66,9 +55,7 @@ def accuracy_by_loops(
     with _axes(path, WIDTH + LEGEND) as (figure, axes):
         for i, (label, curve) in enumerate(curves.items()):
             loops = sorted(curve)
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            accuracy = [curve[n] for n in loops]
-            axes.plot(loops, accuracy, label=label, color=colour, marker=marker, clip_on=False, zorder=3)
+            axes.plot(loops, [curve[n] for n in loops], label=label, clip_on=False, zorder=3, **_line_style(i))
         counts = sorted({n for curve in curves.values() for n in curve})
         _log2_ticks(axes, counts)
         axes.set(ylim=(0, 1), ylabel="accuracy (share of answers right)", xlabel="loops of the recurrent block")
@@ -95,10 +82,8 @@ def scores_by_loops(
         for axes, (metric, curves) in zip(rows, panels.items(), strict=True):
             for task, curve in curves.items():
                 loops, i = sorted(curve), tasks.index(task)
-                axes.errorbar(
-                    loops, [curve[n][0] for n in loops], [curve[n][1] or 0 for n in loops], label=task, capsize=2,
-                    color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], elinewidth=0.8,
-                )  # fmt: skip
+                scores, errors = zip(*((curve[n][0], curve[n][1] or 0) for n in loops), strict=True)
+                axes.errorbar(loops, scores, errors, label=task, capsize=2, elinewidth=0.8, **_line_style(i))
             _log2_ticks(axes, sorted({n for curve in curves.values() for n in curve}))
             axes.set_ylabel(metric)
         rows[0].set_title("Scores by number of loops (bars: standard error)")
@@ -108,14 +93,9 @@ def scores_by_loops(
 
 
 def accuracy_grid(
-    accuracy: ArrayLike,
-    difficulties: Sequence[int],
-    loops: Sequence[int],
-    path: str | Path,
-    unit: str = "difficulty",
-    chance: float = 0.0,
-    trained: tuple[int, int] | None = None,
-) -> None:
+    accuracy: ArrayLike, difficulties: Sequence[int], loops: Sequence[int], path: str | Path, unit: str = "difficulty",
+    chance: float = 0.0, trained: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
     """Accuracy over difficulty and loops, as a heat map with the numbers in it.
 
     Args:
@@ -131,7 +111,7 @@ def accuracy_grid(
     n_rows, n_columns = values.shape
     width = max(WIDTH, 2.4 + 0.52 * n_columns)
     with _axes(path, width, height=max(HEIGHT / 2, 1.4 + 0.4 * n_rows)) as (figure, axes):
-        _heat_map(figure, axes, values, "accuracy", highest=1.0, lowest=chance)
+        _heat_map(figure, axes, values, "accuracy", high=1.0, low=chance)
         for row, column in np.ndindex(n_rows, n_columns):
             dark = values[row, column] < (1 + chance) / 2
             text = f"{values[row, column]:.3f}".removeprefix("0")
@@ -166,14 +146,15 @@ def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | N
             axes.grid(False, axis="x")
             _whole_ticks(axes.yaxis)
         else:
-            _heat_map(figure, axes, values, "halting probability of the gate", highest=1.0)
+            _heat_map(figure, axes, values, "halting probability of the gate", high=1.0)
             axes.set(ylabel="loop", title="Halting probability by position and loop")
         axes.set_xlabel("position (tokens)" if tokens is None else "token")
         if tokens is None:
             _whole_ticks(axes.xaxis)
         else:
-            axes.set_xticks(range(length), [str(token) for token in tokens], fontsize=8)
-            axes.tick_params(axis="x", rotation=90 if max(len(str(token)) for token in tokens) > 2 else 0, length=0)
+            labels = [str(token) for token in tokens]
+            axes.set_xticks(range(length), labels, fontsize=8)
+            axes.tick_params(axis="x", rotation=90 if max(map(len, labels)) > 2 else 0, length=0)
 
 
 def expert_load(load: ArrayLike, path: str | Path) -> None:
@@ -213,6 +194,10 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
         _whole_ticks(axes.xaxis)
 
 
+def _line_style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
 @contextmanager
 def _axes(path: str | Path, width: float, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
     with _figure(path, width, height) as figure:
@@ -236,17 +221,12 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def _heat_map(
-    figure: Figure,
-    axes: Axes,
-    values: NDArray[np.float64],
-    label: str,
-    highest: float | None = None,
-    lowest: float = 0.0,
+    figure: Figure, axes: Axes, values: NDArray[np.float64], label: str, high: float | None = None, low: float = 0.0
 ) -> None:
     """(rows, columns) values as a heat map with a colour bar; row 1 is on top."""
     n_rows, n_columns = values.shape
     columns, rows = np.arange(n_columns + 1) - 0.5, np.arange(n_rows + 1) + 0.5
-    cells = axes.pcolormesh(columns, rows, values, vmin=lowest, vmax=highest, edgecolors="white", linewidth=0.4)
+    cells = axes.pcolormesh(columns, rows, values, vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
     figure.colorbar(cells, ax=axes, label=label, pad=0.02)
     axes.invert_yaxis()
     axes.set_facecolor(LIGHT_GREY)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -72,12 +72,14 @@ def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
         yield lambda step: bar.update(task, description=step, completed=next(counter))
 
 
-def table(title: str, *columns: str) -> Table:
-    """An empty table: first column left-aligned, the others right-aligned."""
-    empty = Table(title=title, title_justify="left", title_style="bold", header_style="")
+def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = ()) -> Table:
+    """A table of ``rows``: first column left-aligned, the others right-aligned."""
+    result = Table(title=title, title_justify="left", title_style="bold", header_style="")
     for i, name in enumerate(columns):
-        empty.add_column(name, justify="right" if i else "left")
-    return empty
+        result.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        result.add_row(*row)
+    return result
 
 
 def si(number: float, unit: str = "") -> str:

@@ -60,17 +60,15 @@ def show(conversion: Conversion) -> None:
     from open_mythos.integrations.upstream.convert import SEMANTICS
 
     cfg = conversion.model.cfg
-    shape = table("the reference's model", "", "")
-    for label, value in {
+    shape = {
         "attention": f"{cfg.attn_type.upper()}, {cfg.n_heads} heads, rope_theta={cfg.rope_theta:g}",
         "width": f"{cfg.dim}",
         "layers": f"{cfg.prelude_layers} prelude, 1 recurrent, {cfg.coda_layers} coda",
         "experts": f"{cfg.n_experts} routed, {cfg.n_experts_per_tok} per token; {cfg.n_shared_experts} shared",
         "loops by default": f"{cfg.max_loop_iters}, act_threshold={cfg.act_threshold:g}",
         "parameters": f"{parameters(cfg).total:,}",
-    }.items():
-        shape.add_row(label, value)
-    console.print(shape)
+    }
+    console.print(table("the reference's model", "", "", rows=shape.items()))
     fields = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in [*SEMANTICS, "loop_index_dim"])
     for title, lines in (("Folded", conversion.folded), ("Set", [fields]), ("Note", conversion.notes)):
         for line in lines:

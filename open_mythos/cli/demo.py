@@ -30,9 +30,7 @@ def demo(
         plots.require_matplotlib()
         torch.manual_seed(seed)
         model = OpenMythos.from_pretrained(PRETRAINED) if pretrained else OpenMythos(parity.CONFIG)
-        lengths, loops = (
-            (parity.PRETRAINED_LENGTHS, parity.PRETRAINED_LOOPS) if pretrained else (parity.LENGTHS, parity.LOOPS)
-        )
+        lengths, loops = parity.PRETRAINED if pretrained else parity.TRAINED
         trained_loops = model.cfg.max_loop_iters if pretrained else parity.MAX_TRAINED_LOOPS
         n_parameters = sum(p.numel() for p in model.parameters())
         console.print(
@@ -50,10 +48,8 @@ def demo(
         (out / "example.json").write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
         (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
         plots.accuracy_by_loops(curves, out / "depth.png", chance=0.5, trained_loops=trained_loops)
-    rows = table("accuracy by loops, same weights", "loops", *curves)
-    for n in loops:
-        rows.add_row(str(n), *(f"{curve[n]:.3f}" for curve in curves.values()))
-    console.print(rows)
+    rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in loops)
+    console.print(table("accuracy by loops, same weights", "loops", *curves, rows=rows))
     note(
         f"Plot: {out / 'depth.png'}   table: {out / 'table.json'}   checkpoint: {out}",
         f"Next: look inside it with [bold]mythos diagnose {out} --plots {out}[/bold].",

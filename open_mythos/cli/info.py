@@ -22,21 +22,14 @@ def info(
         cfg = find_config(model)
     show_shape(model, cfg)
     show_cost(cfg)
-    train_one = "train a small model with [bold]mythos demo[/bold], then "
-    exists = Path(model).exists()
-    directory = model if exists else "DIRECTORY"
-    console.print(
-        f"Next: {'' if exists else train_one}look inside it with [bold]mythos diagnose {directory}[/bold].",
-        highlight=False,
-    )
+    train, directory = "train a small model with [bold]mythos demo[/bold], then ", "DIRECTORY"
+    if Path(model).exists():
+        train, directory = "", model
+    console.print(f"Next: {train}look inside it with [bold]mythos diagnose {directory}[/bold].", highlight=False)
 
 
 def find_config(name: str) -> MythosConfig:
-    """The config of a file, a checkpoint directory or a variant; existing paths take precedence.
-
-    Raises:
-        ValueError: if ``name`` is none of them, or its config is bad.
-    """
+    """The config of a file, a checkpoint directory or a variant; existing paths take precedence."""
     from open_mythos.checkpoint import CONFIG_FILE
 
     path = Path(name)
@@ -46,9 +39,8 @@ def find_config(name: str) -> MythosConfig:
     if path.is_dir():
         raise ValueError(f"{file} is missing; a checkpoint directory holds {CONFIG_FILE}")
     if len(path.parts) > 1 or path.suffix:
-        raise ValueError(
-            f"{path} does not exist; give a config file, a checkpoint directory or one of {', '.join(VARIANTS)}"
-        )
+        known = ", ".join(VARIANTS)
+        raise ValueError(f"{path} does not exist; give a config file, a checkpoint directory or one of {known}")
     return variant(name)
 
 
@@ -56,7 +48,6 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
     from open_mythos.diagnostics.cost import parameters
 
     count = parameters(cfg)
-    shape = table(name, "shape", "")
     if cfg.attn_type == "gqa":
         attention = f"GQA, {cfg.n_heads} heads of {cfg.head_dim}, {cfg.n_kv_heads} key/value heads"
     else:
@@ -65,7 +56,7 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
         "routed experts": f"{cfg.n_experts} of width {cfg.expert_dim:,}, {cfg.n_experts_per_tok} per token",
         "shared experts": f"{cfg.n_shared_experts}, total width {cfg.shared_dim:,}",
     }
-    for label, value in {
+    shape = {
         "width": f"{cfg.dim:,}",
         "vocabulary": f"{cfg.vocab_size:,}",
         "context": f"{cfg.max_seq_len:,} tokens",
@@ -75,9 +66,8 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
         **(experts if cfg.n_experts else {"feed-forward": f"dense, of width {cfg.ffn_dim:,}"}),
         "parameters": f"{count.total:,}",
         "active per token": f"{count.active:,} ({count.active / count.total:.0%})",
-    }.items():
-        shape.add_row(label, value)
-    console.print(shape)
+    }
+    console.print(table(name, "shape", "", rows=shape.items()))
 
 
 def show_cost(cfg: MythosConfig) -> None:

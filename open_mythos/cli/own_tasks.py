@@ -23,19 +23,10 @@ from open_mythos.training.runs import TRAINING_FILE, held_out_options, model_dir
 
 
 def settings(
-    checkpoint: str,
-    model: MythosConfig,
-    task: str | None,
-    options: list[str],
-    difficulties: str | None,
-    loops: str | None,
-    examples: int | None,
-) -> TrainConfig:
-    """The config of the checkpoint's training, with task and evaluation overridden.
-
-    Raises:
-        ValueError: for an invalid value, or if neither checkpoint nor user names a task.
-    """
+    checkpoint: str, model: MythosConfig, task: str | None, options: list[str], difficulties: str | None,
+    loops: str | None, examples: int | None,
+) -> TrainConfig:  # fmt: skip
+    """The config of the checkpoint's training, with task and evaluation overridden."""
     has_config = task is None or (model_dir(checkpoint) / TRAINING_FILE).is_file()
     cfg = training_config(checkpoint) if has_config else TrainConfig(model=model)
     if task is not None and (not has_config or task != cfg.task.name):

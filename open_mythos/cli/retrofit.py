@@ -63,7 +63,8 @@ def retrofit(
         begin("saving")
         surgery.save(model, tokenizer, directory)
     show_layers(split, n_layers)
-    show_bits(rows, ids.shape[1])
+    shown = ((name, f"{value:.3f}") for name, value in rows.items())
+    console.print(table(f"bits per byte of {ids.shape[1]} tokens", "", "bits", rows=shown))
     largest = float(logits.abs().max())
     original_layers = "the original" if prelude + core + coda == n_layers else "the layers that were kept"
     note(
@@ -85,19 +86,7 @@ def bits(logits: Tensor, ids: Tensor, tokenizer: object) -> float:
 
 def show_layers(split: Split, n_layers: int) -> None:
     prelude, core, coda = split.layers(n_layers)
-    dropped = range(prelude.stop, core.start)
-    rows = table("layers of the original", "part", "layers", "run")
-    for part, layers, run in (
-        ("prelude", prelude, "once"), ("dropped", dropped, "never"), ("core", core, "in each loop"),
-        ("coda", coda, "once"),
-    ):  # fmt: skip
-        if len(layers):
-            rows.add_row(part, f"{layers.start + 1} to {layers.stop}", run)
-    console.print(rows)
-
-
-def show_bits(bits_by_model: dict[str, float], n_tokens: int) -> None:
-    rows = table(f"bits per byte of {n_tokens} tokens", "", "bits")
-    for name, value in bits_by_model.items():
-        rows.add_row(name, f"{value:.3f}")
-    console.print(rows)
+    parts = {"prelude": prelude, "dropped": range(prelude.stop, core.start), "core": core, "coda": coda}
+    run = {"prelude": "once", "dropped": "never", "core": "in each loop", "coda": "once"}
+    rows = ((part, f"{layers.start + 1} to {layers.stop}", run[part]) for part, layers in parts.items() if layers)
+    console.print(table("layers of the original", "part", "layers", "run", rows=rows))

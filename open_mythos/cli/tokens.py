@@ -16,11 +16,7 @@ RANDOM_TOKENS, SEED = 64, 0
 
 
 def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, Tensor]:
-    """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, or random ones.
-
-    Raises:
-        ValueError: for an invalid prompt or example.
-    """
+    """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, or random ones."""
     example = checkpoint / EXAMPLE_FILE
     if prompt is not None:
         words = prompt.replace(",", " ").split()

@@ -66,11 +66,10 @@ def train(
 def show_recipes() -> None:
     from open_mythos.training.recipes import RECIPES
 
-    rows = table("recipes", "recipe", "description")
-    rows.columns[1].justify = "left"
-    for name, recipe in RECIPES.items():
-        rows.add_row(name, (recipe.__doc__ or "").partition("\n")[0])
-    console.print(rows)
+    rows = ((name, (recipe.__doc__ or "").partition("\n")[0]) for name, recipe in RECIPES.items())
+    recipes = table("recipes", "recipe", "description", rows=rows)
+    recipes.columns[1].justify = "left"
+    console.print(recipes)
     console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
 
 
@@ -78,19 +77,18 @@ def show_cost(cfg: TrainConfig) -> None:
     from open_mythos.training.cost import run_cost
 
     cost = run_cost(cfg)
-    rows = table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method")
-    rows.columns[2].justify = "left"
     seconds = cost.seconds_per_step
-    for row in (
+    rows = (
         ("parameters", f"{cost.parameters:,}", "counted"),
         ("FLOPs per step", si(cost.flops_per_step), "matrix products, at the mean number of loops"),
         ("memory of the weights", si(cost.weight_bytes, "B"), "weights, gradients, optimizer state, EMA"),
         ("memory of activations", si(cost.activation_bytes, "B"), "saved for the backward pass; peak of the trials"),
         ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
         ("time of the run", str(timedelta(seconds=round(seconds * cfg.steps))), f"{cfg.steps:,} steps, no evaluation"),
-    ):
-        rows.add_row(*row)
-    console.print(rows)
+    )
+    costs = table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method", rows=rows)
+    costs.columns[2].justify = "left"
+    console.print(costs)
 
 
 def show_evaluation(cfg: TrainConfig, run: Path) -> None:

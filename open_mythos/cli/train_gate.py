@@ -48,10 +48,10 @@ def train_gate(
             scores = run_training(model, task, cfg.gate, easiest, hardest, generator, begin)
         model.save_pretrained(out)
         dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
-    rows = table(f"new problems of {easiest} to {hardest} {task.unit}, mixed", "", "accuracy", "loops used")
-    for label, key in (("every loop", "fixed"), ("halting gate", "halting")):
-        rows.add_row(label, f"{scores[f'accuracy_{key}']:.4f}", f"{scores[f'loops_{key}']:.1f}")
-    console.print(rows)
+    labels = {"fixed": "every loop", "halting": "halting gate"}
+    rows = ((labels[k], f"{scores[f'accuracy_{k}']:.4f}", f"{scores[f'loops_{k}']:.1f}") for k in labels)
+    title = f"new problems of {easiest} to {hardest} {task.unit}, mixed"
+    console.print(table(title, "", "accuracy", "loops used", rows=rows))
     console.print(f"The gate saves {1 - scores['loops_halting'] / scores['loops_fixed']:.0%} of the loops.")
     note(
         f"Model: {out}; the original is unchanged.",
@@ -62,22 +62,15 @@ def train_gate(
 def settings(
     cfg: TrainConfig, steps: int | None, min_difficulty: int | None, max_difficulty: int | None, loops: int | None
 ) -> TrainConfig:
-    """``cfg`` with the given options of the gate and the task.
-
-    Raises:
-        ValueError: for invalid values, or a baseline, whose depth is fixed.
-    """
+    """``cfg`` with the given options of the gate and the task."""
     if cfg.kind != "looped":
         raise ValueError(f"this is a baseline (kind={cfg.kind!r}), whose depth cannot be chosen; give a looped model")
     low = cfg.task.min_difficulty if min_difficulty is None else min_difficulty
     high = max(low, cfg.hardest_for_gate) if max_difficulty is None else max_difficulty
-    gate = {
-        "steps": steps or cfg.gate.steps or GateConfig().steps,
-        "loops": loops or cfg.gate.loops,
-        "max_difficulty": max(0, high),
-    }
+    n_steps, n_loops = steps or cfg.gate.steps or GateConfig().steps, loops or cfg.gate.loops
+    gate = dataclasses.replace(cfg.gate, steps=n_steps, loops=n_loops, max_difficulty=max(0, high))
     task = dataclasses.replace(cfg.task, min_difficulty=low, max_difficulty=high)
-    return dataclasses.replace(cfg, gate=dataclasses.replace(cfg.gate, **gate), task=task)
+    return dataclasses.replace(cfg, gate=gate, task=task)
 
 
 def default_out(checkpoint: str) -> Path:

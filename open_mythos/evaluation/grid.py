@@ -28,10 +28,8 @@ class DepthGrid:
         examples: problems per difficulty.
         seed: of the problems.
         halting: whether positions could halt.
-        accuracy: share of a problem's scored tokens that are right, mean over problems.
-        low, high: normal 95% interval of ``accuracy`` over problems.
-        exact: share of problems whose scored tokens are all right.
-        exact_low, exact_high: Wilson's 95% interval of ``exact``.
+        accuracy, low, high: share of a problem's scored tokens that are right, mean and normal 95% interval.
+        exact, exact_low, exact_high: share of problems without an error, and Wilson's 95% interval.
         loops_used: loops run by a position, mean over positions without padding.
     """
 
@@ -74,20 +72,13 @@ class DepthGrid:
         if missing or unknown:
             raise ValueError(f"not a depth grid: fields missing: {missing}, unknown: {unknown}; measure it again")
         tensors = {name for name, kind in kinds.items() if kind == "Tensor"}
-        return cls(**{k: torch.tensor(v, dtype=torch.float64) if k in tensors else v for k, v in data.items()})
+        return cls(**data | {name: torch.tensor(data[name], dtype=torch.float64) for name in tensors})
 
 
 def depth_grid(
-    model: OpenMythos,
-    task: Task,
-    difficulties: Sequence[int],
-    loops: Sequence[int],
-    examples: int = 256,
-    seed: int = 0,
-    halting: bool | None = None,
-    progress: Callable[[str], None] | None = None,
-    exit: Exit | None = None,
-) -> DepthGrid:
+    model: OpenMythos, task: Task, difficulties: Sequence[int], loops: Sequence[int], examples: int = 256,
+    seed: int = 0, halting: bool | None = None, progress: Callable[[str], None] | None = None, exit: Exit | None = None,
+) -> DepthGrid:  # fmt: skip
     """Evaluate ``model`` on new problems: one run per difficulty, scored at every loop count.
 
     The problems of a difficulty depend only on ``seed`` and ``examples``, so that models and settings are compared on
@@ -129,21 +120,14 @@ def check_fit(model: OpenMythos, task: Task, difficulties: Sequence[int], exampl
     """Raise ValueError without difficulties or examples, or if the task's vocabulary exceeds the model's."""
     if not difficulties or examples < 1:
         raise ValueError(f"difficulties={list(difficulties)}, examples={examples}; give at least one of each")
-    if task.vocab_size > model.cfg.vocab_size:
-        raise ValueError(
-            f"{task.name} has {task.vocab_size} tokens and the model {model.cfg.vocab_size}; "
-            f"use the task and options that the model was trained on"
-        )
+    n, known = task.vocab_size, model.cfg.vocab_size
+    if n > known:
+        raise ValueError(f"{task.name} has {n} tokens and the model {known}; use the task and options of its training")
 
 
 class Scores(NamedTuple):
-    """Result of :func:`score_by_loops`, float64 on the CPU.
-
-    Attributes:
-        tokens: (L, n) share of each problem's scored tokens that are right.
-        exact: (L, n) 1 where all of them are right.
-        loops_used: (L,) loops run by a position, mean over positions without padding.
-    """
+    """Share of each problem's scored tokens that are right (L, n), whether all are (L, n), and mean loops run by a
+    position (L,); float64 on the CPU."""
 
     tokens: Tensor
     exact: Tensor
@@ -191,8 +175,8 @@ def combine(grids: Sequence[DepthGrid]) -> dict[str, Spread]:
         raise ValueError("no grids to combine; give at least one")
     for grid in grids[1:]:
         for name in ("task", "version", "options", "difficulties", "loops", "halting"):
-            ours, theirs = getattr(grids[0], name), getattr(grid, name)
-            if ours != theirs:
-                raise ValueError(f"grids differ in {name}: {ours} and {theirs}; combine what was measured alike")
+            a, b = getattr(grids[0], name), getattr(grid, name)
+            if a != b:
+                raise ValueError(f"grids differ in {name}: {a} and {b}; combine grids of the same settings")
     stacked = {name: torch.stack([getattr(grid, name) for grid in grids], dim=-1) for name in ("accuracy", "exact")}
     return {name: Spread(x.mean(-1), x.amin(-1), *student_interval(x)) for name, x in stacked.items()}

@@ -45,13 +45,10 @@ class Damage(NamedTuple):
 
 
 def overthinking_damage(grid: DepthGrid, trained_loops: int) -> list[Damage]:
-    """Best accuracy minus that at 16 times the trained loops, for each difficulty of ``grid``.
+    """Best accuracy minus that at 16 times ``trained_loops``, for each difficulty of ``grid``.
 
-    Measured at the largest loop count of the grid up to that; ``deepest`` gives it.
-
-    Args:
-        grid: from ``depth_grid``.
-        trained_loops: maximum in training, ``cfg.max_loop_iters`` of models trained here.
+    Measured at the largest loop count of the grid up to that, :attr:`Damage.deepest`. ``trained_loops`` is
+    ``cfg.max_loop_iters`` of models trained here.
     """
     n = max(1, sum(count <= OVERTHINKING_FACTOR * trained_loops for count in grid.loops))
     damages = []
@@ -63,14 +60,9 @@ def overthinking_damage(grid: DepthGrid, trained_loops: int) -> list[Damage]:
 
 
 def settle_rate(
-    model: OpenMythos,
-    task: Task,
-    difficulty: int,
-    loops: int,
-    examples: int = 256,
-    seed: int = 0,
+    model: OpenMythos, task: Task, difficulty: int, loops: int, examples: int = 256, seed: int = 0,
     tolerance: float = 0.01,
-) -> float:
+) -> float:  # fmt: skip
     """Share of positions whose state has converged after ``loops`` loops: ``|h_t - h_{t-1}| < tolerance |h_t|``.
 
     Halting is off, since the state of a halted position does not change either.
@@ -94,12 +86,7 @@ def settle_rate(
 
 
 class FromStart(NamedTuple):
-    """Results from one kind of initial state.
-
-    Attributes:
-        accuracy: share of scored tokens that are right, mean over problems.
-        differing: share of scored positions whose prediction differs from that with the model's own initial state.
-    """
+    """Accuracy from an initial state, and the share of scored predictions that differ from the model's own."""
 
     accuracy: float
     differing: float
@@ -137,13 +124,7 @@ def initial_state_gap(
 
 
 class HaltingGain(NamedTuple):
-    """Fixed depth against halting, on problems of mixed difficulty.
-
-    Attributes:
-        accuracy_fixed, accuracy_halting: share of scored tokens that are right, mean over problems.
-        loops_fixed, loops_halting: loops run by a position, mean over positions without padding.
-        saved: share of the loops that halting saves.
-    """
+    """Accuracy and mean loops of fixed depth and of halting, and the share of loops that halting saves."""
 
     accuracy_fixed: float
     accuracy_halting: float
@@ -163,16 +144,7 @@ def enough_loops(
 def fixed_vs_halting(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: int, examples: int = 256, seed: int = 0
 ) -> HaltingGain:
-    """Accuracy and loops of fixed depth and of halting, on one batch that cycles through ``difficulties``.
-
-    Args:
-        model: what is evaluated.
-        task: draws and scores the problems.
-        difficulties: mixed in one batch.
-        loops: the fixed depth, and the limit of halting; enough for the hardest.
-        examples: problems in total.
-        seed: of the problems.
-    """
+    """Compare the fixed depth ``loops`` with halting after at most as many, on one batch of mixed ``difficulties``."""
     check_fit(model, task, difficulties, examples)
     mixed = [difficulties[i % len(difficulties)] for i in range(examples)]
     problems = task.mixed(mixed, torch.Generator().manual_seed(seed))
@@ -186,13 +158,7 @@ def fixed_vs_halting(
 
 
 class Point(NamedTuple):
-    """Accuracy and cost.
-
-    Attributes:
-        flops: per token.
-        accuracy: share of scored tokens that are right, mean over problems.
-        loops: run by a position, mean over positions.
-    """
+    """FLOPs per token, accuracy, and mean loops run by a position."""
 
     flops: float
     accuracy: float
@@ -200,33 +166,19 @@ class Point(NamedTuple):
 
 
 class ComputeMatched(NamedTuple):
-    """Accuracy against FLOPs.
-
-    Attributes:
-        fixed: halting off, one point per loop count.
-        halting: halting on, for each ``act_threshold`` one point per maximum loop count.
-    """
+    """Accuracy against FLOPs by loop count: of fixed depths, and of halting by ``act_threshold``."""
 
     fixed: list[Point]
     halting: dict[float, list[Point]]
 
 
 def compute_matched(
-    model: OpenMythos,
-    task: Task,
-    difficulty: int,
-    loops: Sequence[int],
-    examples: int = 256,
-    seed: int = 0,
+    model: OpenMythos, task: Task, difficulty: int, loops: Sequence[int], examples: int = 256, seed: int = 0,
     thresholds: Sequence[float] = THRESHOLDS,
-) -> ComputeMatched:
-    """Accuracy against FLOPs with halting off and on; :func:`accuracy_at` interpolates one curve at another's cost.
+) -> ComputeMatched:  # fmt: skip
+    """Accuracy against FLOPs with halting off and on, for each number of ``loops`` (with halting, the maximum).
 
-    Args:
-        model: what is evaluated.
-        task, difficulty, examples, seed: the problems.
-        loops: the fixed depths, and the limits of halting.
-        thresholds: values of ``cfg.act_threshold``.
+    :func:`accuracy_at` interpolates one curve at another's cost.
     """
 
     def curve(halting: bool, threshold: float) -> list[Point]:

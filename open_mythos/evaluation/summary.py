@@ -80,15 +80,9 @@ class Evaluation:
 
 
 def evaluate(
-    model: OpenMythos,
-    task: Task,
-    difficulties: Sequence[int],
-    loops: Sequence[int],
-    examples: int = 256,
-    seeds: Sequence[int] = (0,),
-    exit: Exit | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Evaluation:
+    model: OpenMythos, task: Task, difficulties: Sequence[int], loops: Sequence[int], examples: int = 256,
+    seeds: Sequence[int] = (0,), exit: Exit | None = None, progress: Callable[[str], None] | None = None,
+) -> Evaluation:  # fmt: skip
     """Compute the depth grid for each seed of the problems, and the metrics for the first seed.
 
     Arguments and errors are those of :func:`~open_mythos.evaluation.grid.depth_grid`; ``progress`` is called at most

@@ -40,12 +40,9 @@ CURVES = (  # key in metrics.jsonl, title, log axis?, axis range
 
 
 def gather(
-    run: str | Path,
-    difficulty: int | None = None,
-    n_loops: int | None = None,
-    seed: int = 0,
+    run: str | Path, difficulty: int | None = None, n_loops: int | None = None, seed: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The input of :func:`~open_mythos.report.page.render` as plain values; deterministic for a run.
 
     Args:
@@ -163,11 +160,10 @@ def _baselines(run: Path) -> dict[str, Any] | None:
 
 
 def _subtitle(cfg: TrainConfig, unit: str) -> str:
-    depth = cfg.loops.maximum
     kind = {
-        "looped": f"one block, looped up to {depth} times in training",
+        "looped": f"one block, looped up to {cfg.loops.maximum} times in training",
         "single": "baseline: the same block, run once",
-        "unrolled": f"baseline: {depth} blocks with untied weights",
+        "unrolled": f"baseline: {cfg.loops.maximum} blocks with untied weights",
     }[cfg.kind]
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     trained = f"{low} to {high}" if low < high else high
@@ -175,11 +171,11 @@ def _subtitle(cfg: TrainConfig, unit: str) -> str:
 
 
 def _example_lead(example: dict[str, Any], unit: str) -> str:
-    end = len(example["predictions"])
-    halted = f" After loop {end} every position had halted." if end < example["allowed"] else ""
+    n_run, maximum = len(example["predictions"]), example["allowed"]
+    halted = f" After loop {n_run} every position had halted." if n_run < maximum else ""
     return (
         f"A new problem of {example['difficulty']} {unit} (seed {example['seed']}), at most "
-        f"{_plural(example['allowed'], 'loop')}.{halted} Step with the slider or the arrow keys. Each square "
+        f"{_plural(maximum, 'loop')}.{halted} Step with the slider or the arrow keys. Each square "
         f"is a position of the input; the map shows all loops at once, the first on top."
     )
 

@@ -22,14 +22,7 @@ PROBLEMS = 8
 def trace_example(
     model: OpenMythos, task: Task, difficulty: int, n_loops: int, seed: int = 0
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trace a problem at every position and loop, and expert load over several problems.
-
-    Args:
-        model: run in eval mode with its own config; its mode is restored.
-        task: draws the problem.
-        difficulty: of the problem.
-        n_loops: maximum; the trace ends earlier if every position halts.
-        seed: of the problem.
+    """Trace a problem at every position and loop, up to ``n_loops``, and expert load over several problems.
 
     Returns:
         The example: tokens and targets (T); predictions, their probability in percent, relative state change and the
@@ -76,6 +69,5 @@ def trace_example(
     return example, {"problems": PROBLEMS, "share": (load / load.sum(1, keepdim=True)).tolist()}
 
 
-def _percent(values: Tensor) -> list[list[int]]:
-    rounded: list[list[int]] = (100 * values.float()).round().int().tolist()
-    return rounded
+def _percent(values: Tensor) -> Any:
+    return (100 * values.float()).round().int().tolist()

@@ -11,20 +11,11 @@ from open_mythos.tasks.base import UNSCORED, Batch, Score, Task, pad
 
 __all__ = ["NAMES", "UNSCORED", "Batch", "Score", "Task", "load", "pad"]
 
-_CLASSES = {
-    "parity": "Parity",
-    "prefix_sums": "PrefixSums",
-    "chain_sum": "ChainSum",
-    "p_hop": "PHop",
-    "addition": "Addition",
-    "permutations": "Permutations",
-    "maze": "Maze",
-    "mini_sudoku": "MiniSudoku",
-    "reasoning_gym": "ReasoningGym",
-    "text": "Text",
-}
-NAMES = tuple(_CLASSES)
-"""Names that :func:`load` accepts; each is a module of this package."""
+NAMES = (
+    "parity", "prefix_sums", "chain_sum", "p_hop", "addition", "permutations", "maze", "mini_sudoku", "reasoning_gym",
+    "text",
+)  # fmt: skip
+"""Names that :func:`load` accepts. Each is a module of this package, with a class of the same name in CamelCase."""
 
 
 def load(name: str, **options: Any) -> Task:
@@ -38,9 +29,9 @@ def load(name: str, **options: Any) -> Task:
         ValueError: for an unknown name (with the nearest known one), an unknown option, or an invalid value.
         ImportError: naming the extra to install, if the task needs a package that is not installed.
     """
-    if name not in _CLASSES:
+    if name not in NAMES:
         raise ValueError(f"unknown task {name!r}; {nearest(name, NAMES)}")
-    kind = getattr(import_module(f"open_mythos.tasks.{name}"), _CLASSES[name])
+    kind = getattr(import_module(f"open_mythos.tasks.{name}"), name.title().replace("_", ""))
     known = [field.name for field in dataclasses.fields(kind)]
     for option in options:
         if option not in known:

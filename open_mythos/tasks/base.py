@@ -71,9 +71,9 @@ class Task(Checked, ABC):
         """Number of tokens, padding included."""
         return len(self.vocab)
 
-    @abstractmethod
     def length(self, difficulty: int) -> int:
-        """Number of tokens of a problem, or the maximum where it varies."""
+        """Number of tokens of a problem, or the maximum where it varies; ``difficulty`` unless overridden."""
+        return difficulty
 
     @abstractmethod
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:

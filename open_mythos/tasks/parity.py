@@ -18,9 +18,6 @@ class Parity(Task):
     vocab = ("<pad>", "0", "1")
     chance = 0.5
 
-    def length(self, difficulty: int) -> int:
-        return difficulty
-
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)
         bits = torch.randint(0, 2, (n, difficulty), generator=generator)

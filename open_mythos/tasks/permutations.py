@@ -48,9 +48,6 @@ class Permutations(Task):
         rank[group @ place_values] = torch.arange(len(group))
         self._product = rank[products @ place_values]
 
-    def length(self, difficulty: int) -> int:
-        return difficulty
-
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)
         ids = self._generators[torch.randint(0, len(self._generators), (n, difficulty), generator=generator)]

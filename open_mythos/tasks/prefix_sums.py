@@ -29,9 +29,6 @@ class PrefixSums(Task):
         self.vocab = ("<pad>", *map(str, range(self.modulus)))
         self.chance = 1 / self.modulus
 
-    def length(self, difficulty: int) -> int:
-        return difficulty
-
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)
         digits = torch.randint(0, self.modulus, (n, difficulty), generator=generator)

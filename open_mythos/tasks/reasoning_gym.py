@@ -93,7 +93,7 @@ class ReasoningGym(Task):
             with _python_random(seed):
                 for i in range(n_draws):
                     entry = dataset[i]
-                    if entry["answer"] is not None and self._n_tokens(entry) <= self.max_tokens:
+                    if entry["answer"] is not None and sum(map(len, self._tokens(entry))) - 1 <= self.max_tokens:
                         entries.append(entry | {"difficulty": difficulty})
                         if len(entries) == n:
                             return entries
@@ -110,7 +110,7 @@ class ReasoningGym(Task):
         """Problems as tokens, padded on the right to the longest."""
         rows = []
         for entry in entries:
-            question, answer = self._question(entry), self._answer(entry)
+            question, answer = self._tokens(entry)
             ids = torch.tensor([question + answer[:-1]])
             targets = torch.full_like(ids, UNSCORED)
             targets[0, len(question) - 1 :] = torch.tensor(answer)
@@ -139,14 +139,10 @@ class ReasoningGym(Task):
         knob = dict.fromkeys(self._knob_fields, difficulty)
         return self._dataset(self._config(**self.settings | knob | {"seed": seed, "size": size}))
 
-    def _question(self, entry: Entry) -> list[int]:
-        return [*self._bytes.encode([entry["question"]]).tolist(), ANSWER]
-
-    def _answer(self, entry: Entry) -> list[int]:
-        return [*self._bytes.encode([str(entry["answer"])]).tolist(), END]
-
-    def _n_tokens(self, entry: Entry) -> int:
-        return len(self._question(entry)) + len(self._answer(entry)) - 1  # <end> is a target only
+    def _tokens(self, entry: Entry) -> tuple[list[int], list[int]]:
+        """Question and answer; ``<end>``, the last token of the answer, is only a target."""
+        question, answer = (self._bytes.encode([str(entry[key])]).tolist() for key in ("question", "answer"))
+        return [*question, ANSWER], [*answer, END]
 
 
 @contextmanager

@@ -30,32 +30,23 @@ def find_device(name: str) -> torch.device:
 
 def check_fit(cfg: TrainConfig, task: Task) -> None:
     """Raise ValueError, with a fix, for settings that would fail at the first step or in the final evaluation."""
-    must(
-        task.vocab_size <= cfg.model.vocab_size,
-        f"model.vocab_size={cfg.model.vocab_size}, but {cfg.task.name} has {task.vocab_size} tokens; "
-        f"use model.vocab_size={task.vocab_size}",
-    )
-    n, micro_batch = distributed.world_size(), cfg.batch_size // cfg.accumulate
-    must(
-        micro_batch % n == 0,
-        f"batch_size={cfg.batch_size} in accumulate={cfg.accumulate} parts does not divide among {n} processes; use a "
-        f"multiple of {n * cfg.accumulate}",
-    )
+    vocab_size, name, known = task.vocab_size, cfg.task.name, cfg.model.vocab_size
+    fix = f"use model.vocab_size={vocab_size}"
+    must(vocab_size <= known, f"model.vocab_size={known}, but {name} has {vocab_size} tokens; {fix}")
+    n, batch_size, parts = distributed.world_size(), cfg.batch_size, cfg.accumulate
+    parted = f"batch_size={batch_size} in accumulate={parts} parts"
+    must(batch_size // parts % n == 0, f"{parted} does not divide among {n} processes; use a multiple of {n * parts}")
+    low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     if isinstance(task, Text) and task.separate:
-        low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
-        must(
-            low == high,
-            f"task.min_difficulty={low} and task.max_difficulty={high}, but rows of text have one length; "
-            f"use task.min_difficulty={high}",
-        )
-    limits = cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.hardest_for_gate
-    difficulties = (*limits, *cfg.evaluation.difficulties)
+        given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
+        must(low == high, f"{given}, but rows of text have one length; {fix}")
+    difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
     for difficulty in difficulties:
         task.check(difficulty)
-    hardest = max(difficulties)
+    hardest, limit = max(difficulties), cfg.model.max_seq_len
     longest = task.length(hardest)
     must(
-        longest <= cfg.model.max_seq_len,
-        f"{hardest} {task.unit} are {longest} tokens, more than model.max_seq_len={cfg.model.max_seq_len}; "
+        longest <= limit,
+        f"{hardest} {task.unit} are {longest} tokens, more than model.max_seq_len={limit}; "
         f"use model.max_seq_len={longest}, or lower difficulties in training and evaluation",
     )

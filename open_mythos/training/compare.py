@@ -30,16 +30,10 @@ MIN_DIFFERENCE = 0.005
 
 @dataclass
 class Contender:
-    """One kind of model over all seeds. Lists are over difficulties, then loops.
+    """One kind of model. Lists are over difficulties, then loops; a baseline has one loop count.
 
-    Attributes:
-        kind: of :class:`TrainConfig`.
-        loops: evaluated; a baseline has one.
-        parameters: number of them.
-        training_flops: of the whole run.
-        flops_per_token: of inference, at the problems' mean context and the mean loops run.
-        mean, worst: over seeds.
-        low, high: 95% interval of the mean over seeds.
+    ``flops_per_token`` is at the problems' mean context and the mean loops run; ``mean``, ``worst``, and the 95%
+    interval ``low`` to ``high`` are over seeds.
     """
 
     kind: str
@@ -88,9 +82,9 @@ class Comparison:
 
     def entries(self) -> list[Entry]:
         """The looped model at its maximum depth and at that of the unrolled one, then the baselines."""
-        looped, *others = self.contenders
+        looped, *baselines = self.contenders
         columns = sorted({looped.loops.index(self.trained_loops), len(looped.loops) - 1}, reverse=True)
-        return [_entry(looped, column) for column in columns] + [_entry(other, 0) for other in others]
+        return [_entry(looped, column) for column in columns] + [_entry(baseline, 0) for baseline in baselines]
 
     def verdicts(self) -> list[str]:
         """For each difficulty, the best model: at maximum depth, and at matched FLOPs."""
@@ -113,7 +107,7 @@ class Comparison:
     def curves(self, difficulty: int) -> dict[str, dict[int, float]]:
         """``{kind: {loops: mean}}`` at one difficulty; a baseline is a single point."""
         row = self.difficulties.index(difficulty)
-        return {of.kind: dict(zip(of.loops, of.mean[row], strict=True)) for of in self.contenders}
+        return {model.kind: dict(zip(model.loops, model.mean[row], strict=True)) for model in self.contenders}
 
     def show(self, value: float) -> str:
         """``value`` as text."""

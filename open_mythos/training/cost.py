@@ -24,16 +24,7 @@ _GRAD_COST, _RECOMPUTE_COST = 3, 4  # in forward passes: backward is two, recomp
 
 @dataclass(frozen=True)
 class RunCost:
-    """Cost of a run.
-
-    Attributes:
-        parameters: number of them.
-        flops_per_step: expected FLOPs, by :func:`flops_per_step`.
-        weight_bytes: weights, gradients, optimizer state and EMA weights.
-        activation_bytes: peak of what autograd saves for the backward pass.
-        seconds_per_step: mean over the trial steps, without checkpoints and evaluation.
-        trial_steps: number of them.
-    """
+    """Cost of a run, by the functions below; ``seconds_per_step`` is without checkpoints and evaluation."""
 
     parameters: int
     flops_per_step: float

@@ -32,13 +32,7 @@ MEANS = ("loss", "accuracy", "loops", "grad_norm")
 
 @dataclass
 class Watch:
-    """Callbacks of a run.
-
-    Attributes:
-        record: gets each line of metrics.
-        log: gets messages, such as a damaged checkpoint or a full disk.
-        begin: gets the name of each stage after training: the gate, evaluation.
-    """
+    """Callbacks of a run: for lines of metrics, log messages, and the stages after training (gate, evaluation)."""
 
     record: Callable[[Record], None] = lambda record: None
     log: Callable[[str], None] = print

@@ -93,13 +93,9 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
 
 
 def open_loggers(names: str, run: Path, config: dict[str, Any], after_step: int) -> list[Logger]:
-    """The metrics file of a run, and the requested loggers.
+    """The metrics file of a run, and the loggers ``names`` (keys of ``LOGGERS``, comma-separated).
 
-    Args:
-        names: keys of ``LOGGERS``, comma-separated.
-        run: the run's directory.
-        config: logged with the curves.
-        after_step: the step that the run resumes from.
+    ``config`` is logged with the curves; ``after_step`` is the step that the run resumes from.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.

@@ -11,17 +11,9 @@ from open_mythos.training.config import LoopConfig
 
 
 def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """Loop counts of a batch.
+    """Loop counts of a batch of ``n`` sequences of ``length`` tokens, (n,) int64; all equal if ``cfg.per`` is "batch".
 
-    Args:
-        cfg: schedule, minimum and maximum.
-        progress: completed share of the run, 0 to 1.
-        n: number of sequences.
-        length: tokens per sequence.
-        generator: on the CPU; the only source of randomness.
-
-    Returns:
-        (n,) int64; all equal if ``cfg.per`` is "batch".
+    ``progress`` is the completed share of the run, 0 to 1; ``generator`` is on the CPU.
     """
     shape = (n if cfg.per == "sequence" else 1,)
     low, high = cfg.minimum, cfg.maximum

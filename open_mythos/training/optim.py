@@ -30,9 +30,8 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
-        named = dict(model.named_parameters())
         matrices = _block_matrices(model) if cfg.optimizer == "muon" else {}
-        rest = {name: p for name, p in named.items() if name not in matrices}
+        rest = {name: p for name, p in model.named_parameters() if name not in matrices}
         groups = [
             {"params": [p for name, p in rest.items() if decays(name, p)], "weight_decay": cfg.weight_decay},
             {"params": [p for name, p in rest.items() if not decays(name, p)], "weight_decay": 0.0},
@@ -41,7 +40,7 @@ class Optimizer:
         adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if matrices:
-            rates = {"lr": cfg.muon_lr, "weight_decay": cfg.weight_decay}
+            rates: dict[str, Any] = {"lr": cfg.muon_lr, "weight_decay": cfg.weight_decay}
             self.parts.append(torch.optim.Muon(matrices.values(), **rates, adjust_lr_fn="match_rms_adamw"))
         for group in self._groups():
             group["full_lr"] = group["lr"]
@@ -110,9 +109,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
-        parameters = dict(model.named_parameters())
-        averages = [self.average[name] for name in parameters]
-        torch._foreach_lerp_(averages, list(parameters.values()), 1 - decay)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        torch._foreach_lerp_([self.average[name] for name in names], parameters, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()

@@ -31,7 +31,18 @@ def override(cfg: Config, assignments: Iterable[str]) -> Config:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"{assignment!r} is not an override; write key=value, as in {next(iter(keys))}=...")
-        _assign(keys, key.strip(), text.strip())
+        key, text = key.strip(), text.strip()
+        owner, _, option = key.rpartition(".")
+        if key in keys:
+            part, name, kind = keys[key]
+            setattr(part, name, _parse(text, kind))
+        elif owner in keys and keys[owner][2] is dict:
+            part, name, _ = keys[owner]
+            getattr(part, name)[option] = _literal(text)
+        else:
+            same_name = [known for known in keys if known.rpartition(".")[2] == option]
+            hint = f"did you mean {' or '.join(map(repr, same_name))}?" if same_name else nearest(key, keys)
+            raise ValueError(f"unknown key {key!r}; {hint}")
     _validate(changed)
     return changed
 
@@ -52,21 +63,6 @@ def differences(old: Checked, new: Checked) -> dict[str, tuple[Any, Any]]:
     """``{dotted key: (old value, new value)}`` where two configs of one class differ."""
     before, after = ({key: getattr(part, name) for key, (part, name, _) in dotted(cfg).items()} for cfg in (old, new))
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
-
-
-def _assign(keys: dict[str, tuple[Checked, str, Any]], key: str, text: str) -> None:
-    if key in keys:
-        part, name, kind = keys[key]
-        setattr(part, name, _parse(text, kind))
-        return
-    owner, _, option = key.rpartition(".")
-    if owner in keys and keys[owner][2] is dict:
-        part, name, _ = keys[owner]
-        getattr(part, name)[option] = _literal(text)
-        return
-    same_name = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = f"did you mean {' or '.join(map(repr, same_name))}?" if same_name else nearest(key, keys)
-    raise ValueError(f"unknown key {key!r}; {hint}")
 
 
 def _parse(text: str, kind: type) -> Any:

@@ -33,7 +33,7 @@ def prefix_sums() -> TrainConfig:
 
 
 def chain_sum() -> TrainConfig:
-    """The sum of digits modulo 7, asked once at the end: trained on 5 digits."""
+    """The sum of digits modulo 7, with only the final answer supervised: trained on 5 digits."""
     cfg = _reasoner(
         "chain_sum", range(2, 6), loops=12, steps=1600, window=2, taps=0, stale=0.5, gate=(32, 64), batch_size=256,
         evaluation=EvalConfig([5, 8, 16, 32], [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128], 256),
@@ -128,7 +128,7 @@ def heal() -> TrainConfig:
 
 
 def debug() -> TrainConfig:
-    """A few seconds of running parity, to see that everything works."""
+    """A few seconds of running parity, as a smoke test."""
     cfg = _reasoner("parity", range(2, 9), loops=4, steps=30, dim=16, evaluation=EvalConfig([8, 16], [1, 4, 8], 32))
     cfg.batch_size = 16
     cfg.optim.warmup = 5
@@ -137,13 +137,9 @@ def debug() -> TrainConfig:
     return cfg
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    made.__name__: made
-    for made in (
-        parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal,
-        debug,
-    )
-}  # fmt: skip
+RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
+    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal, debug,
+)}  # fmt: skip
 
 
 def recipe(name: str) -> TrainConfig:
@@ -206,42 +202,16 @@ def _expand(cfg: TrainConfig, assignment: str) -> list[str]:
 
 
 def _reasoner(
-    task: str,
-    difficulties: range,
-    *,
-    loops: int,
-    steps: int,
-    window: int = 4,
-    taps: int = 3,
-    evaluation: EvalConfig,
-    options: dict[str, Any] | None = None,
-    dim: int = 64,
-    local_share: float = 1.0,
-    lr: float = 5e-4,
-    prelude: int = 0,
-    coda: int = 0,
-    gate: tuple[int, int] = (0, 0),
-    stale: float = 0.0,
+    task: str, difficulties: range, *, loops: int, steps: int, evaluation: EvalConfig,
+    options: dict[str, Any] | None = None, dim: int = 64, prelude: int = 0, coda: int = 0, window: int = 4,
+    taps: int = 3, local_share: float = 1.0, lr: float = 5e-4, gate: tuple[int, int] = (0, 0), stale: float = 0.0,
     batch_size: int = 64,
-) -> TrainConfig:
-    """The common config: one dense block with local attention, looped a random number of times.
+) -> TrainConfig:  # fmt: skip
+    """The common config: one dense block, looped 1 to ``loops`` times at random.
 
-    Args:
-        task: its name.
-        difficulties: of training.
-        loops: maximum in training.
-        steps: optimizer steps.
-        window: of local heads. With 2, information moves one token per loop, which generalizes to any length.
-        taps: of the convolution, at most ``window``.
-        evaluation: at the end of the run.
-        options: of the task.
-        dim: width of the model.
-        local_share: share of local heads.
-        lr: learning rate.
-        prelude, coda: blocks before and after the loop.
-        gate: maximum difficulty, and loops, of the halting gate's training; 0 for those of the model's.
-        stale: share of a batch that starts from states of other problems.
-        batch_size: sequences per step.
+    ``local_share`` of the heads see ``window`` tokens. With 2, information moves one token per loop, which generalizes
+    to any length. ``gate`` is the maximum difficulty and the loops of the halting gate's training, 0 for those of the
+    model's. ``stale`` is the share of a batch that starts from states of other problems.
     """
     options = options or {}
     model = MythosConfig(
@@ -251,12 +221,8 @@ def _reasoner(
         local_window=window, conv_taps=min(window, taps), local_share=local_share, halting=False, warm_start=False,
     )  # fmt: skip
     return TrainConfig(
-        model=model,
-        task=TaskConfig(task, options, difficulties[0], difficulties[-1]),
+        model=model, task=TaskConfig(task, options, difficulties[0], difficulties[-1]),
         loops=LoopConfig("uniform", minimum=1, maximum=loops, gradient="last", grad_loops=6, stale=stale),
-        optim=OptimConfig(lr=lr),
-        gate=GateConfig(max_difficulty=gate[0], loops=gate[1]),
-        evaluation=evaluation,
-        steps=steps,
-        batch_size=batch_size,
-    )
+        optim=OptimConfig(lr=lr), gate=GateConfig(max_difficulty=gate[0], loops=gate[1]), evaluation=evaluation,
+        steps=steps, batch_size=batch_size,
+    )  # fmt: skip
