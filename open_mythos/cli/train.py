@@ -92,7 +92,7 @@ def show_cost(cfg: TrainConfig) -> None:
 
 
 def show_evaluation(cfg: TrainConfig, run: Path) -> None:
-    from open_mythos.cli.measured import show_grid, show_halting, show_text
+    from open_mythos.cli.own_tasks import show_grid, show_halting, show_text
     from open_mythos.training.fit import load_evaluation
 
     scores = load_evaluation(run)
