@@ -44,7 +44,7 @@ def chain_sum() -> TrainConfig:
 
 
 def p_hop() -> TrainConfig:
-    """Look up what follows, then what follows that: trained on 6 hops, tested on 12."""
+    """p-hop induction, following successors in a random cycle: trained on 6 hops, tested on 12."""
     cfg = _reasoner(
         "p_hop", range(1, 7), loops=15, steps=1500, window=2, local_share=0.5, lr=8e-4, gate=(12, 48),
         options={"symbols": 14, "questions": 7},
@@ -63,7 +63,7 @@ def addition() -> TrainConfig:
 
 
 def permutations() -> TrainConfig:
-    """Products of permutations of five things (S5 state tracking): trained on 12, tested on 24."""
+    """Products of permutations of five elements (S5 state tracking): trained on 12, tested on 24."""
     cfg = _reasoner(
         "permutations", range(4, 13), loops=18, steps=2000, window=2, dim=128, gate=(48, 64),
         options={"generators": "transpositions"},
@@ -115,7 +115,7 @@ def text() -> TrainConfig:
 
 
 def heal() -> TrainConfig:
-    """Train a model that `mythos retrofit` made, start=DIR, to use its loops: on text, ever deeper."""
+    """Train a model made by `mythos retrofit`, start=DIR, to use its loops: on text, with a depth curriculum."""
     cfg = text()
     cfg.task.options = {"max_bytes": 1 << 22}
     cfg.loops = LoopConfig("curriculum", minimum=1, maximum=4, ramp=0.25, gradient="last", grad_loops=4)
