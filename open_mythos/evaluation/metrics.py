@@ -124,8 +124,8 @@ def initial_state_gap(
 
 
 class HaltingGain(NamedTuple):
-    """Fixed depth against halting: accuracy, mean over problems; loops run, mean over positions without padding; and the
-    share of loops that halting saves."""
+    """Fixed depth against halting: accuracy, mean over problems; loops run, mean over positions without padding; share
+    of loops that halting saves."""
 
     accuracy_fixed: float
     accuracy_halting: float
