@@ -75,7 +75,7 @@ def bits(cfg: TrainConfig, run: Path) -> dict[int, float]:
     """Held-out bits per byte by loops of a run, which is made or finished first if need be."""
     torch.set_num_threads(1)
     if not (run / "evaluation.json").is_file():
-        fit(cfg, run, "auto", Watch(say=lambda message: None))
+        fit(cfg, run, "auto", Watch(log=lambda message: None))
     found = load_evaluation(run)
     assert isinstance(found, dict)
     return found

@@ -1,8 +1,9 @@
 """Put trained reasoners into the package, each with a model card of figures that it was just measured to have.
 
-    python benchmarks/ship.py [--seed 0]
+    python benchmarks/ship.py [--seed 0] [--gates]
 
-Takes the runs of benchmarks/reasoners.py; the seed is chosen beforehand, not by its figures. tests/test_pretrained.py
+With --gates the models that are there stay as they are but for their halting gates, which are taught again. Else it
+takes the runs of benchmarks/reasoners.py; the seed is chosen beforehand, not by its figures. tests/test_pretrained.py
 measures every card again. The model of text is stored in bfloat16, and measured in single precision as it is stored.
 """
 
@@ -19,9 +20,11 @@ from open_mythos import OpenMythos, tasks
 from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, WEIGHTS_FILE
 from open_mythos.evaluation import DepthGrid, depth_grid
 from open_mythos.evaluation.text import bits_per_byte
+from open_mythos.models import TRAINING_FILE, load_model, model_dir
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TrainConfig
-from open_mythos.training.runs import TRAINING_FILE, load_model, model_dir
+from open_mythos.training.fit import GATE_SEED
+from open_mythos.training.gate import train_gate
 
 RUNS = Path(__file__).parent.parent / "runs" / "reasoners"
 NAMES = {
@@ -39,10 +42,13 @@ MOST_BYTES = 1_000_000
 
 
 def ship(name: str, run: Path) -> Path:
-    """Write ``open_mythos/pretrained/NAME`` from a run and return its path."""
+    """Write ``open_mythos/pretrained/NAME`` from a run, or with another gate from itself, and return its path."""
     cfg = TrainConfig.load(model_dir(run) / TRAINING_FILE)
     model, target = load_model(run), SHIPPED / name
     task = tasks.load(cfg.task.name, **cfg.task.options)
+    if run == target:
+        generator = torch.Generator().manual_seed(1000 * cfg.seed + GATE_SEED)
+        train_gate(model, task, cfg.gate, cfg.task.min_difficulty, cfg.hardest_for_gate, generator, print)
     if isinstance(task, Text):
         model.to(torch.bfloat16)
     model.save_pretrained(target)
@@ -185,10 +191,13 @@ It knows this one task, in this task's own tokens. Beyond the difficulties above
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gates", action="store_true", help="teach the gates of the shipped models again")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     args = parser.parse_args()
-    for name, source in NAMES.items():
-        run = RUNS / source / f"looped-{args.seed}"
-        if (run / "evaluation.json").is_file():
+    for name in args.only:
+        run = SHIPPED / name if args.gates else RUNS / NAMES[name] / f"looped-{args.seed}"
+        has_gate = run.is_dir() and TrainConfig.load(model_dir(run) / TRAINING_FILE).gate.steps > 0
+        if has_gate if args.gates else (run / "evaluation.json").is_file():
             print(f"{name}: {ship(name, run)}")
     print(f"{CONFIG_FILE}, {WEIGHTS_FILE}, {TRAINING_FILE}, {FIGURES} and {CARD} of each are in {SHIPPED}.")
 

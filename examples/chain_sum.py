@@ -26,10 +26,10 @@ PAD, START, EQ, DIGIT = 0, 1, 2, 10
 LOOPS = (1, 2, 4, 6, 8)
 
 
-def examples(n: int, fewest: int, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """START, digits, EQ, padding to 32 tokens; the answer, to be given at EQ; and where EQ is."""
+def examples(n: int, min_digits: int, max_digits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """START, digits, EQ, padding to 32 tokens (n, 32); the target at EQ (n,); the position of EQ (n,)."""
     x = torch.full((n, 32), PAD)
-    lengths = torch.randint(fewest, most + 1, (n,))
+    lengths = torch.randint(min_digits, max_digits + 1, (n,))
     answer = torch.empty(n, dtype=torch.int64)
     for row, length in enumerate(lengths.tolist()):
         digits = torch.randint(0, 7, (length,))
@@ -38,18 +38,18 @@ def examples(n: int, fewest: int, most: int) -> tuple[torch.Tensor, torch.Tensor
     return x, answer, lengths + 1
 
 
-def at_eq(model: OpenMythos, x: torch.Tensor, where: torch.Tensor, n_loops: int) -> torch.Tensor:
-    return model(x, n_loops=n_loops)[torch.arange(len(x)), where]
+def logits_at(model: OpenMythos, x: torch.Tensor, position: torch.Tensor, n_loops: int) -> torch.Tensor:
+    return model(x, n_loops=n_loops)[torch.arange(len(x)), position]
 
 
 def train(model: OpenMythos, epochs: int = 6) -> None:
-    x, y, where = examples(3000, 2, 5)
+    x, y, position = examples(3000, 2, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
     for _ in track(range(epochs), "training", console=Console(stderr=True)):
         for rows in torch.randperm(len(x)).split(64):
-            loss = F.cross_entropy(at_eq(model, x[rows], where[rows], 4), y[rows])
+            loss = F.cross_entropy(logits_at(model, x[rows], position[rows], 4), y[rows])
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -58,10 +58,10 @@ def train(model: OpenMythos, epochs: int = 6) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: OpenMythos, fewest: int, most: int) -> dict[int, float]:
+def accuracy(model: OpenMythos, min_digits: int, max_digits: int) -> dict[int, float]:
     model.eval()
-    x, y, where = examples(400, fewest, most)
-    return {n: (at_eq(model, x, where, n).argmax(-1) == y).float().mean().item() for n in LOOPS}
+    x, y, position = examples(400, min_digits, max_digits)
+    return {n: (logits_at(model, x, position, n).argmax(-1) == y).float().mean().item() for n in LOOPS}
 
 
 def main() -> None:

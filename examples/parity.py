@@ -1,4 +1,4 @@
-"""Tutorial B: train running parity with 3 loops, then think for 1 to 16 on the same weights.
+"""Tutorial B: train running parity with 3 loops, then run 1 to 16 loops of the same weights.
 
     python examples/parity.py [--seed 0] [--out runs/parity]
 
@@ -27,7 +27,7 @@ LOOPS = range(1, 17)
 
 
 def batch(n: int, length: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bits as tokens 1 and 2, and at every position the parity so far, likewise."""
+    """Random bits as tokens 1 and 2, and the parity of every prefix, likewise; (n, length) each."""
     bits = torch.randint(0, 2, (n, length))
     return bits + 1, bits.cumsum(1) % 2 + 1
 
@@ -71,10 +71,10 @@ def main() -> None:
     train(model)
     x, y = batch(512)
     adaptive, full = accuracy(model, x, y, halting=True), accuracy(model, x, y, halting=False)
-    seen = trace(model, x, n_loops=16)
-    used = seen.loops_used.float()
-    share = seen.expert_load.sum(0) / seen.expert_load.sum()
-    made = {n: model.generate(x[:1, :12], 12, n_loops=n, temperature=0)[0, 12:].tolist() for n in (1, 4, 12)}
+    traced = trace(model, x, n_loops=16)
+    used = traced.loops_used.float()
+    share = traced.expert_load.sum(0) / traced.expert_load.sum()
+    generated = {n: model.generate(x[:1, :12], 12, n_loops=n, temperature=0)[0, 12:].tolist() for n in (1, 4, 12)}
 
     accuracy_by_loops(
         {"halting on": adaptive, "halting off": full}, args.out / "parity.png", chance=0.5, trained_loops=3
@@ -84,7 +84,7 @@ def main() -> None:
     print(json.dumps({
         "seed": args.seed, "accuracy": adaptive, "accuracy_halting_off": full, "expert_share": share.tolist(),
         "mean_loops": used.mean().item(), "loops_vs_position": spearman(used.mean(0), torch.arange(24)),
-        "generated": made, "picture": str(args.out / "parity.png"),
+        "generated": generated, "picture": str(args.out / "parity.png"),
     }))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses whose every field is checked: what the model's and training's configs are made of. Imports no torch."""
+"""Dataclasses with validated fields, the base of all configs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, Self
 
 
 def size(default: int, minimum: int = 1) -> Any:
-    """A whole number of at least ``minimum``."""
+    """An integer of at least ``minimum``."""
     return field(default=default, metadata={"kind": int, "min": minimum})
 
 
 def real(
     default: float, low: float, high: float | None = None, *, low_open: bool = False, high_open: bool = False
 ) -> Any:
-    """A finite number between ``low`` and ``high``, ends included unless said to be open."""
+    """A finite number between ``low`` and ``high``, inclusive unless ``low_open`` or ``high_open``."""
     meta = {"kind": float, "low": low, "high": high, "low_open": low_open, "high_open": high_open}
     return field(default=default, metadata=meta)
 
@@ -40,36 +40,36 @@ def text(default: str) -> Any:
 
 
 def sizes(*default: int, minimum: int = 1) -> Any:
-    """A list of whole numbers, each at least ``minimum``."""
+    """A list of integers, each at least ``minimum``."""
     return field(default_factory=lambda: list(default), metadata={"kind": list, "min": minimum})
 
 
 def options() -> Any:
-    """A free dictionary; whoever reads it checks it."""
+    """A dictionary, not validated."""
     return field(default_factory=dict, metadata={"kind": dict})
 
 
 def part(kind: type[Checked]) -> Any:
-    """Another checked dataclass, its defaults by default."""
+    """A nested :class:`Checked` dataclass."""
     return field(default_factory=kind, metadata={"kind": kind})
 
 
 @dataclass
 class Checked:
-    """Base of dataclasses made of the fields above: checked when made, and on :meth:`validate`.
+    """Base of dataclasses made of the fields above: validated when created, and on :meth:`validate`.
 
     Raises:
-        ValueError: naming the field, the value that came, and what would do.
+        ValueError: naming the field, its value, and the values accepted.
     """
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
-        """Check every field. Call it after changing a field by hand. Subclasses add checks of combinations.
+        """Check every field; subclasses add checks of combinations. Call it after assigning to a field.
 
         Raises:
-            ValueError: on the first field that does not hold.
+            ValueError: for the first invalid field.
         """
         for spec in dataclasses.fields(self):
             setattr(self, spec.name, _checked(spec.name, getattr(self, spec.name), spec.metadata))
@@ -138,14 +138,14 @@ def must(holds: bool, message: str) -> None:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """ "did you mean 'x'?", or all known names if none is near."""
+    """ "did you mean 'x'?", or all known names if none is similar."""
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+    similar = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"did you mean {similar[0]!r}?" if similar else f"known are {', '.join(names)}"
 
 
 def _checked(name: str, value: Any, meta: Any) -> Any:
-    """``value`` in the field's own type, or a ValueError that says what would do."""
+    """``value`` converted to the field's type, or a ValueError."""
     kind = meta["kind"]
     if issubclass(kind, Checked) or kind is dict:
         must(isinstance(value, kind), f"{name}={value!r} is not a {kind.__name__}")
@@ -163,19 +163,18 @@ def _checked(name: str, value: Any, meta: Any) -> Any:
             return value
         must(value in options, f"{name}={value!r} is unknown; use one of {', '.join(map(repr, options))}")
     elif kind is int:
-        least = meta["min"]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        must(whole, f"{name}={value!r} is not a whole number; use an int of at least {least}")
-        must(value >= least, f"{name}={value} is too small; use an int of at least {least}")
+        is_int, hint = isinstance(value, int) and not isinstance(value, bool), f"use an int of at least {meta['min']}"
+        must(is_int, f"{name}={value!r} is not a whole number; {hint}")
+        must(value >= meta["min"], f"{name}={value} is too small; {hint}")
     else:
         low, high = meta["low"], meta["high"]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
         left = ("(" if meta["low_open"] else "[") + f"{low:g}"
         right = (f"{high:g}" if high is not None else "inf") + (")" if meta["high_open"] or high is None else "]")
-        wanted = f"use a number in {left}, {right}"
-        must(number, f"{name}={value!r} is not a number; {wanted}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        hint = f"use a number in {left}, {right}"
+        must(is_number, f"{name}={value!r} is not a number; {hint}")
         value = float(value)
         above = value > low if meta["low_open"] else value >= low
         below = value < float("inf") if high is None else value < high if meta["high_open"] else value <= high
-        must(above and below, f"{name}={value:g} is out of range; {wanted}")
+        must(above and below, f"{name}={value:g} is out of range; {hint}")
     return value

@@ -1,8 +1,8 @@
-"""What messages say of installing: from a checkout, as ``open-mythos`` on PyPI is another project. Imports nothing."""
+"""Install hints for error messages: from a checkout, as ``open-mythos`` on PyPI is another project."""
 
 UPDATE = "get the newer version (git pull in a checkout of this library) and install it again: pip install ."
 
 
 def missing(need: str, extra: str) -> ImportError:
-    """The error for an optional package that is not there: ``need`` in words, and the extra that brings it."""
+    """The error for a missing optional package: the sentence ``need``, and the extra to install."""
     return ImportError(f'{need}; in a checkout of this library, run: pip install ".[{extra}]"')

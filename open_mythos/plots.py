@@ -1,7 +1,4 @@
-"""Pictures of what loops do: numbers and a path in, a PNG out. Needs the ``plots`` extra; knows nothing of models.
-
-Numbers may be lists, NumPy arrays or CPU tensors.
-"""
+"""PNG plots by loop, from lists, NumPy arrays or CPU tensors. Needs the ``plots`` extra."""
 
 from __future__ import annotations
 
@@ -19,38 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers (jfly.uni-koeln.de/color).
+# Okabe and Ito's colour-blind-safe palette (jfly.uni-koeln.de/color).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-QUIET, FAINT = "#767676", "#F2F2F2"
-HEAT = "cividis"
-WIDTH, HEIGHT, WIDEST = 6.4, 4.0, 16.0  # inches
-LEGEND = 1.6  # inches beside the axes
+GREY, LIGHT_GREY = "#767676", "#F2F2F2"
+WIDTH, HEIGHT, MAX_WIDTH = 6.4, 4.0, 16.0  # inches
+LEGEND = 1.6  # inches, right of the axes
 STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "image.cmap": HEAT,
-    "savefig.dpi": 150,
-    "savefig.facecolor": "white",
-}
+    "font.size": 10, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.titlepad": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#E4E4E4",
+    "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False, "image.cmap": "cividis",
+    "savefig.dpi": 150, "savefig.facecolor": "white",
+}  # fmt: skip
 
 
 def require_matplotlib() -> None:
-    """Worth calling before long work that ends in a picture.
-
-    Raises:
-        ImportError: naming the extra, if matplotlib is not installed.
-    """
+    """Raise ImportError, naming the extra, if matplotlib is not installed: before long work that ends in a plot."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -69,32 +50,30 @@ def accuracy_by_loops(
         curves: for each label, accuracy in [0, 1] at each loop count.
         path: PNG to write.
         chance: accuracy of guessing, drawn as a dotted line.
-        trained_loops: most loops seen in training; deeper ones are shaded.
+        trained_loops: maximum in training; deeper ones are shaded.
     """
     with _axes(path, WIDTH + LEGEND) as (figure, axes):
         for i, (label, curve) in enumerate(curves.items()):
             loops = sorted(curve)
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            accuracy = [curve[n] for n in loops]
-            axes.plot(loops, accuracy, label=label, color=colour, marker=marker, clip_on=False, zorder=3)
+            axes.plot(loops, [curve[n] for n in loops], label=label, clip_on=False, zorder=3, **_line_style(i))
         counts = sorted({n for curve in curves.values() for n in curve})
         _log2_ticks(axes, counts)
         axes.set(ylim=(0, 1), ylabel="accuracy (share of answers right)", xlabel="loops of the recurrent block")
         axes.set_title("Accuracy by number of loops")
         if chance is not None:
-            axes.axhline(chance, color=QUIET, linestyle=":", linewidth=1.4, label="guessing")
+            axes.axhline(chance, color=GREY, linestyle=":", linewidth=1.4, label="guessing")
         if trained_loops is not None and counts[-1] > trained_loops:
-            axes.axvspan(trained_loops, counts[-1], color=FAINT, zorder=0, label="deeper than trained")
+            axes.axvspan(trained_loops, counts[-1], color=LIGHT_GREY, zorder=0, label="deeper than trained")
         figure.legend(loc="outside right upper")
 
 
 def scores_by_loops(
     panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]], path: str | Path
 ) -> None:
-    """Scores against the number of loops: a panel for each metric, in it a line for each task.
+    """Scores against the number of loops: one panel per metric, one line per task.
 
     Args:
-        panels: for each metric and task, at each loop count, the score and its standard error, drawn as a bar, or None.
+        panels: for each metric and task, at each loop count, the score and its standard error or None.
         path: PNG to write.
     """
     tasks = list(dict.fromkeys(task for curves in panels.values() for task in curves))
@@ -103,10 +82,8 @@ def scores_by_loops(
         for axes, (metric, curves) in zip(rows, panels.items(), strict=True):
             for task, curve in curves.items():
                 loops, i = sorted(curve), tasks.index(task)
-                axes.errorbar(
-                    loops, [curve[n][0] for n in loops], [curve[n][1] or 0 for n in loops], label=task, capsize=2,
-                    color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], elinewidth=0.8,
-                )  # fmt: skip
+                scores, errors = zip(*((curve[n][0], curve[n][1] or 0) for n in loops), strict=True)
+                axes.errorbar(loops, scores, errors, label=task, capsize=2, elinewidth=0.8, **_line_style(i))
             _log2_ticks(axes, sorted({n for curve in curves.values() for n in curve}))
             axes.set_ylabel(metric)
         rows[0].set_title("Scores by number of loops (bars: standard error)")
@@ -116,14 +93,9 @@ def scores_by_loops(
 
 
 def accuracy_grid(
-    accuracy: ArrayLike,
-    difficulties: Sequence[int],
-    loops: Sequence[int],
-    path: str | Path,
-    unit: str = "difficulty",
-    chance: float = 0.0,
-    trained: tuple[int, int] | None = None,
-) -> None:
+    accuracy: ArrayLike, difficulties: Sequence[int], loops: Sequence[int], path: str | Path, unit: str = "difficulty",
+    chance: float = 0.0, trained: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
     """Accuracy over difficulty and loops, as a heat map with the numbers in it.
 
     Args:
@@ -132,42 +104,38 @@ def accuracy_grid(
         loops: L of them.
         path: PNG to write.
         unit: what difficulty counts.
-        chance: accuracy of guessing, where the colours begin.
-        trained: greatest difficulty and most loops of training; a line runs around the cells within both.
+        chance: accuracy of guessing, the low end of the colours.
+        trained: maximum difficulty and loops in training; the cells within both are outlined.
     """
     values = np.asarray(accuracy, dtype=float)
     n_rows, n_columns = values.shape
     width = max(WIDTH, 2.4 + 0.52 * n_columns)
     with _axes(path, width, height=max(HEIGHT / 2, 1.4 + 0.4 * n_rows)) as (figure, axes):
-        _heat_map(figure, axes, values, "accuracy", highest=1.0, lowest=chance)
+        _heat_map(figure, axes, values, "accuracy", high=1.0, low=chance)
         for row, column in np.ndindex(n_rows, n_columns):
             dark = values[row, column] < (1 + chance) / 2
             text = f"{values[row, column]:.3f}".removeprefix("0")
             axes.text(column, row + 1, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        title = "Accuracy by difficulty and loops"
         hardest, deepest = trained or (0, 0)
         bottom, right = 0.5 + sum(n <= hardest for n in difficulties), sum(n <= deepest for n in loops) - 0.5
         if bottom > 0.5 and right > -0.5:
             across, down = [-0.5, right, right, -0.5, -0.5], [0.5, 0.5, bottom, bottom, 0.5]
             axes.plot(across, down, color=COLOURS[1], linewidth=2.5, clip_on=False)
-            title += " (outlined: as in training)"
         axes.set_xticks(range(n_columns), [str(n) for n in loops])
         axes.set_yticks(range(1, n_rows + 1), [str(n) for n in difficulties])
         axes.tick_params(length=0)
-        outlined = " (outlined: as in training)" if trained is not None else ""
-        axes.set(
-            xlabel="loops of the recurrent block", ylabel=unit, title=f"Accuracy by difficulty and loops{outlined}"
-        )
+        title = "Accuracy by difficulty and loops" + (" (outlined: as in training)" if trained is not None else "")
+        axes.set(xlabel="loops of the recurrent block", ylabel=unit, title=title)
 
 
 def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | None = None) -> None:
-    """Where loops were spent, or when the gate was ready to stop.
+    """Loops used, or halting probability, by position.
 
     Args:
         loops: (T,) loops used by each position, drawn as bars; or (loops, T) halting probability after each loop,
             drawn as a heat map.
         path: PNG to write.
-        tokens: what stands at each of the T positions, written below it.
+        tokens: label of each of the T positions.
     """
     values = np.asarray(loops, dtype=float)
     length = values.shape[-1]
@@ -178,21 +146,22 @@ def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | N
             axes.grid(False, axis="x")
             _whole_ticks(axes.yaxis)
         else:
-            _heat_map(figure, axes, values, "halting probability of the gate", highest=1.0)
+            _heat_map(figure, axes, values, "halting probability of the gate", high=1.0)
             axes.set(ylabel="loop", title="Halting probability by position and loop")
         axes.set_xlabel("position (tokens)" if tokens is None else "token")
         if tokens is None:
             _whole_ticks(axes.xaxis)
         else:
-            axes.set_xticks(range(length), [str(token) for token in tokens], fontsize=8)
-            axes.tick_params(axis="x", rotation=90 if max(len(str(token)) for token in tokens) > 2 else 0, length=0)
+            labels = [str(token) for token in tokens]
+            axes.set_xticks(range(length), labels, fontsize=8)
+            axes.tick_params(axis="x", rotation=90 if max(map(len, labels)) > 2 else 0, length=0)
 
 
 def expert_load(load: ArrayLike, path: str | Path) -> None:
-    """Share of the token choices that each expert gets at each loop.
+    """Share of token choices of each expert at each loop.
 
     Args:
-        load: (loops, n_experts) counts; a loop without any is left blank.
+        load: (loops, n_experts) counts; a row of zeros is left blank.
         path: PNG to write.
     """
     counts = np.asarray(load, dtype=float)
@@ -205,40 +174,39 @@ def expert_load(load: ArrayLike, path: str | Path) -> None:
 
 
 def state_change(delta: ArrayLike, path: str | Path) -> None:
-    """How much the state still moves at each loop: mean over positions, and the range from least to most.
+    """Relative change of the state at each loop: mean and range over positions.
 
     Args:
-        delta: (loops, ...) relative change ``|h_t - h_{t-1}| / |h_t|``; zeros, positions that did not run, are left
-            out.
+        delta: (loops, ...) ``|h_t - h_{t-1}| / |h_t|``; zeros (positions that did not run) are excluded.
         path: PNG to write.
     """
-    moved = [row[row > 0] for row in np.asarray(delta, dtype=float).reshape(len(np.asarray(delta)), -1)]
-    rows = [(loop, row.mean(), row.min(), row.max()) for loop, row in enumerate(moved, 1) if row.size]
+    values = np.asarray(delta, dtype=float)
+    ran = [row[row > 0] for row in values.reshape(len(values), -1)]
+    rows = [(loop, row.mean(), row.min(), row.max()) for loop, row in enumerate(ran, 1) if row.size]
     with _axes(path, WIDTH + LEGEND) as (figure, axes):
         if rows:
-            loops, mean, least, most = map(np.array, zip(*rows, strict=True))
-            axes.fill_between(loops, least, most, color=COLOURS[0], alpha=0.18, linewidth=0, label="least to most")
+            loops, mean, low, high = map(np.array, zip(*rows, strict=True))
+            axes.fill_between(loops, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="min to max")
             axes.plot(loops, mean, color=COLOURS[0], marker="o", label="mean over positions")
-            _log10_ticks(axes, least.min(), most.max())
+            _log10_ticks(axes, low.min(), high.max())
             figure.legend(loc="outside right upper")
         axes.set(xlabel="loop", ylabel="relative change of the state, |Δh| / |h|", title="State change by loop")
         _whole_ticks(axes.xaxis)
 
 
+def _line_style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
 @contextmanager
 def _axes(path: str | Path, width: float, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
-    """A :func:`_figure` and its only axes."""
     with _figure(path, width, height) as figure:
         yield figure, figure.add_subplot()
 
 
 @contextmanager
 def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in the style of this file; written to ``path`` at the end.
-
-    Raises:
-        ImportError: naming the extra, if matplotlib is not installed.
-    """
+    """A figure in :data:`STYLE`, written to ``path`` at the end."""
     require_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -253,34 +221,29 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def _heat_map(
-    figure: Figure,
-    axes: Axes,
-    values: NDArray[np.float64],
-    label: str,
-    highest: float | None = None,
-    lowest: float = 0.0,
+    figure: Figure, axes: Axes, values: NDArray[np.float64], label: str, high: float | None = None, low: float = 0.0
 ) -> None:
-    """(rows, columns) from ``lowest`` to ``highest`` as a heat map with a colour bar; row 1 is on top."""
+    """(rows, columns) values as a heat map with a colour bar; row 1 is on top."""
     n_rows, n_columns = values.shape
     columns, rows = np.arange(n_columns + 1) - 0.5, np.arange(n_rows + 1) + 0.5
-    cells = axes.pcolormesh(columns, rows, values, vmin=lowest, vmax=highest, edgecolors="white", linewidth=0.4)
+    cells = axes.pcolormesh(columns, rows, values, vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
     figure.colorbar(cells, ax=axes, label=label, pad=0.02)
     axes.invert_yaxis()
-    axes.set_facecolor(FAINT)
+    axes.set_facecolor(LIGHT_GREY)
     axes.grid(False)
     _whole_ticks(axes.yaxis)
 
 
 def _log2_ticks(axes: Axes, counts: Sequence[int]) -> None:
-    """A base-2 axis that names the powers of two and both ends of ``counts``."""
+    """A base-2 axis with ticks at the powers of two and both ends of ``counts``."""
     axes.set_xscale("log", base=2)
-    named = [n for n in counts if n & (n - 1) == 0 or n in (counts[0], counts[-1])]
-    axes.set_xticks(named, [str(n) for n in named])
+    ticks = [n for n in counts if n & (n - 1) == 0 or n in (counts[0], counts[-1])]
+    axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.set_xticks([], minor=True)
 
 
 def _log10_ticks(axes: Axes, low: float, high: float) -> None:
-    """A base-10 axis that also names 2s and 5s where there are few decades."""
+    """A base-10 axis, with ticks at 2s and 5s too below three decades."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -296,5 +259,4 @@ def _whole_ticks(axis: Any) -> None:
 
 
 def _width_for(n_columns: int) -> float:
-    """Inches for a plot of so many columns."""
-    return min(WIDEST, max(WIDTH, 1.8 + 0.16 * n_columns))
+    return min(MAX_WIDTH, max(WIDTH, 1.8 + 0.16 * n_columns))

@@ -1,9 +1,7 @@
-"""The ``mythos`` command. Each subcommand is a function of its own name (``train-gate``: ``train_gate``) in a module of
-that name.
+"""The ``mythos`` command. Each subcommand is a function in a module of the same name (``train-gate``: ``train_gate``).
 
-A subcommand's module is imported when it is called, and the library when it runs, so that no ``--help`` and no mistyped
-option waits for torch or matplotlib: what needs them is imported in functions, or stands in a module beside the
-command's.
+Subcommand modules are imported when called, and torch and matplotlib only when a command runs (in functions, or in
+helper modules), so that ``--help`` and usage errors are instant.
 """
 
 from __future__ import annotations
@@ -17,24 +15,24 @@ from typer.core import TyperCommand, TyperGroup
 from open_mythos import __version__
 
 COMMANDS = {
-    "demo": "Train a small model and watch depth pay.",
-    "train": "Train a model by a recipe, and measure it.",
-    "train-gate": "Teach a trained model when to stop, and leave it as it is otherwise.",
-    "eval": "Accuracy over difficulty and loops, and what depth does.",
-    "report": "One page about a run: curves, and every loop of an example.",
+    "demo": "Train a small model and show its accuracy by loops.",
+    "train": "Train and evaluate a model from a recipe.",
+    "train-gate": "Train the halting gate of a trained model, with all other weights frozen.",
+    "eval": "Accuracy over difficulty and loops, with metrics of depth.",
+    "report": "Write an HTML report of a run: curves, and every loop of an example.",
     "chat": "Talk to a model of text, at any depth, and see every loop.",
-    "retrofit": "Make a pretrained model a recurrent-depth one.",
-    "export": "Write a model for transformers, with the source that loads it anywhere.",
-    "compare": "Train a model and two that do not loop, and see who wins.",
-    "info": "What a variant or a checkpoint costs: parameters, arithmetic, cache.",
-    "convert": "Turn a checkpoint of the reference implementation into a model of this library.",
+    "retrofit": "Convert a pretrained decoder to a recurrent-depth model.",
+    "export": "Export a model for transformers, with the source code to load it anywhere.",
+    "compare": "Compare a looped model with two baselines that do not loop.",
+    "info": "Cost of a variant or a checkpoint: parameters, FLOPs, cache.",
+    "convert": "Convert a checkpoint of the reference implementation.",
     "bench": "How fast a model trains, reads and decodes here.",
     "diagnose": "Look inside a checkpoint, loop by loop.",
 }
 
 
 class LazyCommand(TyperCommand):
-    """A subcommand known by name and one line of help; the real one takes over when it is called."""
+    """A subcommand with one line of help, whose module is imported when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
@@ -54,8 +52,8 @@ class LazyGroup(TyperGroup):
 app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(__version__)
         raise typer.Exit
 
@@ -66,7 +64,7 @@ def mythos(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Recurrent-depth transformers: the same weights, run for more loops, think deeper."""
+    """Recurrent-depth transformers: more loops of the same weights for harder problems."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``mythos compare``: a recipe's looped model beside two that do not loop."""
+"""``mythos compare``: a recipe's looped model against two baselines that do not loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, si, table, whole_numbers
+from open_mythos.cli.console import clear_errors, console, fail, note, si, table, whole_numbers
 
 if TYPE_CHECKING:
     from open_mythos.training.compare import Comparison
@@ -19,13 +19,13 @@ def compare(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Of weights and data, as in 0,1,2.")] = "0,1,2",
-    out: Annotated[Path | None, typer.Option(help="Directory of the runs; runs/compare-RECIPE if left out.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of weights and data, comma-separated.")] = "0,1,2",
+    out: Annotated[Path | None, typer.Option(help="Directory of the runs; default: runs/compare-RECIPE.")] = None,
 ) -> None:
-    """Train a model and two that do not loop, and see who wins.
+    """Compare a looped model with two baselines that do not loop.
 
-    One baseline runs the same block once; the other has as many blocks as the model has loops, each with weights of
-    its own. All see the same problems for as many steps. Runs in --out that have ended are not run again.
+    One baseline runs the same block once; the other has as many blocks as the model has loops, with untied weights.
+    All train on the same problems for the same number of steps. Finished runs in --out are reused.
     """
     from open_mythos import plots
     from open_mythos.cli.watch import watching
@@ -39,47 +39,44 @@ def compare(
         plots.require_matplotlib()
         cfg = configured(recipe, overrides or [])
         try:
-            found = run_all(cfg, out, whole_numbers("--seeds", seeds, "0,1,2"), watching)
+            results = run_all(cfg, out, whole_numbers("--seeds", seeds, "0,1,2"), watching)
         except TrainingError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            fail("stopped; the same command goes on from here")
-        pictures = draw(found, out)
-    show(found)
-    where = f"   pictures: {', '.join(map(str, pictures))}" if pictures else ""
-    console.print(
-        f"Everything: {out / RESULTS}{where}\n"
-        f"Next: a page with all of it, [bold]mythos report {escape(str(out / f'looped-seed{found.seeds[0]}'))}[/bold].",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+            fail("stopped; run the same command to resume")
+        paths = draw(results, out)
+    show(results)
+    plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
+    note(
+        f"Results: {out / RESULTS}{plotted}",
+        f"Next: an HTML page, [bold]mythos report {escape(str(out / f'looped-seed{results.seeds[0]}'))}[/bold].",
+    )
 
 
-def draw(found: Comparison, out: Path) -> list[Path]:
-    """A picture for each difficulty, baselines as points at their depth. Bits per byte are for the report to draw."""
+def draw(results: Comparison, out: Path) -> list[Path]:
+    """Plot accuracy by loops for each difficulty; bits per byte are plotted in the report only."""
     from open_mythos import plots
 
-    if found.measure != "accuracy":
-        return []
-    pictures = []
-    for difficulty in found.difficulties:
-        pictures.append(out / f"compare-{difficulty}.png")
-        curves = {f"{kind}, {difficulty} {found.unit}": curve for kind, curve in found.curves(difficulty).items()}
-        plots.accuracy_by_loops(curves, pictures[-1], trained_loops=found.trained_loops)
-    return pictures
+    paths = []
+    for difficulty in results.difficulties if results.measure == "accuracy" else ():
+        paths.append(out / f"compare-{difficulty}.png")
+        curves = {f"{kind}, {difficulty} {results.unit}": curve for kind, curve in results.curves(difficulty).items()}
+        plots.accuracy_by_loops(curves, paths[-1], trained_loops=results.trained_loops)
+    return paths
 
 
-def show(found: Comparison) -> None:
-    shown = table(
-        f"{found.recipe}: {found.measure}, mean over {len(found.seeds)} seeds (worst)",
-        "model", "parameters", "FLOPs to train", "FLOPs a token", *(f"{n} {found.unit}" for n in found.difficulties),
+def show(results: Comparison) -> None:
+    rows = table(
+        f"{results.recipe}: {results.measure}, mean over {len(results.seeds)} seeds (worst)", "model", "parameters",
+        "FLOPs to train", "FLOPs a token", *(f"{n} {results.unit}" for n in results.difficulties),
     )  # fmt: skip
-    for entry in found.entries():
+    for entry in results.entries():
         values = zip(entry.mean, entry.worst, strict=True)
-        shown.add_row(
+        rows.add_row(
             entry.name, si(entry.parameters), si(entry.training_flops), si(entry.flops_per_token[-1]),
-            *(f"{found.show(mean)} ({found.show(worst)})" for mean, worst in values),
+            *(f"{results.show(mean)} ({results.show(worst)})" for mean, worst in values),
         )  # fmt: skip
-    console.print(shown)
-    console.print(f"FLOPs a token: at {found.difficulties[-1]} {found.unit}.", style="dim", highlight=False)
-    for line in found.verdicts():
+    console.print(rows)
+    console.print(f"FLOPs a token: at {results.difficulties[-1]} {results.unit}.", style="dim", highlight=False)
+    for line in results.verdicts():
         console.print(line, highlight=False)

@@ -1,13 +1,14 @@
-"""What the subcommands share: where they print, how they fail, how they show numbers and progress."""
+"""Shared output helpers of the subcommands: messages, errors, tables, numbers, progress bars."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -20,14 +21,19 @@ _errors = Console(stderr=True)
 
 
 def fail(message: str) -> NoReturn:
-    """Print one red line to stderr and end the command."""
+    """Print one red line to stderr and exit with a usage error."""
     _errors.print(Text(f"error: {message}", style="red"), soft_wrap=True)
     raise typer.Exit(USAGE_ERROR)
 
 
+def note(*lines: str) -> None:
+    """Print lines of rich markup, without wrapping."""
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn what the library raises for a user's mistake into :func:`fail`."""
+    """Turn the library's errors for invalid input into :func:`fail`."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -35,7 +41,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:
-    """What the user gave ``option`` as in ``example``, ``"1,2,4"``; ValueError if it is something else."""
+    """Parse the comma-separated integers of ``option``; ValueError, with an example, if they are none."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
@@ -43,7 +49,7 @@ def whole_numbers(option: str, text: str, example: str) -> list[int]:
 
 
 def picture(draw: Callable[[], None]) -> bool:
-    """Whether ``draw`` could: without matplotlib, a line says what to install."""
+    """Call ``draw``; without matplotlib, print what to install and return False."""
     try:
         draw()
     except ImportError as error:
@@ -52,39 +58,34 @@ def picture(draw: Callable[[], None]) -> bool:
     return True
 
 
-def announce(what: str) -> None:
-    """A line on a terminal's stderr, above bars that are another library's."""
+def announce(message: str) -> None:
+    """Print a line to stderr if it is a terminal, above another library's progress bars."""
     if _errors.is_terminal:
-        _errors.print(what, style="dim", highlight=False)
+        _errors.print(message, style="dim", highlight=False)
 
 
 @contextmanager
 def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal's stderr, gone at the end. Call what it hands out as each of ``n_steps`` begins."""
+    """A transient progress bar on a terminal's stderr. Call the yielded function at the start of each step."""
     with Progress(console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
-        task = bar.add_task("", total=n_steps)
-        begun = 0
-
-        def begin(what: str) -> None:
-            nonlocal begun
-            bar.update(task, description=what, completed=begun)
-            begun += 1
-
-        yield begin
+        task, counter = bar.add_task("", total=n_steps), itertools.count()
+        yield lambda step: bar.update(task, description=step, completed=next(counter))
 
 
-def table(title: str, *columns: str) -> Table:
-    """An empty table: its first column to the left, the others, numbers, to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="")
+def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = ()) -> Table:
+    """A table of ``rows``: first column left-aligned, the others right-aligned."""
+    result = Table(title=title, title_justify="left", title_style="bold", header_style="")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i else "left")
-    return made
+        result.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        result.add_row(*row)
+    return result
 
 
 def si(number: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: ``si(12_345, "B")`` is ``"12.3 kB"``."""
-    step = 0
-    while abs(number) >= 999.5 and step < len(PREFIXES) - 1:
-        number, step = number / 1000, step + 1
-    digits = f"{number:.3g}" if step else f"{number:g}"
-    return f"{digits} {PREFIXES[step]}{unit}".rstrip()
+    """Three digits and an SI prefix: ``si(12_345, "B")`` is ``"12.3 kB"``."""
+    i = 0
+    while abs(number) >= 999.5 and i < len(PREFIXES) - 1:
+        number, i = number / 1000, i + 1
+    digits = f"{number:.3g}" if i else f"{number:g}"
+    return f"{digits} {PREFIXES[i]}{unit}".rstrip()

@@ -1,4 +1,4 @@
-"""``mythos convert``: a checkpoint of the public reference implementation as a model of this library."""
+"""``mythos convert``: convert a checkpoint of the public reference implementation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, progress, table
+from open_mythos.cli.console import clear_errors, console, note, progress, table
 from open_mythos.fields import must
 
 if TYPE_CHECKING:
@@ -18,76 +18,58 @@ def convert(
     source: Annotated[
         Path, typer.Argument(help="A file of torch.save or safetensors, or a folder with either and config.json.")
     ],
-    directory: Annotated[Path, typer.Argument(help="Where the converted model goes.")],
-    config: Annotated[
-        Path | None, typer.Option(help="JSON of the reference's config, where the checkpoint has none.")
-    ] = None,
+    directory: Annotated[Path, typer.Argument(help="Output directory.")],
+    config: Annotated[Path | None, typer.Option(help="JSON config, if the checkpoint has none.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="One field of that config, as in n_heads=8; may be repeated."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DIRECTORY holds.")] = False,
 ) -> None:
-    """Turn a checkpoint of the reference implementation (open-mythos 0.5.0) into a model of this library.
-
-    Weights and plain values are read; no code in a file is run.
-    """
+    """Convert a checkpoint of the reference implementation (open-mythos 0.5.0) without running code from the file."""
     from open_mythos.integrations.upstream import convert as convert_checkpoint
 
     with clear_errors(), progress(n_steps=2) as begin:
         check_directory(source, directory, overwrite)
         begin("converting")
-        made = convert_checkpoint(source, config, settings or ())
+        conversion = convert_checkpoint(source, config, settings or ())
         begin("writing")
-        made.model.save_pretrained(directory)
-    show(made)
-    console.print(
-        f"The model is in [bold]{directory}[/bold]; it gives the reference's logits.", highlight=False, soft_wrap=True
-    )
-    console.print(
+        conversion.model.save_pretrained(directory)
+    show(conversion)
+    note(
+        f"Model: [bold]{directory}[/bold]; its logits are those of the reference.",
         f"Next: [bold]mythos info {directory}[/bold], [bold]mythos diagnose {directory}[/bold], or "
-        f'OpenMythos.from_pretrained("{directory}").generate(ids). What differs: docs/differences.md',
-        highlight=False,
-        soft_wrap=True,
+        f'OpenMythos.from_pretrained("{directory}").generate(ids). Differences: docs/differences.md',
     )
 
 
 def check_directory(source: Path, directory: Path, overwrite: bool) -> None:
-    """ValueError if the model would take the place of another that nobody has given up, or of its own source."""
+    """ValueError if ``directory`` holds the source, or another model without ``overwrite``."""
     from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
-    home = source if source.is_dir() else source.parent
-    taken = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
-    must(
-        not (taken and directory.resolve() == home.resolve()), f"{directory} holds the source; choose another directory"
-    )
-    must(overwrite or not taken, f"{directory} holds {' and '.join(taken)}; choose another, or give --overwrite")
+    source_dir = source if source.is_dir() else source.parent
+    existing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
+    is_source = existing and directory.resolve() == source_dir.resolve()
+    must(not is_source, f"{directory} holds the source; choose another directory")
+    must(overwrite or not existing, f"{directory} holds {' and '.join(existing)}; choose another, or give --overwrite")
     must(directory.is_dir() or not directory.exists(), f"{directory} is a file; give a directory")
 
 
-def show(made: Conversion) -> None:
+def show(conversion: Conversion) -> None:
     from open_mythos.diagnostics.cost import parameters
+    from open_mythos.integrations.upstream.convert import SEMANTICS
 
-    cfg = made.model.cfg
-    shape = table("the reference's model", "", "")
-    experts = f"{cfg.n_experts} routed, {cfg.n_experts_per_tok} per token; {cfg.n_shared_experts} shared"
-    for label, value in {
+    cfg = conversion.model.cfg
+    shape = {
         "attention": f"{cfg.attn_type.upper()}, {cfg.n_heads} heads, rope_theta={cfg.rope_theta:g}",
         "width": f"{cfg.dim}",
         "layers": f"{cfg.prelude_layers} prelude, 1 recurrent, {cfg.coda_layers} coda",
-        "experts": experts,
+        "experts": f"{cfg.n_experts} routed, {cfg.n_experts_per_tok} per token; {cfg.n_shared_experts} shared",
         "loops by default": f"{cfg.max_loop_iters}, act_threshold={cfg.act_threshold:g}",
         "parameters": f"{parameters(cfg).total:,}",
-    }.items():
-        shape.add_row(label, value)
-    console.print(shape)
-    for title, lines in (("Folded", made.folded), ("Set", _fields(made)), ("Note", made.notes)):
+    }
+    console.print(table("the reference's model", "", "", rows=shape.items()))
+    fields = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in [*SEMANTICS, "loop_index_dim"])
+    for title, lines in (("Folded", conversion.folded), ("Set", [fields]), ("Note", conversion.notes)):
         for line in lines:
             console.print(f"{title}: {line}", highlight=False, markup=False)
-
-
-def _fields(made: Conversion) -> list[str]:
-    from open_mythos.integrations.upstream.convert import SEMANTICS
-
-    cfg = made.model.cfg
-    return [", ".join(f"{name}={getattr(cfg, name)!r}" for name in [*SEMANTICS, "loop_index_dim"])]

@@ -1,4 +1,4 @@
-"""``mythos demo``: running parity, and accuracy that rises with the number of loops: trained now, or shipped."""
+"""``mythos demo``: accuracy on running parity by number of loops, of a model trained now or shipped."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, table
+from open_mythos.cli.console import clear_errors, console, note, table
 
 PRETRAINED = "parity-tiny"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for picture, table and checkpoint.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Directory for plot, table and checkpoint.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help=f"Train nothing; use {PRETRAINED}.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help=f"Use {PRETRAINED} instead of training.")] = False,
 ) -> None:
-    """Train a small model and watch depth pay."""
+    """Train a small model and show its accuracy by loops."""
     import torch
 
     from open_mythos import plots
@@ -30,11 +30,11 @@ def demo(
         plots.require_matplotlib()
         torch.manual_seed(seed)
         model = OpenMythos.from_pretrained(PRETRAINED) if pretrained else OpenMythos(parity.CONFIG)
-        lengths, loops = (parity.FAR_LENGTHS, parity.FAR_LOOPS) if pretrained else (parity.LENGTHS, parity.LOOPS)
-        trained_loops = model.cfg.max_loop_iters if pretrained else parity.MOST_TRAINED_LOOPS
+        lengths, loops = parity.PRETRAINED if pretrained else parity.TRAINED
+        trained_loops = model.cfg.max_loop_iters if pretrained else parity.MAX_TRAINED_LOOPS
         n_parameters = sum(p.numel() for p in model.parameters())
         console.print(
-            f"Running parity: say at every bit whether the ones so far are even or odd. A model of {n_parameters:,} "
+            f"Running parity: at every bit, is the number of ones so far even or odd? A model of {n_parameters:,} "
             f"parameters {'was trained' if pretrained else 'trains'} on up to {parity.TRAINED_LENGTH} bits with 1 to "
             f"{trained_loops} loops.",
             highlight=False,
@@ -48,16 +48,9 @@ def demo(
         (out / "example.json").write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
         (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
         plots.accuracy_by_loops(curves, out / "depth.png", chance=0.5, trained_loops=trained_loops)
-    show(curves)
-    console.print(
-        f"Picture: {out / 'depth.png'}   table: {out / 'table.json'}   checkpoint: {out}\n"
+    rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in loops)
+    console.print(table("accuracy by loops, same weights", "loops", *curves, rows=rows))
+    note(
+        f"Plot: {out / 'depth.png'}   table: {out / 'table.json'}   checkpoint: {out}",
         f"Next: look inside it with [bold]mythos diagnose {out} --plots {out}[/bold].",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
-def show(curves: dict[str, dict[int, float]]) -> None:
-    shown = table("accuracy by loops, same weights", "loops", *curves)
-    for n in next(iter(curves.values())):
-        shown.add_row(str(n), *(f"{curve[n]:.3f}" for curve in curves.values()))
-    console.print(shown)
+    )

@@ -1,4 +1,4 @@
-"""``mythos eval``: a checkpoint's accuracy over difficulty and loops, and what more depth does to it."""
+"""``mythos eval``: accuracy of a checkpoint over difficulty and loops, with metrics of depth."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, whole_numbers
+from open_mythos.cli.console import clear_errors, note, whole_numbers
 
 
 def eval(
     checkpoint: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
-    task: Annotated[str | None, typer.Option(help="Task; the one it was trained on if left out.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task; default: the one of training.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Of the task, as key=value; may be repeated.")] = None,
     difficulties: Annotated[str | None, typer.Option(help="As in 24,96.")] = None,
     loops: Annotated[str | None, typer.Option(help="As in 1,2,4,8.")] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Problems of a difficulty; documents of a task.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Problems per difficulty; documents per task.")] = None,
     seeds: Annotated[str, typer.Option(help="Of the problems, as in 0,1,2.")] = "0",
     exit: Annotated[
-        str | None,
-        typer.Option(help="Let positions stop early: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3."),
+        str | None, typer.Option(help="Early exit per position: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3.")
     ] = None,
     harness: Annotated[
-        str | None, typer.Option(help="Tasks of the lm-evaluation-harness in place of ours, as in hellaswag,arc_easy.")
+        str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, as in hellaswag,arc_easy.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Where the harness finds tasks of your own.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for table and picture.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory of your own harness tasks.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for table and plot.")] = None,
 ) -> None:
-    """Accuracy over difficulty and loops, and what depth does."""
+    """Accuracy over difficulty and loops, with metrics of depth."""
     with clear_errors():
         if harness is not None:
             from open_mythos.cli.harness import eval_harness
@@ -40,30 +39,23 @@ def eval(
             raise ValueError("--include-path is where --harness finds tasks; name one of them with --harness")
         from open_mythos import tasks
         from open_mythos.cli.own_tasks import eval_problems, eval_text, settings
-        from open_mythos.models import load_model
-        from open_mythos.nn.exits import parse
+        from open_mythos.models import load_model, model_dir
         from open_mythos.tasks.text import Text
-        from open_mythos.training.runs import evaluation_dir
+        from open_mythos.training.runs import METRICS, evaluation_dir
 
         model = load_model(checkpoint)
         cfg = settings(checkpoint, model.cfg, task, option or [], difficulties, loops, examples)
-        made = tasks.load(cfg.task.name, **cfg.task.options)
-        leave = None if exit is None else parse(exit)
+        loaded = tasks.load(cfg.task.name, **cfg.task.options)
         out = out or evaluation_dir(checkpoint)
-        if isinstance(made, Text):
-            path = eval_text(model, made, cfg, exit, out)
+        if isinstance(loaded, Text):
+            path = eval_text(model, loaded, cfg, exit, out)
         else:
-            path = eval_problems(model, made, cfg, whole_numbers("--seeds", seeds, "0,1,2"), leave, out)
-    drawing = out / "grid.png"
-    also = f"   picture: {drawing}" if drawing.is_file() else ""
-    console.print(f"Everything: {path}{also}\n{next_step(checkpoint)}", highlight=False, soft_wrap=True)
-
-
-def next_step(checkpoint: str) -> str:
-    from open_mythos.models import model_dir
-    from open_mythos.training.runs import METRICS
-
-    directory = model_dir(checkpoint)
-    if (directory.parent / METRICS).is_file():
-        return f"Next: a page with all of it, [bold]mythos report {directory.parent}[/bold]."
-    return f"Next: look inside, [bold]mythos diagnose {checkpoint}[/bold]."
+            path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds, "0,1,2"), exit, out)
+    plot, directory = out / "grid.png", model_dir(checkpoint)
+    is_run = (directory.parent / METRICS).is_file()
+    note(
+        f"Results: {path}" + (f"   plot: {plot}" if plot.is_file() else ""),
+        f"Next: an HTML page, [bold]mythos report {directory.parent}[/bold]."
+        if is_run
+        else f"Next: look inside, [bold]mythos diagnose {checkpoint}[/bold].",
+    )

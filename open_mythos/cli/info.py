@@ -1,4 +1,4 @@
-"""``mythos info``: what a model costs, from its config alone."""
+"""``mythos info``: cost of a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ def info(
         typer.Argument(help="A variant such as 1b, a run, a model's directory, a config.json, or a shipped model."),
     ],
 ) -> None:
-    """What a variant or a checkpoint costs: parameters, arithmetic, cache."""
+    """Cost of a variant or a checkpoint: parameters, FLOPs, cache."""
     from open_mythos.checkpoint import shipped
 
     with clear_errors():
         cfg = find_config(model)
     show_shape(model, cfg)
     show_cost(cfg)
+    train, directory = "train a small model with [bold]mythos demo[/bold], then ", "DIRECTORY"
     if Path(model).is_dir() or model in shipped():
-        console.print(f"Next: look inside it with [bold]mythos diagnose {model}[/bold].", highlight=False)
-    else:
-        console.print("Next: train a small model with [bold]mythos demo[/bold], then look inside it with "
-                      "[bold]mythos diagnose DIRECTORY[/bold].", highlight=False)  # fmt: skip
+        train, directory = "", model
+    console.print(f"Next: {train}look inside it with [bold]mythos diagnose {directory}[/bold].", highlight=False)
 
 
 def find_config(name: str) -> MythosConfig:
-    """The config of a file, a run, a model's directory, a shipped model or a variant; an existing path comes first.
+    """The config of a file, a run, a model's directory, a shipped model or a variant; existing paths take precedence.
 
     Raises:
         ValueError: if ``name`` is none of them, or its config is bad.
@@ -50,9 +49,8 @@ def find_config(name: str) -> MythosConfig:
     if path.is_dir():
         raise ValueError(f"{path / CONFIG_FILE} is missing; a checkpoint directory holds {CONFIG_FILE}")
     if len(path.parts) > 1 or path.suffix:
-        raise ValueError(
-            f"{path} does not exist; give a config file, a checkpoint directory or one of {', '.join(VARIANTS)}"
-        )
+        known = ", ".join(VARIANTS)
+        raise ValueError(f"{path} does not exist; give a config file, a checkpoint directory or one of {known}")
     return variant(name)
 
 
@@ -60,16 +58,15 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
     from open_mythos.diagnostics.cost import parameters
 
     count = parameters(cfg)
-    shape = table(name, "shape", "")
     if cfg.attn_type == "gqa":
         attention = f"GQA, {cfg.n_heads} heads of {cfg.head_dim}, {cfg.n_kv_heads} key/value heads"
     else:
         attention = f"MLA, {cfg.n_heads} heads, latent {cfg.kv_lora_rank} + rotary {cfg.qk_rope_head_dim}"
     experts = {
         "routed experts": f"{cfg.n_experts} of width {cfg.expert_dim:,}, {cfg.n_experts_per_tok} per token",
-        "shared experts": f"{cfg.n_shared_experts}, together of width {cfg.shared_dim:,}",
+        "shared experts": f"{cfg.n_shared_experts}, total width {cfg.shared_dim:,}",
     }
-    for label, value in {
+    shape = {
         "width": f"{cfg.dim:,}",
         "vocabulary": f"{cfg.vocab_size:,}",
         "context": f"{cfg.max_seq_len:,} tokens",
@@ -79,9 +76,8 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
         **(experts if cfg.n_experts else {"feed-forward": f"dense, of width {cfg.ffn_dim:,}"}),
         "parameters": f"{count.total:,}",
         "active per token": f"{count.active:,} ({count.active / count.total:.0%})",
-    }.items():
-        shape.add_row(label, value)
-    console.print(shape)
+    }
+    console.print(table(name, "shape", "", rows=shape.items()))
 
 
 def show_cost(cfg: MythosConfig) -> None:
@@ -101,6 +97,5 @@ def show_cost(cfg: MythosConfig) -> None:
 
 def loop_counts(cfg: MythosConfig) -> list[int]:
     """Powers of two up to twice the default number of loops, and those two numbers."""
-    most = 2 * cfg.max_loop_iters
-    powers = {2**i for i in range(most.bit_length()) if 2**i <= most}
-    return sorted(powers | {cfg.max_loop_iters, most})
+    maximum = 2 * cfg.max_loop_iters
+    return sorted({2**i for i in range(maximum.bit_length())} | {cfg.max_loop_iters, maximum})

@@ -1,17 +1,19 @@
-"""``mythos eval`` on tasks of this library: accuracy over difficulty and loops, or bits for a byte of text."""
+"""Evaluation on tasks of this library for ``mythos eval``, and tables of results that ``mythos train`` shows too."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
+
+from rich.text import Text as Cell
 
 from open_mythos import plots, tasks
-from open_mythos.cli.console import console, picture, progress, table
-from open_mythos.cli.measured import share, show_grid, show_halting, show_text
+from open_mythos.cli.console import console, picture, progress, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation.grid import combine
-from open_mythos.evaluation.metrics import BEYOND
+from open_mythos.evaluation.metrics import OVERTHINKING_FACTOR
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.model import OpenMythos
@@ -22,94 +24,133 @@ from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
 from open_mythos.training.runs import held_out_options, training_config
 
+SHALLOW, DEEP = 8, 32
+"""Loop counts whose relative difference in bits is shown."""
+
 
 def settings(
-    checkpoint: str,
-    model: MythosConfig,
-    task: str | None,
-    options: list[str],
-    difficulties: str | None,
-    loops: str | None,
-    examples: int | None,
-) -> TrainConfig:
-    """The config that the checkpoint was trained with, its task and evaluation as asked for.
-
-    Raises:
-        ValueError: for a value that does not do, or if neither checkpoint nor user names a task.
-    """
-    known = task is None or (model_dir(checkpoint) / TRAINING_FILE).is_file()
-    cfg = training_config(checkpoint) if known else TrainConfig(model=model)
-    if task is not None and (not known or task != cfg.task.name):
+    checkpoint: str, model: MythosConfig, task: str | None, options: list[str], difficulties: str | None,
+    loops: str | None, examples: int | None,
+) -> TrainConfig:  # fmt: skip
+    """The config of the checkpoint's training, with task and evaluation overridden."""
+    has_config = task is None or (model_dir(checkpoint) / TRAINING_FILE).is_file()
+    cfg = training_config(checkpoint) if has_config else TrainConfig(model=model)
+    if task is not None and (not has_config or task != cfg.task.name):
         cfg = dataclasses.replace(cfg, task=TaskConfig(name=task))
-    asked = {"difficulties": difficulties, "loops": loops, "examples": examples}
-    changes = [f"evaluation.{name}={value}" for name, value in asked.items() if value is not None]
+    requested = {"difficulties": difficulties, "loops": loops, "examples": examples}
+    changes = [f"evaluation.{name}={value}" for name, value in requested.items() if value is not None]
     if cfg.kind != "looped" and loops is None:
-        changes.append(f"evaluation.loops={cfg.depths[0]}")  # a baseline has one
-    held_out = held_out_options(checkpoint, cfg)
-    changes += [f"task.options.{key}={value}" for key, value in held_out.items()]
+        changes.append(f"evaluation.loops={cfg.depths[0]}")  # a baseline has one depth
+    changes += [f"task.options.{key}={value}" for key, value in held_out_options(checkpoint, cfg).items()]
     return override(cfg, [*changes, *(f"task.options.{option}" for option in options)])
 
 
-# -- problems
-
-
 def eval_problems(
-    model: OpenMythos, task: tasks.Task, cfg: TrainConfig, seeds: list[int], exit: Exit | None, out: Path
+    model: OpenMythos, task: tasks.Task, cfg: TrainConfig, seeds: list[int], exit: str | None, out: Path
 ) -> Path:
-    asked = cfg.evaluation
-    with progress(n_steps(asked.difficulties, seeds)) as begin:
-        found = evaluate(model, task, asked.difficulties, asked.loops, asked.examples, seeds, exit, begin)
-    path = found.save(out)
+    """Evaluate, write ``evaluation.json`` and, with matplotlib, a plot, and show tables."""
+    settings, rule = cfg.evaluation, None if exit is None else parse(exit)
+    with progress(n_steps(settings.difficulties, seeds)) as begin:
+        result = evaluate(model, task, settings.difficulties, settings.loops, settings.examples, seeds, rule, begin)
+    path, grid, mean = result.save(out), result.grids[0], combine(result.grids)["accuracy"].mean
+    axes = grid.difficulties, grid.loops, out / "grid.png", grid.unit, grid.chance
     trained = (cfg.task.max_difficulty, model.cfg.max_loop_iters) if cfg.task.name == task.name else None
-    draw(found, out / "grid.png", trained)
-    show_grid(found, cfg.task.max_difficulty if trained else 0, exit)
-    show_metrics(found)
-    show_halting(found)
+    picture(lambda: plots.accuracy_grid(mean, *axes, trained))
+    show_grid(result, cfg.task.max_difficulty if trained else 0, rule)
+    show_metrics(result)
+    show_halting(result)
     return path
 
 
-def draw(found: Evaluation, path: Path, trained: tuple[int, int] | None) -> None:
-    """The picture, if matplotlib is there."""
-    grid, mean = found.grids[0], combine(found.grids)["accuracy"].mean
-    picture(lambda: plots.accuracy_grid(mean, grid.difficulties, grid.loops, path, grid.unit, grid.chance, trained))
-
-
-def show_metrics(found: Evaluation) -> None:
-    grid = found.grids[0]
-    shown = table("what depth does", grid.unit, "best", "95%", "loops", "exact", "lost", "settled", "zeros", "noise")
-    for i, measured in enumerate(found.metrics["difficulties"]):
-        j = grid.loops.index(measured["best_loops"])
+def show_metrics(evaluation: Evaluation) -> None:
+    grid = evaluation.grids[0]
+    rows = table("metrics of depth", grid.unit, "best", "95%", "loops", "exact", "drop", "converged", "zeros", "noise")
+    for i, metrics in enumerate(evaluation.metrics["difficulties"]):
+        j = grid.loops.index(metrics["best_loops"])
         low, high, exact = (share(float(x[i, j])) for x in (grid.low, grid.high, grid.exact))
-        settled, starts = measured["settle_rate"], measured["from_start"]
-        shown.add_row(
-            str(measured["difficulty"]), share(measured["best"]), f"{low}-{high}", str(measured["best_loops"]), exact,
-            share(measured["damage"]), "-" if settled is None else share(settled),
+        converged, starts = metrics["settle_rate"], metrics["from_start"]
+        rows.add_row(
+            str(metrics["difficulty"]), share(metrics["best"]), f"{low}-{high}", str(metrics["best_loops"]), exact,
+            share(metrics["damage"]), "-" if converged is None else share(converged),
             *(share(starts[start]["differing"]) for start in ("zeros", "noise")),
         )  # fmt: skip
-    console.print(shown)
-    trained = found.metrics["trained_loops"]
+    console.print(rows)
+    trained = evaluation.metrics["trained_loops"]
     console.print(
-        f"best: at the fewest loops that reach it to within .001. lost: best minus accuracy at {BEYOND} times the "
-        f"{trained} trained loops, or the deepest here. settled: positions whose state moves by less than 1% in loop "
-        f"{grid.loops[-1]}. zeros, noise: answers that differ there if the loop starts from these.",
+        f"best: at the minimum loops within .001 of it. drop: best minus accuracy at {OVERTHINKING_FACTOR} times the "
+        f"{trained} trained loops, or the deepest here. converged: positions whose state changes by less than 1% in "
+        f"loop {grid.loops[-1]}. zeros, noise: answers that differ there if the loop starts from these.",
         style="dim", highlight=False,
     )  # fmt: skip
 
 
-# -- text
-
-
 def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None, out: Path) -> Path:
-    asked, leave = cfg.evaluation, None if exit is None else parse(exit)
-    with progress(len(asked.difficulties)) as begin:
-        found = {}
-        for length in asked.difficulties:
+    """Bits per byte at each length and loop count, written to ``evaluation.json`` and shown."""
+    settings, rule = cfg.evaluation, None if exit is None else parse(exit)
+    bits = {}
+    with progress(len(settings.difficulties)) as begin:
+        for length in settings.difficulties:
             begin(f"{length} {task.unit}")
-            found[length] = bits_per_byte(model, task, asked.loops, length, asked.examples, leave)
+            bits[length] = bits_per_byte(model, task, settings.loops, length, settings.examples, rule)
     path = out / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    # As in a run's own evaluation.json, which has the first length alone; then all of them.
-    data = {"bits_per_byte": next(iter(found.values())), "by_length": found, "windows": asked.examples}
+    # "bits_per_byte", of the first length, is as in the evaluation.json of training
+    data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
     path.write_text(json.dumps(data | {"task": task.name, "options": task.to_dict(), "exit": exit}, indent=1) + "\n")
-    show_text(found)
+    show_text(bits)
     return path
+
+
+def show_grid(evaluation: Evaluation, trained: int, exit: Exit | None = None) -> None:
+    """A column per difficulty, those up to ``trained`` marked; the best accuracies bold."""
+    grid, mean = evaluation.grids[0], combine(evaluation.grids)["accuracy"].mean
+    rule = "no early exit" if exit is None else f"exit {exit}"
+    n_problems = grid.examples * len(evaluation.grids)
+    names = [f"{n} {grid.unit}" + (" (trained)" if n <= trained else "") for n in grid.difficulties]
+    title = f"{grid.task}: accuracy by loops, {rule}, {n_problems} problems each, guessing {share(grid.chance)}"
+    rows, best = table(title, "loops", *names), [share(accuracy) for accuracy in mean.amax(1).tolist()]
+    for count, column in zip(grid.loops, mean.T.tolist(), strict=True):
+        cells = (Cell(share(x), "bold" if share(x) == top else "") for x, top in zip(column, best, strict=True))
+        rows.add_row(str(count), *cells)
+    console.print(rows)
+    if exit is not None:
+        used = zip(grid.difficulties, grid.loops_used[:, -1].tolist(), strict=True)
+        means = ", ".join(f"{n:.1f} with {difficulty} {grid.unit}" for difficulty, n in used)
+        console.print(f"mean loops of a position, of {grid.loops[-1]}: {means}", style="dim", highlight=False)
+
+
+def show_halting(evaluation: Evaluation) -> None:
+    """Savings of halting, and accuracy at matched FLOPs; nothing for a model without halting."""
+    halting, matched = evaluation.metrics["halting"], evaluation.metrics["compute_matched"]
+    if halting is None:
+        return
+    rows = table("difficulties mixed in one batch", "", "accuracy", "loops")
+    rows.add_row("fixed depth", share(halting["accuracy_fixed"]), f"{halting['loops_fixed']:.1f}")
+    rows.add_row("halting", share(halting["accuracy_halting"]), f"{halting['loops_halting']:.1f}")
+    rows.add_row("saved", "", f"{halting['saved']:.0%}")
+    console.print(rows)
+    title = f"at matched FLOPs, {matched['difficulty']} {evaluation.grids[0].unit}"
+    rows = table(title, "act_threshold", "loops", "a token", "halting", "fixed depth")
+    for threshold, curve in matched["halting"].items():
+        point: dict[str, Any] = curve[-1]
+        accuracy = share(point["accuracy"]), share(point["fixed_accuracy"])
+        rows.add_row(threshold, f"{point['loops']:.1f}", si(point["flops"], "FLOP"), *accuracy)
+    console.print(rows)
+
+
+def show_text(bits: dict[int, dict[int, float]]) -> None:
+    """A column per length; the minimum bits bold."""
+    rows = table("bits per byte of held-out text", "loops", *(f"{length} tokens" for length in bits))
+    curves = list(bits.values())
+    for n in curves[0]:
+        rows.add_row(str(n), *(Cell(f"{c[n]:.4f}", "bold" if c[n] == min(c.values()) else "") for c in curves))
+    if {SHALLOW, DEEP} <= curves[0].keys():
+        rows.add_section()
+        changes = (curve[DEEP] / curve[SHALLOW] - 1 for curve in curves)
+        rows.add_row(f"from {SHALLOW} to {DEEP}", *(f"{change:+.2%}" for change in changes))
+    console.print(rows)
+
+
+def share(x: float) -> str:
+    """A fraction in four characters: ``.731``, ``1.00``."""
+    return f"{x:.3f}".removeprefix("0")[:4]

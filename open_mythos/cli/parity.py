@@ -1,4 +1,4 @@
-"""What ``mythos demo`` trains and measures: running parity, at more bits and more loops than were trained."""
+"""Training and evaluation of ``mythos demo``: running parity, at more bits and loops than in training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from open_mythos.model import OpenMythos
 from open_mythos.tasks.parity import Parity
 
 TASK = Parity()
-TRAINED_LENGTH, MOST_TRAINED_LOOPS, BATCH = 24, 8, 64
-LENGTHS = (24, 48, 96)
-LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-FAR_LENGTHS, FAR_LOOPS = (24, 96, 384), (1, 2, 4, 8, 16, 32, 64, 128, 256)  # for the model that trained for longer
+TRAINED_LENGTH, MAX_TRAINED_LOOPS, BATCH = 24, 8, 64
+# lengths and loops of the evaluation
+TRAINED = (24, 48, 96), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+PRETRAINED = (24, 96, 384), (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONFIG = MythosConfig(
     vocab_size=TASK.vocab_size, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=16,
     prelude_layers=1, coda_layers=1, attn_type="gqa",
@@ -26,14 +26,14 @@ CONFIG = MythosConfig(
 
 
 def train(model: OpenMythos, steps: int) -> None:
-    """Fresh sequences at every step, the number of loops drawn anew each time; learning rate decays over the end."""
+    """Train on new sequences at random depths; the learning rate decays over the last quarter."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 4 * (1 - step / steps)))
     model.train()
     with progress(steps) as begin:
         for _ in range(steps):
             x, y, _ = TASK.batch(BATCH, TRAINED_LENGTH)
-            n_loops = int(torch.randint(1, MOST_TRAINED_LOOPS + 1, ()))
+            n_loops = int(torch.randint(1, MAX_TRAINED_LOOPS + 1, ()))
             logits = model(x, n_loops=n_loops)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
             optimizer.zero_grad()
@@ -41,8 +41,8 @@ def train(model: OpenMythos, steps: int) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            right = (logits.argmax(-1) == y).float().mean()
-            begin(f"loss {loss:.3f}  accuracy {right:.3f}  loops {n_loops}")
+            accuracy = (logits.argmax(-1) == y).float().mean()
+            begin(f"loss {loss:.3f}  accuracy {accuracy:.3f}  loops {n_loops}")
 
 
 def measure(model: OpenMythos, lengths: Sequence[int], loops: Sequence[int]) -> dict[str, dict[int, float]]:
@@ -50,7 +50,7 @@ def measure(model: OpenMythos, lengths: Sequence[int], loops: Sequence[int]) -> 
     curves = {}
     with progress(len(lengths)) as begin:
         for length in lengths:
-            begin(f"measuring {length} bits")
+            begin(f"evaluating {length} bits")
             problems = TASK.batch(256 if length <= 100 else 64, length)
             name = f"{length} bits" + (" (trained)" if length == TRAINED_LENGTH else "")
             curves[name] = accuracy_by_loops(model, problems.ids, problems.targets, loops)

@@ -1,4 +1,4 @@
-"""``mythos report``: a run as one HTML page."""
+"""``mythos report``: an HTML report of a run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, progress, si
+from open_mythos.cli.console import clear_errors, note, progress, si
 
 
 def report(
     run: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: RUN/report.html.")] = None,
     difficulty: Annotated[int | None, typer.Option(min=1, help="Of the example.")] = None,
-    loops: Annotated[int | None, typer.Option(min=1, help="Allowed for the example.")] = None,
+    loops: Annotated[int | None, typer.Option(min=1, help="Maximum for the example.")] = None,
     seed: Annotated[int, typer.Option(help="Of the example.")] = 0,
 ) -> None:
-    """One page about a run: curves, and every loop of an example."""
+    """Write an HTML report of a run: curves, and every loop of an example."""
     from open_mythos.models import home_dir, model_dir
     from open_mythos.report import gather, render
 
@@ -28,9 +28,8 @@ def report(
         path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
-    console.print(
-        f"Page: {path} ({si(len(page.encode()), 'B')}, one file; open it in any browser)\n"
-        f"Next: follow another example with [bold]mythos report {escape(run)} --seed {seed + 1}[/bold], "
+    note(
+        f"Page: {path} ({si(len(page.encode()), 'B')}, one file; open it in any browser)",
+        f"Next: another example with [bold]mythos report {escape(run)} --seed {seed + 1}[/bold], "
         f"or a harder one with --difficulty.",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""``mythos retrofit``: make a recurrent-depth model of a pretrained one, and prove that nothing is lost."""
+"""``mythos retrofit``: convert a pretrained decoder to a recurrent-depth model, and verify its logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, progress, table
+from open_mythos.cli.console import clear_errors, console, fail, note, progress, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +26,14 @@ SAMPLE = (
 def retrofit(
     source: Annotated[str, typer.Argument(help="A Llama: directory, GGUF file, or name on the hub.")],
     prelude: Annotated[int, typer.Option(help="First layers, run once.")] = 4,
-    core: Annotated[int, typer.Option(help="Layers before the coda's, run in a loop.")] = 8,
+    core: Annotated[int, typer.Option(help="Layers before the coda's, looped.")] = 8,
     coda: Annotated[int, typer.Option(help="Last layers, run once.")] = 4,
-    loops: Annotated[int, typer.Option(help="Loops by default, and greatest number that is shown.")] = 4,
-    decay: Annotated[float, typer.Option(help="Share of the state in what a loop reads; the rest is the input.")] = 0.5,
+    loops: Annotated[int, typer.Option(help="Default loops, and maximum that is compared.")] = 4,
+    decay: Annotated[float, typer.Option(help="Weight of the state in a loop's input, against the embedding.")] = 0.5,
     text: Annotated[Path | None, typer.Option(help="File to compare on, instead of a few built-in sentences.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory to write; runs/retrofit if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output directory; default: runs/retrofit.")] = None,
 ) -> None:
-    """Make a pretrained decoder a recurrent-depth model: layers become prelude, core and coda."""
+    """Convert a pretrained decoder to a recurrent-depth model: layers become prelude, core and coda."""
     import torch
 
     from open_mythos.integrations import retrofit as surgery
@@ -53,30 +53,30 @@ def retrofit(
         rows = {f"the original, {n_layers} layers": bits(surgery.logits_of(original, ids), ids, tokenizer)}
         surgery.truncate(original, split)
         logits = surgery.logits_of(original, ids)
-        apart = surgery.difference(model, logits, ids)
+        error = surgery.difference(model, logits, ids)
         rows[f"its {prelude + core + coda} layers that were kept"] = bits(logits, ids, tokenizer)
         for n_loops in sorted({loops, *(2**i for i in range(loops.bit_length()))}):
             with torch.no_grad():
                 rows[f"the new model, {n_loops} loop{'s' * (n_loops > 1)}"] = bits(model(ids, n_loops), ids, tokenizer)
-        if not apart <= surgery.TOLERANCE:
-            fail(f"logits differ by {apart:.1e} of the largest, more than {surgery.TOLERANCE:g}; nothing was written")
+        if not error <= surgery.TOLERANCE:
+            fail(f"logits differ by {error:.1e} of the largest, more than {surgery.TOLERANCE:g}; nothing was written")
         begin("saving")
         surgery.save(model, tokenizer, directory, original.generation_config)
     show_layers(split, n_layers)
-    show_bits(rows, ids.shape[1])
+    shown = ((name, f"{value:.3f}") for name, value in rows.items())
+    console.print(table(f"bits per byte of {ids.shape[1]} tokens", "", "bits", rows=shown))
     largest = float(logits.abs().max())
-    whole = prelude + core + coda == n_layers
-    console.print(
-        f"At one loop its logits are those of {'the original' if whole else 'the layers that were kept'}: they differ "
-        f"by {apart * max(1.0, largest):.1e} at most, of up to {largest:.0f}.\n"
-        f"Model and tokenizer: {directory}\n"
-        f"Next: teach it to use its loops with [bold]mythos train heal start={escape(str(directory))}[/bold].",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    original_layers = "the original" if prelude + core + coda == n_layers else "the layers that were kept"
+    note(
+        f"At one loop its logits are those of {original_layers}: they differ by at most "
+        f"{error * max(1.0, largest):.1e}, of up to {largest:.0f}.",
+        f"Model and tokenizer: {directory}",
+        f"Next: train it to use its loops with [bold]mythos train heal start={escape(str(directory))}[/bold].",
+    )
 
 
 def bits(logits: Tensor, ids: Tensor, tokenizer: object) -> float:
-    """Bits for a byte of the text, the first token left out."""
+    """Bits per byte of the text, without the first token."""
     import torch.nn.functional as F
 
     nats = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
@@ -86,19 +86,7 @@ def bits(logits: Tensor, ids: Tensor, tokenizer: object) -> float:
 
 def show_layers(split: Split, n_layers: int) -> None:
     prelude, core, coda = split.layers(n_layers)
-    dropped = range(prelude.stop, core.start)
-    shown = table("layers of the original", "part", "layers", "run")
-    for part, layers, run in (
-        ("prelude", prelude, "once"), ("dropped", dropped, "never"), ("core", core, "in each loop"),
-        ("coda", coda, "once"),
-    ):  # fmt: skip
-        if len(layers):
-            shown.add_row(part, f"{layers.start + 1} to {layers.stop}", run)
-    console.print(shown)
-
-
-def show_bits(rows: dict[str, float], n_tokens: int) -> None:
-    shown = table(f"bits for a byte of {n_tokens} tokens", "", "bits")
-    for name, value in rows.items():
-        shown.add_row(name, f"{value:.3f}")
-    console.print(shown)
+    parts = {"prelude": prelude, "dropped": range(prelude.stop, core.start), "core": core, "coda": coda}
+    run = {"prelude": "once", "dropped": "never", "core": "in each loop", "coda": "once"}
+    rows = ((part, f"{layers.start + 1} to {layers.stop}", run[part]) for part, layers in parts.items() if layers)
+    console.print(table("layers of the original", "part", "layers", "run", rows=rows))

@@ -1,4 +1,4 @@
-"""The tokens that ``mythos diagnose`` runs."""
+"""Input tokens of ``mythos diagnose``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ RANDOM_TOKENS, SEED = 64, 0
 
 
 def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, Tensor]:
-    """Where the tokens come from, and the tokens, (1, T): the prompt, the checkpoint's example, or random ones.
-
-    Raises:
-        ValueError: naming what is wrong with the prompt or the example.
-    """
+    """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, or random ones."""
     example = checkpoint / EXAMPLE_FILE
     if prompt is not None:
-        return "prompt", as_tokens("--prompt", [as_int(word) for word in prompt.replace(",", " ").split()], cfg)
+        words = prompt.replace(",", " ").split()
+        tokens = [int(word) if word.removeprefix("-").isdecimal() else word for word in words]
+        return "prompt", as_tokens("--prompt", tokens, cfg)
     if example.is_file():
         return EXAMPLE_FILE, as_tokens(str(example), read_example(example), cfg)
     length = min(RANDOM_TOKENS, cfg.max_seq_len)
@@ -31,23 +29,18 @@ def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tu
     return f"random, seed {SEED}", torch.randint(cfg.vocab_size, (1, length), generator=generator)
 
 
-def as_int(word: str) -> int | str:
-    return int(word) if word.removeprefix("-").isdecimal() else word
-
-
 def read_example(path: Path) -> Any:
-    """The value of ``tokens`` in a JSON object."""
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); mend or remove it, or give --prompt") from error
+        raise ValueError(f"{path} is not JSON ({error}); fix or remove it, or give --prompt") from error
     if not isinstance(data, dict) or not isinstance(data.get("tokens"), list):
-        raise ValueError(f'{path} should hold {{"tokens": [...]}}; mend or remove it, or give --prompt')
+        raise ValueError(f'{path} should hold {{"tokens": [...]}}; fix or remove it, or give --prompt')
     return data["tokens"]
 
 
 def as_tokens(source: str, tokens: list[Any], cfg: MythosConfig) -> Tensor:
-    """(1, T) of ``tokens``, checked."""
+    """Validate ``tokens`` and make a (1, T) tensor."""
     high = cfg.vocab_size - 1
     if not tokens:
         raise ValueError(f"{source} holds no tokens; give integers from 0 to {high}, such as '1 2 1 1'")

@@ -1,4 +1,4 @@
-"""``mythos train``: train by a recipe, or see what there is, or what it would cost."""
+"""``mythos train``: train from a recipe, list recipes, or estimate the cost of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, si, table
+from open_mythos.cli.console import clear_errors, console, fail, note, si, table
 from open_mythos.training.config import TrainConfig
 
 
@@ -19,14 +19,14 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/RECIPE if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/RECIPE.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on from the newest checkpoint. Or never, or the path of a checkpoint.")
+        str, typer.Option(help="auto: from the newest checkpoint, if any. Or never, or the path of a checkpoint.")
     ] = "never",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would cost, and stop.")] = False,
-    show_list: Annotated[bool, typer.Option("--list", help="Print the recipes, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost of the run and exit.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="Print the recipes and exit.")] = False,
 ) -> None:
-    """Train a model by a recipe, and measure it."""
+    """Train and evaluate a model from a recipe."""
     from open_mythos.cli.watch import reading, watching
     from open_mythos.training import distributed
     from open_mythos.training.fit import fit
@@ -43,10 +43,7 @@ def train(
         if dry_run:
             show_cost(cfg)
             words = [recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
-            console.print(
-                f"Nothing was written. Next: [bold]mythos train {escape(shlex.join(words))}[/bold].",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            note(f"Nothing was written. Next: [bold]mythos train {escape(shlex.join(words))}[/bold].")
             return
         try:
             with watching(cfg.steps) as watch:
@@ -54,30 +51,25 @@ def train(
         except TrainingError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            fail(f"stopped; go on with the same command and --resume auto --out {run}")
+            fail(f"stopped; resume with the same command and --resume auto --out {run}")
         if distributed.rank() > 0:
             return
         show_evaluation(cfg, run)
-    console.print(
-        f"Model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   evaluation: {run / 'evaluation.json'}\n"
-        f"Next: measure it with [bold]mythos eval {escape(str(run))}[/bold], "
-        f"or read about it with [bold]mythos report {escape(str(run))}[/bold]."
-        + (f" Talk to it: [bold]mythos chat {escape(str(run))}[/bold]." if cfg.task.name == "text" else ""),
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
-# -- before
+    chat = f" Chat with it: [bold]mythos chat {escape(str(run))}[/bold]." if cfg.task.name == "text" else ""
+    note(
+        f"Model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   evaluation: {run / 'evaluation.json'}",
+        f"Next: evaluate it with [bold]mythos eval {escape(str(run))}[/bold], "
+        f"or write an HTML report with [bold]mythos report {escape(str(run))}[/bold].{chat}",
+    )
 
 
 def show_recipes() -> None:
     from open_mythos.training.recipes import RECIPES
 
-    shown = table("recipes", "recipe", "what it trains")
-    shown.columns[1].justify = "left"
-    for name, made in RECIPES.items():
-        shown.add_row(name, (made.__doc__ or "").partition("\n")[0])
-    console.print(shown)
+    rows = ((name, (recipe.__doc__ or "").partition("\n")[0]) for name, recipe in RECIPES.items())
+    recipes = table("recipes", "recipe", "description", rows=rows)
+    recipes.columns[1].justify = "left"
+    console.print(recipes)
     console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
 
 
@@ -85,35 +77,27 @@ def show_cost(cfg: TrainConfig) -> None:
     from open_mythos.training.cost import run_cost
 
     cost = run_cost(cfg)
-    shown = table(f"{cfg.recipe}: what a run costs", "quantity", "value", "how it is found")
-    shown.columns[2].justify = "left"
     seconds = cost.seconds_per_step
-    for label, value, how in (
+    rows = (
         ("parameters", f"{cost.parameters:,}", "counted"),
         ("FLOPs per step", si(cost.flops_per_step), "matrix products, at the mean number of loops"),
-        ("memory of the weights", si(cost.weight_bytes, "B"), "weights, gradients, optimizer's state, average"),
-        (
-            "memory of activations",
-            si(cost.activation_bytes, "B"),
-            "kept for the backward pass; most of the trial steps",
-        ),
+        ("memory of the weights", si(cost.weight_bytes, "B"), "weights, gradients, optimizer state, EMA"),
+        ("memory of activations", si(cost.activation_bytes, "B"), "saved for the backward pass; peak of the trials"),
         ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
         ("time of the run", str(timedelta(seconds=round(seconds * cfg.steps))), f"{cfg.steps:,} steps, no evaluation"),
-    ):
-        shown.add_row(label, value, how)
-    console.print(shown)
-
-
-# -- after
+    )
+    costs = table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method", rows=rows)
+    costs.columns[2].justify = "left"
+    console.print(costs)
 
 
 def show_evaluation(cfg: TrainConfig, run: Path) -> None:
-    from open_mythos.cli.measured import show_grid, show_halting, show_text
+    from open_mythos.cli.own_tasks import show_grid, show_halting, show_text
     from open_mythos.training.fit import load_evaluation
 
-    found = load_evaluation(run)
-    if isinstance(found, dict):
-        show_text({cfg.evaluation.difficulties[0]: found})
+    scores = load_evaluation(run)
+    if isinstance(scores, dict):
+        show_text({cfg.evaluation.difficulties[0]: scores})
         return
-    show_grid(found, cfg.task.max_difficulty)
-    show_halting(found)
+    show_grid(scores, cfg.task.max_difficulty)
+    show_halting(scores)

@@ -1,4 +1,4 @@
-"""What a terminal shows while a model trains."""
+"""Live progress of training on a terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from open_mythos.training import distributed
 from open_mythos.training.fit import Watch
 from open_mythos.training.loggers import Record
 
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to update
+LINE_SECONDS = 10.0  # between lines if stderr is no terminal
 
 
 @contextmanager
 def reading(overrides: list[str]) -> Iterator[None]:
-    """Says that text is being read, which may take a while."""
+    """Show that text is being read, which may take a while."""
     errors, sources = Console(stderr=True), [text for text in overrides if text.startswith("data=")]
     if not sources or distributed.rank() > 0:
         yield
@@ -35,36 +35,28 @@ def reading(overrides: list[str]) -> Iterator[None]:
 
 @contextmanager
 def watching(steps: int) -> Iterator[Watch]:
-    """A live line on a terminal's stderr, gone at the end; elsewhere a plain line every so often."""
+    """A transient live line on a terminal's stderr; otherwise a line every :data:`LINE_SECONDS`."""
     errors = Console(stderr=True)
     columns = BarColumn(bar_width=20), TextColumn("{task.description}")
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task, shown_at = bar.add_task("the first steps", total=steps), -PLAIN_SECONDS
+        task, printed_at = bar.add_task("the first steps", total=steps), -LINE_SECONDS
 
-        def plain(line: str) -> None:
-            nonlocal shown_at
-            if not errors.is_terminal and time.monotonic() - shown_at >= PLAIN_SECONDS:
-                shown_at = time.monotonic()
-                errors.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        def record(numbers: Record) -> None:
-            line = live_line(numbers, steps)
-            bar.update(task, description=escape(line), completed=numbers["step"])
-            plain(line)
-
-        def begin(what: str) -> None:
-            bar.update(task, description=escape(what))
-            plain(what)
-
-        def say(message: str) -> None:
+        def log(message: str) -> None:
             bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-        yield Watch(record, say, begin)
+        def update(line: str, step: float | None = None) -> None:
+            nonlocal printed_at
+            bar.update(task, description=escape(line), completed=step)
+            if not errors.is_terminal and time.monotonic() - printed_at >= LINE_SECONDS:
+                printed_at = time.monotonic()
+                log(line)
+
+        yield Watch(lambda record: update(live_line(record, steps), record["step"]), log, update)
 
 
 def live_line(numbers: Record, steps: int) -> str:
-    """The numbers of a step in one line; those that there are."""
-    shown = [f"step {numbers['step']}/{steps}"]
+    """The metrics of a step in one line, without missing ones."""
+    parts = [f"step {numbers['step']}/{steps}"]
     for key, form in (
         ("loss", "loss {:.4f}"),
         ("accuracy", "accuracy {:.3f}"),
@@ -75,9 +67,9 @@ def live_line(numbers: Record, steps: int) -> str:
         ("lr", "lr {:.1e}"),
     ):
         if (value := numbers.get(key)) is not None:
-            shown.append(form.format(value))
-    shown.append(f"{si(float(numbers['tokens_per_second'] or 0))} tokens/s")
+            parts.append(form.format(value))
+    parts.append(f"{si(float(numbers['tokens_per_second'] or 0))} tokens/s")
     if numbers["skipped"]:
-        shown.append(f"{numbers['skipped']} steps skipped")
-    shown.append(f"{timedelta(seconds=round(float(numbers['eta_seconds'] or 0)))} left")
-    return "  ".join(shown)
+        parts.append(f"{numbers['skipped']} steps skipped")
+    parts.append(f"{timedelta(seconds=round(float(numbers['eta_seconds'] or 0)))} left")
+    return "  ".join(parts)

@@ -1,9 +1,12 @@
-"""Single numbers about depth: does more of it harm, does it settle, does the start matter, does halting pay?"""
+"""Scalar metrics of depth: overthinking, convergence, path independence, and the savings of halting.
+
+The functions that run a model do so in eval mode, and restore its mode and config. ``difficulty``, ``examples`` and
+``seed`` give the problems of :func:`~open_mythos.evaluation.grid.depth_grid`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,20 +21,20 @@ from open_mythos.evaluation.grid import DepthGrid, check_fit, depth_grid, score_
 from open_mythos.model import OpenMythos
 from open_mythos.tasks.base import UNSCORED, Task
 
-BEYOND = 16
-"""How many times deeper than in training overthinking is looked for."""
-SAME = 0.001
-"""Accuracies no further apart are called equal."""
+OVERTHINKING_FACTOR = 16
+"""Overthinking is measured at this multiple of the trained loops."""
+ACCURACY_TOLERANCE = 0.001
+"""Accuracies within this difference count as equal."""
 THRESHOLDS = (0.25, 0.5, 0.9, 0.99)
-"""Values of ``cfg.act_threshold`` from hasty to patient."""
+"""Default values of ``cfg.act_threshold`` for :func:`compute_matched`."""
 
 
 class Damage(NamedTuple):
-    """What too many loops cost at one difficulty.
+    """Overthinking at one difficulty.
 
     Attributes:
-        best: greatest accuracy.
-        best_loops: fewest loops that reach it, to within .001.
+        best: maximum accuracy.
+        best_loops: minimum loops within .001 of it.
         deepest: loops at which the damage is measured.
         damage: ``best`` minus the accuracy at ``deepest``.
     """
@@ -43,65 +46,48 @@ class Damage(NamedTuple):
 
 
 def overthinking_damage(grid: DepthGrid, trained_loops: int) -> list[Damage]:
-    """Best accuracy minus that at 16 times the loops of training, for each difficulty of ``grid``.
+    """Best accuracy minus that at 16 times ``trained_loops``, for each difficulty of ``grid``.
 
-    Measured at the deepest count of the grid that is no deeper than that; ``deepest`` says which.
-
-    Args:
-        grid: from ``depth_grid``.
-        trained_loops: most loops seen in training, ``cfg.max_loop_iters`` of models trained here.
+    Measured at the largest loop count of the grid up to that, :attr:`Damage.deepest`. ``trained_loops`` is
+    ``cfg.max_loop_iters`` of models trained here.
     """
-    n = max(1, sum(count <= BEYOND * trained_loops for count in grid.loops))
-    found = []
+    n = max(1, sum(count <= OVERTHINKING_FACTOR * trained_loops for count in grid.loops))
+    damages = []
     for accuracy in grid.accuracy[:, :n]:
         best = float(accuracy.max())
-        first = int((accuracy >= best - SAME).int().argmax())
-        found.append(Damage(best, grid.loops[first], grid.loops[n - 1], best - float(accuracy[-1])))
-    return found
+        first = int((accuracy >= best - ACCURACY_TOLERANCE).int().argmax())
+        damages.append(Damage(best, grid.loops[first], grid.loops[n - 1], best - float(accuracy[-1])))
+    return damages
 
 
 def settle_rate(
-    model: OpenMythos,
-    task: Task,
-    difficulty: int,
-    loops: int,
-    examples: int = 256,
-    seed: int = 0,
+    model: OpenMythos, task: Task, difficulty: int, loops: int, examples: int = 256, seed: int = 0,
     tolerance: float = 0.01,
-) -> float:
-    """Share of positions whose state hardly moves in the last loop: ``|h_t - h_{t-1}| < tolerance |h_t|``.
+) -> float:  # fmt: skip
+    """Share of positions whose state has converged after ``loops`` loops: ``|h_t - h_{t-1}| < tolerance |h_t|``.
 
-    Halting is off, since a position that has halted does not move either.
+    Halting is off, since the state of a halted position does not change either.
 
-    Args:
-        model: run in eval mode; put back after.
-        task, difficulty, examples, seed: the problems, those of ``depth_grid``.
-        loops: number of the loop that is looked at, at least 2.
-        tolerance: relative to the state's norm.
+    Raises:
+        ValueError: for ``loops`` below 2, and as ``depth_grid``.
     """
     if loops < 2:
         raise ValueError(f"loops={loops}; a change takes two loops, use at least 2")
     check_fit(model, task, [difficulty], examples)
     problems = task.batch(examples, difficulty, torch.Generator().manual_seed(seed))
-    settled = positions = 0
+    converged = positions = 0
     with measuring(model, halting=False):
         for part in chunks(problems, device_of(model)):
             valid = torch.ones_like(part.ids, dtype=torch.bool) if part.valid is None else part.valid.bool()
-            for before, after in pairwise(readings(model, part.ids, [loops - 1, loops], part.valid)):
-                moved = (after.state - before.state).float().norm(dim=-1)
-                still = moved < tolerance * after.state.float().norm(dim=-1)
-                settled += int((still & valid).sum())
-                positions += int(valid.sum())
-    return settled / positions
+            before, after = readings(model, part.ids, [loops - 1, loops], part.valid)
+            change = (after.state - before.state).float().norm(dim=-1)
+            converged += int(((change < tolerance * after.state.float().norm(dim=-1)) & valid).sum())
+            positions += int(valid.sum())
+    return converged / positions
 
 
 class FromStart(NamedTuple):
-    """The model when started from some state.
-
-    Attributes:
-        accuracy: share of scored tokens that are right, mean over problems.
-        differing: share of scored positions whose answer is not that from the model's own start.
-    """
+    """Accuracy from an initial state, and the share of scored predictions that differ from the model's own."""
 
     accuracy: float
     differing: float
@@ -110,15 +96,10 @@ class FromStart(NamedTuple):
 def initial_state_gap(
     model: OpenMythos, task: Task, difficulty: int, loops: int, examples: int = 256, seed: int = 0
 ) -> dict[str, FromStart]:
-    """Whether the answer depends on where the loop starts (path independence, 2211.09961). Halting is off.
-
-    Args:
-        model: run in eval mode; put back after.
-        task, difficulty, examples, seed: the problems, those of ``depth_grid``.
-        loops: run from each start.
+    """How predictions after ``loops`` loops depend on the initial state (path independence, 2211.09961); halting off.
 
     Returns:
-        For ``"own"`` (the model's first state), ``"zeros"`` and ``"noise"`` (standard normal).
+        Results for ``"own"`` (the model's initial state), ``"zeros"`` and ``"noise"`` (standard normal).
     """
     check_fit(model, task, [difficulty], examples)
     generator = torch.Generator().manual_seed(seed)
@@ -132,31 +113,23 @@ def initial_state_gap(
         "zeros": lambda e, ctx: torch.zeros_like(e),
         "noise": noise,
     }
-    accuracy, differing, scored = dict.fromkeys(starts, 0.0), dict.fromkeys(starts, 0), 0
+    accuracy, differing, n_scored = dict.fromkeys(starts, 0.0), dict.fromkeys(starts, 0), 0
     with measuring(model, halting=False):
         for part in chunks(problems, device_of(model)):
-            asked, own = part.targets != UNSCORED, None
-            scored += int(asked.sum())
+            scored, own = part.targets != UNSCORED, None
+            n_scored += int(scored.sum())
             for name, start in starts.items():
                 (reading,) = readings(model, part.ids, [loops], part.valid, start)
                 answers = reading.logits.argmax(-1)
                 own = answers if own is None else own
                 accuracy[name] += float(task.score(answers, part.targets).tokens.sum()) / examples
-                differing[name] += int((answers != own)[asked].sum())
-    return {name: FromStart(accuracy[name], differing[name] / max(1, scored)) for name in starts}
-
-
-# -- what halting saves
+                differing[name] += int((answers != own)[scored].sum())
+    return {name: FromStart(accuracy[name], differing[name] / max(1, n_scored)) for name in starts}
 
 
 class HaltingGain(NamedTuple):
-    """A fixed count against halting, on problems of mixed difficulty.
-
-    Attributes:
-        accuracy_fixed, accuracy_halting: share of scored tokens that are right, mean over problems.
-        loops_fixed, loops_halting: loops that a position runs, mean over positions, padding left out.
-        saved: share of the loops that halting leaves out.
-    """
+    """Fixed depth against halting: accuracy, mean over problems; loops run, mean over positions without padding; share
+    of loops that halting saves."""
 
     accuracy_fixed: float
     accuracy_halting: float
@@ -165,50 +138,32 @@ class HaltingGain(NamedTuple):
     saved: float
 
 
-def enough_loops(model: OpenMythos, task: Task, difficulty: int, most: int, examples: int = 256, seed: int = 0) -> int:
-    """Fewest loops, up to ``most``, at which accuracy is within .001 of the best. Halting is off.
-
-    Args:
-        model: run in eval mode; put back after.
-        task, difficulty, examples, seed: the problems, those of ``depth_grid``.
-        most: loops that are tried.
-    """
-    grid = depth_grid(model, task, [difficulty], range(1, most + 1), examples, seed, halting=False)
-    return overthinking_damage(grid, most)[0].best_loops
+def enough_loops(
+    model: OpenMythos, task: Task, difficulty: int, max_loops: int, examples: int = 256, seed: int = 0
+) -> int:
+    """Minimum loops, up to ``max_loops``, at which accuracy is within .001 of the best; halting off."""
+    grid = depth_grid(model, task, [difficulty], range(1, max_loops + 1), examples, seed, halting=False)
+    return overthinking_damage(grid, max_loops)[0].best_loops
 
 
 def fixed_vs_halting(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: int, examples: int = 256, seed: int = 0
 ) -> HaltingGain:
-    """What halting saves, and what it costs, in batches that hold every one of ``difficulties``.
-
-    Args:
-        model: run in eval mode; put back after.
-        task: draws and scores the problems.
-        difficulties: problems take turns through them.
-        loops: chosen for the hardest; the fixed count, and halting's limit.
-        examples: problems in all.
-        seed: of the problems.
-    """
+    """Compare the fixed depth ``loops`` with halting after at most as many, on one batch of mixed ``difficulties``."""
     check_fit(model, task, difficulties, examples)
-    turns = [difficulties[i % len(difficulties)] for i in range(examples)]
-    problems = task.mixed(turns, torch.Generator().manual_seed(seed))
+    mixed = [difficulties[i % len(difficulties)] for i in range(examples)]
+    problems = task.mixed(mixed, torch.Generator().manual_seed(seed))
     with measuring(model, halting=False):
         fixed = score_by_loops(model, task, problems, [loops])
     with measuring(model, halting=True):
         halting = score_by_loops(model, task, problems, [loops])
-    used, ran = float(fixed.loops_used), float(halting.loops_used)
-    return HaltingGain(float(fixed.tokens.mean()), float(halting.tokens.mean()), used, ran, 1 - ran / used)
+    n_fixed, n_halting = float(fixed.loops_used), float(halting.loops_used)
+    accuracy = float(fixed.tokens.mean()), float(halting.tokens.mean())
+    return HaltingGain(*accuracy, n_fixed, n_halting, 1 - n_halting / n_fixed)
 
 
 class Point(NamedTuple):
-    """Accuracy at some cost.
-
-    Attributes:
-        flops: floating-point operations a token.
-        accuracy: share of scored tokens that are right, mean over problems.
-        loops: that a position ran, mean over positions.
-    """
+    """FLOPs per token, accuracy, and mean loops run by a position."""
 
     flops: float
     accuracy: float
@@ -216,33 +171,19 @@ class Point(NamedTuple):
 
 
 class ComputeMatched(NamedTuple):
-    """Accuracy against operations.
-
-    Attributes:
-        fixed: with halting off, a point for each loop count.
-        halting: with halting on, for each ``act_threshold`` a point for each limit of loops.
-    """
+    """Accuracy against FLOPs by loop count: of fixed depths, and of halting by ``act_threshold``."""
 
     fixed: list[Point]
     halting: dict[float, list[Point]]
 
 
 def compute_matched(
-    model: OpenMythos,
-    task: Task,
-    difficulty: int,
-    loops: Sequence[int],
-    examples: int = 256,
-    seed: int = 0,
+    model: OpenMythos, task: Task, difficulty: int, loops: Sequence[int], examples: int = 256, seed: int = 0,
     thresholds: Sequence[float] = THRESHOLDS,
-) -> ComputeMatched:
-    """Accuracy at equal operations, halting on and off; :func:`accuracy_at` reads one curve at another's cost.
+) -> ComputeMatched:  # fmt: skip
+    """Accuracy against FLOPs with halting off and on, for each number of ``loops`` (with halting, the maximum).
 
-    Args:
-        model: run in eval mode; put back after.
-        task, difficulty, examples, seed: the problems, those of ``depth_grid``.
-        loops: the fixed counts, and halting's limits.
-        thresholds: values of ``cfg.act_threshold`` to try.
+    :func:`accuracy_at` interpolates one curve at another's cost.
     """
 
     def curve(halting: bool, threshold: float) -> list[Point]:
@@ -255,13 +196,13 @@ def compute_matched(
 
 
 def cost_curve(grid: DepthGrid, cfg: MythosConfig, length: int) -> list[Point]:
-    """The first row of ``grid`` against the operations of its mean loops, for problems of ``length`` tokens."""
-    context = (length + 1) // 2  # what a token sees, on average
+    """The first row of ``grid`` against the FLOPs of its mean loops, for problems of ``length`` tokens."""
+    context = (length + 1) // 2  # mean over the tokens
     rows = zip(grid.accuracy[0].tolist(), grid.loops_used[0].tolist(), strict=True)
     return [Point(flops_per_token(cfg, used, context), accuracy, used) for accuracy, used in rows]
 
 
 def accuracy_at(curve: Sequence[Point], flops: float) -> float:
-    """Accuracy at a cost between the points of ``curve``, on the line that joins them; flat beyond its ends."""
-    rising = sorted(curve)
-    return float(np.interp(flops, [point.flops for point in rising], [point.accuracy for point in rising]))
+    """Accuracy of ``curve`` at a cost, linearly interpolated; constant beyond its ends."""
+    xs, ys, _ = zip(*sorted(curve), strict=True)
+    return float(np.interp(flops, xs, ys))

@@ -1,4 +1,4 @@
-"""All that is measured of a reasoner, and the file that keeps it."""
+"""The full evaluation of a model on a task, and its file."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import Task
 
 FILE = "evaluation.json"
-METRIC_TOKENS = 4096
-"""As many problems as have so many tokens together are what a metric is measured on: each takes runs of its own."""
+MAX_METRIC_TOKENS = 4096
+"""Limits the problems of each metric, as every metric takes extra runs."""
 
 
 @dataclass(eq=False)
 class Evaluation:
-    """What :func:`evaluate` found.
+    """Result of :func:`evaluate`.
 
     Attributes:
-        grids: one for each seed of the problems.
-        metrics: plain values. ``"difficulties"``: for each difficulty a dictionary of its damage by overthinking,
-            settle rate and gap between initial states. ``"halting"`` and ``"compute_matched"``: see the functions of
-            these names in :mod:`open_mythos.evaluation.metrics`; None for a model that does not halt.
+        grids: one per seed of the problems.
+        metrics: plain values. ``"difficulties"``: for each difficulty, overthinking damage, share of converged states
+            (``"settle_rate"``) and sensitivity to the initial state. ``"halting"`` and ``"compute_matched"``: from
+            ``fixed_vs_halting`` and ``compute_matched`` of :mod:`open_mythos.evaluation.metrics`; None without halting.
     """
 
     grids: list[DepthGrid]
     metrics: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``"combined"`` holds what the grids say together."""
+        """Plain values; ``"combined"`` aggregates the grids."""
         combined = {name: spread.to_dict() for name, spread in combine(self.grids).items()}
         return {"grids": [grid.to_dict() for grid in self.grids], "combined": combined, "metrics": self.metrics}
 
@@ -51,14 +51,14 @@ class Evaluation:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: if something is missing.
+            ValueError: if a key is missing.
         """
         if missing := {"grids", "metrics"} - data.keys():
             raise ValueError(f"not an evaluation: it lacks {', '.join(sorted(missing))}; measure again")
         return cls([DepthGrid.from_dict(grid) for grid in data["grids"]], data["metrics"])
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``evaluation.json`` into ``directory``, made if need be, and say where it is."""
+        """Write ``evaluation.json`` into ``directory``, created if missing, and return its path."""
         path = Path(directory) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
@@ -69,8 +69,8 @@ class Evaluation:
         """Read what :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: if nothing did.
-            ValueError: naming the file, if it holds something else.
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file, if its content is no evaluation.
         """
         path = Path(directory) / FILE
         try:
@@ -80,71 +80,57 @@ class Evaluation:
 
 
 def evaluate(
-    model: OpenMythos,
-    task: Task,
-    difficulties: Sequence[int],
-    loops: Sequence[int],
-    examples: int = 256,
-    seeds: Sequence[int] = (0,),
-    exit: Exit | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Evaluation:
-    """Measure the depth grid for each seed of the problems, and the metrics on those of the first.
+    model: OpenMythos, task: Task, difficulties: Sequence[int], loops: Sequence[int], examples: int = 256,
+    seeds: Sequence[int] = (0,), exit: Exit | None = None, progress: Callable[[str], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Compute the depth grid for each seed of the problems, and the metrics for the first seed.
 
-    Arguments and errors are those of :func:`~open_mythos.evaluation.grid.depth_grid`; ``progress`` is called
-    :func:`n_steps` times or less. The grid shows what depth does, so every position runs all loops unless an ``exit``
-    says otherwise; what the gate saves is measured in any case, if the model halts.
+    Arguments and errors are those of :func:`~open_mythos.evaluation.grid.depth_grid`; ``progress`` is called at most
+    :func:`n_steps` times. In the grid every position runs all loops unless there is an ``exit``; the savings of the
+    gate are a metric.
     """
-    begin = progress or (lambda what: None)
+    begin = progress or (lambda stage: None)
     grids = [depth_grid(model, task, difficulties, loops, examples, seed, False, begin, exit) for seed in seeds]
     seed, deepest = seeds[0], grids[0].loops[-1]
 
-    def few(difficulty: int) -> int:
-        return max(1, min(examples, METRIC_TOKENS // task.length(difficulty)))
+    def n_problems(difficulty: int) -> int:
+        return max(1, min(examples, MAX_METRIC_TOKENS // task.length(difficulty)))
 
-    found: dict[str, Any] = {"trained_loops": model.cfg.max_loop_iters, "difficulties": []}
+    metrics: dict[str, Any] = {"trained_loops": model.cfg.max_loop_iters, "difficulties": []}
     damages = overthinking_damage(grids[0], model.cfg.max_loop_iters)
     for difficulty, damage in zip(difficulties, damages, strict=True):
-        begin(f"does it settle: {difficulty} {task.unit}")
-        n = few(difficulty)
+        begin(f"convergence at {difficulty} {task.unit}")
+        n = n_problems(difficulty)
         starts = initial_state_gap(model, task, difficulty, deepest, n, seed)
-        found["difficulties"].append({
+        metrics["difficulties"].append({
             "difficulty": difficulty,
             **damage._asdict(),
             "settle_rate": settle_rate(model, task, difficulty, deepest, n, seed) if deepest > 1 else None,
             "from_start": {name: result._asdict() for name, result in starts.items()},
         })  # fmt: skip
-    found["halting"] = found["compute_matched"] = None
+    metrics["halting"] = metrics["compute_matched"] = None
     if model.cfg.halting:
         hardest = max(difficulties)
-        begin("loops that the hardest needs")
-        most = damages[list(difficulties).index(hardest)].best_loops
-        enough = enough_loops(model, task, hardest, most, few(hardest), seed)
-        begin("fixed against halting")
-        gain = fixed_vs_halting(model, task, difficulties, enough, examples, seed)
-        found["halting"] = {"difficulties": list(difficulties), **gain._asdict()}
-        begin("accuracy at equal operations")
-        found["compute_matched"] = _compute_matched(model, task, hardest, loops, few(hardest), seed)
-    return Evaluation(grids, found)
+        n = n_problems(hardest)
+        begin(f"loops needed at {hardest} {task.unit}")
+        max_loops = damages[list(difficulties).index(hardest)].best_loops
+        n_loops = enough_loops(model, task, hardest, max_loops, n, seed)
+        begin("fixed depth against halting")
+        gain = fixed_vs_halting(model, task, difficulties, n_loops, examples, seed)
+        metrics["halting"] = {"difficulties": list(difficulties), **gain._asdict()}
+        begin("accuracy at matched FLOPs")
+        fixed, halting = compute_matched(model, task, hardest, loops, n, seed)
+        metrics["compute_matched"] = {
+            "difficulty": hardest,
+            "fixed": [point._asdict() for point in fixed],
+            "halting": {
+                str(threshold): [{**p._asdict(), "fixed_accuracy": accuracy_at(fixed, p.flops)} for p in curve]
+                for threshold, curve in halting.items()
+            },
+        }
+    return Evaluation(grids, metrics)
 
 
 def n_steps(difficulties: Sequence[int], seeds: Sequence[int]) -> int:
-    """How often :func:`evaluate` says what it begins, at most."""
+    """Maximum number of ``progress`` calls of :func:`evaluate`."""
     return (len(seeds) + 1) * len(difficulties) + 3
-
-
-def _compute_matched(
-    model: OpenMythos, task: Task, difficulty: int, loops: Sequence[int], examples: int, seed: int
-) -> dict[str, Any]:
-    """As plain values, each point with halting on beside the accuracy of a fixed count at the same operations."""
-    fixed, halting = compute_matched(model, task, difficulty, loops, examples, seed)
-    return {
-        "difficulty": difficulty,
-        "fixed": [point._asdict() for point in fixed],
-        "halting": {
-            str(threshold): [
-                {**point._asdict(), "fixed_accuracy": accuracy_at(fixed, point.flops)} for point in curve
-            ]
-            for threshold, curve in halting.items()
-        },
-    }  # fmt: skip

@@ -18,24 +18,23 @@ from open_mythos.tasks.text import Text
 def bits_per_byte(
     model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
 ) -> dict[int, float]:
-    """Bits that the model needs for a byte of text, at each number of loops, all from one run.
+    """Bits per byte of text at each number of loops, from a single run; comparable between tokenizers.
 
-    Unlike loss per token it can be compared between tokenizers. Tokens near the start of a window see little context
-    and count like the others.
+    Tokens near the start of a window, with little context, count like the others.
 
     Args:
-        model: run in eval mode; mode and config are put back after.
-        task: text; make it with ``split="held_out"`` for text that training has not seen.
-        loops: numbers of loops to measure at.
+        model: run in eval mode; mode and config are restored.
+        task: text; with ``split="held_out"`` for text not seen in training.
+        loops: numbers of loops to evaluate.
         length: tokens of context.
-        windows: how many stretches of that length, evenly spaced over the text.
-        exit: when a position stops looping; with None, every position runs all loops.
+        windows: number of windows of that length, evenly spaced over the text.
+        exit: when a position stops looping; None runs all loops.
 
     Returns:
-        ``{loops: bits}`` in rising order.
+        ``{loops: bits}`` in ascending order.
 
     Raises:
-        ValueError: for text that does not fit the model, or ``loops`` that do not exist.
+        ValueError: for text that does not fit the model, or ``loops`` below 1.
     """
     check_fit(model, task, [length], windows)
     batch, nats = task.windows(length, windows), dict.fromkeys(sorted(set(loops)), 0.0)
@@ -46,4 +45,4 @@ def bits_per_byte(
                     reading.logits.flatten(0, 1).float(), part.targets.flatten(), ignore_index=UNSCORED, reduction="sum"
                 ))  # fmt: skip
     n_bytes = int(task.bytes_of(batch.targets[batch.targets != UNSCORED]).sum())
-    return {n: found / math.log(2) / n_bytes for n, found in nats.items()}
+    return {n: total / math.log(2) / n_bytes for n, total in nats.items()}

@@ -78,16 +78,16 @@ function lineChart(host, chart) {
   const { x, series, points = [], log = "", format = digits, height = 200 } = chart;
   const colour = (i) => `var(--series-${(i % SERIES) + 1})`;
   const frame = el("div", { class: "frame" }), readout = el("p", { class: "readout" });
-  let at = x.length - 1, loud = null, draw = () => {};
+  let at = x.length - 1, highlighted = null, draw = () => {};
 
-  const tell = () => {
+  const updateReadout = () => {
     const parts = series.map((s) => {
       const band = s.low && isNumber(s.low[at]) ? ` (${format(s.low[at])} – ${format(s.high[at])})` : "";
       return `${series.length > 1 ? s.name + ": " : ""}${format(s.values[at])}${band}`;
     });
     readout.textContent = `${chart.xLabel} ${whole(x[at])} · ${parts.join(" · ")}`;
   };
-  const show = (index) => { at = clamp(index, 0, x.length - 1); tell(); draw(); };
+  const show = (index) => { at = clamp(index, 0, x.length - 1); updateReadout(); draw(); };
   const pick = (index) => { show(index); chart.onpick?.(at); };
 
   const keys = (event) => {
@@ -104,7 +104,7 @@ function lineChart(host, chart) {
     name + note)));
   host.append(el("h3", {}, chart.title), frame, ...(series.length + points.length > 1 ? [legend] : []), readout);
 
-  responsive(frame, (width) => { draw = () => paint(width); tell(); draw(); });
+  responsive(frame, (width) => { draw = () => paint(width); updateReadout(); draw(); });
 
   function paint(width) {
     const left = 46, right = width - 12, top = 8, bottom = height - 34;
@@ -135,7 +135,7 @@ function lineChart(host, chart) {
       parts.push(svg("text", { x: X(tick), y: bottom + 16, "text-anchor": "middle" }, whole(tick)));
     parts.push(svg("text", { x: right, y: height - 3, "text-anchor": "end" }, chart.xLabel));
 
-    const faded = (name) => (loud !== null && loud !== name ? " faded" : "");
+    const faded = (name) => (highlighted !== null && highlighted !== name ? " faded" : "");
     series.forEach((s, i) => {
       for (const run of runs(s.values, usable)) {
         if (s.low) {
@@ -165,18 +165,18 @@ function lineChart(host, chart) {
       pick(x.reduce((best, v, k) => (Math.abs(X(v) - px) < Math.abs(X(x[best]) - px) ? k : best), 0));
     };
   }
-  return { show, highlight: (name) => { loud = name; draw(); } };
+  return { show, highlight: (name) => { highlighted = name; draw(); } };
 }
 
 // Indices of each stretch of values without a gap.
 function runs(values, usable) {
-  const found = [];
+  const runs = [];
   values.forEach((v, i) => {
     if (!usable(v)) return;
-    if (i && usable(values[i - 1])) found[found.length - 1].push(i);
-    else found.push([i]);
+    if (i && usable(values[i - 1])) runs[runs.length - 1].push(i);
+    else runs.push([i]);
   });
-  return found;
+  return runs;
 }
 
 /* A picture of one pixel per cell, stretched to the page: rows are loops, columns whatever they are.
@@ -203,8 +203,8 @@ function pixelMap(host, { rows, columns, colour, describe, label, x, onpick }) {
     const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
     for (let row = 0; row < rows; row++)
       for (let column = 0; column < columns; column++) {
-        const found = colour(row, column);
-        if (found) image.data.set([...found, 255], 4 * (row * columns + column));
+        const pixel = colour(row, column);
+        if (pixel) image.data.set([...pixel, 255], 4 * (row * columns + column));
       }
     context.putImageData(image, 0, 0);
   };

@@ -1,7 +1,8 @@
-"""What a page says of a run: read from its files, and measured where they do not have it."""
+"""Collects the data of a report: from the run's files, or computed where they lack it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import shlex
@@ -12,24 +13,27 @@ from typing import Any
 import torch
 
 from open_mythos import __version__, tasks
+from open_mythos.evaluation import depth_grid
 from open_mythos.evaluation.summary import Evaluation
+from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
-from open_mythos.report.example import MOST_CELLS, follow
-from open_mythos.report.measured import last_evaluation
+from open_mythos.report.example import MAX_CELLS, trace_example
+from open_mythos.tasks.text import Text
 from open_mythos.training import runs
 from open_mythos.training.checks import find_device
 from open_mythos.training.compare import RESULTS
 from open_mythos.training.config import EvalConfig, TrainConfig
+from open_mythos.training.fit import load_evaluation
 from open_mythos.training.loggers import read_metrics
 from open_mythos.training.overrides import differences, dotted
 from open_mythos.training.recipes import RECIPES, recipe
 
-MOST_POINTS = 600
-"""Of a training curve; a longer one is thinned."""
-MOST_TOKENS = 128
-"""Of the example, unless a difficulty is asked for: what one screen holds."""
-CURVES = (  # key in metrics.jsonl, title, whether the axis is logarithmic, range of the axis
+MAX_CURVE_POINTS = 600
+"""Longer training curves are subsampled."""
+MAX_EXAMPLE_TOKENS = 128
+"""Of the default example: what fits one screen."""
+CURVES = (  # key in metrics.jsonl, title, log axis?, axis range
     ("loss", "Loss", True, None),
     ("accuracy", "Accuracy on training problems", False, [0, 1]),
     ("loops", "Loops, mean over the batch", False, None),
@@ -40,67 +44,85 @@ CURVES = (  # key in metrics.jsonl, title, whether the axis is logarithmic, rang
 
 
 def gather(
-    run: str | Path,
-    difficulty: int | None = None,
-    n_loops: int | None = None,
-    seed: int = 0,
+    run: str | Path, difficulty: int | None = None, n_loops: int | None = None, seed: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """All that :func:`~open_mythos.report.page.render` needs, as plain values; the same for the same run.
+) -> dict[str, Any]:  # fmt: skip
+    """The input of :func:`~open_mythos.report.page.render` as plain values; deterministic for a run.
 
     Args:
         run: a run, its model, or the name of a shipped model; see :func:`open_mythos.models.model_dir`.
-        difficulty: of the example; the least measured that is harder than training, if it fits a screen.
-        n_loops: allowed for the example; the most measured, or as many as fit the page.
+        difficulty: of the example; default: the smallest evaluated one above those of training, if it fits a screen.
+        n_loops: maximum of the example; default: the most evaluated, or as many as fit the page.
         seed: of the example.
-        progress: called as each of three pieces of work begins.
+        progress: called at the start of each of three stages.
 
     Raises:
-        ValueError: if the run has no model, nothing says how it was trained, or the example does not exist.
+        ValueError: if the run has no model or training config, or for an example that does not exist.
     """
-    begin = progress or (lambda what: None)
-    begin("reading")
+    begin = progress or (lambda stage: None)
+    begin("loading")
     run = runs.home_dir(runs.model_dir(run)) if Path(run).exists() else run
     cfg, model = runs.training_config(run), runs.load_model(run).to(find_device("auto"))
-    unseen = runs.held_out_options(run, cfg)
-    task = tasks.load(cfg.task.name, **cfg.task.options | unseen)
-    begin("measuring")
-    found, asked = last_evaluation(Path(run), cfg, model, task)
-    begin("following an example")
+    task = tasks.load(cfg.task.name, **cfg.task.options | runs.held_out_options(run, cfg))
+    begin("evaluating")
+    scores, settings = last_evaluation(Path(run), cfg, model, task)
+    begin("tracing an example")
     difficulty = _difficulty(cfg, task) if difficulty is None else difficulty
     task.check(difficulty)
-    n_loops = max(1, min(max(cfg.depths), MOST_CELLS // task.length(difficulty))) if n_loops is None else n_loops
+    n_loops = max(1, min(max(cfg.depths), MAX_CELLS // task.length(difficulty))) if n_loops is None else n_loops
     must(
         cfg.kind != "unrolled" or n_loops <= model.cfg.max_loop_iters,
         f"{n_loops} loops, but an unrolled model has {model.cfg.max_loop_iters} blocks and no more; leave --loops out",
     )
-    example, experts = follow(model, task, difficulty, n_loops, seed)
+    example, experts = trace_example(model, task, difficulty, n_loops, seed)
     has_experts = cfg.kind == "looped" and model.cfg.n_experts > 0
     return {
         "title": cfg.recipe if cfg.recipe == cfg.task.name else f"{cfg.recipe}: {cfg.task.name}",
         "subtitle": _subtitle(cfg, task.unit),
-        "facts": [("parameters", f"{sum(p.numel() for p in model.parameters()):,}"), *_facts(found)],
-        "grid": _grid(found, cfg) if isinstance(found, Evaluation) else None,
-        "bits": None if isinstance(found, Evaluation) else _bits(found, asked, cfg),
+        "facts": [("parameters", f"{sum(p.numel() for p in model.parameters()):,}"), *_facts(scores)],
+        "grid": _grid(scores, cfg) if isinstance(scores, Evaluation) else None,
+        "bits": None if isinstance(scores, Evaluation) else _bits(scores, settings, cfg),
         "example": example | {"lead": _example_lead(example, task.unit)},
         "experts": experts | {"lead": _experts_lead(model, experts)} if has_experts else None,
-        "baselines": _compared(Path(run)),
+        "baselines": _baselines(Path(run)),
         "training": _training(Path(run) / runs.METRICS),
         "settings": _settings(cfg),
-        "versions": {
-            "open_mythos": __version__,
-            "torch": str(torch.__version__),
-            "Python": platform.python_version(),
-        },
+        "versions": dict(open_mythos=__version__, torch=str(torch.__version__), Python=platform.python_version()),
         "commands": _commands(cfg),
     }
 
 
-# -- what was measured
+def last_evaluation(
+    run: Path, cfg: TrainConfig, model: OpenMythos, task: tasks.Task
+) -> tuple[Evaluation | dict[int, float], EvalConfig]:
+    """The newer evaluation of training and of ``mythos eval`` (of text: bits per byte by loops), with its settings;
+    computed now if there is none."""
+    settings, loops = cfg.evaluation, cfg.depths
+    directories = [path for path in {run, runs.evaluation_dir(run)} if (path / runs.EVALUATION).is_file()]
+    for directory in sorted(directories, key=lambda path: (path / runs.EVALUATION).stat().st_mtime, reverse=True):
+        evaluation = load_evaluation(directory)
+        if directory == run:
+            return evaluation, settings
+        if isinstance(evaluation, Evaluation):
+            if (evaluation.grids[0].task, evaluation.grids[0].options) == (task.name, task.to_dict()):
+                return evaluation, settings
+            continue
+        data = json.loads((directory / runs.EVALUATION).read_text())
+        if _same_text(data["options"], task.to_dict()) and data["exit"] is None:
+            lengths = [int(length) for length in data["by_length"]]
+            return evaluation, dataclasses.replace(settings, difficulties=lengths, examples=data["windows"])
+    if isinstance(task, Text):
+        return bits_per_byte(model, task, loops, settings.difficulties[0], settings.examples), settings
+    return Evaluation([depth_grid(model, task, settings.difficulties, loops, settings.examples)], {}), settings
 
 
-def _grid(found: Evaluation, cfg: TrainConfig) -> dict[str, Any]:
-    grid = found.grids[0]
+def _same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether options name the same text, by any tokenizer path."""
+    return one | {"tokenizer": ""} == other | {"tokenizer": ""}
+
+
+def _grid(evaluation: Evaluation, cfg: TrainConfig) -> dict[str, Any]:
+    grid = evaluation.grids[0]
     return grid.to_dict() | {
         "lead": f"{grid.examples} new problems of each difficulty, halting {'on' if grid.halting else 'off'}. "
         f"Guessing gets {grid.chance:.1%} of the tokens right.",
@@ -109,44 +131,41 @@ def _grid(found: Evaluation, cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _bits(found: dict[int, float], asked: EvalConfig, cfg: TrainConfig) -> dict[str, Any]:
+def _bits(bits: dict[int, float], settings: EvalConfig, cfg: TrainConfig) -> dict[str, Any]:
     return {
-        "lead": f"{asked.examples} windows of {asked.difficulties[0]} tokens of held-out text.",
-        "loops": list(found),
-        "values": list(found.values()),
+        "lead": f"{settings.examples} windows of {settings.difficulties[0]} tokens of held-out text.",
+        "loops": list(bits),
+        "values": list(bits.values()),
         "trained_loops": cfg.loops.maximum,
     }
 
 
-def _facts(found: Evaluation | dict[int, float]) -> list[tuple[str, str]]:
-    if not isinstance(found, Evaluation):
-        best = min(found, key=lambda n: found[n])
-        return [(f"bits per byte, {_plural(best, 'loop')}", f"{found[best]:.4f}")]
-    grid = found.grids[0]
-    accuracy = grid.accuracy[-1]
+def _facts(scores: Evaluation | dict[int, float]) -> list[tuple[str, str]]:
+    if not isinstance(scores, Evaluation):
+        best = min(scores, key=scores.__getitem__)
+        return [(f"bits per byte, {_plural(best, 'loop')}", f"{scores[best]:.4f}")]
+    grid = scores.grids[0]
+    accuracy, hardest = grid.accuracy[-1], f"accuracy, {grid.difficulties[-1]} {grid.unit}"
     facts = [
-        (
-            f"accuracy, {grid.difficulties[-1]} {grid.unit}, {_plural(grid.loops[i], 'loop')}",
-            f"{float(accuracy[i]):.2%}",
-        )
+        (f"{hardest}, {_plural(grid.loops[i], 'loop')}", f"{float(accuracy[i]):.2%}")
         for i in dict.fromkeys((int(accuracy.argmax()), 0))
     ]
-    if halting := found.metrics.get("halting"):
+    if halting := scores.metrics.get("halting"):
         facts.append(("loops that halting saves", f"{halting['saved']:.0%}"))
     return facts
 
 
 def _difficulty(cfg: TrainConfig, task: tasks.Task) -> int:
     harder = (d for d in sorted(cfg.evaluation.difficulties) if d > cfg.task.max_difficulty)
-    return next((d for d in harder if task.length(d) <= MOST_TOKENS), cfg.task.max_difficulty)
+    return next((d for d in harder if task.length(d) <= MAX_EXAMPLE_TOKENS), cfg.task.max_difficulty)
 
 
 def _training(path: Path) -> dict[str, Any] | None:
-    """Steps and curves of metrics.jsonl, thinned; None for a model that came without one."""
+    """Subsampled curves of metrics.jsonl; None without that file."""
     if not path.is_file():
         return None
     lines = read_metrics(path)
-    stride = -(-len(lines) // MOST_POINTS) or 1
+    stride = -(-len(lines) // MAX_CURVE_POINTS) or 1
     lines = [line for i, line in enumerate(lines) if i % stride == 0 or i == len(lines) - 1]
     curves = [
         {"title": title, "values": [line.get(key) for line in lines], "log": log, "range": limits}
@@ -154,35 +173,31 @@ def _training(path: Path) -> dict[str, Any] | None:
         if any(line.get(key) is not None for line in lines)
     ]
     skipped = lines[-1]["skipped"] if lines else 0
-    lead = f"As logged, of the weights in training rather than of their average. Steps skipped: {skipped}."
+    lead = f"As logged, of the raw weights rather than their moving average. Steps skipped: {skipped}."
     return {"lead": lead, "steps": [line["step"] for line in lines], "curves": curves}
 
 
-def _compared(run: Path) -> dict[str, Any] | None:
-    """What ``mythos compare`` wrote into the run's directory, or into the one that holds its runs."""
-    path = next((place / RESULTS for place in (run, run.parent) if (place / RESULTS).is_file()), None)
+def _baselines(run: Path) -> dict[str, Any] | None:
+    """The results of ``mythos compare``, in the run's directory or its parent."""
+    path = next((path / RESULTS for path in (run, run.parent) if (path / RESULTS).is_file()), None)
     if path is None:
         return None
     try:
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); remove it, or make it again with mythos compare") from error
     lead = (
         "Trained with the same data and steps: a model that runs its block once, and one with as many blocks as the "
-        "looped model has loops, each with weights of its own."
+        "looped model has loops, with untied weights."
     )
-    return {**found, "lead": lead}
-
-
-# -- words
+    return {**results, "lead": lead}
 
 
 def _subtitle(cfg: TrainConfig, unit: str) -> str:
-    depth = cfg.loops.maximum
     kind = {
-        "looped": f"one block, looped up to {depth} times in training",
+        "looped": f"one block, looped up to {cfg.loops.maximum} times in training",
         "single": "baseline: the same block, run once",
-        "unrolled": f"baseline: {depth} blocks with weights of their own",
+        "unrolled": f"baseline: {cfg.loops.maximum} blocks with untied weights",
     }[cfg.kind]
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     trained = f"{low} to {high}" if low < high else high
@@ -190,11 +205,11 @@ def _subtitle(cfg: TrainConfig, unit: str) -> str:
 
 
 def _example_lead(example: dict[str, Any], unit: str) -> str:
-    end = len(example["predictions"])
-    halted = f" After loop {end} every position had halted." if end < example["allowed"] else ""
+    n_run, maximum = len(example["predictions"]), example["allowed"]
+    halted = f" After loop {n_run} every position had halted." if n_run < maximum else ""
     return (
-        f"A new problem of {example['difficulty']} {unit} (seed {example['seed']}), allowed "
-        f"{_plural(example['allowed'], 'loop')}.{halted} Step with the slider or the arrow keys. Each square "
+        f"A new problem of {example['difficulty']} {unit} (seed {example['seed']}), at most "
+        f"{_plural(maximum, 'loop')}.{halted} Step with the slider or the arrow keys. Each square "
         f"is a position of the input; the map shows all loops at once, the first on top."
     )
 
@@ -208,12 +223,12 @@ def _experts_lead(model: OpenMythos, experts: dict[str, Any]) -> str:
 
 def _settings(cfg: TrainConfig) -> list[tuple[str, str, str]]:
     """Dotted key, value and default of every setting."""
-    usual = {key: getattr(part, name) for key, (part, name, _) in dotted(TrainConfig()).items()}
-    return [(key, _text(getattr(part, name)), _text(usual[key])) for key, (part, name, _) in dotted(cfg).items()]
+    defaults = {key: getattr(part, name) for key, (part, name, _) in dotted(TrainConfig()).items()}
+    return [(key, _text(getattr(part, name)), _text(defaults[key])) for key, (part, name, _) in dotted(cfg).items()]
 
 
 def _commands(cfg: TrainConfig) -> list[str]:
-    """What to type to make the run again."""
+    """The command line that reproduces the run."""
     if cfg.recipe not in RECIPES:
         return ["# from Python, with config.json of the run:", "# open_mythos.training.TrainConfig.load(...)"]
     changed = differences(recipe(cfg.recipe), cfg)
@@ -226,7 +241,7 @@ def _plural(n: int, what: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value as an override on the command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

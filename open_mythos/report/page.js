@@ -106,7 +106,7 @@ function drawExample(host, example) {
     "aria-label": "positions of the problem; left and right change the loop, up and down the position, space plays" }, cells);
   host.append(el("div", { class: "controls" }, play, step(-1, "‹", "one loop back"), slider, step(1, "›", "one loop on"), shown),
     stage, readout, el("ul", { class: "legend" }, swatch("var(--right)", "right"), swatch("var(--wrong)", "wrong (struck through)"),
-      swatch("var(--faint)", "not asked"), ...(example.halting ? [el("li", {}, "pale and dashed: has halted")] : []),
+      swatch("var(--faint)", "not scored"), ...(example.halting ? [el("li", {}, "pale and dashed: has halted")] : []),
       el("li", {}, "small, above: input; bold, below: prediction; bar: its probability")));
 
   const views = el("div", { class: "controls", role: "group", "aria-label": "what the map shows" }), map = el("div");
@@ -149,11 +149,11 @@ function drawExample(host, example) {
   ];
 
   function words(l, t) {
-    const fate = running(l, t) ? `state change ${digits(example.change[l][t])}` : `halted after loop ${example.used[t]}`;
-    const wanted = scored[t] ? `, wanted ${word(example.targets[t])} (${answer(l, t)})` : ", not asked";
+    const status = running(l, t) ? `state change ${digits(example.change[l][t])}` : `halted after loop ${example.used[t]}`;
+    const target = scored[t] ? `, target ${word(example.targets[t])} (${answer(l, t)})` : ", not scored";
     const gate = example.gate ? `; gate ${example.gate[l][t]}%` : "";
     return `Loop ${l + 1}, position ${t + 1}: input ${word(example.tokens[t])}; predicts ${word(example.predictions[l][t])} ` +
-      `with ${example.probability[l][t]}%${wanted}; ${fate}${gate}`;
+      `with ${example.probability[l][t]}%${target}; ${status}${gate}`;
   }
   function go(to) {
     loop = clamp(to, 0, loops - 1);

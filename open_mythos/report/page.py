@@ -1,4 +1,4 @@
-"""The page: one HTML file with its style, its script and its data inside."""
+"""Renders a report as one HTML file with inline style, script and data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u202
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page of what :func:`~open_mythos.report.data.gather` found.
+    """The HTML of the data from :func:`~open_mythos.report.data.gather`.
 
-    Nothing in ``data`` can become markup or script: the title is escaped, the rest is JSON without angle brackets,
-    which the script puts on the page as text.
+    Injection-safe: the title is escaped, the rest is JSON without angle brackets, inserted as text nodes.
     """
     source = files("open_mythos.report")
     style, charts, page = (source.joinpath(name).read_text("utf-8") for name in ("page.css", "charts.js", "page.js"))

@@ -1,4 +1,4 @@
-"""Problems whose difficulty is a number, to train and to measure on. They know nothing of models."""
+"""Synthetic tasks with a numeric difficulty, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,11 @@ from open_mythos.tasks.base import UNSCORED, Batch, Score, Task, pad
 
 __all__ = ["NAMES", "UNSCORED", "Batch", "Score", "Task", "load", "pad"]
 
-_CLASSES = {
-    "parity": "Parity",
-    "prefix_sums": "PrefixSums",
-    "chain_sum": "ChainSum",
-    "p_hop": "PHop",
-    "addition": "Addition",
-    "permutations": "Permutations",
-    "maze": "Maze",
-    "mini_sudoku": "MiniSudoku",
-    "reasoning_gym": "ReasoningGym",
-    "text": "Text",
-}
-NAMES = tuple(_CLASSES)
-"""Names that :func:`load` knows, each that of a module here."""
+NAMES = (
+    "parity", "prefix_sums", "chain_sum", "p_hop", "addition", "permutations", "maze", "mini_sudoku", "reasoning_gym",
+    "text",
+)  # fmt: skip
+"""Names that :func:`load` accepts. Each is a module of this package, with a class of the same name in CamelCase."""
 
 
 def load(name: str, **options: Any) -> Task:
@@ -32,16 +23,15 @@ def load(name: str, **options: Any) -> Task:
 
     Args:
         name: one of ``NAMES``.
-        options: of that task; the fields of its class.
+        options: fields of the task's class.
 
     Raises:
-        ValueError: for an unknown name (with the nearest known one), an unknown option (with those there are), or a
-            value that does not do.
-        ImportError: naming the extra to install, if the task needs a package that is not there.
+        ValueError: for an unknown name (with the nearest known one), an unknown option, or an invalid value.
+        ImportError: naming the extra to install, if the task needs a package that is not installed.
     """
-    if name not in _CLASSES:
+    if name not in NAMES:
         raise ValueError(f"unknown task {name!r}; {nearest(name, NAMES)}")
-    kind = getattr(import_module(f"open_mythos.tasks.{name}"), _CLASSES[name])
+    kind = getattr(import_module(f"open_mythos.tasks.{name}"), name.title().replace("_", ""))
     known = [field.name for field in dataclasses.fields(kind)]
     for option in options:
         if option not in known:

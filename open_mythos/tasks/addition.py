@@ -1,4 +1,4 @@
-"""Addition of two long numbers, whose carries may run from one end to the other."""
+"""Addition of two long numbers, with long carry chains."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from open_mythos.fields import size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 
-PASSING = 0.9
-"""Share of digit pairs, in the half of the problems with long carries, that pass a carry on."""
+PROPAGATE_SHARE = 0.9
+"""Share of digit pairs that propagate a carry, in the half of the problems with long carry chains."""
 
 
 @dataclass
 class Addition(Task):
-    """Two numbers of ``difficulty`` digits, least significant first, their digits taken in turn: ``a0 b0 a1 b1 … =``.
+    """Two numbers of ``difficulty`` digits, least significant first, interleaved: ``a0 b0 a1 b1 … =``.
 
-    At each digit of b the digit of the sum is to be said, and at the ``=`` the last carry, 0 or 1. With uniform
-    digits a carry dies after a few places, so in half of the problems (a coin for each) nine pairs in ten, the first
-    aside, are made to sum to ``base - 1``, which passes a carry on unchanged.
+    The target at each digit of b is the digit of the sum, and at ``=`` the final carry, 0 or 1. Carry chains of
+    uniform digits are short, so in a random half of the problems 90% of the pairs, except the first, are made to sum
+    to ``base - 1``, which propagates a carry.
 
     Token 1 + d is the digit d, token 1 + base is ``=``.
     """
@@ -31,7 +31,8 @@ class Addition(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.vocab = ("<pad>", *map(str, range(self.base)), "=")
-        self.chance = PASSING / 4 + (1 - PASSING / 2) / self.base  # of the digit base - 1: half of the passing pairs
+        # guessing base - 1, which is right for propagating pairs without a carry
+        self.chance = PROPAGATE_SHARE / 4 + (1 - PROPAGATE_SHARE / 2) / self.base
 
     def length(self, difficulty: int) -> int:
         return 2 * difficulty + 1
@@ -39,16 +40,15 @@ class Addition(Task):
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)
         a, b = torch.randint(0, self.base, (2, n, difficulty), generator=generator)
-        passing = torch.rand(n, difficulty, generator=generator) < PASSING
-        passing &= torch.rand(n, 1, generator=generator) < 0.5
-        passing[:, 0] = False  # else most long runs would have no carry to pass
-        b = torch.where(passing, self.base - 1 - a, b)
+        propagates = torch.rand(n, difficulty, generator=generator) < PROPAGATE_SHARE
+        propagates &= torch.rand(n, 1, generator=generator) < 0.5
+        propagates[:, 0] = False  # otherwise most long chains would have no carry to propagate
+        b = torch.where(propagates, self.base - 1 - a, b)
 
-        # the carry out of a place is decided at the last place, up to this one, that does not pass its carry on; or at
-        # the first, which has none to pass
+        # the carry out of a digit comes from the last digit up to it that does not propagate, or from the first
         decides = a + b != self.base - 1
-        place = torch.where(decides, torch.arange(difficulty), 0).cummax(1).values
-        carry = (a + b >= self.base).gather(1, place)
+        source = torch.where(decides, torch.arange(difficulty), 0).cummax(1).values
+        carry = (a + b >= self.base).gather(1, source)
         carry_in = torch.cat([torch.zeros(n, 1, dtype=torch.bool), carry[:, :-1]], 1)
 
         ids = torch.cat([torch.stack([a, b], 2).flatten(1) + 1, torch.full((n, 1), self.base + 1)], 1)

@@ -1,4 +1,4 @@
-"""What every task is: a seeded generator of problems of any difficulty, and how answers are scored."""
+"""The base class of tasks: seeded generators of problems at any difficulty, with scoring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from open_mythos.fields import Checked
 
 UNSCORED = -100
-"""Target of a position at which nothing is asked."""
+"""Target of positions that loss and accuracy ignore."""
 
 
 class Batch(NamedTuple):
@@ -20,9 +20,9 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: (n, T) int64 tokens.
-        targets: (n, T) int64, the token that should be answered at each position; ``UNSCORED`` where none is.
-        valid: (n, T) bool, False at padding, which stands on the right; None where there is none. Or integers that
-            number the documents packed in a row, 0 at padding.
+        targets: (n, T) int64, the correct output at each position, or ``UNSCORED``.
+        valid: (n, T) bool, False at padding, which is on the right; or the ids of packed documents from 1, 0 at
+            padding; None without padding.
     """
 
     ids: Tensor
@@ -31,11 +31,11 @@ class Batch(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How many answers are right.
+    """Accuracy of each problem.
 
     Attributes:
-        tokens: share of scored positions that are right, for each problem, (n,) float32.
-        exact: whether all scored positions of a problem are right, (n,) bool.
+        tokens: (n,) float32, share of scored positions that are right.
+        exact: (n,) bool, whether all scored positions are right.
     """
 
     tokens: Tensor
@@ -43,20 +43,19 @@ class Score(NamedTuple):
 
 
 class Task(Checked, ABC):
-    """A family of problems of growing difficulty.
+    """A family of problems of increasing difficulty.
 
-    A task is made with its options as keyword arguments, draws from a (CPU) ``torch.Generator`` only, and knows nothing
-    of models. Token 0 is padding in every task. A subclass with options is a dataclass whose fields they are, made
-    by the functions in :mod:`open_mythos.fields`, so that :meth:`to_dict` gives them back.
+    Problems depend on a (CPU) ``torch.Generator`` only. Token 0 is padding. A subclass with options is a dataclass
+    with fields from :mod:`open_mythos.fields`; :meth:`to_dict` returns them.
 
     Attributes:
         name: as in ``tasks.NAMES``.
-        version: raised whenever the same seed gives other problems than before.
+        version: incremented whenever the same seed gives different problems.
         unit: what difficulty counts, in the plural ("bits").
-        vocab: what each token stands for; ``vocab[0]`` is padding.
-        least: the smallest difficulty there is.
-        most: the greatest; None if there is none.
-        chance: share of scored tokens that guessing gets right.
+        vocab: text of each token; ``vocab[0]`` is padding.
+        least: minimum difficulty.
+        most: maximum difficulty, None if unbounded.
+        chance: accuracy of guessing, over scored tokens.
     """
 
     name: ClassVar[str]
@@ -72,21 +71,16 @@ class Task(Checked, ABC):
         """Number of tokens, padding included."""
         return len(self.vocab)
 
-    @abstractmethod
     def length(self, difficulty: int) -> int:
-        """Tokens of one problem (the longest that may come, where they differ)."""
+        """Number of tokens of a problem, or the maximum where it varies; ``difficulty`` unless overridden."""
+        return difficulty
 
     @abstractmethod
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
-        """``n`` problems of one difficulty.
-
-        Args:
-            n: how many.
-            difficulty: at least ``least``.
-            generator: random state to draw from; torch's own if None.
+        """``n`` problems of one difficulty, drawn from ``generator`` (torch's default one if None).
 
         Raises:
-            ValueError: for a difficulty that does not exist.
+            ValueError: for a difficulty outside ``least`` to ``most``.
         """
 
     def mixed(self, difficulties: Sequence[int], generator: torch.Generator | None = None) -> Batch:
@@ -100,29 +94,29 @@ class Task(Checked, ABC):
         return Score(right.sum(1) / scored.sum(1).clamp(min=1), (right | ~scored).all(1))
 
     def render(self, ids: Sequence[int]) -> str:
-        """Tokens as people read them."""
+        """Tokens as text."""
         return " ".join(self.vocab[i] for i in ids if i)
 
     def check(self, difficulty: int) -> None:
-        """Raise ValueError unless ``difficulty`` exists."""
-        whole = isinstance(difficulty, int) and not isinstance(difficulty, bool)
-        if not whole or difficulty < self.least or (self.most is not None and difficulty > self.most):
+        """Raise ValueError unless ``difficulty`` is an integer from ``least`` to ``most``."""
+        is_int = isinstance(difficulty, int) and not isinstance(difficulty, bool)
+        if not is_int or difficulty < self.least or (self.most is not None and difficulty > self.most):
             end = "up" if self.most is None else f"to {self.most}"
             raise ValueError(f"difficulty={difficulty!r}; {self.name} counts {self.unit}, from {self.least} {end}")
 
 
 def pad(batches: Sequence[Batch]) -> Batch:
-    """Put batches of different lengths below each other, padded on the right."""
+    """Concatenate batches of different lengths, padded on the right."""
     width = max(batch.ids.shape[1] for batch in batches)
     n = sum(len(batch.ids) for batch in batches)
     ids = torch.zeros(n, width, dtype=torch.int64)
     targets = torch.full((n, width), UNSCORED)
-    numbered = any(batch.valid is not None and batch.valid.dtype != torch.bool for batch in batches)
-    valid = torch.zeros(n, width, dtype=torch.int64 if numbered else torch.bool)
+    packed = any(batch.valid is not None and batch.valid.dtype != torch.bool for batch in batches)
+    valid = torch.zeros(n, width, dtype=torch.int64 if packed else torch.bool)
     row = 0
     for batch in batches:
         rows, T = slice(row, row + len(batch.ids)), batch.ids.shape[1]
         ids[rows, :T], targets[rows, :T] = batch.ids, batch.targets
         valid[rows, :T] = 1 if batch.valid is None else batch.valid
         row += len(batch.ids)
-    return Batch(ids, targets, None if valid.all() and not numbered else valid)
+    return Batch(ids, targets, None if valid.all() and not packed else valid)

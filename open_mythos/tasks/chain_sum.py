@@ -1,4 +1,4 @@
-"""Chain sum: the sum of a row of digits, asked once, at its end."""
+"""Chain sum: the sum of a sequence of digits, with only the final answer scored."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ START, EQUALS, DIGIT = 1, 2, 3
 
 @dataclass
 class ChainSum(Task):
-    """``START d1 d2 … dn =``, where the sum of the digits modulo ``modulus`` is to be said at the ``=``.
+    """``START d1 d2 … dn =``; the target at ``=`` is the sum of the digits modulo ``modulus``.
 
-    Token 3 + d is the digit d. Nothing but the ``=`` is scored, so that no partial sum is taught.
+    Token 3 + d is the digit d. Partial sums are not supervised: only ``=`` is scored.
     """
 
     name = "chain_sum"

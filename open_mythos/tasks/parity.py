@@ -1,4 +1,4 @@
-"""Running parity: the smallest problem whose depth grows with its length."""
+"""Running parity."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from open_mythos.tasks.base import Batch, Task
 
 
 class Parity(Task):
-    """Random bits; at every one, are those so far odd in sum?
+    """Random bits; the target at each one is the parity of the prefix.
 
-    Tokens 1 and 2 are bits 0 and 1, and even and odd. Every position is scored.
+    Tokens 1 and 2 are bits 0 and 1 as input, even and odd as output. Every position is scored.
     """
 
     name = "parity"
     unit = "bits"
     vocab = ("<pad>", "0", "1")
     chance = 0.5
-
-    def length(self, difficulty: int) -> int:
-        return difficulty
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)

@@ -12,12 +12,12 @@ from open_mythos.tasks.base import Batch, Task
 
 @dataclass
 class PrefixSums(Task):
-    """Digits below ``modulus``; at every one, the sum of those so far, modulo ``modulus``.
+    """Digits below ``modulus``; the target at each one is the sum of the prefix, modulo ``modulus``.
 
-    Modulo 2 this is the function of :class:`~open_mythos.tasks.parity.Parity`. What differs is the protocol:
-    2202.05826 trains on at most 32 bits and tests on 512, and counts a problem as solved only if all of it is right.
+    Modulo 2 it equals :class:`~open_mythos.tasks.parity.Parity`; the protocol differs: 2202.05826 trains on at most 32
+    bits, tests on 512, and counts a problem as solved only if all of it is right.
 
-    Token 1 + d is the digit d, asked or answered. Every position is scored.
+    Token 1 + d is the digit d, as input and output. Every position is scored.
     """
 
     name = "prefix_sums"
@@ -28,9 +28,6 @@ class PrefixSums(Task):
         super().__post_init__()
         self.vocab = ("<pad>", *map(str, range(self.modulus)))
         self.chance = 1 / self.modulus
-
-    def length(self, difficulty: int) -> int:
-        return difficulty
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)

@@ -18,25 +18,25 @@ from open_mythos.tasks.base import UNSCORED, Batch, Task, pad
 from open_mythos.tasks.tokenizer import Tokenizer
 
 ANSWER, END = 257, 258
-TRIES = 20
-"""Problems drawn for each one wanted, before giving up on finding enough that are short enough."""
+MAX_DRAWS_PER_PROBLEM = 20
+"""Rejection sampling gives up after this many draws for each requested problem."""
 
 Entry = dict[str, Any]
-"""A problem as reasoning-gym gives it, with its ``question`` and ``answer``, and the ``difficulty`` it was drawn at."""
+"""An entry of a reasoning-gym dataset (``question``, ``answer``, ...) with the ``difficulty`` it was drawn at."""
 
 
 @dataclass
 class ReasoningGym(Task):
-    """Question, ``<answer>``, answer, by UTF-8 bytes. Scored are the bytes of the answer and the end after it.
+    """Question, ``<answer>``, answer, ``<end>``, as UTF-8 bytes; token 1 + b is byte b.
 
-    Each is asked at the token before it, so that a model reads its answer as it writes it. Token 1 + b is byte b.
+    Scored are the answer and ``<end>``, by next-token prediction.
 
     Args:
-        generator: the name of a dataset of reasoning-gym.
-        difficulty_knob: what difficulty sets: a whole number in the config of the generator, or ``"terms"`` for both
-            ``min_terms`` and ``max_terms``. Empty: the first there is.
-        max_tokens: problems that are longer are passed over.
-        settings: other fields of the config of the generator.
+        generator: the name of a reasoning-gym dataset.
+        difficulty_knob: the integer of the generator's config that difficulty sets, or e.g. ``"terms"`` for both
+            ``min_terms`` and ``max_terms``. Empty: the first one.
+        max_tokens: longer problems are rejected.
+        settings: other fields of the generator's config.
 
     Raises:
         ValueError: for an unknown generator, knob or setting, with the nearest known one.
@@ -62,7 +62,7 @@ class ReasoningGym(Task):
         for key in self.settings:
             must(key in defaults, f"{name} has no setting {key!r}; {nearest(key, defaults)}")
 
-        knobs = _knobs(defaults) or {"": ()}  # some have no numbers to set, and one difficulty
+        knobs = _knobs(defaults) or {"": ()}  # without integers there is one difficulty
         self.difficulty_knob = knob = self.difficulty_knob or next(iter(knobs))
         must(knob in knobs, f"{name} has no knob {knob!r}; {nearest(knob, knobs)}")
         self._knob_fields = knobs[knob]
@@ -80,30 +80,29 @@ class ReasoningGym(Task):
         return self.encode(self.entries(n, difficulty, generator))
 
     def entries(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> list[Entry]:
-        """The ``n`` problems of :meth:`batch` as reasoning-gym gives them.
+        """The ``n`` problems of :meth:`batch` as reasoning-gym entries.
 
         Raises:
-            ValueError: for a difficulty that the generator does not take, or at which too few problems fit into
-                ``max_tokens``.
+            ValueError: for a difficulty that the generator rejects, or at which too few problems fit ``max_tokens``.
         """
         self.check(difficulty)
-        seed = int(torch.randint(1 << 31, (), generator=generator))
-        found: list[Entry] = []
+        seed, n_draws = int(torch.randint(1 << 31, (), generator=generator)), n * MAX_DRAWS_PER_PROBLEM
+        entries: list[Entry] = []
         try:
-            dataset = self._problems(difficulty, seed, n * TRIES)
+            dataset = self._load_dataset(difficulty, seed, n_draws)
             with _python_random(seed):
-                for i in range(n * TRIES):
+                for i in range(n_draws):
                     entry = dataset[i]
-                    if entry["answer"] is not None and self._n_tokens(entry) <= self.max_tokens:
-                        found.append(entry | {"difficulty": difficulty})
-                        if len(found) == n:
-                            return found
-        except (AssertionError, LookupError, TypeError, ValueError) as error:  # how generators refuse a config
+                    if entry["answer"] is not None and sum(map(len, self._tokens(entry))) - 1 <= self.max_tokens:
+                        entries.append(entry | {"difficulty": difficulty})
+                        if len(entries) == n:
+                            return entries
+        except (AssertionError, LookupError, TypeError, ValueError) as error:  # raised by generators for a bad config
             raise ValueError(
                 f"reasoning-gym's {self.generator} fails at difficulty={difficulty}, settings={self.settings}: {error}"
             ) from error
         raise ValueError(
-            f"{len(found)} of {n * TRIES} {self.generator} problems at difficulty={difficulty} have an answer and fit "
+            f"{len(entries)} of {n_draws} {self.generator} problems at difficulty={difficulty} have an answer and fit "
             f"into max_tokens={self.max_tokens}; raise that, or use another generator"
         )
 
@@ -111,7 +110,7 @@ class ReasoningGym(Task):
         """Problems as tokens, padded on the right to the longest."""
         rows = []
         for entry in entries:
-            question, answer = self._question(entry), self._answer(entry)
+            question, answer = self._tokens(entry)
             ids = torch.tensor([question + answer[:-1]])
             targets = torch.full_like(ids, UNSCORED)
             targets[0, len(question) - 1 :] = torch.tensor(answer)
@@ -119,43 +118,36 @@ class ReasoningGym(Task):
         return pad(rows)
 
     def texts(self, answers: Tensor, targets: Tensor) -> list[str]:
-        """What ``answers`` (n, T) say at the scored positions of ``targets`` (n, T), up to their first end."""
-        said = []
+        """``answers`` (n, T) as text: the scored positions of ``targets`` (n, T), up to the first ``<end>``."""
+        texts = []
         for row, scored in zip(answers, targets != UNSCORED, strict=True):
             ids = row[scored].tolist()
             end = ids.index(END) if END in ids else len(ids)
-            said.append(self._bytes.decode(i for i in ids[:end] if i < ANSWER))
-        return said
+            texts.append(self._bytes.decode(i for i in ids[:end] if i < ANSWER))
+        return texts
 
     def score_text(self, answers: Sequence[str], entries: Sequence[Entry]) -> Tensor:
-        """reasoning-gym's own verdict on ``answers`` to ``entries``, (n,) float32 from 0 to 1.
+        """reasoning-gym's own scores of ``answers`` to ``entries``, (n,) float32 from 0 to 1.
 
-        Other than :meth:`score`, it gives credit to every right answer where there are several.
+        Unlike :meth:`score`, it accepts every right answer where there are several.
         """
-        judges = {d: self._problems(d, 0, 1) for d in {entry["difficulty"] for entry in entries}}
+        scorers = {d: self._load_dataset(d, 0, 1) for d in {entry["difficulty"] for entry in entries}}
         pairs = zip(answers, entries, strict=True)
-        return torch.tensor(
-            [judges[entry["difficulty"]].score_answer(answer, entry) for answer, entry in pairs]
-        ).float()
+        return torch.tensor([scorers[e["difficulty"]].score_answer(answer, e) for answer, e in pairs]).float()
 
-    def _problems(self, difficulty: int, seed: int, size: int) -> Any:
-        """The dataset of reasoning-gym at a difficulty; it makes its entries when asked for them."""
-        wanted = {field: difficulty for field in self._knob_fields}
-        return self._dataset(self._config(**self.settings | wanted | {"seed": seed, "size": size}))
+    def _load_dataset(self, difficulty: int, seed: int, size: int) -> Any:
+        knob = dict.fromkeys(self._knob_fields, difficulty)
+        return self._dataset(self._config(**self.settings | knob | {"seed": seed, "size": size}))
 
-    def _question(self, entry: Entry) -> list[int]:
-        return [*self._bytes.encode([entry["question"]]).tolist(), ANSWER]
-
-    def _answer(self, entry: Entry) -> list[int]:
-        return [*self._bytes.encode([str(entry["answer"])]).tolist(), END]
-
-    def _n_tokens(self, entry: Entry) -> int:
-        return len(self._question(entry)) + len(self._answer(entry)) - 1  # the end is a target only
+    def _tokens(self, entry: Entry) -> tuple[list[int], list[int]]:
+        """Question and answer; ``<end>``, the last token of the answer, is only a target."""
+        question, answer = (self._bytes.encode([str(entry[key])]).tolist() for key in ("question", "answer"))
+        return [*question, ANSWER], [*answer, END]
 
 
 @contextmanager
 def _python_random(seed: int) -> Iterator[None]:
-    """Python's own random state, which a few generators draw from instead of their seed, set for a while."""
+    """Seed Python's global random state, which a few generators use instead of their own."""
     state = random.getstate()
     random.seed(seed)
     try:
@@ -165,15 +157,11 @@ def _python_random(seed: int) -> Iterator[None]:
 
 
 def _knobs(defaults: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Names of the whole numbers among config fields, and which fields each sets: two where there is a least and a
-    greatest."""
+    """The integer config fields that difficulty can set, by name; ``min_x`` and ``max_x`` are one knob ``x``."""
     numbers = {name for name, value in defaults.items() if type(value) is int} - {"size", "seed"}
     knobs: dict[str, tuple[str, ...]] = {}
     for name in filter(numbers.__contains__, defaults):
         bare = name.removeprefix("min_").removeprefix("max_")
         pair = (f"min_{bare}", f"max_{bare}")
-        if numbers.issuperset(pair):
-            knobs[bare] = pair
-        else:
-            knobs[name] = (name,)
+        knobs |= {bare: pair} if numbers.issuperset(pair) else {name: (name,)}
     return knobs

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, each a directory that is either whole or not there, and found again after any crash."""
+"""Atomic, checksummed checkpoints of a run, one directory each."""
 
 from __future__ import annotations
 
@@ -21,35 +21,28 @@ _PREFIX, _PARTIAL = "step_", ".partial"
 
 
 def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write ``directory/step_XXXXXXXX``, then remove all but the newest ``keep`` checkpoints.
+    """Write ``directory/step_XXXXXXXX`` atomically, then remove all but the newest ``keep`` (at least 1) checkpoints.
 
-    Everything is written to a directory of another name, flushed to the disk, the manifest with sizes and checksums
-    last, and renamed when it is whole. If that fails, what was written is removed and older checkpoints stay.
-
-    Args:
-        directory: of the run's checkpoints; made if need be.
-        step: names the checkpoint.
-        state: tensors and plain values.
-        keep: at least 1.
+    Files are written and fsynced in a temporary directory, the manifest with sizes and checksums last, which is then
+    renamed. On failure it is removed, and older checkpoints stay. ``state`` holds tensors and plain values.
 
     Raises:
-        OSError: if it can't be written, such as for want of space.
+        OSError: if it cannot be written.
     """
     final = directory / f"{_PREFIX}{step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        # Serialised in memory first: torch.save reports a full disk as an error of its zip file.
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # torch.save to a file reports a full disk as a zip error
         torch.save(state, buffer)
         content = buffer.getbuffer()
         _write(partial / STATE_FILE, content)
         files = {STATE_FILE: {"bytes": len(content), "crc32": zlib.crc32(content)}}
         _write(partial / MANIFEST_FILE, json.dumps({"step": step, "files": files}, indent=2).encode() + b"\n")
-        shutil.rmtree(final, ignore_errors=True)  # there only if it was found torn
+        shutil.rmtree(final, ignore_errors=True)  # exists only if it was damaged
         os.replace(partial, final)
-        _flush(directory)
+        _fsync_directory(directory)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -62,7 +55,7 @@ def load(checkpoint: Path) -> dict[str, Any]:
     """The state that :func:`save` wrote, on the CPU.
 
     Raises:
-        CheckpointError: naming the file that is missing, cut short or damaged.
+        CheckpointError: naming the file that is missing, truncated or damaged.
     """
     manifest = checkpoint / MANIFEST_FILE
     try:
@@ -81,25 +74,20 @@ def load(checkpoint: Path) -> dict[str, Any]:
     if len(content) != n_bytes:
         raise CheckpointError(f"{path} has {len(content)} bytes of the {n_bytes} in its manifest")
     if zlib.crc32(content) != checksum:
-        raise CheckpointError(f"{path} is damaged: its checksum is not that of its manifest")
+        raise CheckpointError(f"{path} is damaged: its checksum differs from its manifest")
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
 
 
-def newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; None if there is none.
-
-    Args:
-        directory: of the run's checkpoints.
-        say: told about each that is not whole, and what is wrong with it.
-    """
+def newest(directory: Path, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest valid checkpoint and its state, or None; ``log`` gets a message for each damaged one."""
     for checkpoint in _newest_first(directory):
         try:
             return checkpoint, load(checkpoint)
         except CheckpointError as error:
-            say(f"skipping checkpoint {checkpoint.name}: {error}")
+            log(f"skipping checkpoint {checkpoint.name}: {error}")
     return None
 
 
@@ -114,9 +102,9 @@ def _write(path: Path, content: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def _flush(directory: Path) -> None:
-    """Make a rename last: a directory's entries are flushed on their own (POSIX; elsewhere directories don't open)."""
-    if os.name == "posix":
+def _fsync_directory(directory: Path) -> None:
+    """Make a rename durable."""
+    if os.name == "posix":  # elsewhere directories cannot be opened
         handle = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Whether a run can be what its config says: the device is there, and model, task and processes fit each other."""
+"""Checks of a run's config against devices, task and processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from open_mythos.training.config import TrainConfig
 
 
 def find_device(name: str) -> torch.device:
-    """``cuda`` where there is one for "auto", or the device of that name.
+    """The device called ``name``; "auto" is ``cuda`` if available, else ``cpu``.
 
     Raises:
-        ValueError: for a device that torch does not know or this machine does not have.
+        ValueError: for a device that is unknown or not available.
     """
     if name == "auto":
         return distributed.local_device()
@@ -29,37 +29,24 @@ def find_device(name: str) -> torch.device:
 
 
 def check_fit(cfg: TrainConfig, task: Task) -> None:
-    """Refuse now what would otherwise fail at the first step, or after the last.
-
-    Raises:
-        ValueError: naming what does not fit, and what would.
-    """
-    must(
-        task.vocab_size <= cfg.model.vocab_size,
-        f"model.vocab_size={cfg.model.vocab_size}, but {cfg.task.name} has {task.vocab_size} tokens; "
-        f"use model.vocab_size={task.vocab_size}",
-    )
-    n, share = distributed.world_size(), cfg.batch_size // cfg.accumulate
-    must(
-        share % n == 0,
-        f"batch_size={cfg.batch_size} in accumulate={cfg.accumulate} parts does not divide among {n} processes; use a "
-        f"multiple of {n * cfg.accumulate}",
-    )
+    """Raise ValueError, with a fix, for settings that would fail at the first step or in the final evaluation."""
+    vocab_size, name, known = task.vocab_size, cfg.task.name, cfg.model.vocab_size
+    fix = f"use model.vocab_size={vocab_size}"
+    must(vocab_size <= known, f"model.vocab_size={known}, but {name} has {vocab_size} tokens; {fix}")
+    n, batch_size, parts = distributed.world_size(), cfg.batch_size, cfg.accumulate
+    parted = f"batch_size={batch_size} in accumulate={parts} parts"
+    must(batch_size // parts % n == 0, f"{parted} does not divide among {n} processes; use a multiple of {n * parts}")
+    low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     if isinstance(task, Text) and task.separate:
-        low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
-        must(
-            low == high,
-            f"task.min_difficulty={low} and task.max_difficulty={high}, but rows of text have one length; "
-            f"use task.min_difficulty={high}",
-        )
-    trained = (cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.hardest_for_gate)
-    difficulties = (*trained, *cfg.evaluation.difficulties)
+        given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
+        must(low == high, f"{given}, but rows of text have one length; {fix}")
+    difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
     for difficulty in difficulties:
         task.check(difficulty)
-    hardest = max(difficulties)
+    hardest, limit = max(difficulties), cfg.model.max_seq_len
     longest = task.length(hardest)
     must(
-        longest <= cfg.model.max_seq_len,
-        f"{hardest} {task.unit} are {longest} tokens, more than model.max_seq_len={cfg.model.max_seq_len}; "
-        f"use model.max_seq_len={longest}, or easier problems to train on and measure",
+        longest <= limit,
+        f"{hardest} {task.unit} are {longest} tokens, more than model.max_seq_len={limit}; "
+        f"use model.max_seq_len={longest}, or lower difficulties in training and evaluation",
     )

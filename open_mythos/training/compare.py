@@ -1,4 +1,4 @@
-"""A looped model beside two that do not loop, of the same data and steps: who wins where, and at what cost."""
+"""Compares a looped model with two baselines trained on the same data and steps: accuracy, FLOPs, parameters."""
 
 from __future__ import annotations
 
@@ -24,22 +24,16 @@ from open_mythos.training.fit import Watch, fit, load_evaluation
 
 KINDS = ("looped", "single", "unrolled")
 RESULTS = "compare.json"
-ALIKE = 0.005
-"""Difference of means, in accuracy or in bits, below which nobody is called better."""
+MIN_DIFFERENCE = 0.005
+"""Smaller differences of means, in accuracy or bits, count as a tie."""
 
 
 @dataclass
 class Contender:
-    """One kind of model over all seeds. Lists are over difficulties, then loops.
+    """One kind of model. Lists are over difficulties, then loops; a baseline has one loop count.
 
-    Attributes:
-        kind: of :class:`TrainConfig`.
-        loops: at which it was measured; a baseline has one count.
-        parameters: of the model.
-        training_flops: of the whole run.
-        flops_per_token: to answer, at problems' mean context; less than ``loops`` cost where positions halt.
-        mean, worst: over seeds.
-        low, high: 95% interval of the mean over seeds.
+    ``flops_per_token`` is at the problems' mean context and the mean loops run; ``mean``, ``worst``, and the 95%
+    interval ``low`` to ``high`` are over seeds.
     """
 
     kind: str
@@ -55,7 +49,7 @@ class Contender:
 
 @dataclass
 class Entry:
-    """A contender at one number of loops: a line of the table. Lists are over difficulties."""
+    """A contender at one number of loops: a row of the table. Lists are over difficulties."""
 
     name: str
     kind: str
@@ -69,11 +63,11 @@ class Entry:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` found.
+    """Result of :func:`compare`.
 
     Attributes:
         recipe, unit, difficulties, trained_difficulty, trained_loops, seeds: of the runs.
-        measure: "accuracy", or "bits per byte" of text, of which fewer are better.
+        measure: "accuracy" (higher is better), or "bits per byte" of text (lower is better).
         contenders: in the order of ``KINDS``.
     """
 
@@ -87,58 +81,54 @@ class Comparison:
     contenders: list[Contender]
 
     def entries(self) -> list[Entry]:
-        """Each baseline, and the looped model twice: at its deepest, and as deep as the unrolled one."""
-        looped, *others = self.contenders
+        """The looped model at its maximum depth and at that of the unrolled one, then the baselines."""
+        looped, *baselines = self.contenders
         columns = sorted({looped.loops.index(self.trained_loops), len(looped.loops) - 1}, reverse=True)
-        return [_entry(looped, column) for column in columns] + [_entry(other, 0) for other in others]
+        return [_entry(looped, column) for column in columns] + [_entry(baseline, 0) for baseline in baselines]
 
     def verdicts(self) -> list[str]:
-        """For each difficulty, who is ahead: with all the loops measured, and with no more operations than others."""
+        """For each difficulty, the best model: at maximum depth, and at matched FLOPs."""
         entries = self.entries()
-        deepest, as_deep = entries[0], next(e for e in entries if e.loops == self.trained_loops)
-        others = [entry for entry in entries if entry.kind != "looped"]
-        said = []
+        deepest, matched = entries[0], next(e for e in entries if e.loops == self.trained_loops)
+        baselines = [entry for entry in entries if entry.kind != "looped"]
+        lines = []
         for row, difficulty in enumerate(self.difficulties):
-            line = f"{difficulty} {self.unit}: {self._verdict(row, [deepest, *others])}"
-            if as_deep is not deepest:
-                line += f" With as many operations as the unrolled model: {self._verdict(row, [as_deep, *others])}"
-            said.append(line)
-        return said
+            line = f"{difficulty} {self.unit}: {self._verdict(row, [deepest, *baselines])}"
+            if matched is not deepest:
+                line += f" With as many operations as the unrolled model: {self._verdict(row, [matched, *baselines])}"
+            lines.append(line)
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, entries and verdicts too."""
+        """Plain values, with entries and verdicts."""
         entries = [dataclasses.asdict(entry) for entry in self.entries()]
         return dataclasses.asdict(self) | {"entries": entries, "verdicts": self.verdicts()}
 
     def curves(self, difficulty: int) -> dict[str, dict[int, float]]:
         """``{kind: {loops: mean}}`` at one difficulty; a baseline is a single point."""
         row = self.difficulties.index(difficulty)
-        return {of.kind: dict(zip(of.loops, of.mean[row], strict=True)) for of in self.contenders}
+        return {model.kind: dict(zip(model.loops, model.mean[row], strict=True)) for model in self.contenders}
 
     def show(self, value: float) -> str:
-        """A value as people read it."""
+        """``value`` as text."""
         return f"{value:.1%}" if self.measure == "accuracy" else f"{value:.4f}"
 
     def _verdict(self, row: int, entries: list[Entry]) -> str:
         sign = 1 if self.measure == "accuracy" else -1
-        first, *rest = sorted(entries, key=lambda entry: -sign * entry.mean[row])
-        value = f"{first.name} {self.show(first.mean[row])}"
-        alike = [entry for entry in rest if sign * (first.mean[row] - entry.mean[row]) <= ALIKE]
-        if alike:
-            same = ", ".join(f"{entry.name} {self.show(entry.mean[row])}" for entry in alike)
-            return f"no real difference between {value} and {same}."
-        sure = sign * (first.worst[row] - rest[0].mean[row]) > 0
-        return (
-            f"{value} is ahead of {rest[0].name} {self.show(rest[0].mean[row])}"
-            f"{'' if sure else ' on average, but not in its worst seed'}."
-        )
+        best, *rest = sorted(entries, key=lambda entry: -sign * entry.mean[row])
+        value, *values = (f"{entry.name} {self.show(entry.mean[row])}" for entry in (best, *rest))
+        n_ties = sum(sign * (best.mean[row] - entry.mean[row]) <= MIN_DIFFERENCE for entry in rest)
+        if n_ties:
+            return f"no real difference between {value} and {', '.join(values[:n_ties])}."
+        in_all_seeds = sign * (best.worst[row] - rest[0].mean[row]) > 0
+        return f"{value} is ahead of {values[0]}{'' if in_all_seeds else ' on average, but not in its worst seed'}."
 
 
-def _entry(of: Contender, column: int) -> Entry:
-    n = of.loops[column]
-    name = of.kind if of.kind != "looped" else f"looped, {n} loops"
-    flops, mean, worst = ([row[column] for row in values] for values in (of.flops_per_token, of.mean, of.worst))
-    return Entry(name, of.kind, n, of.parameters, of.training_flops, flops, mean, worst)
+def _entry(model: Contender, column: int) -> Entry:
+    n = model.loops[column]
+    name = f"looped, {n} loops" if model.kind == "looped" else model.kind
+    flops, mean, worst = ([row[column] for row in rows] for rows in (model.flops_per_token, model.mean, model.worst))
+    return Entry(name, model.kind, n, model.parameters, model.training_flops, flops, mean, worst)
 
 
 def compare(
@@ -147,19 +137,19 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     watching: Callable[[int], AbstractContextManager[Watch]] = lambda steps: nullcontext(Watch()),
 ) -> Comparison:
-    """Train and measure ``cfg``'s model and both baselines, for every seed, and write ``out/compare.json``.
+    """Train and evaluate ``cfg``'s model and both baselines for every seed, and write ``out/compare.json``.
 
-    The same problems in the same order for all three. Runs are ``out/KIND-seedN``; one that has ended is not run
-    again, one that was stopped goes on.
+    All three see the same problems in the same order. Runs are ``out/KIND-seedN``; finished ones are reused,
+    interrupted ones resumed.
 
     Args:
         cfg: of the looped model; ``kind`` and ``seed`` are set here.
-        out: directory, made if need be.
+        out: directory, created if missing.
         seeds: of weights and data.
-        watching: from the number of steps of a run to where it reports.
+        watching: makes the :class:`~open_mythos.training.fit.Watch` of a run of that many steps.
 
     Raises:
-        ValueError: without a seed, or if ``out`` holds runs of other settings.
+        ValueError: without a seed, or if ``out`` holds runs with other settings.
     """
     if not seeds:
         raise ValueError("no seeds to compare over; give at least one")
@@ -167,40 +157,36 @@ def compare(
     cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, loops=loops))
     for seed in seeds:
         for kind in KINDS:
-            own, run = dataclasses.replace(cfg, kind=kind, seed=seed), out / f"{kind}-seed{seed}"
-            if _has_ended(own, run):
+            run_cfg, run = dataclasses.replace(cfg, kind=kind, seed=seed), out / f"{kind}-seed{seed}"
+            if (run / runs.EVALUATION).is_file() and TrainConfig.load(run / runs.RUN_CONFIG) == run_cfg:
                 continue
             with watching(cfg.steps) as watch:
-                watch.say(f"{kind} model, seed {seed}: {run}")
-                fit(own, run, "auto" if (run / runs.RUN_CONFIG).exists() else "never", watch)
-    found = _collect(cfg, out, list(seeds))
-    (out / RESULTS).write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-    return found
-
-
-def _has_ended(cfg: TrainConfig, run: Path) -> bool:
-    return (run / runs.EVALUATION).is_file() and TrainConfig.load(run / runs.RUN_CONFIG) == cfg
+                watch.log(f"{kind} model, seed {seed}: {run}")
+                fit(run_cfg, run, "auto" if (run / runs.RUN_CONFIG).exists() else "never", watch)
+    comparison = _collect(cfg, out, list(seeds))
+    (out / RESULTS).write_text(json.dumps(comparison.to_dict(), indent=1) + "\n")
+    return comparison
 
 
 def _collect(cfg: TrainConfig, out: Path, seeds: list[int]) -> Comparison:
     task, contenders = tasks.load(cfg.task.name, **cfg.task.options), []
     for kind in KINDS:
-        measured = [load_evaluation(out / f"{kind}-seed{seed}") for seed in seeds]
-        contenders.append(_contender(dataclasses.replace(cfg, kind=kind), task, measured))
-    measure = "accuracy" if isinstance(measured[0], Evaluation) else "bits per byte"
-    difficulties = cfg.evaluation.difficulties[: len(contenders[0].mean)]  # of text, the first alone is measured
+        scores = [load_evaluation(out / f"{kind}-seed{seed}") for seed in seeds]
+        contenders.append(_contender(dataclasses.replace(cfg, kind=kind), task, scores))
+    measure = "accuracy" if isinstance(scores[0], Evaluation) else "bits per byte"
+    difficulties = cfg.evaluation.difficulties[: len(contenders[0].mean)]  # of text, only the first is evaluated
     return Comparison(
         cfg.recipe, task.unit, measure, difficulties, cfg.task.max_difficulty, cfg.loops.maximum, seeds, contenders
     )
 
 
-def _contender(cfg: TrainConfig, task: tasks.Task, measured: list[Evaluation | dict[int, float]]) -> Contender:
-    loops, values, used = _values(measured)
+def _contender(cfg: TrainConfig, task: tasks.Task, scores: list[Evaluation | dict[int, float]]) -> Contender:
+    loops, values, used = _values(scores)
     low, high = student_interval(values)
-    worst = values.amin(-1) if isinstance(measured[0], Evaluation) else values.amax(-1)
+    worst = values.amin(-1) if isinstance(scores[0], Evaluation) else values.amax(-1)
     flops = []
     for difficulty, row in zip(cfg.evaluation.difficulties, used.tolist(), strict=False):
-        context = (task.length(difficulty) + 1) // 2  # what a token sees, on average
+        context = (task.length(difficulty) + 1) // 2  # mean over the tokens
         flops.append([flops_per_token(cfg.model, n, context) for n in row])
     with torch.device("meta"):
         parameters = sum(p.numel() for p in baselines.build(cfg).parameters())
@@ -210,13 +196,13 @@ def _contender(cfg: TrainConfig, task: tasks.Task, measured: list[Evaluation | d
     )  # fmt: skip
 
 
-def _values(measured: list[Evaluation | dict[int, float]]) -> tuple[list[int], Tensor, Tensor]:
-    """Loops (L), values (D, L, seeds), and loops that a position really ran (D, L), mean over seeds."""
-    grids = [found.grids[0] for found in measured if isinstance(found, Evaluation)]
+def _values(scores: list[Evaluation | dict[int, float]]) -> tuple[list[int], Tensor, Tensor]:
+    """Loops (L), accuracy or bits (D, L, seeds), and mean loops run by a position (D, L)."""
+    grids = [score.grids[0] for score in scores if isinstance(score, Evaluation)]
     if grids:
         used = torch.stack([grid.loops_used for grid in grids]).mean(0)
         return grids[0].loops, torch.stack([grid.accuracy for grid in grids], -1), used
-    bits = [found for found in measured if not isinstance(found, Evaluation)]
+    bits = [score for score in scores if not isinstance(score, Evaluation)]
     values = torch.tensor([list(curve.values()) for curve in bits], dtype=torch.float64)
     loops = list(bits[0])
     return loops, values.T[None], torch.tensor([loops], dtype=torch.float64)

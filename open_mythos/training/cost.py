@@ -1,4 +1,4 @@
-"""What a run will cost, found by making its first steps and throwing them away."""
+"""Cost of a run, measured on a few trial steps."""
 
 from __future__ import annotations
 
@@ -17,24 +17,14 @@ from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective
 from open_mythos.training.trainer import Trainer
 
-_DRAWS = 256  # steps over which loop counts and problem lengths are averaged
-_TRIAL_STEPS, _TRIAL_SECONDS = 10, 10.0  # as many steps as fit, at most
-# In units of a forward pass: a backward pass is two, and recomputation one more.
-_WITH_GRADIENT, _RECOMPUTED = 3, 4
+_N_DRAWS = 256  # steps over which loop counts and problem lengths are averaged
+_TRIAL_STEPS, _TRIAL_SECONDS = 10, 10.0  # limits, whichever comes first
+_GRAD_COST, _RECOMPUTE_COST = 3, 4  # in forward passes: backward is two, recomputation one more
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Cost of a run, or of each step where it says so.
-
-    Attributes:
-        parameters: all of them.
-        flops_per_step: expected floating-point operations, by :func:`flops_per_step`.
-        weight_bytes: weights, gradients, optimizer state and averaged weights.
-        activation_bytes: what the backward pass needs kept, the most of any trial step.
-        seconds_per_step: mean of the trial steps; checkpoints and evaluation come on top.
-        trial_steps: how many there were.
-    """
+    """Cost of a run, by the functions below; ``seconds_per_step`` is without checkpoints and evaluation."""
 
     parameters: int
     flops_per_step: float
@@ -45,121 +35,109 @@ class RunCost:
 
 
 def run_cost(cfg: TrainConfig) -> RunCost:
-    """Make a few steps of the run, in memory, and measure them.
+    """Run a few steps in memory and measure them.
 
     Raises:
         ValueError: as :class:`~open_mythos.training.trainer.Trainer`.
     """
     trainer = Trainer(cfg)
     times: list[float] = []
-    trainer.step()  # the first one warms up
+    trainer.step()  # warm-up
     while len(times) < _TRIAL_STEPS and (not times or sum(times) < _TRIAL_SECONDS):
-        code, started = _n_compiled(cfg), time.perf_counter()
+        n_graphs, start = _n_compiled_graphs(cfg), time.perf_counter()
         trainer.step()
-        if _n_compiled(cfg) == code:  # a step that compiles says nothing about the others
-            times.append(time.perf_counter() - started)
+        if _n_compiled_graphs(cfg) == n_graphs:  # steps that compile do not count
+            times.append(time.perf_counter() - start)
     activations = activation_bytes(trainer, min(len(times), 3))
-    return RunCost(
-        sum(p.numel() for p in trainer.model.parameters()),
-        flops_per_step(cfg),
-        weight_bytes(trainer),
-        activations,
-        sum(times) / len(times),
-        len(times),
-    )
+    n_parameters, n = sum(p.numel() for p in trainer.model.parameters()), len(times)
+    return RunCost(n_parameters, flops_per_step(cfg), weight_bytes(trainer), activations, sum(times) / n, n)
 
 
 def weight_bytes(trainer: Trainer) -> int:
-    """Weights, gradients, averaged weights, and the optimizer's state, which is there after the first step."""
+    """Weights, gradients, EMA weights, and the optimizer's state, which exists after the first step."""
     return 3 * _bytes(list(trainer.model.parameters())) + _bytes(trainer.optimizer.state_dict())
 
 
 def activation_bytes(trainer: Trainer, steps: int) -> int:
-    """What the backward pass needs kept, the most at any time in so many further steps."""
-    kept = _Kept(trainer.model)
-    with kept:
+    """Peak bytes saved for the backward pass, over ``steps`` further steps."""
+    saved = _SavedTensors(trainer.model)
+    with saved:
         for _ in range(steps):
             trainer.step()
-    return kept.most
+    return saved.peak
 
 
 def flops_per_step(cfg: TrainConfig) -> float:
-    """Expected floating-point operations of a step, from as many of its random draws as make a steady mean.
+    """Expected FLOPs of a step, averaged over random draws of loops and lengths.
 
-    Matrix products only, as :func:`~open_mythos.diagnostics.flops_per_token` counts them, at a token's mean context of
-    half the problem. A loop without gradient counts once, one with it three times, or four if it is recomputed; coda
-    and head count for every loop that is asked for an answer.
+    Matrix products only, as in :func:`~open_mythos.diagnostics.flops_per_token`, at the mean context of half the
+    problem. A loop costs one forward pass without gradient, three with it, four if recomputed; coda and head are
+    counted for every supervised loop.
     """
     generator, objective = torch.Generator().manual_seed(cfg.seed), Objective(cfg)
     task = tasks.load(cfg.task.name, **cfg.task.options)
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
-    loud = _RECOMPUTED if cfg.checkpoint_loops else _WITH_GRADIENT
+    grad_cost = _RECOMPUTE_COST if cfg.checkpoint_loops else _GRAD_COST
     progressive = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0
     total = 0.0
-    for draw in range(_DRAWS):
+    for draw in range(_N_DRAWS):
         length = task.length(int(torch.randint(low, high + 1, (), generator=generator)))
-        plan = objective.plan(draw * cfg.steps // _DRAWS, cfg.batch_size, length, generator)
-        runs = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
-        runs += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
+        plan = objective.plan(draw * cfg.steps // _N_DRAWS, cfg.batch_size, length, generator)
+        passes = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
+        passes += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
         context = (length + 1) // 2
         outside = flops_per_token(cfg.model, 0, context)
-        answer = flops_per_token(replace(cfg.model, prelude_layers=0), 0, context)
+        readout = flops_per_token(replace(cfg.model, prelude_layers=0), 0, context)
         loop = flops_per_token(cfg.model, 1, context) - outside
-        passes = sum(float((n_loops + (loud - 1) * n_grad).float().mean()) for n_loops, n_grad in runs)
+        loops = sum(float((n_loops + (grad_cost - 1) * n_grad).float().mean()) for n_loops, n_grad in passes)
         if cfg.loss.supervises_every_loop:
-            answers = loud * sum(float(n_grad.float().mean()) for _, n_grad in runs)
+            readouts = grad_cost * sum(float(n_grad.float().mean()) for _, n_grad in passes)
         else:
-            answers = _WITH_GRADIENT * len(runs)
-        total += cfg.batch_size * length * (_WITH_GRADIENT * (outside - answer) + passes * loop + answers * answer)
-    return total / _DRAWS
+            readouts = _GRAD_COST * len(passes)
+        total += cfg.batch_size * length * (_GRAD_COST * (outside - readout) + loops * loop + readouts * readout)
+    return total / _N_DRAWS
 
 
-def _n_compiled(cfg: TrainConfig) -> int:
-    """What ``torch.compile`` has made so far, if the run goes through it."""
+def _n_compiled_graphs(cfg: TrainConfig) -> int:
     if not cfg.compile:
         return 0
-    from torch._dynamo.utils import counters  # which takes a second to import
+    from torch._dynamo.utils import counters  # slow to import
 
     return counters["stats"]["unique_graphs"]
 
 
-class _Holder:
-    """A tensor that autograd keeps."""
+class _Saved:
+    """A tensor saved by autograd, finalized when autograd frees it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd keeps inside of it.
-
-    Attributes:
-        most: bytes, the greatest at any time; a storage counts once, the model's parameters never.
-    """
+class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Measures the peak bytes that autograd saves inside, each storage once and without the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(self._pack, lambda holder: holder.tensor)
-        self.own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.holders: Counter[int] = Counter()  # of each storage, by its address
-        self.now = self.most = 0
+        super().__init__(self._pack, lambda saved: saved.tensor)
+        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.references: Counter[int] = Counter()  # by the storage's address
+        self.current = self.peak = 0
 
-    def _pack(self, tensor: Tensor) -> _Holder:
-        holder, storage = _Holder(tensor), tensor.untyped_storage()
+    def _pack(self, tensor: Tensor) -> _Saved:
+        saved, storage = _Saved(tensor), tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
-        if address not in self.own:
-            self.now += size if self.holders[address] == 0 else 0
-            self.most = max(self.most, self.now)
-            self.holders[address] += 1
-            weakref.finalize(holder, self._drop, address, size)
-        return holder
+        if address not in self.parameters:
+            self.current += size if self.references[address] == 0 else 0
+            self.peak = max(self.peak, self.current)
+            self.references[address] += 1
+            weakref.finalize(saved, self._free, address, size)
+        return saved
 
-    def _drop(self, address: int, size: int) -> None:
-        self.holders[address] -= 1
-        self.now -= size if self.holders[address] == 0 else 0
+    def _free(self, address: int, size: int) -> None:
+        self.references[address] -= 1
+        self.current -= size if self.references[address] == 0 else 0
 
 
 def _bytes(state: Any) -> int:
-    """Bytes of all tensors inside."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""A whole run in a directory: trained, stopped and gone on with, averaged, given its gate, measured."""
+"""A complete run in a directory: training with checkpoints and resume, EMA weights, halting gate, evaluation."""
 
 from __future__ import annotations
 
@@ -24,38 +24,32 @@ from open_mythos.training.loggers import Record, open_loggers
 from open_mythos.training.overrides import differences
 from open_mythos.training.trainer import StepResult, Trainer
 
-# What may differ when a run is gone on with: it does not touch what is trained.
-FREE = ("device", "compile", "log_every", "save_every", "keep", "max_bad_steps", "loggers")
+# Settings that may change on resume, besides those of the evaluation: they do not affect the weights.
+RESUMABLE_CHANGES = ("device", "compile", "log_every", "save_every", "keep", "max_bad_steps", "loggers")
 GATE_SEED = 3
 MEANS = ("loss", "accuracy", "loops", "grad_norm")
 
 
 @dataclass
 class Watch:
-    """Where a run reports to.
-
-    Attributes:
-        record: takes each line of metrics.
-        say: takes messages for people: a checkpoint that was skipped, a disk that is full.
-        begin: takes what begins after training: the gate, measuring.
-    """
+    """Callbacks of a run: for lines of metrics, log messages, and the stages after training (gate, evaluation)."""
 
     record: Callable[[Record], None] = lambda record: None
-    say: Callable[[str], None] = print
-    begin: Callable[[str], None] = lambda what: None
+    log: Callable[[str], None] = print
+    begin: Callable[[str], None] = lambda stage: None
 
 
 def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None = None) -> Path:
-    """Train as ``cfg`` says, and leave in ``run`` what :mod:`open_mythos.training.runs` lists.
+    """Train with ``cfg``, and write to ``run`` the files that :mod:`open_mythos.training.runs` lists.
 
-    Of several processes, the first writes and measures.
+    With several processes, the first one writes and evaluates.
 
     Args:
         cfg: the run.
-        run: its directory, made if need be.
-        resume: "never" refuses a directory that holds a run; "auto" goes on from its newest whole checkpoint, or
-            starts if there is none; a path goes on from that checkpoint, in its own run or a new directory.
-        watch: where to report.
+        run: its directory, created if missing.
+        resume: "never" raises if the directory holds a run; "auto" resumes from its newest valid checkpoint, or starts
+            if there is none; a path resumes from that checkpoint, in its own run or a new directory.
+        watch: callbacks.
 
     Returns:
         The directory of the trained model.
@@ -67,74 +61,66 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
         OSError: if the last checkpoint or the model cannot be written.
     """
     watch = watch or Watch()
-    first = distributed.rank() == 0
-    if not first:
-        watch = Watch(say=lambda message: None)
+    is_main = distributed.rank() == 0
+    if not is_main:
+        watch = Watch(log=lambda message: None)
     with distributed.processes():
-        state = find_state(cfg, run, resume, watch.say)
+        state = find_state(cfg, run, resume, watch.log)
         with distributed.first_process_first():
             trainer, meter = Trainer(cfg), Meter()
         if state is not None:
             trainer.load_state_dict(state["trainer"])
             meter = Meter(**state["meter"])
         if isinstance(trainer.task, Text) and trainer.task.store is not None:
-            watch.say(trainer.task.described(cfg.task.max_difficulty))
-        distributed.wait()  # until all have looked at what was there
-        if first:
+            watch.log(trainer.task.described(cfg.task.max_difficulty))
+        distributed.wait()  # all processes look for checkpoints before the first one writes
+        if is_main:
             run.mkdir(parents=True, exist_ok=True)
             cfg.save(run / runs.RUN_CONFIG)
         train(trainer, meter, run, watch)
-    if first:
+    if is_main:
         finish(trainer, cfg, run, watch.begin)
     return run / runs.MODEL
 
 
-# -- starting
-
-
-def find_state(cfg: TrainConfig, run: Path, resume: str, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The state to go on from, None to start afresh; arguments and errors as :func:`fit`."""
-    known = run / runs.RUN_CONFIG
-    own = resume == "auto" or Path(resume).resolve().is_relative_to(run.resolve())
-    if known.exists() and (resume == "never" or not own):
-        raise ValueError(f"{run} holds a run; go on with it by --resume auto, or choose another --out")
+def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], None]) -> dict[str, Any] | None:
+    """The state to resume from, or None; arguments and errors as :func:`fit`."""
+    run_config = run / runs.RUN_CONFIG
+    is_own = resume == "auto" or Path(resume).resolve().is_relative_to(run.resolve())
+    if run_config.exists() and (resume == "never" or not is_own):
+        raise ValueError(f"{run} holds a run; resume it with --resume auto, or choose another --out")
     if resume == "never":
         return None
     if resume == "auto":
-        if known.exists():
-            check_same(TrainConfig.load(known), cfg, run)
-        found = checkpoints.newest(run / runs.CHECKPOINTS, say)
-        if found is None:
-            say("no checkpoint to go on from: starting at step 1")
+        if run_config.exists():
+            check_same(TrainConfig.load(run_config), cfg, run)
+        newest = checkpoints.newest(run / runs.CHECKPOINTS, log)
+        if newest is None:
+            log("no checkpoint to resume from: starting at step 1")
             return None
-        path, state = found
+        path, state = newest
     else:
         path = Path(resume)
         must(path.is_dir(), f"there is no checkpoint {path}; use auto, never or the path of one (RUN/checkpoints/...)")
         state = checkpoints.load(path)
     check_same(TrainConfig.from_dict(state["trainer"]["config"]), cfg, path)
-    say(f"going on from {path}")
+    log(f"resuming from {path}")
     return state
 
 
 def check_same(old: TrainConfig, new: TrainConfig, where: Path) -> None:
-    """Raise ValueError if what decides the training differs."""
-    differing = {key: pair for key, pair in differences(old, new).items() if not _free(key)}
-    if differing:
-        listed = ", ".join(f"{key} was {a!r} and is {b!r}" for key, (a, b) in differing.items())
-        raise ValueError(f"{where} is of a run with other settings: {listed}; use the same, or another --out")
-
-
-def _free(key: str) -> bool:
-    return key in FREE or key.startswith("evaluation.")
-
-
-# -- the loop
+    """Raise ValueError if settings that affect the weights differ."""
+    differing = ", ".join(
+        f"{key} was {a!r} and is {b!r}"
+        for key, (a, b) in differences(old, new).items()
+        if key not in RESUMABLE_CHANGES and not key.startswith("evaluation.")
+    )
+    must(not differing, f"{where} is of a run with other settings: {differing}; use the same, or another --out")
 
 
 @dataclass
 class Meter:
-    """Sums over the steps since the last line of metrics; goes into checkpoints, so that a resumed line is the same."""
+    """Sums over the steps since the last line of metrics, saved in checkpoints for an identical line after resuming."""
 
     seconds: float = 0.0  # of the whole run
     since: float = 0.0  # seconds since the last line
@@ -149,14 +135,13 @@ class Meter:
         if result.skipped:
             return
         self.counted += 1
-        numbers = {name: getattr(result, name) for name in MEANS} | result.parts
-        for name, number in numbers.items():
-            self.sums[name] = self.sums.get(name, 0.0) + number
+        for name, value in ({name: getattr(result, name) for name in MEANS} | result.parts).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def record(self, trainer: Trainer) -> Record:
-        """Means since the last call, and where the run stands; starts anew."""
+        """Means since the last call, and progress of the run; resets the sums."""
         means = {name: total / self.counted for name, total in self.sums.items()}
-        left = trainer.cfg.steps - trainer.step_number
+        remaining = trainer.cfg.steps - trainer.step_number
         line: Record = {
             "step": trainer.step_number,
             **dict.fromkeys(MEANS),  # null if all steps were skipped
@@ -165,42 +150,38 @@ class Meter:
             "skipped": trainer.skipped,
             "tokens_per_second": self.tokens / self.since,
             "seconds": self.seconds,
-            "eta_seconds": left * self.since / self.steps,
+            "eta_seconds": remaining * self.since / self.steps,
         }
         self.since, self.steps, self.tokens, self.sums, self.counted = 0.0, 0, 0, {}, 0
         return line
 
 
 def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch) -> None:
-    """The steps that are left, with metrics and checkpoints on the way."""
+    """Run the remaining steps, with metrics and checkpoints."""
     cfg = trainer.cfg
-    first = distributed.rank() == 0
-    loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number) if first else []
-
-    def report() -> None:
-        line = meter.record(trainer)
-        for logger in loggers:
-            logger.log(line)
-        watch.record(line)
-
+    is_main = distributed.rank() == 0
+    loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number) if is_main else []
     try:
         while trainer.step_number < cfg.steps:
-            started = time.perf_counter()
+            start = time.perf_counter()
             result = trainer.step()
-            meter.add(result, time.perf_counter() - started)
-            last = trainer.step_number == cfg.steps
-            if last or trainer.step_number % cfg.log_every == 0:
-                report()
+            meter.add(result, time.perf_counter() - start)
+            is_last = trainer.step_number == cfg.steps
+            if is_last or trainer.step_number % cfg.log_every == 0:
+                line = meter.record(trainer)
+                for logger in loggers:
+                    logger.log(line)
+                watch.record(line)
             trainer.check_going(result)
-            if last or trainer.step_number % cfg.save_every == 0:
-                save(trainer, meter, run, watch.say)
+            if is_last or trainer.step_number % cfg.save_every == 0:
+                save(trainer, meter, run, watch.log)
     finally:
         for logger in loggers:
             logger.close()
 
 
-def save(trainer: Trainer, meter: Meter, run: Path, say: Callable[[str], None]) -> None:
-    """Write a checkpoint. One that cannot be written is reported, and training goes on; the last one has to be."""
+def save(trainer: Trainer, meter: Meter, run: Path, log: Callable[[str], None]) -> None:
+    """Write a checkpoint. A failure is logged and training continues, except for the last one."""
     state = {"trainer": trainer.state_dict(), "meter": asdict(meter)}
     if distributed.rank() > 0:
         return
@@ -209,43 +190,36 @@ def save(trainer: Trainer, meter: Meter, run: Path, say: Callable[[str], None]) 
     except OSError as error:
         if trainer.step_number == trainer.cfg.steps:
             raise OSError(f"the last checkpoint was not written ({error}); make room, then --resume auto") from error
-        say(f"step {trainer.step_number}: checkpoint not written ({error}); earlier ones are kept, training goes on")
-
-
-# -- after the last step
+        log(f"step {trainer.step_number}: checkpoint not written ({error}); earlier ones are kept, training continues")
 
 
 def finish(trainer: Trainer, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
-    """Average, teach the gate, write the model with its tokenizer, measure."""
+    """Take the EMA weights, train the halting gate, save the model and its tokenizer, evaluate."""
     model = trainer.averaged()
     if cfg.kind == "looped" and cfg.gate.steps > 0:
-        add_gate(model, trainer.task, cfg, begin)
+        begin("halting gate")
+        generator = torch.Generator().manual_seed(1000 * cfg.seed + GATE_SEED)
+        train_gate(model, trainer.task, cfg.gate, cfg.task.min_difficulty, cfg.hardest_for_gate, generator, begin)
     directory = runs.save_model(model, cfg, run)
     if isinstance(trainer.task, Text):
         trainer.task.save_tokenizer(directory)
     measure(model, trainer.task, cfg, run, begin)
 
 
-def add_gate(model: OpenMythos, task: Task, cfg: TrainConfig, begin: Callable[[str], None]) -> None:
-    """Teach the finished model when to halt, and let it."""
-    begin("halting gate")
-    generator = torch.Generator().manual_seed(1000 * cfg.seed + GATE_SEED)
-    train_gate(model, task, cfg.gate, cfg.task.min_difficulty, cfg.hardest_for_gate, generator, begin)
-
-
 def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
-    """Measure what ``cfg.evaluation`` asks for into RUN/evaluation.json. A baseline has one depth."""
-    asked = cfg.evaluation
+    """Evaluate with ``cfg.evaluation``, a baseline at its only depth, and write RUN/evaluation.json."""
+    settings = cfg.evaluation
     if not isinstance(task, Text):
-        evaluate(model, task, asked.difficulties, cfg.depths, asked.examples, progress=begin).save(run)
+        evaluate(model, task, settings.difficulties, cfg.depths, settings.examples, progress=begin).save(run)
         return
     begin("held-out text")
-    bits = bits_per_byte(model, replace(task, split="held_out"), cfg.depths, asked.difficulties[0], asked.examples)
+    held_out, length = replace(task, split="held_out"), settings.difficulties[0]
+    bits = bits_per_byte(model, held_out, cfg.depths, length, settings.examples)
     (run / runs.EVALUATION).write_text(json.dumps({"bits_per_byte": bits}, indent=1) + "\n")
 
 
 def load_evaluation(run: Path) -> Evaluation | dict[int, float]:
-    """What :func:`measure` wrote: an evaluation, or bits per byte by loops."""
+    """Read the file of :func:`measure`: an evaluation, or bits per byte by loops."""
     data = json.loads((run / runs.EVALUATION).read_text())
     if "bits_per_byte" in data:
         return {int(n): bits for n, bits in data["bits_per_byte"].items()}

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard, trackio and W&B when asked for."""
+"""Metric loggers: metrics.jsonl always; TensorBoard, trackio and W&B on request."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ Record = dict[str, float | int | None]
 
 class Logger(Protocol):
     def log(self, record: Record) -> None:
-        """Take the numbers of the steps since the last call; ``record["step"]`` is the last of them."""
+        """Log the metrics of the steps since the last call, up to ``record["step"]``."""
 
     def close(self) -> None:
-        """Write out what is still held."""
+        """Flush and close."""
 
 
 class MetricsFile:
-    """One JSON object a line, flushed at every line; numbers that are not finite are null.
+    """JSON lines, flushed at every line; non-finite numbers become null.
 
     Args:
         path: appended to.
-        after_step: step that the run goes on from. Lines of later steps are dropped: they are about to be made again.
-            So is what a crash left of a half-written line.
+        after_step: step that the run resumes from; lines of later steps, and a truncated last line, are dropped.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
@@ -49,13 +48,13 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut short by a crash is left out."""
+    """The lines of a metrics file, without a truncated last line."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class TensorBoard:
-    """Scalars under RUN/tensorboard. A resumed run hides the steps that it makes again."""
+    """Scalars under RUN/tensorboard; a resumed run hides the steps that it repeats."""
 
     def __init__(self, run: Path, config: dict[str, Any], after_step: int) -> None:
         writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
@@ -72,15 +71,15 @@ class TensorBoard:
 
 
 class Tracker:
-    """W&B, or trackio, which has its interface. A resumed run is a new one of the same name there."""
+    """W&B, or trackio, which has the same interface. A resumed run becomes a new one of the same name there."""
 
     def __init__(self, package: str, run: Path, config: dict[str, Any], **options: Any) -> None:
         self.package = _import(package, package)
         self.package.init(project="open-mythos", name=run.name, config=config, **options)
 
     def log(self, record: Record) -> None:
-        numbers = {key: value for key, value in record.items() if value is not None and key != "step"}
-        self.package.log(numbers, step=record["step"])
+        metrics = {key: value for key, value in record.items() if value is not None and key != "step"}
+        self.package.log(metrics, step=record["step"])
 
     def close(self) -> None:
         self.package.finish()
@@ -94,23 +93,19 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
 
 
 def open_loggers(names: str, run: Path, config: dict[str, Any], after_step: int) -> list[Logger]:
-    """The metrics file of a run, and the loggers asked for.
+    """The metrics file of a run, and the loggers ``names`` (keys of ``LOGGERS``, comma-separated).
 
-    Args:
-        names: of ``LOGGERS``, with commas between.
-        run: the run's directory.
-        config: shown beside the curves.
-        after_step: the step that the run goes on from.
+    ``config`` is logged with the curves; ``after_step`` is the step that the run resumes from.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
         ImportError: naming the extra, if a logger's package is not installed.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
+    requested = [name.strip() for name in names.split(",") if name.strip()]
+    for name in requested:
         if name not in LOGGERS:
             raise ValueError(f"loggers={names!r}: unknown logger {name!r}; {nearest(name, LOGGERS)}")
-    extra = [LOGGERS[name](run, config, after_step) for name in wanted]
+    extra = [LOGGERS[name](run, config, after_step) for name in requested]
     return [MetricsFile(run / "metrics.jsonl", after_step), *extra]
 
 

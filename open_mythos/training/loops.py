@@ -1,4 +1,4 @@
-"""How many loops a training step runs: one number a batch, or one a sequence."""
+"""Sampling of the number of loops of a training step, per batch or per sequence."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from open_mythos.training.config import LoopConfig
 
 
 def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """Loop counts of a batch, from ``generator`` alone.
+    """Loop counts of a batch of ``n`` sequences of ``length`` tokens, (n,) int64; all equal if ``cfg.per`` is "batch".
 
-    Args:
-        cfg: schedule; all counts lie between its minimum and maximum.
-        progress: share of the run that is done, 0 to 1.
-        n: sequences.
-        length: tokens of each.
-        generator: random state, on the CPU.
-
-    Returns:
-        (n,) int64; all the same if ``cfg.per`` is "batch".
+    ``progress`` is the completed share of the run, 0 to 1; ``generator`` is on the CPU.
     """
     shape = (n if cfg.per == "sequence" else 1,)
     low, high = cfg.minimum, cfg.maximum
@@ -33,7 +25,7 @@ def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator:
         drawn = torch.poisson(torch.full(shape, cfg.mean), generator=generator)
     elif cfg.schedule == "lognormal":
         noise = torch.randn(shape, generator=generator)
-        rate = cfg.mean * (cfg.sigma * noise - cfg.sigma**2 / 2).exp()  # a log-normal rate whose mean is cfg.mean
+        rate = cfg.mean * (cfg.sigma * noise - cfg.sigma**2 / 2).exp()  # log-normal with mean cfg.mean
         drawn = torch.poisson(rate, generator=generator)
     else:
         if cfg.schedule == "curriculum":

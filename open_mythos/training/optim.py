@@ -1,4 +1,4 @@
-"""What turns gradients into weights: parameter groups, learning-rate schedules, averaged weights."""
+"""Optimizers, parameter groups, learning-rate schedules and EMA."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.training.config import OptimConfig
 
-# Modules and parameters that decay would pull to where they should not go: the router's logits, the halting gate, the
-# convolutions' taps, LoRA's gains. Vectors (norms, the injection's A and B) do not decay either.
+# Router, halting gate, convolution taps, LoRA scales. Vectors (norms, the injection's A and B) do not decay either.
 NO_DECAY = frozenset({"router", "act", "taps", "scale"})
 
 
@@ -22,36 +21,27 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 class Optimizer:
-    """AdamW for every parameter, or Muon for the blocks' matrices and AdamW for the rest, as one.
+    """AdamW for every parameter, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``: entries of about ``0.2 lr`` whatever the
-    matrix's shape, 2502.16982). Every :class:`~open_mythos.nn.linear.Linear` stores its weights at one scale, so that
-    is the same relative change at any width. Matrices are what has two dimensions and would decay: experts (three),
-    the embedding that is also the head, and the small parts of :data:`NO_DECAY` stay with AdamW.
-
-    Args:
-        model: whose parameters to update.
-        cfg: rates, decay, and which optimizer.
+    Muon's updates are scaled to the RMS of AdamW's (``match_rms_adamw``: about ``0.2 lr`` for any shape, 2502.16982).
+    Every :class:`~open_mythos.nn.linear.Linear` stores its weights at one scale, so that is the same relative change
+    at any width. Muon takes 2-D weights that decay; experts (3-D), the tied embedding and :data:`NO_DECAY` stay with
+    AdamW.
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
-        named = dict(model.named_parameters())
         matrices = _block_matrices(model) if cfg.optimizer == "muon" else {}
-        rest = {name: p for name, p in named.items() if name not in matrices}
+        rest = {name: p for name, p in model.named_parameters() if name not in matrices}
         groups = [
             {"params": [p for name, p in rest.items() if decays(name, p)], "weight_decay": cfg.weight_decay},
             {"params": [p for name, p in rest.items() if not decays(name, p)], "weight_decay": 0.0},
         ]
-        # One pass over memory instead of a dozen, where there is a kernel for it.
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in rest.values())
         adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if matrices:
-            self.parts.append(
-                torch.optim.Muon(
-                    matrices.values(), lr=cfg.muon_lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            rates: dict[str, Any] = {"lr": cfg.muon_lr, "weight_decay": cfg.weight_decay}
+            self.parts.append(torch.optim.Muon(matrices.values(), **rates, adjust_lr_fn="match_rms_adamw"))
         for group in self._groups():
             group["full_lr"] = group["lr"]
 
@@ -90,29 +80,25 @@ def _block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
-    """Share of the learning rate at ``step`` (from 0) of ``steps``.
+    """Learning-rate multiplier at ``step`` (from 0) of ``steps``.
 
-    Linear warm-up over ``cfg.warmup`` steps, then either flat until the last ``cfg.decay`` of the run and linear from
-    there ("wsd": warm-up, stable, decay; 2404.06395), or half a cosine. Both end at ``cfg.floor``.
+    Linear warm-up over ``cfg.warmup`` steps, then constant with a linear decay over the last ``cfg.decay`` of the run
+    ("wsd": warm-up, stable, decay; 2404.06395), or a cosine decay. Both end at ``cfg.floor``.
     """
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     if cfg.schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / (steps - cfg.warmup)))
+        factor = 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / (steps - cfg.warmup)))
     else:
-        left = min(1.0, (steps - step) / (cfg.decay * steps)) if cfg.decay else 1.0
-    return cfg.floor + (1 - cfg.floor) * left
+        factor = min(1.0, (steps - step) / (cfg.decay * steps)) if cfg.decay else 1.0
+    return cfg.floor + (1 - cfg.floor) * factor
 
 
 class EMA:
-    """Exponential moving average of a model's parameters; what a run keeps.
+    """Exponential moving average of a model's parameters, the weights that a run saves.
 
-    The n-th update (from 0) moves the average by ``1 - min(decay, (n + 1) / (n + 10))`` of the way, so that an early
-    average is not held up by the random start.
-
-    Args:
-        model: whose parameters are averaged.
-        decay: share of the average that an update keeps; 0 makes the average the parameters themselves.
+    The decay of the n-th update (from 0) is ``min(decay, (n + 1) / (n + 10))``, so that the initial weights are
+    forgotten quickly; with ``decay`` 0 the average is the parameters themselves.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -123,9 +109,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
-        parameters = dict(model.named_parameters())
-        averages = [self.average[name] for name in parameters]
-        torch._foreach_lerp_(averages, list(parameters.values()), 1 - decay)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        torch._foreach_lerp_([self.average[name] for name in names], parameters, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()

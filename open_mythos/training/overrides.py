@@ -1,11 +1,11 @@
-"""Dotted overrides of a config, as typed on a command line: ``optim.lr=3e-4 evaluation.loops=1,2,4``."""
+"""Dotted overrides of a config on the command line: ``optim.lr=3e-4 evaluation.loops=1,2,4``."""
 
 from __future__ import annotations
 
 import ast
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from open_mythos.fields import Checked, nearest
@@ -14,17 +14,16 @@ Config = TypeVar("Config", bound=Checked)
 
 
 def override(cfg: Config, assignments: Iterable[str]) -> Config:
-    """A copy of ``cfg`` with fields set, and checked together once all are set.
+    """A copy of ``cfg`` with fields set, validated once all are set.
 
     Args:
-        cfg: stays as it is.
-        assignments: ``key=value``, dots between the names of a part and its field. The value is read as the field's
-            type: whole or decimal numbers, true or false, lists with commas between. One key further into a
-            dictionary sets that key alone (``task.options.modulus=5``); its value is a Python literal or else text.
+        cfg: is not modified.
+        assignments: ``key=value`` with dotted keys. The value is parsed by the field's type: int, float, true or
+            false, comma-separated list. A key inside a dictionary (``task.options.modulus=5``) takes a Python literal,
+            or else a string.
 
     Raises:
-        ValueError: for anything but ``key=value``, for an unknown key (with the nearest there is), and for a value
-            that its field refuses; all by the dotted key.
+        ValueError: for a malformed assignment, an unknown key (with the nearest known one) or an invalid value.
     """
     changed = copy.deepcopy(cfg)
     keys = dotted(changed)
@@ -32,21 +31,32 @@ def override(cfg: Config, assignments: Iterable[str]) -> Config:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"{assignment!r} is not an override; write key=value, as in {next(iter(keys))}=...")
-        _assign(keys, key.strip(), text.strip())
+        key, text = key.strip(), text.strip()
+        owner, _, option = key.rpartition(".")
+        if key in keys:
+            part, name, kind = keys[key]
+            setattr(part, name, _parse(text, kind))
+        elif owner in keys and keys[owner][2] is dict:
+            part, name, _ = keys[owner]
+            getattr(part, name)[option] = _literal(text)
+        else:
+            same_name = [known for known in keys if known.rpartition(".")[2] == option]
+            hint = f"did you mean {' or '.join(map(repr, same_name))}?" if same_name else nearest(key, keys)
+            raise ValueError(f"unknown key {key!r}; {hint}")
     _validate(changed)
     return changed
 
 
 def dotted(cfg: Checked, prefix: str = "") -> dict[str, tuple[Checked, str, Any]]:
-    """Every field that is not itself a part: ``{"optim.lr": (cfg.optim, "lr", kind), ...}``."""
-    found: dict[str, tuple[Checked, str, Any]] = {}
+    """Every leaf field: ``{"optim.lr": (cfg.optim, "lr", kind), ...}``."""
+    leaves: dict[str, tuple[Checked, str, Any]] = {}
     for spec in dataclasses.fields(cfg):
         value = getattr(cfg, spec.name)
         if isinstance(value, Checked):
-            found |= dotted(value, f"{prefix}{spec.name}.")
+            leaves |= dotted(value, f"{prefix}{spec.name}.")
         else:
-            found[prefix + spec.name] = (cfg, spec.name, spec.metadata["kind"])
-    return found
+            leaves[prefix + spec.name] = (cfg, spec.name, spec.metadata["kind"])
+    return leaves
 
 
 def differences(old: Checked, new: Checked) -> dict[str, tuple[Any, Any]]:
@@ -55,27 +65,12 @@ def differences(old: Checked, new: Checked) -> dict[str, tuple[Any, Any]]:
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
-def _assign(keys: dict[str, tuple[Checked, str, Any]], key: str, text: str) -> None:
-    if key in keys:
-        part, name, kind = keys[key]
-        setattr(part, name, _read(text, kind))
-        return
-    owner, _, option = key.rpartition(".")
-    if owner in keys and keys[owner][2] is dict:
-        part, name, _ = keys[owner]
-        getattr(part, name)[option] = _literal(text)
-        return
-    namesakes = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = f"did you mean {' or '.join(map(repr, namesakes))}?" if namesakes else nearest(key, keys)
-    raise ValueError(f"unknown key {key!r}; {hint}")
-
-
-def _read(text: str, kind: type) -> Any:
-    """``text`` as a ``kind``; left as text where it is none, for the field to refuse."""
+def _parse(text: str, kind: type) -> Any:
+    """``text`` as a ``kind``, or unchanged if it is none, which then fails the field's validation."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if kind is list:
-        return [_read(item.strip(), int) for item in text.strip("[]()").split(",") if item.strip()]
+        return [_parse(item.strip(), int) for item in text.strip("[]()").split(",") if item.strip()]
     if kind is dict:
         return _literal(text)
     try:
@@ -85,7 +80,7 @@ def _read(text: str, kind: type) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """A Python literal, true and false in lower case too; other text is itself."""
+    """A Python literal, or ``true`` or ``false``; else ``text`` itself."""
     if text in ("true", "false"):
         return text == "true"
     try:
@@ -95,18 +90,12 @@ def _literal(text: str) -> Any:
 
 
 def _validate(cfg: Checked) -> None:
-    """Check the parts before the whole, so that an error can name the part it is in."""
-    for path, part in _parts(cfg):
-        try:
-            part.validate()
-        except ValueError as error:
-            raise ValueError(f"{path}{error}") from error
-    cfg.validate()
-
-
-def _parts(cfg: Checked, prefix: str = "") -> Iterator[tuple[str, Checked]]:
+    """Validate nested configs first, so that errors name the dotted key."""
     for spec in dataclasses.fields(cfg):
-        value = getattr(cfg, spec.name)
-        if isinstance(value, Checked):
-            yield from _parts(value, f"{prefix}{spec.name}.")
-            yield f"{prefix}{spec.name}.", value
+        part = getattr(cfg, spec.name)
+        if isinstance(part, Checked):
+            try:
+                _validate(part)
+            except ValueError as error:
+                raise ValueError(f"{spec.name}.{error}") from error
+    cfg.validate()

@@ -1,4 +1,4 @@
-"""Recipes: plain functions, each of which returns the config of a run that is known to work."""
+"""Recipes: functions that return the config of a run that is known to work."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def prefix_sums() -> TrainConfig:
 
 
 def chain_sum() -> TrainConfig:
-    """The sum of digits modulo 7, asked once at the end: trained on 5 digits."""
+    """The sum of digits modulo 7, with only the final answer supervised: trained on 5 digits."""
     cfg = _reasoner(
-        "chain_sum", range(2, 6), loops=12, steps=1600, reach=2, taps=0, stale=0.5, gate=(32, 64), batch_size=256,
+        "chain_sum", range(2, 6), loops=12, steps=1600, window=2, taps=0, stale=0.5, gate=(32, 64), batch_size=256,
         evaluation=EvalConfig([5, 8, 16, 32], [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128], 256),
     )  # fmt: skip
-    cfg.loops.minimum = 6  # asked before all digits are in reach, some seeds learn nothing
-    cfg.model.halting_tolerance = 0.2  # digits whose sums nobody asks for move on for long, and need not
+    cfg.loops.minimum = 6  # supervised before all digits are in reach, some seeds learn nothing
+    cfg.model.halting_tolerance = 0.2  # unscored positions converge slowly, and need not
     return cfg
 
 
 def p_hop() -> TrainConfig:
-    """Look up what follows, then what follows that: trained on 6 hops, tested on 12."""
+    """p-hop induction, following successors in a random cycle: trained on 6 hops, tested on 12."""
     cfg = _reasoner(
-        "p_hop", range(1, 7), loops=15, steps=1500, reach=2, share=0.5, lr=8e-4, gate=(12, 48),
+        "p_hop", range(1, 7), loops=15, steps=1500, window=2, local_share=0.5, lr=8e-4, gate=(12, 48),
         options={"symbols": 14, "questions": 7},
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128], 128),
     )  # fmt: skip
-    cfg.loops.minimum = 3  # of one or two loops there is nothing to learn here: not even one hop is within reach
+    cfg.loops.minimum = 3  # not even one hop is within reach of fewer loops
     return cfg
 
 
@@ -63,9 +63,9 @@ def addition() -> TrainConfig:
 
 
 def permutations() -> TrainConfig:
-    """Products of permutations of five things (S5 state tracking): trained on 12, tested on 24."""
+    """Products of permutations of five elements (S5 state tracking): trained on 12, tested on 24."""
     cfg = _reasoner(
-        "permutations", range(4, 13), loops=18, steps=2000, reach=2, dim=128, gate=(48, 64),
+        "permutations", range(4, 13), loops=18, steps=2000, window=2, dim=128, gate=(48, 64),
         options={"generators": "transpositions"},
         evaluation=EvalConfig([12, 24, 48], [1, 2, 4, 8, 12, 16, 24, 32, 64, 128], 256),
     )  # fmt: skip
@@ -76,7 +76,7 @@ def permutations() -> TrainConfig:
 def maze() -> TrainConfig:
     """Which cells of a grid can be reached from the start? Trained on 7 x 7; larger grids are at chance as yet."""
     return _reasoner(
-        "maze", range(4, 8), loops=16, steps=1500, share=0.0, prelude=1,
+        "maze", range(4, 8), loops=16, steps=1500, local_share=0.0, prelude=1,
         evaluation=EvalConfig([7, 9, 11], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def maze() -> TrainConfig:
 def mini_sudoku() -> TrainConfig:
     """4 x 4 sudoku: trained on 6 empty cells, tested on 9."""
     return _reasoner(
-        "mini_sudoku", range(1, 7), loops=12, steps=2000, share=0.0, prelude=1,
+        "mini_sudoku", range(1, 7), loops=12, steps=2000, local_share=0.0, prelude=1,
         evaluation=EvalConfig([3, 6, 9], [1, 2, 4, 8, 16, 32], 256),
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def mini_sudoku() -> TrainConfig:
 def reasoning_gym() -> TrainConfig:
     """Any generator of reasoning-gym (task.options.generator=...), as bytes."""
     return _reasoner(
-        "reasoning_gym", range(2, 5), loops=8, steps=2000, share=0.5, prelude=1, dim=128,
+        "reasoning_gym", range(2, 5), loops=8, steps=2000, local_share=0.5, prelude=1, dim=128,
         options={"generator": "chain_sum"},
         evaluation=EvalConfig([2, 4, 6], [1, 2, 4, 8, 16], 64),
     )  # fmt: skip
@@ -101,10 +101,10 @@ def reasoning_gym() -> TrainConfig:
 def text() -> TrainConfig:
     """Language modelling on the Python standard library's sources, by bytes, at random depths of mean 8.
 
-    Each loop with gradient is asked for the next byte, so that a few loops say nearly what many do.
+    Each loop with gradient is supervised, so that a few loops predict nearly as well as many.
     """
     cfg = _reasoner(
-        "text", range(128, 129), loops=32, steps=800, share=0.5, prelude=1, coda=1, dim=128, batch_size=8,
+        "text", range(128, 129), loops=32, steps=800, local_share=0.5, prelude=1, coda=1, dim=128, batch_size=8,
         evaluation=EvalConfig([128], [1, 2, 4, 8, 16, 32], 256),
     )  # fmt: skip
     cfg.loops = LoopConfig("poisson", mean=8.0, maximum=32, gradient="last", grad_loops=4)
@@ -115,11 +115,11 @@ def text() -> TrainConfig:
 
 
 def heal() -> TrainConfig:
-    """Train a model that `mythos retrofit` made, start=DIR, to use its loops: on text, ever deeper."""
+    """Train a model made by `mythos retrofit`, start=DIR, to use its loops: on text, with a depth curriculum."""
     cfg = text()
     cfg.task.options = {"max_bytes": 1 << 22}
     cfg.loops = LoopConfig("curriculum", minimum=1, maximum=4, ramp=0.25, gradient="last", grad_loops=4)
-    cfg.loss.depth = "final"  # where a prediction is out of tens of thousands, to ask costs as much as to loop
+    cfg.loss.depth = "final"  # with a vocabulary of tens of thousands, supervising a loop costs as much as running it
     cfg.model.max_loop_iters = 4
     cfg.optim = OptimConfig(lr=1e-4, warmup=20, ema=0.9)
     cfg.evaluation = EvalConfig([128], [1, 2, 4, 8], 32)
@@ -128,7 +128,7 @@ def heal() -> TrainConfig:
 
 
 def debug() -> TrainConfig:
-    """A few seconds of running parity, to see that everything works."""
+    """A few seconds of running parity, as a smoke test."""
     cfg = _reasoner("parity", range(2, 9), loops=4, steps=30, dim=16, evaluation=EvalConfig([8, 16], [1, 4, 8], 32))
     cfg.batch_size = 16
     cfg.optim.warmup = 5
@@ -137,13 +137,9 @@ def debug() -> TrainConfig:
     return cfg
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    made.__name__: made
-    for made in (
-        parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal,
-        debug,
-    )
-}  # fmt: skip
+RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
+    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal, debug,
+)}  # fmt: skip
 
 
 def recipe(name: str) -> TrainConfig:
@@ -162,16 +158,15 @@ def recipe(name: str) -> TrainConfig:
 def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     """A recipe with overrides (see :func:`~open_mythos.training.overrides.override`).
 
-    The model's vocabulary follows the task, unless ``model.vocab_size`` is among the overrides. For a recipe of text,
-    ``data=SOURCE`` (in separate documents), ``tokenizer=KIND`` and ``length=TOKENS`` (of a row) are short for the keys
-    of the task and the evaluation that they stand for. With ``start`` among the overrides, the model is of that one's
-    config, and text is read by its tokenizer if it has one. Paths are written in full.
+    The vocabulary size is the task's, unless overridden. For text, ``data=SOURCE`` (separate documents),
+    ``tokenizer=KIND`` and ``length=TOKENS`` (of a row) are shorthands for keys of task and evaluation. With ``start``,
+    the model has the config of that checkpoint, and text its tokenizer if it has one. Paths become absolute.
 
     Raises:
-        ValueError: as :func:`recipe` and ``override``, and for options that the task refuses.
+        ValueError: as :func:`recipe` and ``override``, and for invalid options of the task.
     """
     cfg = recipe(name)
-    assignments = [full for assignment in assignments for full in _in_full(cfg, assignment)]
+    assignments = [full for assignment in assignments for full in _expand(cfg, assignment)]
     given = dict(assignment.split("=", 1) for assignment in assignments if "=" in assignment)
     if "start" in given:
         directory = runs.model_dir(given["start"])
@@ -179,90 +174,55 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
         if cfg.task.name == Text.name and (directory / tokenizer.FILE).is_file():
             cfg.task.options["tokenizer"] = str(directory)
     elif name == heal.__name__:
-        raise ValueError("heal trains a model further; name it by start=DIR, where `mythos retrofit` wrote it")
+        raise ValueError("heal continues training a model; give start=DIR, where `mythos retrofit` wrote it")
     cfg = override(cfg, assignments)
-    _from_anywhere(cfg)
+    # absolute paths, so that the run can be resumed from any directory
+    cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
+    if cfg.task.name == Text.name:
+        for key in cfg.task.options.keys() & {"source", "tokenizer"}:
+            cfg.task.options[key] = runs.everywhere(str(cfg.task.options[key]))
     if not given.keys() & {"model.vocab_size", "start"}:
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
 
 
-def _from_anywhere(cfg: TrainConfig) -> None:
-    """Write paths in full, so that a run goes on whatever the directory."""
-    cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
-    if cfg.task.name == Text.name:
-        for name in cfg.task.options.keys() & {"source", "tokenizer"}:
-            cfg.task.options[name] = runs.everywhere(str(cfg.task.options[name]))
-
-
-_SHORT = {
+_SHORTHANDS = {
     "data": ("task.options.source={}", "task.options.separate=true"),
     "tokenizer": ("task.options.tokenizer={}",),
     "length": ("task.min_difficulty={}", "task.max_difficulty={}", "evaluation.difficulties={}"),
 }
 
 
-def _in_full(cfg: TrainConfig, assignment: str) -> list[str]:
+def _expand(cfg: TrainConfig, assignment: str) -> list[str]:
     key, _, value = assignment.partition("=")
-    if key not in _SHORT:
+    if key not in _SHORTHANDS:
         return [assignment]
     must(cfg.task.name == Text.name, f"{key}= is for recipes of text; {cfg.recipe} makes its own problems")
-    return [full.format(value) for full in _SHORT[key]]
+    return [full.format(value) for full in _SHORTHANDS[key]]
 
 
 def _reasoner(
-    task: str,
-    difficulties: range,
-    *,
-    loops: int,
-    steps: int,
-    reach: int = 4,
-    taps: int = 3,
-    evaluation: EvalConfig,
-    options: dict[str, Any] | None = None,
-    dim: int = 64,
-    share: float = 1.0,
-    lr: float = 5e-4,
-    prelude: int = 0,
-    coda: int = 0,
-    gate: tuple[int, int] = (0, 0),
-    stale: float = 0.0,
+    task: str, difficulties: range, *, loops: int, steps: int, evaluation: EvalConfig,
+    options: dict[str, Any] | None = None, dim: int = 64, prelude: int = 0, coda: int = 0, window: int = 4,
+    taps: int = 3, local_share: float = 1.0, lr: float = 5e-4, gate: tuple[int, int] = (0, 0), stale: float = 0.0,
     batch_size: int = 64,
-) -> TrainConfig:
-    """What the recipes have in common: one dense block that sees its neighbours, run for random numbers of loops.
+) -> TrainConfig:  # fmt: skip
+    """The common config: one dense block, looped 1 to ``loops`` times at random.
 
-    Args:
-        task: its name.
-        difficulties: trained on.
-        loops: most loops of a training step.
-        reach: tokens that a local head sees. With 2, the only way to get on is from one token to the next, and that way
-            goes on working at any length.
-        taps: tokens that the convolution sees, ``reach`` at most.
-        steps: optimizer steps.
-        evaluation: what to measure at the end.
-        options: of the task.
-        dim: width of the model.
-        share: of its heads, those that are local.
-        prelude, coda: blocks before and after the loop.
-        gate: hardest problems that the halting gate learns from, and loops that these take; 0 for those of training.
-        stale: share of a batch that starts from states of other problems.
-        lr: learning rate.
-        batch_size: problems of a step.
+    ``local_share`` of the heads see ``window`` tokens. With 2, information moves one token per loop, which generalizes
+    to any length. ``gate`` is the maximum difficulty and the loops of the halting gate's training, 0 for those of the
+    model's. ``stale`` is the share of a batch that starts from states of other problems.
     """
     options = options or {}
     model = MythosConfig(
         vocab_size=tasks.load(task, **options).vocab_size, dim=dim, n_heads=4, n_kv_heads=4, max_seq_len=4096,
         max_loop_iters=loops, prelude_layers=prelude, coda_layers=coda, attn_type="gqa", rope_theta=1e4,
         n_experts=1, n_shared_experts=0, n_experts_per_tok=1, expert_dim=2 * dim, lora_rank=0,
-        local_window=reach, conv_taps=min(reach, taps), local_share=share, halting=False, warm_start=False,
+        local_window=window, conv_taps=min(window, taps), local_share=local_share, halting=False, warm_start=False,
     )  # fmt: skip
     return TrainConfig(
-        model=model,
-        task=TaskConfig(task, options, difficulties[0], difficulties[-1]),
+        model=model, task=TaskConfig(task, options, difficulties[0], difficulties[-1]),
         loops=LoopConfig("uniform", minimum=1, maximum=loops, gradient="last", grad_loops=6, stale=stale),
-        optim=OptimConfig(lr=lr),
-        gate=GateConfig(max_difficulty=gate[0], loops=gate[1]),
-        evaluation=evaluation,
-        steps=steps,
-        batch_size=batch_size,
-    )
+        optim=OptimConfig(lr=lr), gate=GateConfig(max_difficulty=gate[0], loops=gate[1]), evaluation=evaluation,
+        steps=steps, batch_size=batch_size,
+    )  # fmt: skip

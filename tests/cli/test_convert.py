@@ -27,7 +27,7 @@ def test_it_says_what_it_folded_what_it_set_where_it_went_and_what_is_next(sourc
     assert result.exit_code == 0, text
     for said in (
         "GQA, 4 heads, rope_theta=10000", "Folded: 2 shared experts into one of width 36", "recurrence='mixture'",
-        "router_score='softmax'", "loop_index_dim=5", f"in {tmp_path}/model", "Next: mythos info",
+        "router_score='softmax'", "loop_index_dim=5", f"Model: {tmp_path}/model;", "Next: mythos info",
     ):  # fmt: skip
         assert said in text
     expected = torch.load(source.with_name("training.pt.expected"))

@@ -37,8 +37,8 @@ def test_a_run_by_its_own_settings(run: Path) -> None:
     assert (grid.task, grid.difficulties, grid.loops, grid.examples) == ("parity", [8, 16], [1, 2, 4, 8], 8)
     assert not grid.halting and found.metrics["halting"] is not None, "the gate is measured beside what depth does"
     assert (run / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
-    assert f"Everything: {run}/evaluation/evaluation.json" in done.output and f"mythos report {run}" in done.output
-    assert "what depth does" in done.output and "at equal operations" in done.output
+    assert f"Results: {run}/evaluation/evaluation.json" in done.output and f"mythos report {run}" in done.output
+    assert "metrics of depth" in done.output and "at matched FLOPs" in done.output
 
 
 def test_other_settings(run: Path, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_other_settings(run: Path, tmp_path: Path) -> None:
     assert (first.task, first.options, first.difficulties, first.loops) == ("prefix_sums", {"modulus": 2}, [5], [1, 3])
     assert (first.seed, second.seed, first.examples, first.halting) == (3, 4, 4, True)
     assert "8 problems each" in " ".join(done.output.split())
-    assert "loops that a position ran, of 3:" in done.output
+    assert "mean loops of a position, of 3:" in done.output
 
 
 def test_a_models_directory_names_no_task(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run_eval(run, "--difficulties", "4", "--loops", "1", "--examples", "2")
     assert done.exit_code == 0 and 'pip install ".[plots]"' in " ".join(done.output.split())
-    assert not (run / "evaluation" / "grid.png").exists() and "picture:" not in done.output.split("Everything")[1]
+    assert not (run / "evaluation" / "grid.png").exists() and "plot:" not in done.output.split("Results")[1]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_model_with_a_gate_stands_beside_the_run(tmp_path):
     kept = training_config(out)
     assert kept.gate.steps == 6 and kept.gate.loops == 3 and kept.task.max_difficulty == 5
     text = flat(result)
-    assert "2 to 5 bits" in text and "every loop" in text and "3.0" in text and "leaves out" in text
+    assert "2 to 5 bits" in text and "every loop" in text and "3.0" in text and "saves" in text
     assert f"mythos eval {out.resolve()}" in text
 
 

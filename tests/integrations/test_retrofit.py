@@ -271,7 +271,7 @@ def _documents(directory: Path) -> Path:
 
 
 def test_a_run_that_cannot_start_says_why(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="heal trains a model further; name it by start=DIR"):
+    with pytest.raises(ValueError, match="heal continues training a model; give start=DIR"):
         configured("heal")
     original, tokenizer = load_original(source)
     save(retrofit(original, Split(1, 1, 1)), tokenizer, tmp_path)

@@ -16,7 +16,7 @@ from open_mythos.cli import app
 from open_mythos.diagnostics import trace
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.report import gather
-from open_mythos.report.example import MOST_CELLS, PROBLEMS, follow
+from open_mythos.report.example import MAX_CELLS, PROBLEMS, trace_example
 from open_mythos.tasks import pad
 from open_mythos.training import runs
 from open_mythos.training.recipes import configured
@@ -107,7 +107,7 @@ def test_a_run_of_no_recipe_has_no_command(tmp_path):
 
 def test_example_is_what_the_model_does():
     model, task = tiny_model(vocab_size=3), tasks.load("parity")
-    example, experts = follow(model, task, 12, 4, seed=5)
+    example, experts = trace_example(model, task, 12, 4, seed=5)
     problems = task.batch(PROBLEMS, 12, torch.Generator().manual_seed(5))
     traced = trace(model, problems.ids, 4)
     assert example["tokens"] == problems.ids[0].tolist() and example["targets"] == problems.targets[0].tolist()
@@ -126,15 +126,15 @@ def test_example_is_what_the_model_does():
 
 
 def test_example_ends_where_all_have_halted():
-    example, _ = follow(tiny_model(vocab_size=3, gate_bias=9.0), tasks.load("parity"), 6, 4)
+    example, _ = trace_example(tiny_model(vocab_size=3, gate_bias=9.0), tasks.load("parity"), 6, 4)
     assert example["used"] == [1] * 6 and len(example["predictions"]) == len(example["gate"]) == 1
-    example, _ = follow(tiny_model(vocab_size=3, halting=False), tasks.load("parity"), 6, 4)
+    example, _ = trace_example(tiny_model(vocab_size=3, halting=False), tasks.load("parity"), 6, 4)
     assert example["used"] == [4] * 6 and example["gate"] is None and not example["halting"]
 
 
 def test_positions_that_ask_nothing_and_padding_are_told_apart():
     task = tasks.load("chain_sum")
-    example, _ = follow(tiny_model(), task, 4, 2)
+    example, _ = trace_example(tiny_model(), task, 4, 2)
     assert example["targets"][:-1] == [None] * (len(example["tokens"]) - 1) and example["targets"][-1] is not None
 
     class Padded(type(task)):
@@ -142,13 +142,13 @@ def test_positions_that_ask_nothing_and_padding_are_told_apart():
             problems = [super(Padded, self).batch(1, difficulty + (row > 0), generator) for row in range(n)]
             return pad(problems)
 
-    example, _ = follow(tiny_model(), Padded(), 4, 2)
+    example, _ = trace_example(tiny_model(), Padded(), 4, 2)
     assert len(example["tokens"]) == task.length(4) == len(example["predictions"][0])
 
 
 def test_an_example_too_large_for_a_page_is_refused():
-    with pytest.raises(ValueError, match=rf"use --loops of at most {MOST_CELLS // 20}, or a lower --difficulty"):
-        follow(tiny_model(vocab_size=3), tasks.load("parity"), 20, MOST_CELLS)
+    with pytest.raises(ValueError, match=rf"use --loops of at most {MAX_CELLS // 20}, or a lower --difficulty"):
+        trace_example(tiny_model(vocab_size=3), tasks.load("parity"), 20, MAX_CELLS)
 
 
 def test_default_example_is_harder_than_training_if_that_fits_a_screen(run):

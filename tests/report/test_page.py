@@ -12,7 +12,7 @@ import pytest
 from fabricated import fabricate_run
 
 from open_mythos.report import gather, render
-from open_mythos.report.example import MOST_CELLS
+from open_mythos.report.example import MAX_CELLS
 
 NODE, BROWSER = shutil.which("node"), shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "</script><script>alert(1)</script><!-- \u2028 $data & é"
@@ -74,7 +74,7 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 
 def test_the_largest_page_stays_below_two_megabytes(data):
     loops = 60
-    positions = MOST_CELLS // loops
+    positions = MAX_CELLS // loops
     whole, decimal = [[100] * positions] * loops, [[0.00123] * positions] * loops
     example = {"predictions": whole, "probability": whole, "change": decimal, "gate": whole}
     assert len(render({**data, "example": data["example"] | example}).encode()) < 2_000_000

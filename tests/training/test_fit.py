@@ -35,11 +35,11 @@ def stop_after(step: int) -> Watch:
         if line["step"] == step:
             raise Stopped
 
-    return Watch(record, say=lambda message: None)
+    return Watch(record, log=lambda message: None)
 
 
 def quiet(said: list[str] | None = None) -> Watch:
-    return Watch(say=(said if said is not None else []).append)
+    return Watch(log=(said if said is not None else []).append)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def test_without_a_checkpoint_auto_starts_afresh(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     fit(tiny_run("steps=1"), tmp_path, watch=quiet())
-    with pytest.raises(ValueError, match="holds a run; go on with it by --resume auto, or choose another --out"):
+    with pytest.raises(ValueError, match="holds a run; resume it with --resume auto, or choose another --out"):
         fit(tiny_run("steps=1"), tmp_path, watch=quiet())
 
 
