@@ -11,8 +11,8 @@ from open_mythos.dict_cache import PADDING_SLOT
 def cache_bytes(kv_cache: KVCache | dict[str, Any]) -> int:
     """Bytes of the key and value rows that a cache holds.
 
-    Neither the padding mask, nor the room that :class:`KVCache` keeps for rows to come, nor the few rows that wait for the
-    convolution are counted.
+    Neither the padding mask, nor the room that :class:`KVCache` keeps for rows to come, nor the few rows that wait for
+    the convolution are counted.
     """
     if isinstance(kv_cache, KVCache):
         return kv_cache.nbytes

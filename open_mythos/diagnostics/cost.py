@@ -148,12 +148,16 @@ def _routed(model: OpenMythos, n_experts: float) -> float:
 def _weights(cfg: MythosConfig, n_experts: float) -> tuple[int, float]:
     """Weights of the matrices outside of the loop, and of those in it with so many of the routed experts."""
     model = _without_storage(cfg)
-    loop: float = _matrices(model.recurrent) + _routed(model, n_experts)
-    if model.recurrent.lora is not None:
-        loop += model.recurrent.lora.B.numel()
-    if not cfg.halting and cfg.recurrence == "injected":  # then nobody asks the gate
+    outside, loop = _matrices(model.head, *model.prelude, *model.coda), float(_matrices(model.recurrent))
+    loop += _routed(model, n_experts)
+    lora, is_injected = model.recurrent.lora, cfg.recurrence == "injected"
+    if lora is not None:
+        loop += lora.B.numel()
+        if is_injected:  # it reads what all loops do
+            outside, loop = outside + _matrices(lora.down), loop - _matrices(lora.down)
+    if not cfg.halting and is_injected:  # then nobody asks the gate
         loop -= _matrices(model.recurrent.act)
-    return _matrices(model.head, *model.prelude, *model.coda), loop
+    return outside, loop
 
 
 def _forward(cfg: MythosConfig, n_loops: float, seen: float, seen_near: float, absorbed: bool) -> float:

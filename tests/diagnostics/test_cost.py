@@ -3,12 +3,12 @@
 import pytest
 import torch
 from helpers import ATTENTION, tiny_config, tiny_model, tokens
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import open_mythos.nn.attention as attention
 import open_mythos.ops.attention as ops
-import open_mythos.ops.rows as expert_rows
+import open_mythos.ops.experts as experts
 from open_mythos import VARIANTS, KVCache
 from open_mythos.diagnostics import (
     bytes_per_decoding_step,
@@ -48,7 +48,7 @@ def test_variants_are_counted_without_allocating(name):
 @pytest.mark.parametrize("n_loops", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_bytes_of_real_caches(attn_type, n_loops, dtype):
-    model, ids = tiny_model(attn_type).to(dtype), tokens(2, 7)
+    model, ids = tiny_model(attn_type, halting=False).to(dtype), tokens(2, 7)
     plain, cache = {}, KVCache()
     mask = torch.ones(2, 7)
     mask[0, 0] = 0
@@ -60,52 +60,44 @@ def test_cache_bytes_of_real_caches(attn_type, n_loops, dtype):
     assert cache_bytes({}) == cache_bytes(KVCache()) == 0
 
 
-def _grouped_mm_flops(x, weight, *args, **kwargs):
-    return FLOPS_PER_MULTIPLY_ADD * x[0] * x[1] * weight[-1]
+def _counted(work, cfg, monkeypatch):
+    """FLOPs of ``work()``: of its products, as PyTorch counts them, and of the scores and values that are asked for.
 
-
-UNKNOWN_TO_THE_COUNTER = {
-    torch.ops.aten._grouped_mm: _grouped_mm_flops,
-    torch.ops.aten.mv: lambda matrix, *_, **__: FLOPS_PER_MULTIPLY_ADD * matrix[0] * matrix[1],
-    torch.ops.aten.addmm_: lambda _, a, b, *__, **___: FLOPS_PER_MULTIPLY_ADD * a[0] * a[1] * b[1],
-    torch.ops.aten.addmv_: lambda _, matrix, *__, **___: FLOPS_PER_MULTIPLY_ADD * matrix[0] * matrix[1],
-}
-
-
-def _counted(model, context, n_loops, monkeypatch):
-    """FLOPs that PyTorch counts while the last of ``context`` tokens is decoded.
-
-    Its counter knows neither the fused CPU attention, so the plain one is run, nor grouped products, nor those of local
-    attention, which are written as sums.
+    What kernels of attention compute beyond these, for what is masked or to fill a block, is not counted.
     """
-    local, plain = 0, ops.attend_local
+    attended, plain = 0, ops.attend
 
-    def attend_local(q, k, v, window, *rest):
-        nonlocal local
-        keys = min(window, k.shape[1])
-        local += FLOPS_PER_MULTIPLY_ADD * q.shape[:3].numel() * keys * (q.shape[-1] + v.shape[-1])
-        return plain(q, k, v, window, *rest)
+    def attend(q, kv, mask, scale, n_local=0, window=0):
+        nonlocal attended
+        (B, T, H, D), S = q.shape, kv.shape[1]
+        query, key = torch.arange(S - T, S).unsqueeze(1), torch.arange(S)
+        near, far = ((key <= query) & (key > query - reach) for reach in (window, S))
+        width = D + (kv.shape[-1] - D or cfg.kv_lora_rank)  # of a key and its value, which may be part of the key
+        attended += FLOPS_PER_MULTIPLY_ADD * B * width * int(n_local * near.sum() + (H - n_local) * far.sum())
+        with _disable_current_modes():
+            return plain(q, kv, mask, scale, n_local, window)
 
-    monkeypatch.setattr(attention, "attend_local", attend_local)
-    monkeypatch.setattr(ops, "attend_local", attend_local)
-    monkeypatch.setattr(attention, "_FEW", context + 1)  # or the convolutions, left out, would be part of the products
-    ids, cache = tokens(1, context), KVCache()
-    counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_THE_COUNTER)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(ids[:, :-1], n_loops, kv_cache=cache)
-        local = 0
-        with counter:
-            model(ids[:, -1:], n_loops, kv_cache=cache)
-    return counter.get_total_flops() + local
+    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(experts, "MAX_GATHERED", 0)  # or mixing two experts' outputs would be a product too
+    products = {
+        torch.ops.open_mythos.grouped_mm: lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[2],
+        torch.ops.open_mythos.grouped_outer: lambda x, y, *_, **__: 2 * x[0] * x[1] * y[1],
+    }
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        work()
+    return counter.get_total_flops(), attended
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("n_loops, halting", [(1, False), (3, False), (3, True)])
 def test_flops_are_those_that_pytorch_counts(attn_type, changes, n_loops, halting, monkeypatch):
-    # expert_dim a multiple of 4: grouped products of other float32 widths are padded, and padding is not counted here.
     model = tiny_model(attn_type, halting=halting, gate_bias=-20.0, **changes)  # a gate that is asked halts nothing
-    assert flops_per_token(model.cfg, n_loops, context=21) == _counted(model, 21, n_loops, monkeypatch)
+    ids, cache = tokens(1, 21), KVCache()
+    with torch.no_grad():
+        model(ids[:, :-1], n_loops, kv_cache=cache)
+        found = _counted(lambda: model(ids[:, -1:], n_loops, kv_cache=cache), model.cfg, monkeypatch)
+    assert flops_per_token(model.cfg, n_loops, context=21) == sum(found)
 
 
 def test_flops_grow_by_the_same_amount_with_every_loop_and_token():
@@ -126,21 +118,15 @@ def test_a_token_of_a_prompt_costs_the_mean_over_the_prompt(n_tokens):
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("coda_layers", [0, 2])
 def test_only_the_last_position_of_a_prompt_passes_the_end_of_the_coda(attn_type, coda_layers, monkeypatch):
-    n_tokens, wide = 8, dict(v_head_dim=16, kv_lora_rank=20)  # narrower values are padded, narrower latents absorbed
+    n_tokens, wide = 8, dict(kv_lora_rank=20)  # narrower latents are absorbed
     model = tiny_model(attn_type, halting=False, coda_layers=coda_layers, **wide)
-    monkeypatch.setattr(expert_rows, "_best_width", lambda counts: 0)  # or rows that stand idle would be counted
-    counted = []
-    for last in (1, None):
-        counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_THE_COUNTER)
-        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-            model.head(model.hidden(tokens(1, n_tokens), 2, last=last))
-        counted.append(counter.get_total_flops())
+    with torch.no_grad():
+        last, whole = (
+            sum(_counted(lambda n=n: model.head(model.hidden(tokens(1, n_tokens), 2, last=n)), model.cfg, monkeypatch))
+            for n in (1, None)
+        )
     missed = n_tokens * flops_per_prompt_token(model.cfg, 2, n_tokens) - flops_of_prompt(model.cfg, 2, n_tokens)
-    cfg = model.cfg
-    per_key = {"gqa": 2 * cfg.head_dim, "mla": cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim}[attn_type]
-    behind_the_mask = n_tokens * (n_tokens - 1) // 2 if coda_layers else 0  # counted by PyTorch, and of no use
-    hidden = FLOPS_PER_MULTIPLY_ADD * cfg.n_heads * per_key * behind_the_mask
-    assert counted[1] - counted[0] == missed + hidden
+    assert whole - last == missed
 
 
 def test_mla_reads_a_prompt_in_its_expanded_form():
@@ -153,12 +139,9 @@ def test_mla_reads_a_prompt_in_its_expanded_form():
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_a_step_of_training_costs_what_pytorch_counts(attn_type, monkeypatch):
-    monkeypatch.setattr(expert_rows, "_best_width", lambda counts: 0)  # or rows that stand idle would be counted
     model = tiny_model(attn_type, halting=False, local_window=0).train()
-    counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_THE_COUNTER)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        model(tokens(5, 1), 3).square().sum().backward()
-    assert 5 * flops_per_trained_token(model.cfg, 3, 1) == counter.get_total_flops()
+    products, attended = _counted(lambda: model(tokens(5, 1), 3).square().sum().backward(), model.cfg, monkeypatch)
+    assert 5 * flops_per_trained_token(model.cfg, 3, 1) == products + 3 * attended  # whose backward passes are unseen
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)

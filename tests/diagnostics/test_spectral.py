@@ -34,11 +34,11 @@ def test_gain_of_a_linear_loop_is_its_spectral_radius():
 @pytest.mark.parametrize("attn_type", ATTENTION)
 def test_gain_is_the_largest_eigenvalue_of_the_whole_jacobian(attn_type):
     model, ids, n_loops = tiny_model(attn_type, halting=False), tokens(1, 3), 5
-    e, freqs, mask = model.encode(ids)
+    e, ctx = model.encode(ids)
     *_, (last, _) = model.iterate(ids, n_loops)
     size = last.h.numel()
     jacobian = torch.autograd.functional.jacobian(
-        lambda h: model.recurrent.step(h, e, n_loops, freqs, mask), last.h.detach()
+        lambda h: model.recurrent.step(h, e, n_loops, ctx), last.h.detach()
     ).reshape(size, size)
     radius = torch.linalg.eigvals(jacobian).abs().max().item()
     assert loop_gain(model, ids, n_loops, iterations=200) == pytest.approx(radius, rel=0.02)

@@ -5,7 +5,8 @@ import torch
 from helpers import tiny_model
 
 from open_mythos.diagnostics import flops_of_prompt, flops_per_trained_token, machine, speed
-from open_mythos.generation.decoder import Decoder
+from open_mythos.generation import engines
+from open_mythos.generation.engines import ModuleEngine
 
 CPU = torch.device("cpu")
 
@@ -42,21 +43,20 @@ def test_training_trains(dtype):
 def test_a_prompt_and_tokens_after_it(monkeypatch):
     model, seen = tiny_model(halting=False), []
     monkeypatch.setattr(speed, "NEW", 4)
-    hidden = model.hidden
+    for name in ("extend", "step"):
+        plain = getattr(ModuleEngine, name)
 
-    def watched(ids, n_loops, cache, **rest):
-        seen.append((ids.shape[1], cache.length))
-        return hidden(ids, n_loops, cache, **rest)
+        def watched(engine, ids, *rest, plain=plain):
+            seen.append((ids.shape[1], engine.cache.length))
+            return plain(engine, ids, *rest)
 
-    model.hidden = watched
+        monkeypatch.setattr(ModuleEngine, name, watched)
     read = speed.prefill_speed(model, 2, 8, 3, seconds=0)
     assert seen == [(8, 0)] * 4
     assert read.flops == 2 * flops_of_prompt(model.cfg, 3, 8)
     seen.clear()
-    encode = Decoder.encode
-    monkeypatch.setattr(
-        Decoder, "encode", lambda d, ids, cache: seen.append((ids.shape[1], cache.length)) or encode(d, ids, cache)
-    )
+    made, asked = engines.make_engine, []
+    monkeypatch.setattr(speed, "make_engine", lambda name, *rest: asked.append(name) or made("modules", *rest))
     decoded = speed.decode_speed(model, 2, 8, 3, seconds=0)
-    assert seen == [(8, 0)] + [(1, 8 + i) for i in range(4)] * 4
+    assert asked == ["auto"] and seen == [(8, 0)] + [(1, 8 + i) for i in range(4)] * 4
     assert decoded.per_repetition == 8 and decoded.bytes_per_second > 0

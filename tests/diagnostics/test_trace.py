@@ -8,7 +8,7 @@ from helpers import ATTENTION, left_padding, loops_used, tiny_model, tokens
 
 import open_mythos
 from open_mythos.diagnostics import trace
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.feed_forward import MoEFFN
 
 LOOPS = 5
 
@@ -37,8 +37,7 @@ def test_delta_is_the_change_between_states_of_model_iterate():
     model, ids = tiny_model(), tokens(2, 7)
     found = trace(model, ids, LOOPS)
     with torch.no_grad():
-        e, *_ = model.encode(ids)
-        states = [model.first_state(e)] + [state.h for state, _ in model.iterate(ids, LOOPS)]
+        states = [model.first_state(*model.encode(ids))] + [state.h for state, _ in model.iterate(ids, LOOPS)]
     for loop, (before, after) in enumerate(pairwise(states)):
         torch.testing.assert_close(found.delta[loop], (after - before).norm(dim=-1) / after.norm(dim=-1))
         assert torch.equal(found.delta[loop] > 0, found.loops_used > loop)
@@ -92,7 +91,7 @@ def test_a_replaced_expert_forward_is_used_and_counted():
 
 @pytest.mark.parametrize("n_experts", [4, 0])
 def test_experts_of_all_blocks_of_a_core_are_counted_together(n_experts):
-    model, ids = tiny_model(core_layers=2, n_experts=n_experts), tokens(2, 6)
+    model, ids = tiny_model(core_layers=2, n_experts=n_experts, gate_bias=1.0), tokens(2, 6)
     found, cfg = trace(model, ids, LOOPS), model.cfg
     assert found.expert_load.shape == (LOOPS, n_experts)
     assert found.expert_load.sum() == (found.loops_used.sum() * 2 * cfg.n_experts_per_tok if n_experts else 0)

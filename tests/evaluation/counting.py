@@ -9,8 +9,8 @@ import torch
 from helpers import tiny_config
 from torch import Tensor, nn
 
-from open_mythos.nn.recurrent import LoopState
-from open_mythos.ops.mask import CausalMask
+from open_mythos.context import AttentionMask, Context
+from open_mythos.nn.exits import LoopState
 from open_mythos.tasks.base import Batch, Task
 
 
@@ -47,20 +47,18 @@ class Counting(nn.Module):
     def recurrent(self) -> Counting:
         return self
 
-    def encode(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, CausalMask]:
+    def encode(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Context]:
         assert not self.training and not torch.is_grad_enabled()
         self.most_tokens = max(self.most_tokens, ids.numel())
         zeros = torch.zeros_like(ids)
-        mask = CausalMask(ids.shape[1], ids.shape[1], attention_mask)
-        return torch.stack([zeros, ids, zeros], -1).float(), torch.zeros(1), mask
+        mask = AttentionMask(ids.shape[1], ids.shape[1], attention_mask)
+        return torch.stack([zeros, ids, zeros], -1).float(), Context(torch.zeros(1), mask)
 
-    def first_state(self, e: Tensor) -> Tensor:
+    def first_state(self, e: Tensor, ctx: Context) -> Tensor:
         return e
 
-    def iterate(
-        self, h: Tensor, e: Tensor, freqs: Tensor, mask: CausalMask, n_loops: int, exit: Any, readout: Any
-    ) -> Iterator[LoopState]:
-        live = torch.ones(h.shape[:2], dtype=torch.bool) if mask.valid is None else mask.valid
+    def iterate(self, h: Tensor, e: Tensor, ctx: Context, n_loops: int, exit: Any, readout: Any) -> Iterator[LoopState]:
+        live = torch.ones(h.shape[:2], dtype=torch.bool) if ctx.mask.valid is None else ctx.mask.valid
         h = torch.stack([torch.zeros_like(h[..., 0]), e[..., 1], h[..., 2]], -1)
         for loop in range(n_loops):
             halts = self.cfg.halting or exit is not None

@@ -8,6 +8,7 @@ from helpers import loops_used, tiny_model
 from torch import Tensor, nn
 
 from open_mythos import OpenMythos
+from open_mythos.nn.recurrent import LoopInput
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.training.config import GateConfig
 from open_mythos.training.gate import draw_line, examples, train_gate
@@ -36,9 +37,9 @@ def echo_model(early: float = -1.0) -> OpenMythos:
     """Token k's state is ``early`` times what it ends as, until loop k, and from then on what it ends as."""
     model = tiny_model(halting=False, prelude_layers=0, coda_layers=0)
 
-    def step(h: Tensor, e: Tensor, loop: int, *_) -> Tensor:
-        k = model.head(e).argmax(-1, keepdim=True)
-        return torch.where(loop + 1 >= k, e, early * e)
+    def step(h: Tensor, given: LoopInput, loop: int, *_) -> Tensor:
+        k = model.head(given.e).argmax(-1, keepdim=True)
+        return torch.where(loop + 1 >= k, given.e, early * given.e)
 
     model.recurrent.step = step
     return model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
-from open_mythos.nn.recurrent import Schedule
+from open_mythos.nn.schedule import Schedule
 
 B, T = 4, 7
 N_LOOPS = torch.tensor([5, 2, 1, 4])
