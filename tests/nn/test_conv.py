@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import KVCache
-from open_mythos.context import AttentionMask, Context
+from open_mythos.context import Context
 from open_mythos.nn.attention import GQAttention, MLAttention
 from open_mythos.ops import reference
+from open_mythos.ops.attention import AttentionMask
 from open_mythos.ops.rope import rope_table
 
 

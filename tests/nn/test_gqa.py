@@ -5,8 +5,8 @@ import torch
 from helpers import assert_near, tiny_config
 from torch import Tensor
 
-from open_mythos.context import AttentionMask
 from open_mythos.nn.attention import GQAttention, ShortConv
+from open_mythos.ops.attention import AttentionMask
 from open_mythos.ops.rope import rope_table
 
 

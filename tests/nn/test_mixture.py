@@ -6,9 +6,9 @@ from helpers import ATTENTION, assert_near, gradients, left_padding, loops_used,
 
 from open_mythos import KVCache, OpenMythos
 from open_mythos.diagnostics import flops_per_token, loop_gain, trace
+from open_mythos.model import UnrolledMythos
 from open_mythos.nn.exits import Gate, PredictionKL
 from open_mythos.nn.injection import LTIInjection
-from open_mythos.model import UnrolledMythos
 from open_mythos.quantization import quantize_int8
 from open_mythos.reference import reference_logits
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from open_mythos.context import AttentionMask
 from open_mythos.nn.attention import MLAttention
 from open_mythos.ops import reference
+from open_mythos.ops.attention import AttentionMask
 from open_mythos.ops.rope import rope_table
 
 

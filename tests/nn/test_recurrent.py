@@ -7,10 +7,12 @@ import torch
 from helpers import ATTENTION, assert_near, left_padding, loops_used, tiny_model, tokens
 
 from open_mythos import KVCache, OpenMythos
+from open_mythos.context import Context
+from open_mythos.nn import recurrent as recurrent_module
 from open_mythos.nn.active import ActiveTokens
-from open_mythos.nn.exits import StateChange
+from open_mythos.nn.exits import PredictionKL, StateChange
 from open_mythos.ops import reference
-from open_mythos.ops.mask import CausalMask
+from open_mythos.ops.attention import AttentionMask
 from open_mythos.ops.rope import precompute_rope_freqs, rope_table
 
 
@@ -118,9 +120,9 @@ def test_a_replaced_feed_forward_is_used(training):
 def test_output_is_the_state_at_the_loop_where_a_position_halted(attn_type):
     model, ids = tiny_model(attn_type), tokens(2, 8)
     with torch.no_grad():
-        e, freqs, mask = model.encode(ids)
-        states = list(model.recurrent.iterate(e, e, freqs, mask, 6))
-        out = model.recurrent(e, e, freqs, mask, 6)
+        e, ctx = model.encode(ids)
+        states = list(model.recurrent.iterate(e, e, ctx, 6))
+        out = model.recurrent(e, e, ctx, n_loops=6)
     h, p = torch.stack([s.h for s in states]), torch.stack([s.halting for s in states])
     expected, _, used = reference.halting(h, p, model.cfg.act_threshold)
     assert len(used.unique()) > 1
@@ -166,8 +168,54 @@ def test_a_transformer_block_runs_by_itself(attn_type):
         for cache in (KVCache(), {}):
             parts = [block(x[:, i : i + 2], table, None, cache, "slot") for i in (0, 2, 4)]
             assert_near(torch.cat(parts, 1), whole)
-    with pytest.raises(ValueError, match="mask is a Tensor"):
-        block(x, table, torch.ones(6, 6))
+    with pytest.raises(ValueError, match=r"mask is \(5, 5\); pass a tensor that ends in \(6, 6\)"):
+        block(x, table, torch.ones(5, 5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("kind", ["bool", "added", "for each row"])
+def test_a_block_takes_a_mask_that_a_caller_made(attn_type, kind):
+    """Whole, and in loops in which positions halt and are packed, or all are run."""
+    model = tiny_model(attn_type, conv_taps=0)
+    e, (cfg, core) = torch.randn(2, 6, 32), (model.cfg, model.recurrent)
+    table = precompute_rope_freqs(cfg.rope_dim, 6, cfg.rope_theta)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    if kind == "added":
+        mask = torch.zeros(1, 1, 6, 6).masked_fill(~mask, float("-inf"))
+    elif kind == "for each row":
+        mask = mask.expand(2, 1, 6, 6)
+    assert_near(core.block(e, table, mask), core.block(e, table))
+    assert len({int(state.ran.sum()) for state in core.iterate(e, e, context(e, table), 5)}) > 2
+    assert_near(core(e, e, table, mask, 5), core(e, e, table, None, 5))
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_given_mask_of_every_row_trains(attn_type):
+    core = tiny_model(attn_type, warm_start=True).recurrent.train()
+    e = torch.randn(8, 6, 32, requires_grad=True)
+    table = precompute_rope_freqs(core.layers[0].attn.rope_dim if attn_type == "mla" else 8, 6)
+    mask = torch.ones(8, 1, 6, 6, dtype=torch.bool).tril()
+    assert_near(core(e, e, table, mask, 3), core(e, e, table, None, 3))
+    core(e, e, table, mask, 3).square().mean().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_token_may_be_hidden_by_a_given_mask(attn_type):
+    block, cfg = tiny_model(attn_type, conv_taps=0, local_window=0).recurrent.block, tiny_model(attn_type).cfg
+    x, table = torch.randn(1, 5, 32), precompute_rope_freqs(cfg.rope_dim, 5, cfg.rope_theta)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask[3:, 1] = False
+    changed = x.clone()
+    changed[:, 1] += 1
+    before, after = block(x, table, mask), block(changed, table, mask)
+    assert_near(after[:, 3:], before[:, 3:], 1e-6)
+    assert (after[:, 2] - before[:, 2]).abs().max() > 1e-3
+
+
+def context(x: torch.Tensor, table: torch.Tensor) -> Context:
+    return Context(table, AttentionMask(x.shape[1], x.shape[1]))
 
 
 def test_loop_index_changes_what_each_loop_does():
@@ -179,8 +227,8 @@ def test_loop_index_changes_what_each_loop_does():
 
 def test_active_tokens_bring_back_what_they_took():
     running = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
-    active, x = ActiveTokens(running), torch.randn(3, 4, 5)
-    assert len(active) == 4 and active.width == 3 and not active.is_everything
+    active, x = ActiveTokens(running, packs=True), torch.randn(3, 4, 5)
+    assert len(active) == 4 and active.width == 3 and active.is_packed
     gathered = active.gather(x)
     assert gathered.shape == (1, 4, 5) and torch.equal(gathered[0], x[running])
     assert torch.equal(active.scatter(gathered, into=x), x)
@@ -191,15 +239,47 @@ def test_active_tokens_bring_back_what_they_took():
 
 
 def test_active_tokens_hand_everything_through_while_all_run():
-    active, x = ActiveTokens(torch.ones(2, 3, dtype=torch.bool)), torch.randn(2, 3, 5)
+    active, x = ActiveTokens(torch.ones(2, 3, dtype=torch.bool), packs=True), torch.randn(2, 3, 5)
     assert active.gather(x) is active.pack(x) is active.unpack(x) is active.scatter(x, into=x) is x
 
 
 def test_halted_positions_keep_their_last_rows():
+    """Raw ones, and final ones too, whatever a convolution would make of their neighbours' new ones."""
     all_run, some = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[True, False, True]])
-    first, second = torch.randn(1, 3, 2), torch.randn(1, 2, 2)
-    rows = ActiveTokens(some, {0: ActiveTokens(all_run).merge({"k": first})}).merge({"k": second})["k"]
-    assert torch.equal(rows, torch.stack([second[0, 0], first[0, 1], second[0, 1]]).unsqueeze(0))
+    first, second, final = torch.randn(1, 3, 2), torch.randn(1, 3, 2), torch.randn(1, 3, 2)
+    for packs in (True, False):
+        active = ActiveTokens(all_run, packs)
+        assert active.merge_raw("layer", first) is first
+        active.merge("layer", first, 10 * first)
+        active = active.only(some)
+        raw = active.merge_raw("layer", active.gather(second))
+        assert torch.equal(raw, torch.stack([second[0, 0], first[0, 1], second[0, 2]]).unsqueeze(0))
+        rows = active.merge("layer", raw, final)
+        assert torch.equal(rows, torch.stack([final[0, 0], 10 * first[0, 1], final[0, 2]]).unsqueeze(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("exit", [None, StateChange(0.06), PredictionKL(5e-3)], ids=str)
+def test_fixed_shapes_give_what_packed_positions_give(attn_type, cached, exit, monkeypatch):
+    """As on a GPU, which would have to wait for the numbers of those that still run."""
+    model, ids, mask = tiny_model(attn_type, core_layers=2), tokens(3, 9), left_padding([9, 6, 2], 9)
+
+    def run() -> torch.Tensor:
+        if not cached:
+            return model(ids, 6, attention_mask=mask, exit=exit)
+        cache = KVCache()
+        parts = zip(ids.split([5, 1, 3], 1), mask.split([5, 1, 3], 1), strict=True)
+        return torch.cat([model(part, 6, cache, attention_mask=real, exit=exit) for part, real in parts], 1)
+
+    assert len(loops_used(model, ids, 6, attention_mask=mask, exit=exit)[mask].unique()) > 1
+    packed = run()
+    monkeypatch.setattr(recurrent_module, "shapes_follow_values", lambda x: False)
+    shapes = []
+    model.recurrent.block[0].ffn.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    assert_near(run()[mask], packed[mask])
+    assert set(shapes) == ({(3, 5), (3, 1), (3, 3)} if cached else {(3, 9)})
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
@@ -215,24 +295,18 @@ def test_loops_go_on_where_they_left_off(attn_type, first_loop, padded):
         now = None if mask is None else mask[:, :3]
         model(ids[:, :3], 5, cache, attention_mask=now)
         states = [model.states(ids[:, i : i + 1], first_loop, cache)[0] for i in range(3, 6)]
-        e, freqs, _ = model.encode(ids, attention_mask=mask)
-        h = model.recurrent(
-            torch.cat(states, 1),
-            e[:, 3:],
-            freqs[..., 3:, :, :],
-            CausalMask(3, 6, mask),
-            5,
-            cache,
-            first_loop=first_loop,
-        )
+        e, ctx = model.encode(ids, attention_mask=mask)
+        ctx = Context(ctx.rotary[..., 3:, :], AttentionMask(3, 6, mask), cache)
+        for state in model.recurrent.iterate(torch.cat(states, 1), e[:, 3:], ctx, 5, first_loop=first_loop):
+            h = state.h
     assert_near(h, whole[:, 3:])
 
 
 def test_loops_that_cannot_go_on():
     model, ids = tiny_model(halting=False), tokens(2, 5)
-    e, freqs, mask = model.encode(ids)
+    e, ctx = model.encode(ids)
     for first_loop in (-1, 4):
         with pytest.raises(ValueError, match=f"first_loop={first_loop} of n_loops=4"):
-            model.recurrent(e, e, freqs, mask, 4, first_loop=first_loop)
+            list(model.recurrent.iterate(e, e, ctx, 4, first_loop=first_loop))
     with pytest.raises(ValueError, match=r"StateChange.*first_loop=2"):
-        model.recurrent(e, e, freqs, mask, 4, exit=StateChange(), first_loop=2)
+        list(model.recurrent.iterate(e, e, ctx, 4, exit=StateChange(), first_loop=2))

@@ -9,10 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from open_mythos.context import AttentionMask, as_mask
 from open_mythos.ops import attention as attention_module
 from open_mythos.ops import reference
-from open_mythos.ops.attention import attend
+from open_mythos.ops.attention import AttentionMask, as_mask, attend
 
 
 def seen(mask: AttentionMask, B: int, n_heads: int = 1, n_local: int = 0, window: int = 0) -> Tensor:
