@@ -1,1 +1,1 @@
-"""Decoding by C code that the machine's own compiler makes: see :mod:`open_mythos.generation.native.decoder`."""
+"""Decoding by C code that the machine's own compiler makes: see :mod:`open_mythos.generation.native.engine`."""

@@ -1,0 +1,331 @@
+"""The native engine gives what the modules give, from the same cache, and says why where it cannot serve."""
+
+import logging
+import platform
+
+import pytest
+import torch
+from helpers import assert_near, left_padding, tiny_model, tokens
+
+from open_mythos import KVCache, OpenMythos
+from open_mythos.cache import ROLLBACK
+from open_mythos.generation import engines
+from open_mythos.generation.engine import Depth
+from open_mythos.generation.engines import make_engine
+from open_mythos.generation.native import build
+from open_mythos.generation.native.engine import NativeEngine, why_not
+from open_mythos.nn.exits import Gate, StableArgmax, StateChange
+from open_mythos.nn.halting import ACTHalting
+
+needs_compiler = pytest.mark.skipif(isinstance(build.library(), str), reason=str(build.library()))
+ODD = dict(
+    dim=36, n_heads=6, n_kv_heads=3, expert_dim=7, kv_lora_rank=11, q_lora_rank=13, v_head_dim=5, qk_nope_head_dim=9,
+    qk_rope_head_dim=6, n_experts=3, conv_taps=4, local_window=5,
+)  # fmt: skip
+WIDE = dict(
+    dim=144, n_heads=4, n_kv_heads=2, kv_lora_rank=40, q_lora_rank=33, v_head_dim=24, qk_rope_head_dim=8, expert_dim=40
+)
+KINDS = {
+    "gqa": dict(attn_type="gqa"),
+    "mla": dict(attn_type="mla"),
+    "gqa, odd sizes": dict(attn_type="gqa", **ODD),
+    "mla, odd sizes": dict(attn_type="mla", **ODD),
+    "gqa, more than a vector": dict(attn_type="gqa", **WIDE),
+    "mla, more than a vector": dict(attn_type="mla", **WIDE),
+    "gqa, no convolution, one expert": dict(attn_type="gqa", conv_taps=0, n_experts=1, n_experts_per_tok=1),
+    "gqa, a convolution of one tap": dict(attn_type="gqa", conv_taps=1),
+    "mla, no convolution, no coda": dict(attn_type="mla", conv_taps=0, coda_layers=0, state_init="zero"),
+    "mla, no local heads, no shared expert": dict(attn_type="mla", local_share=0.0, n_shared_experts=0),
+    "all heads local": dict(attn_type="gqa", local_share=1.0, lora_rank=0),
+    "one key head, wide window": dict(attn_type="gqa", n_kv_heads=1, local_window=50),
+    "loop index": dict(attn_type="mla", loop_index_dim=6, input_norm=False),
+    "stretched rotary": dict(attn_type="gqa", rope_factor=4.0, rope_context=20, rope_theta=100.0),
+    "three dense blocks in the core": dict(
+        attn_type="gqa", core_layers=3, n_experts=0, dense_dim=19, tied_head=False, norm_eps=1e-3
+    ),
+    "two blocks of experts, no state norm": dict(attn_type="mla", core_layers=2, state_norm=False, prelude_layers=0),
+}
+
+
+def a_model(**changes) -> OpenMythos:
+    return tiny_model(**dict(attn_type="gqa", max_seq_len=256, halting=False) | changes)
+
+
+class OwnGate(ACTHalting):
+    """Somebody's own."""
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_rows, n_threads", [(1, 1), (3, 3)])
+@torch.no_grad()
+def test_every_token_has_the_logits_of_one_pass(kind, n_rows, n_threads, threads):
+    """Far beyond the ring of raw rows, and through several sizes of the buffers of final ones."""
+    threads(n_threads)
+    model, text = a_model(**KINDS[kind]), tokens(n_rows, 110)
+    whole, engine = model(text, 5), NativeEngine(model, Depth(5))
+    engine.extend(text[:, :2])  # shorter than a window, and than a convolution of four taps
+    found = [engine.step(text[:, i : i + 1]) for i in range(2, 110)]
+    assert_near(torch.stack(found, 1), whole[:, 2:])
+    assert set(engine.cache.lengths().values()) == {110}
+    assert engine.used == [5] * n_rows
+
+
+@needs_compiler
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@torch.no_grad()
+def test_it_takes_turns_with_the_modules_on_one_cache(attn_type):
+    model, text, at = a_model(attn_type=attn_type), tokens(2, 160), 4
+    whole, engine = model(text, 5), NativeEngine(model, Depth(5))
+    engine.extend(text[:, :at])
+    for n, cut in ((1, 0), (1, 1), (20, 0), (1, 0), (1, 15), (100, 0), (1, ROLLBACK), (1, 0), (30, 0), (1, 0)):
+        new = text[:, at : at + n]
+        logits = engine.step(new) if n == 1 else engine.extend(new)
+        assert_near(logits, whole[:, at + n - 1])
+        at += n - cut
+        engine.truncate(at)
+    engine.truncate(at - ROLLBACK - 1)
+    with pytest.raises(ValueError, match=f"cut back by at most {ROLLBACK} tokens"):
+        engine.step(text[:, :1])
+    engine.truncate(0)
+    for i in range(3):
+        assert_near(engine.step(text[:, i : i + 1]), whole[:, i])
+
+
+@needs_compiler
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+@torch.no_grad()
+def test_rows_are_padded_on_the_left(attn_type, n_threads, threads):
+    threads(n_threads)
+    model, text = a_model(attn_type=attn_type), tokens(4, 90)
+    whole, engine = model(text, 5, attention_mask=left_padding([90, 71, 87, 70], 90)), NativeEngine(model, Depth(5))
+    engine.extend(text[:, :20], left_padding([20, 1, 17, 0], 20))
+    for i in range(20, 90):
+        step = engine.extend if i % 10 == 9 else engine.step
+        assert_near(step(text[:, i : i + 1]), whole[:, i], what=f"token {i}")
+
+
+# -- exits
+
+EXITS = (
+    (None, 1, None),  # the model's own gate
+    (Gate(0.6), 3, None),
+    (Gate(0.6), 3, 3),
+    (StateChange(0.2), 3, 3),
+    (StateChange(0.4, patience=2), 1, 20),
+)
+HALTING_KINDS = {
+    "gqa": dict(attn_type="gqa"),
+    "mla": dict(attn_type="mla"),
+    "mla, two blocks in the core": dict(attn_type="mla", core_layers=2),
+    "three dense blocks, no prelude": dict(attn_type="gqa", core_layers=3, n_experts=0, dense_dim=19, prelude_layers=0),
+    "a gate of 256": dict(attn_type="gqa", dim=264, n_experts=2),
+}
+
+
+def a_halting_model(**changes) -> OpenMythos:
+    """One whose gate stops some positions at every loop."""
+    return a_model(**dict(max_loop_iters=8, halting=True, act_threshold=0.7, gate_bias=-1.5) | changes)
+
+
+def by_modules(model, new, cache, exit):
+    """State and logits after tokens (B, 1), and the loops of each row."""
+    e, ctx = model.encode(new, cache)
+    used = torch.zeros(len(new), dtype=torch.long)
+    for state in model.recurrent.iterate(model.first_state(e, ctx), e, ctx, exit=exit):
+        used += state.ran[:, 0]
+    return state.h, model.head(model.decode(state.h, ctx)[:, -1]), used.tolist()
+
+
+@needs_compiler
+@pytest.mark.parametrize("exit, n_threads, cache_loops", EXITS, ids=str)
+@pytest.mark.parametrize("kind", HALTING_KINDS)
+@torch.no_grad()
+def test_rows_stop_where_the_modules_stop_them(kind, exit, n_threads, cache_loops, threads):
+    threads(n_threads)
+    padding = left_padding([4, 2, 3], 4) if n_threads > 1 else None
+    model, text, cache = a_halting_model(**HALTING_KINDS[kind]), tokens(3, 24), KVCache(cache_loops)
+    engine, seen = NativeEngine(model, Depth(8, exit, cache_loops)), set()
+    model(text[:, :4], kv_cache=cache, exit=exit, attention_mask=padding)
+    engine.extend(text[:, :4], padding)
+    for i in range(4, 24):
+        h, logits, used = by_modules(model, text[:, i : i + 1], cache, exit)
+        assert_near(engine.step(text[:, i : i + 1]), logits, 1e-4)
+        assert_near(engine.state, h, 1e-4)
+        assert engine.used == used, f"token {i}"
+        seen.add(tuple(used))
+    assert max(len(set(used)) for used in seen) > 1, "rows stop at loops of their own"
+    assert engine.cache.lengths() == cache.lengths()
+    for slot in cache._slots:
+        expected, found = cache.slot(slot), engine.cache.slot(slot)
+        assert_near(found.rows, expected.rows, 1e-4, f"{slot}")
+        assert_near(found.raw_before(24, 2), expected.raw_before(24, 2), 1e-4, f"{slot}")
+
+
+@needs_compiler
+@torch.no_grad()
+def test_more_patience_than_loops_runs_them_all():
+    engine = NativeEngine(a_model(), Depth(5, StateChange(100.0, patience=2**40)))
+    engine.extend(tokens(2, 4))
+    engine.step(tokens(2, 1))
+    assert engine.used == [5, 5]
+
+
+# -- generation
+
+
+@needs_compiler
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{}, dict(cache_loops=2), dict(warm_start=True), dict(exit=StateChange(0.3)), dict(padded=True)], ids=str
+)
+def test_generation_gives_the_same_tokens(attn_type, n_rows, options):
+    model, prompt = a_halting_model(attn_type=attn_type, state_init="noise").train(), tokens(n_rows, 7)
+    if "padded" in options:
+        options = dict(attention_mask=left_padding([4, 7, 5][:n_rows], 7))
+    expected = model.generate(prompt, 80, temperature=0, engine="modules", **options)
+    assert model.generate(prompt, 80, temperature=0, engine="native", **options).equal(expected)
+    assert model.training
+
+
+@needs_compiler
+def test_drawn_tokens_are_the_same_and_it_is_what_a_cpu_uses():
+    model, prompt = a_model(), tokens(2, 7)
+    drawn = [
+        model.generate(prompt, 20, engine=engine, generator=torch.Generator().manual_seed(3))
+        for engine in ("modules", "native")
+    ]
+    assert drawn[0].equal(drawn[1])
+    assert type(make_engine("auto", model, Depth(4))) is NativeEngine
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, exit", [("parity-tiny", None), ("text-tiny", StateChange(0.1, patience=2))])
+def test_shipped_models_say_the_same(name, exit):
+    model = OpenMythos.from_pretrained(name).float()
+    prompt = tokens(2, 9, high=model.cfg.vocab_size)
+    expected = model.generate(prompt, 24, temperature=0, exit=exit, engine="modules")
+    assert model.generate(prompt, 24, temperature=0, exit=exit, engine="native").equal(expected)
+
+
+@needs_compiler
+def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
+    threads(2)
+    model = a_model()
+    expected = model.generate(tokens(1, 7), 12, temperature=0, engine="modules")[0, 7:].tolist()
+    texts = [model.stream(tokens(1, 7), 12, temperature=0, engine="native") for _ in range(2)]
+    found = []
+    for pair in zip(*texts, strict=True):
+        found.append([int(token) for token in pair])
+        if len(found) == 6:
+            torch.empty(1).new_ones(3_000_000).sort()  # longer than workers stay awake
+    assert found == [[token, token] for token in expected]
+
+
+# -- where it cannot serve
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change, depth, words",
+    [
+        (lambda model: model.bfloat16(), Depth(4), "in float32, and the model is torch.bfloat16 on cpu"),
+        (lambda model: model.to("meta"), Depth(4), "CPU in float32, and the model is torch.float32 on meta"),
+        (lambda model: None, Depth(4, StableArgmax()), "knows the exits Gate and StateChange, not StableArgmax"),
+        (lambda model: setattr(model.recurrent, "act", OwnGate(32)), Depth(4, Gate()), "a gate that was replaced"),
+        (lambda model: model.recurrent.act.register_forward_hook(print), Depth(4, Gate()), "a gate that was replaced"),
+        (lambda model: setattr(model.recurrent.act, "forward", len), Depth(4, Gate()), "a gate that was replaced"),
+        (lambda model: model.coda[0].register_forward_hook(print), Depth(4), "has hooks, or replaced"),
+        (lambda model: model.head.register_forward_hook(print), Depth(4), "has hooks, or replaced"),
+        (lambda model: setattr(model, "norm", torch.nn.LayerNorm(32)), Depth(4), "has hooks, or replaced"),
+    ],
+)  # fmt: skip
+def test_what_it_does_not_know_is_said(change, depth, words):
+    model = a_model()
+    assert why_not(model, Depth(4), drafts=False) is None
+    change(model)
+    assert words in why_not(model, depth, drafts=False)
+    with pytest.raises(ValueError, match=rf"engine='native' cannot be had: .*{words}"):
+        model.stream(tokens(1, 3), 4, n_loops=4, exit=depth.exit, engine="native")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "changes", [dict(router_score="softmax"), dict(recurrence="mixture"), dict(causal=False)], ids=str
+)
+def test_other_kinds_of_models_are_left_to_the_modules(changes):
+    assert "knows recurrence='injected'" in why_not(tiny_model(**changes), Depth(4), drafts=False)
+
+
+@needs_compiler
+def test_drafts_autocast_and_the_environment_are_reasons_as_well(monkeypatch):
+    model = a_model()
+    assert "drafts come several at once" in why_not(model, Depth(4), drafts=True)
+    with torch.autocast("cpu"):
+        assert "autocast" in why_not(model, Depth(4), drafts=False)
+    monkeypatch.setenv("OPEN_MYTHOS_NATIVE", "0")
+    assert why_not(model, Depth(4), drafts=False) == "OPEN_MYTHOS_NATIVE=0 is set"
+
+
+@needs_compiler
+def test_a_gate_of_ones_own_hinders_no_other_exit():
+    model = a_model()
+    model.recurrent.act.register_forward_hook(print)
+    assert why_not(model, Depth(4, StateChange(0.3)), drafts=False) is None
+
+
+# -- the compiler
+
+
+@pytest.fixture
+def compile_anew(monkeypatch, tmp_path):
+    """As in a process that starts with an empty cache directory; it is given back."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path / "open_mythos"
+    build.library.cache_clear()
+
+
+@pytest.mark.parametrize("command, words", [(None, "no C compiler was found"), (["false"], "no C compiler that works")])
+def test_without_a_compiler_generation_goes_on_and_says_so_once(command, words, compile_anew, monkeypatch, caplog):
+    monkeypatch.setattr(build, "compiler", lambda: command)
+    monkeypatch.setattr(engines, "_reported", set())
+    model, prompt = a_model(), tokens(1, 3)
+    with caplog.at_level(logging.WARNING, "open_mythos"):
+        found = [model.generate(prompt, 4, temperature=0) for _ in range(2)]
+    assert found[0].equal(found[1]) and found[0].equal(model.generate(prompt, 4, temperature=0, engine="modules"))
+    assert [words in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(ValueError, match=words):
+        model.generate(prompt, 4, engine="native")
+
+
+def test_python_without_its_c_is_told(compile_anew, monkeypatch, tmp_path):
+    """As in a folder for transformers."""
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "decode.c")
+    assert why_not(a_model(), Depth(4), drafts=False) == "decode.c did not come along; it is in the installed package"
+
+
+@needs_compiler
+def test_it_is_compiled_once(compile_anew, monkeypatch):
+    for _ in range(2):
+        assert not isinstance(build.library(), str)
+        build.library.cache_clear()
+        monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert [path.suffix for path in compile_anew.iterdir()] == [".so"]
+    assert len({build._key(words) for words in (["cc"], ["clang"], ["cc", "-O2"])}) == 3
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of its instructions")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx"])
+@torch.no_grad()
+def test_machines_of_narrower_vectors_get_the_same(flags, compile_anew, monkeypatch):
+    monkeypatch.setenv("CC", " ".join([*build.compiler(), flags]))
+    for kind in ("mla", "gqa, odd sizes", "gqa, more than a vector"):
+        model, text = a_model(**KINDS[kind]), tokens(2, 50)
+        engine = NativeEngine(model, Depth(5))
+        engine.extend(text[:, :3])
+        found = [engine.step(text[:, i : i + 1]) for i in range(3, 50)]
+        assert_near(torch.stack(found, 1), model(text, 5)[:, 3:], what=kind)
