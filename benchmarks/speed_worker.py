@@ -38,7 +38,8 @@ class Ours:
 
     def __init__(self, model: dict[str, Any], loops: int, engine: str = "modules") -> None:
         from open_mythos import KVCache, MythosConfig, OpenMythos
-        from open_mythos.generation.engines import Depth, make_engine
+        from open_mythos.generation.engine import Depth
+        from open_mythos.generation.engines import make_engine
 
         config = MythosConfig(**model | dict(halting=False, warm_start=False))
         self.model, self.loops, self.new_cache = OpenMythos(config), loops, KVCache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from open_mythos import checkpoint
 from open_mythos.cache import Cache, KVCache, Slot, loop_slot, repeat_rows
 from open_mythos.config import MythosConfig
-from open_mythos.context import AttentionMask, Context, document_numbers
+from open_mythos.context import Context
 from open_mythos.dict_cache import as_cache
 from open_mythos.fields import must
 from open_mythos.generation.methods import Generates
@@ -25,6 +25,7 @@ from open_mythos.nn.linear import Head, RMSNorm
 from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.recurrent import Readout, RecurrentBlock
 from open_mythos.nn.untied import UntiedBlocks
+from open_mythos.ops.attention import AttentionMask, document_numbers
 
 
 class OpenMythos(Generates):
@@ -207,8 +208,6 @@ class OpenMythos(Generates):
                 nothing goes on to other positions, does no more.
         """
         h, end = self.recurrent.output(h), len(self.coda) - 1
-        if torch.is_grad_enabled():
-            ctx = ctx.looping(keep=False)
         for layer, block in enumerate(self.coda):
             h = block(h, ctx, cache_key=Slot("coda", layer, loop), last=last if layer == end else None)
         h = self.norm(h if last is None else h[:, -last:])

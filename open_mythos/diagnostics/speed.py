@@ -17,7 +17,8 @@ from open_mythos.diagnostics.cost import (
     flops_per_trained_token,
 )
 from open_mythos.diagnostics.machine import repeat
-from open_mythos.generation.engines import Depth, Engine, make_engine
+from open_mythos.generation.engine import Depth, Engine
+from open_mythos.generation.engines import make_engine
 from open_mythos.model import OpenMythos
 
 NEW = 16  # tokens that one repetition of decoding makes

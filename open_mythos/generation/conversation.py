@@ -11,7 +11,8 @@ from torch import Tensor
 
 from open_mythos.cache import ROLLBACK
 from open_mythos.fields import must
-from open_mythos.generation.engines import Depth, Engine, make_engine
+from open_mythos.generation.engine import Depth, Engine
+from open_mythos.generation.engines import make_engine
 from open_mythos.generation.sampling import Sampling
 from open_mythos.inputs import check_n_loops
 from open_mythos.interface import Model

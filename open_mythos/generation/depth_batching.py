@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import Slot
-from open_mythos.context import AttentionMask, Context
+from open_mythos.context import Context
 from open_mythos.fields import must
-from open_mythos.generation.engines import Depth, ModuleEngine
+from open_mythos.generation.engine import Depth, ModuleEngine
 from open_mythos.generation.fused import fuse, why_not_fused
 from open_mythos.generation.lanes import LaneCache, Place
 from open_mythos.generation.sampling import Sampling
@@ -28,6 +28,7 @@ from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
 from open_mythos.nn.recurrent import LoopInput, advance
+from open_mythos.ops.attention import AttentionMask
 
 MIN_FINISHED_FRACTION = 0.25
 """Run coda, head and sampling only when this fraction of rows has finished looping; it amortises their fixed cost."""

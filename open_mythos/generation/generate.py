@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.fields import must
-from open_mythos.generation.engines import Depth, Engine, check_engine, make_engine
+from open_mythos.generation.engine import Depth, Engine
+from open_mythos.generation.engines import check_engine, make_engine
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, drafted
 from open_mythos.inputs import check_lengths, check_n_loops, end_tokens

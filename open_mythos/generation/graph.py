@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import CacheSlot, KVCache, Slot
-from open_mythos.context import AttentionMask
-from open_mythos.generation.engines import Depth, ModuleEngine
+from open_mythos.generation.engine import Depth, ModuleEngine
 from open_mythos.generation.fused import fuse, why_not_fused
 from open_mythos.interface import Model
+from open_mythos.ops.attention import AttentionMask
 
 
 def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.cache import CacheSlot, KVCache, Slot, loop_slot
-from open_mythos.context import AttentionMask
+from open_mythos.ops.attention import AttentionMask
 
 _STILL_RUNS = 1 << 40  # the loop at which a token retired that has not
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from open_mythos.cache import ROLLBACK
 from open_mythos.fields import must
-from open_mythos.generation.engines import Engine
+from open_mythos.generation.engine import Engine
 from open_mythos.generation.sampling import Sampling, choose
 from open_mythos.interface import Model
 from open_mythos.nn.modes import eval_mode

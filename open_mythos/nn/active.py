@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.context import AttentionMask, Context
+from open_mythos.context import Context
+from open_mythos.ops.attention import AttentionMask
 
 
 class ActiveTokens:

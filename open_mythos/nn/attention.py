@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from open_mythos.cache import KVCache, Slot
 from open_mythos.config import MythosConfig
-from open_mythos.context import AttentionMask, Context, as_context
+from open_mythos.context import Context, as_context
 from open_mythos.nn.linear import WEIGHT_STD, Linear, RMSNorm, call, project, residual_gain
-from open_mythos.ops.attention import attend
+from open_mythos.ops.attention import AttentionMask, attend
 from open_mythos.ops.rope import apply_rope
 
 

@@ -31,7 +31,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.context import Context
 from open_mythos.nn.halting import gate_loss
 from open_mythos.nn.modes import eval_mode
-from open_mythos.ops.dispatch import is_training_step
+from open_mythos.ops.dispatch import in_backward, is_training_step
 
 EXPLORED_ROWS = 8  # one row in so many of a batch is also run to full depth
 GATE_LOSS_WEIGHT = 0.02  # Adam is scale-free; small so that the gate hardly contributes to the clipped norm
@@ -69,7 +69,7 @@ def count_choices(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
 @torch.library.custom_op("open_mythos::count_choices", mutates_args=("load",))
 def _count(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
     """An operator, so that compiled code asks again at every call whether a gradient is being computed."""
-    if torch._C._current_graph_task_id() == -1:
+    if not in_backward():
         # Behind a norm no squares vanish but those of zeros.
         live_N1 = torch.linalg.vecdot(tokens_ND, tokens_ND).ne(0).unsqueeze(-1)
         load.scatter_add_(0, chosen_NK.flatten(), live_N1.expand_as(chosen_NK).flatten().to(load.dtype))

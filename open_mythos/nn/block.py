@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from open_mythos.cache import KVCache, Slot
 from open_mythos.config import MythosConfig
-from open_mythos.context import AttentionMask, Context
+from open_mythos.context import Context
 from open_mythos.nn.attention import GQAttention, MLAttention
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.linear import RMSNorm
+from open_mythos.ops.attention import AttentionMask
 
 
 class TransformerBlock(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos.cache import KVCache, Slot, fill_skipped_loops
 from open_mythos.config import MythosConfig
-from open_mythos.context import AttentionMask, Context, as_context
+from open_mythos.context import Context, as_context
 from open_mythos.inputs import check_n_loops
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.auxiliary import training_states
@@ -21,6 +21,7 @@ from open_mythos.nn.halting import OWN_GATE, ACTHalting
 from open_mythos.nn.injection import LoRAAdapter, LTIInjection
 from open_mythos.nn.linear import RMSNorm
 from open_mythos.nn.schedule import Schedule, Stage, put, take
+from open_mythos.ops.attention import AttentionMask
 from open_mythos.ops.dispatch import shapes_follow_values
 from open_mythos.ops.loop_index import loop_index_embedding
 
@@ -182,9 +183,8 @@ class Loops(nn.Module):
 
     def states(self, h: Tensor, e: Tensor, ctx: Context, n_loops: int) -> list[Tensor]:
         """The state before the first loop and after each one, (B, T, dim), with every position running every loop."""
-        loops = self._all_positions(
-            h, self.prepare(e), ctx.looping(not self.is_compiled), range(n_loops), recompute=False
-        )
+        ctx = ctx if self.is_compiled else ctx.looping()
+        loops = self._all_positions(h, self.prepare(e), ctx, range(n_loops), recompute=False)
         return [h, *(state.h for state in loops)]
 
     def iterate(
@@ -214,9 +214,7 @@ class Loops(nn.Module):
             raise ValueError(f"exit={exit} has not seen the loops before first_loop={first_loop}; start at 0")
         loop_input = self.prepare(e)
         recompute = recompute and self.training and ctx.cache is None
-        keep = not recompute and not self.is_compiled
-        if torch.is_grad_enabled() or not keep:  # what is kept has the graph of one run
-            ctx = ctx.looping(keep)
+        ctx = ctx if recompute or self.is_compiled else ctx.looping()
         if exit is None:
             return self._all_positions(h, loop_input, ctx, range(first_loop, n_loops), recompute)
         return self._running_positions(h, loop_input, ctx, n_loops, exit, readout)
@@ -276,8 +274,8 @@ class Loops(nn.Module):
         if self.lora is not None:  # whose scales this run trains, so that they have to be read
             self.lora.trained_loops.clamp_(min=last)
         loop_input = self.prepare(e)
-        no_grad_ctx = ctx.looping(keep=not self.is_compiled)
-        grad_ctx = ctx.looping(keep=not schedule.recompute and not self.is_compiled)
+        no_grad_ctx = ctx if self.is_compiled else ctx.looping()
+        grad_ctx = ctx if self.is_compiled or schedule.recompute else ctx.looping()
 
         def step(h: Tensor, rows: Tensor, loop: int, ctx: Context) -> Tensor:
             own = ctx if len(rows) == len(e) else ctx.rows(rows.to(e.device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""Attention by PyTorch's fused kernels, with heads that see a window only.
+"""Attention by PyTorch's kernels: who sees whom, and what each kernel wants to know of it.
 
 Shape letters: B rows, T queries, S keys, H query heads, G key/value heads, D channels of a head, W window.
 The slow, obvious twin is :func:`open_mythos.ops.reference.attention`.
@@ -6,14 +6,230 @@ The slow, obvious twin is :func:`open_mythos.ops.reference.attention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.context import CHUNK, AttentionMask
+from open_mythos.ops.dispatch import is_traced
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+CHUNK = 32  # queries that windowed attention takes together
 # Up to so many queries and keys, one call with a bias for each head is cheaper than one for each kind of heads.
 ONE_CALL_QUERIES, ONE_CALL_KEYS = 64, 256
+
+
+@dataclass
+class AttentionMask:
+    """Who sees whom, as a predicate, and what attention kernels want to know of it.
+
+    A query sees every key of its document that is no padding, up to its own position if ``causal``; and always itself,
+    so that no softmax is over nothing. Kernels take it as ``is_causal`` or a bias (:meth:`sdpa`), in chunks
+    (:meth:`chunk_bias`), or as FlexAttention's block mask (:meth:`block_mask`).
+
+    Args:
+        n_queries: T.
+        n_keys: S; query i stands at key position ``S - T + i`` unless ``positions`` says otherwise.
+        valid: (B, S) bool, False at padding; None if there is none.
+        documents: (B, S) integers, the same for neighbours of one document; None if a row is one.
+        positions: (B, T) key position of each query, for queries that are not the last T tokens in order.
+        first: position of the first new token, from which on queries stand; ``S - T`` if below 0.
+        causal: False lets a query see keys after its own too.
+        given: (B or 1, H or 1, T, S), added to the scores in place of the predicate.
+    """
+
+    n_queries: int
+    n_keys: int
+    valid: Tensor | None = None
+    documents: Tensor | None = None
+    positions: Tensor | None = None
+    first: int = -1
+    causal: bool = True
+    given: Tensor | None = None
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.first = self.n_keys - self.n_queries if self.first < 0 else self.first
+
+    @property
+    def is_same_for_all(self) -> bool:
+        """True where no row of the batch differs from another."""
+        return self.valid is None and self.documents is None and self.positions is None and self.given is None
+
+    @property
+    def is_full(self) -> bool:
+        """True where every query sees every key."""
+        return self.is_same_for_all and (self.n_queries == 1 or not self.causal)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """``x`` (B, n, ...) of the last n tokens, zero at padding, where no gradient passes either."""
+        if self.valid is None:
+            return x
+        padding = ~self.valid[:, -x.shape[1] :]
+        return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0)
+
+    def allowed(self, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
+        """The predicate, for positions (B or 1, T, 1) of queries and (S,) or (B or 1, T, W) of keys that exist."""
+        seen = torch.ones_like(key <= query) if not self.causal else key <= query
+        if window is not None:
+            seen = seen & (key > query - window) & (key < query + window)
+        if self.documents is not None:
+            seen = seen & (_at(self.documents, query) == _at(self.documents, key))
+        if self.valid is not None:
+            seen = seen & _at(self.valid, key)
+        return seen | (key == query)
+
+    def sdpa(self, like: Tensor, window: int | None = None) -> tuple[Tensor | None, bool]:
+        """Bias (B or 1, 1, T, S) in the dtype of ``like``, or None, and ``is_causal``, as SDPA takes them."""
+        if self.is_same_for_all and window is None and (self.is_full or self.n_queries == self.n_keys):
+            return None, not self.is_full
+        return self._once(("bias", window, like.dtype), lambda: self._bias(like, window)), False
+
+    def by_head(self, like: Tensor, n_local: int, window: int) -> Tensor:
+        """Bias (B or 1, H, T, S) for queries ``like`` (B, T, H, D), the first ``n_local`` heads of which have a window."""
+
+        def make() -> Tensor:
+            near, far = (self._bias(like, w) for w in (window, None))
+            near, far = (x.expand(-1, like.shape[2], -1, -1) if x.shape[1] == 1 else x for x in (near, far))
+            return torch.cat([near[:, :n_local], far[:, n_local:]], 1)
+
+        return self._once(("heads", n_local, window, like.dtype), make)
+
+    def chunk_bias(self, like: Tensor, window: int, chunk: int) -> Tensor:
+        """(B or 1, chunks, 1, chunk, chunk + W - 1): the bias of queries in chunks, and the keys that any of them sees.
+
+        For causal masks whose queries are the last T tokens.
+        """
+
+        def make() -> Tensor:
+            n_chunks = -(-self.n_queries // chunk)
+            first = torch.arange(n_chunks, device=like.device)[:, None, None] * chunk + self.n_keys - self.n_queries
+            query = first + torch.arange(chunk, device=like.device)[:, None]  # (chunks, chunk, 1)
+            key = first - window + 1 + torch.arange(chunk + window - 1, device=like.device)
+            key = key.expand(-1, chunk, -1)
+            exists = (key >= 0) & (key < self.n_keys)
+            shape = (1, n_chunks * chunk, -1)
+            inside = [x.clamp(0, self.n_keys - 1).reshape(shape) for x in (query, key)]
+            seen = self.allowed(inside[0], inside[1], window).unflatten(1, (n_chunks, chunk)) & exists
+            return _as_bias(seen | (key == query), like.dtype).unsqueeze(2)
+
+        return self._once(("chunks", window, chunk, like.dtype), make)
+
+    def block_mask(
+        self,
+        window: int | None = None,
+        n_local: int = 0,
+        n_heads: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BlockMask:
+        """The predicate for FlexAttention; ``window`` is of the first ``n_local`` of ``n_heads``, or of all if 0."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        assert self.given is None, "FlexAttention takes a predicate"
+        valid, documents, positions, start = self.valid, self.documents, self.positions, self.n_keys - self.n_queries
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            at = q + start if positions is None else positions[b, q]
+            seen = (k <= at) if self.causal else (k == k)
+            if window is not None:
+                near = (k > at - window) & (k < at + window)
+                seen = seen & (near | (h >= n_local) if n_local else near)
+            if documents is not None:
+                seen = seen & (documents[b, at] == documents[b, k])
+            if valid is not None:
+                seen = seen & valid[b, k]
+            return seen | (k == at)
+
+        rows = next((len(x) for x in (valid, documents, positions) if x is not None), None)
+        heads = n_heads if n_local else None
+        return create_block_mask(sees, rows, heads, self.n_queries, self.n_keys, device=device)
+
+    def ending(self, n_queries: int) -> AttentionMask:
+        """The mask of the last queries alone, which see the same keys; for queries that are the last T tokens."""
+        assert self.positions is None and n_queries <= self.n_queries
+        given = None if self.given is None else self.given[..., -n_queries:, :]
+        return replace(self, n_queries=n_queries, given=given)
+
+    def rows(self, which: slice | Tensor) -> AttentionMask:
+        """The mask of some rows of the batch."""
+        valid, documents, positions = (
+            None if x is None else x[which] for x in (self.valid, self.documents, self.positions)
+        )
+        given = self.given if self.given is None or len(self.given) == 1 else self.given[which]
+        return replace(self, valid=valid, documents=documents, positions=positions, given=given)
+
+    def _bias(self, like: Tensor, window: int | None) -> Tensor:
+        query = self.positions
+        if query is None:
+            query = torch.arange(self.n_keys - self.n_queries, self.n_keys, device=like.device).unsqueeze(0)
+        query, key = query.unsqueeze(-1), torch.arange(self.n_keys, device=like.device)
+        if self.given is None:
+            return _as_bias(self.allowed(query, key, window), like.dtype).unsqueeze(1)
+        given = self.given.to(like.dtype)
+        if self.positions is not None:  # of all new tokens, in order; these are some of them
+            at = (self.positions - self.first)[:, None, :, None]
+            given = given.expand(len(at), -1, -1, -1)
+            given = given.gather(2, at.expand(-1, given.shape[1], -1, given.shape[3]))
+        if window is None:
+            return given
+        return given + _as_bias((key > query - window) & (key < query + window), like.dtype).unsqueeze(1)
+
+    def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if is_traced():  # a compiled function that finds what another left here is compiled again
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def _at(x_BS: Tensor, positions: Tensor) -> Tensor:
+    """``x`` at positions (S,), (B or 1, T, 1) or (B or 1, T, W)."""
+    if positions.ndim == 1:
+        return x_BS[:, positions].unsqueeze(1)
+    positions = positions.expand(len(x_BS), -1, -1)
+    return x_BS.gather(1, positions.flatten(1)).view(positions.shape)
+
+
+def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def as_mask(mask: AttentionMask | Tensor | None, n_queries: int, n_keys: int) -> AttentionMask:
+    """A mask for attention layers that are called by themselves: plain causal if None.
+
+    Args:
+        mask: None; or a tensor that broadcasts to (B, H, T, S): bool, True where a query may look, or numbers that are
+            added to the scores, as for :func:`torch.nn.functional.scaled_dot_product_attention`.
+        n_queries, n_keys: T and S.
+
+    Raises:
+        ValueError: for anything else, or a shape that does not fit.
+    """
+    if isinstance(mask, AttentionMask):
+        return mask
+    if mask is None:
+        return AttentionMask(n_queries, n_keys)
+    if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.shape[-2:] != (n_queries, n_keys):
+        what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask is {what}; pass a tensor that ends in ({n_queries}, {n_keys}), bool or added to the scores, or None "
+            f"for causal attention"
+        )
+    bias = _as_bias(mask, torch.float32) if mask.dtype == torch.bool else mask
+    return AttentionMask(n_queries, n_keys, given=bias.view(*[1] * (4 - mask.ndim), *mask.shape))
+
+
+def document_numbers(attention_mask: Tensor) -> Tensor | None:
+    """(B, T) numbers of documents packed in rows; None where ``attention_mask`` tells padding alone."""
+    if attention_mask.dtype == torch.bool or bool((attention_mask <= 1).all()):
+        return None
+    begins = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
+    return begins.cumsum(1)
 
 
 def attend(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, n_local: int = 0, window: int = 0) -> Tensor:

@@ -36,11 +36,18 @@ def shapes_follow_values(x: Tensor) -> bool:
 
 
 def is_training_step() -> bool:
-    """Whether a forward pass is part of a training step: gradients are recorded, and none are being computed.
+    """Whether a forward pass is part of a training step: gradients are recorded, and none are being computed."""
+    return torch.is_grad_enabled() and not in_backward()
 
-    While they are, activation checkpointing runs forward passes again, which must count for nothing.
-    """
-    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+
+def in_backward() -> bool:
+    """Whether gradients are being computed: activation checkpointing then runs forward passes again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_plain_inference(x: Tensor) -> bool:
+    """Whether operations on ``x`` are neither recorded, cast nor traced, so that any kernel will do."""
+    return not torch.is_grad_enabled() and not autocasts(x.device) and not is_traced()
 
 
 def use_tf32(device: torch.device) -> None:

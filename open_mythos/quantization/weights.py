@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8Tensor, PerRow
 
 from open_mythos.nn.feed_forward import MoEFFN
+from open_mythos.ops.dispatch import is_plain_inference
 
 _FEW = 16  # rows up to which PyTorch's int8 product is faster than turning the weight back
 
@@ -49,9 +50,7 @@ def is_fast(x: Tensor, q_OI: Tensor) -> bool:
         and x.shape[-1] % 32 == 0  # it reads beyond the end of other widths
         and 0 < x.numel() <= _FEW * x.shape[-1]
         and q_OI.is_contiguous()
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and is_plain_inference(x)
     )
 
 
