@@ -197,8 +197,8 @@ class NativeEngine(ModuleEngine):
             found.loop_codes = self._at(torch.stack(codes))
         if (lora := recurrent.lora) is not None:
             found.rank, found.lora_down, found.lora_up = lora.B.shape[1], self._at(folded(lora.down)), self._at(lora.B)
-            scales = lora.prepare(torch.zeros(1, cfg.dim))[1]
-            found.lora_scale = self._at(scales[torch.arange(n_loops).clamp(max=len(scales) - 1)])
+            deepest = min(max(int(lora.trained_loops), 1), lora.scale.num_embeddings) - 1
+            found.lora_scale = self._at(lora.scale.weight[torch.arange(n_loops).clamp(max=deepest)])
         return found
 
     def _exit(self, act: ACTHalting, exit: Exit | None, n_loops: int) -> Any:
