@@ -31,7 +31,7 @@ class Context:
     mask: AttentionMask
     cache: Cache | None = None
     active: Any = None
-    constants: dict[Any, Tensor] | None = None
+    constants: dict[Any, Any] | None = None
 
     @staticmethod
     def of(positions: Tensor, rope: tuple[int, float, float, int], mask: AttentionMask, cache: Cache | None) -> Context:

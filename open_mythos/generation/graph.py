@@ -39,7 +39,7 @@ class FixedSlot:
             return None
         positions = self._at + torch.arange(-n, 0, device=self._at.device)
         raw = self._ring.index_select(1, positions % self._ring.shape[1])
-        return raw * (positions >= 0).view(1, n, 1, 1)
+        return raw.masked_fill((positions < 0).view(1, n, 1, 1), 0)
 
     def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
         self._rows.index_copy_(1, self._at, rows)
@@ -104,6 +104,9 @@ class GraphEngine(ModuleEngine):
         """Fixed buffers for so many tokens, and on CUDA a graph over them."""
         self._capacity, self._tokens = capacity, tokens.clone()
         self._at = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        for slot in self.cache._slots.values():  # what no token has written yet is read, and counts for nothing
+            assert slot._rows is not None
+            slot._rows[:, slot.length :] = 0
         valid, self._padding = self.cache.valid, None
         if valid is not None:
             self._valid = torch.nn.functional.pad(valid, (0, capacity - valid.shape[1]), value=True)

@@ -134,23 +134,28 @@ class Attention(nn.Module):
     def _convolve(self, raw: Tensor, before: Tensor | None, ctx: Context, mask: AttentionMask) -> Tensor:
         """``y[t] = sum_j taps[j] raw[t - j]`` within each document: (B, T, G, W); centred where attention sees ahead."""
         K, T, constants = self.n_taps, raw.shape[1], ctx.constants
-        kernel = None if constants is None else constants.get(self)
-        if kernel is None:
-            kernel = self.kernel().flip(0)
+        taps = None if constants is None else constants.get(self)
+        if taps is None:
+            by_tap = self.kernel()
+            taps = by_tap.unbind(0), by_tap.flip(0)
             if constants is not None:
-                constants[self] = kernel
+                constants[self] = taps
+        kernel, reversed_kernel = taps
         if T == 1 and before is not None:
-            return (torch.cat([before, raw], 1) * kernel).sum(1, keepdim=True)
+            return (torch.cat([before, raw], 1) * reversed_kernel).sum(1, keepdim=True)
         ahead = 0 if mask.causal else (K - 1) // 2
-        padded = nn.functional.pad(raw, (0, 0, 0, 0, K - 1, ahead)) if before is None else torch.cat([before, raw], 1)
-        own = K - 1 - ahead
-        out = raw * kernel[own]
-        for i in (i for i in range(K) if i != own):
-            shifted = padded[:, i + ahead : i + ahead + T]
+        out = raw * kernel[ahead]
+        for j in (j for j in range(K) if j != ahead):
+            if before is None:
+                if abs(j - ahead) > T:
+                    continue
+                shifted = nn.functional.pad(raw, (0, 0, 0, 0, j - ahead, ahead - j))
+            else:
+                shifted = torch.cat([before[:, K - 1 - j :], raw], 1)[:, :T]
             if mask.documents is not None:
-                same = mask.documents == mask.documents.roll(own - i, 1)
+                same = mask.documents == mask.documents.roll(j - ahead, 1)
                 shifted = shifted * same.view(*same.shape, 1, 1)
-            out = torch.addcmul(out, shifted, kernel[i])
+            out = torch.addcmul(out, shifted, kernel[j])
         return out
 
 

@@ -82,20 +82,22 @@ class LoRAAdapter(nn.Module):
         nn.init.ones_(self.scale.weight)
         self.register_buffer("trained_loops", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: Tensor | None, loop_t: int | Tensor, prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, loop_t: int | Tensor, prepared: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    ) -> Tensor:
         """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0; (B, 1) integers for one of each row.
 
         ``prepared``, if given, is what :meth:`prepare` made of ``x``.
         """
-        low_rank, scales = self.prepare(x) if prepared is None else prepared  # type: ignore[arg-type]
+        low_rank, scales = self.prepare(x) if prepared is None else prepared
         last = len(scales) - 1
-        row = scales[loop_t.clamp(max=last) if isinstance(loop_t, Tensor) else min(loop_t, last)]
+        row = torch.stack(scales)[loop_t.clamp(max=last)] if isinstance(loop_t, Tensor) else scales[min(loop_t, last)]
         return nn.functional.linear(low_rank * row, self.B)
 
-    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is the same in every loop: ``down(x)`` (..., rank), and the scale of each loop (max_loops, rank)."""
+    def prepare(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What is the same in every loop: ``down(x)`` (..., rank), and for each loop its scale (rank,)."""
         loops = torch.arange(self.scale.num_embeddings, device=x.device)
-        return call(self.down, x), self.scale(loops.clamp(max=(self.trained_loops - 1).clamp(min=0)))
+        return call(self.down, x), self.scale(loops.clamp(max=(self.trained_loops - 1).clamp(min=0))).unbind(0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Fit a table saved with another ``max_loops``: grow to it, or repeat its last row. Nothing trained is cut."""

@@ -72,6 +72,8 @@ class RMSNorm(nn.RMSNorm):
 
 def scaled_linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
     """``scale * x @ weight.T``: (..., I) -> (..., O), with the factor inside of the product."""
+    if scale == 1:
+        return F.linear(x, weight_OI)
     if type(weight_OI) not in (Tensor, nn.Parameter):  # quantised and distributed weights know F.linear alone
         return F.linear(x, weight_OI) * scale
     ignored = weight_OI.detach()[:1, 0]  # beta is 0
@@ -97,9 +99,14 @@ def call(layer: nn.Module, x: Tensor) -> Tensor:
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of several layers makes of one input."""
+    scales = [layer.scale for layer in layers if isinstance(layer, Linear)]
+    if x.requires_grad and len(scales) == len(layers) and len(set(scales)) == 1:
+        x = x * scales[0]  # once, and its gradient once, in place of those of each weight
+        return [layer(x, scale=1.0) for layer in layers]
     return [call(layer, x) for layer in layers]
 
 
 def swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202), from its layers."""
-    return call(down, F.silu(call(gate, x)) * call(up, x))
+    gate_out, up_out = project(x, gate, up)
+    return call(down, F.silu(gate_out) * up_out)

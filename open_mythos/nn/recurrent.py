@@ -36,14 +36,14 @@ class LoopInput(NamedTuple):
         e: the encoded input, (B, T, dim).
         injected: ``B * e``.
         low_rank: of e, (B, T, rank), without LoRA None.
-        scales: of LoRA, for each loop, (loops, rank).
+        scales: of LoRA, for each loop, (rank,).
         decay: A of the injection, (dim,).
     """
 
     e: Tensor
     injected: Tensor | None = None
     low_rank: Tensor | None = None
-    scales: Tensor | None = None
+    scales: tuple[Tensor, ...] = ()
     decay: Tensor | None = None
 
     def map(self, select: Callable[[Tensor], Tensor]) -> LoopInput:
@@ -78,7 +78,7 @@ class LoopBlock(nn.Module):
     def prepare(self, e: Tensor) -> LoopInput:
         """What all loops read of the encoded input (B, T, dim), computed once."""
         decay, injected = self.injection(None, e)
-        low_rank, scales = (None, None) if self.lora is None else self.lora.prepare(e)
+        low_rank, scales = (None, ()) if self.lora is None else self.lora.prepare(e)
         return LoopInput(e, injected, low_rank, scales, decay)
 
     def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
