@@ -1,6 +1,6 @@
-"""What mkdocs asks of this project: pages made from code and notebooks, and docstrings turned into Markdown.
+"""Hooks for mkdocs: pages generated from code and notebooks, and docstrings turned into Markdown.
 
-A hook of mkdocs and an extension of griffe, named in mkdocs.yml. Pages made here, which are nowhere on disk:
+A hook of mkdocs and an extension of griffe, named in mkdocs.yml. Pages generated here, which are not on disk:
 ``api/*.md``, one for each part of the package; ``cli.md``, from the commands themselves; ``notebooks/*.md``.
 """
 
@@ -21,7 +21,7 @@ PACKAGE = ROOT / "open_mythos"
 HIDDEN = {"__init__", "__main__", "cli", "main", "pretrained"}  # the command line has a page of its own
 
 
-# -- which pages there are
+# -- navigation
 
 
 def on_config(config: Any) -> Any:
@@ -52,7 +52,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A link that leaves docs/ leads nowhere on a site, so there it is a file's name."""
+    """Replace links that leave docs/, which have no page on the site, by the file's name."""
     return re.sub(r"\[([^\]]*)\]\((?:\.\./)+([^)]+)\)", r"\1 (`\2`)", markdown)
 
 
@@ -66,7 +66,7 @@ def parts() -> list[str]:
 
 
 def api_page(part: str) -> str:
-    """Every public module of a part, the package's own text first."""
+    """Every public module of a part, the package's own docstring first."""
     inside = sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / f"{part}.py"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in inside]
     return f"# {part}\n\n" + "\n\n".join(f"::: {name}" for name in names if not name.split(".")[-1].startswith("_"))
@@ -79,7 +79,11 @@ def cli_page() -> str:
     from open_mythos.cli import COMMANDS, app
 
     group: Any = typer.main.get_command(app)
-    lines = ["# Command line", "", "`mythos COMMAND --help` says the same. Errors are one red line, and exit status 2."]
+    lines = [
+        "# Command line",
+        "",
+        "`mythos COMMAND --help` shows the same. Errors are one red line, and exit status 2.",
+    ]
     for name in COMMANDS:
         command = group.commands[name].make_context(name, [], resilient_parsing=True).command
         lines += ["", f"## mythos {name}", "", command.help, "", "| | | default |", "|---|---|---|"]
@@ -101,7 +105,7 @@ def notebooks() -> list[Path]:
 
 
 def notebook_page(path: Path) -> str:
-    """Text as it is, code in fences, what it printed and drew below."""
+    """Text as it is, code in fences, its output below."""
     lines = []
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
@@ -115,7 +119,7 @@ def _shown(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
         picture = base64.b64encode(base64.b64decode("".join(data["image/png"]))).decode()
-        return f"![what this cell draws](data:image/png;base64,{picture})"
+        return f"![figure of this cell](data:image/png;base64,{picture})"
     text = "".join(output.get("text", data.get("text/plain", "")))
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 

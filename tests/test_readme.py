@@ -1,4 +1,4 @@
-"""Everything that README.md and the pages in docs show runs."""
+"""The code, commands and links in README.md and the pages of docs work, and tables are what was measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT uses an old name of transformers
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, "README.md", "exec"), {})
@@ -31,7 +31,7 @@ def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> No
         assert float(of_bits[0]) < 0.6 and float(of_bits[-1]) > 0.95
 
 
-def test_nobody_is_told_to_install_the_other_project_of_this_name() -> None:
+def test_no_text_installs_the_other_project_of_this_name() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     sources = {path: path.read_text() for path in (ROOT / "open_mythos").rglob("*.py")}
     for path, text in {**sources, **{page: page.read_text() for page in PAGES}}.items():
@@ -48,7 +48,7 @@ def test_commands_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
 

@@ -27,8 +27,8 @@ def test_the_table_is_what_was_estimated_and_leaves_room_in_12_gb() -> None:
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.name)
-def test_a_command_runs_as_it_stands(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one short row and small experts added at its end, since at full size it is a GPU's work."""
+def test_a_command_runs(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one short row and small experts appended, since at full size it needs a GPU."""
     monkeypatch.setattr(cost, "_TRIAL_STEPS", 1)
     assert recipe.command in PAGE
     words = recipe.command.replace("\\\n", " ").split()[1:]
@@ -49,7 +49,7 @@ def test_an_estimate_grows_with_the_rows() -> None:
 
 
 @pytest.mark.parametrize("command", re.findall(r"^mythos train debug .*?$", PAGE, re.MULTILINE))
-def test_loggers_are_named_as_the_library_knows_them(command: str) -> None:
+def test_loggers_exist(command: str) -> None:
     from open_mythos.training.loggers import LOGGERS
 
     (name,) = re.findall(r"loggers=(\w+)", command)
