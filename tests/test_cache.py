@@ -1,5 +1,8 @@
 """A cache is right when nobody can tell that it is there."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import ATTENTION, assert_near, left_padding, loops_used, tiny_config, tiny_model, tokens
@@ -8,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import KVCache, OpenMythos
-from open_mythos.cache import PADDING_SLOT, as_cache
+from open_mythos.cache import ROLLBACK, CacheSlot, Slot
+from open_mythos.dict_cache import PADDING_SLOT, as_cache
+from open_mythos.nn.attention import Attention
 from open_mythos.nn.exits import PredictionKL, StateChange
-from open_mythos.ops import conv
 
 T = 12
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
@@ -60,17 +64,19 @@ def test_cached_logits_are_the_uncached_ones(attn_type, sizes, n_loops, as_dict,
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("gate_bias", [-20.0, -1.0], ids=["none halts", "some halt"])
 @pytest.mark.parametrize("local_share", [0.0, 0.5, 1.0])
-def test_few_queries_of_many_rows_convolve_none_of_them(attn_type, gate_bias, local_share, monkeypatch):
+def test_rows_are_convolved_once_before_they_are_cached(attn_type, gate_bias, local_share, monkeypatch):
     model = tiny_model(attn_type, gate_bias=gate_bias, local_share=local_share, max_seq_len=64)
     ids, mask = tokens(3, 60), left_padding([60, 41, 24], 60)
     with torch.no_grad():
         whole = model(ids, 4, attention_mask=mask)
     convolved: list[int] = []
-    plain = conv.conv_end
-    monkeypatch.setattr(conv, "conv_end", lambda x, taps, n: convolved.append(n) or plain(x, taps, n))
+    plain = Attention._convolve
+    monkeypatch.setattr(
+        Attention, "_convolve", lambda self, raw, *args: convolved.append(raw.shape[1]) or plain(self, raw, *args)
+    )
     cached = in_chunks(model, ids, [52, 1, 3, 1, 1, 2], 4, KVCache(), mask)
     assert_near(cached[mask], whole[mask])
-    assert {n for n in convolved if n >= 12} == {52}, "the prompt's rows, once a loop, and then a window at most"
+    assert set(convolved) == {52, 1, 3, 2}, "those of new tokens alone"
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
@@ -197,12 +203,13 @@ def test_a_dict_holds_one_dict_of_tensors_of_used_length_for_each_slot(attn_type
         for n_new in (5, 1, 1):
             model(tokens(2, n_new), 3, cache)
     assert sorted(cache) == sorted(["prelude_0", "coda_0", *(f"recurrent_loop_{loop}" for loop in range(3))])
-    names = {"gqa": {"k", "v"}, "mla": {"c_kv", "k_rope"}}[attn_type]
-    for rows in cache.values():
-        assert set(rows) == names
-        for tensor in rows.values():
-            assert tensor.shape[:2] == (2, 7)
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    row = {"gqa": (2, 2 * 8), "mla": (1, 12 + 6)}[attn_type]
+    for held in cache.values():
+        assert {name: tuple(tensor.shape) for name, tensor in held.items()} == {
+            "rows": (2, 7, *row),
+            "raw": (2, 2, *row),
+        }
+        assert held["rows"].untyped_storage().nbytes() == held["rows"].nbytes
 
 
 def test_mla_caches_the_latent_and_one_rope_key_and_nothing_else():
@@ -216,12 +223,10 @@ def test_mla_caches_the_latent_and_one_rope_key_and_nothing_else():
         with torch.no_grad():
             model(tokens(1, 64), 4, data)
             model(tokens(1, 64), 4, cache)
-        footprint[attn_type] = sum(t.numel() * t.element_size() for rows in data.values() for t in rows.values())
+        footprint[attn_type] = sum(held["rows"].nbytes for held in data.values())
         assert cache.nbytes == footprint[attn_type]
         if attn_type == "mla":
-            assert {(name, *t.shape) for rows in data.values() for name, t in rows.items()} == {
-                ("c_kv", 1, 64, 32), ("k_rope", 1, 64, 16),
-            }  # fmt: skip
+            assert {held["rows"].shape for held in data.values()} == {(1, 64, 1, 32 + 16)}
     assert footprint["mla"] == 6 * 64 * (32 + 16) * 4
     assert footprint["gqa"] / footprint["mla"] == pytest.approx(8 / 3)
 
@@ -351,15 +356,15 @@ def in_chunks_by_hand(
     out, start, outside, held = [], 0, KVCache(), {}
     for size in sizes:
         span = slice(start, start + size)
-        e, freqs, seen = model.encode(ids[:, span], outside, attention_mask=mask[:, span], n_loops=0)
-        h = model.first_state(e)
+        e, ctx = model.encode(ids[:, span], outside, attention_mask=mask[:, span], n_loops=0)
+        h = model.first_state(e, ctx)
         for loop in range(n_loops):
             slot = f"recurrent_loop_{loop}"
-            mine = {slot: held[loop % cache_loops]} if start else {}
-            h = model.recurrent.step(h, e, loop, freqs, seen, as_cache(mine))
-            last = loop + cache_loops >= n_loops  # or else the next loop of this slot takes the place of the new rows
-            held[loop % cache_loops] = {name: rows if last else rows[:, :start] for name, rows in mine[slot].items()}
-        out.append(model.head(model.decode(h, freqs, seen, outside)))
+            mine = {slot: dict(held[loop % cache_loops])} if start else {}
+            h = model.recurrent.step(h, e, loop, replace(ctx, cache=as_cache(mine)))
+            if loop + cache_loops >= n_loops:  # or else the next loop of this slot takes the place of the new rows
+                held[loop % cache_loops] = mine[slot]
+        out.append(model.head(model.decode(h, ctx)))
         start += size
     return torch.cat(out, 1)
 
@@ -384,8 +389,8 @@ def test_a_position_that_stopped_early_leaves_its_last_rows_in_every_slot(cache_
         assert torch.equal(model(ids, 7, shared), model(ids, 7, whole))  # all in one call
     for slot in range(cache_loops):
         deepest = max(loop for loop in range(7) if loop % cache_loops == slot)
-        for name, rows in shared.slot(f"recurrent_loop_{slot}").rows.items():
-            assert torch.equal(rows, whole.slot(f"recurrent_loop_{deepest}").rows[name])
+        held = shared.slot(Slot("core", 0, slot)).rows
+        assert torch.equal(held, whole.slot(Slot("core", 0, deepest)).rows)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
@@ -457,8 +462,9 @@ def _head(mask: Tensor | None, n: int) -> Tensor | None:
 
 
 def _copy(cache: KVCache | dict) -> dict[str, Tensor]:
-    slots = cache if isinstance(cache, dict) else {name: slot.rows for name, slot in cache._slots.items()}
-    copied = {f"{slot}.{name}": rows.clone() for slot, named in slots.items() for name, rows in named.items()}
+    if isinstance(cache, dict):
+        return {f"{slot}.{name}": rows.clone() for slot, named in cache.items() for name, rows in named.items()}
+    copied = {str(name): slot.rows.clone() for name, slot in cache._slots.items()}
     if isinstance(cache, KVCache) and cache.valid is not None:
         copied["valid"] = cache.valid.clone()
     return copied
@@ -472,9 +478,9 @@ def test_room_that_was_made_is_used_and_not_outgrown():
     cache, model, ids = KVCache(room=20), tiny_model(), tokens(1, 20)
     with torch.no_grad():
         model(ids[:, :5], 2, kv_cache=cache)
-        before = [rows.data_ptr() for rows in cache.slot("prelude_0").rows.values()]
+        before = cache.slot(Slot("prelude", 0)).rows.data_ptr()
         model(ids[:, 5:], 2, kv_cache=cache)
-    assert [rows.data_ptr() for rows in cache.slot("prelude_0").rows.values()] == before
+    assert cache.slot(Slot("prelude", 0)).rows.data_ptr() == before
 
 
 @pytest.mark.parametrize("exit", [None, StateChange(0.3), PredictionKL(0.05)], ids=str)
@@ -491,3 +497,103 @@ def test_every_block_of_a_core_has_slots_of_its_own(attn_type, exit):
     lengths = cache.lengths()
     looped = {name for name in lengths if name.startswith("recurrent_loop_")}
     assert len(looped) == 5 * 3 and {lengths[name] for name in looped} == {T}
+
+
+# -- long texts: a ring of raw rows, and cuts
+
+
+def long_model(attn_type: str, **changes) -> OpenMythos:
+    return tiny_model(attn_type, max_seq_len=400, dim=16, expert_dim=5, **changes)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("cache_loops", [None, 3])
+@pytest.mark.parametrize("sizes", [
+    [200, 1, 1, 90, 1], [1] * 5 + [ROLLBACK - 5, 1, ROLLBACK, 1], [3, ROLLBACK + 2, 2, ROLLBACK + 1, 1],
+], ids=str)  # fmt: skip
+def test_chunks_longer_than_the_ring(attn_type, cache_loops, sizes):
+    model, ids = long_model(attn_type), tokens(2, sum(sizes))
+    with torch.no_grad():
+        whole = model(ids, 3)
+    assert_near(in_chunks(model, ids, sizes, 3, KVCache(cache_loops)), whole, 5e-5)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("sizes", [[200], [150, 50], [100, 99, 1], [130] + [1] * 70], ids=str)
+def test_a_cut_of_up_to_the_rollback_goes_on(attn_type, sizes):
+    """Also to within what the last call wrote, or to its beginning."""
+    model, ids = long_model(attn_type), tokens(1, 210)
+    with torch.no_grad():
+        whole = model(ids, 3)
+    full = KVCache()
+    in_chunks(model, ids[:, :200], sizes, 3, full)
+    for cut in (1, 50, ROLLBACK):
+        cache = deepcopy(full)
+        cache.truncate(200 - cut)
+        rest = in_chunks(model, ids[:, 200 - cut :], [1, 2, 7 + cut], 3, cache)
+        assert_near(rest, whole[:, 200 - cut :], 5e-5, what=str(cut))
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_a_longer_cut_is_refused_where_there_is_a_convolution(attn_type):
+    ids = tokens(1, 200)
+    for taps in (0, 1, 3):
+        model, cache = long_model(attn_type, conv_taps=taps), KVCache()
+        with torch.no_grad():
+            whole = model(ids, 3)
+            model(ids, 3, cache)
+            cache.truncate(100)
+            if taps < 2:  # a token reads no raw rows but its own
+                assert_near(model(ids[:, 100:], 3, cache), whole[:, 100:], 5e-5)
+                continue
+            with pytest.raises(ValueError, match=f"cut back to 100 tokens.*at most {ROLLBACK} tokens"):
+                model(ids[:, 100:], 3, cache)
+            cache.reset()
+            assert_near(model(ids, 3, cache), whole)
+
+
+@given(
+    calls=st.lists(st.tuples(st.integers(1, 150), st.integers(0, ROLLBACK), st.booleans()), min_size=1, max_size=8),
+    n_raw=st.integers(0, 4),
+)
+def test_a_slot_holds_what_was_written_last(calls, n_raw):
+    """Against plain tensors: written, cut back, and filled from the slot before where nothing was written."""
+    slots, rows, raws = [CacheSlot(), CacheSlot()], [torch.empty(1, 0, 1, 2)] * 2, [torch.empty(1, 0, 1, 2)] * 2
+    most = 0
+    for n, cut, both in calls:
+        at, new = slots[0].length, torch.randn(2, 1, n, 1, 2)
+        for i in (0, 1):
+            if i == 1 and not both:
+                slots[1].repeat(slots[0])
+                rows[1], raws[1] = (torch.cat([x[1], x[0][:, at:]], 1) for x in (rows, raws))
+                continue
+            before = slots[i].raw_before(at, n_raw)
+            if before is not None:
+                assert torch.equal(before, torch.cat([torch.zeros(1, n_raw, 1, 2), raws[i]], 1)[:, at : at + n_raw])
+            rows[i], raws[i] = torch.cat([rows[i], 10 * new[i]], 1), torch.cat([raws[i], new[i]], 1)
+            assert torch.equal(slots[i].update(10 * new[i], new[i], at, n_raw), rows[i])
+        most = max(most, at + n)
+        end = max(at + n - cut, most - ROLLBACK, 1)  # no two cuts go further than one may
+        for i in (0, 1):
+            slots[i].truncate(end)
+            rows[i], raws[i] = rows[i][:, :end], raws[i][:, :end]
+        if both:  # looking fills it
+            assert all(torch.equal(slot.rows, held) for slot, held in zip(slots, rows, strict=True))
+
+
+def test_a_copy_of_a_cache_goes_its_own_way():
+    model, ids, cache = MODELS["gqa"], tokens(1, 8), KVCache()
+    with torch.no_grad():
+        whole = model(ids, 4)
+        model(ids[:, :5], 4, cache)
+        twin = deepcopy(cache)
+        model(tokens(1, 3, seed=9), 4, cache)
+        assert_near(model(ids[:, 5:], 4, twin), whole[:, 5:])
+
+
+@torch.no_grad()
+def test_a_model_that_sees_both_ways_takes_no_cache():
+    model = tiny_model(causal=False)
+    for cache in (KVCache(), {}):
+        with pytest.raises(ValueError, match="causal=False; leave it out"):
+            model(tokens(1, 4), 2, cache)
