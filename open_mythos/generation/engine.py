@@ -90,9 +90,8 @@ class ModuleEngine:
             h, ctx = self.model.states(tokens, depth.n_loops, self.cache, exit=depth.exit, first=first)
             return self._logits(self.model, h, ctx)
         e, ctx = self._encode(tokens)
-        h = model.first_state(e, ctx) if first is None else first
-        for state in model.recurrent.iterate(h, e, ctx, depth.n_loops, depth.exit):
-            h = state.h
+        first = model.first_state(e, ctx) if first is None else first
+        h = model.recurrent(first, e, ctx, n_loops=depth.n_loops, exit=depth.exit)
         return self._logits(model, h, ctx)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from helpers import tiny_model
 
 from open_mythos.diagnostics import flops_of_prompt, flops_per_trained_token, machine, speed
 from open_mythos.generation import engines
-from open_mythos.generation.engines import ModuleEngine
+from open_mythos.generation.engine import ModuleEngine
 
 CPU = torch.device("cpu")
 

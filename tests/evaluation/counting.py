@@ -9,8 +9,9 @@ import torch
 from helpers import tiny_config
 from torch import Tensor, nn
 
-from open_mythos.context import AttentionMask, Context
+from open_mythos.context import Context
 from open_mythos.nn.exits import LoopState
+from open_mythos.ops.attention import AttentionMask
 from open_mythos.tasks.base import Batch, Task
 
 

@@ -9,8 +9,10 @@ from helpers import ATTENTION, assert_near, left_padding, tiny_model, tokens
 from torch import Tensor
 
 from open_mythos import OpenMythos
+from open_mythos.generation.engine import Depth, Engine
+from open_mythos.generation.engines import make_engine
 from open_mythos.generation.sampling import Sampling
-from open_mythos.generation.speculative import Draft, Speculation, accept
+from open_mythos.generation.speculative import Draft, accept, drafted
 from open_mythos.nn.exits import StateChange
 
 MODELS = {attn_type: tiny_model(attn_type, halting=False) for attn_type in ATTENTION}
@@ -34,6 +36,16 @@ def joint(model: OpenMythos, prompt: Tensor, n_new: int, n_loops: int, sampling:
     ids = torch.cat([prompt.expand(len(tails), -1), tails], 1)
     p = sampling.probabilities(model(ids, n_loops)[:, len(prompt) - 1 : -1])
     return p.gather(-1, tails.unsqueeze(-1)).squeeze(-1).prod(1)
+
+
+def blocks(
+    model: OpenMythos, ids: Tensor, n_new: int, n_loops: int, draft: Draft, sampling: Sampling,
+    mask: Tensor | None = None, generator: torch.Generator | None = None,
+) -> tuple[list[Tensor], Engine]:  # fmt: skip
+    """New tokens as they are accepted, and the engine that made them."""
+    engine = make_engine("modules", model, Depth(n_loops), drafts=True)
+    logits = engine.extend(ids, mask)
+    return list(drafted(model, engine, logits, draft, sampling, (), generator, n_new)), engine
 
 
 # -- greedy
@@ -69,8 +81,8 @@ def test_drafts_of_these_models_are_often_wrong_and_often_right(attn_type):
     sizes = []
     for seed in range(6):
         model = tiny_model(attn_type, halting=False, seed=seed)
-        run = Speculation(model, 5, Draft(1, 3), Sampling(0))
-        sizes += [block.shape[1] for block in run.blocks(tokens(1, 5, seed=seed), 24)][1:-1]
+        found, _ = blocks(model, tokens(1, 5, seed=seed), 24, 5, Draft(1, 3), Sampling(0))
+        sizes += [block.shape[1] for block in found][1:-1]
     assert {1, 4} <= set(sizes)
 
 
@@ -108,8 +120,7 @@ def test_sampled_tokens_have_the_distribution_of_full_depth(attn_type, n_loops, 
     assert (draft - expected[0]).abs().sum() / 2 > 0.1, "the draft's own distribution would pass as well"
     counts, generator = torch.zeros(2, 256), torch.Generator().manual_seed(1)
     for _ in range(n):
-        run = Speculation(model, n_loops, Draft(draft_loops, 2), sampling, generator=generator)
-        new = torch.cat(list(run.blocks(ids, 4, mask)), 1)
+        new = torch.cat(blocks(model, ids, 4, n_loops, Draft(draft_loops, 2), sampling, mask, generator)[0], 1)
         counts[torch.arange(2), new @ torch.tensor([64, 16, 4, 1])] += 1
     for found, exact in zip(counts, expected, strict=True):
         assert chi_square_is_likely(found, n * exact)
@@ -177,25 +188,24 @@ def test_no_loop_of_a_token_is_computed_twice(draft_loops):
     model, computed = tiny_model(halting=False), []
     original = model.recurrent.step
     model.recurrent.step = lambda h, *args: computed.append(h.shape[1]) or original(h, *args)
-    run = Speculation(model, 5, Draft(draft_loops, 3), Sampling(0))
-    blocks = list(run.blocks(tokens(1, 4), 25))
+    found, _ = blocks(model, tokens(1, 4), 25, 5, Draft(draft_loops, 3), Sampling(0))
     # The prompt, and then of each round its drafts and the token before them.
-    drafted, made = [], 1
-    for block in blocks[1:]:
-        drafted.append(min(3, 25 - made - 1))
+    of_rounds, made = [], 1
+    for block in found[1:]:
+        of_rounds.append(min(3, 25 - made - 1))
         made += block.shape[1]
-    assert sum(computed) == 5 * (4 + sum(drafted) + len(drafted))
-    assert len(computed) == 5 + sum((n + 1) * draft_loops + 5 - draft_loops for n in drafted)
+    assert sum(computed) == 5 * (4 + sum(of_rounds) + len(of_rounds))
+    assert len(computed) == 5 + sum((n + 1) * draft_loops + 5 - draft_loops for n in of_rounds)
 
 
 def test_refused_tokens_leave_nothing_in_the_cache():
     model, ids = MODELS["gqa"], tokens(2, 5)
-    run = Speculation(model, 4, Draft(1, 3), Sampling(0))
-    new = torch.cat(list(run.blocks(ids, 12)), 1)
-    assert set(run.cache.lengths().values()) == {run.cache.length} and run.cache.length == 5 + 12 - 1
+    found, engine = blocks(model, ids, 12, 4, Draft(1, 3), Sampling(0))
+    new, cache = torch.cat(found, 1), engine.cache
+    assert set(cache.lengths().values()) == {cache.length} and cache.length == 5 + 12 - 1
     with torch.no_grad():
         expected = model(torch.cat([ids, new], 1), 4)[:, -1:]
-        assert_near(model(new[:, -1:], 4, run.cache), expected)
+        assert_near(model(new[:, -1:], 4, cache), expected)
 
 
 def test_modes_are_put_back():

@@ -307,8 +307,8 @@ def test_a_warm_start_is_the_last_state_of_the_token_before(attn_type, exit):
     made, new, first, cache, valid, generator = [], ids, None, KVCache(), mask, torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(10):
-            h, freqs, seen = model.states(new, 3, cache, attention_mask=valid, exit=exit, first=first)
-            logits = model.head(model.decode(h, freqs, seen, cache))[:, -1]
+            h, ctx = model.states(new, 3, cache, attention_mask=valid, exit=exit, first=first)
+            logits = model.head(model.decode(h, ctx))[:, -1]
             new = Sampling(top_k=None).draw(logits, generator).unsqueeze(1)
             made.append(new)
             first, valid = h[:, -1:], None

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ATTENTION, assert_near, gradients, loops_used, tiny_model, tokens
+from helpers import ATTENTION, assert_near, gradients, loops_used, tiny_config, tiny_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_mythos import KVCache
+from open_mythos.context import Context
 from open_mythos.diagnostics import trace
-from open_mythos.ops.attention import attend, attend_local
-from open_mythos.ops.conv import causal_conv
-from open_mythos.ops.mask import CausalMask, document_starts
+from open_mythos.nn.attention import GQAttention
+from open_mythos.ops.attention import AttentionMask, attend, document_numbers
 from open_mythos.ops.reference import attention
 from open_mythos.reference import reference_logits
 from open_mythos.tasks import UNSCORED, Batch
@@ -88,41 +88,45 @@ def test_a_training_step_on_packed_rows_is_one_on_the_documents(per: str) -> Non
 def test_attention_stays_within_documents(window: int | None, length: int) -> None:
     generator = torch.Generator().manual_seed(length)
     numbers = torch.randint(0, 2, (2, length), generator=generator).cumsum(1) + 1
-    starts = document_starts(numbers)
-    mask = CausalMask(length, length, starts=starts)
+    mask = AttentionMask(length, length, documents=document_numbers(numbers))
     q, k, v = (torch.randn(2, length, n, 8, generator=generator) for n in (4, 2, 2))
     at = torch.arange(length)
     allowed = (at[:, None] >= at) & (numbers[:, None, :, None] == numbers[:, None, None, :])
     allowed = allowed if window is None else allowed & (at[:, None] - at < window)
-    found = attend(q, k, v, mask) if window is None else attend_local(q, k, v, window, mask)
+    found = attend(q, torch.cat([k, v], -1), mask, 8**-0.5, 4 if window else 0, window or 0)
     assert_near(found, attention(q, k, v, allowed, 8**-0.5))
 
 
 def test_a_convolution_stays_within_documents() -> None:
-    x, taps, numbers = (
-        torch.randn(2, 9, 4),
-        torch.randn(5, 4),
-        torch.tensor([[1] * 4 + [2] * 5, [1] + [2] * 2 + [3] * 6]),
-    )
-    found = causal_conv(x, taps, document_starts(numbers))
+    attn = GQAttention(tiny_config(conv_taps=5))
+    torch.nn.init.normal_(attn.k_conv.taps), torch.nn.init.normal_(attn.v_conv.taps)
+    rows, numbers = torch.randn(2, 9, 2, 16), torch.tensor([[1] * 4 + [2] * 5, [1] + [2] * 2 + [3] * 6])
+
+    def convolved(rows: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+        T = rows.shape[1]
+        mask = AttentionMask(T, T, documents=documents)
+        return attn._convolve(rows, None, Context(torch.zeros(1), mask), mask)
+
+    found = convolved(rows, numbers)
     for row in range(2):
         for number in numbers[row].unique():
             here = numbers[row] == number
-            assert_near(found[row, here], causal_conv(x[row, here][None], taps)[0])
+            assert_near(found[row, here], convolved(rows[row, here][None], None)[0])
 
 
 def test_one_document_a_row_is_plain_attention() -> None:
     ones = torch.ones(2, 5, dtype=torch.int64)
-    assert document_starts(ones) is None and document_starts(ones.bool()) is None
-    assert document_starts(torch.tensor([[0, 0, 1, 1]])) is None
+    assert document_numbers(ones) is None and document_numbers(ones.bool()) is None
+    assert document_numbers(torch.tensor([[0, 0, 1, 1]])) is None
     model, ids = tiny_model(), tokens(2, 5)
     assert torch.equal(model(ids, 2), model(ids, 2, attention_mask=ones))
-    assert document_starts(torch.tensor([[0, 1, 1, 2, 2, 2, 0]])).tolist() == [[0, 1, 1, 3, 3, 3, 6]]  # type: ignore[union-attr]
+    found = document_numbers(torch.tensor([[0, 1, 1, 2, 2, 2, 0], [2, 2, 1, 1, 2, 2, 2]]))
+    assert found is not None and found.diff(dim=1).tolist() == [[1, 0, 1, 0, 0, 1], [0, 1, 0, 1, 0, 0]]
 
 
 def test_no_cache_holds_packed_documents() -> None:
     cache = KVCache()
-    with pytest.raises(ValueError, match="attention_mask numbers documents, which start at 0 and no cache holds"):
+    with pytest.raises(ValueError, match="attention_mask numbers documents, which start at 0 and which no cache"):
         tiny_model()(tokens(1, 22), 2, cache, attention_mask=PACKED[:1])
     assert cache.length == 0
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from open_mythos import OpenMythos
 from open_mythos.generation.depth_batching import DepthBatch
 from open_mythos.generation.sampling import Sampling
+from open_mythos.model import UnrolledMythos
 from open_mythos.nn.exits import Acceleration, Exit, Gate, PredictionKL, StateChange
-from open_mythos.training.baselines import UnrolledMythos
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [tokens(n, seed=n) for n in (5, 1, 9, 3, 12, 2, 7)]
