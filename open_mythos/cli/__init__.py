@@ -4,8 +4,6 @@ Subcommand modules are imported when called, and torch and matplotlib only when 
 helper modules), so that ``--help`` and usage errors are instant.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Annotated, Any
 

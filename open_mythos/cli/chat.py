@@ -49,7 +49,7 @@ def chat(
     from open_mythos.generation.sampling import Sampling
     from open_mythos.models import load_model, model_dir, tokenizer_of
     from open_mythos.nn.exits import parse
-    from open_mythos.training.checks import find_device
+    from open_mythos.training.distributed import find_device
 
     with clear_errors():
         at = find_device(device)

@@ -1,7 +1,5 @@
 """Shared output helpers of the subcommands: messages, errors, tables, numbers, progress bars."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

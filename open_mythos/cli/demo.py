@@ -1,7 +1,5 @@
 """``mythos demo``: accuracy on running parity by number of loops, of a model trained now or shipped."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """``mythos eval``: accuracy of a checkpoint over difficulty and loops, with metrics of depth."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

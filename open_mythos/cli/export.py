@@ -1,7 +1,5 @@
 """``mythos export``: write a model as a folder that transformers loads on any machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

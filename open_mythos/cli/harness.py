@@ -1,7 +1,5 @@
 """``mythos eval --harness``: scores of the lm-evaluation-harness's tasks by loops."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

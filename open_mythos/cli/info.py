@@ -1,7 +1,5 @@
 """``mythos info``: cost of a model, from its config alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

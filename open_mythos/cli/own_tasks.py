@@ -1,7 +1,5 @@
 """Evaluation on tasks of this library for ``mythos eval``, and tables of results that ``mythos train`` shows too."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

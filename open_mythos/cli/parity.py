@@ -1,7 +1,5 @@
 """Training and evaluation of ``mythos demo``: running parity, at more bits and loops than in training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """``mythos report``: an HTML report of a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

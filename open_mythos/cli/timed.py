@@ -1,7 +1,5 @@
 """What ``mythos bench`` times: a model, and where it runs."""
 
-from __future__ import annotations
-
 import torch
 
 from open_mythos.cli.info import find_config

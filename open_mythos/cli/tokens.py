@@ -1,7 +1,5 @@
 """Input tokens of ``mythos diagnose``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``mythos train``: train from a recipe, list recipes, or estimate the cost of a run."""
 
-from __future__ import annotations
-
 import shlex
 from datetime import timedelta
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mythos train-gate``: train the halting gate of a trained model."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Annotated

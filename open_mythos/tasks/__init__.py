@@ -1,7 +1,5 @@
 """Synthetic tasks with a numeric difficulty, for training and evaluation."""
 
-from __future__ import annotations
-
 import dataclasses
 from importlib import import_module
 from typing import Any

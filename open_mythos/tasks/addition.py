@@ -1,7 +1,5 @@
 """Addition of two long numbers, with long carry chains."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The base class of tasks: seeded generators of problems at any difficulty, with scoring."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple

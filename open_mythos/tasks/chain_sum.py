@@ -1,7 +1,5 @@
 """Chain sum: the sum of a sequence of digits, with only the final answer scored."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Where text comes from: the standard library's own sources, local files, or a Hugging Face dataset."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import math

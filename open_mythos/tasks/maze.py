@@ -1,7 +1,5 @@
 """Mazes: which cells of a grid are reachable from the start?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Sudoku on a 4 x 4 grid."""
 
-from __future__ import annotations
-
 import itertools
 from functools import lru_cache
 

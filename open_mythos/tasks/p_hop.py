@@ -1,7 +1,5 @@
 """p-hop induction: follow successors p times."""
 
-from __future__ import annotations
-
 import string
 from dataclasses import dataclass
 

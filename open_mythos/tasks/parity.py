@@ -1,7 +1,5 @@
 """Running parity."""
 
-from __future__ import annotations
-
 import torch
 
 from open_mythos.tasks.base import Batch, Task

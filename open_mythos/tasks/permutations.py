@@ -1,7 +1,5 @@
 """Products of permutations: the word problem of a symmetric group."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 

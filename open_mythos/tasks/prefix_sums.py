@@ -1,7 +1,5 @@
 """Prefix sums, the first benchmark of the Deep Thinking papers (2106.04537, 2202.05826)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

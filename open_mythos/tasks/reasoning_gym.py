@@ -1,7 +1,5 @@
 """Any generator of ``reasoning-gym`` (2505.24760) as a task, by bytes."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Iterator, Sequence

@@ -10,8 +10,6 @@ KEY is made of everything that decides the tokens. CACHE is ``~/.cache/open_myth
 ``OPEN_MYTHOS_CACHE`` says; it may be removed at any time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

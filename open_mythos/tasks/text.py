@@ -1,7 +1,5 @@
 """Next-token prediction on text that is on every machine, on your own, or from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
