@@ -30,11 +30,23 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def local_device() -> torch.device:
-    """A GPU of its own for every process of a machine, or the CPU."""
-    if not torch.cuda.is_available():
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is a GPU, each process of a machine its own, or the CPU if there is none.
+
+    Raises:
+        ValueError: for a device that is unknown or not available.
+    """
+    if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world_size() > 1 else torch.device("cuda")
+    if name == "auto":
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world_size() > 1 else torch.device("cuda")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"device={name!r} cannot be used ({first_line}); use 'auto' or 'cpu'") from error
+    return device
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from open_mythos.nn.schedule import Schedule, Stage, take
 from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.training.allocator import give_back_here
 from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
-from open_mythos.training.loops import draw_loops
 
+TERMS = ("cross_entropy", "z", "distillation", "change")
 _TRIM_EVERY = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
 _MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.chunk`` says otherwise
 
@@ -41,8 +40,7 @@ class Plan:
     stale: Tensor
 
     def __getitem__(self, rows: slice) -> Plan:
-        drawn = (self.n_loops, self.n_grad, self.short_loops, self.short_grad, self.stale)
-        return Plan(*(numbers[rows] for numbers in drawn))
+        return Plan(*(numbers[rows] for numbers in vars(self).values()))
 
 
 @dataclass
@@ -86,9 +84,8 @@ class Objective:
         with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
         stale = torch.rand(n, generator=generator)
         stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
-        return Plan(
-            n_loops, _with_gradient(loops, n_loops), (no_grad + with_grad).expand(n), with_grad.expand(n), stale
-        )
+        n_grad = n_loops.clamp(max={"all": loops.maximum, "one_step": 1}.get(loops.gradient, loops.grad_loops))
+        return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
         """The loss of a micro-batch.
@@ -106,19 +103,19 @@ class Objective:
         h = self._first_state(model, run.e, run.ctx, plan.stale)
         ran = [run(h, plan.n_loops, plan.n_grad)] if short < 1 else []
         ran += [run(h, plan.short_loops, plan.short_grad)] if short > 0 else []
-        shares = [share for share in (1 - short, short) if share > 0]
         if self.cfg.loops.stale:
-            self.left = ran[0].final
-        parts = {
-            name: sum(share * getattr(result, name) for share, result in zip(shares, ran, strict=True)) / n_scored
-            for name in ("cross_entropy", "z", "change", *(["distillation"] if self.teacher is not None else []))
-        }
+            self.left = ran[0][2]
+        shares = [share for share in (1 - short, short) if share > 0]
+        sums = torch.stack([share * sums for share, (sums, _, _) in zip(shares, ran, strict=True)]).sum(0)
+        parts = dict(zip(TERMS, sums / n_scored, strict=True))
+        if self.teacher is None:
+            del parts["distillation"]
         distill = cfg.distill if self.teacher is not None else 0.0
-        loss = (1 - distill) * parts["cross_entropy"] + distill * parts.get("distillation", 0.0)
-        loss = loss + cfg.z * parts["z"] + cfg.fixed_point * parts["change"]
+        weights = {"cross_entropy": 1 - distill, "z": cfg.z, "distillation": distill, "change": cfg.fixed_point}
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         n_loops = plan.n_loops if short < 1 else plan.short_loops
         detached = {name: part.detach() for name, part in parts.items()}
-        return Outcome(loss, ran[0].n_right, float(n_loops.float().mean()), detached)
+        return Outcome(loss, ran[0][1], float(n_loops.float().mean()), detached)
 
     def _first_state(self, model: OpenMythos, e: Tensor, ctx: Context, stale: Tensor) -> Tensor:
         h = model.first_state(e, ctx)
@@ -131,26 +128,6 @@ class Objective:
         h[rows.to(e.device, non_blocking=True), :T] = picked[:, :T]
         return ctx.mask.without_padding(h)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What later steps depend on."""
-        return {"left": self.left}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the objective that gave ``state`` was."""
-        self.left = state["left"]
-
-
-@dataclass
-class _Ran:
-    """Sums over scored tokens of one run of the loop, (,) each, and its final states (B, T, dim), detached."""
-
-    cross_entropy: Tensor
-    z: Tensor
-    distillation: Tensor
-    change: Tensor
-    n_right: Tensor
-    final: Tensor
-
 
 class _Run:
     """Runs of the loop over one encoded batch."""
@@ -162,63 +139,79 @@ class _Run:
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
         self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid)
 
-    def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor) -> _Ran:
+    def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over scored tokens, (4,) as ``TERMS``; tokens that are right; final states (B, T, dim), detached."""
         cfg = self.cfg
-        zero = self.e.new_zeros((), dtype=torch.float32)
-        ran = _Ran(zero, zero, zero, zero, zero.long(), torch.empty_like(h, requires_grad=False))
+        sums, change = self.e.new_zeros(3, dtype=torch.float32), self.e.new_zeros((), dtype=torch.float32)
+        n_right, final = change.long(), torch.empty_like(h, requires_grad=False)
         damping = cfg.loops.damping if cfg.loops.gradient == "phantom" else 1.0
-        schedule = Schedule(n_loops, n_grad, damping, cfg.checkpoint_loops, _trim)
+        schedule = Schedule(
+            n_loops,
+            n_grad,
+            damping,
+            cfg.checkpoint_loops,
+            lambda h, loop: h if loop % _TRIM_EVERY else give_back_here(h),
+        )
         for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
             supervised, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
             if len(supervised):
                 inputs = take(stage.after, supervised), stage.rows[supervised], weights[supervised]
-                # Where loops are recomputed, the head's activations for each would be most of what is kept.
-                recompute = cfg.checkpoint_loops and cfg.loss.supervises_every_loop
-                terms = (
-                    checkpoint(self._loss_terms, *inputs, use_reentrant=False)
-                    if recompute
-                    else self._loss_terms(*inputs)
-                )
-                cross_entropy, z, distillation, right = terms
-                ran.cross_entropy, ran.z = ran.cross_entropy + cross_entropy, ran.z + z
-                ran.distillation = ran.distillation + distillation
+                if cfg.checkpoint_loops and cfg.loss.supervises_every_loop:  # the head's activations would be most
+                    found, right = checkpoint(self._loss_terms, *inputs, use_reentrant=False)
+                else:
+                    found, right = self._loss_terms(*inputs)
                 is_end = (stage.left[supervised] == 0).to(right.device, non_blocking=True)
-                ran.n_right = ran.n_right + (right * is_end).sum()
+                sums, n_right = sums + found, n_right + (right * is_end).sum()
             if len(ends):
                 rows, before, after = stage.rows[ends], take(stage.before, ends), take(stage.after, ends)
                 if cfg.loss.fixed_point:
                     moved = (after - before).float().square().sum(-1)
                     moved = moved / after.float().square().sum(-1).clamp(min=1e-12)
-                    ran.change = ran.change + (moved.mean(1) * (take(self.targets, rows) != UNSCORED).sum(1)).sum()
-                ran.final[rows.to(h.device, non_blocking=True)] = after.detach()
-        return ran
+                    change = change + (moved.mean(1) * (take(self.targets, rows) != UNSCORED).sum(1)).sum()
+                final[rows.to(h.device, non_blocking=True)] = after.detach()
+        return torch.cat([sums, change.view(1)]), n_right, final
 
-    def _loss_terms(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weighted sums of cross-entropy, squared log-partition and divergence, and tokens right in each row, (R,)."""
+    def _loss_terms(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sums as :func:`readout`, (3,), and tokens right in each row, (R,)."""
         ctx = self.ctx if len(rows) == len(self.e) else self.ctx.rows(rows.to(h.device, non_blocking=True))
         x = self.model.decode(h, ctx)
         targets = take(self.targets, rows)
         weight = weights.to(h.device, non_blocking=True).unsqueeze(1) * (targets != UNSCORED)
         teacher = None if self.teacher is None else (self.teacher.head, take(self.teacher_hidden, rows).flatten(0, 1))
         chunk = self.cfg.loss.chunk or max(1, _MAX_LOGITS // self.model.cfg.vocab_size)
-        flat = x.flatten(0, 1), targets.flatten(), weight.flatten()
-        *sums, hits = readout(self.model.head, *flat, chunk, teacher)
-        cross_entropy, z, distillation = sums
-        return cross_entropy, z, distillation, hits.view(targets.shape).sum(1)
+        sums, hits = readout(self.model.head, x.flatten(0, 1), targets.flatten(), weight.flatten(), chunk, teacher)
+        return sums, hits.view(targets.shape).sum(1)
 
 
-def _trim(h: Tensor, loop: int) -> Tensor:
-    return h if loop % _TRIM_EVERY else give_back_here(h)
+def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """Loop counts of a batch of ``n`` sequences of ``length`` tokens, (n,) int64; all equal if ``cfg.per`` is "batch".
+
+    ``progress`` is the completed share of the run, 0 to 1; ``generator`` is on the CPU.
+    """
+    shape = (n if cfg.per == "sequence" else 1,)
+    low, high = cfg.minimum, cfg.maximum
+    if cfg.schedule == "fixed":
+        drawn = torch.full(shape, cfg.mean).round()
+    elif cfg.schedule == "by_length":
+        drawn = torch.full(shape, math.ceil(length * cfg.per_token))
+    elif cfg.schedule == "poisson":
+        drawn = torch.poisson(torch.full(shape, cfg.mean), generator=generator)
+    elif cfg.schedule == "lognormal":
+        noise = torch.randn(shape, generator=generator)
+        rate = cfg.mean * (cfg.sigma * noise - cfg.sigma**2 / 2).exp()  # log-normal with mean cfg.mean
+        drawn = torch.poisson(rate, generator=generator)
+    else:
+        if cfg.schedule == "curriculum":
+            high = low + round((high - low) * min(1.0, progress / cfg.ramp))
+        drawn = torch.randint(low, high + 1, shape, generator=generator)
+    return drawn.clamp(low, high).to(torch.int64).expand(n)
 
 
 def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
     """How much each sequence's answer after this loop counts, (R,); over its loops with gradient they sum to one.
 
-    Args:
-        cfg: ``depth`` and ``ratio``.
-        stage: the loop.
-        n_grad: (R,) loops with gradient of the stage's sequences.
+    ``n_grad`` is the number of these, (R,).
     """
     if cfg.depth == "uniform":
         return 1.0 / n_grad
@@ -234,7 +227,7 @@ def readout(
     weights: Tensor,
     chunk: int = 0,
     teacher: tuple[torch.nn.Module, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy without all logits at once.
 
     Args:
@@ -246,12 +239,12 @@ def readout(
         teacher: its head and what it reads, (N, its dim).
 
     Returns:
-        Weighted sums, float32, of cross-entropy, of the squared log-partition and of the divergence from the teacher's
-        predictions (0 without one), and (N,) bool, whether the likeliest token is the target.
+        Weighted sums, (3,) float32, of cross-entropy, of the squared log-partition and of the divergence from the
+        teacher's predictions (0 without one), and (N,) bool, whether the likeliest token is the target.
     """
     teacher_head, others = (None, []) if teacher is None else (teacher[0], [teacher[1]])
 
-    def terms(x: Tensor, targets: Tensor, weights: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def terms(x: Tensor, targets: Tensor, weights: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(x).float()
         log_partition = logits.logsumexp(-1)
         cross_entropy = log_partition - logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -260,25 +253,12 @@ def readout(
             with torch.no_grad():
                 theirs = teacher_head(*others).float().log_softmax(-1)
             divergence = F.kl_div(logits - log_partition[:, None], theirs, reduction="none", log_target=True).sum(-1)
-        sums = ((weights * term).sum() for term in (cross_entropy, log_partition.square(), divergence))
-        return *sums, logits.argmax(-1) == targets
+        sums = [(weights * term).sum() for term in (cross_entropy, log_partition.square(), divergence)]
+        return torch.stack(sums), logits.argmax(-1) == targets
 
     inputs = x, targets, weights, *others
     if chunk == 0 or len(x) <= chunk:
         return terms(*inputs)
-    by_chunk: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]] = (
-        checkpoint(terms, *part, use_reentrant=False)
-        for part in zip(*(rows.split(chunk) for rows in inputs), strict=True)
-    )
-    *sums, hits = (
-        torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts) for parts in zip(*by_chunk, strict=True)
-    )
-    cross_entropy, z, divergence = (parts.sum() for parts in sums)
-    return cross_entropy, z, divergence, hits
-
-
-def _with_gradient(cfg: LoopConfig, n_loops: Tensor) -> Tensor:
-    """How many of its loops, the last ones, each sequence has gradient through."""
-    if cfg.gradient == "all":
-        return n_loops
-    return n_loops.clamp(max=1 if cfg.gradient == "one_step" else cfg.grad_loops)
+    by_chunk = zip(*(rows.split(chunk) for rows in inputs), strict=True)
+    sums, hits = zip(*(checkpoint(terms, *part, use_reentrant=False) for part in by_chunk), strict=True)
+    return torch.stack(sums).sum(0), torch.cat(hits)

@@ -17,15 +17,13 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.auxiliary import balance, experts
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.ops.dispatch import use_tf32
-from open_mythos.tasks import UNSCORED, Batch
+from open_mythos.tasks import UNSCORED, Batch, Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
 from open_mythos.training.allocator import keep_freed_memory
-from open_mythos.training.checks import check_fit, find_device
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
-from open_mythos.training.start import load_teacher, start_from
 
 # streams of random numbers beside torch's own, which draws weights, dropout and noise
 _DATA, _LOOPS, _RANKS = 1, 2, 500
@@ -81,7 +79,7 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
-        self.device = find_device(cfg.device)
+        self.device = distributed.find_device(cfg.device)
         use_tf32(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -90,13 +88,11 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.model = baselines.build(cfg)
         if cfg.start:
-            start_from(self.model, cfg)
+            baselines.start_from(self.model, cfg)
         self.model.to(self.device).train()
         if cfg.compile:
-            from open_mythos.training.compiling import compile_blocks  # torch's compiler takes a second to import
-
-            compile_blocks(self.model, cfg)
-        self.objective = Objective(cfg, load_teacher(cfg, self.device))
+            baselines.compile_blocks(self.model, cfg)
+        self.objective = Objective(cfg, baselines.load_teacher(cfg, self.device))
         self.optimizer = Optimizer(self.model, cfg.optim)
         self.ema = EMA(self.model, cfg.optim.ema)
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
@@ -263,13 +259,33 @@ class Trainer:
     def _carried(self) -> dict[str, Any]:
         """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return {"buffers": buffers, "objective": self.objective.state_dict()}
+        return {"buffers": buffers, "objective": {"left": self.objective.left}}
 
     def _restore(self, carried: dict[str, Any]) -> None:
         for name, buffer in carried["buffers"].items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(owner), leaf, buffer.to(self.device))
-        self.objective.load_state_dict(carried["objective"])
+        self.objective.left = carried["objective"]["left"]
+
+
+def check_fit(cfg: TrainConfig, task: Task) -> None:
+    """Raise ValueError, with a fix, for settings that would fail at the first step or in the final evaluation."""
+    n, known = task.vocab_size, cfg.model.vocab_size
+    must(n <= known, f"model.vocab_size={known}, but {cfg.task.name} has {n} tokens; use model.vocab_size={n}")
+    n, batch_size, parts = distributed.world_size(), cfg.batch_size, cfg.accumulate
+    parted = f"batch_size={batch_size} in accumulate={parts} parts"
+    must(batch_size // parts % n == 0, f"{parted} does not divide among {n} processes; use a multiple of {n * parts}")
+    low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
+    if isinstance(task, Text) and task.separate:
+        given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
+        must(low == high, f"{given}, but rows of text have one length; {fix}")
+    difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
+    for difficulty in difficulties:
+        task.check(difficulty)
+    hardest, limit = max(difficulties), cfg.model.max_seq_len
+    longest = task.length(hardest)
+    fix = f"use model.max_seq_len={longest}, or lower difficulties in training and evaluation"
+    must(longest <= limit, f"{hardest} {task.unit} are {longest} tokens, more than model.max_seq_len={limit}; {fix}")
 
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:

@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_config
 
 from open_mythos import OpenMythos
-from open_mythos.training.baselines import UnrolledMythos, build, model_class
+from open_mythos.training.baselines import UnrolledMythos, build
 from open_mythos.training.config import LoopConfig, TrainConfig
 
 IDS = torch.arange(1, 9).unsqueeze(0)
@@ -56,6 +56,6 @@ def test_saved_and_loaded(kind, tmp_path):
     torch.manual_seed(0)
     model = build(config(kind)).eval()
     model.save_pretrained(tmp_path)
-    again = model_class(config(kind)).from_pretrained(tmp_path)
-    assert type(again) is (UnrolledMythos if kind == "unrolled" else OpenMythos)
+    assert type(model) is (UnrolledMythos if kind == "unrolled" else OpenMythos)
+    again = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(again(IDS), model(IDS))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_mythos.training.config import LoopConfig
-from open_mythos.training.loops import draw_loops
+from open_mythos.training.objective import draw_loops
 
 SCHEDULES = ("fixed", "uniform", "poisson", "lognormal", "curriculum", "by_length")
 
