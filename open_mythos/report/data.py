@@ -21,7 +21,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.report.example import MAX_CELLS, trace_example
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
-from open_mythos.training.checks import find_device
+from open_mythos.training.distributed import find_device
 from open_mythos.training.compare import RESULTS
 from open_mythos.training.config import EvalConfig, TrainConfig
 from open_mythos.training.fit import load_evaluation
