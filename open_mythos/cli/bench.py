@@ -1,10 +1,7 @@
 """``mythos bench``: how fast a model runs here, and what share of the machine's own rates that is."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from collections.abc import Callable
 from datetime import date
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,31 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from open_mythos.cli.console import clear_errors, console, progress, si, table
-from open_mythos.config import MythosConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from open_mythos.diagnostics.speed import Speed
-    from open_mythos.model import OpenMythos
 
 _SIZES = {"train": (8, 256), "prefill": (1, 1024), "decode": (1, 512)}  # rows and tokens of each
 
 
-class Work(StrEnum):
-    train = "train"
-    prefill = "prefill"
-    decode = "decode"
-
-
-class Dtype(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Attention(StrEnum):
-    gqa = "gqa"
-    mla = "mla"
+Work = StrEnum("Work", ["train", "prefill", "decode"])
+Dtype = StrEnum("Dtype", ["fp32", "bf16"])
+Attention = StrEnum("Attention", ["gqa", "mla"])
 
 
 def bench(
@@ -62,9 +44,13 @@ def bench(
     import torch
 
     from open_mythos.cli.timed import build, chosen_device
+    from open_mythos.diagnostics import parameters
     from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
+    from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed
     from open_mythos.ops.dispatch import use_tf32
+    from open_mythos.training.allocator import keep_freed_memory
 
+    found = []
     with clear_errors():
         if threads is not None:
             torch.set_num_threads(threads)
@@ -72,82 +58,51 @@ def bench(
         use_tf32(at)
         number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
         timed = build(model, dim, attn, experts, loops).to(at)
-        n_loops = timed.cfg.max_loop_iters
-        works = list(Work) if not only else [work for work in Work if work in only]
-        sizes = {work: (batch or _SIZES[work][0], tokens or _SIZES[work][1]) for work in works}
-        longest = max(tokens for _, tokens in sizes.values()) + 64
-        timed.cfg.max_seq_len = max(timed.cfg.max_seq_len, longest)
-        with progress(n_steps=2 + len(works)) as begin:
+        cfg, n_loops = timed.cfg, timed.cfg.max_loop_iters
+        sizes = {work: (batch or _SIZES[work][0], tokens or _SIZES[work][1]) for work in Work if work in (only or Work)}
+        cfg.max_seq_len = max(cfg.max_seq_len, *(length + 64 for _, length in sizes.values()))
+        with progress(n_steps=2 + len(sizes)) as begin:
             begin("matrix products")
             peak = matmul_rate(number, at, min(seconds, 2.0))
             begin("memory")
             reading = read_rate(at, min(seconds, 1.0))
-            found = [measure(timed, work, *sizes[work], n_loops, number, seconds, begin) for work in works]
-    name = model or f"dim {timed.cfg.dim}, {timed.cfg.attn_type.upper()}, {timed.cfg.n_experts} experts"
+            for work, size in sizes.items():
+                begin(work)
+                if work is Work.train:
+                    keep_freed_memory()  # as the Trainer does
+                    found.append(train_speed(timed.float(), *size, n_loops, number, seconds))
+                else:
+                    speed = prefill_speed if work is Work.prefill else decode_speed
+                    found.append(speed(timed.to(number), *size, n_loops, seconds))
+    name = model or f"dim {cfg.dim}, {cfg.attn_type.upper()}, {cfg.n_experts} experts"
     conditions = describe(at) | {"dtype": str(dtype), "date": date.today().isoformat()}
-    show(name, timed.cfg, found, peak, reading, conditions)
-    print(json.dumps(record(name, timed.cfg, found, peak, reading, conditions)))
-
-
-def measure(
-    model: OpenMythos,
-    work: Work,
-    batch: int,
-    tokens: int,
-    n_loops: int,
-    dtype: torch.dtype,
-    seconds: float,
-    begin: Callable[[str], None],
-) -> Speed:
-    from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed
-    from open_mythos.training.allocator import keep_freed_memory
-
-    begin(work)
-    if work is Work.train:
-        keep_freed_memory()  # as the Trainer does
-        return train_speed(model.float(), batch, tokens, n_loops, dtype, seconds)
-    timed = prefill_speed if work is Work.prefill else decode_speed
-    return timed(model.to(dtype), batch, tokens, n_loops, seconds)
+    works = show(f"{name}: {n_loops} loops, {dtype}", found, peak, reading, conditions)
+    count = dataclasses.asdict(parameters(cfg))
+    peaks = {"matmul_flops_per_second": peak, "read_bytes_per_second": reading}
+    print(json.dumps({"model": name, "config": json.loads(cfg.to_json()), "parameters": count, "works": works,
+                      "peaks": peaks, "conditions": conditions}))  # fmt: skip
 
 
 def show(
-    name: str, cfg: MythosConfig, found: list[Speed], peak: float, reading: float, conditions: dict[str, Any]
-) -> None:
-    dtype = conditions["dtype"]
-    shown = table(
-        f"{name}: {cfg.max_loop_iters} loops, {dtype}", "", "tokens", "tokens/s", "FLOP/s", "of peak", "B/s", "of peak"
-    )
+    title: str, found: list["Speed"], peak: float, reading: float, conditions: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Print a table; return what it shows of each work, and everything that came from."""
+    shown, works = table(title, "", "tokens", "tokens/s", "FLOP/s", "of peak", "B/s", "of peak"), {}
     for one in found:
-        read = one.bytes_per_second
+        flops_share, read = one.flops_per_second / peak, one.bytes_per_second
+        bytes_share = None if read is None else read / reading
         shown.add_row(
             one.work, f"{one.batch} x {one.tokens}", f"{one.tokens_per_second:,.0f}", si(one.flops_per_second),
-            f"{one.flops_per_second / peak:.0%}", "" if read is None else si(read),
-            "" if read is None else f"{read / reading:.0%}",
+            f"{flops_share:.0%}", *(("", "") if read is None else (si(read), f"{bytes_share:.0%}")),
         )  # fmt: skip
+        rates = {"tokens_per_second": one.tokens_per_second, "flops_share": flops_share, "bytes_share": bytes_share}
+        works[one.work] = dataclasses.asdict(one) | rates
     console.print(shown)
     console.print(
-        f"peaks measured: matrix products in {dtype} {si(peak, 'FLOP/s')}, reading {si(reading, 'B/s')}. "
-        f"{conditions['name']}, {conditions['threads']} threads, torch {conditions['torch']}.\n"
+        f"peaks measured: matrix products in {conditions['dtype']} {si(peak, 'FLOP/s')}, reading "
+        f"{si(reading, 'B/s')}. {conditions['name']}, {conditions['threads']} threads, torch {conditions['torch']}.\n"
         "B/s: weights once for each use, and the cache; over 100% where the loop's weights stay in the processor's "
         "own cache.",
         style="dim", highlight=False,
     )  # fmt: skip
-
-
-def record(
-    name: str, cfg: MythosConfig, found: list[Speed], peak: float, reading: float, conditions: dict[str, Any]
-) -> dict[str, Any]:
-    """What the table shows, and everything it came from."""
-    from open_mythos.diagnostics import parameters
-
-    works = {}
-    for one in found:
-        read = one.bytes_per_second
-        works[one.work] = dataclasses.asdict(one) | {
-            "tokens_per_second": one.tokens_per_second, "flops_share": one.flops_per_second / peak,
-            "bytes_share": None if read is None else read / reading,
-        }  # fmt: skip
-    count = dataclasses.asdict(parameters(cfg))
-    peaks = {"matmul_flops_per_second": peak, "read_bytes_per_second": reading}
-    return {"model": name, "config": json.loads(cfg.to_json()), "parameters": count, "works": works, "peaks": peaks,
-            "conditions": conditions}  # fmt: skip
+    return works
