@@ -70,11 +70,11 @@ def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
         yield lambda step: bar.update(task, description=step, completed=next(counter))
 
 
-def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = ()) -> Table:
-    """A table of ``rows``: first column left-aligned, the others right-aligned."""
+def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = (), left: str = "") -> Table:
+    """A table of ``rows``: first column and the one called ``left`` left-aligned, the others right-aligned."""
     result = Table(title=title, title_justify="left", title_style="bold", header_style="")
     for i, name in enumerate(columns):
-        result.add_column(name, justify="right" if i else "left")
+        result.add_column(name, justify="right" if i and name != left else "left")
     for row in rows:
         result.add_row(*row)
     return result

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from open_mythos.cli.console import clear_errors, console, progress, si, table
 from open_mythos.config import MythosConfig
+from open_mythos.fields import must
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from open_mythos.diagnostics import Trace
-    from open_mythos.model import OpenMythos
 
+EXAMPLE_FILE = "example.json"
+RANDOM_TOKENS, SEED = 64, 0
 POSITIONS_PER_LINE = 16
 BLOCKS, MOST_BLOCKS = " ▁▂▃▄▅▆▇█", 32
 
@@ -29,52 +31,73 @@ def diagnose(
     prompt: Annotated[str | None, typer.Option(help='Token ids, as in "1 2 1 1".')] = None,
 ) -> None:
     """Look inside a checkpoint, loop by loop."""
-    from open_mythos.cli.tokens import choose_tokens
-    from open_mythos.diagnostics import trace
+    import torch
+
+    from open_mythos.cache import KVCache
+    from open_mythos.diagnostics import cache_bytes, loop_gain, spectral_radius, trace
     from open_mythos.models import load_model, model_dir
 
-    with clear_errors(), progress(n_steps=3 if plots is None else 4) as begin:
+    with clear_errors(), progress(n_steps=3 if plots is None else 4) as begin, torch.no_grad():
         begin("loading")
         model = load_model(checkpoint)
         source, ids = choose_tokens(model.cfg, model_dir(checkpoint), prompt)
         begin("tracing")
         found = trace(model, ids, loops)
         begin("measuring")
-        measured = measure(model, ids, len(found.delta))
+        n_loops, cache = len(found.delta), KVCache()
+        model(ids, n_loops, kv_cache=cache)
+        radius, gain, n_bytes = spectral_radius(model), loop_gain(model, ids, n_loops), cache_bytes(cache)
         if plots is not None:
             begin("drawing")
             draw_all(found, ids, plots)
-    console.print(f"{checkpoint}: {len(found.delta)} loops over {ids.shape[1]} tokens ({source})", highlight=False)
-    show_measures(measured, ids.shape[1])
+    console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source})", highlight=False)
+    rows = (
+        ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part is stable"),
+        ("gain of one more loop", f"{gain:.4f}", f"the state {'settles on a state' if gain < 1 else 'keeps moving'}"),
+        ("cache", si(n_bytes, "B"), f"measured; {si(n_bytes / ids.shape[1], 'B')} per token"),
+    )
+    console.print(table("the loop as a whole", "measure", "value", "reading", rows=rows, left="reading"))
     show_loops(found)
     show_halting(found.loops_used[0].tolist())
     if model.cfg.n_experts:
         show_experts(found.expert_load)
-    show_next(checkpoint, plots, model.cfg)
+    if plots is not None:
+        console.print(f"Pictures are in {plots}.", highlight=False)
+    deeper = f"mythos diagnose {checkpoint} --loops {2 * model.cfg.max_loop_iters}"
+    pictures = "" if plots is not None else ", or add [bold]--plots DIRECTORY[/bold] for pictures"
+    console.print(f"Next: think longer with [bold]{deeper}[/bold]{pictures}.", highlight=False, soft_wrap=True)
 
 
-# -- what to measure besides the trace
-
-
-@dataclass
-class Measures:
-    """Numbers of the whole run: see :mod:`open_mythos.diagnostics`."""
-
-    radius: float
-    gain: float
-    cache_bytes: int
-
-
-def measure(model: OpenMythos, ids: Tensor, n_loops: int) -> Measures:
+def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, Tensor]:
+    """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, or random ones."""
     import torch
 
-    from open_mythos.cache import KVCache
-    from open_mythos.diagnostics import cache_bytes, loop_gain, spectral_radius
+    example = checkpoint / EXAMPLE_FILE
+    if prompt is not None:
+        words = prompt.replace(",", " ").split()
+        source, place = "prompt", "--prompt"
+        tokens = [int(word) if word.removeprefix("-").isdecimal() else word for word in words]
+    elif example.is_file():
+        source, place, tokens = EXAMPLE_FILE, str(example), read_example(example)
+    else:
+        length, generator = min(RANDOM_TOKENS, cfg.max_seq_len), torch.Generator().manual_seed(SEED)
+        return f"random, seed {SEED}", torch.randint(cfg.vocab_size, (1, length), generator=generator)
+    high = cfg.vocab_size - 1
+    must(len(tokens) > 0, f"{place} holds no tokens; give integers from 0 to {high}, such as '1 2 1 1'")
+    for token in tokens:
+        valid = isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= high
+        must(valid, f"{place} holds {token!r}; tokens of this model are integers from 0 to {high}")
+    return source, torch.tensor([tokens])
 
-    cache = KVCache()
-    with torch.no_grad():
-        model(ids, n_loops, kv_cache=cache)
-        return Measures(spectral_radius(model), loop_gain(model, ids, n_loops), cache_bytes(cache))
+
+def read_example(path: Path) -> list[Any]:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fix or remove it, or give --prompt") from error
+    if not isinstance(data, dict) or not isinstance(data.get("tokens"), list):
+        raise ValueError(f'{path} should hold {{"tokens": [...]}}; fix or remove it, or give --prompt')
+    return data["tokens"]
 
 
 def draw_all(found: Trace, ids: Tensor, directory: Path) -> None:
@@ -88,20 +111,6 @@ def draw_all(found: Trace, ids: Tensor, directory: Path) -> None:
         draw.expert_load(found.expert_load, directory / "expert_load.png")
 
 
-# -- what to print
-
-
-def show_measures(measured: Measures, n_tokens: int) -> None:
-    shown = table("the loop as a whole", "measure", "value", "reading")
-    shown.columns[2].justify = "left"
-    settles = "settles on a state" if measured.gain < 1 else "keeps moving"
-    shown.add_row("spectral radius of A", f"{measured.radius:.4f}", "always below 1: the linear part is stable")
-    shown.add_row("gain of one more loop", f"{measured.gain:.4f}", f"the state {settles}")
-    per_token = si(measured.cache_bytes / n_tokens, "B")
-    shown.add_row("cache", si(measured.cache_bytes, "B"), f"measured; {per_token} per token")
-    console.print(shown)
-
-
 def show_loops(found: Trace) -> None:
     shown = table("state change |Δh| / |h| and halting", "loop", "running", "mean", "max", "gate, mean")
     for loop, (delta, gate) in enumerate(zip(found.delta, found.halting, strict=True), start=1):
@@ -112,25 +121,22 @@ def show_loops(found: Trace) -> None:
 
 
 def show_halting(loops_used: list[int]) -> None:
-    shown = table("loops used by each position", "positions", "loops")
+    shown = table("loops used by each position", "positions", "loops", left="loops")
     width = len(str(max(loops_used)))
     for start in range(0, len(loops_used), POSITIONS_PER_LINE):
         line = loops_used[start : start + POSITIONS_PER_LINE]
         shown.add_row(f"{start}-{start + len(line) - 1}", " ".join(f"{used:{width}}" for used in line))
-    shown.columns[1].justify = "left"
     console.print(shown)
 
 
 def show_experts(load: Tensor) -> None:
     n_experts = load.shape[1]
-    shown = table(
-        f"load of {n_experts} experts (even: {1 / n_experts:.1%})", "loop", "busiest", "idlest", "unused", "load"
-    )
+    title = f"load of {n_experts} experts (even: {1 / n_experts:.1%})"
+    shown = table(title, "loop", "busiest", "idlest", "unused", "load", left="load")
     for loop, counts in enumerate(load, start=1):
         share = counts / counts.sum().clamp(min=1)
         unused = str(int((counts == 0).sum()))
         shown.add_row(str(loop), f"{share.max():.1%}", f"{share.min():.1%}", unused, bars(counts.numpy()))
-    shown.columns[-1].justify = "left"
     console.print(shown)
 
 
@@ -140,11 +146,3 @@ def bars(counts: np.ndarray) -> str:
 
     means = [part.mean() for part in np.array_split(counts, min(len(counts), MOST_BLOCKS))]
     return "".join(BLOCKS[round(8 * mean / max(*means, 1))] for mean in means)
-
-
-def show_next(checkpoint: str, plots: Path | None, cfg: MythosConfig) -> None:
-    if plots is not None:
-        console.print(f"Pictures are in {plots}.", highlight=False)
-    deeper = f"mythos diagnose {checkpoint} --loops {2 * cfg.max_loop_iters}"
-    pictures = "" if plots is not None else ", or add [bold]--plots DIRECTORY[/bold] for pictures"
-    console.print(f"Next: think longer with [bold]{deeper}[/bold]{pictures}.", highlight=False, soft_wrap=True)

@@ -65,9 +65,7 @@ def show_recipes() -> None:
     from open_mythos.training.recipes import RECIPES
 
     rows = ((name, (recipe.__doc__ or "").partition("\n")[0]) for name, recipe in RECIPES.items())
-    recipes = table("recipes", "recipe", "description", rows=rows)
-    recipes.columns[1].justify = "left"
-    console.print(recipes)
+    console.print(table("recipes", "recipe", "description", rows=rows, left="description"))
     console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
 
 
@@ -84,9 +82,7 @@ def show_cost(cfg: TrainConfig) -> None:
         ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
         ("time of the run", str(timedelta(seconds=round(seconds * cfg.steps))), f"{cfg.steps:,} steps, no evaluation"),
     )
-    costs = table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method", rows=rows)
-    costs.columns[2].justify = "left"
-    console.print(costs)
+    console.print(table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method", rows=rows, left="method"))
 
 
 def show_evaluation(cfg: TrainConfig, run: Path) -> None:
