@@ -159,8 +159,11 @@ class CacheSlot:
             start, raw, n_raw = slot._written, None, 0
             if before._raw is not None:
                 n_raw = before._raw.shape[1] - ROLLBACK
-                first = max(start, before._raw_start, self.length - before._raw.shape[1])
-                raw = before.raw_before(self.length, self.length - first)
+                if before._base is not None and before._base[0] == self.length:  # longer ones have filled its ring since
+                    raw = before._base[1][:, -min(n_raw, self.length - start) :]
+                else:
+                    first = max(start, before._raw_start, self.length - before._raw.shape[1])
+                    raw = before.raw_before(self.length, self.length - first)
             slot._write(before._rows[:, start : self.length], raw, n_raw)
 
     def _write(self, rows: Tensor, raw: Tensor | None, n_raw: int) -> None:

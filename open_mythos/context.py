@@ -34,10 +34,16 @@ class Context:
     constants: dict[Any, Any] | None = None
 
     @staticmethod
-    def of(positions: Tensor, rope: tuple[int, float, float, int], mask: AttentionMask, cache: Cache | None) -> Context:
-        """The context of tokens at ``positions`` (T,) or (B, T)."""
+    def of(
+        positions: Tensor,
+        rope: tuple[int, float, float, int],
+        mask: AttentionMask,
+        cache: Cache | None,
+        is_compiled: bool = False,
+    ) -> Context:
+        """The context of tokens at ``positions`` (T,) or (B, T); compiled layers know no complex numbers."""
         table = rope_table(positions, *rope)
-        return Context(table if is_traced() else torch.view_as_complex(table), mask, cache)
+        return Context(table if is_compiled or is_traced() else torch.view_as_complex(table), mask, cache)
 
     def looping(self) -> Context:
         """This context for a run of the loops, whose layers keep what is the same in each."""

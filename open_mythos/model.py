@@ -185,7 +185,7 @@ class OpenMythos(Generates):
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = mask.without_padding(x)
-        ctx = Context.of(positions, self._rope, mask, cache)
+        ctx = Context.of(positions, self._rope, mask, cache, self.recurrent.is_compiled)
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, cache_key=Slot("prelude", layer))
         return self.input_norm(x), ctx

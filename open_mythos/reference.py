@@ -218,6 +218,7 @@ def _convolved(
     old: Rows | None,
 ) -> Rows:
     """Rows where positions run, those of the loop before elsewhere, zeros where there never were any."""
+    raw = {name: torch.where(where.real_BT[..., None], rows, 0.0) for name, rows in raw.items()}  # no token sees padding
     raw = _kept(raw, running, None if old is None else old.raw)
     final = {name: _conv(convs[name], rows, where.causal) for name, rows in raw.items()}
     return Rows(raw, _kept(final, running, None if old is None else old.final))

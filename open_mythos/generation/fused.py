@@ -58,7 +58,7 @@ class FusedGQA(GQAttention):
         qk, v = F.linear(x, self.w_in).split(self.widths, -1)
         return self.rotate(qk, v, rotary)
 
-    def kernel(self) -> Tensor:
+    def kernel(self, own: int = 0) -> Tensor:
         assert self.taps is not None
         return self.taps
 
@@ -80,7 +80,7 @@ class FusedMLA(MLAttention):
         q = F.linear(_normed(q, self.eps), self.w_q)
         return self.rotate(q, self.kv_norm(c_kv), k_rope, rotary)
 
-    def kernel(self) -> Tensor:
+    def kernel(self, own: int = 0) -> Tensor:
         assert self.taps is not None
         return self.taps
 

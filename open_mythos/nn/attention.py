@@ -123,8 +123,8 @@ class Attention(nn.Module):
         """Queries, as parts (B, T, H, ...), and raw rows (B, T, G, W)."""
         raise NotImplementedError
 
-    def kernel(self) -> Tensor:
-        """Taps of every number of a row: (n_taps, G, W)."""
+    def kernel(self, own: int = 0) -> Tensor:
+        """Taps of every number of a row: (n_taps, G, W); that of the token itself is the one at ``own``."""
         raise NotImplementedError
 
     def read(self, queries: list[Tensor], rows: Tensor, mask: AttentionMask) -> Tensor:
@@ -134,16 +134,16 @@ class Attention(nn.Module):
     def _convolve(self, raw: Tensor, before: Tensor | None, ctx: Context, mask: AttentionMask) -> Tensor:
         """``y[t] = sum_j taps[j] raw[t - j]`` within each document: (B, T, G, W); centred where attention sees ahead."""
         K, T, constants = self.n_taps, raw.shape[1], ctx.constants
+        ahead = 0 if mask.causal else (K - 1) // 2
         taps = None if constants is None else constants.get(self)
         if taps is None:
-            by_tap = self.kernel()
+            by_tap = self.kernel(ahead)
             taps = by_tap.unbind(0), by_tap.flip(0)
             if constants is not None:
                 constants[self] = taps
         kernel, reversed_kernel = taps
         if T == 1 and before is not None:
             return (torch.cat([before, raw], 1) * reversed_kernel).sum(1, keepdim=True)
-        ahead = 0 if mask.causal else (K - 1) // 2
         out = raw * kernel[ahead]
         for j in (j for j in range(K) if j != ahead):
             if before is None:
@@ -191,7 +191,7 @@ class GQAttention(Attention):
         q, k = apply_rope(qk.unflatten(-1, (-1, self.head_dim)), rotary).split([self.n_heads, self.n_kv_heads], 2)
         return [q], torch.cat([k, v.unflatten(-1, (-1, self.head_dim))], -1)
 
-    def kernel(self) -> Tensor:
+    def kernel(self, own: int = 0) -> Tensor:
         assert self.k_conv is not None and self.v_conv is not None
         taps = [conv().unflatten(1, (self.n_kv_heads, -1)) for conv in (self.k_conv, self.v_conv)]
         return torch.cat(taps, -1)
@@ -270,11 +270,11 @@ class MLAttention(Attention):
         q_rope, k_rope = rotated.split([self.n_heads, 1], 2)
         return [q_nope, q_rope], torch.cat([c_kv.unsqueeze(2), k_rope], -1)
 
-    def kernel(self) -> Tensor:
+    def kernel(self, own: int = 0) -> Tensor:
         assert self.conv is not None
         taps = self.conv()
         identity = taps.new_zeros(self.n_taps, self.rope_dim)  # rotary keys are not convolved
-        identity[0] = 1
+        identity[own] = 1
         return torch.cat([taps, identity], -1).unsqueeze(1)
 
     def read(self, queries: list[Tensor], rows: Tensor, mask: AttentionMask) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from open_mythos.ops.dispatch import is_traced
+
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0  # of Llama 3.1's rope_scaling
 
 
@@ -79,8 +81,8 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
     if freqs.shape[-2 if is_complex else -3] != x.shape[1]:
         held = freqs.shape[-2 if is_complex else -3]
         raise RuntimeError(f"freqs hold {held} positions and x has {x.shape[1]}; pass one row per token")
-    if not is_complex:
-        freqs = freqs.unsqueeze(-3)
+    if not is_complex or is_traced():
+        freqs = (torch.view_as_real(freqs) if is_complex else freqs).unsqueeze(-3)
         (cos, sin), (even, odd) = freqs.unbind(-1), x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
     pairs = x.float().unflatten(-1, (-1, 2))
