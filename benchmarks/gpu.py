@@ -13,26 +13,30 @@ import json
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import gpu_ops
 import torch
 from gpu_ops import Found
 
 from open_mythos import MythosConfig, OpenMythos
-from open_mythos.diagnostics import bytes_per_decoding_step, parameters
-from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate, synchronize
+from open_mythos.diagnostics import parameters
+from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
 from open_mythos.diagnostics.speed import decode_speed, train_speed
+from open_mythos.generation.engine import Depth
+from open_mythos.generation.engines import check_engine
+from open_mythos.ops.dispatch import use_tf32
+from open_mythos.training.recipes import configured
+from open_mythos.training.trainer import Trainer
 from open_mythos.variants import variant
 
 ROOT = Path(__file__).parent.parent
 BARS = {"train": 0.40, "decode": 0.60}
-NEW = 64  # tokens of a compiled stream that are timed
+SMALL = ("batch_size=8", "model.dim=64", "task.max_difficulty=8", "loops.per=sequence", "loops.maximum=4")
 
 
 class Bench:
@@ -46,6 +50,7 @@ class Bench:
     def __init__(self, device: torch.device, tiny: bool) -> None:
         self.device, self.tiny = device, tiny
         self.results: dict[str, Found] = {}
+        use_tf32(device)
         self.seconds = 0.0 if tiny else 6.0
 
     def machine(self) -> Found:
@@ -82,37 +87,42 @@ class Bench:
             "peak_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
         }  # fmt: skip
 
-    def decode(self, cfg: MythosConfig, batch: int) -> Found:
-        """One operator after another, in bfloat16."""
+    def decode(self, cfg: MythosConfig, batch: int, engine: str) -> Found:
+        """New tokens in bfloat16, by the engine of this name."""
         torch.manual_seed(0)
-        model = OpenMythos(cfg).to(self.device, torch.bfloat16)
-        found = decode_speed(model, batch, 16 if self.tiny else 1024, cfg.max_loop_iters, self.seconds)
+        model = OpenMythos(cfg).to(self.device, torch.bfloat16).eval()
+        if (why := why_not(engine, model, Depth(cfg.max_loop_iters))) is not None:
+            return {"skipped": why}
+        found = decode_speed(model, batch, 16 if self.tiny else 1024, cfg.max_loop_iters, self.seconds, engine)
         share = (found.bytes_per_second or 0.0) / self.results["machine"]["read_bytes_per_second"]
         return asdict(found) | {"tokens_per_second": found.tokens_per_second, "share": share, "bar": BARS["decode"]}
 
-    def decode_compiled(self, cfg: MythosConfig, batch: int) -> Found:
-        """``model.stream(compile=True)``; skipped while the library compiles for the CPU alone."""
-        torch.manual_seed(0)
-        model, tokens = OpenMythos(cfg).to(self.device, torch.bfloat16), 16 if self.tiny else 1024
-        ids = torch.randint(cfg.vocab_size, (batch, tokens), device=self.device)
-        options: dict[str, Any] = {"temperature": 0, "compile": True}
-        times = []
-        for _ in range(4):
-            try:
-                stream = model.stream(ids, 1 + NEW, cfg.max_loop_iters, **options)
-            except ValueError as error:
-                return {"skipped": str(error)}
-            next(stream)  # the prompt
-            synchronize(self.device)
-            started = time.perf_counter()
-            assert sum(1 for _ in stream) == NEW
-            synchronize(self.device)
-            times.append(time.perf_counter() - started)
-        seconds = median(times[1:])  # the first one compiled
-        read = NEW * bytes_per_decoding_step(cfg, cfg.max_loop_iters, tokens + NEW // 2, batch, 2)
-        share = read / seconds / self.results["machine"]["read_bytes_per_second"]
-        return {"batch": batch, "tokens": tokens, "seconds": times, "tokens_per_second": batch * NEW / seconds,
-                "share": share, "bar": BARS["decode"]}  # fmt: skip
+    def waits(self) -> Found:
+        """How often a step of the Trainer makes the host wait for the device, by micro-batches: once, however many."""
+        found: Found = {}
+        for parts in (1, 4):
+            trainer = Trainer(configured("parity", [f"device={self.device.type}", f"accumulate={parts}", *SMALL]))
+            trainer.step()  # what is made once may wait
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if self.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    trainer.step()
+                finally:
+                    if self.device.type == "cuda":
+                        torch.cuda.set_sync_debug_mode("default")
+            messages = [str(warning.message) for warning in caught]
+            found[f"{parts} micro-batches"] = sum("synchronizing" in message for message in messages)
+        return found
+
+
+def why_not(engine: str, model: OpenMythos, depth: Depth) -> str | None:
+    try:
+        check_engine(engine, model, depth)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def models(tiny: bool) -> dict[str, MythosConfig]:
@@ -139,8 +149,9 @@ def parts(bench: Bench) -> dict[str, Callable[[], Found]]:
         made[f"train {name}"] = partial(bench.train, cfg, compiled=True)
     for name, cfg in sizes.items():
         for batch in rows:
-            made[f"decode compiled {name}, batch {batch}"] = partial(bench.decode_compiled, cfg, batch)
-            made[f"decode {name}, batch {batch}"] = partial(bench.decode, cfg, batch)
+            for engine in ("graph", "fused", "modules"):
+                made[f"decode {engine} {name}, batch {batch}"] = partial(bench.decode, cfg, batch, engine)
+    made["waits"] = bench.waits
     for n_experts in (4, 8) if bench.tiny else (32, 256):
         made[f"experts {n_experts}"] = partial(gpu_ops.experts, bench.device, n_experts, bench.tiny)
     for kind in ("gqa", "mla"):

@@ -12,8 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from open_mythos.diagnostics.machine import repeat
-from open_mythos.ops.experts import grouped_swiglu
-from open_mythos.ops.rows import expert_counts
+from open_mythos.ops.experts import swiglu_experts
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 # Query heads, key/value heads, their widths. MLA trains in its expanded form and decodes in the absorbed one.
@@ -42,17 +41,17 @@ def experts(device: torch.device, n_experts: int, tiny: bool) -> Found:
         out = mix(*inputs, experts_NK, weights_NK)
         torch.autograd.grad(out, inputs, torch.ones_like(out))
 
-    ways = {"grouped": grouped_swiglu, "loop": looped_swiglu}
+    ways = {"grouped": swiglu_experts, "loop": looped_swiglu}
     return {name: milliseconds(partial(passes, mix), device, tiny) for name, mix in ways.items()}
 
 
 def looped_swiglu(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor
 ) -> Tensor:
-    """As ``grouped_swiglu``, one expert after another."""
+    """As ``swiglu_experts``, one expert after another."""
     order_M = experts_NK.flatten().argsort(stable=True)
     token_M, weight_M1 = order_M // experts_NK.shape[1], weights_NK.flatten()[order_M].unsqueeze(-1)
-    ends = expert_counts(experts_NK, len(gate_up_E2FD)).cumsum(0).tolist()
+    ends = experts_NK.flatten().bincount(minlength=len(gate_up_E2FD)).cumsum(0).tolist()
     out_ND, start = torch.zeros_like(x_ND), 0
     for gate_up_2FD, down_DF, end in zip(gate_up_E2FD, down_EDF, ends, strict=True):
         gate, up = F.linear(x_ND[token_M[start:end]], gate_up_2FD).chunk(2, -1)

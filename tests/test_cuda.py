@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ATTENTION, assert_near, gradients, left_padding, tiny_model, tokens
+from training.tiny import tiny_run
 
 from open_mythos import KVCache
+from open_mythos.generation.engine import Depth
+from open_mythos.generation.engines import make_engine
 from open_mythos.reference import reference_logits
+from open_mythos.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 CLOSE = 2e-4  # float32 products, summed in another order
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
+def full_precision(monkeypatch):
+    for module in ("generation.engine", "training.trainer"):
+        monkeypatch.setattr(f"open_mythos.{module}.use_tf32", lambda device: None)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -78,3 +85,32 @@ def test_training_in_bfloat16_learns(attn_type, compiled):
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_graph_gives_the_logits_of_the_model_through_growth_and_cuts(attn_type, padded):
+    model, ids = tiny_model(attn_type, halting=False, max_seq_len=128).cuda(), tokens(3, 60).cuda()
+    mask = left_padding([6, 3, 1] if padded else [6] * 3, 6).cuda()
+    with torch.no_grad():
+        whole = model(ids, 4, attention_mask=F.pad(mask, (0, 54), value=True))
+    engine = make_engine("graph", model, Depth(4), room=16)
+    assert_near(engine.extend(ids[:, :6], mask), whole[:, 5], CLOSE)
+    for i in [*range(6, 30), *range(25, 60)]:
+        engine.truncate(min(i, engine.cache.length))
+        assert_near(engine.step(ids[:, i : i + 1]), whole[:, i], CLOSE)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_waits_for_the_gpu_once(accumulate, precision):
+    trainer = Trainer(tiny_run(f"accumulate={accumulate}", f"precision={precision}", "device=cuda"))
+    trainer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(warning.message) for warning in caught) == 1

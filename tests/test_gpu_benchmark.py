@@ -12,7 +12,7 @@ import gpu_ops
 import torch
 from helpers import assert_near
 
-from open_mythos.ops.experts import grouped_swiglu
+from open_mythos.ops.experts import swiglu_experts
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,9 @@ def test_every_part_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert set(found["results"]) == {"machine", *gpu.parts(gpu.Bench(CPU, tiny=True))}
     for name, part in found["results"].items():
         assert "failed" not in part, name
-        assert "share" in part or name.startswith(("machine", "decode compiled", "experts", "attention")), name
+        assert "share" in part or name.startswith(("machine", "decode graph", "waits", "experts", "attention")), name
+    assert "graphs are for CUDA" in found["results"]["decode graph gqa-dense, batch 1"]["skipped"]
+    assert found["results"]["waits"] | {"took": 0} == {"1 micro-batches": 0, "4 micro-batches": 0, "took": 0}
     assert isinstance(found["results"]["attention gqa decode"]["flex"], float)
     assert found["conditions"]["tiny"]  # invented rates must not pass for real ones
 
@@ -48,7 +50,7 @@ def test_the_loop_over_experts_is_the_grouped_product() -> None:
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(7, 8), torch.randn(3, 8, 8), torch.randn(3, 8, 4)
     chosen, weights = torch.tensor([[0, 2]] * 6 + [[2, 0]]), torch.rand(7, 2)  # expert 1 has no token
-    expected = grouped_swiglu(x, gate_up, down, chosen, weights)
+    expected = swiglu_experts(x, gate_up, down, chosen, weights)
     assert_near(gpu_ops.looped_swiglu(x, gate_up, down, chosen, weights), expected)
 
 

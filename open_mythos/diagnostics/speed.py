@@ -106,17 +106,19 @@ def prefill_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seco
 
 
 @torch.inference_mode()
-def decode_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seconds: float = 5.0) -> Speed:
+def decode_speed(
+    model: OpenMythos, batch: int, tokens: int, n_loops: int, seconds: float = 5.0, engine: str = "auto"
+) -> Speed:
     """The likeliest token, ``NEW`` times a repetition, after ``tokens`` that are in the cache; else as above."""
     ids = _random_ids(model, batch, tokens)
     model.eval()
-    first, engine = _read(model, ids, n_loops, "auto")
+    first, made = _read(model, ids, n_loops, engine)
 
     def decode() -> None:
-        engine.truncate(tokens)
+        made.truncate(tokens)
         token = first
         for _ in range(NEW):
-            token = engine.step(token).argmax(-1, keepdim=True)
+            token = made.step(token).argmax(-1, keepdim=True)
 
     times = repeat(decode, ids.device, seconds)
     contexts = range(tokens + 1, tokens + NEW + 1)
