@@ -2,12 +2,14 @@
 
 The models answer at the positions of a given sequence, so decoding means: problems are fed token by token through a
 cache, each position answered when its token comes, the next token given and not the answer. That is what generation
-costs. By the library's operations: one row as in ``model.generate``; several in a plain batch, where a token waits for
-the slowest row's, or by depth batching (``DepthBatch``), where none does. Compiled, no row waits for another either.
+costs. By the library's operations: one row by the fused engine; several in a plain batch, where a token waits for the
+slowest row's, or by depth batching (``DepthBatch``), where none does. Compiled, by the native engine, no row waits for
+another either.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,9 +18,9 @@ from torch import Tensor
 
 from open_mythos import KVCache, OpenMythos
 from open_mythos.evaluation.depth import measuring
-from open_mythos.generation.decoder import Decoder, make_decoder
 from open_mythos.generation.depth_batching import DepthBatch
-from open_mythos.generation.native.decoder import CompiledDecoder
+from open_mythos.generation.engine import Depth
+from open_mythos.generation.engines import make_engine
 from open_mythos.nn.exits import Exit
 from open_mythos.tasks import Batch
 
@@ -48,24 +50,15 @@ def plain(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> T
     return time.perf_counter() - start, torch.cat(answers, 1)
 
 
-@torch.no_grad()
-def alone(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Timed:
-    """Row after row, each token by token as ``model.generate`` makes them."""
-    start, found = time.perf_counter(), []
-    for row in batch.ids.split(1):
-        cache, answers = KVCache(room=row.shape[1]), []
-        decoder = make_decoder(model, n_loops, padded=False)
-        assert isinstance(decoder, Decoder)
-        for column in row.split(1, 1):
-            e, tokens = decoder.encode(column, cache)
-            h = decoder.first_state(e)
-            if exit is None:
-                h = decoder.loops(h, e, tokens, 0, n_loops)
-            else:
-                h = decoder.loops_until(exit, h, e, tokens, n_loops)
-            answers.append(decoder.decode(h, tokens).argmax(-1))
-        found.append(torch.cat(answers, 1))
-    return time.perf_counter() - start, torch.cat(found)
+def by_engine(name: str, model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None, rows: int) -> Timed:
+    """So many rows at a time, token by token, by the engine of this name; making ready is not counted."""
+    seconds, found = 0.0, []
+    for part in batch.ids.split(rows):
+        engine = make_engine(name, model, Depth(n_loops, exit), part.shape[1])
+        start = time.perf_counter()
+        found.append(torch.cat([engine.step(column).argmax(-1, keepdim=True) for column in part.split(1, 1)], 1))
+        seconds += time.perf_counter() - start
+    return seconds, torch.cat(found)
 
 
 def depth_batched(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Timed:
@@ -83,31 +76,15 @@ def depth_batched(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | No
     return time.perf_counter() - start, answers
 
 
-@torch.no_grad()
-def compiled(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None, rows: int) -> Timed:
-    """So many rows at a time, by compiled code. It needs slots that a prompt has made, so the modules read the first
-    token, which is then forgotten again; making ready is not counted."""
-    decoder, seconds, found = CompiledDecoder(model, n_loops, exit), 0.0, []
-    for part in batch.ids.split(rows):
-        cache, answers = KVCache(room=part.shape[1]), []
-        model(part[:, :1], n_loops, cache)
-        for name in cache.lengths():
-            cache.slot(name).truncate(0)
-        start = time.perf_counter()
-        for column in part.split(1, 1):
-            answers.append(decoder.step(column, cache)[1].argmax(-1, keepdim=True))
-        seconds += time.perf_counter() - start
-        found.append(torch.cat(answers, 1))
-    return seconds, torch.cat(found)
-
-
 def race(model: OpenMythos, n_loops: int, batch: Batch, exit: Exit, rounds: int, one_by_one: bool) -> dict[str, Any]:
     """Every way's tokens per second, times as fast as the fixed count, and share of answers that "plain" has otherwise.
 
     Args:
         one_by_one: rows after each other, not at once.
     """
-    by_operations, rows = (alone, 1) if one_by_one else (plain, len(batch.ids))
+    rows = 1 if one_by_one else len(batch.ids)
+    by_operations = partial(by_engine, "fused", rows=1) if one_by_one else plain
+    compiled = partial(by_engine, "native", model, batch, n_loops, rows=rows)
     ways: dict[str, Callable[[], Timed]] = {
         "fixed": lambda: by_operations(model, batch, n_loops, None),
         "plain": lambda: by_operations(model, batch, n_loops, exit),
@@ -115,8 +92,8 @@ def race(model: OpenMythos, n_loops: int, batch: Batch, exit: Exit, rounds: int,
     if not one_by_one:
         ways["depth-batched"] = lambda: depth_batched(model, batch, n_loops, exit)
     if batch.valid is None:
-        ways["compiled fixed"] = lambda: compiled(model, batch, n_loops, None, rows)
-        ways["compiled"] = lambda: compiled(model, batch, n_loops, exit, rows)
+        ways["compiled fixed"] = lambda: compiled(exit=None)
+        ways["compiled"] = lambda: compiled(exit=exit)
     real = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     answers = {}

@@ -29,8 +29,11 @@ from torch import Tensor
 
 from open_mythos import KVCache, MythosConfig, OpenMythos, tasks
 from open_mythos.evaluation.depth import measuring
+from open_mythos.generation.engine import Depth
+from open_mythos.generation.engines import make_engine
+from open_mythos.generation.fused import why_not_fused
 from open_mythos.generation.sampling import Sampling
-from open_mythos.generation.speculative import Draft, Speculation
+from open_mythos.generation.speculative import Draft, drafted
 from open_mythos.nn.exits import Exit, StateChange
 from open_mythos.quantization import quantize_int8, weight_bytes
 from open_mythos.tasks.base import UNSCORED
@@ -158,9 +161,11 @@ def continued(prompt: Tensor, n_loops: int, temperature: float, draft: Draft | N
     """``NEW`` tokens, (B, n) at a time."""
     generator = torch.Generator().manual_seed(seed)
     if draft is None:
-        new = text_model().stream(prompt, NEW, n_loops, temperature, generator=generator)
+        new = text_model().stream(prompt, NEW, n_loops, temperature, generator=generator, engine="fused")
         return [column.unsqueeze(1) for column in new]
-    return list(Speculation(text_model(), n_loops, draft, Sampling(temperature), None, generator).blocks(prompt, NEW))
+    engine = make_engine("fused", text_model(), Depth(n_loops), prompt.shape[1] + NEW, drafts=True)
+    logits = engine.extend(prompt)
+    return list(drafted(text_model(), engine, logits, draft, Sampling(temperature), (), generator, NEW))
 
 
 def acceptance(sizes: list[int], draft: Draft) -> float:
@@ -208,8 +213,8 @@ def one_by_one(model: OpenMythos, start: str, threshold: float) -> dict[str, flo
     found, first = [], None
     with measuring(model):
         for token in batch.ids.split(1, 1):
-            h, freqs, mask = model.states(token, MOST_LOOPS, held, exit=exit, first=first)
-            found.append(model.head(model.decode(h, freqs, mask, held)))
+            h, ctx = model.states(token, MOST_LOOPS, held, exit=exit, first=first)
+            found.append(model.head(model.decode(h, ctx)))
             first = {"predecessor": h, "noise": torch.randn(h.shape, generator=generator)}.get(start)
     return {"bits_per_byte": bits(torch.cat(found, 1), batch.targets), "loops": exit.ran / batch.ids.numel()}
 
@@ -269,10 +274,12 @@ def speeds(models: dict[str, OpenMythos], n_loops: int) -> list[dict[str, Any]]:
     """Prompt and new tokens per second of one row, the models taking turns; medians."""
     prompt = text().windows(PROMPT, 1).ids
     prompts, steps = {name: [] for name in models}, {name: [] for name in models}
+    plain = {name for name, model in models.items() if why_not_fused(model) is None}
+    engines = {name: "fused" if name in plain else "modules" for name in models}  # by operations, not by C code
     for turn in range(ROUNDS + 1):  # the first is not counted
         for name, model in models.items():
             started = time.perf_counter()
-            stream = model.stream(prompt, NEW, n_loops, temperature=0)
+            stream = model.stream(prompt, NEW, n_loops, temperature=0, engine=engines[name])
             next(stream)
             first = time.perf_counter()
             done = sum(1 for _ in stream)

@@ -109,14 +109,14 @@ def losses(seeds: list[int], jobs: int) -> dict[str, Any]:
 # -- speed and memory
 
 
-def case(work: str, what: str, compiled: bool = False) -> Case:
+def case(work: str, what: str, engine: str = "fused") -> Case:
     """The dense model and every depth of the looped one at a piece of work, and what each takes beside the dense."""
     batch, tokens = TRAINED if work in ("train", "memory") else (1, CONTEXT)
     sides = {}
     for name, (model, loops) in MODELS.items():
         sizes = {key: value for key, value in asdict(model).items() if key != "halting"}
         for n in loops:
-            sides[side(name, n)] = Task("ours", work, sizes, n, batch, tokens, compile=compiled)
+            sides[side(name, n)] = Task("ours", work, sizes, n, batch, tokens, engine=engine)
     return Case(what, sides, [(name, "dense") for name in sides if name != "dense"])
 
 
@@ -128,7 +128,7 @@ CASES = {
     "train": case("train", "training"),
     "prefill": case("prefill", "prompts"),
     "decode": case("decode", "decoding"),
-    "compiled": case("decode", "decoding, compiled", compiled=True),
+    "compiled": case("decode", "decoding, compiled", "native"),
     "memory": case("memory", "memory of a training step"),
 }
 UNIT = {"memory": "growth MB"}  # of the others: tokens/s

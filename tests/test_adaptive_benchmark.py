@@ -6,13 +6,13 @@ import adaptive
 import adaptive_ways
 import pytest
 import torch
-from test_native import needs_compiler
 
 from open_mythos import OpenMythos
+from open_mythos.generation.native import build
 from open_mythos.nn.exits import Gate
 
 
-@needs_compiler
+@pytest.mark.skipif(isinstance(build.library(), str), reason=str(build.library()))
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_all_ways_give_the_same_answers(one_by_one):
     model, case = OpenMythos.from_pretrained("parity-tiny").float(), adaptive.CASES["parity"]
