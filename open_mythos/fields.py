@@ -1,10 +1,9 @@
 """Dataclasses with validated fields, the base of all configs. Imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,9 @@ def size(default: int, minimum: int = 1) -> Any:
     return field(default=default, metadata={"kind": int, "min": minimum})
 
 
-def real(
-    default: float, low: float, high: float | None = None, *, low_open: bool = False, high_open: bool = False
-) -> Any:
+def real(default: float, low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False) -> Any:
     """A finite number between ``low`` and ``high``, inclusive unless ``low_open`` or ``high_open``."""
-    meta = {"kind": float, "low": low, "high": high, "low_open": low_open, "high_open": high_open}
+    meta = {"kind": float, "low": low, "high": high, "low_open": low_open, "high_open": high_open or high == math.inf}
     return field(default=default, metadata=meta)
 
 
@@ -36,7 +33,7 @@ def flag(default: bool) -> Any:
 
 def text(default: str) -> Any:
     """Any string."""
-    return field(default=default, metadata={"kind": str, "options": None})
+    return field(default=default, metadata={"kind": str})
 
 
 def sizes(*default: int, minimum: int = 1) -> Any:
@@ -47,11 +44,6 @@ def sizes(*default: int, minimum: int = 1) -> Any:
 def options() -> Any:
     """A dictionary, not validated."""
     return field(default_factory=dict, metadata={"kind": dict})
-
-
-def part(kind: type[Checked]) -> Any:
-    """A nested :class:`Checked` dataclass."""
-    return field(default_factory=kind, metadata={"kind": kind})
 
 
 @dataclass
@@ -131,6 +123,11 @@ class Checked:
             raise ValueError(f"{path}: {error}") from error
 
 
+def part(kind: type[Checked]) -> Any:
+    """A nested :class:`Checked` dataclass."""
+    return field(default_factory=kind, metadata={"kind": kind})
+
+
 def must(holds: bool, message: str) -> None:
     """Raise ValueError(message) unless ``holds``."""
     if not holds:
@@ -144,37 +141,31 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f"did you mean {similar[0]!r}?" if similar else f"known are {', '.join(names)}"
 
 
+_TYPES = {list: "a list; use integers, as in [1, 2]", bool: "a bool; use True or False", str: "a string"}
+
+
 def _checked(name: str, value: Any, meta: Any) -> Any:
     """``value`` converted to the field's type, or a ValueError."""
-    kind = meta["kind"]
-    if issubclass(kind, Checked) or kind is dict:
-        must(isinstance(value, kind), f"{name}={value!r} is not a {kind.__name__}")
+    kind, is_bool = meta["kind"], isinstance(value, bool)
+    if kind is int:
+        hint = f"use an int of at least {meta['min']}"
+        must(isinstance(value, int) and not is_bool, f"{name}={value!r} is not a whole number; {hint}")
+        must(value >= meta["min"], f"{name}={value} is too small; {hint}")
+    elif kind is float:
+        low, high, low_open, high_open = (meta[key] for key in ("low", "high", "low_open", "high_open"))
+        hint = f"use a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+        must(isinstance(value, int | float) and not is_bool, f"{name}={value!r} is not a number; {hint}")
+        value = float(value)
+        within = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+        must(within, f"{name}={value:g} is out of range; {hint}")
+    elif meta.get("options") is not None:
+        options = ", ".join(map(repr, meta["options"]))
+        must(value in meta["options"], f"{name}={value!r} is unknown; use one of {options}")
+    else:
+        accepted = list | tuple if kind is list else kind
+        must(isinstance(value, accepted), f"{name}={value!r} is not {_TYPES.get(kind, f'a {kind.__name__}')}")
         if isinstance(value, Checked):
             value.validate()
-    elif kind is list:
-        must(isinstance(value, list | tuple), f"{name}={value!r} is not a list; use integers, as in [1, 2]")
-        value = [_checked(name, item, {"kind": int, "min": meta["min"]}) for item in value]
-    elif kind is bool:
-        must(isinstance(value, bool), f"{name}={value!r} is not a bool; use True or False")
-    elif kind is str:
-        options = meta["options"]
-        if options is None:
-            must(isinstance(value, str), f"{name}={value!r} is not a string")
-            return value
-        must(value in options, f"{name}={value!r} is unknown; use one of {', '.join(map(repr, options))}")
-    elif kind is int:
-        is_int, hint = isinstance(value, int) and not isinstance(value, bool), f"use an int of at least {meta['min']}"
-        must(is_int, f"{name}={value!r} is not a whole number; {hint}")
-        must(value >= meta["min"], f"{name}={value} is too small; {hint}")
-    else:
-        low, high = meta["low"], meta["high"]
-        left = ("(" if meta["low_open"] else "[") + f"{low:g}"
-        right = (f"{high:g}" if high is not None else "inf") + (")" if meta["high_open"] or high is None else "]")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        hint = f"use a number in {left}, {right}"
-        must(is_number, f"{name}={value!r} is not a number; {hint}")
-        value = float(value)
-        above = value > low if meta["low_open"] else value >= low
-        below = value < float("inf") if high is None else value < high if meta["high_open"] else value <= high
-        must(above and below, f"{name}={value:g} is out of range; {hint}")
+        elif kind is list:
+            value = [_checked(name, item, {"kind": int, "min": meta["min"]}) for item in value]
     return value

@@ -180,6 +180,9 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
         delta: (loops, ...) ``|h_t - h_{t-1}| / |h_t|``; zeros (positions that did not run) are excluded.
         path: PNG to write.
     """
+    require_matplotlib()
+    from matplotlib.ticker import LogLocator, NullLocator
+
     values = np.asarray(delta, dtype=float)
     ran = [row[row > 0] for row in values.reshape(len(values), -1)]
     rows = [(loop, row.mean(), row.min(), row.max()) for loop, row in enumerate(ran, 1) if row.size]
@@ -188,7 +191,10 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
             loops, mean, low, high = map(np.array, zip(*rows, strict=True))
             axes.fill_between(loops, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="min to max")
             axes.plot(loops, mean, color=COLOURS[0], marker="o", label="mean over positions")
-            _log10_ticks(axes, low.min(), high.max())
+            axes.set_yscale("log")  # with ticks at 2s and 5s too below three decades
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high.max() < 1000 * low.min() else (1,)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
             figure.legend(loc="outside right upper")
         axes.set(xlabel="loop", ylabel="relative change of the state, |Δh| / |h|", title="State change by loop")
         _whole_ticks(axes.xaxis)
@@ -240,16 +246,6 @@ def _log2_ticks(axes: Axes, counts: Sequence[int]) -> None:
     ticks = [n for n in counts if n & (n - 1) == 0 or n in (counts[0], counts[-1])]
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.set_xticks([], minor=True)
-
-
-def _log10_ticks(axes: Axes, low: float, high: float) -> None:
-    """A base-10 axis, with ticks at 2s and 5s too below three decades."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _whole_ticks(axis: Any) -> None:
