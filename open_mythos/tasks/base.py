@@ -1,11 +1,12 @@
 """The base class of tasks: seeded generators of problems at any difficulty, with scoring."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from open_mythos.fields import Checked
 
@@ -105,16 +106,12 @@ class Task(Checked, ABC):
 
 def pad(batches: Sequence[Batch]) -> Batch:
     """Concatenate batches of different lengths, padded on the right."""
-    width = max(batch.ids.shape[1] for batch in batches)
-    n = sum(len(batch.ids) for batch in batches)
-    ids = torch.zeros(n, width, dtype=torch.int64)
-    targets = torch.full((n, width), UNSCORED)
     packed = any(batch.valid is not None and batch.valid.dtype != torch.bool for batch in batches)
-    valid = torch.zeros(n, width, dtype=torch.int64 if packed else torch.bool)
-    row = 0
-    for batch in batches:
-        rows, T = slice(row, row + len(batch.ids)), batch.ids.shape[1]
-        ids[rows, :T], targets[rows, :T] = batch.ids, batch.targets
-        valid[rows, :T] = 1 if batch.valid is None else batch.valid
-        row += len(batch.ids)
-    return Batch(ids, targets, None if valid.all() and not packed else valid)
+    valid = [torch.ones_like(batch.ids) if batch.valid is None else batch.valid.long() for batch in batches]
+
+    def padded(parts: Iterable[Tensor], padding: int = 0) -> Tensor:
+        return pad_sequence([row for rows in parts for row in rows], batch_first=True, padding_value=padding)
+
+    ids, targets = padded(batch.ids for batch in batches), padded((batch.targets for batch in batches), UNSCORED)
+    numbers = padded(valid)
+    return Batch(ids, targets, numbers if packed else None if numbers.all() else numbers.bool())

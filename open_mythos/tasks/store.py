@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -69,7 +68,8 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
     file = Path(kind, tokenizer.FILE)
     said = file.read_text() if file.is_file() else kind
     key = [_VERSION, source, corpus.state(source), said, max_bytes]
-    home = _cache() / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
+    cache = Path(os.environ.get("OPEN_MYTHOS_CACHE") or Path.home() / ".cache" / "open_mythos") / "text"
+    home = cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     if not (home / "index.json").is_file():
         home.parent.mkdir(parents=True, exist_ok=True)
         # Made under another name, and moved when whole: nobody sees half of it, and of two makers one wins.
@@ -82,48 +82,36 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
     return Store(made, {name: np.memmap(home / f"{name}.bin", made.dtype, "r") for name in PARTS}, parts)
 
 
-def _cache() -> Path:
-    chosen = os.environ.get("OPEN_MYTHOS_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "open_mythos") / "text"
-
-
-class _Writer:
-    """Appends documents to the file of a part, which begins with an end."""
-
-    def __init__(self, file: BinaryIO, end: np.ndarray) -> None:
-        self.file, self.end, self.part = file, end, Part()
-        self._write(end)
-
-    def add(self, document: str, tokens: np.ndarray) -> None:
-        self._write(np.concatenate([tokens, self.end]))
-        self.part.documents += 1
-        self.part.bytes += len(document.encode())
-
-    def _write(self, tokens: np.ndarray) -> None:
-        content = tokens.astype(tokens.dtype.newbyteorder("<")).tobytes()
-        self.file.write(content)
-        self.part.tokens += len(tokens)
-        self.part.crc32 = zlib.crc32(content, self.part.crc32)
-
-
 def _make(home: Path, source: str, kind: str, max_bytes: int) -> None:
     made = tokenizer.tokenizer(kind, _to_train_on(source, max_bytes), ends=True)
     must(made.eos is not None, f"tokenizer={kind!r} has no token that ends documents; name it <eos>, or eos_token")
     home.mkdir()
-    end, waiting = np.array([made.eos], made.dtype), None
-    with (home / "train.bin").open("wb") as train_file, (home / "held_out.bin").open("wb") as held_out_file:
-        train, held_out = _Writer(train_file, end), _Writer(held_out_file, end)
+    end, parts, waiting = np.array([made.eos], made.dtype), {name: Part() for name in PARTS}, None
+
+    def write(name: str, tokens: np.ndarray, document: str | None = None) -> None:
+        content, part = tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(), parts[name]
+        files[name].write(content)
+        part.tokens += len(tokens)
+        part.crc32 = zlib.crc32(content, part.crc32)
+        if document is not None:
+            part.documents += 1
+            part.bytes += len(document.encode())
+
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((home / f"{name}.bin").open("wb")) for name in PARTS}
+        for name in PARTS:
+            write(name, end)
         for documents in _batches(corpus.stream(source, max_bytes)):
             for document, tokens in zip(documents, made.encode_each(documents), strict=True):
+                ended = np.concatenate([tokens, end])
                 if corpus.held_out(document):
-                    held_out.add(document, tokens)
+                    write("held_out", ended, document)
                     continue
                 if waiting is not None:
-                    train.add(*waiting)
-                waiting = document, tokens  # the last is held out if no other is
+                    write("train", *waiting)
+                waiting = ended, document  # the last is held out if no other is
         if waiting is not None:
-            (train if held_out.part.documents else held_out).add(*waiting)
-    parts = {"train": train.part, "held_out": held_out.part}
+            write("train" if parts["held_out"].documents else "held_out", *waiting)
     for name, part in parts.items():
         must(part.documents > 0, f"source={source!r} has too few documents for a {name} part; use more text")
     made.save(home)

@@ -33,6 +33,10 @@ class Text(Task):
     of other documents, which ``Batch.valid`` numbers. The tokens then lie on disk (:mod:`open_mythos.tasks.store`), and
     are gone through row by row (:meth:`rows`). Without, documents follow each other without a mark between.
 
+    Attributes:
+        eos: the token that ends a document, None without ``separate``.
+        tokens: all of the split, (N,) uint16 or uint32; with ``separate``, an ``<eos>`` around each document.
+
     Raises:
         ValueError: for a source without text or a split without documents.
         ImportError: naming the extra to install, if a source or tokenizer needs a package that is not there.
@@ -54,36 +58,24 @@ class Text(Task):
             self._tokenizer, tokens = self.store.tokenizer, self.store.tokens
         else:
             self._tokenizer, tokens = _tokens(self.source, self.tokenizer, self.max_bytes)
-        self._tokens = tokens[self.split]
-        if len(self._tokens) < 2:
+        self.eos = self._tokenizer.eos if self.separate else None
+        self.tokens = tokens[self.split]
+        if len(self.tokens) < 2:
             raise ValueError(f"source={self.source!r} has too few documents for a {self.split} part; use more text")
-        self.most = None if self.separate else len(self._tokens) - 1  # a row that is not full is padded
+        self.most = None if self.separate else len(self.tokens) - 1  # a row that is not full is padded
         first = "<pad>" if self.eos is None else "<eos>"
         self.vocab = tuple(repr(piece)[2:-1] if piece else first for piece in self._tokenizer.pieces)
         self.chance = 1 / self.vocab_size
         self._bytes = torch.tensor([len(piece) for piece in self._tokenizer.pieces])
 
-    @property
-    def eos(self) -> int | None:
-        """The token that ends a document, None without ``separate``."""
-        return self._tokenizer.eos if self.separate else None
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """All tokens of the split, (N,) uint16 or uint32; with ``separate``, an ``<eos>`` around each document."""
-        return self._tokens
-
-    def length(self, difficulty: int) -> int:
-        return difficulty
-
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)
-        last = max(1, len(self._tokens) - difficulty)
+        last = max(1, len(self.tokens) - difficulty)
         return self._windows(torch.randint(0, last, (n,), generator=generator), difficulty)
 
     def n_rows(self, length: int) -> int:
         """Rows of ``length`` tokens that the split makes, the last of which may not be full."""
-        return -(-(len(self._tokens) - 1) // length)
+        return -(-(len(self.tokens) - 1) // length)
 
     def rows(self, which: Iterable[int], length: int, seed: int = 0) -> Batch:
         """Rows of an endless sequence: every row of the split, in a random order, then again in another.
@@ -111,13 +103,11 @@ class Text(Task):
             ValueError: if the split is shorter than one window.
         """
         self.check(length)
-        last = max(0, len(self._tokens) - length - 1)
+        last = max(0, len(self.tokens) - length - 1)
         batch = self._windows(torch.arange(n) * last // max(n - 1, 1), length)
-        return (
-            batch
-            if self.eos is None
-            else batch._replace(targets=batch.targets.masked_fill(batch.targets == self.eos, UNSCORED))
-        )
+        if self.eos is None:
+            return batch
+        return batch._replace(targets=batch.targets.masked_fill(batch.targets == self.eos, UNSCORED))
 
     def bytes_of(self, targets: Tensor) -> Tensor:
         """How many bytes each target stands for, in the shape of ``targets``; 0 where none is scored.
@@ -134,8 +124,7 @@ class Text(Task):
         """The text of tokens, the inverse of :meth:`encode`."""
         return self._tokenizer.decode(ids)
 
-    def render(self, ids: Sequence[int]) -> str:
-        return self.decode(ids)
+    render = decode
 
     def described(self, length: int) -> str:
         """The corpus in one line, as rows of ``length`` tokens."""
@@ -155,11 +144,11 @@ class Text(Task):
         """A number that another text does not have."""
         if self.store is not None:
             return self.store.parts[self.split].crc32
-        return zlib.crc32(self._tokens.tobytes())
+        return zlib.crc32(self.tokens.tobytes())
 
     def _windows(self, starts: Tensor, length: int) -> Batch:
-        where, end = starts[:, None] + torch.arange(length + 1), len(self._tokens)
-        tokens = torch.from_numpy(self._tokens[where.clamp(max=end - 1).numpy()].astype(np.int64))
+        where, end = starts[:, None] + torch.arange(length + 1), len(self.tokens)
+        tokens = torch.from_numpy(self.tokens[where.clamp(max=end - 1).numpy()].astype(np.int64))
         ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.eos is None:
             return Batch(ids, targets)
@@ -168,6 +157,7 @@ class Text(Task):
         return Batch(ids.masked_fill(beyond, 0), targets.masked_fill(beyond, UNSCORED), number.masked_fill(beyond, 0))
 
 
+@dataclass(eq=False)
 class Rows(IterableDataset[Batch]):
     """The batches of one process of several, for a ``torch.utils.data.DataLoader(..., batch_size=None)``.
 
@@ -187,20 +177,18 @@ class Rows(IterableDataset[Batch]):
         ValueError: for a rank that does not exist.
     """
 
-    def __init__(
-        self,
-        task: Text,
-        length: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        first: int = 0,
-        last: int | None = None,
-    ) -> None:
-        must(0 <= rank < world_size, f"rank={rank} of world_size={world_size}; use 0 to {world_size - 1}")
-        self.task, self.length, self.batch_size, self.seed = task, length, batch_size, seed
-        self.rank, self.world_size, self.first, self.last = rank, world_size, first, last
+    task: Text
+    length: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    first: int = 0
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        n = self.world_size
+        must(0 <= self.rank < n, f"rank={self.rank} of world_size={n}; use 0 to {n - 1}")
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()

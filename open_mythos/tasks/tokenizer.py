@@ -3,12 +3,10 @@
 All are written as the ``tokenizer.json`` of Hugging Face's ``tokenizers``, which is needed for any but bytes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -89,7 +87,7 @@ class BytePairs(Tokenizer):
         self.eos = None if eos is None else known[eos]
 
     @classmethod
-    def trained(cls, n_tokens: int, texts: Iterable[str], ends: bool = False) -> BytePairs:
+    def trained(cls, n_tokens: int, texts: Iterable[str], ends: bool = False) -> Self:
         """One of at most ``n_tokens`` tokens, token 0 included, trained on ``texts``."""
         tokenizers = _tokenizers()
         byte_level = tokenizers.pre_tokenizers.ByteLevel
@@ -151,20 +149,15 @@ def load(directory: str | Path) -> Tokenizer:
         model = json.loads(text)["model"]
         if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
-        return BytePairs(text, _end_of(Path(directory), model["vocab"]))
+        end, config = END if END in model["vocab"] else None, path.with_name("tokenizer_config.json")
+        if end is None and config.is_file():
+            end = json.loads(config.read_text()).get("eos_token")
+        return BytePairs(text, end["content"] if isinstance(end, dict) else end)
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
         why = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be used: {why}; put the tokenizer there that the model came with") from error
-
-
-def _end_of(directory: Path, vocab: dict[str, int]) -> str | None:
-    path = directory / "tokenizer_config.json"
-    if END in vocab or not path.is_file():
-        return END if END in vocab else None
-    name = json.loads(path.read_text()).get("eos_token")
-    return name["content"] if isinstance(name, dict) else name
 
 
 def _as_json(first: str, names: Sequence[str], merges: Sequence[Any]) -> str:
