@@ -1,0 +1,71 @@
+"""A training loop of one's own under DistributedDataParallel and fully_shard is the one without, in one process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers import ATTENTION, assert_near, tiny_model, tokens
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from open_mythos import OpenMythos
+from open_mythos.nn.block import TransformerBlock
+
+pytestmark = pytest.mark.filterwarnings("default")  # of PyTorch's own
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def train(model: torch.nn.Module, micro_batches: int = 1) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        for ids in tokens(micro_batches, 8, 7, seed=step):
+            F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).div(micro_batches).backward()
+        optimizer.step()
+
+
+def alone(attn_type: str = "gqa", micro_batches: int = 1, **changes) -> dict[str, torch.Tensor]:
+    model = tiny_model(attn_type, warm_start=True, **changes).train()
+    train(model, micro_batches)
+    return model.state_dict()
+
+
+def is_same(model: OpenMythos, expected: dict[str, torch.Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        assert_near(whole.float(), expected[name].float(), 1e-5, name)
+
+
+@pytest.mark.parametrize("halting, micro_batches", [(True, 1), (True, 2), (False, 1)])
+def test_data_parallel_training_is_training(halting, micro_batches):
+    """Without halting too, where the gate learns nothing, and still has to give every process a gradient."""
+    expected = alone(micro_batches=micro_batches, halting=halting)
+    with one_process():
+        model = tiny_model(warm_start=True, halting=halting).train()
+        train(DistributedDataParallel(model), micro_batches)
+        is_same(model, expected)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_every_block_may_be_sharded(attn_type):
+    expected = alone(attn_type)
+    with one_process():
+        model, mesh = tiny_model(attn_type, warm_start=True).train(), init_device_mesh("cpu", (1,))
+        for module in list(model.modules()):
+            if isinstance(module, TransformerBlock):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        train(model)
+        is_same(model, expected)
