@@ -69,36 +69,27 @@ def harness(
             count that is none, a directory without a tokenizer, a tokenizer that does not fit the model, or data that
             would have to come from a hub that cannot be reached.
     """
-    for count in loops:
-        must(isinstance(count, int) and count >= 1, f"loops={list(loops)}; use whole numbers of at least 1")
-    loops = list(loops)
-    lm_eval = _require()
+    loops, names = list(loops), list(tasks)
+    whole = all(isinstance(count, int) and count >= 1 for count in loops)
+    must(whole, f"loops={loops}; use whole numbers of at least 1")
+    try:
+        import lm_eval
+        import transformers  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise missing("the harness is not installed", "eval") from error
     with _quiet():
-        manager = _manager(lm_eval.tasks.TaskManager, tasks, include)
+        manager = _manager(TaskManager, names, include)
         model, lm = _load(directory, batch_size)
-        found, names = [], list(tasks)
+        found = []
         with _blaming(names):
             for count in loops:
                 if begin is not None:
                     begin(f"{count} loops")
                 model.config.num_loops = count
-                found.append(
-                    lm_eval.simple_evaluate(
-                        model=lm, tasks=names, task_manager=manager, limit=limit, log_samples=False,
-                        bootstrap_iters=1000,
-                    )
-                )  # fmt: skip
+                options = dict(limit=limit, log_samples=False, bootstrap_iters=1000)
+                found.append(lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, **options))
     return _curves(found, loops)
-
-
-def _require() -> Any:
-    try:
-        import lm_eval
-        import lm_eval.tasks
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise missing("the harness is not installed", "eval") from error
-    return lm_eval
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def test_bits_per_byte_of_text_fall_with_loops(tmp_path):
 
 def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
     for arguments, words in (
-        ((parity, parity), "is there and not empty"),
+        ((parity, parity), "exists and is not empty"),
         (("nowhere", tmp_path / "x"), "no directory"),
     ):
         done = run_export(*arguments)

@@ -16,8 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 from open_mythos import KVCache, OpenMythos
-from open_mythos import native as build
 from open_mythos.cli import app
+from open_mythos.generation.native import build
 from open_mythos.training.fit import fit
 from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer

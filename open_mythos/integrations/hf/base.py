@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, is_tied, shipped
+from open_mythos.fields import must
 from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
@@ -74,6 +75,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         if not core.cfg.tied_head:
             self._tied_weights_keys = {}
         self.training = core.training
+        self.post_init()
 
     @classmethod
     def wrap(cls, core: OpenMythos, **others: Any) -> Self:
@@ -119,9 +121,8 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             ) from error
         lacks = set(info["missing_keys"]) - model._tied_weights_keys.keys()
         missing = sorted(key for key in lacks if key.startswith("core."))
-        if getattr(model, "_hf_peft_config_loaded", False):  # then `info` is of an adapter that was put on it
-            missing = []
-        if missing and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
+        of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # then so is `info`
+        if missing and not of_adapter and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
             raise ValueError(
                 f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
                 f"{missing[0]!r}; load it with the class that wrote it, or save it again"
@@ -154,7 +155,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     def base_model(self) -> nn.Module:
         """The core as the model without a head, sharing its weights."""
         is_made = "core" in self._modules  # transformers asks before it is
-        return self.without_head(self.config, self.core) if is_made else self
+        return self if not is_made or isinstance(self, self.without_head) else self.without_head(self.config, self.core)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.core.embed
@@ -172,72 +173,64 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
 
     # -- the work
 
-    def _check_vocabulary(self, input_ids: Tensor) -> None:
-        highest, n_known = int(input_ids.max()) if input_ids.numel() else 0, self.core.cfg.vocab_size
-        if highest >= n_known:
-            raise ValueError(
-                f"input_ids holds {highest}, and the vocabulary has {n_known} tokens: the tokenizer is "
-                f"not this model's. Use the one saved with it, or model.resize_token_embeddings(len(tokenizer))"
-            )
-
     def run(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        num_loops: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        cache: Cache | None = None,
-        others: dict[str, Any] | None = None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        others: dict[str, Any],
         last: int | None = None,
         auxiliary: bool = False,
+        **options: Any,
     ) -> BaseModelOutputWithPast:
         """Run the core, without the head, its last state of the ``last`` positions if so many are all that is wanted.
 
-        ``others`` are checked. Other arguments as :meth:`OpenMythosForCausalLM.forward`.
+        ``others`` are checked. ``options`` are ``cache``, ``past_key_values``, ``use_cache``, ``num_loops`` and
+        ``output_…``, as are all else those of :meth:`OpenMythosForCausalLM.forward`.
         """
         config, core = self.config, self.core
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
-        if output_attentions or config.output_attentions:
-            raise ValueError("output_attentions=True, but attention weights are never formed here; leave it out")
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
-        _check_others(others or {}, position_ids is not None)
+        cache, past_key_values = options["cache"], options["past_key_values"]
+        must((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds, and not both")
+        must(
+            not (options["output_attentions"] or config.output_attentions),
+            "output_attentions=True, but attention weights are never formed here; leave it out",
+        )
+        must(
+            cache is None or past_key_values is None,
+            "cache and past_key_values are two names of one argument; give one of them",
+        )
+        _check_others(others, position_ids is not None)
         cache = past_key_values if cache is None else cache
         for name in _LIVE:
             setattr(core.cfg, name, getattr(config, name))
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
-        packed = False
         if cache is None:
             attention_mask = _numbered(attention_mask, position_ids, tokens)
             packed = (
                 attention_mask is not None and attention_mask.dtype != torch.bool and bool((attention_mask > 1).any())
             )
-        training_step = self.training and (self.gradient_checkpointing or cache is None)
-        if (
-            cache is None
-            and not training_step
-            and (config.use_cache and not packed if use_cache is None else use_cache)
-        ):
-            if packed:
-                raise ValueError("no cache holds several documents of a row; pass use_cache=False")
-            cache = DynamicCache()
+            wanted = config.use_cache and not packed if options["use_cache"] is None else options["use_cache"]
+            if wanted and not self.training:
+                must(not packed, "no cache holds several documents of a row; pass use_cache=False")
+                cache = DynamicCache()
         slots = None if cache is None else SlotCache(cache)
         past = 0 if slots is None else slots.length
         if input_ids is not None and (past == 0 or input_ids.device.type == "cpu"):  # it makes a GPU wait
-            self._check_vocabulary(input_ids)
+            highest, n_known = int(input_ids.max()) if input_ids.numel() else 0, core.cfg.vocab_size
+            must(
+                highest < n_known,
+                f"input_ids holds {highest}, and the vocabulary has {n_known} tokens: the tokenizer is "
+                f"not this model's. Use the one saved with it, or model.resize_token_embeddings(len(tokenizer))",
+            )
         if slots is not None and past and attention_mask is not None and attention_mask.shape[-1] > past:
             slots.valid = attention_mask[:, :past].bool()
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        n_loops = config.num_loops if num_loops is None else num_loops
-        seen: list[Tensor] | None = [] if output_hidden_states else None
+        n_loops, with_states = (
+            getattr(config, name) if options[name] is None else options[name]
+            for name in ("num_loops", "output_hidden_states")
+        )
+        seen: list[Tensor] | None = [] if with_states else None
         h, ctx = core.states(
             tokens, n_loops, slots, attention_mask=attention_mask, positions=position_ids, seen=seen,
             auxiliary=auxiliary, recompute=self.gradient_checkpointing,

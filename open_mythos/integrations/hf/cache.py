@@ -1,9 +1,8 @@
-"""Our caches' interface over a cache of transformers, which then does what transformers does with caches.
+"""Our caches' interface over a cache of transformers.
 
-Every layer and every loop writes a slot. A slot is one layer of the ``Cache``, with the two halves of its rows as keys
-and values, (batch, groups, tokens, width / 2), as transformers keeps them; and where there is a convolution another one,
-which holds the last raw rows. Slots take layers in the order in which they are first written, and layers are added as
-loops need them, so that any number of loops fits any cache.
+A slot, of one layer and loop, is one layer of the ``Cache``: the halves of its rows are keys and values, (batch,
+groups, tokens, width / 2). With a convolution, another one holds the last raw rows. Slots take layers in the order in
+which they are first written; layers are added as loops need them, so that any number of loops fits any cache.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from open_mythos.cache import ROLLBACK, Slot, slot_name
-from open_mythos.dict_cache import DictCache
+from open_mythos.cache import Cache as BaseCache
 from open_mythos.fields import must
 
 _SLOTS = "_open_mythos_slots"  # on the Cache: the layer of each slot, by name
@@ -57,7 +56,7 @@ class RawLayer(DynamicLayer):
         self.keys, self.values, self.is_initialized, self.seen = None, None, False, 0
 
 
-class SlotCache(DictCache):
+class SlotCache(BaseCache):
     """A ``Cache`` of transformers seen through the interface of :class:`~open_mythos.KVCache`, for one call.
 
     Args:
@@ -78,26 +77,13 @@ class SlotCache(DictCache):
             cache.layers.clear()
         self.cache = cache
         self._slots: dict[str, _Slot] = {}
-        self._valid: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return max(self.lengths().values(), default=0)
+        self.valid = None  # of this call: transformers gives the whole mask at every one
 
     @property
     def batch_size(self) -> int:
         return next((len(layer.keys) for layer in self.cache.layers if layer.keys is not None), 0)
 
-    @property
-    def valid(self) -> Tensor | None:
-        """(B, length) bool, False at padding, for this call: transformers gives the whole mask at every call."""
-        return self._valid
-
-    @valid.setter
-    def valid(self, valid: Tensor | None) -> None:
-        self._valid = valid
-
-    def slot(self, slot: Slot | str) -> _Slot:  # type: ignore[override]
+    def slot(self, slot: Slot | str) -> _Slot:
         name = slot_name(slot)
         if name not in self._slots:
             self._slots[name] = _Slot(self, name)
@@ -146,8 +132,8 @@ class _Slot:
         held = raw.before(at, n).transpose(1, 2)
         must(
             held.shape[1] == min(n, at) and raw.seen - at <= ROLLBACK,
-            f"the cache was cut back to {at} of {raw.seen} tokens, and this model's convolution keeps what it needs for "
-            f"{ROLLBACK}; start a new cache",
+            f"the cache was cut back to {at} of {raw.seen} tokens, and this model's convolution keeps what it needs "
+            f"for {ROLLBACK}; start a new cache",
         )
         return held if at >= n else torch.cat([held.new_zeros(len(held), n - at, *held.shape[2:]), held], 1)
 
@@ -167,7 +153,6 @@ class _Slot:
         self.update(before.rows[:, start:])
         if before._name + _RAW in getattr(self._cache.cache, _SLOTS):
             raw, theirs = self._cache.raw_layer(self._name), self._cache.raw_layer(before._name)
-            assert theirs.keys is not None
             new = theirs.keys[:, :, -min(end - start, theirs.keys.shape[2]) :]
             if end - start > new.shape[2]:
                 raw.seen, raw.keys = end - new.shape[2], new[:, :, :0]

@@ -55,7 +55,8 @@ class OpenMythosConfig(PreTrainedConfig):
     def __post_init__(self, **others: Any) -> None:
         num_loops = others.pop("num_loops", None)
         given = {self.attribute_map.get(name, name): value for name, value in others.items()}
-        values = model_fields(given, _own_names() | {name for name in given if name.startswith("_")})
+        own = {field.name for field in dataclasses.fields(OpenMythosConfig)}
+        values = model_fields(given, frozenset(own | _ARGUMENTS | {name for name in given if name.startswith("_")}))
         cfg = MythosConfig(**values)
         if self.lora_loops is None:
             self.lora_loops = cfg.max_loop_iters
@@ -65,10 +66,8 @@ class OpenMythosConfig(PreTrainedConfig):
             self.num_loops = num_loops
         self.format_version = FORMAT_VERSION
         self.tie_word_embeddings = cfg.tied_head
-        not_ours = {name: value for name, value in given.items() if name not in values}
-        for name in ("model_type", "format_version", "tie_word_embeddings"):
-            not_ours.pop(name, None)
-        super().__post_init__(**not_ours)
+        ours = values.keys() | {"model_type", "format_version", "tie_word_embeddings"}
+        super().__post_init__(**{name: value for name, value in given.items() if name not in ours})
 
     @classmethod
     def from_mythos(cls, cfg: MythosConfig, **others: Any) -> Self:
@@ -81,7 +80,7 @@ class OpenMythosConfig(PreTrainedConfig):
         Raises:
             ValueError: if a field has been set to what does not hold.
         """
-        return MythosConfig(**{name: getattr(self, name) for name in _fields()})
+        return MythosConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(MythosConfig)})
 
     # -- what tools ask for
 
@@ -100,12 +99,3 @@ class OpenMythosConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
         if self._auto_class is not None and self.write_code is not None:
             type(self).write_code(save_directory)
-
-
-def _fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(MythosConfig)]
-
-
-def _own_names() -> frozenset[str]:
-    """What may be given beside the model's fields."""
-    return frozenset(field.name for field in dataclasses.fields(OpenMythosConfig)) | _ARGUMENTS

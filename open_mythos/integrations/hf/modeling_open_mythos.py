@@ -13,27 +13,15 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 from transformers.utils import can_return_tuple
 
+from open_mythos.config import MODEL_TYPE
 from open_mythos.integrations.hf.base import CACHE, OpenMythosPreTrainedModel
-from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
-from open_mythos.model import OpenMythos
 
 
 class OpenMythosModel(OpenMythosPreTrainedModel):
     """The model without its head: ``AutoModel`` gives it."""
-
-    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
-        super().__init__(config, core)
-        self.post_init()
-
-    @property
-    def base_model(self) -> nn.Module:
-        return self
 
     @can_return_tuple
     def forward(
@@ -52,8 +40,9 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """What the head reads, (B, T, dim); arguments as :meth:`OpenMythosForCausalLM.forward`."""
         return self.run(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache, kwargs,
+            input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=cache,
+            past_key_values=past_key_values, use_cache=use_cache, num_loops=num_loops,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
 
 
@@ -62,10 +51,6 @@ OpenMythosPreTrainedModel.without_head = OpenMythosModel
 
 class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
     """The language model: ``AutoModelForCausalLM`` gives it."""
-
-    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
-        super().__init__(config, core)
-        self.post_init()
 
     @property
     def model(self) -> nn.Module:
@@ -122,15 +107,14 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         """
         n_last, some = (None, logits_to_keep) if isinstance(logits_to_keep, Tensor) else (logits_to_keep, slice(None))
         outputs = self.run(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache, kwargs, n_last or None, labels is not None,
+            input_ids, inputs_embeds, attention_mask, position_ids, kwargs, n_last or None, labels is not None,
+            cache=cache, past_key_values=past_key_values, use_cache=use_cache, num_loops=num_loops,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
         logits = self.core.head(outputs.last_hidden_state[:, some])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE: outputs.get(CACHE)},
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: outputs.get(CACHE)}
         )
 
     # -- generate()
@@ -160,10 +144,9 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
 class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
     """One vector of scores for each text, read at its last token; with one label, a reward model."""
 
-    def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
-        super().__init__(config, core)
-        self.score = nn.Linear(config.dim, config.num_labels, bias=False)
-        self.post_init()
+    def post_init(self) -> None:  # which then initializes it, if it is not loaded
+        self.score = nn.Linear(self.config.dim, self.config.num_labels, bias=False)
+        super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.score:
@@ -193,8 +176,9 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
         outputs = self.run(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_loops,
-            output_hidden_states, output_attentions, cache, kwargs, auxiliary=labels is not None,
+            input_ids, inputs_embeds, attention_mask, position_ids, kwargs, auxiliary=labels is not None, cache=cache,
+            past_key_values=past_key_values, use_cache=use_cache, num_loops=num_loops,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
         last = outputs.last_hidden_state
         B, T, _ = last.shape
@@ -207,15 +191,10 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE: outputs.get(CACHE)},
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: outputs.get(CACHE)}
         )
 
 
 # By these names Trainer knows whose labels are to be shifted where it smooths them, and pipelines what they may run.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OpenMythosConfig.model_type] = OpenMythosForCausalLM.__name__
-MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[OpenMythosConfig.model_type] = (
-    OpenMythosForSequenceClassification.__name__
-)
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = "OpenMythosForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[MODEL_TYPE] = "OpenMythosForSequenceClassification"
