@@ -13,12 +13,14 @@ ROOT = Path(open_mythos.__file__).parent
 FACADES = {"__init__.py", "__main__.py", "main.py"}
 LAYERS = [
     {"fields", "install"},
-    {"config", "native"},
+    {"config"},
     {"variants", "cache", "ops", "tasks", "plots"},
-    {"nn"},
+    {"dict_cache", "inputs"},
+    {"context"},
+    {"interface", "nn"},
     {"checkpoint", "generation", "quantization"},
     {"model"},
-    {"reference", "diagnostics", "models"},
+    {"models", "reference", "diagnostics"},
     {"evaluation"},
     {"training"},
     {"integrations"},
@@ -28,27 +30,54 @@ LAYERS = [
 EVERYWHERE = {"torch", "numpy", "safetensors"} | sys.stdlib_module_names
 # By file or folder: what its classes are made of. Itself, it is imported where it is used.
 OPTIONAL = {"quantization/weights.py": {"torchao"}, "integrations/hf": {"transformers"}}
+# A registry imports what it chooses among where it has chosen it, and these know what is registered.
+REGISTRIES = {"generation/engines.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if str(path.relative_to(ROOT)) not in FACADES)
+MODULES = {".".join(("open_mythos", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
+MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 
 
 def is_type_checking(node):
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def imported(body):
-    """Dotted names that these statements import, ``if TYPE_CHECKING`` and functions left out."""
-    for node in body:
+def imported(nodes, everywhere=False):
+    """Dotted names that these statements import when a file is; ``everywhere``: also for types, and in functions."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            if node.module == "open_mythos":
-                yield from (f"open_mythos.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if node.module == "open_mythos" or name in MODULES else node.module for name in inside)
+        elif everywhere:
+            yield from imported(ast.iter_child_nodes(node), everywhere)
         elif not isinstance(node, ast.FunctionDef | ast.ClassDef):
             for block in ("body", "orelse", "handlers", "finalbody")[is_type_checking(node) :]:
                 yield from imported(getattr(node, block, []))
+
+
+def inside(path):
+    """Names in this package that a file imports anywhere."""
+    names = imported(ast.parse(path.read_text()).body, path.relative_to(ROOT).as_posix() not in REGISTRIES)
+    return {name for name in names if name.split(".")[0] == "open_mythos"} - {"open_mythos.__version__"}
+
+
+def circle(edges):
+    """Some names of a graph that lead from one to the next and back to the first; none if there are none."""
+    done = set()
+
+    def search(name, trail):
+        if name in trail:
+            return trail[trail.index(name) :]
+        if name not in done:
+            for other in sorted(edges.get(name, ())):
+                if found := search(other, [*trail, name]):
+                    return found
+            done.add(name)
+        return []
+
+    return next((found for name in sorted(edges) if (found := search(name, []))), [])
 
 
 def part_of(path):
@@ -63,22 +92,24 @@ def layer_of(part):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_dependency_direction(path):
-    part = part_of(path)
+    part, place = part_of(path), path.relative_to(ROOT)
+    allowed = EVERYWHERE | ({"typer", "rich"} if part == "cli" else set())
+    allowed = allowed.union(*(OPTIONAL.get(part.as_posix(), set()) for part in (place, *place.parents)))
     for name in imported(ast.parse(path.read_text()).body):
-        if name.split(".")[0] != "open_mythos":
-            allowed = EVERYWHERE | ({"typer", "rich"} if part == "cli" else set())
-            place = path.relative_to(ROOT)
-            allowed = allowed.union(*(OPTIONAL.get(part.as_posix(), set()) for part in (place, *place.parents)))
-            assert name.split(".")[0] in allowed, f"{path.name} imports {name} at module level"
-            continue
+        assert name.split(".")[0] in allowed | {"open_mythos"}, f"{path.name} imports {name} at module level"
+    for name in inside(path):
         other = name.split(".")[1]
-        if other == "__version__":
-            continue
         assert other != "main", f"{path.name} imports the façade open_mythos.main"
         assert other == part or layer_of(other) < layer_of(part), f"{path.name} imports {name}, which is above it"
 
 
-def test_the_test_sees_a_wrong_import():
+def test_no_files_import_each_other_in_a_circle():
+    edges = {name: {other for other in inside(path) if other in MODULES} - {name} for name, path in MODULES.items()}
+    assert len(edges) > 80 and sum(map(len, edges.values())) > 200
+    assert not circle(edges), " -> ".join(circle(edges))
+
+
+def test_the_tests_see_a_wrong_import_and_a_circle():
     source = """
 import torch
 if TYPE_CHECKING:
@@ -91,8 +122,15 @@ except ImportError:
     import c
 def f():
     import d
+    with e:
+        from open_mythos.nn import halting, Other
 """
-    assert list(imported(ast.parse(source).body)) == ["torch", "b", "open_mythos.nn", "c"]
+    at_once = ["torch", "b", "open_mythos.nn", "c"]
+    assert list(imported(ast.parse(source).body)) == at_once
+    everywhere = sorted([*at_once, "a", "d", "open_mythos.nn.halting", "open_mythos.nn"])
+    assert sorted(imported(ast.parse(source).body, everywhere=True)) == everywhere
+    assert circle({"a": {"b", "x"}, "b": {"c"}, "c": {"b"}, "x": set()}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
 def test_importing_the_package_is_light_and_its_names_are_all_there():
