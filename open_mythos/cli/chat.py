@@ -110,32 +110,26 @@ def lines() -> Iterator[str]:
 
 def answer(talk: Conversation, line: str, max_tokens: int) -> None:
     """Print a reply as it comes. Ctrl-C ends it, and nothing else."""
-    before, started = time.perf_counter(), False
-    n_before = 0
+    n_before, started = 0, None
     try:
         for text in talk.reply(line, max_tokens):
-            if not started:
-                started, n_before, before = True, len(talk.ids), time.perf_counter()
-            sys.stdout.write(shown(text))
-            sys.stdout.flush()
+            if started is None:
+                n_before, started = len(talk.ids), time.perf_counter()
+            print(shown(text), end="", flush=True)
     except KeyboardInterrupt:
-        sys.stdout.write(" [stopped]")
+        print(" [stopped]", end="")
     except ValueError as error:
         console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
         return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if (new := len(talk.ids) - n_before) > 1 and started and sys.stdout.isatty():
-        speed = new / (time.perf_counter() - before)
+    print(flush=True)
+    if started is not None and (new := len(talk.ids) - n_before) > 1 and sys.stdout.isatty():
+        speed = new / (time.perf_counter() - started)
         console.print(f"{talk.n_loops} loops, {speed:.0f} tokens/s", style="dim", highlight=False)
 
 
 def shown(text: str) -> str:
     """Text as a terminal may print it: without its control characters."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
-
-
-# -- commands
 
 
 def command(talk: Conversation, line: str) -> None:
@@ -183,20 +177,15 @@ def show_trace(talk: Conversation, n: str = "8") -> None:
         return repr(talk.tokenizer.decode([token]))[1:-1].replace(" ", "␣") if known else f"<{token}>"
 
     grid = table("the likeliest token after each loop, and its probability", "loop", *map(word, said))
-    settled = [_settled([row[i][0] for row in loops]) for i in range(len(said))]
     for loop, row in enumerate(loops):
-        cells = [
-            Text(f"{word(token)} {probability:.2f}".replace("0.", "."), "bold" if loop >= settled[i] else "")
-            for i, (token, probability) in enumerate(row)
-        ]
+        settled = (all(later[i][0] == token for later in loops[loop:]) for i, (token, _) in enumerate(row))
+        cells = (
+            Text(f"{word(token)} {probability:.2f}".replace("0.", "."), "bold" if stays else "")
+            for (token, probability), stays in zip(row, settled, strict=True)
+        )
         grid.add_row(str(loop + 1), *cells)
     console.print(grid)
     console.print("bold: it does not change any more. Above each column, what was said.", style="dim", highlight=False)
-
-
-def _settled(tokens: list[int]) -> int:
-    """The first loop from which on nothing changes."""
-    return max((i + 1 for i, token in enumerate(tokens) if token != tokens[-1]), default=0)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -1,7 +1,5 @@
 """``mythos compare``: a recipe's looped model against two baselines that do not loop."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +42,11 @@ def compare(
             fail(str(error))
         except KeyboardInterrupt:
             fail("stopped; run the same command to resume")
-        paths = draw(results, out)
+        paths = []
+        for difficulty in results.difficulties if results.measure == "accuracy" else ():  # bits: only in the report
+            paths.append(out / f"compare-{difficulty}.png")
+            curves = {f"{kind}, {difficulty} {results.unit}": c for kind, c in results.curves(difficulty).items()}
+            plots.accuracy_by_loops(curves, paths[-1], trained_loops=results.trained_loops)
     show(results)
     plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
     note(
@@ -53,19 +55,7 @@ def compare(
     )
 
 
-def draw(results: Comparison, out: Path) -> list[Path]:
-    """Plot accuracy by loops for each difficulty; bits per byte are plotted in the report only."""
-    from open_mythos import plots
-
-    paths = []
-    for difficulty in results.difficulties if results.measure == "accuracy" else ():
-        paths.append(out / f"compare-{difficulty}.png")
-        curves = {f"{kind}, {difficulty} {results.unit}": curve for kind, curve in results.curves(difficulty).items()}
-        plots.accuracy_by_loops(curves, paths[-1], trained_loops=results.trained_loops)
-    return paths
-
-
-def show(results: Comparison) -> None:
+def show(results: "Comparison") -> None:
     rows = table(
         f"{results.recipe}: {results.measure}, mean over {len(results.seeds)} seeds (worst)", "model", "parameters",
         "FLOPs to train", "FLOPs a token", *(f"{n} {results.unit}" for n in results.difficulties),

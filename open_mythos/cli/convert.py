@@ -1,7 +1,5 @@
 """``mythos convert``: convert a checkpoint of the public reference implementation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +53,7 @@ def check_directory(source: Path, directory: Path, overwrite: bool) -> None:
     must(directory.is_dir() or not directory.exists(), f"{directory} is a file; give a directory")
 
 
-def show(conversion: Conversion) -> None:
+def show(conversion: "Conversion") -> None:
     from open_mythos.diagnostics.cost import parameters
     from open_mythos.integrations.upstream.convert import SEMANTICS
 

@@ -49,11 +49,8 @@ def eval(
             path = eval_text(model, loaded, cfg, exit, out)
         else:
             path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds, "0,1,2"), exit, out)
-    plot, directory = out / "grid.png", model_dir(checkpoint)
-    is_run = (directory.parent / METRICS).is_file()
-    note(
-        f"Results: {path}" + (f"   plot: {plot}" if plot.is_file() else ""),
-        f"Next: an HTML page, [bold]mythos report {directory.parent}[/bold]."
-        if is_run
-        else f"Next: look inside, [bold]mythos diagnose {checkpoint}[/bold].",
-    )
+    plot, run = out / "grid.png", model_dir(checkpoint).parent
+    then = f"look inside, [bold]mythos diagnose {checkpoint}[/bold]."
+    if (run / METRICS).is_file():
+        then = f"an HTML page, [bold]mythos report {run}[/bold]."
+    note(f"Results: {path}" + (f"   plot: {plot}" if plot.is_file() else ""), f"Next: {then}")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from open_mythos import plots
-from open_mythos.cli.console import announce, console, picture, table, whole_numbers
+from open_mythos.cli.console import announce, console, note, picture, table, whole_numbers
 from open_mythos.integrations.harness import Curve, harness
 from open_mythos.models import model_dir
 from open_mythos.training.runs import evaluation_dir
@@ -17,14 +17,9 @@ FILE = "harness.json"
 
 
 def eval_harness(
-    checkpoint: str,
-    names: str,
-    loops: str | None,
-    examples: int | None,
-    include: Path | None,
-    only_ours: dict[str, Any],
-    out: Path | None,
-) -> None:
+    checkpoint: str, names: str, loops: str | None, examples: int | None, include: Path | None,
+    only_ours: dict[str, Any], out: Path | None,
+) -> None:  # fmt: skip
     """Run the tasks ``names``, show a table, and write it and a picture to ``out``."""
     given = [option for option, value in only_ours.items() if value]
     if given:
@@ -32,16 +27,14 @@ def eval_harness(
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
     curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
     show(curves)
-    out = evaluation_dir(checkpoint) if out is None else out
+    out = out or evaluation_dir(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     path, drawing = out / FILE, out / "harness.png"
     path.write_text(json.dumps([dataclasses.asdict(curve) for curve in curves], indent=1) + "\n")
     also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels(curves), drawing)) else ""
     found_in = "" if include is None else f" --include-path {include}"
     more = f"mythos eval {checkpoint} --harness {names}{found_in} --loops {2 * max(counts)}"
-    console.print(
-        f"Everything: {path}{also}\nNext: think longer, [bold]{more}[/bold].", highlight=False, soft_wrap=True
-    )
+    note(f"Everything: {path}{also}", f"Next: think longer, [bold]{more}[/bold].")
 
 
 def panels(curves: list[Curve]) -> dict[str, dict[str, dict[int, tuple[float, float | None]]]]:
@@ -62,14 +55,10 @@ def show(curves: list[Curve]) -> None:
     shown.columns[1].no_wrap = True
     for curve in curves:
         best = None if curve.higher_is_better is None else (max if curve.higher_is_better else min)(curve.values)
-        cells = [
-            Text(_number(value) + ("" if error is None else f" ±{error:.4f}"), "bold" if value == best else "")
-            for value, error in zip(curve.values, curve.errors, strict=True)
-        ]
+        cells = []
+        for value, error in zip(curve.values, curve.errors, strict=True):
+            number = f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
+            cells.append(Text(number + ("" if error is None else f" ±{error:.4f}"), "bold" if value == best else ""))
         arrow = {True: " ↑", False: " ↓", None: ""}[curve.higher_is_better]
         shown.add_row(curve.task, curve.metric + arrow, str(curve.n), *cells)
     console.print(shown)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"

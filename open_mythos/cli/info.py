@@ -14,8 +14,7 @@ CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
 
 def info(
     model: Annotated[
-        str,
-        typer.Argument(help="A variant such as 1b, a run, a model's directory, a config.json, or a shipped model."),
+        str, typer.Argument(help="A variant such as 1b, a run, a model's directory, a config.json, or a shipped model.")
     ],
 ) -> None:
     """Cost of a variant or a checkpoint: parameters, FLOPs, cache."""

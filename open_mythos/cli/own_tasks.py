@@ -22,8 +22,7 @@ from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
 from open_mythos.training.runs import held_out_options, training_config
 
-SHALLOW, DEEP = 8, 32
-"""Loop counts whose relative difference in bits is shown."""
+SHALLOW, DEEP = 8, 32  # loop counts whose relative difference in bits is shown
 
 
 def settings(
@@ -122,18 +121,17 @@ def show_halting(evaluation: Evaluation) -> None:
     halting, matched = evaluation.metrics["halting"], evaluation.metrics["compute_matched"]
     if halting is None:
         return
-    rows = table("difficulties mixed in one batch", "", "accuracy", "loops")
-    rows.add_row("fixed depth", share(halting["accuracy_fixed"]), f"{halting['loops_fixed']:.1f}")
-    rows.add_row("halting", share(halting["accuracy_halting"]), f"{halting['loops_halting']:.1f}")
-    rows.add_row("saved", "", f"{halting['saved']:.0%}")
-    console.print(rows)
+    ways = {"fixed depth": "fixed", "halting": "halting"}
+    rows = [(way, share(halting[f"accuracy_{k}"]), f"{halting[f'loops_{k}']:.1f}") for way, k in ways.items()]
+    rows.append(("saved", "", f"{halting['saved']:.0%}"))
+    console.print(table("difficulties mixed in one batch", "", "accuracy", "loops", rows=rows))
     title = f"at matched FLOPs, {matched['difficulty']} {evaluation.grids[0].unit}"
-    rows = table(title, "act_threshold", "loops", "a token", "halting", "fixed depth")
+    points = table(title, "act_threshold", "loops", "a token", "halting", "fixed depth")
     for threshold, curve in matched["halting"].items():
         point: dict[str, Any] = curve[-1]
         accuracy = share(point["accuracy"]), share(point["fixed_accuracy"])
-        rows.add_row(threshold, f"{point['loops']:.1f}", si(point["flops"], "FLOP"), *accuracy)
-    console.print(rows)
+        points.add_row(threshold, f"{point['loops']:.1f}", si(point["flops"], "FLOP"), *accuracy)
+    console.print(points)
 
 
 def show_text(bits: dict[int, dict[int, float]]) -> None:

@@ -1,13 +1,14 @@
-"""Collects the data of a report: from the run's files, or computed where they lack it."""
-
-from __future__ import annotations
+"""Collects the data of a report, from the run's files or computed where they lack it, and renders it as a page."""
 
 import dataclasses
+import html
 import json
 import platform
 import shlex
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from open_mythos.model import OpenMythos
 from open_mythos.report.example import MAX_CELLS, trace_example
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
-from open_mythos.training.distributed import find_device
 from open_mythos.training.compare import RESULTS
 from open_mythos.training.config import EvalConfig, TrainConfig
+from open_mythos.training.distributed import find_device
 from open_mythos.training.fit import load_evaluation
 from open_mythos.training.loggers import read_metrics
 from open_mythos.training.overrides import differences, dotted
@@ -41,13 +42,14 @@ CURVES = (  # key in metrics.jsonl, title, log axis?, axis range
     ("grad_norm", "Norm of the gradient, before clipping", True, None),
     ("spectral_radius", "Spectral radius of the injection", False, None),
 )
+_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
 def gather(
     run: str | Path, difficulty: int | None = None, n_loops: int | None = None, seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The input of :func:`~open_mythos.report.page.render` as plain values; deterministic for a run.
+    """The input of :func:`render` as plain values; deterministic for a run.
 
     Args:
         run: a run, its model, or the name of a shipped model; see :func:`open_mythos.models.model_dir`.
@@ -76,20 +78,39 @@ def gather(
     )
     example, experts = trace_example(model, task, difficulty, n_loops, seed)
     has_experts = cfg.kind == "looped" and model.cfg.n_experts > 0
+    defaults = {key: getattr(part, name) for key, (part, name, _) in dotted(TrainConfig()).items()}
     return {
         "title": cfg.recipe if cfg.recipe == cfg.task.name else f"{cfg.recipe}: {cfg.task.name}",
         "subtitle": _subtitle(cfg, task.unit),
         "facts": [("parameters", f"{sum(p.numel() for p in model.parameters()):,}"), *_facts(scores)],
-        "grid": _grid(scores, cfg) if isinstance(scores, Evaluation) else None,
-        "bits": None if isinstance(scores, Evaluation) else _bits(scores, settings, cfg),
+        "grid": None,
+        "bits": None,
+        **_curves(scores, settings, cfg),
         "example": example | {"lead": _example_lead(example, task.unit)},
         "experts": experts | {"lead": _experts_lead(model, experts)} if has_experts else None,
         "baselines": _baselines(Path(run)),
         "training": _training(Path(run) / runs.METRICS),
-        "settings": _settings(cfg),
+        "settings": [
+            (key, _text(getattr(part, name)), _text(defaults[key])) for key, (part, name, _) in dotted(cfg).items()
+        ],
         "versions": dict(open_mythos=__version__, torch=str(torch.__version__), Python=platform.python_version()),
         "commands": _commands(cfg),
     }
+
+
+def render(data: dict[str, Any]) -> str:
+    """The HTML of the data from :func:`gather`, with inline style, script and data.
+
+    Injection-safe: the title is escaped, the rest is JSON without angle brackets, inserted as text nodes.
+    """
+    names = ("page.html", "page.css", "charts.js", "page.js")
+    page, style, charts, script = (files("open_mythos.report").joinpath(name).read_text("utf-8") for name in names)
+    return Template(page).substitute(
+        title=html.escape(data["title"]),
+        style=style.strip(),
+        script=f"{charts}\n{script}".strip(),
+        data=json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES),
+    )
 
 
 def last_evaluation(
@@ -108,7 +129,8 @@ def last_evaluation(
                 return evaluation, settings
             continue
         data = json.loads((directory / runs.EVALUATION).read_text())
-        if _same_text(data["options"], task.to_dict()) and data["exit"] is None:
+        one, other = (options | {"tokenizer": ""} for options in (data["options"], task.to_dict()))
+        if one == other and data["exit"] is None:  # the same text, by any tokenizer path
             lengths = [int(length) for length in data["by_length"]]
             return evaluation, dataclasses.replace(settings, difficulties=lengths, examples=data["windows"])
     if isinstance(task, Text):
@@ -116,28 +138,18 @@ def last_evaluation(
     return Evaluation([depth_grid(model, task, settings.difficulties, loops, settings.examples)], {}), settings
 
 
-def _same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether options name the same text, by any tokenizer path."""
-    return one | {"tokenizer": ""} == other | {"tokenizer": ""}
-
-
-def _grid(evaluation: Evaluation, cfg: TrainConfig) -> dict[str, Any]:
-    grid = evaluation.grids[0]
-    return grid.to_dict() | {
-        "lead": f"{grid.examples} new problems of each difficulty, halting {'on' if grid.halting else 'off'}. "
-        f"Guessing gets {grid.chance:.1%} of the tokens right.",
-        "trained_difficulty": cfg.task.max_difficulty,
-        "trained_loops": cfg.loops.maximum,
-    }
-
-
-def _bits(bits: dict[int, float], settings: EvalConfig, cfg: TrainConfig) -> dict[str, Any]:
-    return {
-        "lead": f"{settings.examples} windows of {settings.difficulties[0]} tokens of held-out text.",
-        "loops": list(bits),
-        "values": list(bits.values()),
-        "trained_loops": cfg.loops.maximum,
-    }
+def _curves(scores: Evaluation | dict[int, float], settings: EvalConfig, cfg: TrainConfig) -> dict[str, Any]:
+    if not isinstance(scores, Evaluation):
+        lead = f"{settings.examples} windows of {settings.difficulties[0]} tokens of held-out text."
+        values = list(scores.values())
+        return {"bits": {"lead": lead, "loops": list(scores), "values": values, "trained_loops": cfg.loops.maximum}}
+    grid = scores.grids[0]
+    lead = (
+        f"{grid.examples} new problems of each difficulty, halting {'on' if grid.halting else 'off'}. "
+        f"Guessing gets {grid.chance:.1%} of the tokens right."
+    )
+    trained = {"trained_difficulty": cfg.task.max_difficulty, "trained_loops": cfg.loops.maximum}
+    return {"grid": grid.to_dict() | {"lead": lead} | trained}
 
 
 def _facts(scores: Evaluation | dict[int, float]) -> list[tuple[str, str]]:
@@ -186,11 +198,10 @@ def _baselines(run: Path) -> dict[str, Any] | None:
         results = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); remove it, or make it again with mythos compare") from error
-    lead = (
-        "Trained with the same data and steps: a model that runs its block once, and one with as many blocks as the "
-        "looped model has loops, with untied weights."
-    )
-    return {**results, "lead": lead}
+    return results | {
+        "lead": "Trained with the same data and steps: a model that runs its block once, and one with as many blocks "
+        "as the looped model has loops, with untied weights."
+    }
 
 
 def _subtitle(cfg: TrainConfig, unit: str) -> str:
@@ -221,14 +232,7 @@ def _experts_lead(model: OpenMythos, experts: dict[str, Any]) -> str:
     return f"Each loop sends each token to {chosen}. Share of these choices, over {experts['problems']} problems."
 
 
-def _settings(cfg: TrainConfig) -> list[tuple[str, str, str]]:
-    """Dotted key, value and default of every setting."""
-    defaults = {key: getattr(part, name) for key, (part, name, _) in dotted(TrainConfig()).items()}
-    return [(key, _text(getattr(part, name)), _text(defaults[key])) for key, (part, name, _) in dotted(cfg).items()]
-
-
 def _commands(cfg: TrainConfig) -> list[str]:
-    """The command line that reproduces the run."""
     if cfg.recipe not in RECIPES:
         return ["# from Python, with config.json of the run:", "# open_mythos.training.TrainConfig.load(...)"]
     changed = differences(recipe(cfg.recipe), cfg)

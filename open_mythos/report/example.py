@@ -1,7 +1,5 @@
 """Per-loop trace of one problem."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,10 +10,8 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.modes import eval_mode
 from open_mythos.tasks import UNSCORED, Task
 
-MAX_CELLS = 24_000
-"""Maximum positions x loops of an example, about 0.4 MB of the page."""
-PROBLEMS = 8
-"""Problems that expert load is averaged over; the first one is the example."""
+MAX_CELLS = 24_000  # positions x loops of an example, about 0.4 MB of the page
+PROBLEMS = 8  # that expert load is averaged over; the first one is the example
 
 
 @torch.no_grad()
