@@ -13,7 +13,7 @@ FORMAT_VERSION = 1
 """Of saved configs. It grows when an old reader would misread a new file."""
 
 # What transformers writes into a config.json beside the fields of the model, and a model here does not need.
-_OF_TRANSFORMERS = {
+OF_TRANSFORMERS = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id",
     "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "lora_loops",
     "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
@@ -237,7 +237,7 @@ def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> di
     found = {name: value for name, value in data.items() if name not in ("model_type", "format_version")}
     for name in found:
         must(
-            name in known or name in _OF_TRANSFORMERS or name in also,
+            name in known or name in OF_TRANSFORMERS or name in also,
             f"unknown config field {name!r}; {nearest(name, known)} (if a newer open_mythos wrote this config, "
             f"{UPDATE})",
         )

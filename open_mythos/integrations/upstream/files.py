@@ -121,14 +121,9 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise CheckpointError(
                 f"{path} is damaged or not a safetensors file ({error}); download or save it again"
             ) from error
-    return _sorted_out(path, _load(path))
-
-
-def _load(path: Path) -> Any:
-    """What torch.save wrote, by PyTorch's unpickler for weights, which builds tensors and plain values only."""
-    try:
+    try:  # PyTorch's unpickler for weights builds tensors and plain values only
         with torch.serialization.safe_globals([(_Record, _CONFIG_CLASS)]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # bytes that are no pickle make it raise anything
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is None:
@@ -143,12 +138,9 @@ def _load(path: Path) -> Any:
             f"torch.save({{'model': c['model'], 'cfg': vars(c['cfg'])}}, 'weights.pt') - or, if c is a whole model, "
             f"{{'model': c.state_dict(), 'cfg': vars(c.cfg)}}. Then convert weights.pt"
         ) from error
-
-
-def _sorted_out(path: Path, data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config fields of what a file holds: the tensors themselves, or a dictionary around them."""
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not a model's tensors; save its state_dict()")
+    # the tensors themselves, or a dictionary around them
     tensors = next((data[key] for key in _TENSORS_UNDER if isinstance(data.get(key), dict)), data)
     config = next((data[key] for key in _CONFIG_UNDER if key in data), None)
     fields = vars(config) if isinstance(config, _Record) else config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,24 +12,17 @@ import torch
 from torch import Tensor
 
 from open_mythos.checkpoint import CheckpointError
-from open_mythos.config import MythosConfig
+from open_mythos.config import OF_TRANSFORMERS, MythosConfig
 from open_mythos.fields import nearest
 from open_mythos.integrations.upstream.files import Checkpoint
 from open_mythos.ops.rope import precompute_rope_freqs
 
 SPECS = {spec.name: spec for spec in dataclasses.fields(MythosConfig)[:23]}
 """The fields of the reference's config, which are the first of ours, with the same defaults."""
-# What transformers writes into every config.json
-_HUGGING_FACE = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
-    "pad_token_id", "problem_type", "return_dict", "tie_word_embeddings", "torch_dtype", "transformers_version",
-    "use_cache",
-}  # fmt: skip
+_HUGGING_FACE = OF_TRANSFORMERS - {"lora_loops", "quantization_config"} | {"model_type"}
 _MAY_DIFFER = {"max_seq_len", "max_loop_iters"}  # may be changed at any time, here as there
-_EXAMPLES = {
-    "n_heads": "8", "rope_theta": "500000", "act_threshold": "0.99", "n_experts_per_tok": "4", "max_seq_len": "4096"
-}  # fmt: skip
+# Fields that have to be known and of which tensors may show nothing, with examples
+_ASKED = {"act_threshold": "0.99", "n_experts_per_tok": "4", "n_heads": "8", "rope_theta": "500000"}
 _LATENT_ONLY = {"kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"}
 _HERE = "recurrent.block.attn."
 
@@ -44,10 +38,17 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
         CheckpointError: for fields that the reference does not have, that contradict the tensors, or that matter and
             are not known.
     """
-    given = _known(checkpoint) | parse(settings)
-    seen = inferred(checkpoint.tensors)
+    strange = sorted(checkpoint.fields.keys() - SPECS.keys() - _HUGGING_FACE)
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.fields_from} has {', '.join(strange)}, which version 0.5.0 of the reference does not know; "
+            f"it is of a newer or changed version, whose models may compute something else. If these fields change "
+            f"nothing, write the config without them and give it with --config"
+        )
+    given = {name: value for name, value in checkpoint.fields.items() if name in SPECS} | parse(settings)
+    seen, table = inferred(checkpoint.tensors), table_of(checkpoint.tensors)
     for name in given.keys() & seen.keys() - _MAY_DIFFER:
-        if name == "rope_theta" and _turns(table_of(checkpoint.tensors), seen[name], given[name]):
+        if name == "rope_theta" and _turns(table, seen[name], given[name]):
             continue
         if given[name] != seen[name]:
             raise CheckpointError(
@@ -55,12 +56,10 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
                 f"the config that this checkpoint was made with, or leave {name} out"
             )
     fields = seen | given
-    asked = ["act_threshold", "n_experts_per_tok", "n_heads"]
-    table = table_of(checkpoint.tensors)
-    asked += ["rope_theta"] if table is None or table.shape[-1] > 1 else []  # one pair of channels turns by 1 anyway
-    missing = [name for name in asked if name not in fields]
+    turns_by_one = {"rope_theta"} if table is not None and table.shape[-1] == 1 else set()  # the one pair of channels
+    missing = sorted(_ASKED.keys() - fields.keys() - turns_by_one)
     if missing:
-        examples = " ".join(f"--set {name}={_EXAMPLES[name]}" for name in missing)
+        examples = " ".join(f"--set {name}={_ASKED[name]}" for name in missing)
         raise CheckpointError(
             f"{checkpoint.path} does not say {', '.join(missing)}, and no tensor shows it; give what the model was "
             f"trained with, as in {examples}, or its config with --config config.json"
@@ -118,7 +117,17 @@ def inferred(tensors: dict[str, Tensor]) -> dict[str, Any]:
         found["n_experts_per_tok"] = 1
     table = table_of(tensors)
     if found["attn_type"] == "mla":
-        found |= _latent_sizes(tensors)
+        latent = len(tensors[f"{_HERE}kv_norm.weight"])
+        rope = len(tensors[f"{_HERE}kv_down.weight"]) - latent
+        heads = max(1, len(tensors[f"{_HERE}q_up_rope.weight"]) // max(1, rope))
+        found |= {
+            "n_heads": heads,
+            "kv_lora_rank": latent,
+            "q_lora_rank": len(tensors[f"{_HERE}q_norm.weight"]),
+            "qk_rope_head_dim": rope,
+            "qk_nope_head_dim": len(tensors[f"{_HERE}q_up_nope.weight"]) // heads,
+            "v_head_dim": tensors[f"{_HERE}wo.weight"].shape[-1] // heads,
+        }
     elif table is not None:
         head_dim = 2 * table.shape[-1]
         found["n_heads"] = len(tensors[f"{_HERE}wq.weight"]) // head_dim
@@ -132,10 +141,7 @@ def inferred(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def count(tensors: dict[str, Tensor], name: str) -> int:
     """How many of ``name`` with 0, 1, ... in the place of ``{}`` there are."""
-    n = 0
-    while name.format(n) in tensors:
-        n += 1
-    return n
+    return next(n for n in itertools.count() if name.format(n) not in tensors)
 
 
 def table_of(tensors: dict[str, Tensor]) -> Tensor | None:
@@ -147,20 +153,6 @@ def table_of(tensors: dict[str, Tensor]) -> Tensor | None:
     if table is not None and not table.is_complex():
         table = torch.view_as_complex(table.float().contiguous()) if table.ndim == 3 else None
     return table
-
-
-def _latent_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
-    latent = len(tensors[f"{_HERE}kv_norm.weight"])
-    rope = len(tensors[f"{_HERE}kv_down.weight"]) - latent
-    heads = max(1, len(tensors[f"{_HERE}q_up_rope.weight"]) // max(1, rope))
-    return {
-        "n_heads": heads,
-        "kv_lora_rank": latent,
-        "q_lora_rank": len(tensors[f"{_HERE}q_norm.weight"]),
-        "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": len(tensors[f"{_HERE}q_up_nope.weight"]) // heads,
-        "v_head_dim": tensors[f"{_HERE}wo.weight"].shape[-1] // heads,
-    }
 
 
 def _theta(table: Tensor) -> float:
@@ -185,14 +177,3 @@ def _turns(table: Tensor | None, *thetas: Any) -> bool:
     first = table[:64]
     made = (precompute_rope_freqs(2 * table.shape[-1], len(first), float(theta)) for theta in thetas)
     return all(bool((first - wanted).abs().max() < 1e-4) for wanted in made)
-
-
-def _known(checkpoint: Checkpoint) -> dict[str, Any]:
-    strange = sorted(checkpoint.fields.keys() - SPECS.keys() - _HUGGING_FACE)
-    if strange:
-        raise CheckpointError(
-            f"{checkpoint.fields_from} has {', '.join(strange)}, which version 0.5.0 of the reference does not know; "
-            f"it is of a newer or changed version, whose models may compute something else. If these fields change "
-            f"nothing, write the config without them and give it with --config"
-        )
-    return {name: value for name, value in checkpoint.fields.items() if name in SPECS}
