@@ -58,11 +58,7 @@ class Checked:
         self.validate()
 
     def validate(self) -> None:
-        """Check every field; subclasses add checks of combinations. Call it after assigning to a field.
-
-        Raises:
-            ValueError: for the first invalid field.
-        """
+        """ValueError for the first invalid field. Subclasses add combinations. Call it after assigning to a field."""
         for spec in dataclasses.fields(self):
             setattr(self, spec.name, _checked(spec.name, getattr(self, spec.name), spec.metadata))
 
@@ -165,7 +161,10 @@ def _checked(name: str, value: Any, meta: Any) -> Any:
         accepted = list | tuple if kind is list else kind
         must(isinstance(value, accepted), f"{name}={value!r} is not {_TYPES.get(kind, f'a {kind.__name__}')}")
         if isinstance(value, Checked):
-            value.validate()
+            try:
+                value.validate()
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
         elif kind is list:
             value = [_checked(name, item, {"kind": int, "min": meta["min"]}) for item in value]
     return value

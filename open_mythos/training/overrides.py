@@ -1,7 +1,5 @@
 """Dotted overrides of a config on the command line: ``optim.lr=3e-4 evaluation.loops=1,2,4``."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import dataclasses
@@ -43,7 +41,7 @@ def override(cfg: Config, assignments: Iterable[str]) -> Config:
             same_name = [known for known in keys if known.rpartition(".")[2] == option]
             hint = f"did you mean {' or '.join(map(repr, same_name))}?" if same_name else nearest(key, keys)
             raise ValueError(f"unknown key {key!r}; {hint}")
-    _validate(changed)
+    changed.validate()
     return changed
 
 
@@ -87,15 +85,3 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _validate(cfg: Checked) -> None:
-    """Validate nested configs first, so that errors name the dotted key."""
-    for spec in dataclasses.fields(cfg):
-        part = getattr(cfg, spec.name)
-        if isinstance(part, Checked):
-            try:
-                _validate(part)
-            except ValueError as error:
-                raise ValueError(f"{spec.name}.{error}") from error
-    cfg.validate()
