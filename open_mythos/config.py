@@ -105,7 +105,7 @@ class MythosConfig(Checked):
     # -- beyond the reference: control
     # in eval mode, skip positions whose gate has closed; False: every loop for every position, and no gate is trained
     halting: bool = flag(True)
-    # relative distance from where it ends at which the gate should call a state settled
+    # relative distance from where it ends at which a state counts as converged, as the gate learns it
     halting_tolerance: float = real(0.1, 0.0, low_open=True)
     # step of the router's load balancing (DeepSeek-V3, 2412.19437)
     router_bias_rate: float = real(0.01, 0.0)

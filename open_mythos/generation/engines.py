@@ -37,7 +37,7 @@ def _native(model: Model, depth: Depth, drafts: bool) -> str | None:
     """Why C code cannot decode; the folder may not have come along, as in one for transformers."""
     try:
         return import_module(_NATIVE).why_not(model, depth, drafts)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"it is not part of this installation ({error})"
 
 
@@ -58,7 +58,7 @@ def check_engine(name: str, model: Model, depth: Depth, drafts: bool = False) ->
     """ValueError, saying what to change, unless there is an engine of this name and it serves."""
     must(name in NAMES, f"there is no engine {name!r}; {nearest(name, NAMES)}")
     if name != "auto" and (why := _ENGINES[name].why_not(model, depth, drafts)) is not None:
-        raise ValueError(f"engine={name!r} cannot be had: {why}; use engine='auto', or change that")
+        raise ValueError(f"engine={name!r} is not available: {why}; use engine='auto', or change that")
 
 
 def make_engine(name: str, model: Model, depth: Depth, room: int = 0, drafts: bool = False) -> Engine:
@@ -79,5 +79,5 @@ def make_engine(name: str, model: Model, depth: Depth, room: int = 0, drafts: bo
             return choice.make(model, depth, room)
         if why.startswith("no C compiler") and why not in _reported:
             _reported.add(why)
-            logging.getLogger("open_mythos").warning("decoding goes slower than it could: %s", why)
+            logging.getLogger("open_mythos").warning("decoding without the native engine, which is several times faster: %s", why)
     raise AssertionError("modules serve every model")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from open_mythos.fields import must
+from open_mythos.fields import must, nearest
 from open_mythos.generation.engine import Depth, Engine
 from open_mythos.generation.engines import check_engine, make_engine
 from open_mythos.generation.sampling import Sampling
@@ -51,6 +52,8 @@ def stream(
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
     """
+    for name in old.keys() - _OLD_NAMES:
+        raise TypeError(f"generate and stream have no argument {name!r}; {nearest(name, _NAMES)}")
     draft, engine = _old_names(draft, engine, **old)
     sampling = sampling or Sampling()
     check_lengths(model.cfg, input_ids, max_new_tokens)
@@ -118,6 +121,10 @@ def generate(
     new = list(stream(model, input_ids, max_new_tokens, eos_token_id=eos_token_id, **options))
     new += new[-1:] * (max_new_tokens - len(new))  # all rows have ended
     return torch.cat([input_ids, *(tokens.unsqueeze(1).to(input_ids.dtype) for tokens in new)], dim=1)
+
+
+_OLD_NAMES = {"draft_loops", "draft_tokens", "compile"}
+_NAMES = sorted({*signature(stream).parameters, *_OLD_NAMES} - {"model", "old"})
 
 
 def _old_names(

@@ -82,9 +82,14 @@ def _(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
 
 @torch.no_grad()
 def balance(model: nn.Module | Loops) -> None:
-    """Move each router's bias by ``cfg.router_bias_rate`` towards the mean load, and start a new count."""
+    """Move each router's bias by ``cfg.router_bias_rate`` towards the mean load, and start a new count.
+
+    Of several processes all have to call it: they balance the load of all.
+    """
     for ffn in experts(model):
         load = ffn.expert_load.float()
+        if _has_peers():
+            dist.all_reduce(load)
         ffn.router_bias += ffn.bias_rate * torch.sign(load.mean() - load)
         ffn.expert_load.zero_()
 

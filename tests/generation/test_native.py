@@ -247,7 +247,7 @@ def test_what_it_does_not_know_is_said(change, depth, words):
     assert why_not(model, Depth(4), drafts=False) is None
     change(model)
     assert words in why_not(model, depth, drafts=False)
-    with pytest.raises(ValueError, match=rf"engine='native' cannot be had: .*{words}"):
+    with pytest.raises(ValueError, match=rf"engine='native' is not available: .*{words}"):
         model.stream(tokens(1, 3), 4, n_loops=4, exit=depth.exit, engine="native")
 
 
