@@ -1,8 +1,8 @@
 """Looking inside a model: what each loop does, and what a model costs in parameters, arithmetic and memory."""
 
-from open_mythos.diagnostics.cache import cache_bytes as cache_bytes
 from open_mythos.diagnostics.cost import Parameters as Parameters
 from open_mythos.diagnostics.cost import bytes_per_decoding_step as bytes_per_decoding_step
+from open_mythos.diagnostics.cost import cache_bytes as cache_bytes
 from open_mythos.diagnostics.cost import cache_bytes_per_token as cache_bytes_per_token
 from open_mythos.diagnostics.cost import flops_of_prompt as flops_of_prompt
 from open_mythos.diagnostics.cost import flops_per_prompt_token as flops_per_prompt_token

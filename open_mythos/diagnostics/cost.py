@@ -1,17 +1,18 @@
-"""What a model of a given config costs: parameters, arithmetic and cache. Nothing is allocated.
+"""What a model of a given config costs: parameters, arithmetic and cache.
 
 Counts are taken from a model without storage, so that one far too large for this machine can be planned on it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
 
+from open_mythos.cache import KVCache
 from open_mythos.config import MythosConfig
+from open_mythos.dict_cache import PADDING_SLOT
 from open_mythos.model import OpenMythos
 from open_mythos.nn.feed_forward import MoEFFN
 
@@ -46,10 +47,8 @@ def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
     MLA is counted in its absorbed form, which decoding uses. A token of a long prompt costs less: on average it sees
     half of the prompt, and MLA reads that in its expanded form.
 
-    Args:
-        cfg: the model's config; the gate is asked after every loop if ``cfg.halting``, and else not counted.
-        n_loops: loops that the token runs; a mean over tokens, where they halt at different ones.
-        context: tokens that it sees, at least 1.
+    The gate is asked after every loop if ``cfg.halting``, and else not counted. ``n_loops`` is a mean over tokens where
+    they halt at different ones; ``context`` is at least 1.
     """
     return FLOPS_PER_MULTIPLY_ADD * _forward(cfg, n_loops, context, min(cfg.local_window, context), absorbed=True)
 
@@ -102,12 +101,8 @@ def bytes_per_decoding_step(
     processor's own cache is read from memory less often than that. Of the experts, so many are counted as rows that
     choose at random would meet; of the cached rows, those that a head sees.
 
-    Args:
-        cfg: the model's config.
-        n_loops: loops that are run.
-        context: tokens that the token sees, its own included.
-        batch: rows.
-        bytes_per_number: of weights and cache; 2 for bfloat16, 4 for float32.
+    ``context`` are the tokens that the token sees, its own included, and ``bytes_per_number`` those of weights and
+    cache: 2 for bfloat16, 4 for float32.
     """
     met = cfg.n_experts and cfg.n_experts * (1 - (1 - cfg.n_experts_per_tok / cfg.n_experts) ** batch)
     outside, loop = _weights(cfg, met)
@@ -194,12 +189,20 @@ def _row(cfg: MythosConfig) -> int:
 
 
 def cache_bytes_per_token(cfg: MythosConfig, n_loops: int, bytes_per_number: int = 2) -> int:
-    """Bytes that the key/value cache holds for each token.
+    """Bytes that the key/value cache holds for each token; ``bytes_per_number`` is 2 for bfloat16, 4 for float32.
 
-    Args:
-        cfg: the model's config.
-        n_loops: loops that are run; in each, every layer of the recurrent block has a slot of its own.
-        bytes_per_number: 2 for bfloat16, 4 for float32.
+    In each of ``n_loops`` loops, every layer of the recurrent block has a slot of its own.
     """
     slots = cfg.prelude_layers + n_loops * cfg.core_layers + cfg.coda_layers
     return slots * _row(cfg) * bytes_per_number
+
+
+def cache_bytes(kv_cache: KVCache | dict[str, Any]) -> int:
+    """Bytes of the key and value rows that a cache holds, measured.
+
+    Neither the padding mask, nor the room that :class:`KVCache` keeps for rows to come, nor the few rows that wait for
+    the convolution are counted.
+    """
+    if isinstance(kv_cache, KVCache):
+        return kv_cache.nbytes
+    return sum(held["rows"].nbytes for slot, held in kv_cache.items() if slot != PADDING_SLOT)

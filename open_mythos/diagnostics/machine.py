@@ -1,7 +1,5 @@
 """What the machine can do: the rates that a model's speed is a share of, measured, and what it is called."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess
@@ -21,11 +19,8 @@ _READ_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than a processor's own c
 def repeat(work: Callable[[], Any], device: torch.device, seconds: float, warm_up: int = 1) -> list[float]:
     """Seconds that each repetition took, three at least, after some that warm up and do not count.
 
-    Args:
-        work: what is repeated.
-        device: waited for before each look at the clock.
-        seconds: in all, warming up included; no repetition beyond the third is begun after that.
-        warm_up: repetitions that do not count.
+    The device is waited for before each look at the clock. After ``seconds`` in all, warming up included, no
+    repetition beyond the third is begun.
     """
     times: list[float] = []
     begun = time.perf_counter()
@@ -47,10 +42,7 @@ def synchronize(device: torch.device) -> None:
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> float:
     """Floating-point operations a second of matrix products: the best of several sizes, each at its best.
 
-    Args:
-        dtype: of both matrices.
-        device: where they lie; on a CPU, with the threads that torch is set to.
-        seconds: in all.
+    On a CPU, with the threads that torch is set to. It takes ``seconds`` in all.
     """
     shapes = MATMULS[:-1] if device.type == "cpu" else MATMULS
     best = 0.0
@@ -62,15 +54,9 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) 
 
 
 @torch.no_grad()
-def read_rate(device: torch.device, seconds: float = 1.0, n_bytes: int | None = None) -> float:
-    """Bytes a second that are read from memory, at best, while a long float32 vector is summed.
-
-    Args:
-        device: as :func:`matmul_rate`.
-        seconds: in all.
-        n_bytes: size of the vector; far more than a processor's own cache holds if None.
-    """
-    x = torch.ones((n_bytes or _READ_BYTES[device.type]) // 4, device=device)
+def read_rate(device: torch.device, seconds: float = 1.0) -> float:
+    """Bytes a second that are read from memory, at best, while a long float32 vector is summed, ``seconds`` in all."""
+    x = torch.ones(_READ_BYTES[device.type] // 4, device=device)
     return x.nbytes / min(repeat(x.sum, device, seconds))
 
 

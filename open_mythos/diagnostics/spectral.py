@@ -1,7 +1,5 @@
 """Does the loop settle? The spectral radius of its linear part, and the growth rate of the whole."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -39,36 +37,20 @@ def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, 
     if iterations < 2:
         raise ValueError(f"iterations={iterations}; use at least 2, and some dozens for a steady result")
     n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
+    growth = []
     with eval_mode(model), torch.enable_grad():
-        before, after = _one_more_loop(model, input_ids, n_loops)
-        growth = _power_iteration(before, after, iterations)
+        with torch.no_grad():
+            e, ctx = model.encode(input_ids)
+            h = model.recurrent.states(model.first_state(e, ctx), e, ctx, n_loops)[-1]
+        # What a mixture carries beside its state goes along; it never comes back into the state.
+        h, others = h.detach().tensor_split([model.cfg.dim], -1)
+        h.requires_grad_()
+        after = model.recurrent.step(torch.cat([h, others], -1), e, n_loops, ctx)[..., : model.cfg.dim]
+        v = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
+        v = v / v.norm()
+        for _ in range(iterations):
+            (v,) = torch.autograd.grad(after, h, v, retain_graph=True)
+            growth.append(float(v.norm()))
+            v = v / max(growth[-1], torch.finfo(v.dtype).tiny)
     settled = growth[iterations // 2 :]
     return math.exp(sum(map(math.log, settled)) / len(settled)) if min(settled) > 0 else 0.0
-
-
-def _one_more_loop(model: OpenMythos, input_ids: Tensor, n_loops: int) -> tuple[Tensor, Tensor]:
-    """The state (B, T, dim) after ``n_loops`` loops, and after one more, a differentiable function of it.
-
-    What a mixture carries beside its state goes along; it never comes back into the state.
-    """
-    with torch.no_grad():
-        e, ctx = model.encode(input_ids)
-        h = model.recurrent.states(model.first_state(e, ctx), e, ctx, n_loops)[-1]
-    h, others = h.detach().tensor_split([model.cfg.dim], -1)
-    h.requires_grad_()
-    after = model.recurrent.step(torch.cat([h, others], -1), e, n_loops, ctx)
-    return h, after[..., : model.cfg.dim]
-
-
-def _power_iteration(before: Tensor, after: Tensor, iterations: int) -> list[float]:
-    """Growth of a random direction in each of ``iterations`` products with the transposed Jacobian."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(before.shape, generator=generator).to(before)
-    v = v / v.norm()
-    growth = []
-    for _ in range(iterations):
-        (v,) = torch.autograd.grad(after, before, v, retain_graph=True)
-        size = float(v.norm())
-        growth.append(size)
-        v = v / max(size, torch.finfo(v.dtype).tiny)
-    return growth

@@ -1,7 +1,5 @@
 """How fast a model trains, reads a prompt and decodes, and what share of the machine's rates that is."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
@@ -10,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.diagnostics.cost import (
-    bytes_per_decoding_step,
-    flops_of_prompt,
-    flops_per_token,
-    flops_per_trained_token,
-)
+from open_mythos.diagnostics import cost
 from open_mythos.diagnostics.machine import repeat
 from open_mythos.generation.engine import Depth, Engine
 from open_mythos.generation.engines import make_engine
@@ -66,12 +59,8 @@ def train_speed(
 ) -> Speed:
     """Steps of training: forward, cross-entropy, backward, AdamW. The model's weights change.
 
-    Args:
-        model: in float32, on the device to use.
-        batch, tokens: as :class:`Speed`.
-        n_loops: loops, all with gradient.
-        dtype: bfloat16 for autocast to it.
-        seconds: in all; see :func:`~open_mythos.diagnostics.machine.repeat`.
+    The model is in float32, on the device to use, and all loops have gradient; ``dtype`` is bfloat16 for autocast to
+    it. ``seconds`` in all, as :func:`~open_mythos.diagnostics.machine.repeat`; the other arguments as :class:`Speed`.
     """
     ids, device = _random_ids(model, batch, tokens + 1), model.embed.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -85,7 +74,7 @@ def train_speed(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    flops = batch * tokens * flops_per_trained_token(model.cfg, n_loops, tokens)
+    flops = batch * tokens * cost.flops_per_trained_token(model.cfg, n_loops, tokens)
     model.train()
     times = repeat(step, device, seconds, warm_up=4)  # until then memory is asked of the system, and faulted in
     model.eval()
@@ -101,7 +90,7 @@ def prefill_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seco
     ids = _random_ids(model, batch, tokens)
     model.eval()
     times = repeat(lambda: _read(model, ids, n_loops, "modules"), ids.device, seconds)
-    flops = batch * flops_of_prompt(model.cfg, n_loops, tokens)
+    flops = batch * cost.flops_of_prompt(model.cfg, n_loops, tokens)
     return Speed("prefill", batch, tokens, n_loops, ids.numel(), flops, None, times)
 
 
@@ -122,9 +111,9 @@ def decode_speed(
 
     times = repeat(decode, ids.device, seconds)
     contexts = range(tokens + 1, tokens + NEW + 1)
-    flops = batch * sum(flops_per_token(model.cfg, n_loops, context) for context in contexts)
+    flops = batch * sum(cost.flops_per_token(model.cfg, n_loops, context) for context in contexts)
     size = model.embed.weight.element_size()
-    read = sum(bytes_per_decoding_step(model.cfg, n_loops, context, batch, size) for context in contexts)
+    read = sum(cost.bytes_per_decoding_step(model.cfg, n_loops, context, batch, size) for context in contexts)
     return Speed("decode", batch, tokens, n_loops, batch * NEW, flops, read, times)
 
 

@@ -1,7 +1,5 @@
 """One forward pass, with a record of what every loop did."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,8 +44,7 @@ def trace(
     """Run ``model`` in eval mode, without gradients, and record every loop; modes are put back after.
 
     Args:
-        model: the model.
-        input_ids: (B, T).
+        model, input_ids: the model, and what it reads, (B, T).
         n_loops: loops to run; ``cfg.max_loop_iters`` if None.
         attention_mask: (B, T), 0 at padding.
 

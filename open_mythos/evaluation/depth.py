@@ -1,7 +1,5 @@
 """What a model answers at each depth, all depths from one run: the ground under every measure of this package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -37,12 +35,9 @@ class Reading(NamedTuple):
 
 @contextmanager
 def measuring(model: OpenMythos, halting: bool | None = None, act_threshold: float | None = None) -> Iterator[None]:
-    """Eval mode without gradients inside; modes and config are put back after.
+    """Eval mode without gradients inside, with other ``cfg.halting`` and ``cfg.act_threshold`` unless they are None.
 
-    Args:
-        model: what is measured.
-        halting: stands in for ``cfg.halting`` inside; None leaves it.
-        act_threshold: likewise.
+    Modes and config are put back after.
     """
     cfg = model.cfg
     before = cfg.halting, cfg.act_threshold
@@ -66,11 +61,9 @@ def readings(
     """The model after each of ``loops``, in rising order, from one run; use it inside :func:`measuring`.
 
     Args:
-        model: what is run.
-        ids: (B, T) tokens.
-        loops: numbers of loops to read at.
-        valid: (B, T) bool, False at padding; None where there is none.
-        start: the state before the first loop, from the encoded input (B, T, dim) and its context; the model's own if None.
+        model, loops: what is run, and the numbers of loops to read at.
+        ids, valid: (B, T) tokens, and bool, False at padding; None where there is none.
+        start: the state before the first loop, of the encoded input (B, T, dim) and its context; None: the model's own.
         exit: when a position stops looping; with None, when the gate says so if ``cfg.halting``, else never.
 
     Raises:
@@ -105,14 +98,8 @@ def device_of(model: OpenMythos) -> torch.device:
 def accuracy_by_loops(model: OpenMythos, ids: Tensor, targets: Tensor, loops: Iterable[int]) -> dict[int, float]:
     """Share of positions whose likeliest token is the target, for each number of loops, all from one run.
 
-    Args:
-        model: run in eval mode, restored after.
-        ids: (B, T) tokens.
-        targets: (B, T) tokens that should follow from each position; -100 where none is scored.
-        loops: numbers of loops to measure at.
-
-    Returns:
-        ``{loops: accuracy}`` in rising order.
+    ``targets`` (B, T) are the tokens that should follow from each position of ``ids`` (B, T), -100 where none is
+    scored. The model is run in eval mode, restored after; the loops of the result rise.
 
     Raises:
         ValueError: if ``loops`` is empty or holds a number below 1, or nothing is scored.

@@ -1,8 +1,7 @@
 """Accuracy over difficulty and loops, with confidence intervals."""
 
-from __future__ import annotations
-
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -11,10 +10,13 @@ import torch
 from torch import Tensor
 
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
-from open_mythos.evaluation.intervals import normal_interval, student_interval, wilson_interval
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import Batch, Task
+
+Z95 = 1.96
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Two-sided quantiles of Student's t for 1, 2, ... degrees of freedom; the last, slightly wide, is used beyond."""
 
 
 @dataclass(eq=False)
@@ -71,7 +73,7 @@ class DepthGrid:
         missing, unknown = sorted(kinds.keys() - data), sorted(data.keys() - kinds)
         if missing or unknown:
             raise ValueError(f"not a depth grid: fields missing: {missing}, unknown: {unknown}; measure it again")
-        tensors = {name for name, kind in kinds.items() if kind == "Tensor"}
+        tensors = {name for name, kind in kinds.items() if kind is Tensor}
         return cls(**data | {name: torch.tensor(data[name], dtype=torch.float64) for name in tensors})
 
 
@@ -86,11 +88,8 @@ def depth_grid(
 
     Args:
         model: run in eval mode on its device; mode and config are restored.
-        task: draws and scores the problems.
-        difficulties: evaluated one by one.
+        task, difficulties, examples, seed: give the problems, ``examples`` of each difficulty.
         loops: numbers of loops to evaluate.
-        examples: problems per difficulty.
-        seed: of the problems.
         halting: overrides ``cfg.halting`` unless None.
         progress: called at the start of each difficulty.
         exit: when a position stops looping, instead of the gate.
@@ -108,7 +107,7 @@ def depth_grid(
             problems = task.batch(examples, difficulty, torch.Generator().manual_seed(seed))
             scores.append(score_by_loops(model, task, problems, loops, exit))
     accuracy, exact, used = (torch.stack(parts) for parts in zip(*scores, strict=True))
-    low, high = normal_interval(accuracy)
+    low, high = mean_interval(accuracy, Z95)
     exact_low, exact_high = wilson_interval(exact.mean(-1), examples)
     return DepthGrid(
         task.name, task.version, task.unit, task.chance, list(difficulties), sorted(set(loops)), examples, seed, halts,
@@ -158,8 +157,24 @@ class Spread(NamedTuple):
     low: Tensor
     high: Tensor
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value.tolist() for name, value in self._asdict().items()}
+
+def student_interval(values: Tensor) -> tuple[Tensor, Tensor]:
+    """95% interval of the mean of few values in the last axis, such as one per seed; (0, 1) for a single one."""
+    return mean_interval(values, T95[min(values.shape[-1] - 1, len(T95)) - 1])
+
+
+def mean_interval(values: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """The mean of values between 0 and 1, in the last axis, and so many standard errors about it."""
+    n, mean = values.shape[-1], values.mean(-1)
+    half_width = quantile * values.std(-1) / math.sqrt(n) if n > 1 else torch.ones_like(mean)
+    return (mean - half_width).clamp(min=0), (mean + half_width).clamp(max=1)
+
+
+def wilson_interval(share: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """95% interval of a proportion of ``n`` binary outcomes (Wilson 1927), valid near 0 and 1 too."""
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half_width = Z95 / (1 + Z95**2 / n) * (share * (1 - share) / n + Z95**2 / (4 * n**2)).sqrt()
+    return (centre - half_width).clamp(min=0), (centre + half_width).clamp(max=1)
 
 
 def combine(grids: Sequence[DepthGrid]) -> dict[str, Spread]:

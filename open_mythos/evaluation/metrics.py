@@ -1,10 +1,7 @@
 """Scalar metrics of depth: overthinking, convergence, path independence, and the savings of halting.
 
-The functions that run a model do so in eval mode, and restore its mode and config. ``difficulty``, ``examples`` and
-``seed`` give the problems of :func:`~open_mythos.evaluation.grid.depth_grid`.
+Models are run in eval mode; mode and config are restored. Problems are those of ``depth_grid``.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.config import MythosConfig
 from open_mythos.context import Context
 from open_mythos.diagnostics import flops_per_token
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.evaluation.grid import DepthGrid, check_fit, depth_grid, score_by_loops
 from open_mythos.model import OpenMythos
-from open_mythos.tasks.base import UNSCORED, Task
+from open_mythos.tasks.base import UNSCORED, Batch, Task
 
 OVERTHINKING_FACTOR = 16
 """Overthinking is measured at this multiple of the trained loops."""
@@ -104,14 +100,10 @@ def initial_state_gap(
     check_fit(model, task, [difficulty], examples)
     generator = torch.Generator().manual_seed(seed)
     problems = task.batch(examples, difficulty, generator)
-
-    def noise(e: Tensor, ctx: Context) -> Tensor:
-        return ctx.mask.without_padding(torch.randn(e.shape, generator=generator).to(e))
-
     starts: dict[str, Callable[[Tensor, Context], Tensor]] = {
         "own": model.first_state,
         "zeros": lambda e, ctx: torch.zeros_like(e),
-        "noise": noise,
+        "noise": lambda e, ctx: ctx.mask.without_padding(torch.randn(e.shape, generator=generator).to(e)),
     }
     accuracy, differing, n_scored = dict.fromkeys(starts, 0.0), dict.fromkeys(starts, 0), 0
     with measuring(model, halting=False):
@@ -152,14 +144,23 @@ def fixed_vs_halting(
     """Compare the fixed depth ``loops`` with halting after at most as many, on one batch of mixed ``difficulties``."""
     check_fit(model, task, difficulties, examples)
     mixed = [difficulties[i % len(difficulties)] for i in range(examples)]
-    problems = task.mixed(mixed, torch.Generator().manual_seed(seed))
-    with measuring(model, halting=False):
-        fixed = score_by_loops(model, task, problems, [loops])
-    with measuring(model, halting=True):
-        halting = score_by_loops(model, task, problems, [loops])
-    n_fixed, n_halting = float(fixed.loops_used), float(halting.loops_used)
-    accuracy = float(fixed.tokens.mean()), float(halting.tokens.mean())
-    return HaltingGain(*accuracy, n_fixed, n_halting, 1 - n_halting / n_fixed)
+    return halting_gain(model, task, task.mixed(mixed, torch.Generator().manual_seed(seed)), loops)
+
+
+def halting_gain(model: OpenMythos, task: Task, problems: Batch, loops: int) -> HaltingGain:
+    """As :func:`fixed_vs_halting`, on given problems."""
+    fixed, n_fixed = accuracy_and_loops(model, task, problems, loops, halting=False)
+    halting, n_halting = accuracy_and_loops(model, task, problems, loops, halting=True)
+    return HaltingGain(fixed, halting, n_fixed, n_halting, 1 - n_halting / n_fixed)
+
+
+def accuracy_and_loops(
+    model: OpenMythos, task: Task, problems: Batch, loops: int, halting: bool
+) -> tuple[float, float]:
+    """Share of answers right, mean over problems, and loops that a position ran, mean over positions."""
+    with measuring(model, halting):
+        scores = score_by_loops(model, task, problems, [loops])
+    return float(scores.tokens.mean()), float(scores.loops_used)
 
 
 class Point(NamedTuple):
@@ -189,17 +190,12 @@ def compute_matched(
     def curve(halting: bool, threshold: float) -> list[Point]:
         with measuring(model, act_threshold=threshold):
             grid = depth_grid(model, task, [difficulty], loops, examples, seed, halting)
-        return cost_curve(grid, model.cfg, task.length(difficulty))
+        context = (task.length(difficulty) + 1) // 2  # mean over the tokens
+        rows = zip(grid.accuracy[0].tolist(), grid.loops_used[0].tolist(), strict=True)
+        return [Point(flops_per_token(model.cfg, used, context), accuracy, used) for accuracy, used in rows]
 
     fixed = curve(False, model.cfg.act_threshold)
     return ComputeMatched(fixed, {threshold: curve(True, threshold) for threshold in thresholds})
-
-
-def cost_curve(grid: DepthGrid, cfg: MythosConfig, length: int) -> list[Point]:
-    """The first row of ``grid`` against the FLOPs of its mean loops, for problems of ``length`` tokens."""
-    context = (length + 1) // 2  # mean over the tokens
-    rows = zip(grid.accuracy[0].tolist(), grid.loops_used[0].tolist(), strict=True)
-    return [Point(flops_per_token(cfg, used, context), accuracy, used) for accuracy, used in rows]
 
 
 def accuracy_at(curve: Sequence[Point], flops: float) -> float:

@@ -1,23 +1,13 @@
 """The full evaluation of a model on a task, and its file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from open_mythos.evaluation import metrics as measures
 from open_mythos.evaluation.grid import DepthGrid, combine, depth_grid
-from open_mythos.evaluation.metrics import (
-    accuracy_at,
-    compute_matched,
-    enough_loops,
-    fixed_vs_halting,
-    initial_state_gap,
-    overthinking_damage,
-    settle_rate,
-)
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import Task
@@ -43,7 +33,10 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``"combined"`` aggregates the grids."""
-        combined = {name: spread.to_dict() for name, spread in combine(self.grids).items()}
+        combined = {
+            name: {key: value.tolist() for key, value in spread._asdict().items()}
+            for name, spread in combine(self.grids).items()
+        }
         return {"grids": [grid.to_dict() for grid in self.grids], "combined": combined, "metrics": self.metrics}
 
     @classmethod
@@ -97,15 +90,15 @@ def evaluate(
         return max(1, min(examples, MAX_METRIC_TOKENS // task.length(difficulty)))
 
     metrics: dict[str, Any] = {"trained_loops": model.cfg.max_loop_iters, "difficulties": []}
-    damages = overthinking_damage(grids[0], model.cfg.max_loop_iters)
+    damages = measures.overthinking_damage(grids[0], model.cfg.max_loop_iters)
     for difficulty, damage in zip(difficulties, damages, strict=True):
         begin(f"convergence at {difficulty} {task.unit}")
         n = n_problems(difficulty)
-        starts = initial_state_gap(model, task, difficulty, deepest, n, seed)
+        starts = measures.initial_state_gap(model, task, difficulty, deepest, n, seed)
         metrics["difficulties"].append({
             "difficulty": difficulty,
             **damage._asdict(),
-            "settle_rate": settle_rate(model, task, difficulty, deepest, n, seed) if deepest > 1 else None,
+            "settle_rate": measures.settle_rate(model, task, difficulty, deepest, n, seed) if deepest > 1 else None,
             "from_start": {name: result._asdict() for name, result in starts.items()},
         })  # fmt: skip
     metrics["halting"] = metrics["compute_matched"] = None
@@ -114,17 +107,17 @@ def evaluate(
         n = n_problems(hardest)
         begin(f"loops needed at {hardest} {task.unit}")
         max_loops = damages[list(difficulties).index(hardest)].best_loops
-        n_loops = enough_loops(model, task, hardest, max_loops, n, seed)
+        n_loops = measures.enough_loops(model, task, hardest, max_loops, n, seed)
         begin("fixed depth against halting")
-        gain = fixed_vs_halting(model, task, difficulties, n_loops, examples, seed)
+        gain = measures.fixed_vs_halting(model, task, difficulties, n_loops, examples, seed)
         metrics["halting"] = {"difficulties": list(difficulties), **gain._asdict()}
         begin("accuracy at matched FLOPs")
-        fixed, halting = compute_matched(model, task, hardest, loops, n, seed)
+        fixed, halting = measures.compute_matched(model, task, hardest, loops, n, seed)
         metrics["compute_matched"] = {
             "difficulty": hardest,
             "fixed": [point._asdict() for point in fixed],
             "halting": {
-                str(threshold): [{**p._asdict(), "fixed_accuracy": accuracy_at(fixed, p.flops)} for p in curve]
+                str(threshold): [{**p._asdict(), "fixed_accuracy": measures.accuracy_at(fixed, p.flops)} for p in curve]
                 for threshold, curve in halting.items()
             },
         }

@@ -1,7 +1,5 @@
 """Bits per byte of held-out text, at each depth."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -25,13 +23,9 @@ def bits_per_byte(
     Args:
         model: run in eval mode; mode and config are restored.
         task: text; with ``split="held_out"`` for text not seen in training.
-        loops: numbers of loops to evaluate.
-        length: tokens of context.
-        windows: number of windows of that length, evenly spaced over the text.
+        loops: numbers of loops to evaluate, ascending in the result.
+        length, windows: tokens of context, and number of windows of that length, evenly spaced over the text.
         exit: when a position stops looping; None runs all loops.
-
-    Returns:
-        ``{loops: bits}`` in ascending order.
 
     Raises:
         ValueError: for text that does not fit the model, or ``loops`` below 1.

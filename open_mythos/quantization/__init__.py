@@ -12,16 +12,15 @@ no time. What there is to win and to lose is measured by ``benchmarks/decoding.p
 ``torch.compile`` works in float32; in bfloat16 PyTorch 2.13 fails on a whole block for a CPU (InductorError).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from open_mythos.fields import must
 from open_mythos.install import missing
 from open_mythos.interface import Model
 from open_mythos.nn.block import TransformerBlock
@@ -40,11 +39,8 @@ def quantize_int8(model: Quantised) -> Quantised:
     evaluated as before, with slightly other logits. It can neither be trained nor saved: save it before, and quantise
     what is loaded, which takes a moment.
 
-    Args:
-        model: in eval mode.
-
     Returns:
-        ``model``.
+        ``model``, which has to be in eval mode.
 
     Raises:
         ImportError: naming the extra to install, without ``torchao``.
@@ -55,15 +51,14 @@ def quantize_int8(model: Quantised) -> Quantised:
             from open_mythos.quantization.weights import Int8Weight, use_int8_experts
     except ImportError as error:
         raise missing("quantize_int8 needs torchao", "quant") from error
-    if model.training:
-        raise ValueError("the model is in training mode, and int8 weights cannot be trained; call model.eval() first")
-    blocks = [block for part in (model.prelude, model.recurrent.block, model.coda) for block in _blocks(part)]
+    training = "the model is in training mode, and int8 weights cannot be trained; call model.eval() first"
+    must(not model.training, training)
+    parts = (model.prelude, model.recurrent.block, model.coda)
+    blocks = [module for part in parts for module in part.modules() if isinstance(module, TransformerBlock)]
     for block in blocks:
         for name, weight in block.named_parameters():
-            if type(weight) is not nn.Parameter:
-                raise ValueError(
-                    f"{name} is of {type(weight).__name__}; quantise plain weights, once, before anything wraps them"
-                )
+            plain = "quantise plain weights, once, before anything wraps them"
+            must(type(weight) is nn.Parameter, f"{name} is of {type(weight).__name__}; {plain}")
     for block in blocks:
         for name, module in block.named_modules():
             if isinstance(module, Linear) and name.rpartition(".")[2] not in _LEFT_ALONE:
@@ -74,15 +69,11 @@ def quantize_int8(model: Quantised) -> Quantised:
     return model
 
 
-def _blocks(part: nn.Module) -> list[TransformerBlock]:
-    return [module for module in part.modules() if isinstance(module, TransformerBlock)]
-
-
 def _refuse_training(block: nn.Module, _: Any) -> None:
-    if block.training:
-        raise ValueError(
-            "this model's weights are int8 and cannot be trained; call model.eval(), or train before quantize_int8"
-        )
+    untrainable = (
+        "this model's weights are int8 and cannot be trained; call model.eval(), or train before quantize_int8"
+    )
+    must(not block.training, untrainable)
 
 
 @contextmanager
@@ -101,9 +92,8 @@ def _importing_quietly() -> Iterator[None]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters, with scales and offsets of those that are int8; tied ones count once."""
-    return sum(part.nbytes for weight in model.parameters() for part in _parts(weight))
-
-
-def _parts(weight: Tensor) -> list[Tensor]:
-    flatten = getattr(weight, "__tensor_flatten__", None)
-    return [weight] if flatten is None else [getattr(weight, name) for name in flatten()[0]]
+    n_bytes = 0
+    for weight in model.parameters():
+        flatten = getattr(weight, "__tensor_flatten__", None)
+        n_bytes += weight.nbytes if flatten is None else sum(getattr(weight, name).nbytes for name in flatten()[0])
+    return n_bytes

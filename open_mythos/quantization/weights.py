@@ -1,7 +1,5 @@
 """torchao's int8 tensors as weights of this library's layers. Imported only where torchao is there."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

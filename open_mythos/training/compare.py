@@ -1,7 +1,5 @@
 """Compares a looped model with two baselines trained on the same data and steps: accuracy, FLOPs, parameters."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from open_mythos import tasks
 from open_mythos.diagnostics import flops_per_token
-from open_mythos.evaluation.intervals import student_interval
+from open_mythos.evaluation.grid import student_interval
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.training import baselines, runs
 from open_mythos.training.config import TrainConfig
@@ -45,6 +43,13 @@ class Contender:
     worst: list[list[float]]
     low: list[list[float]]
     high: list[list[float]]
+
+    def at(self, column: int) -> "Entry":
+        """Its entry at one of ``loops``."""
+        n = self.loops[column]
+        name = f"looped, {n} loops" if self.kind == "looped" else self.kind
+        flops, mean, worst = ([row[column] for row in rows] for rows in (self.flops_per_token, self.mean, self.worst))
+        return Entry(name, self.kind, n, self.parameters, self.training_flops, flops, mean, worst)
 
 
 @dataclass
@@ -84,7 +89,7 @@ class Comparison:
         """The looped model at its maximum depth and at that of the unrolled one, then the baselines."""
         looped, *baselines = self.contenders
         columns = sorted({looped.loops.index(self.trained_loops), len(looped.loops) - 1}, reverse=True)
-        return [_entry(looped, column) for column in columns] + [_entry(baseline, 0) for baseline in baselines]
+        return [looped.at(column) for column in columns] + [baseline.at(0) for baseline in baselines]
 
     def verdicts(self) -> list[str]:
         """For each difficulty, the best model: at maximum depth, and at matched FLOPs."""
@@ -124,13 +129,6 @@ class Comparison:
         return f"{value} is ahead of {values[0]}{'' if in_all_seeds else ' on average, but not in its worst seed'}."
 
 
-def _entry(model: Contender, column: int) -> Entry:
-    n = model.loops[column]
-    name = f"looped, {n} loops" if model.kind == "looped" else model.kind
-    flops, mean, worst = ([row[column] for row in rows] for rows in (model.flops_per_token, model.mean, model.worst))
-    return Entry(name, model.kind, n, model.parameters, model.training_flops, flops, mean, worst)
-
-
 def compare(
     cfg: TrainConfig,
     out: Path,
@@ -143,8 +141,7 @@ def compare(
     interrupted ones resumed.
 
     Args:
-        cfg: of the looped model; ``kind`` and ``seed`` are set here.
-        out: directory, created if missing.
+        cfg, out: of the looped model, ``kind`` and ``seed`` are set here; directory, created if missing.
         seeds: of weights and data.
         watching: makes the :class:`~open_mythos.training.fit.Watch` of a run of that many steps.
 
@@ -163,21 +160,18 @@ def compare(
             with watching(cfg.steps) as watch:
                 watch.log(f"{kind} model, seed {seed}: {run}")
                 fit(run_cfg, run, "auto" if (run / runs.RUN_CONFIG).exists() else "never", watch)
-    comparison = _collect(cfg, out, list(seeds))
-    (out / RESULTS).write_text(json.dumps(comparison.to_dict(), indent=1) + "\n")
-    return comparison
-
-
-def _collect(cfg: TrainConfig, out: Path, seeds: list[int]) -> Comparison:
     task, contenders = tasks.load(cfg.task.name, **cfg.task.options), []
     for kind in KINDS:
         scores = [load_evaluation(out / f"{kind}-seed{seed}") for seed in seeds]
         contenders.append(_contender(dataclasses.replace(cfg, kind=kind), task, scores))
     measure = "accuracy" if isinstance(scores[0], Evaluation) else "bits per byte"
-    difficulties = cfg.evaluation.difficulties[: len(contenders[0].mean)]  # of text, only the first is evaluated
-    return Comparison(
-        cfg.recipe, task.unit, measure, difficulties, cfg.task.max_difficulty, cfg.loops.maximum, seeds, contenders
+    # Of text, only the first difficulty is evaluated
+    difficulties, trained = cfg.evaluation.difficulties[: len(contenders[0].mean)], cfg.task.max_difficulty
+    comparison = Comparison(
+        cfg.recipe, task.unit, measure, difficulties, trained, cfg.loops.maximum, list(seeds), contenders
     )
+    (out / RESULTS).write_text(json.dumps(comparison.to_dict(), indent=1) + "\n")
+    return comparison
 
 
 def _contender(cfg: TrainConfig, task: tasks.Task, scores: list[Evaluation | dict[int, float]]) -> Contender:

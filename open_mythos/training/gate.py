@@ -1,20 +1,17 @@
-"""The halting gate, trained after the fact: the model is finished, and teaches its gate when it has its last word.
+"""The halting gate, trained after the fact on labels that the finished model gives, free at any difficulty.
 
-Labels come from the model alone, so they are free at any difficulty, also beyond that of its training. Halting changes
-what the others see, so after a first round on full runs the gate is also taught on the states it meets when it is
-itself in charge, its own mistakes among them (DAgger, Ross et al. 2011, arXiv:1011.0686). What it has learned is a
-ranking of states; where to draw the line is then measured, on problems of mixed difficulty that it has not seen.
+Halting changes what others see, so after a first round on full runs the gate is also taught on the states it meets when
+it decides itself (DAgger, Ross et al. 2011, arXiv:1011.0686). Where to draw the line is measured on new problems.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.evaluation.depth import chunks, device_of, measuring
-from open_mythos.evaluation.grid import score_by_loops
+from open_mythos.evaluation.metrics import accuracy_and_loops, halting_gain
 from open_mythos.fields import must
 from open_mythos.inputs import check_n_loops
 from open_mythos.model import OpenMythos
@@ -38,14 +35,9 @@ Examples = tuple[Tensor, Tensor, Tensor]
 
 
 def train_gate(
-    model: OpenMythos,
-    task: Task,
-    cfg: GateConfig,
-    min_difficulty: int,
-    max_difficulty: int,
-    generator: torch.Generator,
-    progress: Callable[[str], None] | None = None,
-) -> dict[str, float]:
+    model: OpenMythos, task: Task, cfg: GateConfig, min_difficulty: int, max_difficulty: int,
+    generator: torch.Generator, progress: Callable[[str], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Teach ``model.recurrent.act`` when a position may stop, and turn ``model.cfg.halting`` on. Nothing else changes.
 
     A position may stop at a loop if from there on its prediction stays within ``cfg.tolerance`` nats of the one it
@@ -54,32 +46,25 @@ def train_gate(
     more loops might have mended them.
 
     Args:
-        model: finished; its mode is put back after.
-        task: its problems.
+        model, task: finished, its mode is put back after; and its problems.
         cfg: how long to teach, and ``loops``, the depth at which the model has its last word.
         min_difficulty, max_difficulty: problems are drawn evenly between them; the hardest should be solved in
             ``cfg.loops``.
-        generator: random state, on the CPU.
-        progress: told what is being done.
+        generator, progress: random state, on the CPU; told what is being done.
 
     Returns:
-        ``accuracy_fixed``, ``accuracy_halting``: share of answers right when all loops run, and when the gate decides.
-        ``loops_fixed``, ``loops_halting``: loops that a position runs, mean. Both on new problems of mixed difficulty.
+        Values of a :class:`~open_mythos.evaluation.metrics.HaltingGain`, on new problems of mixed difficulty.
 
     Raises:
         ValueError: if ``cfg.steps`` is 0, the difficulties are in the wrong order or do not exist, or the model's gate
             is of a mixture.
     """
     must(cfg.steps > 0, "steps=0 trains no gate; use at least 1")
-    must(
-        model.cfg.recurrence == "injected",
-        f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it; it is "
-        f"not taught apart. With model.cfg.halting = True it also ends loops",
-    )
-    must(
-        min_difficulty <= max_difficulty,
-        f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}; lower it or raise that",
-    )
+    weighs = f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it"
+    apart = f"{weighs}; it is not taught apart. With model.cfg.halting = True it also ends loops"
+    must(model.cfg.recurrence == "injected", apart)
+    above = f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}"
+    must(min_difficulty <= max_difficulty, f"{above}; lower it or raise that")
     n_loops = check_n_loops(cfg.loops or None, model.cfg.max_loop_iters)
     say = progress or (lambda what: None)
 
@@ -101,33 +86,18 @@ def train_gate(
     say(f"gate: drawing the line on {_TRIALS} problems")
     draw_line(model, task, problems(_TRIALS), n_loops)
     say(f"gate: measuring on {_TRIALS} problems")
-    trials = problems(_TRIALS)
-    accuracy_fixed, loops_fixed = _measure(model, task, trials, n_loops, halting=False)
-    accuracy_halting, loops_halting = _measure(model, task, trials, n_loops, halting=True)
+    gain = halting_gain(model, task, problems(_TRIALS), n_loops)
     model.cfg.halting = True
-    return {
-        "accuracy_fixed": accuracy_fixed,
-        "accuracy_halting": accuracy_halting,
-        "loops_fixed": loops_fixed,
-        "loops_halting": loops_halting,
-    }
+    return gain._asdict()
 
 
 def examples(
     model: OpenMythos, batch: Batch, n_loops: int, tolerance: float, generator: torch.Generator, closed: bool
 ) -> list[Examples]:
-    """States that the loops pass through, and which of them may stop.
+    """States that the loops pass through, and which of them may stop: those that may and those that may not.
 
-    Args:
-        model: the model.
-        batch: problems, on its device.
-        n_loops: depth of the last word.
-        tolerance: in nats.
-        generator: chooses the states to keep.
-        closed: whether to add the states of a run in which the gate decides, judged by the same last word.
-
-    Returns:
-        Those that may stop and those that may not, for each run.
+    With ``closed`` also the states of a run in which the gate decides, judged by the same last word, that after
+    ``n_loops``. ``generator`` chooses the states to keep, and ``batch`` is on the model's device.
     """
     found = []
     with measuring(model, halting=False):
@@ -148,11 +118,11 @@ def examples(
         asked = batch.targets != UNSCORED
         wrong = asked & (last_word.argmax(-1) != batch.targets)
         for states in runs:
-            h, change = torch.stack([state.h for state in states]), torch.stack([_change(state) for state in states])
-            strays = torch.stack([_kl(last_word, predict(state.h)) for state in states])
-            may_stop = torch.where(
-                asked, holds_from_here_on(strays <= tolerance), converged(h, model.cfg.halting_tolerance, end)
-            )
+            h = torch.stack([state.h for state in states])
+            change = torch.stack([state.change for state in states if state.change is not None])  # all, in eval mode
+            strays = [F.kl_div(predict(state), last_word, reduction="none", log_target=True).sum(-1) for state in h]
+            settled = holds_from_here_on(torch.stack(strays) <= tolerance)
+            may_stop = torch.where(asked, settled, converged(h, model.cfg.halting_tolerance, end))
             told = torch.stack([state.ran for state in states]) & ~(may_stop & wrong)
             # Most states are long settled; keep as many of those that are not.
             for told_so in (told & may_stop, told & ~may_stop):
@@ -169,11 +139,11 @@ def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> N
     """
     act = model.recurrent.act
     bias, learned = act.halt.bias.detach(), act.halt.bias.detach().clone()
-    full, fewest = _measure(model, task, problems, n_loops, halting=False)
+    full, fewest = accuracy_and_loops(model, task, problems, n_loops, halting=False)
     best = _SHIFTS[-1]
     for shift in _SHIFTS:
         bias.copy_(learned + shift * act.std)  # the gate divides by what it is stored at
-        accuracy, loops = _measure(model, task, problems, n_loops, halting=True)
+        accuracy, loops = accuracy_and_loops(model, task, problems, n_loops, halting=True)
         if accuracy >= full - _LOSS:
             if loops > fewest:
                 break
@@ -182,11 +152,7 @@ def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> N
 
 
 def _fit(
-    act: ACTHalting,
-    optimizer: torch.optim.Optimizer,
-    seen: list[Examples],
-    n_steps: int,
-    generator: torch.Generator,
+    act: ACTHalting, optimizer: torch.optim.Optimizer, seen: list[Examples], n_steps: int, generator: torch.Generator
 ) -> None:
     states, change, may_stop = (torch.cat(parts) for parts in zip(*seen, strict=True))
     if not len(states):
@@ -198,20 +164,3 @@ def _fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-def _measure(model: OpenMythos, task: Task, problems: Batch, n_loops: int, halting: bool) -> tuple[float, float]:
-    """Share of answers right, mean over problems, and loops that a position ran, mean over positions."""
-    with measuring(model, halting=halting):
-        scores = score_by_loops(model, task, problems, [n_loops])
-    return float(scores.tokens.mean()), float(scores.loops_used)
-
-
-def _change(state: LoopState) -> Tensor:
-    assert state.change is not None, "there is a change in eval mode"
-    return state.change
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL divergence of log-probabilities (..., V), in nats."""
-    return (p.exp() * (p - q)).sum(-1)

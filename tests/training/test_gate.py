@@ -13,7 +13,7 @@ from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.training.config import GateConfig
 from open_mythos.training.gate import draw_line, examples, train_gate
 
-MEASURED = {"accuracy_fixed", "accuracy_halting", "loops_fixed", "loops_halting"}
+MEASURED = {"accuracy_fixed", "accuracy_halting", "loops_fixed", "loops_halting", "saved"}
 LOOPS = 8
 
 
