@@ -122,7 +122,7 @@ def _without_storage(cfg: MythosConfig) -> OpenMythos:
     return _built(cfg.to_json())
 
 
-@lru_cache(maxsize=1)  # a table asks for one config many times
+@lru_cache(maxsize=2)  # a table asks for one config many times, and the cost of a run for two
 def _built(config: str) -> OpenMythos:
     with torch.device("meta"):
         return OpenMythos(MythosConfig.from_json(config))
