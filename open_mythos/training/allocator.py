@@ -1,7 +1,5 @@
 """Memory of the CPU: what one training step gives back, the next takes again; or the system, where memory is short."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -1,7 +1,5 @@
 """The models of a run: the one that it trains, or a baseline without a loop, and those it starts from and follows."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -24,12 +22,9 @@ def build(cfg: TrainConfig) -> OpenMythos:
     A looped model is built as it is trained here, by the run's own loop counts: its gate comes afterwards, and it
     explores no depths by itself.
     """
-    model_cfg = replace(cfg.model, halting=False, warm_start=False)
-    if cfg.kind == "single":
-        return OpenMythos(replace(model_cfg, max_loop_iters=1))
-    if cfg.kind == "unrolled":
-        return UnrolledMythos(replace(model_cfg, max_loop_iters=cfg.loops.maximum))
-    return OpenMythos(model_cfg)
+    loops = {"single": 1, "unrolled": cfg.loops.maximum}.get(cfg.kind, cfg.model.max_loop_iters)
+    made = UnrolledMythos if cfg.kind == "unrolled" else OpenMythos
+    return made(replace(cfg.model, halting=False, warm_start=False, max_loop_iters=loops))
 
 
 def start_from(model: OpenMythos, cfg: TrainConfig) -> None:

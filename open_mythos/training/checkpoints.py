@@ -1,7 +1,5 @@
 """Atomic, checksummed checkpoints of a run, one directory each."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -42,7 +40,12 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         _write(partial / MANIFEST_FILE, json.dumps({"step": step, "files": files}, indent=2).encode() + b"\n")
         shutil.rmtree(final, ignore_errors=True)  # exists only if it was damaged
         os.replace(partial, final)
-        _fsync_directory(directory)
+        if os.name == "posix":  # make the renaming durable; elsewhere directories cannot be opened
+            handle = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -57,20 +60,18 @@ def load(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file that is missing, truncated or damaged.
     """
-    manifest = checkpoint / MANIFEST_FILE
+    manifest, path = checkpoint / MANIFEST_FILE, checkpoint / STATE_FILE
     try:
-        files = json.loads(manifest.read_text())["files"]
-        expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
+        expected = json.loads(manifest.read_text())["files"][STATE_FILE]
+        n_bytes, checksum = expected["bytes"], expected["crc32"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{manifest} is missing: the checkpoint was not finished") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged ({error})") from error
-    path = checkpoint / STATE_FILE
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    n_bytes, checksum = expected.get(STATE_FILE, (0, 0))
     if len(content) != n_bytes:
         raise CheckpointError(f"{path} has {len(content)} bytes of the {n_bytes} in its manifest")
     if zlib.crc32(content) != checksum:
@@ -100,13 +101,3 @@ def _write(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync_directory(directory: Path) -> None:
-    """Make a rename durable."""
-    if os.name == "posix":  # elsewhere directories cannot be opened
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,7 +1,5 @@
 """TrainConfig: everything that decides a training run. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +44,8 @@ class LoopConfig(Checked):
 
     def validate(self) -> None:
         super().validate()
-        must(
-            self.minimum <= self.maximum,
-            f"minimum={self.minimum} is above maximum={self.maximum}; lower it or raise that",
-        )
+        low, high = self.minimum, self.maximum
+        must(low <= high, f"minimum={low} is above maximum={high}; lower it or raise that")
 
 
 @dataclass
@@ -158,17 +154,10 @@ class TrainConfig(Checked):
 
     def validate(self) -> None:
         super().validate()
-        must(
-            self.gate.steps == 0 or self.model.recurrence == "injected",
-            f"gate.steps={self.gate.steps} teaches a gate after the fact, and that of "
-            f"recurrence={self.model.recurrence!r} learns with the model; use gate.steps=0",
-        )
-        must(
-            self.batch_size % self.accumulate == 0,
-            f"batch_size={self.batch_size} does not divide by accumulate={self.accumulate}; "
-            f"use a multiple of {self.accumulate}",
-        )
-        must(
-            self.task.min_difficulty <= self.task.max_difficulty,
-            f"task.min_difficulty={self.task.min_difficulty} is above task.max_difficulty={self.task.max_difficulty}",
-        )
+        steps, recurrence, size, parts = self.gate.steps, self.model.recurrence, self.batch_size, self.accumulate
+        own = f"that of recurrence={recurrence!r} learns with the model; use gate.steps=0"
+        must(steps == 0 or recurrence == "injected", f"gate.steps={steps} teaches a gate after the fact, and {own}")
+        undivided = f"batch_size={size} does not divide by accumulate={parts}; use a multiple of {parts}"
+        must(size % parts == 0, undivided)
+        low, high = self.task.min_difficulty, self.task.max_difficulty
+        must(low <= high, f"task.min_difficulty={low} is above task.max_difficulty={high}")

@@ -1,15 +1,12 @@
 """Cost of a run, measured on a few trial steps."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from open_mythos import tasks
 from open_mythos.diagnostics import flops_per_token
@@ -55,16 +52,37 @@ def run_cost(cfg: TrainConfig) -> RunCost:
 
 def weight_bytes(trainer: Trainer) -> int:
     """Weights, gradients, EMA weights, and the optimizer's state, which exists after the first step."""
-    return 3 * _bytes(list(trainer.model.parameters())) + _bytes(trainer.optimizer.state_dict())
+    states = [state for part in trainer.optimizer.parts for state in part.state.values()]
+    state_bytes = sum(x.nbytes for state in states for x in state.values() if isinstance(x, Tensor))
+    return 3 * sum(p.nbytes for p in trainer.model.parameters()) + state_bytes
 
 
 def activation_bytes(trainer: Trainer, steps: int) -> int:
     """Peak bytes saved for the backward pass, over ``steps`` further steps."""
-    saved = _SavedTensors(trainer.model)
-    with saved:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    references: Counter[int] = Counter()  # by the storage's address: each counts once, and parameters do not
+    current = peak = 0
+
+    def pack(tensor: Tensor) -> _Saved:
+        nonlocal current, peak
+        saved, storage = _Saved(tensor), tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in parameters:
+            current += size if references[address] == 0 else 0
+            peak = max(peak, current)
+            references[address] += 1
+            weakref.finalize(saved, free, address, size)
+        return saved
+
+    def free(address: int, size: int) -> None:
+        nonlocal current
+        references[address] -= 1
+        current -= size if references[address] == 0 else 0
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         for _ in range(steps):
             trainer.step()
-    return saved.peak
+    return peak
 
 
 def flops_per_step(cfg: TrainConfig) -> float:
@@ -106,40 +124,8 @@ def _n_compiled_graphs(cfg: TrainConfig) -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@dataclass(eq=False)
 class _Saved:
     """A tensor saved by autograd, finalized when autograd frees it."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Measures the peak bytes that autograd saves inside, each storage once and without the model's parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(self._pack, lambda saved: saved.tensor)
-        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.references: Counter[int] = Counter()  # by the storage's address
-        self.current = self.peak = 0
-
-    def _pack(self, tensor: Tensor) -> _Saved:
-        saved, storage = _Saved(tensor), tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        if address not in self.parameters:
-            self.current += size if self.references[address] == 0 else 0
-            self.peak = max(self.peak, self.current)
-            self.references[address] += 1
-            weakref.finalize(saved, self._free, address, size)
-        return saved
-
-    def _free(self, address: int, size: int) -> None:
-        self.references[address] -= 1
-        self.current -= size if self.references[address] == 0 else 0
-
-
-def _bytes(state: Any) -> int:
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    if isinstance(state, dict):
-        state = list(state.values())
-    return sum(_bytes(item) for item in state) if isinstance(state, list) else 0
+    tensor: Tensor

@@ -1,9 +1,4 @@
-"""Several processes that train one model, as ``torchrun`` starts them: each has the whole model and part of a batch.
-
-Without ``torchrun`` there is one process, and nothing here does anything.
-"""
-
-from __future__ import annotations
+"""Several processes that train one model, as ``torchrun`` starts them, or one, for which nothing here does anything."""
 
 import os
 from collections.abc import Iterator

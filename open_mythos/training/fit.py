@@ -1,7 +1,5 @@
 """A complete run in a directory: training with checkpoints and resume, EMA weights, halting gate, evaluation."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable
@@ -45,8 +43,7 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
     With several processes, the first one writes and evaluates.
 
     Args:
-        cfg: the run.
-        run: its directory, created if missing.
+        cfg, run: the run, and its directory, created if missing.
         resume: "never" raises if the directory holds a run; "auto" resumes from its newest valid checkpoint, or starts
             if there is none; a path resumes from that checkpoint, in its own run or a new directory.
         watch: callbacks.

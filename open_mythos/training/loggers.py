@@ -1,7 +1,5 @@
 """Metric loggers: metrics.jsonl always; TensorBoard, trackio and W&B on request."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

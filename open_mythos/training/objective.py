@@ -1,9 +1,8 @@
 """What a training step minimises: where it starts, how deep it runs, and at which depths it is asked."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -24,40 +23,26 @@ _MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.c
 
 @dataclass
 class Plan:
-    """What chance decides about one step, drawn before it begins.
+    """What chance decides about one step, drawn before it begins: (n,) each, on the CPU."""
 
-    Attributes:
-        n_loops, n_grad: (n,) loops of each sequence, and how many of them, the last ones, have gradient.
-        short_loops, short_grad: the same for the second run of the progressive loss.
-        stale: (n,) which of the states left by the last step a sequence starts from, as a number in [0, 1); -1 for its
-            own first state.
-    """
-
-    n_loops: Tensor
-    n_grad: Tensor
-    short_loops: Tensor
+    n_loops: Tensor  # of each sequence
+    n_grad: Tensor  # how many of its loops, the last ones, have gradient
+    short_loops: Tensor  # the same for the second run of the progressive loss
     short_grad: Tensor
-    stale: Tensor
+    stale: Tensor  # which of the states left by the last step it starts from, in [0, 1); -1: its own first state
 
-    def __getitem__(self, rows: slice) -> Plan:
-        return Plan(*(numbers[rows] for numbers in vars(self).values()))
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(*(numbers[rows] for numbers in vars(self).values()))
 
 
 @dataclass
 class Outcome:
-    """The loss of a micro-batch and what went into it.
+    """The loss of a micro-batch and what went into it."""
 
-    Attributes:
-        loss: scalar, to be differentiated.
-        n_right: scored tokens that are right after the last loop, an integer tensor.
-        n_loops: loops run, mean over sequences.
-        parts: the terms of the loss, detached, before their weights.
-    """
-
-    loss: Tensor
-    n_right: Tensor
-    n_loops: float
-    parts: dict[str, Tensor]
+    loss: Tensor  # scalar, to be differentiated
+    n_right: Tensor  # scored tokens that are right after the last loop, an integer
+    n_loops: float  # loops run, mean over sequences
+    parts: dict[str, Tensor]  # the terms of the loss, detached, before their weights
 
 
 class Objective:
@@ -88,14 +73,10 @@ class Objective:
         return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
-        """The loss of a micro-batch.
+        """The loss of a micro-batch, by its rows of the step's plan.
 
-        Args:
-            model: in training mode.
-            batch: problems, on the model's device; their mask may stay on the CPU, where nothing waits for a GPU.
-            plan: its rows of the step's plan.
-            n_scored: scored tokens of the whole step. The losses of its micro-batches, each a sum over this number,
-                add up to the step's.
+        Its mask may stay on the CPU, where nothing waits for a GPU. ``n_scored`` are the scored tokens of the whole
+        step: the losses of its micro-batches, each a sum over this number, add up to the step's.
         """
         cfg = self.cfg.loss
         run = _Run(model, batch, self.cfg, self.teacher)
@@ -221,20 +202,14 @@ def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
 
 
 def readout(
-    head: torch.nn.Module,
-    x: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    chunk: int = 0,
+    head: torch.nn.Module, x: Tensor, targets: Tensor, weights: Tensor, chunk: int = 0,
     teacher: tuple[torch.nn.Module, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy without all logits at once.
 
     Args:
-        head: (N, dim) -> (N, vocab_size).
-        x: (N, dim).
-        targets: (N,); ``UNSCORED`` where none is scored.
-        weights: (N,), 0 where none is scored.
+        head, x: (N, dim) -> (N, vocab_size), and what it reads, (N, dim).
+        targets, weights: (N,); ``UNSCORED`` and 0 where none is scored.
         chunk: rows whose logits exist at one time, computed again in the backward pass; 0: all.
         teacher: its head and what it reads, (N, its dim).
 

@@ -1,7 +1,5 @@
 """Optimizers, parameter groups, learning-rate schedules and EMA."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -30,7 +28,10 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
-        matrices = _block_matrices(model) if cfg.optimizer == "muon" else {}
+        blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, TransformerBlock)]
+        inside = {f"{path}.{name}": p for path, block in blocks for name, p in block.named_parameters()}
+        is_muon = cfg.optimizer == "muon"
+        matrices = {name: p for name, p in inside.items() if is_muon and p.ndim == 2 and decays(name, p)}
         rest = {name: p for name, p in model.named_parameters() if name not in matrices}
         groups = [
             {"params": [p for name, p in rest.items() if decays(name, p)], "weight_decay": cfg.weight_decay},
@@ -67,16 +68,6 @@ class Optimizer:
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
-
-
-def _block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{path}.{name}": p
-        for path, block in model.named_modules()
-        if isinstance(block, TransformerBlock)
-        for name, p in block.named_parameters()
-        if p.ndim == 2 and decays(name, p)
-    }
 
 
 def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:

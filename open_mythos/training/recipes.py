@@ -1,7 +1,5 @@
 """Recipes: functions that return the config of a run that is known to work."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -166,8 +164,13 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
         ValueError: as :func:`recipe` and ``override``, and for invalid options of the task.
     """
     cfg = recipe(name)
-    assignments = [full for assignment in assignments for full in _expand(cfg, assignment)]
-    given = dict(assignment.split("=", 1) for assignment in assignments if "=" in assignment)
+    expanded = list[str]()
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        is_known = key not in _SHORTHANDS or cfg.task.name == Text.name
+        must(is_known, f"{key}= is for recipes of text; {cfg.recipe} makes its own problems")
+        expanded += [full.format(value) for full in _SHORTHANDS[key]] if key in _SHORTHANDS else [assignment]
+    given = dict(assignment.split("=", 1) for assignment in expanded if "=" in assignment)
     if "start" in given:
         directory = runs.model_dir(given["start"])
         cfg.model = MythosConfig.load(directory / CONFIG_FILE)
@@ -175,7 +178,7 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
             cfg.task.options["tokenizer"] = str(directory)
     elif name == heal.__name__:
         raise ValueError("heal continues training a model; give start=DIR, where `mythos retrofit` wrote it")
-    cfg = override(cfg, assignments)
+    cfg = override(cfg, expanded)
     # absolute paths, so that the run can be resumed from any directory
     cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
     if cfg.task.name == Text.name:
@@ -191,14 +194,6 @@ _SHORTHANDS = {
     "tokenizer": ("task.options.tokenizer={}",),
     "length": ("task.min_difficulty={}", "task.max_difficulty={}", "evaluation.difficulties={}"),
 }
-
-
-def _expand(cfg: TrainConfig, assignment: str) -> list[str]:
-    key, _, value = assignment.partition("=")
-    if key not in _SHORTHANDS:
-        return [assignment]
-    must(cfg.task.name == Text.name, f"{key}= is for recipes of text; {cfg.recipe} makes its own problems")
-    return [full.format(value) for full in _SHORTHANDS[key]]
 
 
 def _reasoner(

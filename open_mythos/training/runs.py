@@ -11,8 +11,6 @@
     RUN/evaluation/        the same by mythos eval, with a picture; a report shows what was measured last
 """
 
-from __future__ import annotations
-
 import glob
 import os
 from pathlib import Path

@@ -1,10 +1,7 @@
 """One run's state, and the step that moves it on. Files and screens are elsewhere."""
 
-from __future__ import annotations
-
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,24 +32,15 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class StepResult:
-    """What one step did.
-
-    Attributes:
-        loss: its loss, and each term of it before its weight in ``parts``.
-        accuracy: share of scored tokens that were right after the last loop.
-        loops: run, mean over sequences.
-        grad_norm: of the whole gradient, before clipping.
-        tokens: that went in.
-        skipped: loss or gradient were not finite, and nothing was updated.
-    """
+    """What one step did."""
 
     loss: float
-    accuracy: float
-    loops: float
-    grad_norm: float
-    tokens: int
-    skipped: bool
-    parts: dict[str, float]
+    accuracy: float  # share of scored tokens that were right after the last loop
+    loops: float  # run, mean over sequences
+    grad_norm: float  # of the whole gradient, before clipping
+    tokens: int  # that went in
+    skipped: bool  # loss or gradient were not finite, and nothing was updated
+    parts: dict[str, float]  # each term of the loss before its weight
 
 
 class Trainer:
@@ -64,9 +52,6 @@ class Trainer:
 
     Of several processes (:mod:`open_mythos.training.distributed`), each has a trainer, runs its share of every batch,
     and adds its gradients to those of the others: up to rounding, the steps are those of one process.
-
-    Args:
-        cfg: the run.
 
     Attributes:
         step_number: steps made so far, skipped ones included.
@@ -101,8 +86,6 @@ class Trainer:
         self.expert_load = list[Tensor]()
         if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
             torch.manual_seed(1000 * cfg.seed + _RANKS + distributed.rank())
-
-    # -- one step
 
     def step(self) -> StepResult:
         """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite."""
@@ -144,9 +127,12 @@ class Trainer:
         n_scored = int((batch.targets != UNSCORED).sum())
         plan = self.objective.plan(self.step_number, cfg.batch_size, batch.ids.shape[1], self.loops_rng)
         self.optimizer.zero_grad()
+        share = cfg.batch_size // distributed.world_size()  # rows of this process
+        size, first = share // cfg.accumulate, share * distributed.rank()
         loops, seen = 0.0, list[Tensor]()
         with distributed.counting_together(self.model):
-            for rows in self._micro_batches():
+            for start in range(first, first + share, size):
+                rows = slice(start, start + size)
                 micro = _move(batch, rows, self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                     outcome = self.objective(self.model, micro, plan[rows], n_scored)
@@ -165,19 +151,9 @@ class Trainer:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""
         cfg = self.cfg
         if self.skipped_in_a_row >= cfg.max_bad_steps:
-            raise TrainingError(
-                f"{self.skipped_in_a_row} steps in a row were not finite, up to step {self.step_number} "
-                f"(loss {result.loss:g}, gradient norm {result.grad_norm:g}); lower optim.lr={cfg.optim.lr:g} "
-                f"or lengthen optim.warmup={cfg.optim.warmup}, and start again"
-            )
-
-    def _micro_batches(self) -> Iterator[slice]:
-        """The rows of the batch that are this process's, so many at a time."""
-        share = self.cfg.batch_size // distributed.world_size()
-        size, first = share // self.cfg.accumulate, share * distributed.rank()
-        return (slice(start, start + size) for start in range(first, first + share, size))
-
-    # -- what to show
+            numbers = f"up to step {self.step_number} (loss {result.loss:g}, gradient norm {result.grad_norm:g})"
+            fix = f"lower optim.lr={cfg.optim.lr:g} or lengthen optim.warmup={cfg.optim.warmup}, and start again"
+            raise TrainingError(f"{self.skipped_in_a_row} steps in a row were not finite, {numbers}; {fix}")
 
     def gauges(self) -> dict[str, float | None]:
         """State of the run: learning rate, largest decay of the loop's linear part, evenness of the experts' load.
@@ -201,13 +177,12 @@ class Trainer:
         self.ema.copy_to(model)
         return model.eval()
 
-    # -- everything that decides the next step
-
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, ``config`` among them. The tensors are the trainer's own: each step moves them.
 
         To be called by all processes; each is given the state of all.
         """
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "config": self.cfg.to_dict(),
             "step": self.step_number,
@@ -218,7 +193,9 @@ class Trainer:
             "text": self.task.fingerprint() if isinstance(self.task, Text) else None,
             "data": self.data_rng.get_state(),
             "loops": self.loops_rng.get_state(),
-            "processes": distributed.gathered(self._own_state()),
+            "processes": distributed.gathered(
+                {"carried": self._carried(), "torch": torch.get_rng_state(), "cuda": cuda}
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,17 +204,11 @@ class Trainer:
         Raises:
             ValueError: if the text is another than it was, or the processes are more or fewer than there were.
         """
-        n = len(state["processes"])
-        must(
-            n == distributed.world_size(),
-            f"the checkpoint is of {n} processes and there are {distributed.world_size()}; start as many as there were",
-        )
+        n, there = len(state["processes"]), distributed.world_size()
+        must(n == there, f"the checkpoint is of {n} processes and there are {there}; start as many as there were")
         if isinstance(self.task, Text):
-            must(
-                state["text"] == self.task.fingerprint(),
-                f"the text at source={self.task.source!r} is not what it was when the checkpoint was made; bring that "
-                f"back, or start a new run",
-            )
+            changed = f"the text at source={self.task.source!r} is not what it was when the checkpoint was made"
+            must(state["text"] == self.task.fingerprint(), f"{changed}; bring that back, or start a new run")
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.model.load_state_dict(state["model"])
@@ -250,11 +221,6 @@ class Trainer:
         torch.set_rng_state(own["torch"])
         if self.device.type == "cuda" and own["cuda"] is not None:
             torch.cuda.set_rng_state(own["cuda"], self.device)
-
-    def _own_state(self) -> dict[str, Any]:
-        """What differs between processes."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {"carried": self._carried(), "torch": torch.get_rng_state(), "cuda": cuda}
 
     def _carried(self) -> dict[str, Any]:
         """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""
@@ -290,9 +256,8 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:
     """Rows of a batch, on their way to ``device``. The mask stays: looking at it there would wait for the device."""
-
-    def move(x: Tensor) -> Tensor:
-        return x[rows].pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x[rows].to(device)
-
+    ids, targets, is_gpu = batch.ids[rows], batch.targets[rows], device.type == "cuda"
+    if is_gpu:
+        ids, targets = ids.pin_memory(), targets.pin_memory()
     valid = None if batch.valid is None else batch.valid[rows]
-    return Batch(move(batch.ids), move(batch.targets), valid)
+    return Batch(ids.to(device, non_blocking=is_gpu), targets.to(device, non_blocking=is_gpu), valid)
