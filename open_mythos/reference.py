@@ -1,13 +1,13 @@
-"""The whole model written in the plainest way from a model's parameters, for tests. Nothing in the library imports it.
+"""The whole model written in the plainest way from a model's parameters, for tests: slow, differentiable in each.
 
-No cache, no packing, no grouped product, no fused kernel: every position is computed at every loop, and what halting
-or padding leaves out is put back by ``torch.where``. Slow, and differentiable in every parameter.
+Every position is computed at every loop; what halting or padding leaves out is put back by ``torch.where``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,12 @@ def reference_logits(
         raise ValueError(
             f"dropout={cfg.dropout}, state_noise={cfg.state_noise}, state_init={cfg.state_init!r} draw noise"
         )
-    if attention_mask is not None and attention_mask.max() > 1:
-        return _document_by_document(model, input_ids, n_loops, attention_mask)
+    if attention_mask is not None and attention_mask.max() > 1:  # each document alone
+        rows = []
+        for ids, numbers in zip(input_ids, attention_mask, strict=True):
+            lengths = numbers.unique_consecutive(return_counts=True)[1].tolist()
+            rows.append(torch.cat([reference_logits(model, part[None], n_loops)[0] for part in ids.split(lengths)]))
+        return torch.stack(rows)
     real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     where = Positions(real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), cfg.rope[1:], cfg.causal)
 
@@ -58,21 +62,13 @@ def reference_logits(
     x = torch.where(real_BT[..., None], x, 0.0)
     for block in model.prelude:
         x, _ = _block(block, x, where)
-    e = _norm(model.input_norm, x) if isinstance(model.input_norm, RMSNorm) else x
+    e = _norm(model.input_norm, x)
     loops = _mixture if cfg.recurrence == "mixture" else _loops
-    h = loops(model, e, where, cfg.max_loop_iters if n_loops is None else n_loops)
+    first = e if cfg.state_init == "input" else torch.zeros_like(e)
+    h = loops(model, first, e, where, cfg.max_loop_iters if n_loops is None else n_loops)
     for block in model.coda:
         h, _ = _block(block, h, where)
     return _norm(model.norm, h) @ model.head.weight.T
-
-
-def _document_by_document(model: OpenMythos, input_ids: Tensor, n_loops: int | None, numbers_BT: Tensor) -> Tensor:
-    rows = []
-    for ids, numbers in zip(input_ids, numbers_BT, strict=True):
-        lengths = numbers.unique_consecutive(return_counts=True)[1].tolist()
-        alone = [reference_logits(model, document[None], n_loops)[0] for document in ids.split(lengths)]
-        rows.append(torch.cat(alone))
-    return torch.stack(rows)
 
 
 @dataclass
@@ -85,8 +81,7 @@ class Positions:
     causal: bool
 
     def allowed(self, n_heads: int, n_local_heads: int, window: int) -> Tensor:
-        """(B, H, T, T) bool: real keys, no later than the query if causal, nearer than ``window`` in the first heads; and
-        always itself."""
+        """(B, H, T, T) bool: itself, and real keys, not later if causal, nearer than ``window`` in the first heads."""
         T = self.real_BT.shape[1]
         query, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
         causal = key <= query if self.causal else torch.ones(T, T, dtype=torch.bool)
@@ -95,22 +90,17 @@ class Positions:
         return (by_head_HTS[None] & self.real_BT[:, None, None, :]) | (key == query)
 
 
-def _loops(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tensor:
+def _loops(model: OpenMythos, h: Tensor, e: Tensor, where: Positions, n_loops: int) -> Tensor:
     cfg, recurrent = model.cfg, model.recurrent
-    h = e if cfg.state_init == "input" else torch.zeros_like(e)
     running = where.real_BT
     mass = torch.zeros(running.shape)
     rows: list[Rows | None] = [None for _ in recurrent.layers]
     for loop in range(n_loops):
         u = recurrent.injection.get_A() * h + recurrent.injection.B * e
-        if cfg.loop_index_dim:
-            u = torch.where(where.real_BT[..., None], u + _loop_code(loop, cfg.loop_index_dim, cfg.dim), u)
+        u = torch.where(where.real_BT[..., None], u + _loop_code(loop, cfg.loop_index_dim, cfg.dim), u)
         for layer, block in enumerate(recurrent.layers):
             u, rows[layer] = _block(block, u, where, running, rows[layer])
-        if recurrent.lora is not None:
-            u = u + _lora(recurrent.lora, e, loop)
-        if isinstance(recurrent.norm, RMSNorm):
-            u = _norm(recurrent.norm, u)
+        u = _norm(recurrent.norm, u + _lora(recurrent.lora, e, loop))
         before, h = h, torch.where(running[..., None], u, h)
         if cfg.halting and not model.training:
             mass = mass + torch.where(running, _gate(recurrent.act, before, h).detach(), 0.0)
@@ -118,21 +108,15 @@ def _loops(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tens
     return h
 
 
-def _mixture(model: OpenMythos, e: Tensor, where: Positions, n_loops: int) -> Tensor:
+def _mixture(model: OpenMythos, h: Tensor, e: Tensor, where: Positions, n_loops: int) -> Tensor:
     cfg, recurrent = model.cfg, model.recurrent
-    h = e if cfg.state_init == "input" else torch.zeros_like(e)
     mixed, spent = torch.zeros_like(e), torch.zeros(e.shape[:2])
     running = where.real_BT
     rows: Rows | None = None
     for loop in range(n_loops):
-        x = h + e
-        if cfg.loop_index_dim:
-            x = torch.where(where.real_BT[..., None], x + _loop_code(loop, cfg.loop_index_dim, cfg.dim), x)
-        if isinstance(recurrent.norm, RMSNorm):
-            x = _norm(recurrent.norm, x)
-        x, rows = _block(recurrent.block, x, where, running, rows)
-        if recurrent.lora is not None:
-            x = x + _lora(recurrent.lora, x, loop)
+        x = torch.where(where.real_BT[..., None], h + e + _loop_code(loop, cfg.loop_index_dim, cfg.dim), h + e)
+        x, rows = _block(recurrent.block, _norm(recurrent.norm, x), where, running, rows)
+        x = x + _lora(recurrent.lora, x, loop)
         new = recurrent.injection.get_A() * h + recurrent.injection.B * e + x
         h = torch.where(running[..., None], new, h)
         share = torch.sigmoid(h @ recurrent.act.halt.weight[0] + recurrent.act.halt.bias)
@@ -168,34 +152,27 @@ def _block(
     return x + feed_forward(block.ffn, _norm(block.ffn_norm, x)), rows  # type: ignore[arg-type]
 
 
-def _gqa(
-    attn: GQAttention, x: Tensor, where: Positions, running: Tensor | None, old: Rows | None
-) -> tuple[Tensor, Rows]:
-    q = _heads(_linear(attn.wq, x), attn.n_heads)
-    k = _heads(_linear(attn.wk, x), attn.n_kv_heads)
-    raw = {
-        "k": reference.rope_complex(k, where.index_BT, *where.rope).flatten(2),
-        "v": _linear(attn.wv, x),
-    }
-    rows = _convolved(raw, {"k": attn.k_conv, "v": attn.v_conv}, where, running, old)
-    k, v = (_heads(x, attn.n_kv_heads) for x in rows.final.values())
+def _gqa(attn: GQAttention, x: Tensor, where: Positions, *loop: Any) -> tuple[Tensor, Rows]:
+    q = _linear(attn.wq, x).unflatten(-1, (attn.n_heads, -1))
+    k = _linear(attn.wk, x).unflatten(-1, (attn.n_kv_heads, -1))
+    raw = {"k": reference.rope_complex(k, where.index_BT, *where.rope).flatten(2), "v": _linear(attn.wv, x)}
+    rows = _convolved(raw, {"k": attn.k_conv, "v": attn.v_conv}, where, *loop)
+    k, v = (x.unflatten(-1, (attn.n_kv_heads, -1)) for x in rows.final.values())
     q = reference.rope_complex(q, where.index_BT, *where.rope)
     allowed = where.allowed(attn.n_heads, attn.n_local_heads, attn.local_window)
     out = reference.attention(q, k, v, allowed, attn.head_dim**-0.5)
     return _linear(attn.wo, out.flatten(2)), rows
 
 
-def _mla(
-    attn: MLAttention, x: Tensor, where: Positions, running: Tensor | None, old: Rows | None
-) -> tuple[Tensor, Rows]:
-    q = _heads(_linear(attn.q_up, _norm(attn.q_norm, _linear(attn.q_down, x))), attn.n_heads)
+def _mla(attn: MLAttention, x: Tensor, where: Positions, *loop: Any) -> tuple[Tensor, Rows]:
+    q = _linear(attn.q_up, _norm(attn.q_norm, _linear(attn.q_down, x))).unflatten(-1, (attn.n_heads, -1))
     down = _linear(attn.kv_down, x)
     k_rope = down[..., None, attn.latent_dim :]
     raw = {
         "c_kv": _norm(attn.kv_norm, down[..., : attn.latent_dim]),
         "k_rope": reference.rope_complex(k_rope, where.index_BT, *where.rope)[..., 0, :],
     }
-    rows = _convolved(raw, {"c_kv": attn.conv, "k_rope": None}, where, running, old)
+    rows = _convolved(raw, {"c_kv": attn.conv, "k_rope": None}, where, *loop)
     up = (attn.kv_up.weight * attn.kv_up.scale).view(attn.n_heads, attn.nope_dim + attn.v_dim, attn.latent_dim)
     out = reference.mla_expanded(
         q[..., : attn.nope_dim],
@@ -211,14 +188,10 @@ def _mla(
 
 
 def _convolved(
-    raw: dict[str, Tensor],
-    convs: dict[str, ShortConv | None],
-    where: Positions,
-    running: Tensor | None,
-    old: Rows | None,
+    raw: dict[str, Tensor], convs: dict[str, Any], where: Positions, running: Tensor | None, old: Rows | None
 ) -> Rows:
-    """Rows where positions run, those of the loop before elsewhere, zeros where there never were any."""
-    raw = {name: torch.where(where.real_BT[..., None], rows, 0.0) for name, rows in raw.items()}  # no token sees padding
+    """Rows where positions run, those of the loop before elsewhere; zeros where there were none, and at padding."""
+    raw = {name: torch.where(where.real_BT[..., None], rows, 0.0) for name, rows in raw.items()}
     raw = _kept(raw, running, None if old is None else old.raw)
     final = {name: _conv(convs[name], rows, where.causal) for name, rows in raw.items()}
     return Rows(raw, _kept(final, running, None if old is None else old.final))
@@ -235,11 +208,8 @@ def _moe(ffn: MoEFFN, x: Tensor) -> Tensor:
     tokens = x.flatten(0, 1)
     logits = _linear(ffn.router, tokens)
     chosen = (logits + ffn.router_bias).topk(ffn.topk, dim=-1).indices
-    scores = logits.gather(1, chosen).sigmoid()
-    weights = scores / scores.sum(-1, keepdim=True) if ffn.topk > 1 else scores
-    if ffn.is_softmax:
-        weights = logits.softmax(-1).gather(1, chosen)
-        weights = weights / weights.sum(-1, keepdim=True)
+    scores = (logits.softmax(-1) if ffn.is_softmax else logits.sigmoid()).gather(1, chosen)
+    weights = scores / scores.sum(-1, keepdim=True) if ffn.topk > 1 or ffn.is_softmax else scores
     gate_up, down = ffn.gate_up * ffn.gate_up_scale, ffn.down * ffn.down_scale
     out = reference.moe_loop(tokens, gate_up, down, chosen, weights)
     if ffn.shared is not None:
@@ -259,13 +229,16 @@ def _gate(act: ACTHalting, before: Tensor, h: Tensor) -> Tensor:
     return torch.sigmoid(((found * act.halt.weight[0]).sum(-1) + act.halt.bias) / act.std)
 
 
-def _lora(lora: LoRAAdapter, x: Tensor, loop: int) -> Tensor:
+def _lora(lora: LoRAAdapter | None, x: Tensor, loop: int) -> Tensor:
     """Deeper loops than were ever trained use the scale of the deepest that was."""
+    if lora is None:
+        return torch.zeros_like(x)
     row = max(0, min(loop, int(lora.trained_loops) - 1, len(lora.scale.weight) - 1))
     return (_linear(lora.down, x) * lora.scale.weight[row]) @ lora.B.T
 
 
 def _loop_code(loop: int, n_channels: int, dim: int) -> Tensor:
+    """(dim,): sines and cosines of the loop in the first channels, zeros behind them."""
     angles = [loop * 10000.0 ** (-2 * i / n_channels) for i in range((n_channels + 1) // 2)]
     code = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
     return torch.tensor(code[:n_channels] + [0.0] * (dim - n_channels))
@@ -281,13 +254,11 @@ def _conv(conv: ShortConv | None, x: Tensor, causal: bool) -> Tensor:
     return reference.causal_conv(x, conv.taps[:, channel_to_tap] / conv.std)[:, ahead:]
 
 
-def _heads(x: Tensor, n_heads: int) -> Tensor:
-    return x.view(*x.shape[:-1], n_heads, x.shape[-1] // n_heads)
-
-
 def _linear(linear: Linear, x: Tensor) -> Tensor:
     return x @ (linear.scale * linear.weight.T)
 
 
-def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(norm, RMSNorm):  # there is none
+        return x
     return norm.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + norm.eps)

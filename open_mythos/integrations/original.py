@@ -38,18 +38,22 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
             if not options:  # of a GGUF file, reading the config takes as long as reading it all
                 check_kind(transformers.PreTrainedConfig.get_config_dict(directory)[0].get("model_type"), source)
                 check_family(transformers.AutoConfig.from_pretrained(directory))
-            tokenizer = _tokenizer(transformers, source, directory, options)
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+            except OSError:
+                raise
+            except Exception as error:  # tokenizers raises bare exceptions
+                raise ValueError(
+                    f"{source} holds no tokenizer that transformers reads; put the tokenizer.json of the original "
+                    f"beside its weights"
+                ) from error
             model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
     except OSError as error:
         what = "cannot be read" if Path(source).exists() else "is no directory, and no model came from the hub"
-        raise ValueError(
-            f"{source} {what} ({str(error).partition(chr(10))[0]}); give the path of a download"
-        ) from error
-    must(
-        len(tokenizer) <= model.config.vocab_size,
-        f"the tokenizer of {source} has {len(tokenizer)} tokens and the model {model.config.vocab_size}; they do not "
-        f"belong together",
-    )
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"{source} {what} ({first_line}); give the path of a download") from error
+    n, most = len(tokenizer), model.config.vocab_size
+    must(n <= most, f"the tokenizer of {source} has {n} tokens and the model {most}; they do not belong together")
     return model.eval(), tokenizer
 
 
@@ -63,11 +67,9 @@ def check_family(config: Any) -> None:
     """Raise ValueError for an architecture whose layers are not what ours compute."""
     check_kind(config.model_type)
     rope = dict(config.rope_parameters)
-    rope_type = rope.get("rope_type", "default")
-    must(
-        rope_type in ("default", "llama3"),
-        f"the original has rope_type={rope_type!r}; only 'default' and 'llama3' are supported so far",
-    )
+    kind = rope.get("rope_type", "default")
+    known = kind in ("default", "llama3")
+    must(known, f"the original has rope_type={kind!r}; only 'default' and 'llama3' are supported so far")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, value, supported in (
         ("low_freq_factor", rope.get("low_freq_factor", 1.0), 1.0),
@@ -79,18 +81,6 @@ def check_family(config: Any) -> None:
         ("head_dim", head_dim, config.hidden_size // config.num_attention_heads),
     ):
         must(value == supported, f"the original has {name}={value!r}; only {name}={supported!r} is supported so far")
-
-
-def _tokenizer(transformers: Any, source: str | Path, directory: str | Path, options: dict[str, str]) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory, **options)
-    except OSError:
-        raise
-    except Exception as error:  # tokenizers raises bare exceptions
-        raise ValueError(
-            f"{source} holds no tokenizer that transformers reads; put the tokenizer.json of the original beside its "
-            f"weights"
-        ) from error
 
 
 def _located(path: Path) -> tuple[Path, dict[str, str]]:

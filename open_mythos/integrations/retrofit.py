@@ -1,10 +1,8 @@
 """Surgery that makes a pretrained decoder a recurrent-depth model. Needs the ``hf`` extra.
 
-The first layers become the prelude, the last the coda, and those right before the coda the core that is looped; what is
-left between prelude and core is dropped (McLeish et al. 2025, "Retrofitted Recurrence", arXiv:2511.07384, who add a
-linear adapter and start from noise). Here injection starts as the identity instead: the state starts as the prelude's
-output e, and ``A h + B e`` with ``A + B = 1`` is then e itself. So a new model at one loop computes what the original
-does with the layers that were kept, each run once; with all of them kept, it is the original.
+The first layers become the prelude, the last the coda, those right before it the core, and the rest is dropped (McLeish
+et al. 2025, "Retrofitted Recurrence", arXiv:2511.07384, who add a linear adapter and start from noise). Here the state
+starts as the prelude's output e and ``A + B = 1``, so that ``A h + B e`` is e: one loop is the original's kept layers.
 """
 
 from __future__ import annotations
@@ -20,10 +18,6 @@ from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.integrations.original import check_family
 from open_mythos.model import OpenMythos
-from open_mythos.nn.attention import GQAttention
-from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.feed_forward import Expert
-from open_mythos.nn.linear import Linear
 
 TOLERANCE = 1e-4
 """Greatest difference between the logits of an original and of what was made of it, in units of its largest logit
@@ -80,18 +74,45 @@ def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) ->
     """
     check_family(original.config)
     parts = split.layers(len(original.model.layers))
-    model = OpenMythos(_config(original.config, split, loops, decay))
+    config, rope = original.config, dict(original.config.rope_parameters)
+    stretch = {}
+    if rope.get("rope_type") == "llama3":
+        stretch = dict(rope_factor=rope["factor"], rope_context=rope["original_max_position_embeddings"])
+    cfg = MythosConfig(
+        vocab_size=config.vocab_size, dim=config.hidden_size, n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads, max_seq_len=config.max_position_embeddings, max_loop_iters=loops,
+        prelude_layers=split.prelude, core_layers=split.core, coda_layers=split.coda,
+        attn_type="gqa", rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, **stretch,
+        n_experts=0, dense_dim=config.intermediate_size, tied_head=config.tie_word_embeddings,
+        injection_decay=decay, injection_gain=1 - decay, input_norm=False, state_norm=False, state_init="input",
+        lora_rank=0, conv_taps=0, local_window=0, halting=False, warm_start=False,
+    )  # fmt: skip
+    model = OpenMythos(cfg)
     blocks = *model.prelude, *model.recurrent.layers, *model.coda
     with torch.no_grad():
         # Ours multiplies embeddings by sqrt(dim). A tied head has to undo that, and the last norm does it.
-        root = model.cfg.dim**0.5
+        root = cfg.dim**0.5
         model.embed.weight.copy_(original.model.embed_tokens.weight / root)
-        model.norm.weight.copy_(original.model.norm.weight * (root if model.cfg.tied_head else 1.0))
-        if not model.cfg.tied_head:
+        model.norm.weight.copy_(original.model.norm.weight * (root if cfg.tied_head else 1.0))
+        if not cfg.tied_head:
             model.head.weight.copy_(original.lm_head.weight)
-        for block, layer in zip(blocks, (i for part in parts for i in part), strict=True):
-            _copy_layer(block, original.model.layers[layer])
+        for block, i in zip(blocks, (i for part in parts for i in part), strict=True):
+            _copy_layer(block, original.model.layers[i])
     return model.eval()
+
+
+def _copy_layer(block: Any, layer: Any) -> None:
+    attn, ffn, old_attn, old_ffn = block.attn, block.ffn, layer.self_attn, layer.mlp
+    block.attn_norm.weight.copy_(layer.input_layernorm.weight)
+    block.ffn_norm.weight.copy_(layer.post_attention_layernorm.weight)
+    for linear, old in (
+        (attn.wq, old_attn.q_proj), (attn.wk, old_attn.k_proj), (attn.wv, old_attn.v_proj), (attn.wo, old_attn.o_proj),
+        (ffn.gate, old_ffn.gate_proj), (ffn.up, old_ffn.up_proj), (ffn.down, old_ffn.down_proj),
+    ):  # fmt: skip
+        weight = old.weight
+        if linear in (attn.wq, attn.wk):  # rotary embedding turns channels i and D/2 + i there, and 2i and 2i + 1 here
+            weight = weight.unflatten(0, (-1, 2, attn.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        linear.weight.copy_(weight / linear.scale)
 
 
 def truncate(original: Any, split: Split) -> None:
@@ -123,59 +144,11 @@ def save(model: OpenMythos, tokenizer: Any, directory: str | Path, generation: A
     from transformers import GenerationConfig
 
     tokenizer.save_pretrained(directory)
-    made = GenerationConfig()
-    for name in ("bos_token_id", "pad_token_id"):
-        said = getattr(generation, name, None)
-        setattr(made, name, getattr(tokenizer, name) if said is None else said)
-    said = getattr(generation, "eos_token_id", None)
-    ends = [*said] if isinstance(said, list) else [said]
+    names = ("bos_token_id", "pad_token_id", "eos_token_id")
+    given = {name: getattr(generation, name, None) for name in names}
+    made = {name: getattr(tokenizer, name) if given[name] is None else given[name] for name in names}
+    ends = made["eos_token_id"] if isinstance(made["eos_token_id"], list) else [made["eos_token_id"]]
     ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
-    made.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
-    made.save_pretrained(directory)
+    made["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    GenerationConfig(**made).save_pretrained(directory)
     model.save_pretrained(directory)
-
-
-# -- the model's shape
-
-
-def _config(config: Any, split: Split, loops: int, decay: float) -> MythosConfig:
-    rope = dict(config.rope_parameters)
-    stretch = {}
-    if rope.get("rope_type") == "llama3":
-        stretch = dict(rope_factor=rope["factor"], rope_context=rope["original_max_position_embeddings"])
-    return MythosConfig(
-        vocab_size=config.vocab_size, dim=config.hidden_size, n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads, max_seq_len=config.max_position_embeddings, max_loop_iters=loops,
-        prelude_layers=split.prelude, core_layers=split.core, coda_layers=split.coda,
-        attn_type="gqa", rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, **stretch,
-        n_experts=0, dense_dim=config.intermediate_size, tied_head=config.tie_word_embeddings,
-        injection_decay=decay, injection_gain=1 - decay, input_norm=False, state_norm=False, state_init="input",
-        lora_rank=0, conv_taps=0, local_window=0, halting=False, warm_start=False,
-    )  # fmt: skip
-
-
-# -- one layer
-
-
-def _copy_layer(block: TransformerBlock, layer: Any) -> None:
-    attn, ffn = block.attn, block.ffn
-    assert isinstance(attn, GQAttention) and isinstance(ffn, Expert)
-    block.attn_norm.weight.copy_(layer.input_layernorm.weight)
-    block.ffn_norm.weight.copy_(layer.post_attention_layernorm.weight)
-    _fill(attn.wq, _interleaved(layer.self_attn.q_proj.weight, attn.head_dim))
-    _fill(attn.wk, _interleaved(layer.self_attn.k_proj.weight, attn.head_dim))
-    _fill(attn.wv, layer.self_attn.v_proj.weight)
-    _fill(attn.wo, layer.self_attn.o_proj.weight)
-    _fill(ffn.gate, layer.mlp.gate_proj.weight)
-    _fill(ffn.up, layer.mlp.up_proj.weight)
-    _fill(ffn.down, layer.mlp.down_proj.weight)
-
-
-def _fill(linear: Linear, weight: Tensor) -> None:
-    linear.weight.copy_(weight / linear.scale)
-
-
-def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head reordered: rotary embedding turns channels i and D/2 + i there, and 2i and 2i + 1 here."""
-    heads = weight.unflatten(0, (-1, 2, head_dim // 2))
-    return heads.transpose(1, 2).flatten(0, 2)

@@ -30,8 +30,7 @@ _NEEDED = (
     "recurrent.block.ffn.router.weight", "recurrent.block.ffn.routed_experts.0.gate.weight",
     "recurrent.block.attn.wo.weight",
 )  # fmt: skip
-_GQA = ("recurrent.block.attn.wq.weight", "recurrent.block.attn.wk.weight")
-_MLA = tuple(f"recurrent.block.attn.{name}.weight" for name in ("q_norm", "q_up_nope", "q_up_rope", "kv_norm"))
+_GQA, _MLA = ("wq", "wk"), ("q_norm", "q_up_nope", "q_up_rope", "kv_norm")  # in recurrent.block.attn
 _TABLES = {"freqs_cis", "freqs_cis_mla"}
 
 
@@ -84,12 +83,8 @@ def convert(source: str | Path, config: str | Path | None = None, settings: Iter
             "its RoPE table has lost its imaginary half, as casting a model of the reference does; made anew from "
             "rope_theta, so logits are those of the model before it was cast"
         )
-    return Conversion(model.eval(), _folded(cfg, model), notes)
-
-
-def _folded(cfg: MythosConfig, model: OpenMythos) -> list[str]:
     A = model.recurrent.injection.get_A()
-    done = [
+    folded = [
         "matrices over the factors that this library's layers apply",
         f"embedding over sqrt(dim), last norm times it (dim={cfg.dim})",
         f"log_A and log_dt to A itself, here {float(A.min()):.4g} to {float(A.max()):.4g}",
@@ -97,10 +92,10 @@ def _folded(cfg: MythosConfig, model: OpenMythos) -> list[str]:
         f"RoPE tables into rope_theta={cfg.rope_theta:g}",
     ]
     if cfg.n_shared_experts > 1:
-        done.append(f"{cfg.n_shared_experts} shared experts into one of width {cfg.shared_dim}")
+        folded.append(f"{cfg.n_shared_experts} shared experts into one of width {cfg.shared_dim}")
     if cfg.attn_type == "mla":
-        done.append("q_up_nope and q_up_rope into q_up")
-    return done
+        folded.append("q_up_nope and q_up_rope into q_up")
+    return Conversion(model.eval(), folded, notes)
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:
@@ -109,7 +104,8 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
     if any(name.endswith("recurrent.injection.raw_A") for name in names):  # transformers writes "core." before it
         raise CheckpointError(f"{path} is of this library already; load it with OpenMythos.from_pretrained")
     attention = _MLA if "recurrent.block.attn.kv_down.weight" in names else _GQA
-    lacks = [name for name in (*_NEEDED, *attention) if name not in names]
+    needed = [*_NEEDED, *(f"recurrent.block.attn.{part}.weight" for part in attention)]
+    lacks = [name for name in needed if name not in names]
     if "recurrent.injection.log_A" in lacks:
         raise CheckpointError(
             f"{path} is a model of another architecture: its tensors are called {', '.join(sorted(names)[:3])} and so "

@@ -27,19 +27,12 @@ _ANCHOR = "recurrent.injection.log_A"
 
 @dataclass
 class Checkpoint:
-    """What a file or folder holds.
-
-    Attributes:
-        path: where it lies.
-        tensors: by the names that the reference gives them.
-        fields: its config as plain values; empty if it has none.
-        fields_from: where they were found.
-    """
+    """What a file or folder holds."""
 
     path: Path
-    tensors: dict[str, Tensor]
-    fields: dict[str, Any] = field(default_factory=dict)
-    fields_from: str = ""
+    tensors: dict[str, Tensor]  # by the names that the reference gives them
+    fields: dict[str, Any] = field(default_factory=dict)  # its config as plain values; empty if it has none
+    fields_from: str = ""  # where they were found
 
 
 class _Record:
@@ -49,8 +42,7 @@ class _Record:
 def read(path: Path) -> Checkpoint:
     """A checkpoint from a file of ``torch.save`` or of safetensors, or a folder that holds either and a config.json.
 
-    Raises:
-        CheckpointError: saying what the file is instead, and what to do.
+    CheckpointError says what the file is instead, and what to do.
     """
     if path.is_dir():
         files, config = _weight_files(path), path / CONFIG_FILE
@@ -75,11 +67,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a JSON config.
-
-    Raises:
-        CheckpointError: naming the file, if it is missing or no JSON object.
-    """
+    """The values of a JSON config; CheckpointError, naming the file, if it is missing or no JSON object."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:

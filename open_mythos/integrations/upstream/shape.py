@@ -30,13 +30,8 @@ _HERE = "recurrent.block.attn."
 def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """All fields of the reference's config, and the names of those that have their default since nobody says.
 
-    Args:
-        checkpoint: whose tensors are known to be of the reference.
-        settings: ``name=value``; these come before the checkpoint's own config.
-
-    Raises:
-        CheckpointError: for fields that the reference does not have, that contradict the tensors, or that matter and
-            are not known.
+    ``settings`` come before the checkpoint's own config. CheckpointError for fields that the reference does not have,
+    that contradict the tensors, or that matter and are not known.
     """
     strange = sorted(checkpoint.fields.keys() - SPECS.keys() - _HUGGING_FACE)
     if strange:
@@ -74,11 +69,7 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
 
 
 def parse(settings: Iterable[str]) -> dict[str, Any]:
-    """Values by name of ``name=value`` texts.
-
-    Raises:
-        CheckpointError: for anything else.
-    """
+    """Values by name of ``name=value`` texts; CheckpointError for anything else."""
     found = {}
     for setting in settings:
         name, equals, text = (part.strip() for part in setting.partition("="))
@@ -102,11 +93,11 @@ def inferred(tensors: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "vocab_size": len(tensors["embed.weight"]),
         "dim": tensors["embed.weight"].shape[-1],
-        "prelude_layers": count(tensors, "prelude.{}.attn_norm.weight"),
-        "coda_layers": count(tensors, "coda.{}.attn_norm.weight"),
+        "prelude_layers": _count(tensors, "prelude.{}.attn_norm.weight"),
+        "coda_layers": _count(tensors, "coda.{}.attn_norm.weight"),
         "attn_type": "mla" if f"{_HERE}kv_down.weight" in tensors else "gqa",
         "n_experts": len(tensors["recurrent.block.ffn.router.weight"]),
-        "n_shared_experts": count(tensors, "recurrent.block.ffn.shared_experts.{}.gate.weight"),
+        "n_shared_experts": _count(tensors, "recurrent.block.ffn.shared_experts.{}.gate.weight"),
         "expert_dim": len(experts),
         "max_loop_iters": len(tensors["recurrent.lora.scale.weight"]),
         "lora_rank": tensors["recurrent.lora.scale.weight"].shape[-1],
@@ -139,7 +130,7 @@ def inferred(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def count(tensors: dict[str, Tensor], name: str) -> int:
+def _count(tensors: dict[str, Tensor], name: str) -> int:
     """How many of ``name`` with 0, 1, ... in the place of ``{}`` there are."""
     return next(n for n in itertools.count() if name.format(n) not in tensors)
 
