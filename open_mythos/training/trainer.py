@@ -187,6 +187,7 @@ class Trainer:
             "config": self.cfg.to_dict(),
             "step": self.step_number,
             "skipped": [self.skipped, self.skipped_in_a_row],
+            "expert_load": self.expert_load,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -211,6 +212,7 @@ class Trainer:
             must(state["text"] == self.task.fingerprint(), f"{changed}; bring that back, or start a new run")
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.expert_load = state.get("expert_load", [])  # which earlier versions did not keep
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
