@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from open_mythos.cli.console import clear_errors, console, progress, si, table
+from open_mythos.fields import must
 
 if TYPE_CHECKING:
     from open_mythos.diagnostics.speed import Speed
@@ -43,7 +44,7 @@ def bench(
     """How fast a model trains, reads and decodes here, beside what the machine can do."""
     import torch
 
-    from open_mythos.cli.timed import build, chosen_device
+    from open_mythos.cli.timed import build
     from open_mythos.diagnostics import parameters
     from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
     from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed
@@ -54,7 +55,9 @@ def bench(
     with clear_errors():
         if threads is not None:
             torch.set_num_threads(threads)
-        at = chosen_device(device)
+        here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+        must(device in (None, *here), f"--device {device!r} is not to be had here; use {' or '.join(here)}")
+        at = torch.device(device or here[0])
         use_tf32(at)
         number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
         timed = build(model, dim, attn, experts, loops).to(at)

@@ -1,11 +1,9 @@
 """``mythos chat``: talk to a model of text in the terminal, at any depth, and see what it thought after each loop."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,7 +70,7 @@ def chat(
     console.print(f"Next: look inside, [bold]mythos diagnose {escape(model)}[/bold].", highlight=False, soft_wrap=True)
 
 
-def template_of(directory: Path) -> Template | None:
+def template_of(directory: Path) -> "Template | None":
     """The chat template that lies beside a model, if one does.
 
     Raises:
@@ -108,7 +106,7 @@ def lines() -> Iterator[str]:
             yield line
 
 
-def answer(talk: Conversation, line: str, max_tokens: int) -> None:
+def answer(talk: "Conversation", line: str, max_tokens: int) -> None:
     """Print a reply as it comes. Ctrl-C ends it, and nothing else."""
     n_before, started = 0, None
     try:
@@ -132,43 +130,38 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
-def command(talk: Conversation, line: str) -> None:
+def command(talk: "Conversation", line: str) -> None:
     """Do what a line that begins with a slash says."""
     name, *values = line.split()
-    if name not in COMMANDS:
-        console.print(f"there is no {name}", style="red", highlight=False, markup=False)
-        console.print(HELP, style="dim", highlight=False, markup=False)
-        return
     try:
-        COMMANDS[name](talk, *values)
-    except (ValueError, TypeError) as error:
-        reason = str(error) if isinstance(error, ValueError) and "literal" not in str(error) else "that is not how"
+        match name, values:
+            case "/loops", [] | [_]:
+                if values:
+                    talk.n_loops = int(values[0])
+                console.print(f"{talk.n_loops} loops", style="dim", highlight=False)
+            case "/temperature", [temperature]:
+                talk.sampling = dataclasses.replace(talk.sampling, temperature=float(temperature))
+                console.print(f"temperature {talk.sampling.temperature:g}", style="dim", highlight=False)
+            case "/reset", []:
+                talk.reset()
+                console.print("forgotten", style="dim")
+            case "/trace", [] | [_]:
+                show_trace(talk, int(values[0]) if values else 8)
+            case "/help", []:
+                console.print(HELP, highlight=False, markup=False)
+            case "/loops" | "/temperature" | "/reset" | "/trace" | "/help", _:
+                raise ValueError("that is not how")
+            case _:
+                console.print(f"there is no {name}", style="red", highlight=False, markup=False)
+                console.print(HELP, style="dim", highlight=False, markup=False)
+    except ValueError as error:
+        reason = "that is not how" if "literal" in str(error) else error
         console.print(Text(f"{line}: {reason}; see /help", style="red"), soft_wrap=True)
 
 
-def set_loops(talk: Conversation, n: str = "") -> None:
-    if n:
-        talk.n_loops = int(n)
-    console.print(f"{talk.n_loops} loops", style="dim", highlight=False)
-
-
-def set_temperature(talk: Conversation, temperature: str) -> None:
-    talk.sampling = dataclasses.replace(talk.sampling, temperature=float(temperature))
-    console.print(f"temperature {talk.sampling.temperature:g}", style="dim", highlight=False)
-
-
-def forget(talk: Conversation) -> None:
-    talk.reset()
-    console.print("forgotten", style="dim")
-
-
-def show_help(talk: Conversation) -> None:
-    console.print(HELP, highlight=False, markup=False)
-
-
-def show_trace(talk: Conversation, n: str = "8") -> None:
+def show_trace(talk: "Conversation", n: int) -> None:
     """A row for each loop, a column for each of the last tokens; bold from where it stays."""
-    said, loops = talk.trace(int(n))
+    said, loops = talk.trace(n)
 
     def word(token: int) -> str:
         known = token < len(talk.tokenizer.pieces)
@@ -186,8 +179,3 @@ def show_trace(talk: Conversation, n: str = "8") -> None:
         grid.add_row(str(loop + 1), *cells)
     console.print(grid)
     console.print("bold: it does not change any more. Above each column, what was said.", style="dim", highlight=False)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "/loops": set_loops, "/trace": show_trace, "/temperature": set_temperature, "/reset": forget, "/help": show_help,
-}  # fmt: skip

@@ -11,9 +11,6 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-USAGE_ERROR = 2
-PREFIXES = ("", "k", "M", "G", "T", "P", "E")
-
 console = Console()
 _errors = Console(stderr=True)
 
@@ -21,7 +18,7 @@ _errors = Console(stderr=True)
 def fail(message: str) -> NoReturn:
     """Print one red line to stderr and exit with a usage error."""
     _errors.print(Text(f"error: {message}", style="red"), soft_wrap=True)
-    raise typer.Exit(USAGE_ERROR)
+    raise typer.Exit(2)
 
 
 def note(*lines: str) -> None:
@@ -70,7 +67,7 @@ def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
         yield lambda step: bar.update(task, description=step, completed=next(counter))
 
 
-def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = (), left: str = "") -> Table:
+def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = (), left: str | None = None) -> Table:
     """A table of ``rows``: first column and the one called ``left`` left-aligned, the others right-aligned."""
     result = Table(title=title, title_justify="left", title_style="bold", header_style="")
     for i, name in enumerate(columns):
@@ -82,8 +79,8 @@ def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = 
 
 def si(number: float, unit: str = "") -> str:
     """Three digits and an SI prefix: ``si(12_345, "B")`` is ``"12.3 kB"``."""
-    i = 0
-    while abs(number) >= 999.5 and i < len(PREFIXES) - 1:
+    prefixes, i = " kMGTPE", 0
+    while abs(number) >= 999.5 and i < len(prefixes) - 1:
         number, i = number / 1000, i + 1
     digits = f"{number:.3g}" if i else f"{number:g}"
-    return f"{digits} {PREFIXES[i]}{unit}".rstrip()
+    return f"{digits} {prefixes[i].strip()}{unit}".rstrip()

@@ -25,10 +25,16 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DIRECTORY holds.")] = False,
 ) -> None:
     """Convert a checkpoint of the reference implementation (open-mythos 0.5.0) without running code from the file."""
+    from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE
     from open_mythos.integrations.upstream import convert as convert_checkpoint
 
     with clear_errors(), progress(n_steps=2) as begin:
-        check_directory(source, directory, overwrite)
+        existing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
+        held = f"{directory} holds {' and '.join(existing)}"
+        is_source = existing and directory.resolve() == (source if source.is_dir() else source.parent).resolve()
+        must(not is_source, f"{directory} holds the source; choose another directory")
+        must(overwrite or not existing, f"{held}; choose another, or give --overwrite")
+        must(directory.is_dir() or not directory.exists(), f"{directory} is a file; give a directory")
         begin("converting")
         conversion = convert_checkpoint(source, config, settings or ())
         begin("writing")
@@ -39,18 +45,6 @@ def convert(
         f"Next: [bold]mythos info {directory}[/bold], [bold]mythos diagnose {directory}[/bold], or "
         f'OpenMythos.from_pretrained("{directory}").generate(ids). Differences: docs/differences.md',
     )
-
-
-def check_directory(source: Path, directory: Path, overwrite: bool) -> None:
-    """ValueError if ``directory`` holds the source, or another model without ``overwrite``."""
-    from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-
-    source_dir = source if source.is_dir() else source.parent
-    existing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
-    is_source = existing and directory.resolve() == source_dir.resolve()
-    must(not is_source, f"{directory} holds the source; choose another directory")
-    must(overwrite or not existing, f"{directory} holds {' and '.join(existing)}; choose another, or give --overwrite")
-    must(directory.is_dir() or not directory.exists(), f"{directory} is a file; give a directory")
 
 
 def show(conversion: "Conversion") -> None:

@@ -1,7 +1,5 @@
 """``mythos diagnose``: one traced forward pass through a checkpoint, as tables and pictures."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +31,7 @@ def diagnose(
     """Look inside a checkpoint, loop by loop."""
     import torch
 
+    from open_mythos import plots as draw
     from open_mythos.cache import KVCache
     from open_mythos.diagnostics import cache_bytes, loop_gain, spectral_radius, trace
     from open_mythos.models import load_model, model_dir
@@ -49,7 +48,12 @@ def diagnose(
         radius, gain, n_bytes = spectral_radius(model), loop_gain(model, ids, n_loops), cache_bytes(cache)
         if plots is not None:
             begin("drawing")
-            draw_all(found, ids, plots)
+            tokens = ids[0].tolist()
+            draw.state_change(found.delta, plots / "state_change.png")
+            draw.halting_map(found.loops_used[0], plots / "loops_used.png", tokens)
+            draw.halting_map(found.halting[:, 0].float(), plots / "halting.png", tokens)
+            if found.expert_load.shape[1]:
+                draw.expert_load(found.expert_load, plots / "expert_load.png")
     console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source})", highlight=False)
     rows = (
         ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part is stable"),
@@ -68,7 +72,7 @@ def diagnose(
     console.print(f"Next: think longer with [bold]{deeper}[/bold]{pictures}.", highlight=False, soft_wrap=True)
 
 
-def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, Tensor]:
+def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, "Tensor"]:
     """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, or random ones."""
     import torch
 
@@ -100,18 +104,7 @@ def read_example(path: Path) -> list[Any]:
     return data["tokens"]
 
 
-def draw_all(found: Trace, ids: Tensor, directory: Path) -> None:
-    from open_mythos import plots as draw
-
-    tokens = ids[0].tolist()
-    draw.state_change(found.delta, directory / "state_change.png")
-    draw.halting_map(found.loops_used[0], directory / "loops_used.png", tokens)
-    draw.halting_map(found.halting[:, 0].float(), directory / "halting.png", tokens)
-    if found.expert_load.shape[1]:
-        draw.expert_load(found.expert_load, directory / "expert_load.png")
-
-
-def show_loops(found: Trace) -> None:
+def show_loops(found: "Trace") -> None:
     shown = table("state change |Δh| / |h| and halting", "loop", "running", "mean", "max", "gate, mean")
     for loop, (delta, gate) in enumerate(zip(found.delta, found.halting, strict=True), start=1):
         ran = found.loops_used >= loop
@@ -129,7 +122,7 @@ def show_halting(loops_used: list[int]) -> None:
     console.print(shown)
 
 
-def show_experts(load: Tensor) -> None:
+def show_experts(load: "Tensor") -> None:
     n_experts = load.shape[1]
     title = f"load of {n_experts} experts (even: {1 / n_experts:.1%})"
     shown = table(title, "loop", "busiest", "idlest", "unused", "load", left="load")
@@ -140,7 +133,7 @@ def show_experts(load: Tensor) -> None:
     console.print(shown)
 
 
-def bars(counts: np.ndarray) -> str:
+def bars(counts: "np.ndarray") -> str:
     """Counts as blocks of eight heights; neighbours share one where there are too many for a line."""
     import numpy as np
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from open_mythos.cli.console import clear_errors, note, whole_numbers
+from open_mythos.fields import must
 
 
 def eval(
@@ -33,8 +34,7 @@ def eval(
             only_ours = {"--task": task, "--option": option, "--difficulties": difficulties, "--exit": exit}
             eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, out)
             return
-        if include_path is not None:
-            raise ValueError("--include-path is where --harness finds tasks; name one of them with --harness")
+        must(include_path is None, "--include-path is where --harness finds tasks; name one of them with --harness")
         from open_mythos import tasks
         from open_mythos.cli.own_tasks import eval_problems, eval_text, settings
         from open_mythos.models import load_model, model_dir

@@ -17,10 +17,8 @@ def export(
     with clear_errors():
         from open_mythos.integrations.hf.export import export as write
 
-        must(
-            not directory.exists() or (directory.is_dir() and not any(directory.iterdir())),
-            f"{directory} exists and is not empty; choose another directory",
-        )
+        is_free = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+        must(is_free, f"{directory} exists and is not empty; choose another directory")
         has_tokenizer = write(model, directory)
     content = "weights, tokenizer and source" if has_tokenizer else "weights and source; the model has no tokenizer"
     note(

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from open_mythos import plots
 from open_mythos.cli.console import announce, console, note, picture, table, whole_numbers
+from open_mythos.fields import must
 from open_mythos.integrations.harness import Curve, harness
 from open_mythos.models import model_dir
 from open_mythos.training.runs import evaluation_dir
@@ -22,28 +23,22 @@ def eval_harness(
 ) -> None:  # fmt: skip
     """Run the tasks ``names``, show a table, and write it and a picture to ``out``."""
     given = [option for option, value in only_ours.items() if value]
-    if given:
-        raise ValueError(f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
+    must(not given, f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
     curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
     show(curves)
     out = out or evaluation_dir(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     path, drawing = out / FILE, out / "harness.png"
+    panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}  # metric, task, loops: value, error
+    for curve in curves:
+        points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)
+        panels.setdefault(curve.metric, {})[curve.task] = dict(points)
     path.write_text(json.dumps([dataclasses.asdict(curve) for curve in curves], indent=1) + "\n")
-    also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels(curves), drawing)) else ""
+    also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels, drawing)) else ""
     found_in = "" if include is None else f" --include-path {include}"
     more = f"mythos eval {checkpoint} --harness {names}{found_in} --loops {2 * max(counts)}"
     note(f"Everything: {path}{also}", f"Next: think longer, [bold]{more}[/bold].")
-
-
-def panels(curves: list[Curve]) -> dict[str, dict[str, dict[int, tuple[float, float | None]]]]:
-    """Metric, task, loops: a value and its standard error."""
-    found: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}
-    for curve in curves:
-        points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)
-        found.setdefault(curve.metric, {})[curve.task] = dict(points)
-    return found
 
 
 def show(curves: list[Curve]) -> None:

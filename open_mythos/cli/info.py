@@ -7,6 +7,7 @@ import typer
 
 from open_mythos.cli.console import clear_errors, console, si, table
 from open_mythos.config import MythosConfig
+from open_mythos.fields import must
 from open_mythos.variants import VARIANTS, variant
 
 CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
@@ -22,8 +23,7 @@ def info(
 
     with clear_errors():
         cfg = find_config(model)
-    show_shape(model, cfg)
-    show_cost(cfg)
+    show(model, cfg)
     train, directory = "train a small model with [bold]mythos demo[/bold], then ", "DIRECTORY"
     if Path(model).is_dir() or model in shipped():
         train, directory = "", model
@@ -43,16 +43,15 @@ def find_config(name: str) -> MythosConfig:
     for file in (path, *(place / CONFIG_FILE for place in (path / MODEL, path, SHIPPED / name))):
         if file.is_file():
             return MythosConfig.load(file)
-    if path.is_dir():
-        raise ValueError(f"{path / CONFIG_FILE} is missing; a checkpoint directory holds {CONFIG_FILE}")
+    must(not path.is_dir(), f"{path / CONFIG_FILE} is missing; a checkpoint directory holds {CONFIG_FILE}")
     if len(path.parts) > 1 or path.suffix:
         known = ", ".join(VARIANTS)
         raise ValueError(f"{path} does not exist; give a config file, a checkpoint directory or one of {known}")
     return variant(name)
 
 
-def show_shape(name: str, cfg: MythosConfig) -> None:
-    from open_mythos.diagnostics.cost import parameters
+def show(name: str, cfg: MythosConfig) -> None:
+    from open_mythos.diagnostics.cost import cache_bytes_per_token, flops_per_token, parameters
 
     count = parameters(cfg)
     if cfg.attn_type == "gqa":
@@ -75,11 +74,6 @@ def show_shape(name: str, cfg: MythosConfig) -> None:
         "active per token": f"{count.active:,} ({count.active / count.total:.0%})",
     }
     console.print(table(name, "shape", "", rows=shape.items()))
-
-
-def show_cost(cfg: MythosConfig) -> None:
-    from open_mythos.diagnostics.cost import cache_bytes_per_token, flops_per_token
-
     context = cfg.max_seq_len
     cost = table(
         f"cost of decoding by loops (cache in {CACHE_DTYPE})",

@@ -89,13 +89,13 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None,
         for length in settings.difficulties:
             begin(f"{length} {task.unit}")
             bits[length] = bits_per_byte(model, task, settings.loops, length, settings.examples, rule)
-    path = out / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     # "bits_per_byte", of the first length, is as in the evaluation.json of training
     data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
-    path.write_text(json.dumps(data | {"task": task.name, "options": task.to_dict(), "exit": exit}, indent=1) + "\n")
+    data |= {"task": task.name, "options": task.to_dict(), "exit": exit}
+    (out / FILE).write_text(json.dumps(data, indent=1) + "\n")
     show_text(bits)
-    return path
+    return out / FILE
 
 
 def show_grid(evaluation: Evaluation, trained: int, exit: Exit | None = None) -> None:

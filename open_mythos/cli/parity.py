@@ -13,8 +13,7 @@ from open_mythos.tasks.parity import Parity
 
 TASK = Parity()
 TRAINED_LENGTH, MAX_TRAINED_LOOPS, BATCH = 24, 8, 64
-# lengths and loops of the evaluation
-TRAINED = (24, 48, 96), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+TRAINED = (24, 48, 96), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # lengths and loops of the evaluation
 PRETRAINED = (24, 96, 384), (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONFIG = MythosConfig(
     vocab_size=TASK.vocab_size, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=16,

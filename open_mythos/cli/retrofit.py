@@ -1,7 +1,5 @@
 """``mythos retrofit``: convert a pretrained decoder to a recurrent-depth model, and verify its logits."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +11,6 @@ from open_mythos.cli.console import clear_errors, console, fail, note, progress,
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from open_mythos.integrations.retrofit import Split
 
 SAMPLE = (
     "A river does not hurry, and yet it arrives. In spring the snow of the mountains melts, and what was white and "
@@ -62,7 +58,11 @@ def retrofit(
             fail(f"logits differ by {error:.1e} of the largest, more than {surgery.TOLERANCE:g}; nothing was written")
         begin("saving")
         surgery.save(model, tokenizer, directory, original.generation_config)
-    show_layers(split, n_layers)
+    spans = split.layers(n_layers)
+    layers = {"prelude": spans[0], "dropped": range(spans[0].stop, spans[1].start), "core": spans[1], "coda": spans[2]}
+    run = {"prelude": "once", "dropped": "never", "core": "in each loop", "coda": "once"}
+    parts = ((part, f"{span.start + 1} to {span.stop}", run[part]) for part, span in layers.items() if span)
+    console.print(table("layers of the original", "part", "layers", "run", rows=parts))
     shown = ((name, f"{value:.3f}") for name, value in rows.items())
     console.print(table(f"bits per byte of {ids.shape[1]} tokens", "", "bits", rows=shown))
     largest = float(logits.abs().max())
@@ -75,18 +75,10 @@ def retrofit(
     )
 
 
-def bits(logits: Tensor, ids: Tensor, tokenizer: object) -> float:
+def bits(logits: "Tensor", ids: "Tensor", tokenizer: object) -> float:
     """Bits per byte of the text, without the first token."""
     import torch.nn.functional as F
 
     nats = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
     n_bytes = len(tokenizer.decode(ids[0, 1:]).encode())  # type: ignore[attr-defined]
     return float(nats) / math.log(2) / n_bytes
-
-
-def show_layers(split: Split, n_layers: int) -> None:
-    prelude, core, coda = split.layers(n_layers)
-    parts = {"prelude": prelude, "dropped": range(prelude.stop, core.start), "core": core, "coda": coda}
-    run = {"prelude": "once", "dropped": "never", "core": "in each loop", "coda": "once"}
-    rows = ((part, f"{layers.start + 1} to {layers.stop}", run[part]) for part, layers in parts.items() if layers)
-    console.print(table("layers of the original", "part", "layers", "run", rows=rows))

@@ -25,14 +25,17 @@ def train(
     show_list: Annotated[bool, typer.Option("--list", help="Print the recipes and exit.")] = False,
 ) -> None:
     """Train and evaluate a model from a recipe."""
+    from open_mythos.cli.own_tasks import show_grid, show_halting, show_text
     from open_mythos.cli.watch import reading, watching
     from open_mythos.training import distributed
-    from open_mythos.training.fit import fit
-    from open_mythos.training.recipes import configured
+    from open_mythos.training.fit import fit, load_evaluation
+    from open_mythos.training.recipes import RECIPES, configured
     from open_mythos.training.trainer import TrainingError
 
     if show_list or recipe is None:
-        show_recipes()
+        rows = ((name, (made_by.__doc__ or "").partition("\n")[0]) for name, made_by in RECIPES.items())
+        console.print(table("recipes", "recipe", "description", rows=rows, left="description"))
+        console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
         return
     run = out or Path("runs") / recipe
     with clear_errors(), distributed.processes():
@@ -52,21 +55,18 @@ def train(
             fail(f"stopped; resume with the same command and --resume auto --out {run}")
         if distributed.rank() > 0:
             return
-        show_evaluation(cfg, run)
+        scores = load_evaluation(run)
+        if isinstance(scores, dict):
+            show_text({cfg.evaluation.difficulties[0]: scores})
+        else:
+            show_grid(scores, cfg.task.max_difficulty)
+            show_halting(scores)
     chat = f" Chat with it: [bold]mythos chat {escape(str(run))}[/bold]." if cfg.task.name == "text" else ""
     note(
         f"Model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   evaluation: {run / 'evaluation.json'}",
         f"Next: evaluate it with [bold]mythos eval {escape(str(run))}[/bold], "
         f"or write an HTML report with [bold]mythos report {escape(str(run))}[/bold].{chat}",
     )
-
-
-def show_recipes() -> None:
-    from open_mythos.training.recipes import RECIPES
-
-    rows = ((name, (recipe.__doc__ or "").partition("\n")[0]) for name, recipe in RECIPES.items())
-    console.print(table("recipes", "recipe", "description", rows=rows, left="description"))
-    console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
 
 
 def show_cost(cfg: TrainConfig) -> None:
@@ -83,15 +83,3 @@ def show_cost(cfg: TrainConfig) -> None:
         ("time of the run", str(timedelta(seconds=round(seconds * cfg.steps))), f"{cfg.steps:,} steps, no evaluation"),
     )
     console.print(table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method", rows=rows, left="method"))
-
-
-def show_evaluation(cfg: TrainConfig, run: Path) -> None:
-    from open_mythos.cli.own_tasks import show_grid, show_halting, show_text
-    from open_mythos.training.fit import load_evaluation
-
-    scores = load_evaluation(run)
-    if isinstance(scores, dict):
-        show_text({cfg.evaluation.difficulties[0]: scores})
-        return
-    show_grid(scores, cfg.task.max_difficulty)
-    show_halting(scores)

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from open_mythos.cli.console import clear_errors, console, note, progress, table
+from open_mythos.fields import must
 from open_mythos.training.config import GateConfig, TrainConfig
 
 
@@ -28,7 +29,7 @@ def train_gate(
     import torch
 
     from open_mythos import tasks
-    from open_mythos.models import TRAINING_FILE, load_model, model_dir, save_model
+    from open_mythos.models import TRAINING_FILE, home_dir, load_model, model_dir, save_model
     from open_mythos.training.gate import ROUNDS
     from open_mythos.training.gate import train_gate as run_training
     from open_mythos.training.runs import training_config
@@ -37,9 +38,11 @@ def train_gate(
         trained = training_config(checkpoint)
         cfg = settings(trained, steps, min_difficulty, max_difficulty, loops)
         model = load_model(checkpoint)
-        out = out or default_out(checkpoint)
-        if out.resolve() == model_dir(checkpoint).resolve():
-            raise ValueError(f"--out {out} is the model itself, which is not overwritten; name another directory")
+        home = home_dir(model_dir(checkpoint).resolve())
+        beside = home.with_name(f"{home.name}-gate") if Path(checkpoint).exists() else Path(f"runs/{checkpoint}-gate")
+        out = out or beside
+        is_model = out.resolve() == model_dir(checkpoint).resolve()
+        must(not is_model, f"--out {out} is the model itself, which is not overwritten; name another directory")
         task = tasks.load(cfg.task.name, **cfg.task.options)
         easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
         with progress(n_steps=ROUNDS + 2) as begin:
@@ -70,13 +73,3 @@ def settings(
     gate = dataclasses.replace(cfg.gate, steps=n_steps, loops=n_loops, max_difficulty=max(0, high))
     task = dataclasses.replace(cfg.task, min_difficulty=low, max_difficulty=high)
     return dataclasses.replace(cfg, gate=gate, task=task)
-
-
-def default_out(checkpoint: str) -> Path:
-    """``NAME-gate`` next to the run or the model's directory; in ``runs`` for a shipped model."""
-    from open_mythos.models import home_dir, model_dir
-
-    if not Path(checkpoint).exists():
-        return Path("runs") / f"{checkpoint}-gate"
-    home = home_dir(model_dir(checkpoint).resolve())
-    return home.with_name(f"{home.name}-gate")

@@ -1,7 +1,5 @@
 """Live progress of training on a terminal."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -30,10 +30,8 @@ from open_mythos.training.loggers import read_metrics
 from open_mythos.training.overrides import differences, dotted
 from open_mythos.training.recipes import RECIPES, recipe
 
-MAX_CURVE_POINTS = 600
-"""Longer training curves are subsampled."""
-MAX_EXAMPLE_TOKENS = 128
-"""Of the default example: what fits one screen."""
+MAX_CURVE_POINTS = 600  # longer training curves are subsampled
+MAX_EXAMPLE_TOKENS = 128  # of the default example: what fits one screen
 CURVES = (  # key in metrics.jsonl, title, log axis?, axis range
     ("loss", "Loss", True, None),
     ("accuracy", "Accuracy on training problems", False, [0, 1]),
@@ -69,7 +67,9 @@ def gather(
     begin("evaluating")
     scores, settings = last_evaluation(Path(run), cfg, model, task)
     begin("tracing an example")
-    difficulty = _difficulty(cfg, task) if difficulty is None else difficulty
+    if difficulty is None:
+        harder = (d for d in sorted(cfg.evaluation.difficulties) if d > cfg.task.max_difficulty)
+        difficulty = next((d for d in harder if task.length(d) <= MAX_EXAMPLE_TOKENS), cfg.task.max_difficulty)
     task.check(difficulty)
     n_loops = max(1, min(max(cfg.depths), MAX_CELLS // task.length(difficulty))) if n_loops is None else n_loops
     must(
@@ -77,7 +77,10 @@ def gather(
         f"{n_loops} loops, but an unrolled model has {model.cfg.max_loop_iters} blocks and no more; leave --loops out",
     )
     example, experts = trace_example(model, task, difficulty, n_loops, seed)
-    has_experts = cfg.kind == "looped" and model.cfg.n_experts > 0
+    chosen = f"{model.cfg.n_experts_per_tok} of {model.cfg.n_experts} experts"
+    lead = f"Each loop sends each token to {chosen}. Share of these choices, over {experts['problems']} problems."
+    if model.cfg.n_experts == 1:
+        lead = "The recurrent block has one expert, which takes every token in every loop."
     defaults = {key: getattr(part, name) for key, (part, name, _) in dotted(TrainConfig()).items()}
     return {
         "title": cfg.recipe if cfg.recipe == cfg.task.name else f"{cfg.recipe}: {cfg.task.name}",
@@ -87,7 +90,7 @@ def gather(
         "bits": None,
         **_curves(scores, settings, cfg),
         "example": example | {"lead": _example_lead(example, task.unit)},
-        "experts": experts | {"lead": _experts_lead(model, experts)} if has_experts else None,
+        "experts": experts | {"lead": lead} if cfg.kind == "looped" and model.cfg.n_experts > 0 else None,
         "baselines": _baselines(Path(run)),
         "training": _training(Path(run) / runs.METRICS),
         "settings": [
@@ -167,11 +170,6 @@ def _facts(scores: Evaluation | dict[int, float]) -> list[tuple[str, str]]:
     return facts
 
 
-def _difficulty(cfg: TrainConfig, task: tasks.Task) -> int:
-    harder = (d for d in sorted(cfg.evaluation.difficulties) if d > cfg.task.max_difficulty)
-    return next((d for d in harder if task.length(d) <= MAX_EXAMPLE_TOKENS), cfg.task.max_difficulty)
-
-
 def _training(path: Path) -> dict[str, Any] | None:
     """Subsampled curves of metrics.jsonl; None without that file."""
     if not path.is_file():
@@ -223,13 +221,6 @@ def _example_lead(example: dict[str, Any], unit: str) -> str:
         f"{_plural(maximum, 'loop')}.{halted} Step with the slider or the arrow keys. Each square "
         f"is a position of the input; the map shows all loops at once, the first on top."
     )
-
-
-def _experts_lead(model: OpenMythos, experts: dict[str, Any]) -> str:
-    if model.cfg.n_experts == 1:
-        return "The recurrent block has one expert, which takes every token in every loop."
-    chosen = f"{model.cfg.n_experts_per_tok} of {model.cfg.n_experts} experts"
-    return f"Each loop sends each token to {chosen}. Share of these choices, over {experts['problems']} problems."
 
 
 def _commands(cfg: TrainConfig) -> list[str]:

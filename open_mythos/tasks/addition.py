@@ -7,8 +7,7 @@ import torch
 from open_mythos.fields import size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 
-PROPAGATE_SHARE = 0.9
-"""Share of digit pairs that propagate a carry, in the half of the problems with long carry chains."""
+PROPAGATE_SHARE = 0.9  # of digit pairs propagate a carry, in the half of the problems with long carry chains
 
 
 @dataclass

@@ -17,15 +17,10 @@ from typing import Any, BinaryIO
 from open_mythos.fields import must
 from open_mythos.install import missing
 
-PIECE = 4096
-"""Bytes of a document where one single text is the whole corpus."""
-
-STREAMED = 1 << 26
-"""Bytes read of a streamed dataset whose end nobody asked for."""
-
+PIECE = 4096  # bytes of a document where one single text is the whole corpus
+STREAMED = 1 << 26  # bytes read of a streamed dataset whose end nobody asked for
 _ENDS = [re.compile(end) for end in (rb"[.!?]\s", rb"\s", rb"(?=[^\x80-\xbf])|$")]
 """Where a long line may be cut, best first: behind a sentence, behind a word, before a character."""
-
 _NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -51,7 +46,14 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
         ValueError: if there is nothing to read at ``source``.
         ImportError: naming the extra to install, for ``hf:`` without ``datasets``.
     """
-    found = _within(_read(source), max_bytes or (STREAMED if source.startswith("hf:") else math.inf))
+    path, streamed = Path(source).expanduser(), source.startswith("hf:")
+    if streamed:
+        contents = _hugging_face(source)
+    elif source == "stdlib":
+        contents = _texts(_library_modules())
+    else:
+        contents = _file(path) if path.is_file() else _texts(_files(source))
+    found = _within(contents, max_bytes or (STREAMED if streamed else math.inf))
     first = next(found, b"")
     must(first != b"", f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
     second = next(found, b"")
@@ -83,15 +85,6 @@ def _within(documents: Iterator[bytes], left: float) -> Iterator[bytes]:
             return
 
 
-def _read(source: str) -> Iterator[bytes]:
-    if source.startswith("hf:"):
-        return _hugging_face(source)
-    if source == "stdlib":
-        return _texts(_library_modules())
-    path = Path(source).expanduser()
-    return _file(path) if path.is_file() else _texts(_files(source))
-
-
 def _files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
@@ -108,10 +101,7 @@ def _library_modules() -> list[Path]:
 
 
 def _texts(paths: list[Path]) -> Iterator[bytes]:
-    for path in paths:
-        content = path.read_bytes()
-        if b"\0" not in content:
-            yield content
+    return (content for path in paths if b"\0" not in (content := path.read_bytes()))
 
 
 def _file(path: Path) -> Iterator[bytes]:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 
-CELLS = 16
-BLANK, MARK = 5, 6
+CELLS, BLANK, MARK = 16, 5, 6
 
 
 class MiniSudoku(Task):

@@ -32,10 +32,8 @@ class PHop(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        must(
-            self.questions <= self.symbols,
-            f"questions={self.questions}, but there are only {self.symbols} starts; use at most {self.symbols}",
-        )
+        most = f"there are only {self.symbols} starts; use at most {self.symbols}"
+        must(self.questions <= self.symbols, f"questions={self.questions}, but {most}")
         letters = string.ascii_lowercase
         named = letters[: self.symbols] if self.symbols <= len(letters) else [f"s{i}" for i in range(self.symbols)]
         self.vocab = ("<pad>", *named, *(f"{name}>" for name in named), "?")

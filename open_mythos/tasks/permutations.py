@@ -41,10 +41,8 @@ class Permutations(Task):
         self.chance = (1 if self.generators == "all" else 2) / len(group)
 
         products = group[:, group].transpose(0, 1)  # [i, j]: i, then j
-        place_values = self.size ** torch.arange(self.size)
-        rank = torch.zeros(self.size**self.size, dtype=torch.int64)
-        rank[group @ place_values] = torch.arange(len(group))
-        self._product = rank[products @ place_values]
+        place_values = self.size ** torch.arange(self.size).flip(0)  # as numbers, permutations ascend
+        self._product = torch.searchsorted(group @ place_values, products @ place_values)
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         self.check(difficulty)

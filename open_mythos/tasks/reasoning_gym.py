@@ -2,8 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ from open_mythos.tasks.base import UNSCORED, Batch, Task, pad
 from open_mythos.tasks.tokenizer import Tokenizer
 
 ANSWER, END = 257, 258
-MAX_DRAWS_PER_PROBLEM = 20
-"""Rejection sampling gives up after this many draws for each requested problem."""
+MAX_DRAWS_PER_PROBLEM = 20  # after which rejection sampling gives up
 
 Entry = dict[str, Any]
 """An entry of a reasoning-gym dataset (``question``, ``answer``, ...) with the ``difficulty`` it was drawn at."""
@@ -86,19 +84,22 @@ class ReasoningGym(Task):
         self.check(difficulty)
         seed, n_draws = int(torch.randint(1 << 31, (), generator=generator)), n * MAX_DRAWS_PER_PROBLEM
         entries: list[Entry] = []
+        state = random.getstate()
         try:
             dataset = self._load_dataset(difficulty, seed, n_draws)
-            with _python_random(seed):
-                for i in range(n_draws):
-                    entry = dataset[i]
-                    if entry["answer"] is not None and sum(map(len, self._tokens(entry))) - 1 <= self.max_tokens:
-                        entries.append(entry | {"difficulty": difficulty})
-                        if len(entries) == n:
-                            return entries
+            random.seed(seed)  # a few generators use Python's global random state instead of their own
+            for i in range(n_draws):
+                entry = dataset[i]
+                if entry["answer"] is not None and sum(map(len, self._tokens(entry))) - 1 <= self.max_tokens:
+                    entries.append(entry | {"difficulty": difficulty})
+                    if len(entries) == n:
+                        return entries
         except (AssertionError, LookupError, TypeError, ValueError) as error:  # raised by generators for a bad config
             raise ValueError(
                 f"reasoning-gym's {self.generator} fails at difficulty={difficulty}, settings={self.settings}: {error}"
             ) from error
+        finally:
+            random.setstate(state)
         raise ValueError(
             f"{len(entries)} of {n_draws} {self.generator} problems at difficulty={difficulty} have an answer and fit "
             f"into max_tokens={self.max_tokens}; raise that, or use another generator"
@@ -141,17 +142,6 @@ class ReasoningGym(Task):
         """Question and answer; ``<end>``, the last token of the answer, is only a target."""
         question, answer = (self._bytes.encode([str(entry[key])]).tolist() for key in ("question", "answer"))
         return [*question, ANSWER], [*answer, END]
-
-
-@contextmanager
-def _python_random(seed: int) -> Iterator[None]:
-    """Seed Python's global random state, which a few generators use instead of their own."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def _knobs(defaults: dict[str, Any]) -> dict[str, tuple[str, ...]]:

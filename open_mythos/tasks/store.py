@@ -1,13 +1,6 @@
-"""Tokens of a corpus on disk: made once, memory-mapped after, so that its size does not matter and a run can go on.
+"""Tokens of a corpus on disk, in ``text`` of ``OPEN_MYTHOS_CACHE`` or ``~/.cache/open_mythos``, which may be removed.
 
-::
-
-    CACHE/text/KEY/train.bin, held_out.bin   an <eos>, then each document and the <eos> behind it; little-endian
-    CACHE/text/KEY/tokenizer.json
-    CACHE/text/KEY/index.json                counts, and a checksum of train.bin
-
-KEY is made of everything that decides the tokens. CACHE is ``~/.cache/open_mythos``, or what the environment variable
-``OPEN_MYTHOS_CACHE`` says; it may be removed at any time.
+Made once and memory-mapped after. A part's file is an ``<eos>``, then each document and its ``<eos>``, little-endian.
 """
 
 import contextlib

@@ -84,8 +84,7 @@ class Text(Task):
         ``n_rows(length)`` rows: first tokens of documents, what follows a cut, and ends too.
 
         Args:
-            which: places in the sequence. It depends on nothing else, so that whoever knows how far he is can go on,
-                and processes that take different places share it without a word.
+            which: places in the sequence, which depends on nothing else: processes may each take their own places.
             length: tokens of a row.
             seed: of the orders.
         """
@@ -131,9 +130,8 @@ class Text(Task):
         assert self.store is not None, "only separate documents are counted"
         train, held_out = self.store.parts["train"], self.store.parts["held_out"]
         return (
-            f"{self.source}: {train.documents:,} documents of {train.bytes:,} bytes to train on, "
-            f"{train.tokens:,} tokens in {self.n_rows(length):,} rows of {length}; "
-            f"held out: {held_out.documents:,}"
+            f"{self.source}: {train.documents:,} documents of {train.bytes:,} bytes to train on, {train.tokens:,} "
+            f"tokens in {self.n_rows(length):,} rows of {length}; held out: {held_out.documents:,}"
         )
 
     def save_tokenizer(self, directory: str | Path) -> None:
@@ -142,9 +140,7 @@ class Text(Task):
 
     def fingerprint(self) -> int:
         """A number that another text does not have."""
-        if self.store is not None:
-            return self.store.parts[self.split].crc32
-        return zlib.crc32(self.tokens.tobytes())
+        return zlib.crc32(self.tokens.tobytes()) if self.store is None else self.store.parts[self.split].crc32
 
     def _windows(self, starts: Tensor, length: int) -> Batch:
         where, end = starts[:, None] + torch.arange(length + 1), len(self.tokens)

@@ -15,8 +15,7 @@ from open_mythos.install import missing
 
 FILE = "tokenizer.json"
 MOST_TOKENS = 1 << 16
-END, PADDING = "<eos>", "<pad>"
-"""Names of token 0: it ends documents, or it only fills up rows."""
+END, PADDING = "<eos>", "<pad>"  # names of token 0: it ends documents, or it only fills up rows
 
 
 class Tokenizer:
@@ -126,10 +125,9 @@ def tokenizer(kind: str, texts: Iterable[str], ends: bool = False) -> Tokenizer:
     if Path(kind, FILE).is_file():
         return load(kind)
     name, _, count = kind.partition(":")
-    if name != "bpe" or not count.isdecimal() or not 257 <= int(count) <= MOST_TOKENS:
-        raise ValueError(
-            f"tokenizer={kind!r}; use 'bytes', or 'bpe:N' with N from 257 to {MOST_TOKENS}, or a folder with a {FILE}"
-        )
+    known = name == "bpe" and count.isdecimal() and 257 <= int(count) <= MOST_TOKENS
+    use = f"use 'bytes', or 'bpe:N' with N from 257 to {MOST_TOKENS}, or a folder with a {FILE}"
+    must(known, f"tokenizer={kind!r}; {use}")
     return BytePairs.trained(int(count), texts, ends)
 
 
@@ -182,21 +180,19 @@ def _tokenizers() -> Any:
 
 def _reader(means: str) -> Callable[[str], bytes]:
     """What a token's name stands for, told by how the tokenizer splits and joins texts."""
-    if "ByteLevel" in means:
-        byte_of = _byte_of_character()
+    is_byte_level, byte_of = "ByteLevel" in means, _byte_of_character()
+    known = is_byte_level or "ByteFallback" in means
+    must(known, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
 
-        def byte_level(name: str) -> bytes:
-            must(set(name) <= byte_of.keys(), f"token {name!r} is not written in bytes, as those of its kind are")
-            return bytes(byte_of[character] for character in name)
-
-        return byte_level
-    must("ByteFallback" in means, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
+    def byte_level(name: str) -> bytes:
+        must(set(name) <= byte_of.keys(), f"token {name!r} is not written in bytes, as those of its kind are")
+        return bytes(byte_of[character] for character in name)
 
     def sentence_piece(name: str) -> bytes:
         is_byte = len(name) == 6 and name.startswith("<0x")
         return bytes.fromhex(name[3:5]) if is_byte else name.replace("\u2581", " ").encode()
 
-    return sentence_piece
+    return byte_level if is_byte_level else sentence_piece
 
 
 def _byte_of_character() -> dict[str, int]:
