@@ -6,17 +6,14 @@ import difflib
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from open_mythos.fields import must
 from open_mythos.install import missing
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _NEW_TOKENS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"  # the first that is given counts
 
@@ -113,32 +110,26 @@ def _quiet() -> Iterator[None]:
 
 def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path | None) -> Any:
     """What knows the tasks ``names``. ValueError if there is no such thing."""
-    if include is not None:
-        if not Path(include).is_dir():
-            raise ValueError(f"include={str(include)!r} is no directory; give one that holds tasks, a YAML file each")
-        own = new(include_path=str(include), include_defaults=False)  # reading the harness's thousands takes seconds
-        if set(names) <= set(own.all_tasks):
-            return own
-    manager = new(include_path=None if include is None else str(include))
-    known = manager.all_tasks
-    for name in names:
-        if name not in known:
-            _check_files(include)
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-            raise ValueError(f"the harness has no task {name!r}; {hint} Your own are found in the directory `include`")
-    return manager
-
-
-def _check_files(include: str | Path | None) -> None:
-    """ValueError for a file that is no YAML, which the harness passes over without a word."""
     import yaml  # type: ignore[import-untyped]
 
-    for path in [] if include is None else sorted(Path(include).rglob("*.yaml")):
+    where = None if include is None else str(include)
+    if where is not None:
+        must(Path(where).is_dir(), f"include={where!r} is no directory; give one that holds tasks, a YAML file each")
+        own = new(include_path=where, include_defaults=False)  # reading the harness's thousands takes seconds
+        if set(names) <= set(own.all_tasks):
+            return own
+    manager = new(include_path=where)
+    unknown = next((name for name in names if name not in manager.all_tasks), None)
+    if unknown is None:
+        return manager
+    for path in [] if where is None else sorted(Path(where).rglob("*.yaml")):
         try:
             list(yaml.parse(path.read_text()))
-        except yaml.YAMLError as error:
+        except yaml.YAMLError as error:  # the harness passes over such files without a word
             raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    near = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+    raise ValueError(f"the harness has no task {unknown!r}; {hint} Your own are found in the directory `include`")
 
 
 def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
@@ -148,8 +139,7 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
     from open_mythos.integrations.hf import OpenMythosConfig, OpenMythosForCausalLM
     from open_mythos.integrations.hf.export import load_tokenizer
 
-    if not Path(directory).is_dir():
-        raise ValueError(f"{directory} is not a directory; give one that holds a model and its tokenizer")
+    must(Path(directory).is_dir(), f"{directory} is not a directory; give one that holds a model and its tokenizer")
     tokenizer = load_tokenizer(directory, OpenMythosConfig.from_pretrained(directory).vocab_size)
     model = OpenMythosForCausalLM.from_pretrained(directory).eval()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -169,11 +159,10 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
                 )
             return super().generate_until(requests, *args, **kwargs)
 
-    lm = Checked(
+    return model, Checked(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
         max_length=model.config.max_seq_len, prefix_token_id=prefix,
     )  # fmt: skip
-    return model, lm
 
 
 @contextmanager
@@ -199,10 +188,9 @@ def _curves(found: list[dict[str, Any]], loops: list[int]) -> list[Curve]:
     for task, first in found[0]["results"].items():
         for key in first:
             name, _, chosen = key.partition(",")
-            if not chosen or name.endswith("_stderr"):
-                continue
             values = [result["results"][task][key] for result in found]
-            if not all(isinstance(value, int | float) for value in values):
+            is_metric = chosen and not name.endswith("_stderr")
+            if not is_metric or not all(isinstance(value, int | float) for value in values):
                 continue
             errors = [result["results"][task].get(f"{name}_stderr,{chosen}") for result in found]
             curves.append(

@@ -3,17 +3,11 @@
 python -m open_mythos.integrations.lm_eval run --model hf --model_args pretrained=FOLDER,num_loops=8 --tasks …
 """
 
-from __future__ import annotations
-
 from open_mythos.install import missing
 
 
 def main() -> None:
-    """What ``lm_eval`` does.
-
-    Raises:
-        ImportError: naming the extra, if the harness is not installed.
-    """
+    """What ``lm_eval`` does. ImportError, naming the extra, if the harness is not installed."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:

@@ -97,19 +97,19 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             ValueError: for a config or weights of another model, or of a newer version.
             OSError: for a name that is neither here nor, as far as the network tells, on the hub.
         """
-        name = pretrained_model_name_or_path
+        name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         if not Path(name).exists() and str(name) in shipped():
             name = SHIPPED / str(name)
-        wants_info = kwargs.pop("output_loading_info", False)
-        if not Path(name).exists() and Path(name).is_absolute():
+        path = Path(name)
+        if not path.exists() and path.is_absolute():
             raise OSError(f"{name} does not exist; give a folder that save_pretrained wrote, or a name on the hub")
-        known = any((Path(name) / file).is_file() for file in (CONFIG_FILE, "adapter_config.json"))
-        if Path(name).is_dir() and not known and not kwargs.keys() & {"config", "subfolder"}:
+        known = any((path / file).is_file() for file in (CONFIG_FILE, "adapter_config.json"))
+        if path.is_dir() and not known and not kwargs.keys() & {"config", "subfolder"}:
             raise OSError(f"{name}/{CONFIG_FILE} is missing; download or save it again, or pass config=")
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except OSError as error:
-            if Path(name).exists():
+            if path.exists():
                 raise
             raise OSError(
                 f"{name} is no folder, is not the name of a shipped model ({', '.join(shipped())}), and did not come "
@@ -192,14 +192,10 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         config, core = self.config, self.core
         cache, past_key_values = options["cache"], options["past_key_values"]
         must((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds, and not both")
-        must(
-            not (options["output_attentions"] or config.output_attentions),
-            "output_attentions=True, but attention weights are never formed here; leave it out",
-        )
-        must(
-            cache is None or past_key_values is None,
-            "cache and past_key_values are two names of one argument; give one of them",
-        )
+        attentions = options["output_attentions"] or config.output_attentions
+        must(not attentions, "output_attentions=True, but attention weights are never formed here; leave it out")
+        given_once = cache is None or past_key_values is None
+        must(given_once, "cache and past_key_values are two names of one argument; give one of them")
         _check_others(others, position_ids is not None)
         cache = past_key_values if cache is None else cache
         for name in _LIVE:
@@ -254,9 +250,8 @@ def _tell_peft() -> None:
 def _check_others(others: dict[str, Any], has_positions: bool) -> None:
     """ValueError for arguments that would change something elsewhere and do nothing here."""
     for name, value in others.items():
-        if value is None or name in _LET_PASS or (has_positions and name in _AS_POSITIONS):
-            continue
-        if name.startswith("output_") and value is False:
+        says_nothing = value is None or name in _LET_PASS or (name.startswith("output_") and value is False)
+        if says_nothing or (has_positions and name in _AS_POSITIONS):
             continue
         instead = "position_ids, which start again with each document" if name in _AS_POSITIONS else _INSTEAD.get(name)
         hint = "leave it out" if instead is None else f"use {instead}"

@@ -85,9 +85,7 @@ class SlotCache(BaseCache):
 
     def slot(self, slot: Slot | str) -> _Slot:
         name = slot_name(slot)
-        if name not in self._slots:
-            self._slots[name] = _Slot(self, name)
-        return self._slots[name]
+        return self._slots.setdefault(name, _Slot(self, name))
 
     def lengths(self) -> dict[str, int]:
         layers = getattr(self.cache, _SLOTS).items()
@@ -97,13 +95,9 @@ class SlotCache(BaseCache):
         """The layer of a slot, made if it is new."""
         layers: dict[str, int] = getattr(self.cache, _SLOTS)
         layer, spare = layers.setdefault(name, len(layers)), getattr(self.cache, _SPARE)
-        while len(self.cache.layers) <= layer:
-            if name.endswith(_RAW):
-                self.cache.layers.append(RawLayer())
-            elif spare is not None:
-                self.cache.layers.append(copy.deepcopy(spare))
-            else:  # the cache adds its own
-                break
+        is_raw = name.endswith(_RAW)
+        while len(self.cache.layers) <= layer and (is_raw or spare is not None):  # else the cache adds its own
+            self.cache.layers.append(RawLayer() if is_raw else copy.deepcopy(spare))
         return layer
 
     def raw_layer(self, name: str) -> RawLayer:

@@ -60,10 +60,9 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> Any:
             f"{directory} holds no tokenizer (tokenizer.json) that transformers reads; use the directory of a text "
             f"model, or save its tokenizer there"
         ) from error
-    must(
-        len(words) <= vocab_size,
-        f"the tokenizer in {directory} has {len(words)} tokens and the model {vocab_size}; they do not belong together",
-    )
+    n = len(words)
+    said = f"the tokenizer in {directory} has {n} tokens and the model {vocab_size}; they do not belong together"
+    must(n <= vocab_size, said)
     words.eos_token = words.eos_token or words.convert_ids_to_tokens(0)
     words.pad_token = words.pad_token or words.eos_token
     # As in this library's tokenizers, "<eos>" in a text is five characters; in what a template makes, it is a token.

@@ -52,10 +52,7 @@ OpenMythosPreTrainedModel.without_head = OpenMythosModel
 class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
     """The language model: ``AutoModelForCausalLM`` gives it."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The model without its head, sharing the weights."""
-        return self.base_model
+    model = OpenMythosPreTrainedModel.base_model  # as language models of transformers call it
 
     def get_output_embeddings(self) -> nn.Module:
         return self.core.head
