@@ -103,8 +103,8 @@ class CacheSlot:
         start = max(at - n, 0)
         if start < self._raw_start or at - start > self._raw.shape[1]:
             raise ValueError(
-                f"the cache was cut back to {at} tokens, and of the convolution's input those from {self._raw_start} on "
-                f"are kept; cut back by at most {ROLLBACK} tokens, or start a new cache"
+                f"the cache was cut back to {at} tokens, and the convolution's input is kept from {self._raw_start} on; "
+                f"cut back by at most {ROLLBACK} tokens, or start a new cache"
             )
         return start
 
@@ -159,7 +159,7 @@ class CacheSlot:
             start, raw, n_raw = slot._written, None, 0
             if before._raw is not None:
                 n_raw = before._raw.shape[1] - ROLLBACK
-                if before._base is not None and before._base[0] == self.length:  # longer ones have filled its ring since
+                if before._base is not None and before._base[0] == self.length:  # its ring holds later ones
                     raw = before._base[1][:, -min(n_raw, self.length - start) :]
                 else:
                     first = max(start, before._raw_start, self.length - before._raw.shape[1])

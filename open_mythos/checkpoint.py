@@ -3,8 +3,6 @@
 A folder is the same whether written here or by ``save_pretrained`` of :mod:`open_mythos.integrations.hf`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

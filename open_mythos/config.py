@@ -1,7 +1,5 @@
 """MythosConfig: every number that shapes a model, checked when it is made. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any, Self
 

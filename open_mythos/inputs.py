@@ -1,7 +1,5 @@
 """Checks of what users pass in, before anything is computed."""
 
-from __future__ import annotations
-
 import numbers
 from typing import Any
 

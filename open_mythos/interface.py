@@ -1,7 +1,5 @@
 """What everything below :mod:`open_mythos.model` needs to know of a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

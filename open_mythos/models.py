@@ -4,8 +4,6 @@ A model's directory holds ``config.json`` and ``model.safetensors``. There may b
 card; and ``training.json``, how it was trained. In a run it is ``RUN/model``.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -3,8 +3,6 @@
 Every position is computed at every loop; what halting or padding leaves out is put back by ``torch.where``.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

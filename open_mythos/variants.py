@@ -1,7 +1,5 @@
 """Named configurations: small ones for a laptop, and the reference's seven from 1B to 1T parameters."""
 
-from __future__ import annotations
-
 import difflib
 
 from open_mythos.config import MythosConfig

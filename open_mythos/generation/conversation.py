@@ -1,7 +1,5 @@
 """A text that a person and a model write in turns, over one cache."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Callable, Iterator
 from itertools import takewhile

@@ -6,8 +6,6 @@ others go on (continuous batching as in Orca, OSDI 2022, with loops in place of 
 arXiv:2608.09444).
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What an engine is, and the one that every model has: its own modules."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Protocol
 

@@ -8,8 +8,6 @@ native    on a CPU in float32: a whole token in one call of C code, which the ma
 ========  ===========================================================================================================
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,5 +77,7 @@ def make_engine(name: str, model: Model, depth: Depth, room: int = 0, drafts: bo
             return choice.make(model, depth, room)
         if why.startswith("no C compiler") and why not in _reported:
             _reported.add(why)
-            logging.getLogger("open_mythos").warning("decoding without the native engine, which is several times faster: %s", why)
+            logging.getLogger("open_mythos").warning(
+                "decoding without the native engine, which is several times faster: %s", why
+            )
     raise AssertionError("modules serve every model")

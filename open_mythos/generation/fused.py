@@ -5,8 +5,6 @@ once for a whole text: factors, norms and projections of one input become one ma
 modules compute, up to rounding; they are the reference.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch
@@ -167,8 +165,8 @@ _OWN = (
 def why_not_fused(model: Model) -> str | None:
     """Why the blocks cannot be fused; None if they can.
 
-    A hook would see nothing of fused blocks, an adapter in place of a layer would not take part, quantised weights would
-    be taken apart, and autocast chooses dtypes for products that are written otherwise here.
+    A hook would see nothing of fused blocks, an adapter in place of a layer would not take part, quantised weights
+    would be taken apart, and autocast chooses dtypes for products that are written otherwise here.
     """
     if autocasts(model.embed.weight.device):
         return "autocast is on"

@@ -1,7 +1,5 @@
 """Prefill once, then decode: one token at a time, or drafted ahead."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from inspect import signature

@@ -4,8 +4,6 @@ A loop of one token is some fifty small operations, and on a GPU each is a launc
 graph launches all of them at once. It reads the weights where they are, and is captured anew when a buffer has grown.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The methods of a model that make text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

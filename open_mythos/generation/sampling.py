@@ -1,7 +1,5 @@
 """From logits to a token: temperature, top-k, top-p, min-p as pure functions of (B, vocab) logits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -6,8 +6,6 @@ So nothing is computed twice but the coda. Tokens are drafted one by one, and th
 all of them together, which where one token does not fill the machine costs little more than for one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Attention: grouped queries or latents, a short convolution before the cache, and heads with a window."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -132,7 +130,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def _convolve(self, raw: Tensor, before: Tensor | None, ctx: Context, mask: AttentionMask) -> Tensor:
-        """``y[t] = sum_j taps[j] raw[t - j]`` within each document: (B, T, G, W); centred where attention sees ahead."""
+        """``y[t] = sum_j taps[j] raw[t - j]`` in each document: (B, T, G, W); centred where attention sees ahead."""
         K, T, constants = self.n_taps, raw.shape[1], ctx.constants
         ahead = 0 if mask.causal else (K - 1) // 2
         taps = None if constants is None else constants.get(self)
@@ -203,8 +201,8 @@ class GQAttention(Attention):
 class LatentUp(Linear):
     """From a latent to ``n_heads`` keys and values; or that map moved to the other side of a product.
 
-    ``q . (U c)`` is ``(U^T q) . c``: with ``absorb="keys"`` queries (N, H, key_dim) become (N, H, in_features), and with
-    ``absorb="values"`` mixtures of latents (N, H, in_features) become values (N, H, value_dim).
+    ``q . (U c)`` is ``(U^T q) . c``: with ``absorb="keys"`` queries (N, H, key_dim) become (N, H, in_features), and
+    with ``absorb="values"`` mixtures of latents (N, H, in_features) become values (N, H, value_dim).
 
     Args:
         in_features: R, of a latent.

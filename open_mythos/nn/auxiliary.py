@@ -14,8 +14,6 @@ where two models are compared (DPO, GRPO). The :class:`~open_mythos.training.tra
 depths, and calls :func:`balance` itself.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Iterator

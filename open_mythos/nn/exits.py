@@ -5,8 +5,6 @@ the same as being done: where an answer must travel, a position far from what it
 arrives. ``patience`` helps against short waits only; :class:`Gate` learns to tell the two apart.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields

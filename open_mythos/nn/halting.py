@@ -1,7 +1,5 @@
 """The halting gate: which positions have finished thinking, and how it learns to say so."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """How a loop reads the encoded input: linear injection, and depth-wise LoRA."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

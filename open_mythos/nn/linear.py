@@ -1,7 +1,5 @@
 """Linear layers whose learning speed does not depend on their width, and the norm before them."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The recurrence of the public reference: every loop's state counts, as much as a halting gate says."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Switching modules between training and eval mode."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """How training runs the loops: how many times each sequence, with gradient through which of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A block for each loop in place of one for all: the unrolled baseline."""
 
-from __future__ import annotations
-
 from typing import cast
 
 from torch import Tensor, nn

@@ -91,7 +91,7 @@ class AttentionMask:
         return self._once(("bias", window, like.dtype), lambda: self._bias(like, window)), False
 
     def by_head(self, like: Tensor, n_local: int, window: int) -> Tensor:
-        """Bias (B or 1, H, T, S) for queries ``like`` (B, T, H, D), the first ``n_local`` heads of which have a window."""
+        """Bias (B or 1, H, T, S) for queries ``like`` (B, T, H, D), whose first ``n_local`` heads have a window."""
 
         def make() -> Tensor:
             near, far = (self._bias(like, w) for w in (window, None))

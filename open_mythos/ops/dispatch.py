@@ -1,7 +1,5 @@
 """The one place that asks PyTorch what is going on around a call."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode

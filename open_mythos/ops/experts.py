@@ -4,8 +4,6 @@ Shape letters: N tokens, K experts per token, E experts, P = N K choices, D mode
 The slow, obvious twin is :func:`open_mythos.ops.reference.moe_loop`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Sinusoidal embedding of the loop index."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

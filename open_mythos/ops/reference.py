@@ -7,8 +7,6 @@ head, N content and P rotary channels of a latent head, R latent channels, C cha
 E experts, F expert width, L loops.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

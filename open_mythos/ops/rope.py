@@ -3,8 +3,6 @@
 Shape letters: B batch, T tokens, H heads, D channels of a head.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -96,8 +96,8 @@ class GateConfig(Checked):
     steps: int = size(1000, minimum=0)  # 0: no gate, and a model that does not halt
     lr: float = real(1e-3, 0.0, low_open=True)
     batch_size: int = size(64)
-    loops: int = size(0, minimum=0)  # depth at which the model has its last word; 0: model.max_loop_iters
-    max_difficulty: int = size(0, minimum=0)  # of its problems, which nobody has to solve for it; 0: the task's
+    loops: int = size(0, minimum=0)  # depth whose predictions are its labels; 0: model.max_loop_iters
+    max_difficulty: int = size(0, minimum=0)  # of its problems, which need no answers; 0: the task's
     # a position may stop once its prediction stays within so many nats of the last
     tolerance: float = real(0.001, 0.0, low_open=True)
 

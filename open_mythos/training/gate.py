@@ -1,7 +1,7 @@
 """The halting gate, trained after the fact on labels that the finished model gives, free at any difficulty.
 
 Halting changes what others see, so after a first round on full runs the gate is also taught on the states it meets when
-it decides itself (DAgger, Ross et al. 2011, arXiv:1011.0686). Where to draw the line is measured on new problems.
+it decides itself (DAgger, Ross et al. 2011, arXiv:1011.0686). Its bias is then calibrated on new problems.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from open_mythos.training.config import GateConfig
 
 ROUNDS = 6
 """How often the model is run and the gate taught what it did."""
-_CAUTION = 100.0  # how much worse it is to stop too early than too late: who stops wrongly misleads all that read him
+_EARLY_EXIT_WEIGHT = 100.0  # how much worse it is to stop too early than too late: others read what has stopped
 _KEPT = 2**14  # states kept of each kind and each run of a chunk of problems
 _BATCH = 4096  # states of one step
-_TRIALS = 256  # problems on which the line is drawn, and as many on which the result is measured
-_LOSS = 0.001  # of accuracy that the line may cost there
-_SHIFTS = range(2, -13, -1)  # logits by which the line may be moved, from hasty to cautious
-_MARGIN = 1  # logits of caution beyond that, since other problems will be met than those
+_HELD_OUT = 256  # problems on which the bias is calibrated, and as many on which the result is measured
+_MAX_ACCURACY_LOSS = 0.001  # what halting may cost there
+_SHIFTS = range(2, -13, -1)  # of the bias, in logits, from early exits to late ones
+_MARGIN = 1  # logits below the best, since other problems will be met than those
 
 Examples = tuple[Tensor, Tensor, Tensor]
 """States (N, dim), how far they have just moved (N,), and whether one may stop there, (N,) bool."""
@@ -47,7 +47,7 @@ def train_gate(
 
     Args:
         model, task: finished, its mode is put back after; and its problems.
-        cfg: how long to teach, and ``loops``, the depth at which the model has its last word.
+        cfg: how long to teach, and ``loops``, the depth whose predictions are the labels.
         min_difficulty, max_difficulty: problems are drawn evenly between them; the hardest should be solved in
             ``cfg.loops``.
         generator, progress: random state, on the CPU; told what is being done.
@@ -60,11 +60,15 @@ def train_gate(
             is of a mixture.
     """
     must(cfg.steps > 0, "steps=0 trains no gate; use at least 1")
-    weighs = f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it"
-    apart = f"{weighs}; it is not taught apart. With model.cfg.halting = True it also ends loops"
-    must(model.cfg.recurrence == "injected", apart)
-    above = f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}"
-    must(min_difficulty <= max_difficulty, f"{above}; lower it or raise that")
+    must(
+        model.cfg.recurrence == "injected",
+        f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it; it is "
+        f"not taught apart. With model.cfg.halting = True it also ends loops",
+    )
+    must(
+        min_difficulty <= max_difficulty,
+        f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}; lower it or raise that",
+    )
     n_loops = check_n_loops(cfg.loops or None, model.cfg.max_loop_iters)
     say = progress or (lambda what: None)
 
@@ -83,10 +87,10 @@ def train_gate(
             seen += examples(model, part, n_loops, cfg.tolerance, generator, closed=i > 0)
         n_steps = cfg.steps * (i + 1) // n_rounds - cfg.steps * i // n_rounds
         _fit(act, optimizer, seen, n_steps, generator)
-    say(f"gate: drawing the line on {_TRIALS} problems")
-    draw_line(model, task, problems(_TRIALS), n_loops)
-    say(f"gate: measuring on {_TRIALS} problems")
-    gain = halting_gain(model, task, problems(_TRIALS), n_loops)
+    say(f"gate: calibrating on {_HELD_OUT} problems")
+    calibrate(model, task, problems(_HELD_OUT), n_loops)
+    say(f"gate: measuring on {_HELD_OUT} problems")
+    gain = halting_gain(model, task, problems(_HELD_OUT), n_loops)
     model.cfg.halting = True
     return gain._asdict()
 
@@ -96,7 +100,7 @@ def examples(
 ) -> list[Examples]:
     """States that the loops pass through, and which of them may stop: those that may and those that may not.
 
-    With ``closed`` also the states of a run in which the gate decides, judged by the same last word, that after
+    With ``closed`` also the states of a run in which the gate decides, labelled by the same predictions, those after
     ``n_loops``. ``generator`` chooses the states to keep, and ``batch`` is on the model's device.
     """
     found = []
@@ -114,28 +118,28 @@ def examples(
             with measuring(model, halting=True):
                 runs.append(run())
         end = runs[0][-1].h
-        last_word = predict(end)
-        asked = batch.targets != UNSCORED
-        wrong = asked & (last_word.argmax(-1) != batch.targets)
+        final = predict(end)
+        supervised = batch.targets != UNSCORED
+        wrong = supervised & (final.argmax(-1) != batch.targets)
         for states in runs:
             h = torch.stack([state.h for state in states])
             change = torch.stack([state.change for state in states if state.change is not None])  # all, in eval mode
-            strays = [F.kl_div(predict(state), last_word, reduction="none", log_target=True).sum(-1) for state in h]
-            settled = holds_from_here_on(torch.stack(strays) <= tolerance)
-            may_stop = torch.where(asked, settled, converged(h, model.cfg.halting_tolerance, end))
-            told = torch.stack([state.ran for state in states]) & ~(may_stop & wrong)
-            # Most states are long settled; keep as many of those that are not.
-            for told_so in (told & may_stop, told & ~may_stop):
-                kept = torch.randperm(int(told_so.sum()), generator=generator)[:_KEPT].to(h.device)
-                found.append((h[told_so][kept], change[told_so][kept], may_stop[told_so][kept]))
+            divergence = [F.kl_div(predict(state), final, reduction="none", log_target=True).sum(-1) for state in h]
+            stable = holds_from_here_on(torch.stack(divergence) <= tolerance)
+            may_stop = torch.where(supervised, stable, converged(h, model.cfg.halting_tolerance, end))
+            labelled = torch.stack([state.ran for state in states]) & ~(may_stop & wrong)
+            # Most states have long converged; keep as many of those that have not.
+            for chosen in (labelled & may_stop, labelled & ~may_stop):
+                kept = torch.randperm(int(chosen.sum()), generator=generator)[:_KEPT].to(h.device)
+                found.append((h[chosen][kept], change[chosen][kept], may_stop[chosen][kept]))
     return found
 
 
-def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> None:
-    """Move the gate's bias to where it halts soonest without costing more than ``_LOSS`` of accuracy, and a bit on.
+def calibrate(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> None:
+    """Move the gate's bias to where it halts soonest at no more than ``_MAX_ACCURACY_LOSS``, and ``_MARGIN`` below.
 
-    A gate that is too hasty costs loops as well: who waits for the answer of a position that stopped wrongly waits
-    forever. So from hasty to cautious, loops fall, and rise again once accuracy is safe.
+    A gate that halts too early costs loops as well: what depends on a position that stopped wrongly never converges.
+    So from early exits to late ones, loops fall, and rise again once accuracy is safe.
     """
     act = model.recurrent.act
     bias, learned = act.halt.bias.detach(), act.halt.bias.detach().clone()
@@ -144,7 +148,7 @@ def draw_line(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> N
     for shift in _SHIFTS:
         bias.copy_(learned + shift * act.std)  # the gate divides by what it is stored at
         accuracy, loops = accuracy_and_loops(model, task, problems, n_loops, halting=True)
-        if accuracy >= full - _LOSS:
+        if accuracy >= full - _MAX_ACCURACY_LOSS:
             if loops > fewest:
                 break
             best, fewest = shift, loops
@@ -160,7 +164,7 @@ def _fit(
     for _ in range(n_steps):
         drawn = torch.randint(len(states), (_BATCH,), generator=generator).to(states.device)
         with torch.enable_grad():
-            loss = gate_cross_entropy(act(states[drawn], change[drawn]), may_stop[drawn], _CAUTION).mean()
+            loss = gate_cross_entropy(act(states[drawn], change[drawn]), may_stop[drawn], _EARLY_EXIT_WEIGHT).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,7 +11,7 @@ from open_mythos import OpenMythos
 from open_mythos.nn.recurrent import LoopInput
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.training.config import GateConfig
-from open_mythos.training.gate import draw_line, examples, train_gate
+from open_mythos.training.gate import calibrate, examples, train_gate
 
 MEASURED = {"accuracy_fixed", "accuracy_halting", "loops_fixed", "loops_halting", "saved"}
 LOOPS = 8
@@ -156,7 +156,7 @@ def test_the_line_is_drawn_where_nothing_is_lost():
     model.cfg.halting, model.recurrent.act = True, Hasty()
     problems = task.mixed([6] * 32, generator(2))
     assert loops_used(model, problems.ids, LOOPS).eq(1).all()
-    draw_line(model, task, problems, LOOPS)
+    calibrate(model, task, problems, LOOPS)
     assert_as_long_as_it_has_to(model, doubts=2)
 
 

@@ -1,7 +1,5 @@
 """``decode.c``, compiled once for this machine by its own compiler, and loaded."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

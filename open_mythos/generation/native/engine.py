@@ -5,8 +5,6 @@ through the whole model with a few threads, on the matrices of a fused model, an
 cache, which all else goes on reading. With an exit, each row of the batch stops at its own loop.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import weakref
