@@ -103,7 +103,7 @@ class CacheSlot:
         start = max(at - n, 0)
         if start < self._raw_start or at - start > self._raw.shape[1]:
             raise ValueError(
-                f"the cache was cut back to {at} tokens, and the convolution's input is kept from {self._raw_start} on; "
+                f"the cache was cut back to {at} tokens, and raw rows are kept from {self._raw_start} on; "
                 f"cut back by at most {ROLLBACK} tokens, or start a new cache"
             )
         return start

@@ -35,12 +35,9 @@ class Context:
 
     @staticmethod
     def of(
-        positions: Tensor,
-        rope: tuple[int, float, float, int],
-        mask: AttentionMask,
-        cache: Cache | None,
+        positions: Tensor, rope: tuple[int, float, float, int], mask: AttentionMask, cache: Cache | None,
         is_compiled: bool = False,
-    ) -> Context:
+    ) -> Context:  # fmt: skip
         """The context of tokens at ``positions`` (T,) or (B, T); compiled layers know no complex numbers."""
         table = rope_table(positions, *rope)
         return Context(table if is_compiled or is_traced() else torch.view_as_complex(table), mask, cache)
@@ -58,12 +55,9 @@ class Context:
 
 
 def as_context(
-    freqs: Context | Tensor,
-    mask: AttentionMask | Tensor | None,
-    kv_cache: KVCache | dict[str, Any] | None,
-    slot: Slot | str,
-    n_tokens: int,
-) -> Context:
+    freqs: Context | Tensor, mask: AttentionMask | Tensor | None, kv_cache: KVCache | dict[str, Any] | None,
+    slot: Slot | str, n_tokens: int,
+) -> Context:  # fmt: skip
     """A context for layers that are called by themselves, as in the reference: with phasors, a mask and a cache.
 
     A table ``freqs`` of more positions than tokens is read from the first position that the cache lacks.

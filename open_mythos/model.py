@@ -58,15 +58,10 @@ class OpenMythos(Generates):
         self.register_load_state_dict_post_hook(_tie_assigned)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        n_loops: int | None = None,
-        kv_cache: KVCache | dict[str, Any] | None = None,
-        start_pos: int | None = None,
-        attention_mask: Tensor | None = None,
-        exit: Exit | None = None,
+        self, input_ids: Tensor, n_loops: int | None = None, kv_cache: KVCache | dict[str, Any] | None = None,
+        start_pos: int | None = None, attention_mask: Tensor | None = None, exit: Exit | None = None,
         auxiliary: bool = True,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Logits for the next token at every position.
 
         Args:
@@ -97,17 +92,10 @@ class OpenMythos(Generates):
         return self.decode(*self.states(input_ids, *args, **options), last=last)
 
     def states(
-        self,
-        input_ids: Tensor,
-        n_loops: int | None = None,
-        kv_cache: Cache | dict[str, Any] | None = None,
-        start_pos: int | None = None,
-        attention_mask: Tensor | None = None,
-        exit: Exit | None = None,
-        first: Tensor | None = None,
-        positions: Tensor | None = None,
-        **loops: Any,
-    ) -> tuple[Tensor, Context]:
+        self, input_ids: Tensor, n_loops: int | None = None, kv_cache: Cache | dict[str, Any] | None = None,
+        start_pos: int | None = None, attention_mask: Tensor | None = None, exit: Exit | None = None,
+        first: Tensor | None = None, positions: Tensor | None = None, **loops: Any,
+    ) -> tuple[Tensor, Context]:  # fmt: skip
         """The states after the last loop, (B, T, dim), and the context that :meth:`decode` takes.
 
         Args:
@@ -132,14 +120,9 @@ class OpenMythos(Generates):
         return h, ctx
 
     def encode(
-        self,
-        input_ids: Tensor,
-        cache: Cache | None = None,
-        start_pos: int | None = None,
-        attention_mask: Tensor | None = None,
-        n_loops: int = 1,
-        positions: Tensor | None = None,
-    ) -> tuple[Tensor, Context]:
+        self, input_ids: Tensor, cache: Cache | None = None, start_pos: int | None = None,
+        attention_mask: Tensor | None = None, n_loops: int = 1, positions: Tensor | None = None,
+    ) -> tuple[Tensor, Context]:  # fmt: skip
         """Check the input and run the prelude.
 
         Args:

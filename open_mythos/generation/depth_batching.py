@@ -111,14 +111,9 @@ class DepthBatch:
         self._place: Place
 
     def add(
-        self,
-        prompt: Tensor,
-        max_new_tokens: int = 64,
-        n_loops: int | None = None,
-        sampling: Sampling | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Request:
+        self, prompt: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, sampling: Sampling | None = None,
+        eos_token_id: int | Sequence[int] | None = None, generator: torch.Generator | None = None,
+    ) -> Request:  # fmt: skip
         """Queue a sequence; arguments as :meth:`OpenMythos.generate_many`, ``prompt`` (T,).
 
         Raises:
@@ -264,13 +259,9 @@ def _joined(old: Any, new: Any) -> Any:
 
 
 def generate_many(
-    model: Model,
-    prompts: Sequence[Tensor],
-    n_loops: int | Sequence[int] | None,
-    exit: Exit | None,
-    max_rows: int,
+    model: Model, prompts: Sequence[Tensor], n_loops: int | Sequence[int] | None, exit: Exit | None, max_rows: int,
     **request: Any,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """See :meth:`OpenMythos.generate_many`; ``request`` is what each prompt's :meth:`DepthBatch.add` takes besides."""
     loops = list(n_loops) if isinstance(n_loops, Sequence) else [n_loops] * len(prompts)
     if len(loops) != len(prompts):

@@ -108,19 +108,6 @@ def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, 
             return
 
 
-def generate(
-    model: Model,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    eos_token_id: int | Sequence[int] | None = None,
-    **options: Any,
-) -> Tensor:
-    """The prompt and ``max_new_tokens`` more, (B, T + max_new_tokens); arguments as :func:`stream`."""
-    new = list(stream(model, input_ids, max_new_tokens, eos_token_id=eos_token_id, **options))
-    new += new[-1:] * (max_new_tokens - len(new))  # all rows have ended
-    return torch.cat([input_ids, *(tokens.unsqueeze(1).to(input_ids.dtype) for tokens in new)], dim=1)
-
-
 _OLD_NAMES = {"draft_loops", "draft_tokens", "compile"}
 _NAMES = sorted({*signature(stream).parameters, *_OLD_NAMES} - {"model", "old"})
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.generation.depth_batching import generate_many
-from open_mythos.generation.generate import generate, stream
+from open_mythos.generation.generate import stream
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
 from open_mythos.interface import Model
@@ -63,11 +63,13 @@ class Generates(Model):
         Raises:
             ValueError: for input, sampling options or lengths that do not fit.
         """
-        sampling = sampling or Sampling(temperature, top_k, top_p, min_p)
-        return generate(
-            self, input_ids, max_new_tokens, n_loops=n_loops, sampling=sampling, eos_token_id=eos_token_id,
-            attention_mask=attention_mask, generator=generator, exit=exit, draft=draft, engine=engine, **options,
+        stream = self.stream(
+            input_ids, max_new_tokens, n_loops, temperature, top_k, top_p, min_p, eos_token_id, attention_mask,
+            generator, exit, sampling=sampling, draft=draft, engine=engine, **options,
         )  # fmt: skip
+        new = list(stream)
+        new += new[-1:] * (max_new_tokens - len(new))  # all rows have ended
+        return torch.cat([input_ids, *(tokens.unsqueeze(1).to(input_ids.dtype) for tokens in new)], dim=1)
 
     def stream(
         self,

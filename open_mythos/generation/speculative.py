@@ -43,24 +43,13 @@ class Draft:
 
 
 def drafted(
-    model: Model,
-    engine: Engine,
-    logits: Tensor,
-    draft: Draft,
-    sampling: Sampling,
-    ends: tuple[int, ...],
-    generator: torch.Generator | None,
-    max_new_tokens: int,
-) -> Iterator[Tensor]:
+    model: Model, engine: Engine, logits: Tensor, draft: Draft, sampling: Sampling, ends: tuple[int, ...],
+    generator: torch.Generator | None, max_new_tokens: int,
+) -> Iterator[Tensor]:  # fmt: skip
     """New tokens as they are accepted, ``max_new_tokens`` in all: (B, 1 to draft.tokens + 1) at a time.
 
-    Args:
-        model: put into eval mode for each block, and back after it.
-        engine: has read the prompt.
-        logits: (B, vocab_size) of what follows it.
-        draft, sampling, generator: as :func:`open_mythos.generation.generate.stream`.
-        ends: tokens after which a row goes on with anything.
-        max_new_tokens: where to stop.
+    ``engine`` has read the prompt, and ``logits`` (B, vocab_size) are of what follows it. A row goes on with any tokens
+    after one of ``ends``. The model is in eval mode for each block, and put back after it.
     """
 
     def is_end(tokens: Tensor) -> Tensor:

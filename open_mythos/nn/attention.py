@@ -69,14 +69,9 @@ class Attention(nn.Module):
         self.n_local_heads = cfg.n_local_heads if local_window else 0
 
     def forward(
-        self,
-        x: Tensor,
-        freqs: Context | Tensor,
-        mask: AttentionMask | Tensor | None = None,
-        kv_cache: KVCache | dict[str, Any] | None = None,
-        cache_key: Slot | str = "default",
-        last: int | None = None,
-    ) -> Tensor:
+        self, x: Tensor, freqs: Context | Tensor, mask: AttentionMask | Tensor | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None, cache_key: Slot | str = "default", last: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend.
 
         Args:

@@ -36,14 +36,9 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        freqs: Context | Tensor,
-        mask: AttentionMask | Tensor | None = None,
-        kv_cache: KVCache | dict[str, Any] | None = None,
-        cache_key: Slot | str = "default",
-        last: int | None = None,
-    ) -> Tensor:
+        self, x: Tensor, freqs: Context | Tensor, mask: AttentionMask | Tensor | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None, cache_key: Slot | str = "default", last: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """(B, T, dim) -> (B, T or last, dim); arguments as :meth:`Attention.forward`."""
         attended = self.attn(self.attn_norm(x), freqs, mask, kv_cache, cache_key, last)
         x = (x if last is None else x[:, -last:]) + self.dropout(attended)
@@ -61,13 +56,9 @@ class CoreBlocks(nn.ModuleList):
         super().__init__(TransformerBlock(cfg, use_moe=True) for _ in range(cfg.core_layers))
 
     def forward(
-        self,
-        x: Tensor,
-        freqs: Context | Tensor,
-        mask: AttentionMask | Tensor | None = None,
-        kv_cache: KVCache | dict[str, Any] | None = None,
-        cache_key: Slot | str = "default",
-    ) -> Tensor:
+        self, x: Tensor, freqs: Context | Tensor, mask: AttentionMask | Tensor | None = None,
+        kv_cache: KVCache | dict[str, Any] | None = None, cache_key: Slot | str = "default",
+    ) -> Tensor:  # fmt: skip
         """(B, T, dim) -> (B, T, dim); arguments as :meth:`TransformerBlock.forward`. Each block has its own slots."""
         for layer, block in enumerate(self):
             if layer:

@@ -95,7 +95,15 @@ class Gate(Exit):
 
 
 class ConvergenceExit(Exit):
-    """Stop after ``patience`` loops in a row in which what the exit watches has converged."""
+    """Stop after ``patience`` loops in a row in which what the exit watches has converged: by less than ``threshold``.
+
+    Args:
+        threshold: above 0; of :class:`PredictionKL` in nats.
+        patience: at least 1.
+
+    Raises:
+        ValueError: for other values.
+    """
 
     patience: int
     compares: ClassVar[int] = 2  # how many loops' values `is_still` compares
@@ -132,12 +140,7 @@ class ConvergenceExit(Exit):
 
 @dataclass(frozen=True)
 class StateChange(ConvergenceExit):
-    """Stop when a state hardly moves: ``|h_t - h_{t-1}| / |h_t|`` below a threshold (Huginn, arXiv:2502.05171).
-
-    Args:
-        threshold: above 0.
-        patience: for so many loops in a row.
-    """
+    """Stop when a state hardly moves: ``|h_t - h_{t-1}| / |h_t|`` below a threshold (Huginn, arXiv:2502.05171)."""
 
     threshold: float = 0.03
     patience: int = 1
@@ -153,12 +156,7 @@ class StateChange(ConvergenceExit):
 
 @dataclass(frozen=True)
 class Acceleration(ConvergenceExit):
-    """Stop when a state moves evenly: ``|h_t - 2 h_{t-1} + h_{t-2}| / |h_t|`` below a threshold (arXiv:2509.23314).
-
-    Args:
-        threshold: above 0.
-        patience: for so many loops in a row.
-    """
+    """Stop when a state moves evenly: ``|h_t - 2 h_{t-1} + h_{t-2}| / |h_t|`` below a threshold (arXiv:2509.23314)."""
 
     threshold: float = 0.03
     patience: int = 1
@@ -171,12 +169,7 @@ class Acceleration(ConvergenceExit):
 
 @dataclass(frozen=True)
 class PredictionKL(ConvergenceExit):
-    """Stop when a prediction hardly changes: ``KL(p_t || p_{t-1})`` below a threshold (Huginn, arXiv:2502.05171).
-
-    Args:
-        threshold: in nats, above 0.
-        patience: for so many loops in a row.
-    """
+    """Stop when a prediction hardly changes: ``KL(p_t || p_{t-1})`` below a threshold (Huginn, arXiv:2502.05171)."""
 
     threshold: float = 5e-4
     patience: int = 1
@@ -192,11 +185,7 @@ class PredictionKL(ConvergenceExit):
 
 @dataclass(frozen=True)
 class StableArgmax(ConvergenceExit):
-    """Stop when the likeliest token is the one of the loop before.
-
-    Args:
-        patience: for so many loops in a row.
-    """
+    """Stop when the likeliest token is the one of the loop before."""
 
     patience: int = 3
     needs_predictions: ClassVar[bool] = True

@@ -90,12 +90,9 @@ def converged(states: Tensor, tolerance: float, end: Tensor | None = None) -> Te
 
 
 def gate_cross_entropy(probability: Tensor, may_stop: Tensor, early_exit_weight: float) -> Tensor:
-    """Cross-entropy of the gate, weighted by ``early_exit_weight`` where it should not stop; as given, float32.
+    """Cross-entropy of the gate for labels ``may_stop``, weighted by ``early_exit_weight`` where it should not stop.
 
-    Args:
-        probability: of the gate, any shape.
-        may_stop: bool, its label, as ``probability``.
-        early_exit_weight: above 0.
+    Shapes are those given; float32.
     """
     p = probability.float().clamp(1e-6, 1 - 1e-6)
     # Written out, since F.binary_cross_entropy refuses to run under CUDA autocast.

@@ -124,19 +124,11 @@ class Loops(nn.Module):
         return any(layer._compiled_call_impl is not None for layer in self.layers)
 
     def forward(
-        self,
-        h: Tensor,
-        e: Tensor,
-        freqs: Context | Tensor,
-        mask: AttentionMask | Tensor | None = None,
-        n_loops: int | None = None,
-        kv_cache: KVCache | dict[str, Any] | None = None,
-        exit: Exit | None = None,
-        readout: Readout | None = None,
-        auxiliary: bool = True,
-        recompute: bool = False,
+        self, h: Tensor, e: Tensor, freqs: Context | Tensor, mask: AttentionMask | Tensor | None = None,
+        n_loops: int | None = None, kv_cache: KVCache | dict[str, Any] | None = None, exit: Exit | None = None,
+        readout: Readout | None = None, auxiliary: bool = True, recompute: bool = False,
         seen: list[Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Run the loops.
 
         In training every position runs every loop. In eval mode a position stops when an exit says so, which is the
@@ -188,16 +180,9 @@ class Loops(nn.Module):
         return [h, *(state.h for state in loops)]
 
     def iterate(
-        self,
-        h: Tensor,
-        e: Tensor,
-        ctx: Context,
-        n_loops: int | None = None,
-        exit: Exit | None = None,
-        readout: Readout | None = None,
-        first_loop: int = 0,
-        recompute: bool = False,
-    ) -> Iterator[LoopState]:
+        self, h: Tensor, e: Tensor, ctx: Context, n_loops: int | None = None, exit: Exit | None = None,
+        readout: Readout | None = None, first_loop: int = 0, recompute: bool = False,
+    ) -> Iterator[LoopState]:  # fmt: skip
         """As :meth:`forward`, handing out the state after every loop; ends early when all positions have halted.
 
         Args:
@@ -324,12 +309,7 @@ def step_slot(loop: int | Tensor, ctx: Context) -> Slot:
 def advance(
     core: RecurrentBlock, h: Tensor, e: LoopInput, loop: Tensor, ctx: Context, exit: Exit | None, carried: Carried
 ) -> tuple[Tensor, Tensor | None, Carried]:
-    """One loop of rows that are at different ones, for depth batching.
-
-    Args:
-        core, h, e, ctx: as :meth:`LoopBlock.step`, one token a row.
-        loop: (B, 1), each row's.
-        exit, carried: when a row stops.
+    """One loop of rows (B, 1, dim) that are at different ones, ``loop`` (B, 1), for depth batching.
 
     Returns:
         The states after it, (B, 1, dim); whether each row stops, (B, 1) bool, None without an exit; and what to carry.

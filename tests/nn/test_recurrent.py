@@ -5,13 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import ATTENTION, assert_near, left_padding, loops_used, tiny_model, tokens
+from plain_halting import halting
 
 from open_mythos import KVCache, OpenMythos
 from open_mythos.context import Context
 from open_mythos.nn import recurrent as recurrent_module
 from open_mythos.nn.active import ActiveTokens
 from open_mythos.nn.exits import PredictionKL, StateChange
-from open_mythos.ops import reference
 from open_mythos.ops.attention import AttentionMask
 from open_mythos.ops.rope import precompute_rope_freqs, rope_table
 
@@ -124,7 +124,7 @@ def test_output_is_the_state_at_the_loop_where_a_position_halted(attn_type):
         states = list(model.recurrent.iterate(e, e, ctx, 6))
         out = model.recurrent(e, e, ctx, n_loops=6)
     h, p = torch.stack([s.h for s in states]), torch.stack([s.halting for s in states])
-    expected, _, used = reference.halting(h, p, model.cfg.act_threshold)
+    expected, _, used = halting(h, p, model.cfg.act_threshold)
     assert len(used.unique()) > 1
     assert torch.equal(out, expected)
     assert torch.equal(torch.stack([s.ran.long() for s in states]).sum(0), used)
