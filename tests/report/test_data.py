@@ -106,7 +106,7 @@ def test_a_run_of_no_recipe_has_no_command(tmp_path):
 
 
 def test_example_is_what_the_model_does():
-    model, task = tiny_model(vocab_size=3), tasks.load("parity")
+    model, task = tiny_model(vocab_size=3, gate_bias=0.5), tasks.load("parity")
     example, experts = trace_example(model, task, 12, 4, seed=5)
     problems = task.batch(PROBLEMS, 12, torch.Generator().manual_seed(5))
     traced = trace(model, problems.ids, 4)
