@@ -230,5 +230,5 @@ def test_what_does_not_fit_is_refused_at_the_call(options, message, call):
 
 
 def test_a_gate_and_a_draft_do_not_go_together():
-    with pytest.raises(ValueError, match=r"halting gate.*cfg\.halting=False"):
+    with pytest.raises(ValueError, match=r"Gate.*cfg\.halting=False"):
         tiny_model(halting=True).generate(tokens(1, 3), 2, draft_loops=1)
