@@ -22,21 +22,12 @@ ROOM = 512  # new tokens that a cache has room for before it grows
 
 
 def stream(
-    model: Model,
-    input_ids: Tensor,
-    max_new_tokens: int = 64,
-    n_loops: int | None = None,
-    sampling: Sampling | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    attention_mask: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    exit: Exit | None = None,
-    draft: Draft | None = None,
-    engine: str = "auto",
-    cache_loops: int | None = None,
-    warm_start: bool = False,
+    model: Model, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None,
+    sampling: Sampling | None = None, eos_token_id: int | Sequence[int] | None = None,
+    attention_mask: Tensor | None = None, generator: torch.Generator | None = None, exit: Exit | None = None,
+    draft: Draft | None = None, engine: str = "auto", cache_loops: int | None = None, warm_start: bool = False,
     **old: Any,
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor]:  # fmt: skip
     """New tokens as they are made, (B,) at a time; ends early once every row has produced an ``eos_token_id``.
 
     Args:

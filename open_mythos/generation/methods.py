@@ -18,24 +18,12 @@ class Generates(Model):
     """``generate``, ``stream`` and ``generate_many`` of :class:`~open_mythos.OpenMythos`."""
 
     def generate(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int = 64,
-        n_loops: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = 50,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        exit: Exit | None = None,
-        *,
-        sampling: Sampling | None = None,
-        draft: Draft | None = None,
-        engine: str = "auto",
-        **options: Any,
-    ) -> Tensor:
+        self, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,
+        top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
+        draft: Draft | None = None, engine: str = "auto", **options: Any,
+    ) -> Tensor:  # fmt: skip
         """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
 
         Args:
@@ -72,24 +60,12 @@ class Generates(Model):
         return torch.cat([input_ids, *(tokens.unsqueeze(1).to(input_ids.dtype) for tokens in new)], dim=1)
 
     def stream(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int = 64,
-        n_loops: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = 50,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        exit: Exit | None = None,
-        *,
-        sampling: Sampling | None = None,
-        draft: Draft | None = None,
-        engine: str = "auto",
-        **options: Any,
-    ) -> Iterator[Tensor]:
+        self, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,
+        top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
+        draft: Draft | None = None, engine: str = "auto", **options: Any,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
         sampling = sampling or Sampling(temperature, top_k, top_p, min_p)
         return stream(
@@ -98,21 +74,11 @@ class Generates(Model):
         )  # fmt: skip
 
     def generate_many(
-        self,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int = 64,
-        n_loops: int | Sequence[int] | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = 50,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        exit: Exit | None = None,
-        max_rows: int = 32,
-        *,
-        sampling: Sampling | None = None,
-    ) -> list[Tensor]:
+        self, prompts: Sequence[Tensor], max_new_tokens: int = 64, n_loops: int | Sequence[int] | None = None,
+        temperature: float = 1.0, top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None, generator: torch.Generator | None = None,
+        exit: Exit | None = None, max_rows: int = 32, *, sampling: Sampling | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Continue prompts of any lengths together; no token waits for the loops of another sequence's.
 
         Greedy tokens are those that :meth:`generate` gives for each prompt alone. It pays with an exit, or with

@@ -105,7 +105,7 @@ class Attention(nn.Module):
             rows = active.merge(layer, raw, rows)
         if slot is not None:
             rows = slot.update(rows, raw if self.n_taps else None, mask.first, n_raw)
-        if last is not None:
+        if last is not None and last < x.shape[1]:
             queries, mask = [q[:, -last:] for q in queries], mask.ending(last)
         out = self.read(queries, rows, mask)
         if mask.valid is not None and (active is None or not active.is_packed):  # padding halts after the first loop

@@ -152,10 +152,12 @@ class Loops(nn.Module):
         Raises:
             ValueError: for an exit in training mode, or one that needs a readout and has none.
         """
-        ctx = as_context(freqs, mask, kv_cache, Slot("core", 0, 0), e.shape[1])
-        n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
+        ctx = freqs
+        if not isinstance(ctx, Context):
+            ctx = as_context(ctx, mask, kv_cache, Slot("core", 0, 0), e.shape[1])
         finish: Callable[[Tensor], Tensor] = lambda last: last  # noqa: E731
         if self.training and auxiliary and ctx.cache is None:
+            n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
             h, finish = training_states(self, h, e, ctx, n_loops)
         states = [h]
         for state in self.iterate(h, e, ctx, n_loops, exit, readout, recompute=recompute):
