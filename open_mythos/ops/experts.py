@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.dispatch import compute_dtype, shapes_follow_values
+from open_mythos.ops.dispatch import compute_dtype
 
 MAX_GATHERED = 8  # choices up to which reading their experts' matrices out of the whole costs less than sorting
 _ALIGN = 16  # bytes; F.grouped_mm wants every stride to be a multiple of this
@@ -47,8 +47,7 @@ def swiglu_experts(
         out_ND = F.linear(act_NF, down_EDF.flatten(0, 1))
         return out_ND if to_ND is None else out_ND + to_ND
     if 0 < N * K <= MAX_GATHERED and not x_ND.requires_grad:
-        few = _one_by_one if shapes_follow_values(x_ND) else _gathered
-        return few(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, scales, to_ND)
+        return _gathered(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, scales, to_ND)
     dtype = compute_dtype(x_ND)
     gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)
     order_P = experts_NK.flatten().argsort(stable=True)
@@ -67,27 +66,11 @@ def _swiglu(hidden_P2F: Tensor) -> Tensor:
     return F.silu(gate_PF) * up_PF
 
 
-def _one_by_one(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor,
-    scales: tuple[float, float], to_ND: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """For a token or two: products with the matrices of their experts, where these lie."""
-    rows = list[Tensor]()
-    for n, chosen in enumerate(experts_NK.tolist()):
-        x_1D = x_ND[n : n + 1] * scales[0]
-        act_KF = torch.cat([_swiglu(F.linear(x_1D, gate_up_E2FD[expert])) for expert in chosen])
-        act_KF = act_KF * (weights_NK[n].unsqueeze(1) * scales[1]).to(act_KF.dtype)
-        parts = [F.linear(act_KF[k : k + 1], down_EDF[expert]) for k, expert in enumerate(chosen)]
-        first, *others = parts if to_ND is None else [to_ND[n : n + 1], *parts]
-        rows.append(sum(others, first))
-    return torch.cat(rows)
-
-
 def _gathered(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor,
     scales: tuple[float, float], to_ND: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The same where nothing may depend on which experts these are."""
+    """For a token or two: products with the matrices of their experts."""
     (N, K), experts_P, zero = experts_NK.shape, experts_NK.flatten(), x_ND.detach().flatten()[:1]
     x_P1D = x_ND.unsqueeze(1).expand(-1, K, -1).reshape(N * K, 1, -1)
     hidden_P12F = torch.baddbmm(zero, x_P1D, gate_up_E2FD[experts_P].transpose(1, 2), beta=0, alpha=scales[0])
