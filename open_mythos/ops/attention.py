@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_mythos.ops.dispatch import is_traced
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 CHUNK = 32  # queries that windowed attention takes together
+# Up to so many queries the CPU trains by the kernel that keeps its probabilities. The other computes them again from
+# scores, and at scores of a million, as after an update far too large, its gradients are noise.
+EXACT_QUERIES = 16
 # Up to so many queries and keys, one call with a bias for each head is cheaper than one for each kind of heads.
 ONE_CALL_QUERIES, ONE_CALL_KEYS = 64, 256
 
@@ -273,6 +277,13 @@ def sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: flo
         with torch.autocast("cpu", enabled=False):
             bias = None if bias is None else bias.float()
             return sdpa(q.float(), kv.float(), bias, is_causal, scale).to(q.dtype)
+    if q.device.type == "cpu" and q.requires_grad and q.shape[1] <= EXACT_QUERIES and not is_traced():
+        with sdpa_kernel(SDPBackend.MATH):
+            return _sdpa(q, kv, bias, is_causal, scale)
+    return _sdpa(q, kv, bias, is_causal, scale)
+
+
+def _sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     D = q.shape[-1]
     k, v = (kv, kv) if kv.shape[-1] == D else kv.split([D, kv.shape[-1] - D], -1)
     Dv = v.shape[-1]
