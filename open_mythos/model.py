@@ -25,7 +25,7 @@ from open_mythos.nn.linear import Head, RMSNorm
 from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.recurrent import Readout, RecurrentBlock
 from open_mythos.nn.untied import UntiedBlocks
-from open_mythos.ops.attention import AttentionMask, document_numbers
+from open_mythos.ops.attention import AttentionMask, document_numbers, document_starts
 
 
 class OpenMythos(Generates):
@@ -146,8 +146,7 @@ class OpenMythos(Generates):
         mask = AttentionMask(T, past + T, valid, documents, causal=self.cfg.causal)
         if positions is None and documents is not None:
             index = torch.arange(T, device=device).expand_as(documents)
-            begins = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-            positions = index - (begins * index).cummax(1).values
+            positions = index - (document_starts(documents) * index).cummax(1).values
         elif positions is None and valid is None:
             first = past if cache is not None else start_pos or 0
             positions = torch.arange(first, first + T, device=device)

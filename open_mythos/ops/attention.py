@@ -70,6 +70,11 @@ class AttentionMask:
         """True where every query sees every key."""
         return self.is_same_for_all and (self.n_queries == 1 or not self.causal)
 
+    @property
+    def has_chunks(self) -> bool:
+        """True for causal masks whose queries are the last T tokens in order, which :meth:`chunk_bias` can write."""
+        return self.causal and self.positions is None and self.given is None
+
     def without_padding(self, x: Tensor) -> Tensor:
         """``x`` (B, n, ...) of the last n tokens, zero at padding, where no gradient passes either."""
         if self.valid is None:
@@ -107,7 +112,7 @@ class AttentionMask:
     def chunk_bias(self, like: Tensor, window: int, chunk: int) -> Tensor:
         """(B or 1, chunks, 1, chunk, chunk + W - 1): the bias of queries in chunks, and the keys that any of them sees.
 
-        For causal masks whose queries are the last T tokens.
+        For masks that have chunks, see :attr:`has_chunks`.
         """
 
         def make() -> Tensor:
@@ -228,12 +233,19 @@ def as_mask(mask: AttentionMask | Tensor | None, n_queries: int, n_keys: int) ->
     return AttentionMask(n_queries, n_keys, given=bias.view(*[1] * (4 - mask.ndim), *mask.shape))
 
 
+def has_documents(attention_mask: Tensor | None) -> bool:
+    """Whether ``attention_mask`` numbers documents packed in rows, 1, 2, ..., and does not tell padding alone."""
+    return attention_mask is not None and attention_mask.dtype != torch.bool and bool((attention_mask > 1).any())
+
+
+def document_starts(numbers: Tensor) -> Tensor:
+    """(B, T) bool, the first token of each document, given the document's number at every token."""
+    return F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+
+
 def document_numbers(attention_mask: Tensor) -> Tensor | None:
     """(B, T) numbers of documents packed in rows; None where ``attention_mask`` tells padding alone."""
-    if attention_mask.dtype == torch.bool or bool((attention_mask <= 1).all()):
-        return None
-    begins = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
-    return begins.cumsum(1)
+    return document_starts(attention_mask).cumsum(1) if has_documents(attention_mask) else None
 
 
 def attend(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, n_local: int = 0, window: int = 0) -> Tensor:
@@ -254,10 +266,9 @@ def attend(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, n_local: in
     H, T, G = q.shape[2], q.shape[1], kv.shape[2]
     if n_local == 0:
         return sdpa(q, kv, *mask.sdpa(q), scale)
-    is_dense = mask.positions is not None or mask.given is not None or not mask.causal
     if n_local == H:
-        return _attend_window(q, kv, mask, scale, window, is_dense)
-    if is_dense or (T <= ONE_CALL_QUERIES and kv.shape[1] <= ONE_CALL_KEYS):
+        return _attend_window(q, kv, mask, scale, window)
+    if not mask.has_chunks or (T <= ONE_CALL_QUERIES and kv.shape[1] <= ONE_CALL_KEYS):
         return sdpa(q, kv, mask.by_head(q, n_local, window), False, scale)
     # Two calls, each for whole groups of heads: a group that has heads of both kinds is in both.
     per_group = H // G if G > 1 else 1
@@ -265,7 +276,7 @@ def attend(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, n_local: in
     near_groups, far_groups = slice(0, near_end // per_group), slice(far_start // per_group, None)
     if G == 1:
         near_groups = far_groups = slice(0, 1)
-    near = _attend_window(q[:, :, :near_end], kv[:, :, near_groups], mask, scale, window, is_dense)
+    near = _attend_window(q[:, :, :near_end], kv[:, :, near_groups], mask, scale, window)
     far = sdpa(q[:, :, far_start:], kv[:, :, far_groups], *mask.sdpa(q), scale)
     return torch.cat([near[:, :, :n_local], far[:, :, n_local - far_start :]], 2)
 
@@ -301,10 +312,10 @@ def _sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: fl
     return out.transpose(1, 2)[..., :Dv]
 
 
-def _attend_window(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, window: int, is_dense: bool) -> Tensor:
+def _attend_window(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, window: int) -> Tensor:
     """Every head sees keys nearer than ``window`` only; cost T * W, not T * S, where there are many queries or one."""
     T = q.shape[1]
-    if T > ONE_CALL_QUERIES and not is_dense:
+    if T > ONE_CALL_QUERIES and mask.has_chunks:
         return _attend_chunks(q, kv, mask, scale, window)
     if T == 1 and mask.is_full:
         return sdpa(q, kv[:, -window:], None, False, scale)

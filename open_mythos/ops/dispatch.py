@@ -7,10 +7,9 @@ from torch._guards import detect_fake_mode
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with ``x``: its own, or autocast's. PyTorch casts for its own operators only."""
-    device = x.device.type
-    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not autocasts(x.device):
         return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -25,7 +24,7 @@ def is_traced() -> bool:
 
 def has_values(x: Tensor) -> bool:
     """Whether the numbers in ``x`` can be looked at without waiting for a device, as an error message needs them."""
-    return x.device.type == "cpu" and not is_traced() and detect_fake_mode([x]) is None
+    return shapes_follow_values(x) and detect_fake_mode([x]) is None
 
 
 def shapes_follow_values(x: Tensor) -> bool:

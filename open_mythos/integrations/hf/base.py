@@ -20,6 +20,7 @@ from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
 from open_mythos.nn.feed_forward import MoEFFN
+from open_mythos.ops.attention import has_documents
 
 # What transformers calls a cache in arguments and outputs: `cache` from 5.24 on. Models here take both names.
 CACHE = ({field.name for field in dataclasses.fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}).pop()
@@ -204,9 +205,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         assert tokens is not None
         if cache is None:
             attention_mask = _numbered(attention_mask, position_ids, tokens)
-            packed = (
-                attention_mask is not None and attention_mask.dtype != torch.bool and bool((attention_mask > 1).any())
-            )
+            packed = has_documents(attention_mask)
             wanted = config.use_cache and not packed if options["use_cache"] is None else options["use_cache"]
             if wanted and not self.training:
                 must(not packed, "no cache holds several documents of a row; pass use_cache=False")
@@ -264,6 +263,6 @@ def _numbered(mask: Tensor | None, positions: Tensor | None, tokens: Tensor) -> 
         return mask
     real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
     again = F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0), value=False) & real & real.roll(1, 1)
-    if not bool(again.any()) or (mask is not None and bool((mask > 1).any())):
+    if not bool(again.any()) or has_documents(mask):
         return mask
     return (1 + again.cumsum(1)) * real
