@@ -151,7 +151,7 @@ def reference_python(given: Path | None, say: Any) -> Path:
     if given is not None:
         if not given.is_file():
             raise RuntimeError(f"--reference {given} is no file; give the path of an interpreter")
-        return given
+        return given.absolute()  # a worker runs in another folder
     python, done = VENV / "bin" / "python", VENV / "complete"
     if not done.is_file():
         say(f"making {VENV.relative_to(ROOT)}: downloads torch and transformers, once")
