@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from open_mythos.checkpoint import CheckpointError as CheckpointError
     from open_mythos.diagnostics.trace import trace as trace
     from open_mythos.model import OpenMythos as OpenMythos
+    from open_mythos.seq2seq import Seq2Seq as Seq2Seq
 
 __version__ = "0.1.0"
 
 # What needs torch is imported at first use (PEP 562), so that `mythos --help` does not wait for it.
-_LAZY = {"CheckpointError": "checkpoint", "KVCache": "cache", "OpenMythos": "model", "trace": "diagnostics"}
+_LAZY = {"CheckpointError": "checkpoint", "KVCache": "cache", "OpenMythos": "model", "Seq2Seq": "seq2seq"}
+_LAZY |= {"trace": "diagnostics"}
 
 __all__ = [
     "VARIANTS",
@@ -33,6 +35,7 @@ __all__ = [
     "KVCache",
     "MythosConfig",
     "OpenMythos",
+    "Seq2Seq",
     "mythos_1b",
     "mythos_1t",
     "mythos_3b",
