@@ -13,6 +13,7 @@ from open_mythos.variants import mythos_50b as mythos_50b
 from open_mythos.variants import mythos_100b as mythos_100b
 from open_mythos.variants import mythos_100m as mythos_100m
 from open_mythos.variants import mythos_500b as mythos_500b
+from open_mythos.variants import mythos_800k as mythos_800k
 from open_mythos.variants import mythos_micro as mythos_micro
 from open_mythos.variants import mythos_nano as mythos_nano
 
@@ -44,6 +45,7 @@ __all__ = [
     "mythos_100b",
     "mythos_100m",
     "mythos_500b",
+    "mythos_800k",
     "mythos_micro",
     "mythos_nano",
     "trace",

@@ -150,6 +150,6 @@ def test_a_model_alone_generates_after_embeddings_as_after_their_tokens():
 def test_it_learns_to_write_words_in_reverse():
     torch.manual_seed(0)
     model = reverse.make()
-    reverse.train(model, 260, longest=4)
+    reverse.train(model, 240, longest=4)
     source, mask, target = reverse.batch(128, longest=4)
     assert reverse.share_right(reverse.write(model, source, mask, 4), target) >= 0.95
