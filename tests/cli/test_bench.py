@@ -90,12 +90,17 @@ def test_prices_at_the_loops_asked_for():
 
 def test_a_dense_model_of_the_same_quality_is_timed_in_the_same_run(monkeypatch):
     made, plain = [], speed.prefill_speed
-    monkeypatch.setattr(timed, "prefill_speed", lambda model, *rest: made.append(model.cfg) or plain(model, *rest))
+
+    def watched(model, *rest):
+        made.append((model.cfg.dim, model.cfg.max_loop_iters))  # beyond which training would explore
+        return plain(model, *rest)
+
+    monkeypatch.setattr(timed, "prefill_speed", watched)
     found, shown = measured("800k", "--price", 2, "--only", "prefill")
     rows = found["prices"]["rows"]
     assert [(row["model"], row["n_loops"]) for row in rows] == [("looped", n) for n in (1, 2, 4, 8)] + [("dense", 1)]
     assert [row["bits_per_byte"] for row in rows] == [2.142, 2.111, 2.112, 2.114, 2.116]
-    assert [cfg.dim for cfg in made] == [128] * 4 + [192] and "dense, 6 layers" in shown
+    assert made == [(128, 1), (128, 2), (128, 4), (128, 8), (192, 1)] and "dense, 6 layers" in shown
     wider, _ = measured("--dim", 128, "--loops", 1, "--price", 2, "--only", "prefill")
     assert len(wider["prices"]["rows"]) == 1, "of another shape nothing is known"
 
