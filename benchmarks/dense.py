@@ -16,13 +16,13 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from costs import fill
@@ -37,6 +37,7 @@ from open_mythos.diagnostics.machine import describe
 from open_mythos.training.config import LoopConfig, TrainConfig
 from open_mythos.training.fit import Watch, fit, load_evaluation
 from open_mythos.training.recipes import recipe
+from open_mythos.variants import dense_beside, mythos_800k
 
 ROOT = Path(__file__).parent.parent
 README, RUNS = ROOT / "README.md", ROOT / "runs" / "dense"
@@ -44,16 +45,7 @@ LOOPS = (1, 2, 4, 8)
 RATES = (2.5e-4, 5e-4, 1e-3)
 CONTEXT, TRAINED, FP32 = 512, (8, 128), 4  # tokens of a prompt; rows and tokens of a training step; bytes
 
-LOOPED = MythosConfig(
-    vocab_size=257, dim=128, n_heads=4, n_kv_heads=2, max_seq_len=1024, max_loop_iters=8, prelude_layers=1,
-    coda_layers=1, attn_type="gqa", rope_theta=1e4, n_experts=8, n_shared_experts=1, n_experts_per_tok=2,
-    expert_dim=128, lora_rank=4, halting=False, warm_start=False,
-)  # fmt: skip
-# Six blocks: the recurrent block, run once, is one more layer, with an ordinary feed-forward and no local heads.
-DENSE = replace(
-    LOOPED, dim=192, n_heads=6, n_kv_heads=3, max_loop_iters=1, prelude_layers=3, coda_layers=2, local_window=0,
-    n_experts=1, n_shared_experts=0, n_experts_per_tok=1, expert_dim=256, lora_rank=0,
-)  # fmt: skip
+LOOPED, DENSE = mythos_800k(), cast(MythosConfig, dense_beside(mythos_800k()))
 MODELS = {"looped": (LOOPED, LOOPS), "dense": (DENSE, (1,))}
 
 

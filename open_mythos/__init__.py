@@ -13,6 +13,7 @@ from open_mythos.variants import mythos_50b as mythos_50b
 from open_mythos.variants import mythos_100b as mythos_100b
 from open_mythos.variants import mythos_100m as mythos_100m
 from open_mythos.variants import mythos_500b as mythos_500b
+from open_mythos.variants import mythos_800k as mythos_800k
 from open_mythos.variants import mythos_micro as mythos_micro
 from open_mythos.variants import mythos_nano as mythos_nano
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from open_mythos.checkpoint import CheckpointError as CheckpointError
     from open_mythos.diagnostics.trace import trace as trace
     from open_mythos.model import OpenMythos as OpenMythos
+    from open_mythos.seq2seq import Seq2Seq as Seq2Seq
 
 __version__ = "0.1.0"
 
 # What needs torch is imported at first use (PEP 562), so that `mythos --help` does not wait for it.
-_LAZY = {"CheckpointError": "checkpoint", "KVCache": "cache", "OpenMythos": "model", "trace": "diagnostics"}
+_LAZY = {"CheckpointError": "checkpoint", "KVCache": "cache", "OpenMythos": "model", "Seq2Seq": "seq2seq"}
+_LAZY |= {"trace": "diagnostics"}
 
 __all__ = [
     "VARIANTS",
@@ -33,6 +36,7 @@ __all__ = [
     "KVCache",
     "MythosConfig",
     "OpenMythos",
+    "Seq2Seq",
     "mythos_1b",
     "mythos_1t",
     "mythos_3b",
@@ -41,6 +45,7 @@ __all__ = [
     "mythos_100b",
     "mythos_100m",
     "mythos_500b",
+    "mythos_800k",
     "mythos_micro",
     "mythos_nano",
     "trace",

@@ -21,18 +21,34 @@ def check_ids(input_ids: Any, name: str = "input_ids") -> None:
         raise ValueError(f"{name} is {what}; pass a non-empty (batch, tokens) tensor of int64 or int32")
 
 
-def check_range(input_ids: Tensor, vocab_size: int) -> None:
+def check_range(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """ValueError for tokens outside [0, vocab_size). Only where looking costs no wait for a device."""
     if not has_values(input_ids):
         return
     low, high = int(input_ids.min()), int(input_ids.max())
     bad = low if low < 0 else high
-    must(0 <= bad < vocab_size, f"input_ids holds {bad}; tokens of this model are 0 to {vocab_size - 1}")
+    must(0 <= bad < vocab_size, f"{name} holds {bad}; tokens of this model are 0 to {vocab_size - 1}")
+
+
+def check_input(cfg: MythosConfig, input_ids: Any) -> None:
+    """ValueError unless ``input_ids`` are tokens of the model, (B, T), or what it embeds them as, (B, T, dim)."""
+    if isinstance(input_ids, Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3:
+        is_right = input_ids.numel() > 0 and input_ids.shape[2] == cfg.dim
+        must(is_right, f"embeddings are {tuple(input_ids.shape)}; use (batch, tokens, {cfg.dim})")
+    else:
+        check_ids(input_ids)
+        check_range(input_ids, cfg.vocab_size)
+
+
+def check_left_padding(attention_mask: Tensor | None) -> None:
+    """ValueError for padding after tokens, where a row's last position has to be its last token."""
+    if attention_mask is not None and attention_mask.bool().int().diff(dim=1).lt(0).any():
+        raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
 
 
 def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int) -> None:
-    """ValueError unless the prompt is (B, T), and prompt and continuation fit ``cfg``."""
-    check_ids(input_ids)
+    """ValueError unless the prompt is input for a model of ``cfg``, and it and what continues it fit."""
+    check_input(cfg, input_ids)
     must(
         cfg.causal,
         "the model was built with causal=False and sees tokens to come, so it cannot generate; use causal=True",

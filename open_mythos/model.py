@@ -18,7 +18,7 @@ from open_mythos.context import Context
 from open_mythos.dict_cache import as_cache
 from open_mythos.fields import must
 from open_mythos.generation.methods import Generates
-from open_mythos.inputs import check_ids, check_n_loops, check_range
+from open_mythos.inputs import check_input, check_n_loops
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.linear import Head, RMSNorm
@@ -221,13 +221,8 @@ class OpenMythos(Generates):
         self, input_ids: Tensor, cache: Cache | None, start_pos: int | None, attention_mask: Tensor | None, n_loops: int
     ) -> tuple[int, Tensor | None]:
         """Tokens held by the cache, and (B, past + T) bool of real tokens or None. ValueError if input does not fit."""
-        embedded = isinstance(input_ids, Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3
-        if embedded and input_ids.shape[2] != self.cfg.dim:
-            raise ValueError(f"embeddings are {tuple(input_ids.shape)}; use (batch, tokens, {self.cfg.dim})")
-        check_ids(input_ids[..., 0].long() if embedded else input_ids)
+        check_input(self.cfg, input_ids)
         B, T = input_ids.shape[:2]
-        if not embedded:
-            check_range(input_ids, self.cfg.vocab_size)
         past = cache.length if cache is not None else 0
         if cache is not None:
             self._check_slots(cache, past, n_loops)

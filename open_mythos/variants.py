@@ -1,6 +1,7 @@
 """Named configurations: small ones for a laptop, and the reference's seven from 1B to 1T parameters."""
 
 import difflib
+from dataclasses import replace
 
 from open_mythos.config import MythosConfig
 
@@ -12,6 +13,33 @@ def mythos_nano() -> MythosConfig:
         prelude_layers=1, coda_layers=1, attn_type="gqa",
         n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=32, lora_rank=4,
     )  # fmt: skip
+
+
+def mythos_800k() -> MythosConfig:
+    """0.8M parameters, bytes: the looped model that was measured beside a dense one of the same quality."""
+    return MythosConfig(
+        vocab_size=257, dim=128, n_heads=4, n_kv_heads=2, max_seq_len=1024, max_loop_iters=8, prelude_layers=1,
+        coda_layers=1, attn_type="gqa", rope_theta=1e4, n_experts=8, n_shared_experts=1, n_experts_per_tok=2,
+        expert_dim=128, lora_rank=4, halting=False, warm_start=False,
+    )  # fmt: skip
+
+
+def dense_beside(cfg: MythosConfig) -> MythosConfig | None:
+    """The dense Transformer that was measured beside a model of this shape, at any length and number of loops, or None.
+
+    Six blocks: the recurrent block, run once, is one more layer, with an ordinary feed-forward and no local heads.
+    """
+    looped = mythos_800k()
+    if replace(cfg, max_seq_len=looped.max_seq_len, max_loop_iters=looped.max_loop_iters, halting=False) != looped:
+        return None
+    return replace(
+        looped, dim=192, n_heads=6, n_kv_heads=3, max_loop_iters=1, prelude_layers=3, coda_layers=2, local_window=0,
+        n_experts=1, n_shared_experts=0, n_experts_per_tok=1, expert_dim=256, lora_rank=0,
+    )  # fmt: skip
+
+
+# Of these two, held-out bits per byte by loops, the mean of three seeds; benchmarks/dense.py trains and measures them.
+LOOPED_BITS, DENSE_BITS = {1: 2.142, 2: 2.111, 4: 2.112, 8: 2.114}, {1: 2.116}
 
 
 def mythos_micro() -> MythosConfig:
@@ -110,7 +138,7 @@ def mythos_1t() -> MythosConfig:
 VARIANTS = {
     maker.__name__: maker
     for maker in (
-        mythos_nano, mythos_micro, mythos_100m, mythos_1b, mythos_3b,
+        mythos_nano, mythos_800k, mythos_micro, mythos_100m, mythos_1b, mythos_3b,
         mythos_10b, mythos_50b, mythos_100b, mythos_500b, mythos_1t,
     )
 }  # fmt: skip

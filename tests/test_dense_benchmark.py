@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import dense
 import pytest
 
 from open_mythos.diagnostics import flops_per_token, parameters
+from open_mythos.variants import DENSE_BITS, LOOPED_BITS, dense_beside, mythos_800k
 
 RESULTS = dense.ROOT / "benchmarks" / "results" / "dense.json"
 
@@ -31,6 +33,14 @@ def test_both_get_the_same_text_steps_and_optimizer() -> None:
 
 def test_the_readme_has_what_was_measured() -> None:
     assert dense.markdown(json.loads(RESULTS.read_text())) in (dense.ROOT / "README.md").read_text()
+
+
+def test_the_quality_that_prices_are_shown_beside_is_what_was_measured() -> None:
+    loss = json.loads(RESULTS.read_text())["loss"]
+    for name, stated in (("looped", LOOPED_BITS), ("dense", DENSE_BITS)):
+        assert stated == {int(n): round(mean(found), 3) for n, found in loss[name]["bits"].items()}
+    longer = replace(mythos_800k(), max_seq_len=64, max_loop_iters=3)
+    assert dense_beside(longer) == dense.DENSE and dense_beside(replace(longer, dim=192)) is None
 
 
 def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"interface", "nn"},
     {"checkpoint", "generation", "quantization"},
     {"model"},
-    {"models", "reference", "diagnostics"},
+    {"models", "reference", "seq2seq", "diagnostics"},
     {"evaluation"},
     {"training"},
     {"integrations"},

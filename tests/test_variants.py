@@ -9,7 +9,7 @@ from open_mythos import VARIANTS, MythosConfig, OpenMythos
 from open_mythos.variants import variant
 
 REFERENCE = ["mythos_1b", "mythos_3b", "mythos_10b", "mythos_50b", "mythos_100b", "mythos_500b", "mythos_1t"]
-UNITS = {"m": 1e6, "b": 1e9, "t": 1e12}
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 # dim, heads, kv heads, experts, experts per token, expert width, loops, context, prelude, coda, LoRA rank
 SHAPES = {
     "mythos_1b": (2048, 16, 4, 64, 4, 2048, 16, 4096, 2, 2, 8),
@@ -44,7 +44,7 @@ def test_shapes(name):
     assert cfg.attn_type == "mla"
 
 
-@pytest.mark.parametrize("name", [*REFERENCE, "mythos_100m"])
+@pytest.mark.parametrize("name", [*REFERENCE, "mythos_100m", "mythos_800k"])
 def test_parameters_are_about_as_many_as_the_name_says(name):
     size = name.removeprefix("mythos_")
     assert count(VARIANTS[name]()) == pytest.approx(float(size[:-1]) * UNITS[size[-1]], rel=0.08)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from datetime import date
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,18 +41,28 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; as many as torch takes.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each thing timed; three repetitions at least.")] = 6.0,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PER_HOUR",
+            help="Of this machine, in any currency: also show what a million tokens cost, at 1, 2, 4, … loops or at "
+            "--loops, beside a dense model where one of the same quality was measured (800k).",
+        ),
+    ] = None,
 ) -> None:
     """How fast a model trains, reads and decodes here, beside what the machine can do."""
+    with clear_errors():
+        usable = price is None or (math.isfinite(price) and price > 0)
+        must(usable, f"--price {price}: give what an hour of this machine costs, above 0, as in --price 2.50")
     import torch
 
-    from open_mythos.cli.timed import build
+    from open_mythos.cli.timed import build, prices, time_works
     from open_mythos.diagnostics import parameters
     from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
-    from open_mythos.diagnostics.speed import decode_speed, prefill_speed, train_speed
+    from open_mythos.model import OpenMythos
     from open_mythos.ops.dispatch import use_tf32
-    from open_mythos.training.allocator import keep_freed_memory
+    from open_mythos.variants import dense_beside
 
-    found = []
     with clear_errors():
         if threads is not None:
             torch.set_num_threads(threads)
@@ -62,28 +73,49 @@ def bench(
         number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
         timed = build(model, dim, attn, experts, loops).to(at)
         cfg, n_loops = timed.cfg, timed.cfg.max_loop_iters
+        every = price is not None and loops is None
+        depths = [*(2**i for i in range((n_loops - 1).bit_length()) if every), n_loops]
+        dense = None if price is None else dense_beside(cfg)
         sizes = {work: (batch or _SIZES[work][0], tokens or _SIZES[work][1]) for work in Work if work in (only or Work)}
-        cfg.max_seq_len = max(cfg.max_seq_len, *(length + 64 for _, length in sizes.values()))
-        with progress(n_steps=2 + len(sizes)) as begin:
+        with progress(n_steps=2 + len(sizes) * (len(depths) + (dense is not None))) as begin:
             begin("matrix products")
             peak = matmul_rate(number, at, min(seconds, 2.0))
             begin("memory")
             reading = read_rate(at, min(seconds, 1.0))
-            for work, size in sizes.items():
-                begin(work)
-                if work is Work.train:
-                    keep_freed_memory()  # as the Trainer does
-                    found.append(train_speed(timed.float(), *size, n_loops, number, seconds))
-                else:
-                    speed = prefill_speed if work is Work.prefill else decode_speed
-                    found.append(speed(timed.to(number), *size, n_loops, seconds))
+            found = [time_works(timed, n, sizes, number, seconds, begin) for n in depths]
+            other = [] if dense is None else time_works(OpenMythos(dense).to(at), 1, sizes, number, seconds, begin)
     name = model or f"dim {cfg.dim}, {cfg.attn_type.upper()}, {cfg.n_experts} experts"
     conditions = describe(at) | {"dtype": str(dtype), "date": date.today().isoformat()}
-    works = show(f"{name}: {n_loops} loops, {dtype}", found, peak, reading, conditions)
+    works = show(f"{name}: {n_loops} loops, {dtype}", found[-1], peak, reading, conditions)
     count = dataclasses.asdict(parameters(cfg))
     peaks = {"matmul_flops_per_second": peak, "read_bytes_per_second": reading}
-    print(json.dumps({"model": name, "config": json.loads(cfg.to_json()), "parameters": count, "works": works,
-                      "peaks": peaks, "conditions": conditions}))  # fmt: skip
+    line = {"model": name, "config": json.loads(cfg.to_json()), "parameters": count, "works": works, "peaks": peaks,
+            "conditions": conditions}  # fmt: skip
+    if price is not None:
+        line["prices"] = {"per_hour": price, "rows": prices(price, found, other)}
+        show_prices(**line["prices"])
+    print(json.dumps(line))
+
+
+def show_prices(per_hour: float, rows: list[dict[str, Any]]) -> None:
+    """Print what a million tokens cost: a line for each depth, and one for the dense model."""
+    has_dense, works = rows[-1]["model"] == "dense", list(rows[0]["per_million_tokens"])
+    quality = ["bits per byte"] if has_dense else []
+    shown = table(f"a million tokens, at {per_hour:g} an hour", "", *works, *quality)
+    for row in rows:
+        name = "dense, 6 layers" if row["model"] == "dense" else f"{row['n_loops']} loop{'s' * (row['n_loops'] > 1)}"
+        bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}"
+        shown.add_row(name, *(f"{money:.3g}" for money in row["per_million_tokens"].values()), *[bits for _ in quality])
+    console.print(shown)
+    beside = "No dense model of the same quality was measured for this one; for mythos bench 800k there is one."
+    if has_dense:
+        beside = (
+            "Bits per byte: held out, the mean of three seeds, as benchmarks/dense.py trained both (a byte is a token)."
+        )
+    console.print(
+        f"Rows and tokens of each as in the table above; more rows (--batch) make a token cheaper. {beside}",
+        style="dim", highlight=False,
+    )  # fmt: skip
 
 
 def show(

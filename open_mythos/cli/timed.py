@@ -1,10 +1,18 @@
-"""The model that ``mythos bench`` times."""
+"""The models that ``mythos bench`` times, and what their speed costs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from open_mythos.cli.info import find_config
 from open_mythos.config import MythosConfig
+from open_mythos.diagnostics.speed import Speed, decode_speed, prefill_speed, train_speed
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.models import load_model, model_dir
+from open_mythos.training.allocator import keep_freed_memory
+from open_mythos.variants import DENSE_BITS, LOOPED_BITS
 
 _HEAD, _VOCABULARY = 64, 8192  # of the shapes that --dim makes
 
@@ -42,3 +50,38 @@ def shaped(dim: int, attn: str, experts: int, loops: int) -> MythosConfig:
         kv_lora_rank=dim // 4, q_lora_rank=dim // 2, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=_HEAD,
         n_experts=experts, n_shared_experts=1, n_experts_per_tok=min(2, experts), expert_dim=dim,
     )  # fmt: skip
+
+
+def time_works(
+    model: OpenMythos, n_loops: int, sizes: dict[Any, tuple[int, int]], dtype: torch.dtype, seconds: float,
+    begin: Callable[[str], None],
+) -> list[Speed]:  # fmt: skip
+    """Time each work of ``sizes``, rows and tokens by name, at a depth that training does not go beyond either."""
+    model.cfg.max_loop_iters = n_loops
+    model.cfg.max_seq_len = max(model.cfg.max_seq_len, *(length + 64 for _, length in sizes.values()))
+    found = []
+    for work, size in sizes.items():
+        begin(f"{work}, {n_loops} loops")
+        if work == "train":
+            keep_freed_memory()  # as the Trainer does
+            found.append(train_speed(model.float(), *size, n_loops, dtype, seconds))
+        else:
+            speed = prefill_speed if work == "prefill" else decode_speed
+            found.append(speed(model.to(dtype), *size, n_loops, seconds))
+    return found
+
+
+def prices(per_hour: float, looped: list[list[Speed]], dense: list[Speed]) -> list[dict[str, Any]]:
+    """Money for a million tokens of each work: of the model at every depth, and of the dense one, if there is one.
+
+    Quality is known where there is one: held-out bits per byte, None at depths that were not measured.
+    """
+    rows = []
+    for name, speeds, bits in [*(("looped", one, LOOPED_BITS) for one in looped), ("dense", dense, DENSE_BITS)]:
+        for first in speeds[:1]:
+            rows.append({
+                "model": name, "n_loops": first.n_loops, "bits_per_byte": bits.get(first.n_loops) if dense else None,
+                "tokens_per_second": {one.work: one.tokens_per_second for one in speeds},
+                "per_million_tokens": {one.work: per_hour / 3600 / one.tokens_per_second * 1e6 for one in speeds},
+            })  # fmt: skip
+    return rows

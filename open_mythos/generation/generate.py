@@ -13,7 +13,7 @@ from open_mythos.generation.engine import Depth, Engine
 from open_mythos.generation.engines import check_engine, make_engine
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft, drafted
-from open_mythos.inputs import check_lengths, check_n_loops, end_tokens
+from open_mythos.inputs import check_left_padding, check_lengths, check_n_loops, end_tokens
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
@@ -47,8 +47,7 @@ def stream(
     sampling = sampling or Sampling()
     check_lengths(model.cfg, input_ids, max_new_tokens)
     n_loops, ends = check_n_loops(n_loops, model.cfg.max_loop_iters), end_tokens(eos_token_id)
-    if attention_mask is not None and attention_mask.bool().int().diff(dim=1).lt(0).any():
-        raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
+    check_left_padding(attention_mask)
     if warm_start:
         _check_warm_start(model, draft)
     with eval_mode(model):

@@ -27,7 +27,7 @@ class Generates(Model):
         """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
 
         Args:
-            input_ids: (B, T) prompt, padded on the left where rows differ in length.
+            input_ids: (B, T) prompt, padded on the left where rows differ in length; or, as (B, T, dim), embeddings.
             max_new_tokens: how many tokens to add.
             n_loops: loops for every token; ``cfg.max_loop_iters`` if None.
             temperature, top_k, top_p, min_p: see :class:`~open_mythos.generation.sampling.Sampling`; 0 is greedy.
@@ -46,7 +46,7 @@ class Generates(Model):
                 and, for one more version, ``draft_loops``, ``draft_tokens`` and ``compile``.
 
         Returns:
-            (B, T + max_new_tokens).
+            (B, T + max_new_tokens); after embeddings, the new tokens alone.
 
         Raises:
             ValueError: for input, sampling options or lengths that do not fit.
@@ -57,7 +57,8 @@ class Generates(Model):
         )  # fmt: skip
         new = list(stream)
         new += new[-1:] * (max_new_tokens - len(new))  # all rows have ended
-        return torch.cat([input_ids, *(tokens.unsqueeze(1).to(input_ids.dtype) for tokens in new)], dim=1)
+        ids = input_ids[:, :0, 0].long() if input_ids.is_floating_point() else input_ids
+        return torch.cat([ids, *(tokens.unsqueeze(1).to(ids.dtype) for tokens in new)], dim=1)
 
     def stream(
         self, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,

@@ -9,8 +9,8 @@ import torch
 from helpers import tiny_model
 from typer.testing import CliRunner
 
-from open_mythos.cli import app
-from open_mythos.diagnostics import machine
+from open_mythos.cli import app, timed
+from open_mythos.diagnostics import machine, speed
 
 QUICK = ("--batch", 2, "--tokens", 8, "--seconds", 0)
 SHAPE = ("--dim", 64, "--experts", 2, "--loops", 2)
@@ -64,6 +64,53 @@ def test_a_saved_model_a_shipped_one_and_a_variant(tmp_path):
 def test_every_position_runs_every_loop():
     found, _ = measured("parity-tiny", "--only", "prefill")
     assert found["config"]["halting"] is False
+
+
+def test_what_a_million_tokens_cost_at_every_depth_from_the_speed_of_the_same_run():
+    found, shown = measured("nano", "--price", 0.5)
+    rows = found["prices"]["rows"]
+    assert [row["n_loops"] for row in rows] == [1, 2, 4, 8] and found["prices"]["per_hour"] == 0.5
+    assert found["config"]["max_loop_iters"] == 8
+    for row in rows:
+        assert list(row["per_million_tokens"]) == ["train", "prefill", "decode"]
+        for work, money in row["per_million_tokens"].items():
+            assert money == pytest.approx(0.5 * (1e6 / row["tokens_per_second"][work]) / 3600)
+            assert f"{money:.3g}" in shown
+    for work, one in found["works"].items():
+        assert one["n_loops"] == 8 and one["tokens_per_second"] == rows[-1]["tokens_per_second"][work]
+    assert "1 loop " in shown and "No dense model of the same quality was measured" in " ".join(shown.split())
+    assert "prices" not in measured("nano", "--only", "decode")[0]
+
+
+def test_prices_at_the_loops_asked_for():
+    found, _ = measured(*SHAPE[:4], "--loops", 3, "--price", 2, "--only", "decode")
+    (row,) = found["prices"]["rows"]
+    assert row["n_loops"] == 3 and list(row["per_million_tokens"]) == ["decode"] and row["bits_per_byte"] is None
+
+
+def test_a_dense_model_of_the_same_quality_is_timed_in_the_same_run(monkeypatch):
+    made, plain = [], speed.prefill_speed
+
+    def watched(model, *rest):
+        made.append((model.cfg.dim, model.cfg.max_loop_iters))  # beyond which training would explore
+        return plain(model, *rest)
+
+    monkeypatch.setattr(timed, "prefill_speed", watched)
+    found, shown = measured("800k", "--price", 2, "--only", "prefill")
+    rows = found["prices"]["rows"]
+    assert [(row["model"], row["n_loops"]) for row in rows] == [("looped", n) for n in (1, 2, 4, 8)] + [("dense", 1)]
+    assert [row["bits_per_byte"] for row in rows] == [2.142, 2.111, 2.112, 2.114, 2.116]
+    assert made == [(128, 1), (128, 2), (128, 4), (128, 8), (192, 1)] and "dense, 6 layers" in shown
+    wider, _ = measured("--dim", 128, "--loops", 1, "--price", 2, "--only", "prefill")
+    assert len(wider["prices"]["rows"]) == 1, "of another shape nothing is known"
+
+
+@pytest.mark.parametrize("price", ["0", "-1", "nan", "inf", "much"])
+def test_a_price_that_is_none_is_refused_before_anything_is_timed(price, monkeypatch):
+    monkeypatch.setattr(machine, "matmul_rate", lambda *_: pytest.fail("something was timed"))
+    result = run("nano", "--price", price, *QUICK)
+    assert result.exit_code == 2 and "--price" in result.stderr
+    assert price == "much" or "above 0, as in --price 2.50" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("arguments, message", [
