@@ -40,12 +40,12 @@ def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int) -> 
     limit = cfg.max_output_tokens
     if not isinstance(max_new_tokens, numbers.Integral) or not 0 <= max_new_tokens <= limit:
         raise ValueError(f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
-    T, limit = input_ids.shape[1], cfg.max_text_len
+    T, room = input_ids.shape[1], cfg.max_text_len
+    fix = f"ask for at most {room - T}" if room > T else "shorten the prompt"
     must(
-        T + max(max_new_tokens, 1) <= limit,
-        f"{T} prompt tokens and max_new_tokens={max_new_tokens} make {T + max_new_tokens}, and max_seq_len="
-        f"{cfg.max_seq_len} leaves room for {limit}, since the last one is not read; ask for at most "
-        f"{max(0, limit - T)}{', shorten the prompt' * (T >= limit)} or raise max_seq_len in the config of the model",
+        T + max(max_new_tokens, 1) <= room,
+        f"{T} prompt tokens and max_new_tokens={max_new_tokens} make {T + max_new_tokens}, and there is room for {room} "
+        f"(max_seq_len={cfg.max_seq_len}, and the last one is not read); {fix} or raise max_seq_len in the model's config",
     )
 
 

@@ -1,4 +1,4 @@
-"""The last token made is never read: a prompt of ``max_seq_len`` tokens can be continued by one, by whatever makes text.
+"""The last token made is never read: a prompt of ``max_seq_len`` tokens can be continued by one, whatever makes text.
 
 Every way is asked for the longest text that a model of 12 positions gives, and compared with the same weights that have
 room for more; one token more is refused before anything is computed.
@@ -26,7 +26,7 @@ ROOM = 12
 NEW = (1, 2, 5, 12)  # the last after a prompt of one token
 MODELS = {attn_type: tiny_model(attn_type, max_seq_len=ROOM, halting=False) for attn_type in ATTENTION}
 ENGINES = ["auto", "modules", "fused", "native"] if not isinstance(library(), str) else ["auto", "modules", "fused"]
-LONGER = "12 leaves room for 13, since the last one is not read; ask for at most"
+LONGER = r"room for 13 \(max_seq_len=12, and the last one is not read\); ask for at most"
 
 
 def roomy(model):
@@ -50,7 +50,7 @@ def test_every_engine(attn_type, engine, n_new):
     assert torch.equal(found, roomy(model).generate(ids, n_new, **options))
     assert torch.equal(torch.stack(list(model.stream(ids, n_new, **options)), 1), found[:, -n_new:])
     for call in (model.generate, model.stream):
-        with pytest.raises(ValueError, match=f"max_new_tokens={n_new + 1} make 14.*{LONGER} {n_new} or raise"):
+        with pytest.raises(ValueError, match=f"max_new_tokens={n_new + 1} make 14.*{LONGER} {n_new} or raise max_seq_len"):
             call(ids, n_new + 1, **options)
 
 
@@ -131,7 +131,7 @@ def test_a_conversation():
 
 def test_a_prompt_that_is_too_long_by_itself():
     for n_new in (0, 1, 5):
-        with pytest.raises(ValueError, match="13 prompt tokens.*ask for at most 0, shorten the prompt or raise"):
+        with pytest.raises(ValueError, match=r"13 prompt tokens.*; shorten the prompt or raise max_seq_len"):
             MODELS["gqa"].generate(tokens(1, ROOM + 1), n_new)
     assert MODELS["gqa"].generate(tokens(1, ROOM), 0).shape == (1, ROOM)
     with pytest.raises(ValueError, match="do not fit max_seq_len=12"):
