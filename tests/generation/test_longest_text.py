@@ -50,7 +50,7 @@ def test_every_engine(attn_type, engine, n_new):
     assert torch.equal(found, roomy(model).generate(ids, n_new, **options))
     assert torch.equal(torch.stack(list(model.stream(ids, n_new, **options)), 1), found[:, -n_new:])
     for call in (model.generate, model.stream):
-        with pytest.raises(ValueError, match=f"max_new_tokens={n_new + 1} make 14.*{LONGER} {n_new} or raise max_seq_len"):
+        with pytest.raises(ValueError, match=f"={n_new + 1} make 14.*{LONGER} {n_new} or raise max_seq_len"):
             call(ids, n_new + 1, **options)
 
 

@@ -174,7 +174,7 @@ def test_the_last_token_made_is_never_read(attn_type, n):
     }  # fmt: skip
     for way, options in ways.items():
         assert torch.equal(greedy(lm, ids, n, num_loops=4, **options), expected), way
-        with pytest.raises(ValueError, match=r"max_seq_len=12; shorten the input or raise max_seq_len in the model's config"):
+        with pytest.raises(ValueError, match=r"max_seq_len=12; .* raise max_seq_len in the model's config"):
             greedy(lm, ids, n + 1, num_loops=4, **options)
     beams = dict(num_loops=4, num_beams=3)
     assert torch.equal(greedy(lm, ids, n, **beams), greedy(larger, ids, n, **beams))
