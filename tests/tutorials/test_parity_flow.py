@@ -127,8 +127,10 @@ def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
     model.recurrent.act.forward = halt_hook.__get__(model.recurrent.act, ACTHalting)
     with torch.no_grad():
         x_h, _ = make_batch(1)
-        model(x_h, n_loops=16)
+        watched = model(x_h, n_loops=16)
     model.recurrent.act.forward = orig_halt
+    with torch.no_grad():
+        assert torch.allclose(model(x_h, n_loops=16), watched, atol=1e-4), "a look changes nothing"
     halts = torch.stack(halt_trace, dim=0)[:, 0].numpy()
     assert 1 <= halts.shape[0] <= 16 and halts.shape[1] == SEQ_LEN
     assert np.isfinite(halts).all() and (halts >= 0).all() and (halts <= 1).all()
