@@ -65,8 +65,7 @@ def halting_probability(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
     """(B, T) probabilities of the gate ``act``, from states and their :func:`relative_change`.
 
     Args:
-        act: an :class:`ACTHalting`, or what was put in its place or in that of its ``forward``: it gets states alone,
-            and may pass them on to the gate's own ``forward``.
+        act: an :class:`ACTHalting`, or what was put in its place or its ``forward``'s, which gets states alone.
         h: (B, T, dim).
         change: (B, T).
     """
