@@ -177,6 +177,11 @@ class MythosConfig(Checked):
     # -- derived sizes
 
     @property
+    def max_text_len(self) -> int:
+        """The longest that a prompt and its continuation may be: its last token is made, and never read."""
+        return self.max_seq_len + 1
+
+    @property
     def head_dim(self) -> int:
         """Channels of one GQA head."""
         return self.dim // self.n_heads

@@ -56,11 +56,12 @@ def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int) -> 
     limit = cfg.max_output_tokens
     if not isinstance(max_new_tokens, numbers.Integral) or not 0 <= max_new_tokens <= limit:
         raise ValueError(f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
-    total, limit = input_ids.shape[1] + max_new_tokens, cfg.max_seq_len
+    T, limit, room = input_ids.shape[1], cfg.max_seq_len, cfg.max_text_len
+    fix = f"ask for at most {room - T}" if room > T else "shorten the prompt"
     must(
-        total <= limit,
-        f"{input_ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} make {total}, more than "
-        f"max_seq_len={limit}; ask for at most {max(0, limit - input_ids.shape[1])} or raise model.cfg.max_seq_len",
+        T + max(max_new_tokens, 1) <= room,
+        f"{T} prompt tokens and max_new_tokens={max_new_tokens} make {T + max_new_tokens}; there is room for {room} "
+        f"(max_seq_len={limit}, and the last one is not read); {fix} or raise max_seq_len in the model's config",
     )
 
 

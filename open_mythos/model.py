@@ -236,7 +236,7 @@ class OpenMythos(Generates):
         if end > self.cfg.max_seq_len:
             raise ValueError(
                 f"{end} positions ({end - T} before, {T} new) do not fit max_seq_len={self.cfg.max_seq_len}; "
-                f"shorten the input or raise model.cfg.max_seq_len"
+                f"shorten the input or raise max_seq_len in the model's config"
             )
         return past, self._valid(attention_mask, B, T, past, cache)
 

@@ -231,9 +231,9 @@ def test_the_last_position_works_and_one_more_is_refused(attn_type, cache_type):
         assert_near(model(ids[:, 8:10], 2, cache), whole[:, 8:])
         with pytest.raises(ValueError, match="max_seq_len=10"):
             model(ids[:, 10:], 2, cache)
-        assert model.generate(ids[:, :7], 3, n_loops=2).shape == (1, 10)
+        assert model.generate(ids[:, :7], 4, n_loops=2).shape == (1, 11)
         with pytest.raises(ValueError, match="max_seq_len=10"):
-            model.generate(ids[:, :7], 4, n_loops=2)
+            model.generate(ids[:, :7], 5, n_loops=2)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)

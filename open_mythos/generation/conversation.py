@@ -90,10 +90,10 @@ class Conversation:
             said: by the user.
             max_new_tokens: of the reply, at most; half of what the model can hold is the limit.
         """
-        room = self.model.cfg.max_seq_len
-        max_new_tokens = min(max_new_tokens, room // 2)
+        cfg = self.model.cfg
+        max_new_tokens = min(max_new_tokens, cfg.max_seq_len // 2)
         self.messages.append({"role": "user", "content": said})
-        self.ids = self._prompt(room - max_new_tokens)
+        self.ids = self._prompt(cfg.max_text_len - max(max_new_tokens, 1))
         must(len(self.ids) > 0, "there is nothing to go on from; say something")
         reply = {"role": "assistant", "content": ""}
         self.messages.append(reply)

@@ -148,16 +148,20 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
         """The harness's view of a model, which says what to change where it would fail an assertion."""
 
         def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[str]:
+            most, room = model.core.cfg.max_seq_len, model.core.cfg.max_text_len
             for request in requests:
                 wanted = [n for name in _NEW_TOKENS if (n := request.args[1].get(name)) is not None]
-                n, most = (*wanted, self.max_gen_toks)[0], self.max_length - 1
+                n = (*wanted, self.max_gen_toks)[0]
                 must(
                     n <= most,
-                    f"{request.task_name} asks for {n} new tokens, and prompt and answer have room for {most + 1}; "
+                    f"{request.task_name} asks for {n} new tokens, and prompt and answer have room for {room}; "
                     f"write generation_kwargs: {{max_gen_toks: N}} into its YAML file, N being {most} at most, or "
                     f"raise max_seq_len in {directory}/config.json",
                 )
-            return super().generate_until(requests, *args, **kwargs)
+            self._max_length = room
+            answers = super().generate_until(requests, *args, **kwargs)
+            self._max_length = most
+            return answers
 
     return model, Checked(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,

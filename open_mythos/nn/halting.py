@@ -29,6 +29,8 @@ class ACTHalting(nn.Module):
         std: see :class:`Linear`.
     """
 
+    at_hand: Tensor | None = None  # what the states have moved that a replaced ``forward`` is asked about
+
     def __init__(self, dim: int, std: float = WEIGHT_STD) -> None:
         super().__init__()
         self.hidden = Linear(dim, min(dim, 256), std=std)
@@ -45,6 +47,7 @@ class ACTHalting(nn.Module):
     def forward(self, h: Tensor, change: Tensor | None = None) -> Tensor:
         """(B, T, dim) states, and their :func:`relative_change` (B, T), 1 if None, to (B, T) probabilities."""
         hidden = call(self.hidden, F.rms_norm(h, h.shape[-1:], eps=1e-6))
+        change = self.at_hand if change is None else change
         if change is not None:
             hidden = hidden + (change.to(hidden.dtype) + MIN_CHANGE).log().unsqueeze(-1) * (self.motion / self.std)
         return (self.halt(F.silu(hidden) * self.halt.in_features**-0.5).squeeze(-1) / self.std).sigmoid()
@@ -62,11 +65,17 @@ def halting_probability(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
     """(B, T) probabilities of the gate ``act``, from states and their :func:`relative_change`.
 
     Args:
-        act: an :class:`ACTHalting`, or what was put in its place or in that of its ``forward``: it gets states alone.
+        act: an :class:`ACTHalting`, or what was put in its place or its ``forward``'s, which gets states alone.
         h: (B, T, dim).
         change: (B, T).
     """
-    return act(h) if is_replaced(act) else act(h, change)
+    if not is_replaced(act):
+        return act(h, change)
+    act.at_hand = change
+    try:
+        return act(h)
+    finally:
+        del act.at_hand
 
 
 def holds_from_here_on(holds: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_the_end_of_text_is_where_it_is_without_a_draft(attn_type):
         assert torch.equal(model.generate(ids, draft_loops=2, **options), model.generate(ids, **options))
 
 
-@pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 27])
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 28])
 def test_as_many_tokens_as_asked_for_up_to_the_longest_sequence(max_new_tokens):
     model, ids = MODELS["gqa"], tokens(2, 5)
     assert model.cfg.max_seq_len == 32

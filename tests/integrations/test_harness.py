@@ -127,7 +127,7 @@ def test_mistakes(parity, arguments, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    (("max_gen_toks: 1,", "max_tokens: 4096,"), "parity_said asks for 4096 new tokens, and prompt and answer have"),
+    (("max_gen_toks: 1,", "max_tokens: 4097,"), "parity_said asks for 4097 new tokens, and prompt and answer have"),
     (("metric: exact_match", "metric: precise_match"), "cannot run parity_said:"),
     (("{{bits}}", "{{bits"), "cannot run parity_said:"),
     (("{{parity}}", "{{answer.text}}"), "cannot run parity_said: UndefinedError: 'answer' is undefined"),
@@ -140,6 +140,22 @@ def test_a_task_that_cannot_be_run(parity, tmp_path, change, words):
     (tasks / "parity_said.yaml").write_text((tasks / "parity_said.yaml").read_text().replace(*change))
     done = run_eval(parity, "--harness", "parity_said", "--include-path", tasks, "--loops", "1", "--examples", 4)
     assert done.exit_code == 2 and words in " ".join(done.output.split())
+
+
+def test_an_answer_may_begin_behind_a_prompt_that_fills_the_model(parity, tmp_path):
+    """The last token made is never read: with as many positions as the longest prompt has bits, no bit is cut off."""
+    problems = [json.loads(line)["bits"].split() for line in (TASKS / "parity.jsonl").read_text().splitlines()]
+    longest = max(map(len, problems))
+    small, tasks = shutil.copytree(parity, tmp_path / "small"), shutil.copytree(TASKS, tmp_path / "tasks")
+    config, task = json.loads((small / "config.json").read_text()), (tasks / "parity_said.yaml").read_text()
+    (small / "config.json").write_text(json.dumps(config | {"max_seq_len": longest}))
+    said, choice = (harness(small, [name], [16], tasks)[0].values for name in ("parity_said", "parity_choice"))
+    assert said == choice == [1.0]
+    for n, fits in ((longest, True), (longest + 1, False)):
+        (tasks / "parity_said.yaml").write_text(task.replace("max_gen_toks: 1,", f"max_gen_toks: {n},"))
+        done = run_eval(small, "--harness", "parity_said", "--include-path", tasks, "--loops", "1", "--examples", 4)
+        assert (done.exit_code == 0) is fits, done.output
+    assert f"have room for {longest + 1}; " in " ".join(done.output.split())
 
 
 def test_an_exported_model_knows_where_texts_end(parity, tmp_path):

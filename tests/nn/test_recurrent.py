@@ -95,6 +95,22 @@ def test_a_replaced_gate_is_called_once_a_loop_with_all_states(attn_type, haltin
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_watching_the_gate_changes_nothing(attn_type):
+    """What stands in the place of its ``forward`` and hands the states on gets what the gate says of their change."""
+    model, ids, seen = tiny_model(attn_type), tokens(2, 8), []
+    with torch.no_grad():
+        model.recurrent.act.motion.mul_(10)
+        expected, used = model(ids, 12), loops_used(model, ids, 12)
+        original = model.recurrent.act.forward
+        model.recurrent.act.forward = lambda h: seen.append(original(h)) or seen[-1]
+        assert_near(model(ids, 12), expected)
+    reached = torch.stack(seen).cumsum(0) >= model.cfg.act_threshold
+    assert torch.equal(torch.where(reached.any(0), reached.int().argmax(0) + 1, 12), used)
+    assert used.min() < used.max()
+    assert original(torch.ones(1, 3, 32)).shape == (1, 3), "and asked by itself it needs to know of no change"
+
+
 def test_a_replaced_gate_decides():
     model, ids = tiny_model(act_threshold=0.99), tokens(1, 6)
     model.recurrent.act.forward = lambda h: torch.tensor([[1.0, 0.5, 0.34, 0.25, 0.2, 0.0]])

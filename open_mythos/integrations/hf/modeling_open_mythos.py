@@ -127,7 +127,15 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         config = copy.copy(arguments["generation_config"])
         vars(config).pop("num_loops", None)
         kwargs = {name: value for name, value in arguments["model_kwargs"].items() if name != "num_loops"}
-        return super()._get_candidate_generator(**arguments | {"generation_config": config, "model_kwargs": kwargs})
+        made = super()._get_candidate_generator(**arguments | {"generation_config": config, "model_kwargs": kwargs})
+        propose, most = made.get_candidates, config.max_length - 1  # a prompt lookup goes on beyond the end
+
+        def within(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            ids, logits = propose(*args, **kwargs)
+            return ids[:, :most], logits
+
+        made.get_candidates = within
+        return made
 
     @staticmethod
     def create_masks_for_generate(config: Any, inputs_embeds: Any, attention_mask: Any, **others: Any) -> Any:

@@ -160,3 +160,21 @@ def test_pipelines():
     assert [text[0]["generated_text"].startswith(start) for text, start in zip(texts, ("abc", "a"), strict=True)]
     with pytest.raises(ValueError, match="the tokenizer is not this model's"):
         pipeline("text-generation", model=lm, tokenizer=letters(28))("xyz", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("attn_type", ATTENTION)
+def test_the_last_token_made_is_never_read(attn_type, n):
+    """So prompt and new tokens may be one more than the positions there are, by every way that transformers decodes."""
+    lm, larger, ids = wrapped(attn_type, max_seq_len=12), wrapped(attn_type, max_seq_len=64), prompts(1, 13 - n)
+    expected = greedy(larger, ids, n, num_loops=4)
+    ways = {
+        "default": {}, "no cache": dict(use_cache=False), "static": dict(cache_implementation="static"),
+        "assistant": dict(assistant_model=wrapped(seed=1, max_seq_len=12)), "lookup": dict(prompt_lookup_num_tokens=3),
+    }  # fmt: skip
+    for way, options in ways.items():
+        assert torch.equal(greedy(lm, ids, n, num_loops=4, **options), expected), way
+        with pytest.raises(ValueError, match=r"max_seq_len=12; .* raise max_seq_len in the model's config"):
+            greedy(lm, ids, n + 1, num_loops=4, **options)
+    beams = dict(num_loops=4, num_beams=3)
+    assert torch.equal(greedy(lm, ids, n, **beams), greedy(larger, ids, n, **beams))
