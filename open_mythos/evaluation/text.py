@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 
@@ -13,9 +14,23 @@ from open_mythos.tasks.base import UNSCORED
 from open_mythos.tasks.text import Text
 
 
+class TextScores(NamedTuple):
+    """Bits per byte, and loops that a position ran, mean over positions without padding; by number of loops."""
+
+    bits: dict[int, float]
+    loops_used: dict[int, float]
+
+
 def bits_per_byte(
-    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
+    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256
 ) -> dict[int, float]:
+    """The bits of :func:`text_scores`, all loops run."""
+    return text_scores(model, task, loops, length, windows).bits
+
+
+def text_scores(
+    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
+) -> TextScores:
     """Bits per byte of text at each number of loops, from a single run; comparable between tokenizers.
 
     Tokens near the start of a window, with little context, count like the others.
@@ -32,11 +47,15 @@ def bits_per_byte(
     """
     check_fit(model, task, [length], windows)
     batch, nats = task.windows(length, windows), dict.fromkeys(sorted(set(loops)), 0.0)
+    used = dict.fromkeys(nats, 0.0)
     with measuring(model, halting=False):
         for part in chunks(batch, device_of(model)):
             for reading in readings(model, part.ids, nats, part.valid, exit=exit):
                 nats[reading.loops] += float(F.cross_entropy(
                     reading.logits.flatten(0, 1).float(), part.targets.flatten(), ignore_index=UNSCORED, reduction="sum"
                 ))  # fmt: skip
+                used[reading.loops] += float(reading.used.sum())
     n_bytes = int(task.bytes_of(batch.targets[batch.targets != UNSCORED]).sum())
-    return {n: total / math.log(2) / n_bytes for n, total in nats.items()}
+    positions = batch.ids.numel() if batch.valid is None else int(batch.valid.bool().sum())
+    bits = {n: total / math.log(2) / n_bytes for n, total in nats.items()}
+    return TextScores(bits, {n: total / positions for n, total in used.items()})
