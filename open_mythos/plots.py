@@ -148,7 +148,8 @@ def halting_map(
             drawn as a heat map.
         path: PNG to write.
         tokens: label of each of the T positions.
-        used: (T,) loops that each position ran before it halted; the cells of the heat map after them are hatched.
+        used: (T,) loops that each position ran before it halted. The heat map then shows the sum of the probabilities
+            so far, by which the gate decides, and hatches the cells after these loops.
     """
     values = np.asarray(loops, dtype=float)
     length = values.shape[-1]
@@ -159,20 +160,22 @@ def halting_map(
             axes.grid(False, axis="x")
             _whole_ticks(axes.yaxis)
         else:
-            title = "Halting probability by position and loop"
+            title, label = "Halting probability by position and loop", "halting probability of the gate"
             if used is not None:
                 after = np.arange(1, len(values) + 1)[:, None] > np.asarray(used)
-                values, title = np.where(after, np.nan, values), f"{title} (hatched: has halted)"
+                values = np.where(after, np.nan, values.cumsum(0).clip(max=1))
+                title, label = "Towards halting, by position and loop (hatched: has halted)", f"{label}, summed so far"
                 axes.patch.set(hatch="/////", edgecolor="#C4C4C4")
-            _heat_map(figure, axes, values, "halting probability of the gate", high=1.0)
+            _heat_map(figure, axes, values, label, high=1.0)
             axes.set(ylabel="loop", title=title)
         axes.set_xlabel("position (tokens)" if tokens is None else "input token")
         if tokens is None:
             _whole_ticks(axes.xaxis)
         else:
             labels = [str(token) for token in tokens]
+            longest = max(map(len, labels))
             axes.set_xticks(range(length), labels, fontsize=8, parse_math=False)
-            axes.tick_params(axis="x", rotation=90 if max(map(len, labels)) > 2 else 0, length=0)
+            axes.tick_params(axis="x", rotation=90 if length * longest > 60 and longest > 2 else 0, length=0)
 
 
 def expert_load(load: ArrayLike, path: str | Path) -> None:
@@ -219,10 +222,11 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
         axes.set(ylabel="relative change of the state, |Δh| / |h|")
         axes.set_title("State change by loop, of the positions that move")
         below.bar(range(1, len(ran) + 1), [row.size for row in ran], color=COLOURS[0])
-        below.set(xlabel="loop", ylabel="that move", ylim=(0, max(1, max(row.size for row in ran))))
+        limits: Any = dict(xlim=(0.4, len(ran) + 0.6), ylim=(0, max(1, max(row.size for row in ran))))
+        below.set(xlabel="loop", ylabel="positions", **limits)
         below.grid(False, axis="x")
         _whole_ticks(below.xaxis)
-        _whole_ticks(below.yaxis)
+        _whole_ticks(below.yaxis, 4)
 
 
 def _line_style(i: int) -> dict[str, Any]:
@@ -273,10 +277,10 @@ def _log2_ticks(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _whole_ticks(axis: Any) -> None:
+def _whole_ticks(axis: Any, most: int | str = "auto") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def _width_for(n_columns: int) -> float:

@@ -54,7 +54,7 @@ def diagnose(
             if model.cfg.halting:  # else all loops are run, and nobody has trained the gate
                 draw.halting_map(used, plots / "loops_used.png", words)
                 draw.halting_map(found.halting[:, 0].float(), plots / "halting.png", words, used)
-            if found.expert_load.shape[1]:
+            if model.cfg.n_experts > 1:
                 draw.expert_load(found.expert_load, plots / "expert_load.png")
     gate = f"gate on, threshold {model.cfg.act_threshold:g}" if model.cfg.halting else "no early exit"
     console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source}), {gate}", highlight=False)
@@ -66,7 +66,7 @@ def diagnose(
     console.print(table("the loop as a whole", "measure", "value", "reading", rows=rows, left="reading"))
     show_loops(found, model.cfg.halting)
     show_halting(found.loops_used[0].tolist())
-    if model.cfg.n_experts:
+    if model.cfg.n_experts > 1:
         show_experts(found.expert_load)
     if plots is not None:
         console.print(f"Pictures are in {plots}.", highlight=False)

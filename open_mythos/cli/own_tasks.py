@@ -150,7 +150,7 @@ def show_halting(evaluation: Evaluation) -> None:
     halting, matched = evaluation.metrics["halting"], evaluation.metrics["compute_matched"]
     if halting is None:
         return
-    ways = {"all loops": "fixed", f"exit {halting.get('exit', 'gate')}": "halting"}
+    ways = {"fixed depth": "fixed", f"exit {halting.get('exit', 'gate')}": "halting"}
     rows = [(way, share(halting[f"accuracy_{k}"]), f"{halting[f'loops_{k}']:.1f}") for way, k in ways.items()]
     lost = halting["accuracy_fixed"] - halting["accuracy_halting"]
     harm = marked(f"{share(lost)} lost", lost)
