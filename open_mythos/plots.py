@@ -120,7 +120,7 @@ def accuracy_grid(
     n_rows, n_columns = values.shape
     width = max(WIDTH, 2.4 + 0.52 * n_columns)
     with _axes(path, width, height=max(HEIGHT / 2, 1.4 + 0.4 * n_rows)) as (figure, axes):
-        _heat_map(figure, axes, values, "accuracy", high=1.0, low=chance)
+        _heat_map(figure, axes, values, "accuracy" + (", from guessing up" if chance else ""), high=1.0, low=chance)
         for row, column in np.ndindex(n_rows, n_columns):
             dark = values[row, column] < (1 + chance) / 2
             text = f"{values[row, column]:.3f}".removeprefix("0")

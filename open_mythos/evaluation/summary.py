@@ -41,7 +41,7 @@ class Evaluation:
         if grid.exit is None or costs is None:
             return "every position runs all loops" if grid.exit is None else f"with the exit {grid.exit}"
         worst = max(costs, key=lambda cost: cost["lost"])
-        lost = f"loses up to {worst['lost']:.3f}" if worst["lost"] >= 0.0005 else "loses nothing"
+        lost = f"loses up to {worst['lost']:.3f} of accuracy" if worst["lost"] >= 0.0005 else "loses nothing"
         return f"the exit {grid.exit} {lost} ({worst['difficulty']} {grid.unit}, {grid.loops[-1]} loops)"
 
     def to_dict(self) -> dict[str, Any]:

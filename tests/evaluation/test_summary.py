@@ -51,7 +51,7 @@ def test_an_exit_is_compared_with_all_loops_on_the_same_problems() -> None:
     found = evaluate(Hasty(), Copy(), [2, 4], [1, 64], examples=6, seeds=(0, 5), exit=StateChange(0.5, 2))
     costs = [dict(all_loops=1, accuracy=right, lost=1 - right, loops_used=1) for right in (0.5, 0.25)]
     assert found.metrics["exit"] == [{"difficulty": n} | cost for n, cost in zip((2, 4), costs, strict=True)]
-    assert found.exit_in_words() == "the exit change:0.5:2 loses up to 0.750 (4 tokens, 64 loops)"
+    assert found.exit_in_words() == "the exit change:0.5:2 loses up to 0.750 of accuracy (4 tokens, 64 loops)"
     gain = found.metrics["halting"]
     assert gain["exit"] == "change:0.5:2" and found.metrics["compute_matched"] is None, "the model's gate is not asked"
     assert (gain["accuracy_fixed"], gain["accuracy_halting"]) == (1, (0.5 + 0.25) / 2)
