@@ -172,13 +172,14 @@ with torch.inference_mode():
 
 Share of scored tokens that are right, mean over {grid.examples} new problems of each difficulty (seed {grid.seed}),
 with the halting gate on; in brackets the loops that a position ran, on average. Guessing gets {grid.chance:.3f}.
-Against running all {grid.loops[-1]} loops at every position, the gate loses at most {max(lost, 0):.4f} of this accuracy.
+Against running all {grid.loops[-1]} loops at every position, the gate loses at most {max(lost, 0):.4f} of it.
 
 | loops, at most | {heads} |
 |---|{"---|" * len(grid.difficulties)}
 {chr(10).join(rows)}
 
-Measure it again with `mythos eval {name} --exit gate --examples {grid.examples}`; the figures above, in full, are in `figures.json`.
+Measure it again with `mythos eval {name} --exit gate --examples {grid.examples}`; the figures above, in full, are in
+`figures.json`.
 
 ## How it was made
 

@@ -277,7 +277,7 @@ def _log2_ticks(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _whole_ticks(axis: Any, most: int | str = "auto") -> None:
+def _whole_ticks(axis: Any, most: Any = "auto") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))

@@ -13,10 +13,10 @@ from open_mythos.config import MythosConfig
 from open_mythos.evaluation.grid import combine
 from open_mythos.evaluation.metrics import OVERTHINKING_FACTOR
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
-from open_mythos.evaluation.text import TextScores, text_scores
+from open_mythos.evaluation.text import text_scores
 from open_mythos.model import OpenMythos
 from open_mythos.models import TRAINING_FILE, model_dir
-from open_mythos.nn.exits import parse
+from open_mythos.nn.exits import parse, spell
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
@@ -24,7 +24,6 @@ from open_mythos.training.runs import held_out_options, training_config
 
 SHALLOW, DEEP = 8, 32  # loop counts whose relative difference in bits is shown
 HARM = 0.005  # of accuracy, or share of bits: an exit that loses more stops too early
-COSTS = "all loops", "with the exit", "lost", "loops run"
 
 
 def settings(
@@ -86,39 +85,36 @@ def show_metrics(evaluation: Evaluation) -> None:
 def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None, out: Path) -> Path:
     """Bits per byte at each length and loop count, written to ``evaluation.json`` and shown."""
     settings, rule = cfg.evaluation, None if exit is None else parse(exit)
-    scores: list[dict[int, TextScores]] = []  # with all loops, and with the exit if there is one; by length
-    rules = (None,) if rule is None else (None, rule)
-    with progress(len(rules) * len(settings.difficulties)) as begin:
-        for leave in rules:
-            scores.append({})
-            for length in settings.difficulties:
-                begin(f"{length} {task.unit}")
-                scores[-1][length] = text_scores(model, task, settings.loops, length, settings.examples, leave)
-    full, bits = ({length: found.bits for length, found in some.items()} for some in (scores[0], scores[-1]))
+    scores = {}  # by length: bits, and loops that a position ran; of all loops, and with the exit if there is one
+    with progress(len(settings.difficulties)) as begin:
+        for length in settings.difficulties:
+            begin(f"{length} {task.unit}")
+            asked = settings.loops, length, settings.examples
+            scores[length] = [text_scores(model, task, *asked, one) for one in ((None, rule) if rule else (None,))]
+    full, bits = ({length: found[i][0] for length, found in scores.items()} for i in (0, -1))
     out.mkdir(parents=True, exist_ok=True)
     # "bits_per_byte", of the first length, is as in the evaluation.json of training
     data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
     data |= {"task": task.name, "options": task.to_dict(), "exit": exit, "all_loops": full}
     (out / FILE).write_text(json.dumps(data, indent=1) + "\n")
-    show_text(bits, exit)
-    if exit is not None:
-        deepest = max(settings.loops)
-        shown = table(cost_title(exit, deepest), task.unit, *COSTS)
-        for length, found in bits.items():
-            fixed, left, used = full[length][deepest], found[deepest], scores[-1][length].loops_used[deepest]
-            worse = marked(f"{left / fixed - 1:+.2%}", left / fixed - 1)
-            shown.add_row(str(length), f"{fixed:.4f}", f"{left:.4f}", worse, f"{used:.1f}")
-        console.print(shown)
+    show_text(bits, "no early exit" if rule is None else f"exit {spell(rule)}")
+    if rule is not None:
+        n, costs = max(settings.loops), []
+        for length, ((most, _), (left, used)) in scores.items():
+            costs.append((length, f"{most[n]:.4f}", f"{left[n]:.4f}", left[n] / most[n] - 1, used[n]))
+        show_cost(spell(rule), n, task.unit, costs)
     return out / FILE
 
 
-def cost_title(exit: str, loops: int) -> str:
-    return f"what the exit {exit} costs: the same problems with all {loops} loops"
-
-
-def marked(text: str, lost: float) -> Cell:
-    """``text`` in red where so much is lost that an exit harms."""
-    return Cell(text, "bold red" if lost > HARM else "")
+def show_cost(exit: str, loops: int, unit: str, costs: list[tuple[int, str, str, float, float]]) -> None:
+    """At each difficulty: with all loops, with the exit, the share that it loses, and the loops that a position ran."""
+    title = f"what the exit {exit} costs: the same problems with all {loops} loops"
+    rows = table(title, unit, "all loops", "with the exit", "lost", "loops run")
+    for difficulty, most, left, lost, used in costs:
+        rows.add_row(str(difficulty), most, left, Cell(f"{lost:.2%}", "red" if lost > HARM else ""), f"{used:.1f}")
+    console.print(rows)
+    if max(cost[3] for cost in costs) > HARM:
+        note("This exit stops positions too early: use a stricter threshold, more patience, or a trained gate.")
 
 
 def show_grid(evaluation: Evaluation, trained: int) -> None:
@@ -134,15 +130,11 @@ def show_grid(evaluation: Evaluation, trained: int) -> None:
         rows.add_row(str(count), *cells)
     console.print(rows)
     if grid.exit is not None:
-        shown = table(cost_title(grid.exit, grid.loops[-1]), grid.unit, *COSTS)
-        for cost in evaluation.metrics["exit"]:
-            lost = marked(share(cost["lost"]), cost["lost"])
-            accuracies = share(cost["all_loops"]), share(cost["accuracy"])
-            shown.add_row(str(cost["difficulty"]), *accuracies, lost, f"{cost['loops_used']:.1f}")
-        console.print(shown)
-        if max(cost["lost"] for cost in evaluation.metrics["exit"]) > HARM:
-            note("This exit stops positions too early. Let them run longer: a stricter threshold, more patience, or a "
-                 "trained gate ([bold]--exit gate[/bold]).")  # fmt: skip
+        costs = [
+            (cost["difficulty"], share(cost["all_loops"]), share(cost["accuracy"]), cost["lost"], cost["loops_used"])
+            for cost in evaluation.metrics["exit"]
+        ]
+        show_cost(grid.exit, grid.loops[-1], grid.unit, costs)
 
 
 def show_halting(evaluation: Evaluation) -> None:
@@ -153,10 +145,8 @@ def show_halting(evaluation: Evaluation) -> None:
     ways = {"fixed depth": "fixed", f"exit {halting.get('exit', 'gate')}": "halting"}
     rows = [(way, share(halting[f"accuracy_{k}"]), f"{halting[f'loops_{k}']:.1f}") for way, k in ways.items()]
     lost = halting["accuracy_fixed"] - halting["accuracy_halting"]
-    harm = marked(f"{share(lost)} lost", lost)
-    shown = table("difficulties mixed in one batch", "", "accuracy", "loops", rows=rows)
-    shown.add_row("", harm, f"{halting['saved']:.0%} saved")
-    console.print(shown)
+    rows.append(("", f"{lost:.2%} lost", f"{halting['saved']:.0%} saved"))
+    console.print(table("difficulties mixed in one batch", "", "accuracy", "loops", rows=rows))
     if matched is None:
         return
     title = f"gate at matched FLOPs, {matched['difficulty']} {evaluation.grids[0].unit}"
@@ -168,9 +158,8 @@ def show_halting(evaluation: Evaluation) -> None:
     console.print(points)
 
 
-def show_text(bits: dict[int, dict[int, float]], exit: str | None = None) -> None:
+def show_text(bits: dict[int, dict[int, float]], rule: str = "no early exit") -> None:
     """A column per length; the minimum bits bold."""
-    rule = "no early exit" if exit is None else f"exit {exit}"
     rows = table(f"bits per byte of held-out text, {rule}", "loops", *(f"{length} tokens" for length in bits))
     curves = list(bits.values())
     for n in curves[0]:
@@ -183,6 +172,5 @@ def show_text(bits: dict[int, dict[int, float]], exit: str | None = None) -> Non
 
 
 def share(x: float) -> str:
-    """A fraction in four characters, a sign aside: ``.731``, ``1.00``, ``-.002``."""
-    size = f"{abs(x):.3f}".removeprefix("0")[:4]
-    return f"-{size}" if x <= -0.0005 else size
+    """A fraction in four characters: ``.731``, ``1.00``."""
+    return f"{x:.3f}".removeprefix("0")[:4]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch.nn.functional as F
 
@@ -14,24 +13,18 @@ from open_mythos.tasks.base import UNSCORED
 from open_mythos.tasks.text import Text
 
 
-class TextScores(NamedTuple):
-    """Bits per byte, and loops that a position ran, mean over positions without padding; by number of loops."""
-
-    bits: dict[int, float]
-    loops_used: dict[int, float]
-
-
 def bits_per_byte(
     model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256
 ) -> dict[int, float]:
     """The bits of :func:`text_scores`, all loops run."""
-    return text_scores(model, task, loops, length, windows).bits
+    return text_scores(model, task, loops, length, windows)[0]
 
 
 def text_scores(
     model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
-) -> TextScores:
-    """Bits per byte of text at each number of loops, from a single run; comparable between tokenizers.
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Bits per byte of text at each number of loops, from a single run, comparable between tokenizers; and the loops
+    that a position ran, on average.
 
     Tokens near the start of a window, with little context, count like the others.
 
@@ -58,4 +51,4 @@ def text_scores(
     n_bytes = int(task.bytes_of(batch.targets[batch.targets != UNSCORED]).sum())
     positions = batch.ids.numel() if batch.valid is None else int(batch.valid.bool().sum())
     bits = {n: total / math.log(2) / n_bytes for n, total in nats.items()}
-    return TextScores(bits, {n: total / positions for n, total in used.items()})
+    return bits, {n: total / positions for n, total in used.items()}

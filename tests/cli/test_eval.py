@@ -70,7 +70,7 @@ def test_an_exit_stands_under_its_name_beside_what_it_costs(tmp_path: Path, exit
     assert all(cost["all_loops"] == 1 and cost["lost"] == 1 - cost["accuracy"] for cost in costs)
     assert ("stops positions too early" in text) == harms == (max(cost["lost"] for cost in costs) > 0.3)
     rows = text.split(f"what the exit {grid.exit} costs")[1].split("metrics of depth, every position running all loops")
-    assert f"│ 48 │ 1.00 │ {share(costs[1]['accuracy'])} │ {share(costs[1]['lost'])} │" in rows[0]
+    assert f"│ 48 │ 1.00 │ {share(costs[1]['accuracy'])} │ {costs[1]['lost']:.2%} │" in rows[0]
     mixed, gain = text.split("difficulties mixed in one batch")[1], found.metrics["halting"]
     assert f"│ exit {grid.exit} │ {share(gain['accuracy_halting'])} │ {gain['loops_halting']:.1f} │" in mixed
     assert "at matched FLOPs" not in text, "which is of the gate"
@@ -135,7 +135,7 @@ def test_text_with_an_exit_is_compared_with_all_loops(tmp_path: Path) -> None:
     assert left["8"] == left["1"] == full["1"] > full["8"], "all stop after the first loop"
     text = " ".join(done.output.split())
     assert "bits per byte of held-out text, exit change:9" in text
-    assert f"│ 32 │ {full['8']:.4f} │ {left['8']:.4f} │ {left['8'] / full['8'] - 1:+.2%} │ 1.0 │" in text
+    assert f"│ 32 │ {full['8']:.4f} │ {left['8']:.4f} │ {left['8'] / full['8'] - 1:.2%} │ 1.0 │" in text
 
 
 def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_an_exit_is_asked_for() -> None:
     task, model = CopyText(), Counting()
     found, used = text_scores(model, task, [50], length=5, windows=20, exit=StableArgmax())
     assert used == {50: 3}, "1 to 5 loops, and 50 without an exit"
-    assert text_scores(model, task, [50], length=5, windows=20).loops_used == {50: 50}
+    assert text_scores(model, task, [50], length=5, windows=20)[1] == {50: 50}
     nats = sum(20 * math.log(1 + 2 * math.exp(-n)) for n in (2, 3, 4, 5))
     assert found[50] == pytest.approx(nats / math.log(2) / task.bytes_of(task.windows(5, 20).targets[:, 1:]).sum())
 
