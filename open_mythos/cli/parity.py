@@ -49,7 +49,7 @@ def measure(model: OpenMythos, lengths: Sequence[int], loops: Sequence[int]) -> 
     with progress(len(lengths)) as begin, measuring(model, halting=False):
         for length in lengths:
             begin(f"evaluating {length} bits")
-            problems = TASK.batch(min(256, 12288 // length), length)
+            problems = TASK.batch(min(256, 6144 // length), length)
             name = f"{length} bits" + (" (trained)" if length == TRAINED_LENGTH else "")
             curves[name] = accuracy_by_loops(model, problems.ids, problems.targets, loops)
     return curves

@@ -144,7 +144,8 @@ def last_evaluation(
 
 def _curves(scores: Evaluation | dict[int, float], settings: EvalConfig, cfg: TrainConfig) -> dict[str, Any]:
     if not isinstance(scores, Evaluation):
-        lead = f"{settings.examples} windows of {settings.difficulties[0]} tokens of held-out text."
+        windows = f"{settings.examples} windows of {settings.difficulties[0]} tokens of held-out text"
+        lead = f"{windows}, every position running all loops."
         values = list(scores.values())
         return {"bits": {"lead": lead, "loops": list(scores), "values": values, "trained_loops": cfg.loops.maximum}}
     grid = scores.grids[0]

@@ -86,7 +86,7 @@ function drawBits(host, bits) {
   const box = el("div");
   host.querySelector("h2").textContent = "Bits per byte by loops";
   host.querySelector(".columns").append(box);
-  lineChart(box, { title: "Bits per byte of held-out text (lower is better)", xLabel: "loops", log: "x", x: bits.loops, height: 260,
+  lineChart(box, { title: "Bits per byte of held-out text (lower is better; the axis does not start at 0)", xLabel: "loops", log: "x", x: bits.loops, height: 260,
     series: [{ name: "bits per byte", values: bits.values }], deeper: { x: bits.trained_loops, label: "deeper than trained" } });
 }
 

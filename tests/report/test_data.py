@@ -77,6 +77,7 @@ def test_bits_per_byte_stand_in_for_the_grid(run):
     found = gather(run)
     assert found["grid"] is None
     assert (found["bits"]["loops"], found["bits"]["values"]) == ([1, 8], [2.5, 2.0])
+    assert "every position running all loops" in found["bits"]["lead"]
     assert ("bits per byte, 8 loops", "2.0000") in found["facts"]
 
 
