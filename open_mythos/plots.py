@@ -43,6 +43,7 @@ def accuracy_by_loops(
     path: str | Path,
     chance: float | None = None,
     trained_loops: int | None = None,
+    title: str = "Accuracy by number of loops",
 ) -> None:
     """Accuracy against the number of loops, one line per label.
 
@@ -51,6 +52,7 @@ def accuracy_by_loops(
         path: PNG to write.
         chance: accuracy of guessing, drawn as a dotted line.
         trained_loops: maximum in training; deeper ones are shaded.
+        title: which model it is, and which exit was on.
     """
     with _axes(path, WIDTH + LEGEND) as (figure, axes):
         for i, (label, curve) in enumerate(curves.items()):
@@ -59,7 +61,7 @@ def accuracy_by_loops(
         counts = sorted({n for curve in curves.values() for n in curve})
         _log2_ticks(axes, counts)
         axes.set(ylim=(0, 1), ylabel="accuracy (share of answers right)", xlabel="loops of the recurrent block")
-        axes.set_title("Accuracy by number of loops")
+        axes.set_title(title)
         if chance is not None:
             axes.axhline(chance, color=GREY, linestyle=":", linewidth=1.4, label="guessing")
         if trained_loops is not None and counts[-1] > trained_loops:
@@ -71,6 +73,9 @@ def scores_by_loops(
     panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]], path: str | Path
 ) -> None:
     """Scores against the number of loops: one panel per metric, one line per task.
+
+    An axis is that of a share, 0 to 1, if all scores of a panel are, and else no shorter than a tenth of the largest:
+    cut closer, noise would look like a gain.
 
     Args:
         panels: for each metric and task, at each loop count, the score and its standard error or None.
@@ -85,6 +90,9 @@ def scores_by_loops(
                 scores, errors = zip(*((curve[n][0], curve[n][1] or 0) for n in loops), strict=True)
                 axes.errorbar(loops, scores, errors, label=task, capsize=2, elinewidth=0.8, **_line_style(i))
             _log2_ticks(axes, sorted({n for curve in curves.values() for n in curve}))
+            values, (low, high) = [score for curve in curves.values() for score, _ in curve.values()], axes.get_ylim()
+            pad = max(0.0, max(map(abs, values)) / 10 - (high - low)) / 2
+            axes.set_ylim((0, 1) if min(values) >= 0 and max(values) <= 1 else (low - pad, high + pad))
             axes.set_ylabel(metric)
         rows[0].set_title("Scores by number of loops (bars: standard error)")
         rows[-1].set_xlabel("loops of the recurrent block")
@@ -94,7 +102,7 @@ def scores_by_loops(
 
 def accuracy_grid(
     accuracy: ArrayLike, difficulties: Sequence[int], loops: Sequence[int], path: str | Path, unit: str = "difficulty",
-    chance: float = 0.0, trained: tuple[int, int] | None = None,
+    chance: float = 0.0, trained: tuple[int, int] | None = None, exit: str = "",
 ) -> None:  # fmt: skip
     """Accuracy over difficulty and loops, as a heat map with the numbers in it.
 
@@ -106,12 +114,13 @@ def accuracy_grid(
         unit: what difficulty counts.
         chance: accuracy of guessing, the low end of the colours.
         trained: maximum difficulty and loops in training; the cells within both are outlined.
+        exit: a line that says which exit was on, and what it cost.
     """
     values = np.asarray(accuracy, dtype=float)
     n_rows, n_columns = values.shape
     width = max(WIDTH, 2.4 + 0.52 * n_columns)
     with _axes(path, width, height=max(HEIGHT / 2, 1.4 + 0.4 * n_rows)) as (figure, axes):
-        _heat_map(figure, axes, values, "accuracy", high=1.0, low=chance)
+        _heat_map(figure, axes, values, "accuracy" + (", from guessing up" if chance else ""), high=1.0, low=chance)
         for row, column in np.ndindex(n_rows, n_columns):
             dark = values[row, column] < (1 + chance) / 2
             text = f"{values[row, column]:.3f}".removeprefix("0")
@@ -125,10 +134,13 @@ def accuracy_grid(
         axes.set_yticks(range(1, n_rows + 1), [str(n) for n in difficulties])
         axes.tick_params(length=0)
         title = "Accuracy by difficulty and loops" + (" (outlined: as in training)" if trained is not None else "")
+        title += f"\n{exit}" if exit else ""
         axes.set(xlabel="loops of the recurrent block", ylabel=unit, title=title)
 
 
-def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | None = None) -> None:
+def halting_map(
+    loops: ArrayLike, path: str | Path, tokens: Sequence[object] | None = None, used: ArrayLike | None = None
+) -> None:
     """Loops used, or halting probability, by position.
 
     Args:
@@ -136,6 +148,8 @@ def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | N
             drawn as a heat map.
         path: PNG to write.
         tokens: label of each of the T positions.
+        used: (T,) loops that each position ran before it halted. The heat map then shows the sum of the probabilities
+            so far, by which the gate decides, and hatches the cells after these loops.
     """
     values = np.asarray(loops, dtype=float)
     length = values.shape[-1]
@@ -146,15 +160,22 @@ def halting_map(loops: ArrayLike, path: str | Path, tokens: Sequence[object] | N
             axes.grid(False, axis="x")
             _whole_ticks(axes.yaxis)
         else:
-            _heat_map(figure, axes, values, "halting probability of the gate", high=1.0)
-            axes.set(ylabel="loop", title="Halting probability by position and loop")
-        axes.set_xlabel("position (tokens)" if tokens is None else "token")
+            title, label = "Halting probability by position and loop", "halting probability of the gate"
+            if used is not None:
+                after = np.arange(1, len(values) + 1)[:, None] > np.asarray(used)
+                values = np.where(after, np.nan, values.cumsum(0).clip(max=1))
+                title, label = "Towards halting, by position and loop (hatched: has halted)", f"{label}, summed so far"
+                axes.patch.set(hatch="/////", edgecolor="#C4C4C4")
+            _heat_map(figure, axes, values, label, high=1.0)
+            axes.set(ylabel="loop", title=title)
+        axes.set_xlabel("position (tokens)" if tokens is None else "input token")
         if tokens is None:
             _whole_ticks(axes.xaxis)
         else:
             labels = [str(token) for token in tokens]
-            axes.set_xticks(range(length), labels, fontsize=8)
-            axes.tick_params(axis="x", rotation=90 if max(map(len, labels)) > 2 else 0, length=0)
+            longest = max(map(len, labels))
+            axes.set_xticks(range(length), labels, fontsize=8, parse_math=False)
+            axes.tick_params(axis="x", rotation=90 if length * longest > 60 and longest > 2 else 0, length=0)
 
 
 def expert_load(load: ArrayLike, path: str | Path) -> None:
@@ -174,10 +195,10 @@ def expert_load(load: ArrayLike, path: str | Path) -> None:
 
 
 def state_change(delta: ArrayLike, path: str | Path) -> None:
-    """Relative change of the state at each loop: mean and range over positions.
+    """Relative change of the state at each loop: mean and range over the positions that moved, and how many those were.
 
     Args:
-        delta: (loops, ...) ``|h_t - h_{t-1}| / |h_t|``; zeros (positions that did not run) are excluded.
+        delta: (loops, ...) ``|h_t - h_{t-1}| / |h_t|``; 0 where a position has halted, or is padding.
         path: PNG to write.
     """
     require_matplotlib()
@@ -186,18 +207,26 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
     values = np.asarray(delta, dtype=float)
     ran = [row[row > 0] for row in values.reshape(len(values), -1)]
     rows = [(loop, row.mean(), row.min(), row.max()) for loop, row in enumerate(ran, 1) if row.size]
-    with _axes(path, WIDTH + LEGEND) as (figure, axes):
+    with _figure(path, WIDTH + LEGEND, 1.3 * HEIGHT) as figure:
+        axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         if rows:
             loops, mean, low, high = map(np.array, zip(*rows, strict=True))
             axes.fill_between(loops, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="min to max")
-            axes.plot(loops, mean, color=COLOURS[0], marker="o", label="mean over positions")
-            axes.set_yscale("log")  # with ticks at 2s and 5s too below three decades
+            axes.plot(loops, mean, color=COLOURS[0], marker="o", label="mean of those that move")
+            axes.set(yscale="log", ylim=(low.min() / 1.5, high.max() * 1.5))
+            # ticks at 2s and 5s too below three decades
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high.max() < 1000 * low.min() else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(NullLocator())
             figure.legend(loc="outside right upper")
-        axes.set(xlabel="loop", ylabel="relative change of the state, |Δh| / |h|", title="State change by loop")
-        _whole_ticks(axes.xaxis)
+        axes.set(ylabel="relative change of the state, |Δh| / |h|")
+        axes.set_title("State change by loop, of the positions that move")
+        below.bar(range(1, len(ran) + 1), [row.size for row in ran], color=COLOURS[0])
+        limits: Any = dict(xlim=(0.4, len(ran) + 0.6), ylim=(0, max(1, max(row.size for row in ran))))
+        below.set(xlabel="loop", ylabel="positions", **limits)
+        below.grid(False, axis="x")
+        _whole_ticks(below.xaxis)
+        _whole_ticks(below.yaxis, 4)
 
 
 def _line_style(i: int) -> dict[str, Any]:
@@ -248,10 +277,10 @@ def _log2_ticks(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _whole_ticks(axis: Any) -> None:
+def _whole_ticks(axis: Any, most: Any = "auto") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def _width_for(n_columns: int) -> float:

@@ -14,6 +14,8 @@ from open_mythos.evaluation.summary import Evaluation
 from open_mythos.training import runs
 from open_mythos.training.config import EvalConfig, LoopConfig, TaskConfig, TrainConfig
 
+HALTING = {"exit": "gate:0.99", "saved": 0.25, "accuracy_fixed": 1.0, "accuracy_halting": 0.875}
+
 
 def fabricate_run(path: Path, *, evaluated: bool = True, recipe: str = "parity", **changes: Any) -> TrainConfig:
     """Fill ``path`` with a run and return its config; ``changes`` are fields of the model's."""
@@ -34,6 +36,8 @@ def fabricate_run(path: Path, *, evaluated: bool = True, recipe: str = "parity",
     ]
     (path / runs.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     if evaluated:
-        grid = depth_grid(model, tasks.load("parity"), cfg.evaluation.difficulties, cfg.evaluation.loops, examples=8)
-        Evaluation([grid], {"halting": {"saved": 0.25}}).save(path)
+        grid = depth_grid(
+            model, tasks.load("parity"), cfg.evaluation.difficulties, cfg.evaluation.loops, examples=8, halting=False
+        )
+        Evaluation([grid], {"halting": HALTING}).save(path)
     return cfg

@@ -38,6 +38,35 @@ def test_accuracy_by_loops(tmp_path, drawn):
     assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title(loc="left")
 
 
+def test_a_title_says_which_model_and_which_exit(tmp_path, drawn):
+    plots.accuracy_by_loops({"hard": {1: 0.99, 2: 1.0}}, tmp_path / "a.png", title="parity-tiny, no early exit")
+    plots.accuracy_grid([[0.9]], [8], [1], tmp_path / "g.png", exit="the exit gate loses up to 0.100")
+    assert drawn[0].axes[0].get_title(loc="left") == "parity-tiny, no early exit"
+    assert "the exit gate loses up to 0.100" in drawn[1].axes[0].get_title(loc="left")
+    assert drawn[0].axes[0].get_ylim() == (0, 1), "a hundredth is drawn as one"
+
+
+def test_noise_between_scores_is_not_drawn_as_a_gain(tmp_path, drawn):
+    near = {1: (0.612, 0.01), 2: (0.618, None)}
+    far = {1: (2.31, None), 2: (2.17, None)}
+    flat = {1: (21.71, 0.1), 2: (21.78, None)}
+    plots.scores_by_loops({"acc": {"a": near}, "bits": {"b": far}, "ppl": {"c": flat}}, tmp_path / "s.png")
+    shares, bits, perplexity = (axes.get_ylim() for axes in drawn[0].axes)
+    assert shares == (0, 1), "an accuracy has the axis of a share"
+    assert bits[1] - bits[0] == pytest.approx(0.231) and bits[0] < 2.17 < 2.31 < bits[1]
+    assert perplexity[1] - perplexity[0] == pytest.approx(2.178)
+
+
+def test_halted_positions_are_told_from_those_about_to_halt(tmp_path, drawn):
+    gate = np.array([[0.1, 0.9], [0.2, 0.9], [0.9, 0.9]])
+    plots.halting_map(gate, tmp_path / "h.png", ["a", "$b$"], used=[3, 1])
+    axes = drawn[0].axes[0]
+    cells = np.ma.filled(axes.collections[0].get_array(), np.nan).reshape(3, 2)
+    np.testing.assert_allclose(cells, [[0.1, 0.9], [0.3, np.nan], [1, np.nan]], err_msg="the sum, that the gate asks")
+    assert axes.patch.get_hatch() and "hatched: has halted" in axes.get_title(loc="left")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "$b$"], "a token is no formula"
+
+
 @pytest.mark.parametrize("shape", [(7,), (3, 7)])
 @pytest.mark.parametrize("words", [None, list(range(7)), [f"word{i}" for i in range(7)]])
 def test_halting_map(tmp_path, drawn, shape, words):
@@ -57,7 +86,11 @@ def test_expert_load_is_drawn_as_shares_and_idle_loops_are_blank(tmp_path, drawn
 def test_state_change_leaves_out_positions_that_did_not_run(tmp_path, drawn):
     plots.state_change([[[0.4, 0.2]], [[0.1, 0.0]], [[0.0, 0.0]]], tmp_path / "s.png")
     assert is_png(tmp_path / "s.png")
-    np.testing.assert_allclose(drawn[0].axes[0].lines[0].get_xydata(), [[1, 0.3], [2, 0.1]])
+    mean, moving = drawn[0].axes
+    np.testing.assert_allclose(mean.lines[0].get_xydata(), [[1, 0.3], [2, 0.1]])
+    assert "of the positions that move" in mean.get_title(loc="left")
+    assert [bar.get_height() for bar in moving.patches] == [2, 1, 0], "over how many the mean is, at each loop"
+    assert moving.get_ylim() == (0, 2)
 
 
 def test_state_change_of_nothing(tmp_path):

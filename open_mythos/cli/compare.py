@@ -45,8 +45,8 @@ def compare(
         paths = []
         for difficulty in results.difficulties if results.measure == "accuracy" else ():  # bits: only in the report
             paths.append(out / f"compare-{difficulty}.png")
-            curves = {f"{kind}, {difficulty} {results.unit}": c for kind, c in results.curves(difficulty).items()}
-            plots.accuracy_by_loops(curves, paths[-1], trained_loops=results.trained_loops)
+            title = f"{results.recipe}: accuracy on {difficulty} {results.unit}, mean over seeds, no early exit"
+            plots.accuracy_by_loops(results.curves(difficulty), paths[-1], None, results.trained_loops, title)
     show(results)
     plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
     note(

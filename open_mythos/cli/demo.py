@@ -45,9 +45,10 @@ def demo(
         example = parity.TASK.batch(1, parity.TRAINED_LENGTH).ids
         (out / "example.json").write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
         (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
-        plots.accuracy_by_loops(curves, out / "depth.png", chance=0.5, trained_loops=trained_loops)
+        title = f"{PRETRAINED if pretrained else 'mythos demo'}: accuracy by loops, no early exit"
+        plots.accuracy_by_loops(curves, out / "depth.png", 0.5, trained_loops, title)
     rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in loops)
-    console.print(table("accuracy by loops, same weights", "loops", *curves, rows=rows))
+    console.print(table("accuracy by loops, same weights, no early exit", "loops", *curves, rows=rows))
     note(
         f"Plot: {out / 'depth.png'}   table: {out / 'table.json'}   checkpoint: {out}",
         f"Next: look inside it with [bold]mythos diagnose {out} --plots {out}[/bold].",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from open_mythos.diagnostics import Trace
+    from open_mythos.tasks import Task
 
 EXAMPLE_FILE = "example.json"
 RANDOM_TOKENS, SEED = 64, 0
@@ -48,22 +49,24 @@ def diagnose(
         radius, gain, n_bytes = spectral_radius(model), loop_gain(model, ids, n_loops), cache_bytes(cache)
         if plots is not None:
             begin("drawing")
-            tokens = ids[0].tolist()
+            words, used = symbols(model_dir(checkpoint), ids[0].tolist()), found.loops_used[0]
             draw.state_change(found.delta, plots / "state_change.png")
-            draw.halting_map(found.loops_used[0], plots / "loops_used.png", tokens)
-            draw.halting_map(found.halting[:, 0].float(), plots / "halting.png", tokens)
-            if found.expert_load.shape[1]:
+            if model.cfg.halting:  # else all loops are run, and nobody has trained the gate
+                draw.halting_map(used, plots / "loops_used.png", words)
+                draw.halting_map(found.halting[:, 0].float(), plots / "halting.png", words, used)
+            if model.cfg.n_experts > 1:
                 draw.expert_load(found.expert_load, plots / "expert_load.png")
-    console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source})", highlight=False)
+    gate = f"gate on, threshold {model.cfg.act_threshold:g}" if model.cfg.halting else "no early exit"
+    console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source}), {gate}", highlight=False)
     rows = (
         ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part is stable"),
         ("gain of one more loop", f"{gain:.4f}", f"the state {'settles on a state' if gain < 1 else 'keeps moving'}"),
         ("cache", si(n_bytes, "B"), f"measured; {si(n_bytes / ids.shape[1], 'B')} per token"),
     )
     console.print(table("the loop as a whole", "measure", "value", "reading", rows=rows, left="reading"))
-    show_loops(found)
+    show_loops(found, model.cfg.halting)
     show_halting(found.loops_used[0].tolist())
-    if model.cfg.n_experts:
+    if model.cfg.n_experts > 1:
         show_experts(found.expert_load)
     if plots is not None:
         console.print(f"Pictures are in {plots}.", highlight=False)
@@ -73,7 +76,8 @@ def diagnose(
 
 
 def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, "Tensor"]:
-    """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, or random ones."""
+    """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, a problem of the task that
+    it was trained for, or random ones."""
     import torch
 
     example = checkpoint / EXAMPLE_FILE
@@ -83,6 +87,9 @@ def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tu
         tokens = [int(word) if word.removeprefix("-").isdecimal() else word for word in words]
     elif example.is_file():
         source, place, tokens = EXAMPLE_FILE, str(example), read_example(example)
+    elif (task := task_of(checkpoint)) is not None:
+        source, place = f"a problem of {task[0].name}, seed {SEED}", "the task"
+        tokens = task[0].batch(1, task[1], torch.Generator().manual_seed(SEED)).ids[0].tolist()
     else:
         length, generator = min(RANDOM_TOKENS, cfg.max_seq_len), torch.Generator().manual_seed(SEED)
         return f"random, seed {SEED}", torch.randint(cfg.vocab_size, (1, length), generator=generator)
@@ -92,6 +99,28 @@ def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tu
         valid = isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= high
         must(valid, f"{place} holds {token!r}; tokens of this model are integers from 0 to {high}")
     return source, torch.tensor([tokens])
+
+
+def task_of(checkpoint: Path) -> "tuple[Task, int] | None":
+    """The task that the model was trained for, and its most difficulty in training; None if unknown, or text."""
+    from open_mythos import tasks
+    from open_mythos.models import TRAINING_FILE
+    from open_mythos.training.runs import training_config
+
+    if not (checkpoint / TRAINING_FILE).is_file() or (cfg := training_config(checkpoint)).task.name == "text":
+        return None
+    return tasks.load(cfg.task.name, **cfg.task.options), cfg.task.max_difficulty
+
+
+def symbols(checkpoint: Path, ids: list[int]) -> list[str]:
+    """What the tokens stand for, by the model's tokenizer or task; where neither is known, their ids."""
+    from open_mythos.models import TOKENIZER_FILES, tokenizer_of
+
+    if (checkpoint / TOKENIZER_FILES[0]).is_file():
+        words = tokenizer_of(checkpoint)
+        return [ascii(words.decode([i]))[1:-1].replace(" ", "␣") or str(i) for i in ids]
+    known = [] if (task := task_of(checkpoint)) is None else task[0].vocab
+    return [known[i] if i < len(known) else str(i) for i in ids]
 
 
 def read_example(path: Path) -> list[Any]:
@@ -104,12 +133,13 @@ def read_example(path: Path) -> list[Any]:
     return data["tokens"]
 
 
-def show_loops(found: "Trace") -> None:
-    shown = table("state change |Δh| / |h| and halting", "loop", "running", "mean", "max", "gate, mean")
+def show_loops(found: "Trace", halting: bool) -> None:
+    columns = "loop", "running", "mean", "max", *(["gate, mean"] if halting else [])
+    shown = table("state change |Δh| / |h| of running positions", *columns)
     for loop, (delta, gate) in enumerate(zip(found.delta, found.halting, strict=True), start=1):
         ran = found.loops_used >= loop
-        changes = (f"{delta[ran].mean():.4f}", f"{delta.max():.4f}") if ran.any() else ("-", "-")
-        shown.add_row(str(loop), str(int(ran.sum())), *changes, f"{gate.float().mean():.4f}")
+        values = (delta[ran].mean(), delta.max(), gate[ran].float().mean())[: len(columns) - 2]
+        shown.add_row(str(loop), str(int(ran.sum())), *(f"{x:.4f}" if ran.any() else "-" for x in values))
     console.print(shown)
 
 

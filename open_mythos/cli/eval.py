@@ -18,7 +18,7 @@ def eval(
     examples: Annotated[int | None, typer.Option(min=1, help="Problems per difficulty; documents per task.")] = None,
     seeds: Annotated[str, typer.Option(help="Of the problems, as in 0,1,2.")] = "0",
     exit: Annotated[
-        str | None, typer.Option(help="Early exit per position: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3.")
+        str | None, typer.Option(help="Early exit per position, as in gate; the tables say what it costs.")
     ] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, as in hellaswag,arc_easy.")

@@ -8,21 +8,22 @@ from typing import Any
 from rich.text import Text as Cell
 
 from open_mythos import plots, tasks
-from open_mythos.cli.console import console, picture, progress, si, table
+from open_mythos.cli.console import console, note, picture, progress, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation.grid import combine
 from open_mythos.evaluation.metrics import OVERTHINKING_FACTOR
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
-from open_mythos.evaluation.text import bits_per_byte
+from open_mythos.evaluation.text import text_scores
 from open_mythos.model import OpenMythos
 from open_mythos.models import TRAINING_FILE, model_dir
-from open_mythos.nn.exits import Exit, parse
+from open_mythos.nn.exits import parse, spell
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
 from open_mythos.training.runs import held_out_options, training_config
 
 SHALLOW, DEEP = 8, 32  # loop counts whose relative difference in bits is shown
+HARM = 0.005  # of accuracy, or share of bits: an exit that loses more stops too early
 
 
 def settings(
@@ -47,13 +48,13 @@ def eval_problems(
 ) -> Path:
     """Evaluate, write ``evaluation.json`` and, with matplotlib, a plot, and show tables."""
     settings, rule = cfg.evaluation, None if exit is None else parse(exit)
-    with progress(n_steps(settings.difficulties, seeds)) as begin:
+    with progress(n_steps(settings.difficulties, seeds, rule)) as begin:
         result = evaluate(model, task, settings.difficulties, settings.loops, settings.examples, seeds, rule, begin)
     path, grid, mean = result.save(out), result.grids[0], combine(result.grids)["accuracy"].mean
     axes = grid.difficulties, grid.loops, out / "grid.png", grid.unit, grid.chance
     trained = (cfg.task.max_difficulty, model.cfg.max_loop_iters) if cfg.task.name == task.name else None
-    picture(lambda: plots.accuracy_grid(mean, *axes, trained))
-    show_grid(result, cfg.task.max_difficulty if trained else 0, rule)
+    picture(lambda: plots.accuracy_grid(mean, *axes, trained, result.exit_in_words()))
+    show_grid(result, cfg.task.max_difficulty if trained else 0)
     show_metrics(result)
     show_halting(result)
     return path
@@ -61,10 +62,10 @@ def eval_problems(
 
 def show_metrics(evaluation: Evaluation) -> None:
     grid = evaluation.grids[0]
-    rows = table("metrics of depth", grid.unit, "best", "95%", "loops", "exact", "drop", "converged", "zeros", "noise")
-    for i, metrics in enumerate(evaluation.metrics["difficulties"]):
-        j = grid.loops.index(metrics["best_loops"])
-        low, high, exact = (share(float(x[i, j])) for x in (grid.low, grid.high, grid.exact))
+    title = "metrics of depth, every position running all loops"
+    rows = table(title, grid.unit, "best", "95%", "loops", "exact", "drop", "converged", "zeros", "noise")
+    for metrics in evaluation.metrics["difficulties"]:
+        low, high, exact = (share(metrics[name]) for name in ("low", "high", "exact"))
         converged, starts = metrics["settle_rate"], metrics["from_start"]
         rows.add_row(
             str(metrics["difficulty"]), share(metrics["best"]), f"{low}-{high}", str(metrics["best_loops"]), exact,
@@ -84,24 +85,42 @@ def show_metrics(evaluation: Evaluation) -> None:
 def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None, out: Path) -> Path:
     """Bits per byte at each length and loop count, written to ``evaluation.json`` and shown."""
     settings, rule = cfg.evaluation, None if exit is None else parse(exit)
-    bits = {}
+    scores = {}  # by length: bits, and loops that a position ran; of all loops, and with the exit if there is one
     with progress(len(settings.difficulties)) as begin:
         for length in settings.difficulties:
             begin(f"{length} {task.unit}")
-            bits[length] = bits_per_byte(model, task, settings.loops, length, settings.examples, rule)
+            asked = settings.loops, length, settings.examples
+            scores[length] = [text_scores(model, task, *asked, one) for one in ((None, rule) if rule else (None,))]
+    full, bits = ({length: found[i][0] for length, found in scores.items()} for i in (0, -1))
     out.mkdir(parents=True, exist_ok=True)
     # "bits_per_byte", of the first length, is as in the evaluation.json of training
     data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
-    data |= {"task": task.name, "options": task.to_dict(), "exit": exit}
+    data |= {"task": task.name, "options": task.to_dict(), "exit": exit, "all_loops": full}
     (out / FILE).write_text(json.dumps(data, indent=1) + "\n")
-    show_text(bits)
+    show_text(bits, "no early exit" if rule is None else f"exit {spell(rule)}")
+    if rule is not None:
+        n, costs = max(settings.loops), []
+        for length, ((most, _), (left, used)) in scores.items():
+            costs.append((length, f"{most[n]:.4f}", f"{left[n]:.4f}", left[n] / most[n] - 1, used[n]))
+        show_cost(spell(rule), n, task.unit, costs)
     return out / FILE
 
 
-def show_grid(evaluation: Evaluation, trained: int, exit: Exit | None = None) -> None:
-    """A column per difficulty, those up to ``trained`` marked; the best accuracies bold."""
+def show_cost(exit: str, loops: int, unit: str, costs: list[tuple[int, str, str, float, float]]) -> None:
+    """At each difficulty: with all loops, with the exit, the share that it loses, and the loops that a position ran."""
+    title = f"what the exit {exit} costs: the same problems with all {loops} loops"
+    rows = table(title, unit, "all loops", "with the exit", "lost", "loops run")
+    for difficulty, most, left, lost, used in costs:
+        rows.add_row(str(difficulty), most, left, Cell(f"{lost:.2%}", "red" if lost > HARM else ""), f"{used:.1f}")
+    console.print(rows)
+    if max(cost[3] for cost in costs) > HARM:
+        note("This exit stops positions too early: use a stricter threshold, more patience, or a trained gate.")
+
+
+def show_grid(evaluation: Evaluation, trained: int) -> None:
+    """A column per difficulty, those up to ``trained`` marked, the best accuracies bold; and what an exit costs."""
     grid, mean = evaluation.grids[0], combine(evaluation.grids)["accuracy"].mean
-    rule = "no early exit" if exit is None else f"exit {exit}"
+    rule = "no early exit" if grid.exit is None else f"exit {grid.exit}"
     n_problems = grid.examples * len(evaluation.grids)
     names = [f"{n} {grid.unit}" + (" (trained)" if n <= trained else "") for n in grid.difficulties]
     title = f"{grid.task}: accuracy by loops, {rule}, {n_problems} problems each, guessing {share(grid.chance)}"
@@ -110,23 +129,28 @@ def show_grid(evaluation: Evaluation, trained: int, exit: Exit | None = None) ->
         cells = (Cell(share(x), "bold" if share(x) == top else "") for x, top in zip(column, best, strict=True))
         rows.add_row(str(count), *cells)
     console.print(rows)
-    if exit is not None:
-        used = zip(grid.difficulties, grid.loops_used[:, -1].tolist(), strict=True)
-        means = ", ".join(f"{n:.1f} with {difficulty} {grid.unit}" for difficulty, n in used)
-        console.print(f"mean loops of a position, of {grid.loops[-1]}: {means}", style="dim", highlight=False)
+    if grid.exit is not None:
+        costs = [
+            (cost["difficulty"], share(cost["all_loops"]), share(cost["accuracy"]), cost["lost"], cost["loops_used"])
+            for cost in evaluation.metrics["exit"]
+        ]
+        show_cost(grid.exit, grid.loops[-1], grid.unit, costs)
 
 
 def show_halting(evaluation: Evaluation) -> None:
-    """Savings of halting, and accuracy at matched FLOPs; nothing for a model without halting."""
+    """Savings of the exit, or else of the gate, and the gate's accuracy at matched FLOPs; nothing without either."""
     halting, matched = evaluation.metrics["halting"], evaluation.metrics["compute_matched"]
     if halting is None:
         return
-    ways = {"fixed depth": "fixed", "halting": "halting"}
+    ways = {"fixed depth": "fixed", f"exit {halting.get('exit', 'gate')}": "halting"}
     rows = [(way, share(halting[f"accuracy_{k}"]), f"{halting[f'loops_{k}']:.1f}") for way, k in ways.items()]
-    rows.append(("saved", "", f"{halting['saved']:.0%}"))
+    lost = halting["accuracy_fixed"] - halting["accuracy_halting"]
+    rows.append(("", f"{lost:.2%} lost", f"{halting['saved']:.0%} saved"))
     console.print(table("difficulties mixed in one batch", "", "accuracy", "loops", rows=rows))
-    title = f"at matched FLOPs, {matched['difficulty']} {evaluation.grids[0].unit}"
-    points = table(title, "act_threshold", "loops", "a token", "halting", "fixed depth")
+    if matched is None:
+        return
+    title = f"gate at matched FLOPs, {matched['difficulty']} {evaluation.grids[0].unit}"
+    points = table(title, "act_threshold", "loops", "a token", "with gate", "fixed depth")
     for threshold, curve in matched["halting"].items():
         point: dict[str, Any] = curve[-1]
         accuracy = share(point["accuracy"]), share(point["fixed_accuracy"])
@@ -134,9 +158,9 @@ def show_halting(evaluation: Evaluation) -> None:
     console.print(points)
 
 
-def show_text(bits: dict[int, dict[int, float]]) -> None:
+def show_text(bits: dict[int, dict[int, float]], rule: str = "no early exit") -> None:
     """A column per length; the minimum bits bold."""
-    rows = table("bits per byte of held-out text", "loops", *(f"{length} tokens" for length in bits))
+    rows = table(f"bits per byte of held-out text, {rule}", "loops", *(f"{length} tokens" for length in bits))
     curves = list(bits.values())
     for n in curves[0]:
         rows.add_row(str(n), *(Cell(f"{c[n]:.4f}", "bold" if c[n] == min(c.values()) else "") for c in curves))

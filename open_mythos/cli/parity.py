@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from open_mythos.cli.console import progress
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation import accuracy_by_loops
+from open_mythos.evaluation.depth import measuring
 from open_mythos.model import OpenMythos
 from open_mythos.tasks.parity import Parity
 
@@ -43,12 +44,12 @@ def train(model: OpenMythos, steps: int) -> None:
 
 
 def measure(model: OpenMythos, lengths: Sequence[int], loops: Sequence[int]) -> dict[str, dict[int, float]]:
-    """Accuracy by loops on new sequences of every length."""
+    """Accuracy by loops on new sequences of every length, every position running all of them."""
     curves = {}
-    with progress(len(lengths)) as begin:
+    with progress(len(lengths)) as begin, measuring(model, halting=False):
         for length in lengths:
             begin(f"evaluating {length} bits")
-            problems = TASK.batch(256 if length <= 100 else 64, length)
+            problems = TASK.batch(min(256, 6144 // length), length)
             name = f"{length} bits" + (" (trained)" if length == TRAINED_LENGTH else "")
             curves[name] = accuracy_by_loops(model, problems.ids, problems.targets, loops)
     return curves

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.model import OpenMythos
-from open_mythos.nn.exits import Exit
+from open_mythos.nn.exits import Exit, spell
 from open_mythos.tasks.base import Batch, Task
 
 Z95 = 1.96
@@ -29,7 +29,7 @@ class DepthGrid:
         loops: L of them, ascending.
         examples: problems per difficulty.
         seed: of the problems.
-        halting: whether positions could halt.
+        exit: what let positions stop early, as ``mythos eval --exit`` takes it; None: all ran every loop.
         accuracy, low, high: share of a problem's scored tokens that are right, mean and normal 95% interval.
         exact, exact_low, exact_high: share of problems without an error, and Wilson's 95% interval.
         loops_used: loops run by a position, mean over positions without padding.
@@ -43,7 +43,7 @@ class DepthGrid:
     loops: list[int]
     examples: int
     seed: int
-    halting: bool
+    exit: str | None
     accuracy: Tensor
     low: Tensor
     high: Tensor
@@ -70,6 +70,9 @@ class DepthGrid:
             ValueError: naming the fields that are missing or unknown.
         """
         kinds = {spec.name: spec.type for spec in dataclasses.fields(cls)}
+        data = dict(data)
+        if "halting" in data:  # written before exits had names
+            data["exit"] = "gate" if data.pop("halting") else None
         missing, unknown = sorted(kinds.keys() - data), sorted(data.keys() - kinds)
         if missing or unknown:
             raise ValueError(f"not a depth grid: fields missing: {missing}, unknown: {unknown}; measure it again")
@@ -100,7 +103,7 @@ def depth_grid(
     check_fit(model, task, difficulties, examples)
     scores = []
     with measuring(model, halting):
-        halts = exit is not None or model.cfg.halting
+        rule = model.recurrent.choose_exit(exit)
         for difficulty in difficulties:
             if progress is not None:
                 progress(f"{difficulty} {task.unit}")
@@ -110,7 +113,8 @@ def depth_grid(
     low, high = mean_interval(accuracy, Z95)
     exact_low, exact_high = wilson_interval(exact.mean(-1), examples)
     return DepthGrid(
-        task.name, task.version, task.unit, task.chance, list(difficulties), sorted(set(loops)), examples, seed, halts,
+        task.name, task.version, task.unit, task.chance, list(difficulties), sorted(set(loops)), examples, seed,
+        None if rule is None else spell(rule),
         accuracy.mean(-1), low, high, exact.mean(-1), exact_low, exact_high, used, task.to_dict(),
     )  # fmt: skip
 
@@ -189,7 +193,7 @@ def combine(grids: Sequence[DepthGrid]) -> dict[str, Spread]:
     if not grids:
         raise ValueError("no grids to combine; give at least one")
     for grid in grids[1:]:
-        for name in ("task", "version", "options", "difficulties", "loops", "halting"):
+        for name in ("task", "version", "options", "difficulties", "loops", "exit"):
             a, b = getattr(grids[0], name), getattr(grid, name)
             if a != b:
                 raise ValueError(f"grids differ in {name}: {a} and {b}; combine grids of the same settings")

@@ -15,6 +15,7 @@ from open_mythos.diagnostics import flops_per_token
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.evaluation.grid import DepthGrid, check_fit, depth_grid, score_by_loops
 from open_mythos.model import OpenMythos
+from open_mythos.nn.exits import Exit
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 
 OVERTHINKING_FACTOR = 16
@@ -120,8 +121,8 @@ def initial_state_gap(
 
 
 class HaltingGain(NamedTuple):
-    """Fixed depth against halting: accuracy, mean over problems; loops run, mean over positions without padding; share
-    of loops that halting saves."""
+    """Fixed depth against halting, by the gate or another exit: accuracy, mean over problems; loops run, mean over
+    positions without padding; share of loops that halting saves."""
 
     accuracy_fixed: float
     accuracy_halting: float
@@ -139,27 +140,31 @@ def enough_loops(
 
 
 def fixed_vs_halting(
-    model: OpenMythos, task: Task, difficulties: Sequence[int], loops: int, examples: int = 256, seed: int = 0
-) -> HaltingGain:
-    """Compare the fixed depth ``loops`` with halting after at most as many, on one batch of mixed ``difficulties``."""
+    model: OpenMythos, task: Task, difficulties: Sequence[int], loops: int, examples: int = 256, seed: int = 0,
+    exit: Exit | None = None,
+) -> HaltingGain:  # fmt: skip
+    """Compare the fixed depth ``loops`` with halting after at most as many, on one batch of mixed ``difficulties``.
+
+    Positions halt by ``exit``, or by the gate if that is None.
+    """
     check_fit(model, task, difficulties, examples)
     mixed = [difficulties[i % len(difficulties)] for i in range(examples)]
-    return halting_gain(model, task, task.mixed(mixed, torch.Generator().manual_seed(seed)), loops)
+    return halting_gain(model, task, task.mixed(mixed, torch.Generator().manual_seed(seed)), loops, exit)
 
 
-def halting_gain(model: OpenMythos, task: Task, problems: Batch, loops: int) -> HaltingGain:
+def halting_gain(model: OpenMythos, task: Task, problems: Batch, loops: int, exit: Exit | None = None) -> HaltingGain:
     """As :func:`fixed_vs_halting`, on given problems."""
     fixed, n_fixed = accuracy_and_loops(model, task, problems, loops, halting=False)
-    halting, n_halting = accuracy_and_loops(model, task, problems, loops, halting=True)
+    halting, n_halting = accuracy_and_loops(model, task, problems, loops, halting=True, exit=exit)
     return HaltingGain(fixed, halting, n_fixed, n_halting, 1 - n_halting / n_fixed)
 
 
 def accuracy_and_loops(
-    model: OpenMythos, task: Task, problems: Batch, loops: int, halting: bool
+    model: OpenMythos, task: Task, problems: Batch, loops: int, halting: bool, exit: Exit | None = None
 ) -> tuple[float, float]:
     """Share of answers right, mean over problems, and loops that a position ran, mean over positions."""
     with measuring(model, halting):
-        scores = score_by_loops(model, task, problems, [loops])
+        scores = score_by_loops(model, task, problems, [loops], exit)
     return float(scores.tokens.mean()), float(scores.loops_used)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from open_mythos.evaluation import metrics as measures
+from open_mythos.evaluation.depth import measuring
 from open_mythos.evaluation.grid import DepthGrid, combine, depth_grid
 from open_mythos.model import OpenMythos
-from open_mythos.nn.exits import Exit
+from open_mythos.nn.exits import Exit, Gate, spell
 from open_mythos.tasks.base import Task
 
 FILE = "evaluation.json"
@@ -23,13 +24,25 @@ class Evaluation:
 
     Attributes:
         grids: one per seed of the problems.
-        metrics: plain values. ``"difficulties"``: for each difficulty, overthinking damage, share of converged states
-            (``"settle_rate"``) and sensitivity to the initial state. ``"halting"`` and ``"compute_matched"``: from
-            ``fixed_vs_halting`` and ``compute_matched`` of :mod:`open_mythos.evaluation.metrics`; None without halting.
+        metrics: plain values. ``"difficulties"``: for each difficulty, with every position running all loops,
+            overthinking damage, with the 95% interval and the exact share at its best loops, share of converged states
+            (``"settle_rate"``) and sensitivity to the initial state. ``"exit"``: for each difficulty, what the exit of
+            the grids costs at their most loops, against all loops on the same problems; None without one.
+            ``"halting"`` and ``"compute_matched"``: from ``fixed_vs_halting``, with that exit or the gate, and
+            ``compute_matched`` of :mod:`open_mythos.evaluation.metrics`; None without halting.
     """
 
     grids: list[DepthGrid]
     metrics: dict[str, Any]
+
+    def exit_in_words(self) -> str:
+        """The exit of the grids, and the most accuracy that it loses against running all loops."""
+        grid, costs = self.grids[0], self.metrics.get("exit")
+        if grid.exit is None or costs is None:
+            return "every position runs all loops" if grid.exit is None else f"with the exit {grid.exit}"
+        worst = max(costs, key=lambda cost: cost["lost"])
+        lost = f"loses up to {worst['lost']:.3f} of accuracy" if worst["lost"] >= 0.0005 else "loses nothing"
+        return f"the exit {grid.exit} {lost} ({worst['difficulty']} {grid.unit}, {grid.loops[-1]} loops)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``"combined"`` aggregates the grids."""
@@ -79,38 +92,49 @@ def evaluate(
     """Compute the depth grid for each seed of the problems, and the metrics for the first seed.
 
     Arguments and errors are those of :func:`~open_mythos.evaluation.grid.depth_grid`; ``progress`` is called at most
-    :func:`n_steps` times. In the grid every position runs all loops unless there is an ``exit``; the savings of the
-    gate are a metric.
+    :func:`n_steps` times. In the grid every position runs all loops unless there is an ``exit``; what depth does is
+    then measured without it, on the same problems, and the savings of the exit, or else of the gate, are a metric.
     """
     begin = progress or (lambda stage: None)
-    grids = [depth_grid(model, task, difficulties, loops, examples, seed, False, begin, exit) for seed in seeds]
-    seed, deepest = seeds[0], grids[0].loops[-1]
+
+    def measured(rule: Exit | None) -> list[DepthGrid]:
+        return [depth_grid(model, task, difficulties, loops, examples, seed, False, begin, rule) for seed in seeds]
+
+    full = measured(None)
+    grids = full if exit is None else measured(exit)
+    seed, deepest = seeds[0], full[0].loops[-1]
 
     def n_problems(difficulty: int) -> int:
         return max(1, min(examples, MAX_METRIC_TOKENS // task.length(difficulty)))
 
     metrics: dict[str, Any] = {"trained_loops": model.cfg.max_loop_iters, "difficulties": []}
-    damages = measures.overthinking_damage(grids[0], model.cfg.max_loop_iters)
-    for difficulty, damage in zip(difficulties, damages, strict=True):
+    metrics["exit"] = None if exit is None else _costs(full, grids)
+    damages = measures.overthinking_damage(full[0], model.cfg.max_loop_iters)
+    for row, (difficulty, damage) in enumerate(zip(difficulties, damages, strict=True)):
+        at_best = row, full[0].loops.index(damage.best_loops)
         begin(f"convergence at {difficulty} {task.unit}")
         n = n_problems(difficulty)
         starts = measures.initial_state_gap(model, task, difficulty, deepest, n, seed)
         metrics["difficulties"].append({
             "difficulty": difficulty,
             **damage._asdict(),
+            **{name: float(getattr(full[0], name)[at_best]) for name in ("low", "high", "exact")},
             "settle_rate": measures.settle_rate(model, task, difficulty, deepest, n, seed) if deepest > 1 else None,
             "from_start": {name: result._asdict() for name, result in starts.items()},
         })  # fmt: skip
     metrics["halting"] = metrics["compute_matched"] = None
-    if model.cfg.halting:
+    with measuring(model):
+        rule = model.recurrent.choose_exit(exit)
+    if rule is not None:
         hardest = max(difficulties)
         n = n_problems(hardest)
         begin(f"loops needed at {hardest} {task.unit}")
         max_loops = damages[list(difficulties).index(hardest)].best_loops
         n_loops = measures.enough_loops(model, task, hardest, max_loops, n, seed)
         begin("fixed depth against halting")
-        gain = measures.fixed_vs_halting(model, task, difficulties, n_loops, examples, seed)
-        metrics["halting"] = {"difficulties": list(difficulties), **gain._asdict()}
+        gain = measures.fixed_vs_halting(model, task, difficulties, n_loops, examples, seed, rule)
+        metrics["halting"] = {"exit": spell(rule), "difficulties": list(difficulties), **gain._asdict()}
+    if model.cfg.halting and isinstance(rule, Gate):
         begin("accuracy at matched FLOPs")
         fixed, halting = measures.compute_matched(model, task, hardest, loops, n, seed)
         metrics["compute_matched"] = {
@@ -124,6 +148,16 @@ def evaluate(
     return Evaluation(grids, metrics)
 
 
-def n_steps(difficulties: Sequence[int], seeds: Sequence[int]) -> int:
+def _costs(full: Sequence[DepthGrid], grids: Sequence[DepthGrid]) -> list[dict[str, float]]:
+    """Of each difficulty at the most loops: accuracy with all loops and with the exit, means over the seeds."""
+    found = []
+    for row, difficulty in enumerate(full[0].difficulties):
+        fixed, left = (sum(float(g.accuracy[row, -1]) for g in some) / len(some) for some in (full, grids))
+        used = sum(float(grid.loops_used[row, -1]) for grid in grids) / len(grids)
+        found.append(dict(difficulty=difficulty, all_loops=fixed, accuracy=left, lost=fixed - left, loops_used=used))
+    return found
+
+
+def n_steps(difficulties: Sequence[int], seeds: Sequence[int], exit: Exit | None = None) -> int:
     """Maximum number of ``progress`` calls of :func:`evaluate`."""
-    return (len(seeds) + 1) * len(difficulties) + 3
+    return ((1 if exit is None else 2) * len(seeds) + 1) * len(difficulties) + 3

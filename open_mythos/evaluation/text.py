@@ -14,9 +14,17 @@ from open_mythos.tasks.text import Text
 
 
 def bits_per_byte(
-    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
+    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256
 ) -> dict[int, float]:
-    """Bits per byte of text at each number of loops, from a single run; comparable between tokenizers.
+    """The bits of :func:`text_scores`, all loops run."""
+    return text_scores(model, task, loops, length, windows)[0]
+
+
+def text_scores(
+    model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Bits per byte of text at each number of loops, from a single run, comparable between tokenizers; and the loops
+    that a position ran, on average.
 
     Tokens near the start of a window, with little context, count like the others.
 
@@ -32,11 +40,15 @@ def bits_per_byte(
     """
     check_fit(model, task, [length], windows)
     batch, nats = task.windows(length, windows), dict.fromkeys(sorted(set(loops)), 0.0)
+    used = dict.fromkeys(nats, 0.0)
     with measuring(model, halting=False):
         for part in chunks(batch, device_of(model)):
             for reading in readings(model, part.ids, nats, part.valid, exit=exit):
                 nats[reading.loops] += float(F.cross_entropy(
                     reading.logits.flatten(0, 1).float(), part.targets.flatten(), ignore_index=UNSCORED, reduction="sum"
                 ))  # fmt: skip
+                used[reading.loops] += float(reading.used.sum())
     n_bytes = int(task.bytes_of(batch.targets[batch.targets != UNSCORED]).sum())
-    return {n: total / math.log(2) / n_bytes for n, total in nats.items()}
+    positions = batch.ids.numel() if batch.valid is None else int(batch.valid.bool().sum())
+    bits = {n: total / math.log(2) / n_bytes for n, total in nats.items()}
+    return bits, {n: total / positions for n, total in used.items()}

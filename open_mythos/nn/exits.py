@@ -234,6 +234,13 @@ def parse(text: str) -> Exit:
         raise ValueError(f"exit {text!r}: {error}") from error
 
 
+def spell(exit: Exit) -> str:
+    """The text that :func:`parse` reads as ``exit``; one without a name is printed as Python does."""
+    name = next((name for name, kind in NAMES.items() if kind is type(exit)), None)
+    settings = [f"{getattr(exit, field.name):g}" for field in fields(exit)] if name else []  # type: ignore[arg-type]
+    return ":".join([name, *settings]) if name else str(exit)
+
+
 def _size(x: Tensor) -> Tensor:
     """Norm over the last axis, in float32."""
     return x.float().norm(dim=-1)

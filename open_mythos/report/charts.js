@@ -60,6 +60,15 @@ function logTicks(low, high) {
   return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
 }
 
+// The ends of an axis that shows these values. It spans no less than a tenth of the largest, or on a log axis a factor of 1.5:
+// cut closer, noise would look like a gain.
+function axisEnds(values, log) {
+  if (!values.length) return [log ? 0.1 : 0, 1];
+  const low = Math.min(...values), high = Math.max(...values), size = Math.max(Math.abs(low), Math.abs(high)) || 1;
+  const factor = log ? Math.sqrt(Math.max(1, (1.5 * low) / high)) : 1, pad = log ? 0 : Math.max(0, size / 10 - (high - low)) / 2;
+  return [low / factor - pad, high * factor + pad];
+}
+
 // Keeps the ticks whose labels do not run into those before; the last one always stays.
 function thinned(ticks, place, gap) {
   const kept = [];
@@ -115,9 +124,7 @@ function lineChart(host, chart) {
     };
     const usable = (v) => isNumber(v) && (!log.includes("y") || v > 0);
     const all = [...series.flatMap((s) => [...s.values, ...(s.low ?? []), ...(s.high ?? [])]), ...points.map((p) => p.y)].filter(usable);
-    let [low, high] = chart.range ?? [Math.min(...all), Math.max(...all)];
-    if (!all.length && !chart.range) [low, high] = [log.includes("y") ? 0.1 : 0, 1];
-    if (low === high) [low, high] = log.includes("y") ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+    const [low, high] = chart.range ?? axisEnds(all, log.includes("y"));
     const X = scale("x", x[0], x[x.length - 1], left + 4, right - 4), Y = scale("y", low, high, bottom, top);
     const yTicks = log.includes("y") ? logTicks(low, high) : niceTicks(low, high, 5);
     const xTicks = log.includes("x") ? x.filter((v, i) => Number.isInteger(Math.log2(v)) || i === x.length - 1) : niceTicks(x[0], x[x.length - 1], 6);

@@ -138,17 +138,19 @@ def last_evaluation(
             return evaluation, dataclasses.replace(settings, difficulties=lengths, examples=data["windows"])
     if isinstance(task, Text):
         return bits_per_byte(model, task, loops, settings.difficulties[0], settings.examples), settings
-    return Evaluation([depth_grid(model, task, settings.difficulties, loops, settings.examples)], {}), settings
+    grid = depth_grid(model, task, settings.difficulties, loops, settings.examples, halting=False)
+    return Evaluation([grid], {}), settings
 
 
 def _curves(scores: Evaluation | dict[int, float], settings: EvalConfig, cfg: TrainConfig) -> dict[str, Any]:
     if not isinstance(scores, Evaluation):
-        lead = f"{settings.examples} windows of {settings.difficulties[0]} tokens of held-out text."
+        windows = f"{settings.examples} windows of {settings.difficulties[0]} tokens of held-out text"
+        lead = f"{windows}, every position running all loops."
         values = list(scores.values())
         return {"bits": {"lead": lead, "loops": list(scores), "values": values, "trained_loops": cfg.loops.maximum}}
     grid = scores.grids[0]
     lead = (
-        f"{grid.examples} new problems of each difficulty, halting {'on' if grid.halting else 'off'}. "
+        f"{grid.examples} new problems of each difficulty; {scores.exit_in_words()}. "
         f"Guessing gets {grid.chance:.1%} of the tokens right."
     )
     trained = {"trained_difficulty": cfg.task.max_difficulty, "trained_loops": cfg.loops.maximum}
@@ -160,13 +162,16 @@ def _facts(scores: Evaluation | dict[int, float]) -> list[tuple[str, str]]:
         best = min(scores, key=scores.__getitem__)
         return [(f"bits per byte, {_plural(best, 'loop')}", f"{scores[best]:.4f}")]
     grid = scores.grids[0]
-    accuracy, hardest = grid.accuracy[-1], f"accuracy, {grid.difficulties[-1]} {grid.unit}"
+    exit = "" if grid.exit is None else f", exit {grid.exit}"
+    accuracy, hardest = grid.accuracy[-1], f"accuracy{exit}, {grid.difficulties[-1]} {grid.unit}"
     facts = [
         (f"{hardest}, {_plural(grid.loops[i], 'loop')}", f"{float(accuracy[i]):.2%}")
         for i in dict.fromkeys((int(accuracy.argmax()), 0))
     ]
     if halting := scores.metrics.get("halting"):
-        facts.append(("loops that halting saves", f"{halting['saved']:.0%}"))
+        lost = halting["accuracy_fixed"] - halting["accuracy_halting"]
+        who = f"loops that the exit {halting.get('exit', 'gate')} saves; accuracy that it loses"
+        facts.append((who, f"{halting['saved']:.0%}; {max(lost, 0):.3f}"))
     return facts
 
 
@@ -184,6 +189,7 @@ def _training(path: Path) -> dict[str, Any] | None:
     ]
     skipped = lines[-1]["skipped"] if lines else 0
     lead = f"As logged, of the raw weights rather than their moving average. Steps skipped: {skipped}."
+    lead += f" One line in {stride} is shown." if stride > 1 else ""
     return {"lead": lead, "steps": [line["step"] for line in lines], "curves": curves}
 
 
@@ -215,10 +221,11 @@ def _subtitle(cfg: TrainConfig, unit: str) -> str:
 
 def _example_lead(example: dict[str, Any], unit: str) -> str:
     n_run, maximum = len(example["predictions"]), example["allowed"]
+    gate = "the halting gate on" if example["halting"] else "every position running all of them"
     halted = f" After loop {n_run} every position had halted." if n_run < maximum else ""
     return (
         f"A new problem of {example['difficulty']} {unit} (seed {example['seed']}), at most "
-        f"{_plural(maximum, 'loop')}.{halted} Step with the slider or the arrow keys. Each square "
+        f"{_plural(maximum, 'loop')}, {gate}.{halted} Step with the slider or the arrow keys. Each square "
         f"is a position of the input; the map shows all loops at once, the first on top."
     )
 

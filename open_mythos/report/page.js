@@ -16,10 +16,11 @@ function section(id, part, draw) {
 function drawDepth(host, grid) {
   const kinds = { token: ["accuracy", "low", "high"], problem: ["exact", "exact_low", "exact_high"] };
   const name = (row) => `${grid.difficulties[row]} ${grid.unit}`;
-  const columns = host.querySelector(".columns"), left = el("div"), right = el("div");
+  const columns = host.querySelector(".columns"), above = el("div"), below = el("div");
   const toggle = el("div", { class: "controls", role: "group", "aria-label": "what counts as right" });
   host.insertBefore(toggle, columns);
-  columns.append(left, right);
+  host.insertBefore(above, columns); // over the whole width, so that every column is seen
+  columns.append(below);
   const buttons = Object.keys(kinds).map((kind) => el("button", { type: "button", onclick: () => draw(kind) }, `right per ${kind}`));
   toggle.append(...buttons);
 
@@ -27,9 +28,9 @@ function drawDepth(host, grid) {
     const [mean, low, high] = kinds[kind].map((key) => grid[key]);
     const floor = kind === "token" ? grid.chance : 0;
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", Object.keys(kinds)[i] === kind));
-    left.replaceChildren();
-    right.replaceChildren();
-    const chart = lineChart(right, {
+    above.replaceChildren();
+    below.replaceChildren();
+    const chart = lineChart(below, {
       title: "The same, as curves with 95% intervals", xLabel: "loops", log: "x", x: grid.loops, range: [0, 1], format: percent, height: 260,
       series: grid.difficulties.map((_, row) => ({ name: name(row), values: mean[row], low: low[row], high: high[row] })),
       deeper: { x: grid.trained_loops, label: "deeper than trained" },
@@ -43,12 +44,14 @@ function drawDepth(host, grid) {
         ...grid.loops.map((_, column) => {
           const colour = heatColour((mean[row][column] - floor) / (1 - floor));
           return el("td", { style: `background: ${rgb(colour)}; color: ${inkOn(colour)}`,
-            onpointerenter: () => choose(row, column), onclick: () => choose(row, column) }, mean[row][column].toFixed(3));
+            onpointerenter: () => choose(row, column), onclick: () => choose(row, column) }, mean[row][column].toFixed(3).replace(/^0/, ""));
         })));
     });
     const table = el("table", { class: "heat", tabindex: 0, "aria-label": "accuracy by difficulty and loops; arrow keys read cells", onkeydown: keys },
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, `${grid.unit} \\ loops`), ...grid.loops.map((n) => el("th", { scope: "col" }, n)))), body);
-    left.append(el("h3", {}, `Share right per ${kind} (● difficulty seen in training)`), el("div", { class: "scroll" }, table), readout);
+    const scroller = el("div", { class: "scroll" }, table), hint = el("p", { class: "hint" });
+    above.append(el("h3", {}, `Share right per ${kind} (● difficulty seen in training)`), scroller, hint, readout);
+    responsive(scroller, () => { hint.textContent = outOfView(scroller, grid.loops.at(-1)); });
     let at = [0, 0];
 
     function choose(row, column) {
@@ -72,12 +75,18 @@ function drawDepth(host, grid) {
   draw("token");
 }
 
+// What a reader has to know of a table wider than its place; nothing of one that fits.
+function outOfView(scroller, last) {
+  const share = scroller.clientWidth / scroller.scrollWidth;
+  return share > 0.99 ? "" : `Only ${percent(share)} of the table is in view: scroll it to the right, up to ${last} loops.`;
+}
+
 // Text has no difficulties: bits per byte, by loops alone.
 function drawBits(host, bits) {
   const box = el("div");
   host.querySelector("h2").textContent = "Bits per byte by loops";
   host.querySelector(".columns").append(box);
-  lineChart(box, { title: "Bits per byte of held-out text (lower is better)", xLabel: "loops", log: "x", x: bits.loops, height: 260,
+  lineChart(box, { title: "Bits per byte of held-out text (lower is better; the axis does not start at 0)", xLabel: "loops", log: "x", x: bits.loops, height: 260,
     series: [{ name: "bits per byte", values: bits.values }], deeper: { x: bits.trained_loops, label: "deeper than trained" } });
 }
 
@@ -106,7 +115,7 @@ function drawExample(host, example) {
     "aria-label": "positions of the problem; left and right change the loop, up and down the position, space plays" }, cells);
   host.append(el("div", { class: "controls" }, play, step(-1, "‹", "one loop back"), slider, step(1, "›", "one loop on"), shown),
     stage, readout, el("ul", { class: "legend" }, swatch("var(--right)", "right"), swatch("var(--wrong)", "wrong (struck through)"),
-      swatch("var(--faint)", "not scored"), ...(example.halting ? [el("li", {}, "pale and dashed: has halted")] : []),
+      swatch("var(--faint)", "not scored"), ...(example.halting ? [el("li", {}, "pale and dashed, in the map pale or blank: has halted")] : []),
       el("li", {}, "small, above: input; bold, below: prediction; bar: its probability")));
 
   const views = el("div", { class: "controls", role: "group", "aria-label": "what the map shows" }), map = el("div");
@@ -120,7 +129,7 @@ function drawExample(host, example) {
     answers: (l, t) => answerColours[answer(l, t)][running(l, t) ? 0 : 1],
     probability: (l, t) => heatColour(example.probability[l][t] / 100),
     "state change": (l, t) => (running(l, t) ? heatColour(Math.sqrt(example.change[l][t] / largest)) : null),
-    ...(example.gate ? { "halting gate": (l, t) => heatColour(example.gate[l][t] / 100) } : {}),
+    ...(example.gate ? { "halting gate": (l, t) => (running(l, t) ? heatColour(example.gate[l][t] / 100) : null) } : {}),
   };
   let view = "answers";
   const overview = pixelMap(map, {
@@ -151,7 +160,7 @@ function drawExample(host, example) {
   function words(l, t) {
     const status = running(l, t) ? `state change ${digits(example.change[l][t])}` : `halted after loop ${example.used[t]}`;
     const target = scored[t] ? `, target ${word(example.targets[t])} (${answer(l, t)})` : ", not scored";
-    const gate = example.gate ? `; gate ${example.gate[l][t]}%` : "";
+    const gate = example.gate && running(l, t) ? `; gate ${example.gate[l][t]}%` : "";
     return `Loop ${l + 1}, position ${t + 1}: input ${word(example.tokens[t])}; predicts ${word(example.predictions[l][t])} ` +
       `with ${example.probability[l][t]}%${target}; ${status}${gate}`;
   }

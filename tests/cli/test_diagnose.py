@@ -6,12 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+from fabricated import fabricate_run
 from helpers import ATTENTION, tiny_model, tokens
 from typer.testing import CliRunner
 
+from open_mythos import plots
+from open_mythos.checkpoint import SHIPPED
 from open_mythos.cli import app
 from open_mythos.cli.console import si
-from open_mythos.cli.diagnose import bars
+from open_mythos.cli.diagnose import bars, symbols
 from open_mythos.diagnostics import cache_bytes_per_token, trace
 
 
@@ -59,6 +62,27 @@ def test_pictures(checkpoint, tmp_path):
     names = {"state_change.png", "loops_used.png", "halting.png", "expert_load.png"}
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     assert "Pictures are in" in result.output
+
+
+def test_pictures_name_tokens_as_the_input_does(tmp_path, monkeypatch):
+    """A run's task or tokenizer names them; the input is a problem of that task."""
+    drawn = {}
+    monkeypatch.setattr(plots, "halting_map", lambda values, path, words, *more: drawn.update({path.name: words}))
+    fabricate_run(tmp_path / "run")
+    result = run(tmp_path / "run", "--plots", tmp_path)
+    assert "8 tokens (a problem of parity, seed 0), gate on" in " ".join(result.output.split()), result.output
+    assert drawn["halting.png"] == drawn["loops_used.png"] and set(drawn["halting.png"]) == {"0", "1"}
+    assert symbols(SHIPPED / "text-tiny", [1 + byte for byte in b"a \n\xc3"]) == ["a", "␣", r"\n", r"\ufffd"]
+    assert symbols(SHIPPED / "parity-tiny", [1, 2, 7]) == ["0", "1", "7"], "one more than the task has"
+    assert symbols(tmp_path, [3, 1]) == ["3", "1"]
+
+
+def test_a_model_without_a_gate_has_no_picture_of_one(tmp_path):
+    tiny_model(halting=False).save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", "--plots", tmp_path / "p")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"state_change.png", "expert_load.png"}
+    assert "no early exit" in " ".join(result.output.split()) and "gate, mean" not in result.output
 
 
 def test_a_model_that_halts_at_once(tmp_path):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from open_mythos import models
 from open_mythos.cli import app
+from open_mythos.cli.own_tasks import share
 from open_mythos.evaluation import Evaluation
 from open_mythos.training import runs
 from open_mythos.training.baselines import UnrolledMythos
@@ -35,10 +36,12 @@ def test_a_run_by_its_own_settings(run: Path) -> None:
     found = Evaluation.load(run / "evaluation")
     (grid,) = found.grids
     assert (grid.task, grid.difficulties, grid.loops, grid.examples) == ("parity", [8, 16], [1, 2, 4, 8], 8)
-    assert not grid.halting and found.metrics["halting"] is not None, "the gate is measured beside what depth does"
+    assert grid.exit is None and found.metrics["halting"] is not None, "the gate is measured beside what depth does"
     assert (run / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert f"Results: {run}/evaluation/evaluation.json" in done.output and f"mythos report {run}" in done.output
     assert "metrics of depth" in done.output and "at matched FLOPs" in done.output
+    assert "no early exit" in " ".join(done.output.split()) and "costs" not in done.output
+    assert "exit gate:" in done.output.split("difficulties mixed")[1], "the gate's savings, without being asked"
 
 
 def test_other_settings(run: Path, tmp_path: Path) -> None:
@@ -50,9 +53,27 @@ def test_other_settings(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     first, second = Evaluation.load(out).grids
     assert (first.task, first.options, first.difficulties, first.loops) == ("prefix_sums", {"modulus": 2}, [5], [1, 3])
-    assert (first.seed, second.seed, first.examples, first.halting) == (3, 4, 4, True)
+    assert (first.seed, second.seed, first.examples, first.exit) == (3, 4, 4, "change:0.5:1")
     assert "8 problems each" in " ".join(done.output.split())
-    assert "mean loops of a position, of 3:" in done.output
+
+
+@pytest.mark.parametrize("exit, harms", [("change:1e-6", False), ("change:9", True)])
+def test_an_exit_stands_under_its_name_beside_what_it_costs(tmp_path: Path, exit: str, harms: bool) -> None:
+    """A patient exit stops nobody and an impatient one everybody, after one loop, where this model only guesses."""
+    settings = "--difficulties", "24,48", "--loops", "1,32", "--examples", "8", "--out", tmp_path
+    done = run_eval("parity-tiny", *settings, "--exit", exit)
+    assert done.exit_code == 0, done.output
+    text, found = " ".join(done.output.split()), Evaluation.load(tmp_path)
+    grid, costs = found.grids[0], found.metrics["exit"]
+    assert grid.exit and f"accuracy by loops, exit {grid.exit}" in text
+    assert [cost["accuracy"] for cost in costs] == grid.accuracy[:, -1].tolist()
+    assert all(cost["all_loops"] == 1 and cost["lost"] == 1 - cost["accuracy"] for cost in costs)
+    assert ("stops positions too early" in text) == harms == (max(cost["lost"] for cost in costs) > 0.3)
+    rows = text.split(f"what the exit {grid.exit} costs")[1].split("metrics of depth, every position running all loops")
+    assert f"│ 48 │ 1.00 │ {share(costs[1]['accuracy'])} │ {costs[1]['lost']:.2%} │" in rows[0]
+    mixed, gain = text.split("difficulties mixed in one batch")[1], found.metrics["halting"]
+    assert f"│ exit {grid.exit} │ {share(gain['accuracy_halting'])} │ {gain['loops_halting']:.1f} │" in mixed
+    assert "at matched FLOPs" not in text, "which is of the gate"
 
 
 def test_a_models_directory_names_no_task(tmp_path: Path) -> None:
@@ -103,6 +124,18 @@ def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
     assert data["by_length"]["16"] == data["bits_per_byte"] and set(data["by_length"]["8"]) == {"8", "32"}
     bits = data["bits_per_byte"]
     assert f"{bits['8']:.4f}" in done.output and f"{bits['32'] / bits['8'] - 1:+.2%}" in done.output
+
+
+def test_text_with_an_exit_is_compared_with_all_loops(tmp_path: Path) -> None:
+    settings = "--difficulties", "32", "--loops", "1,8", "--examples", "4", "--out", tmp_path
+    done = run_eval("text-tiny", *settings, "--exit", "change:9")
+    assert done.exit_code == 0, done.output
+    data = json.loads((tmp_path / "evaluation.json").read_text())
+    (left,), (full,) = data["by_length"].values(), data["all_loops"].values()
+    assert left["8"] == left["1"] == full["1"] > full["8"], "all stop after the first loop"
+    text = " ".join(done.output.split())
+    assert "bits per byte of held-out text, exit change:9" in text
+    assert f"│ 32 │ {full['8']:.4f} │ {left['8']:.4f} │ {left['8'] / full['8'] - 1:.2%} │ 1.0 │" in text
 
 
 def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

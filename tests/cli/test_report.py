@@ -28,7 +28,7 @@ def test_options_choose_file_and_example(tmp_path):
     done = run(tmp_path / "run", "--out", page, "--difficulty", 5, "--loops", 3, "--seed", 7)
     assert done.exit_code == 0, done.output
     assert page.read_text("utf-8") == render(gather(tmp_path / "run", 5, 3, 7))
-    assert "A new problem of 5 bits (seed 7), at most 3 loops." in page.read_text("utf-8")
+    assert "A new problem of 5 bits (seed 7), at most 3 loops, the halting gate on." in page.read_text("utf-8")
 
 
 def test_mistakes_are_one_line(tmp_path):

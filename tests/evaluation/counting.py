@@ -10,7 +10,7 @@ from helpers import tiny_config
 from torch import Tensor, nn
 
 from open_mythos.context import Context
-from open_mythos.nn.exits import LoopState
+from open_mythos.nn.exits import Gate, LoopState
 from open_mythos.ops.attention import AttentionMask
 from open_mythos.tasks.base import Batch, Task
 
@@ -47,6 +47,9 @@ class Counting(nn.Module):
     @property
     def recurrent(self) -> Counting:
         return self
+
+    def choose_exit(self, exit: Any) -> Any:
+        return exit or (Gate(self.cfg.act_threshold) if self.cfg.halting else None)
 
     def encode(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Context]:
         assert not self.training and not torch.is_grad_enabled()

@@ -10,7 +10,7 @@ from counting import Copy, Counting
 from torch import Tensor
 
 from open_mythos.evaluation import depth
-from open_mythos.evaluation.text import bits_per_byte
+from open_mythos.evaluation.text import bits_per_byte, text_scores
 from open_mythos.nn.exits import StableArgmax
 from open_mythos.tasks.base import UNSCORED, Batch
 
@@ -47,7 +47,9 @@ def test_known_bits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_exit_is_asked_for() -> None:
     """Where a position stops as soon as it is right, its logit stays at position + 1."""
     task, model = CopyText(), Counting()
-    found = bits_per_byte(model, task, [50], length=5, windows=20, exit=StableArgmax())
+    found, used = text_scores(model, task, [50], length=5, windows=20, exit=StableArgmax())
+    assert used == {50: 3}, "1 to 5 loops, and 50 without an exit"
+    assert text_scores(model, task, [50], length=5, windows=20)[1] == {50: 50}
     nats = sum(20 * math.log(1 + 2 * math.exp(-n)) for n in (2, 3, 4, 5))
     assert found[50] == pytest.approx(nats / math.log(2) / task.bytes_of(task.windows(5, 20).targets[:, 1:]).sum())
 

@@ -10,7 +10,7 @@ from counting import Copy, Counting
 from helpers import loops_used, tiny_model
 
 from open_mythos.evaluation import DepthGrid, combine, depth, depth_grid
-from open_mythos.nn.exits import Exit, StableArgmax, StateChange
+from open_mythos.nn.exits import Exit, StableArgmax, StateChange, parse
 
 
 def test_known_accuracy() -> None:
@@ -22,14 +22,14 @@ def test_known_accuracy() -> None:
     assert grid.loops_used.tolist() == [[1, 3, 8, 16]] * 2
     assert grid.low.equal(grid.accuracy) and grid.high.equal(grid.accuracy), "all problems came out alike"
     assert grid.curve(4) == {1: 0.25, 3: 0.75, 8: 1, 16: 0}
-    assert (grid.task, grid.unit, grid.examples, grid.seed, grid.halting) == ("copy", "tokens", 5, 0, False)
+    assert (grid.task, grid.unit, grid.examples, grid.seed, grid.exit) == ("copy", "tokens", 5, 0, None)
     assert model.training
 
 
 def test_halting_is_asked_for_and_put_back() -> None:
     model = Counting()
     grid = depth_grid(model, Copy(), [4], [1, 2, 8], examples=3, halting=True)
-    assert grid.halting and not model.cfg.halting
+    assert grid.exit == f"gate:{model.cfg.act_threshold}" and not model.cfg.halting
     assert grid.loops_used.tolist() == [[1, 1.75, 2.5]], "position t stops after t + 1 loops"
     assert grid.accuracy.tolist() == [[0.25, 0.5, 1]], "deeper than the last loop that ran is as that loop"
 
@@ -39,7 +39,7 @@ def test_any_exit_stops_positions_as_it_does_in_the_model(exit: Exit) -> None:
     model, task = tiny_model(halting=False), Copy()
     grid = depth_grid(model, task, [6], [2, 7], examples=9, exit=exit)
     ids, targets, _ = task.batch(9, 6, torch.Generator().manual_seed(0))
-    assert grid.halting and 1 < grid.loops_used[0, 1] < 7
+    assert parse(grid.exit) == exit and 1 < grid.loops_used[0, 1] < 7
     assert grid.loops_used[0, 1] == pytest.approx(loops_used(model, ids, 7, exit=exit).double().mean().item())
     right = (model(ids, n_loops=7, exit=exit).argmax(-1) == targets).double().mean().item()
     assert grid.curve(6)[7] == pytest.approx(right)
@@ -90,6 +90,12 @@ def test_json_round_trip() -> None:
     assert again.to_dict() == data and again.accuracy.shape == (1, 2)
     with pytest.raises(ValueError, match=r"missing: \['low'\], unknown: \['lwo'\]"):
         DepthGrid.from_dict({**{key: data[key] for key in data if key != "low"}, "lwo": 0})
+
+
+def test_a_file_from_before_exits_had_names() -> None:
+    data = depth_grid(Counting(), Copy(), [2], [1], examples=3).to_dict()
+    del data["exit"]
+    assert [DepthGrid.from_dict(data | {"halting": was}).exit for was in (True, False)] == ["gate", None]
 
 
 def test_progress_is_told_of_each_difficulty() -> None:

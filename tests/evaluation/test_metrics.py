@@ -18,6 +18,7 @@ from open_mythos.evaluation.metrics import (
     overthinking_damage,
     settle_rate,
 )
+from open_mythos.nn.exits import StateChange
 
 
 def test_overthinking_damage() -> None:
@@ -87,6 +88,13 @@ def test_fixed_vs_halting() -> None:
     assert gain.loops_fixed == 4
     assert gain.loops_halting == pytest.approx((1 + 2 + 1 + 2 + 3 + 4) / 6)
     assert gain.saved == pytest.approx(1 - gain.loops_halting / 4)
+
+
+def test_fixed_vs_any_exit() -> None:
+    model, exits = Counting(), []
+    model.iterate = lambda *args: (exits.append(args[4]), Counting.iterate(model, *args))[1]
+    fixed_vs_halting(model, Copy(), [2, 4], loops=4, examples=6, exit=StateChange(0.5))
+    assert exits == [None, StateChange(0.5)]
 
 
 def test_compute_matched() -> None:

@@ -8,8 +8,17 @@ from helpers import tiny_config
 
 from open_mythos.evaluation import Evaluation, evaluate
 from open_mythos.evaluation.summary import FILE, n_steps
-from open_mythos.nn.exits import Gate
+from open_mythos.nn.exits import Gate, StateChange
 from open_mythos.training.baselines import UnrolledMythos
+
+
+class Hasty(Counting):
+    """Stops every position after the first loop where there is an exit."""
+
+    def iterate(self, h, e, ctx, n_loops, exit, readout):
+        halts = self.cfg.halting or exit is not None
+        self.cfg.halting = False
+        yield from super().iterate(h, e, ctx, 1 if halts else n_loops, None, readout)
 
 
 @pytest.fixture
@@ -22,9 +31,11 @@ def model() -> Counting:
 def test_with_halting(model: Counting) -> None:
     told: list[str] = []
     found = evaluate(model, Copy(), [2, 4], [1, 4, 64], examples=6, seeds=(0, 5), exit=Gate(), progress=told.append)
-    assert [grid.seed for grid in found.grids] == [0, 5] and len(told) == n_steps([2, 4], [0, 5])
+    assert [grid.seed for grid in found.grids] == [0, 5] and len(told) == n_steps([2, 4], [0, 5], Gate())
+    assert [grid.exit for grid in found.grids] == ["gate:0.99"] * 2
     easy, hard = found.metrics["difficulties"]
-    assert (easy["difficulty"], easy["best_loops"], easy["deepest"], easy["damage"]) == (2, 4, 64, 0)
+    assert (easy["difficulty"], easy["best_loops"], easy["deepest"]) == (2, 4, 64)
+    assert easy["damage"] == hard["damage"] == 1, "what depth does, though an exit was on that hides it"
     assert hard["best"] == 1 and hard["settle_rate"] == 0 and hard["from_start"]["zeros"]["differing"] == 0
     assert hard["from_start"]["own"]["accuracy"] == 0, "64 loops without halting, and it has forgotten"
     gain = found.metrics["halting"]
@@ -35,9 +46,28 @@ def test_with_halting(model: Counting) -> None:
         assert 0 < point["fixed_accuracy"] <= point["accuracy"] <= 1
 
 
+def test_an_exit_is_compared_with_all_loops_on_the_same_problems() -> None:
+    """Without halting position t is right from loop t + 1 on; ``Hasty`` stops all of them after the first."""
+    found = evaluate(Hasty(), Copy(), [2, 4], [1, 64], examples=6, seeds=(0, 5), exit=StateChange(0.5, 2))
+    costs = [dict(all_loops=1, accuracy=right, lost=1 - right, loops_used=1) for right in (0.5, 0.25)]
+    assert found.metrics["exit"] == [{"difficulty": n} | cost for n, cost in zip((2, 4), costs, strict=True)]
+    assert found.exit_in_words() == "the exit change:0.5:2 loses up to 0.750 of accuracy (4 tokens, 64 loops)"
+    gain = found.metrics["halting"]
+    assert gain["exit"] == "change:0.5:2" and found.metrics["compute_matched"] is None, "the model's gate is not asked"
+    assert (gain["accuracy_fixed"], gain["accuracy_halting"]) == (1, (0.5 + 0.25) / 2)
+    assert gain["loops_fixed"] == 4, "what the hardest needs with all loops, not with this exit"
+
+
+def test_an_exit_that_loses_nothing_says_so() -> None:
+    found = evaluate(Counting(), Copy(), [2], [4], examples=3, exit=Gate())
+    assert found.exit_in_words() == "the exit gate:0.99 loses nothing (2 tokens, 4 loops)"
+    assert evaluate(Counting(), Copy(), [2], [4], examples=3).exit_in_words() == "every position runs all loops"
+
+
 def test_the_grid_shows_what_depth_does_and_halting_is_measured_beside_it(model: Counting) -> None:
     found = evaluate(model, Copy(), [4], [1, 32], examples=6)
-    assert found.grids[0].loops_used.tolist() == [[1, 32]] and not found.grids[0].halting
+    assert found.grids[0].loops_used.tolist() == [[1, 32]] and found.grids[0].exit is None
+    assert found.metrics["exit"] is None
     assert found.metrics["halting"]["loops_fixed"] == 4, "not 32, which nobody needs"
 
 

@@ -269,6 +269,15 @@ def test_a_cache_filled_without_predictions_is_refused(cache_type):
 ])  # fmt: skip
 def test_exits_by_name(text, expected):
     assert exits.parse(text) == expected
+    assert exits.parse(exits.spell(expected)) == expected
+
+
+def test_an_exit_is_named_as_on_the_command_line():
+    class Mine(Gate):
+        pass
+
+    assert exits.spell(StateChange(0.001, 4)) == "change:0.001:4" and exits.spell(PredictionKL()) == "kl:0.0005:1"
+    assert "Mine" in exits.spell(Mine()), "which has no name there"
 
 
 @pytest.mark.parametrize("text, message", [

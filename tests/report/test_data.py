@@ -38,8 +38,18 @@ def test_evaluation_and_training_curves_are_those_of_the_run(run):
     curves = {curve["title"]: curve["values"] for curve in training["curves"]}
     assert curves["Loss"] == [0.2, 0.1, 2 / 30, 0.05]
     assert "Norm of the gradient, before clipping" not in curves, "it was never finite"
-    assert ("loops that halting saves", "25%") in found["facts"]
+    assert ("loops that the exit gate:0.99 saves; accuracy that it loses", "25%; 0.125") in found["facts"]
     assert found["facts"][0] == ("parameters", f"{sum(p.numel() for p in runs.load_model(run).parameters()):,}")
+
+
+def test_the_exit_that_was_on_is_named_with_what_it_cost(run):
+    assert "; every position runs all loops." in gather(run)["grid"]["lead"]
+    command = ["eval", str(run), "--loops", "1,8", "--examples", "3", "--exit", "change:9"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    found, evaluation = gather(run), Evaluation.load(run / "evaluation")
+    assert evaluation.exit_in_words() in found["grid"]["lead"] and "change:9:1 loses" in found["grid"]["lead"]
+    assert found["facts"][1][0].startswith("accuracy, exit change:9:1, 16 bits")
+    assert "at most 8 loops, the halting gate on." in found["example"]["lead"], "which the example always has"
 
 
 def test_long_training_curves_are_thinned_and_keep_both_ends(run):
@@ -47,6 +57,7 @@ def test_long_training_curves_are_thinned_and_keep_both_ends(run):
     (run / runs.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = gather(run)["training"]["steps"]
     assert len(steps) <= 601 and steps[0] == 1 and steps[-1] == 2000
+    assert "One line in 4 is shown." in gather(run)["training"]["lead"]
 
 
 def test_what_the_run_lacks_is_measured_or_left_out(tmp_path):
@@ -66,6 +77,7 @@ def test_bits_per_byte_stand_in_for_the_grid(run):
     found = gather(run)
     assert found["grid"] is None
     assert (found["bits"]["loops"], found["bits"]["values"]) == ([1, 8], [2.5, 2.0])
+    assert "every position running all loops" in found["bits"]["lead"]
     assert ("bits per byte, 8 loops", "2.0000") in found["facts"]
 
 

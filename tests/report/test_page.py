@@ -93,6 +93,8 @@ def test_drawing_helpers():
       niceTicks(0, 1, 5), logTicks(0.02, 0.3), logTicks(1e-4, 10), thinned([1, 2, 3, 4], (v) => 10 * v, 20),
       runs([1, null, 2, 3], isNumber), heatColour(0), heatColour(1), heatColour(9), digits(1234.5678), digits(null),
       digits(2e-5), percent(0.9996), inkOn([0, 34, 78]), inkOn([254, 232, 56]),
+      axisEnds([2, 2.5]), axisEnds([2, 2.01]).map((v) => v.toFixed(4)), axisEnds([3, 3]).map((v) => v.toFixed(2)),
+      axisEnds([0.1, 0.2], true), axisEnds([0.6, 0.6], true).map((v) => (v / 0.6) ** 2), axisEnds([], true),
     ]));"""
     done = subprocess.run([NODE, "-e", "const document = {};" + source + asked], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -100,7 +102,21 @@ def test_drawing_helpers():
         [0, 0.2, 0.4, 0.6, 0.8, 1], [0.02, 0.05, 0.1, 0.2], [1e-4, 1e-3, 0.01, 0.1, 1, 10], [2, 4],
         [[0], [2, 3]], [0, 34, 78], [254, 232, 56], [254, 232, 56], "1235", "–",
         "2.00e-5", "100.0%", "#ffffff", "#10131a",
+        [2, 2.5], ["1.9045", "2.1055"], ["2.85", "3.15"], [0.1, 0.2],
+        [pytest.approx(1 / 1.5), pytest.approx(1.5)], [0.1, 1],
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_a_table_wider_than_its_place_says_what_is_left_out():
+    sources = [files("open_mythos.report").joinpath(name).read_text() for name in ("charts.js", "page.js")]
+    functions = re.search(r"^function outOfView.*?^}", sources[1], re.DOTALL | re.MULTILINE)[0]
+    asked = """console.log(JSON.stringify([outOfView({ clientWidth: 800, scrollWidth: 800 }, 64),
+      outOfView({ clientWidth: 400, scrollWidth: 800 }, 64)]))"""
+    done = subprocess.run([NODE, "-e", sources[0] + functions + asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    left_out = "Only 50.0% of the table is in view: scroll it to the right, up to 64 loops."
+    assert json.loads(done.stdout) == ["", left_out]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser")
