@@ -33,7 +33,7 @@ EXAMPLES = {
     "train": "mythos train debug",
     "train-gate": "mythos train-gate parity-tiny --steps 60 --max-difficulty 24 --loops 24",
     "eval": "mythos eval parity-tiny --difficulties 24,96 --loops 1,8,32,64",
-    "report": "mythos report parity-tiny",
+    "report": "mythos report text-tiny",
     "chat": "mythos chat text-tiny --loops 8",
     "retrofit": "mythos retrofit HuggingFaceTB/SmolLM2-135M-Instruct",
     "export": "mythos export text-tiny runs/exported",
