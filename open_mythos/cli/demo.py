@@ -8,7 +8,7 @@ import typer
 
 from open_mythos.cli.console import clear_errors, console, note, table
 
-PRETRAINED, STEPS = "parity-tiny", 800
+PRETRAINED, STEPS = "parity-tiny", 500
 
 
 def demo(

@@ -74,8 +74,9 @@ def places() -> dict[str, Any]:
     cache = cache_dir().absolute()
     nearest = next(place for place in (cache, *cache.parents) if place.exists())
     writable = nearest.is_dir() and os.access(nearest, os.W_OK)
-    return {"cache": str(cache), "cache_exists": cache.is_dir(), "cache_writable": writable,
-            "free_disk_of_cache": shutil.disk_usage(nearest).free, "free_disk": shutil.disk_usage(Path.cwd()).free}  # fmt: skip
+    here, there = (shutil.disk_usage(place).free for place in (Path.cwd(), nearest))
+    found = {"cache": str(cache), "cache_exists": cache.is_dir(), "cache_writable": writable}
+    return found | {"free_disk_of_cache": there, "free_disk": here}
 
 
 def decoder() -> dict[str, Any]:
@@ -128,7 +129,11 @@ def rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "C compiler", facts["compiler"] or "none", f"decoding goes on without: {why}" if why else "decodes by C code"
     room = f"{si(facts['free_disk_of_cache'], 'B')} free"
     state = "exists" if facts["cache_exists"] else "made when needed"
-    yield "cache", facts["cache"], f"{state}, {room if facts['cache_writable'] else 'NOT WRITABLE: set OPEN_MYTHOS_CACHE'}"
+    yield (
+        "cache",
+        facts["cache"],
+        f"{state}, {room if facts['cache_writable'] else 'NOT WRITABLE: set OPEN_MYTHOS_CACHE'}",
+    )
     memory = facts["free_memory"]
     yield "memory", "unknown" if memory is None else f"{si(memory, 'B')} free", "mythos train … --dry-run says its need"
     yield "disk", f"{si(facts['free_disk'], 'B')} free", "of this folder, where runs/ is written"
@@ -139,7 +144,8 @@ def expectations(facts: dict[str, Any]) -> Iterator[str]:
     gpu = next(iter(facts["gpus"]), None)
     yield f"Training and decoding run on {gpu}, mythos demo on the CPU." if gpu else "Everything runs on the CPU."
     draws = facts["extras"]["plots"]["matplotlib"] is not None
-    yield f"mythos demo trains for about {timedelta(seconds=round(facts['demo_seconds']))}." + (
-        "" if draws else f" Its picture needs the extra plots: {escape(install_line('plots'))}"
+    yield (
+        f"mythos demo trains for about {timedelta(seconds=round(facts['demo_seconds']))}, as busy as this machine is."
+        + ("" if draws else f" Its picture needs the extra plots: {escape(install_line('plots'))}")
     )
     yield f"Next: [bold]mythos {'demo' if draws else 'eval parity-tiny'}[/bold]."

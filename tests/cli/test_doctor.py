@@ -68,11 +68,26 @@ def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.Monke
     assert "NOT WRITABLE: set OPEN_MYTHOS_CACHE" in said and "Next: mythos eval parity-tiny" in said
 
 
-@pytest.mark.parametrize("command", ["eval parity-tiny --difficulties 6 --loops 2 --examples 2", "chat text-tiny --loops 2 --max-tokens 3"])
+@pytest.mark.parametrize(
+    "command", ["eval parity-tiny --difficulties 6 --loops 2 --examples 2", "chat text-tiny --loops 2 --max-tokens 3"]
+)
 def test_a_machine_without_avx512_and_compiler_says_so_in_one_line_at_most(command: str, tmp_path: Path) -> None:
     """In a process of its own, as PyTorch reads at its start what the processor may do."""
-    poor = {"PATH": str(tmp_path), "OPEN_MYTHOS_CACHE": str(tmp_path), "ATEN_CPU_CAPABILITY": "avx2", "CC": "no-such-cc"}
-    call = [sys.executable, "-W", "error::UserWarning", "-m", "open_mythos", *command.split(), *(["--out", "out"] if "eval" in command else [])]
+    poor = {
+        "PATH": str(tmp_path),
+        "OPEN_MYTHOS_CACHE": str(tmp_path),
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "CC": "no-such-cc",
+    }
+    call = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-m",
+        "open_mythos",
+        *command.split(),
+        *(["--out", "out"] if "eval" in command else []),
+    ]
     env = os.environ | poor | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(call, input="one\ntwo\n", capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
