@@ -295,7 +295,7 @@ def compile_anew(monkeypatch, tmp_path):
         (None, "no C compiler was found"),
         (["false"], "no C compiler that works here: false says: exit status 1"),
         (["sh", "-c", "echo one >&2; echo 'x.c:1: fatal error: no math.h' >&2; echo three >&2; exit 1"], "no math.h"),
-        (["true"], "no C code: [Errno 2]"),  # which writes nothing
+        (["true"], "OPEN_MYTHOS_CACHE sets the folder"),  # which writes nothing
     ],
 )
 def test_without_a_compiler_generation_goes_on_and_says_so_once(command, words, compile_anew, monkeypatch, caplog):
