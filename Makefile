@@ -3,9 +3,9 @@
 # make docs   the documentation as a site, in site/
 # make notebooks   run them again, and keep what they print and draw
 #
-# Each makes .venv if there is none, and installs what it needs and no more; nothing is compiled. To use a torch of your
-# own (CUDA, 2.11 or later), install it into .venv first, or make the environment with:
-# python3 -m venv --system-site-packages .venv
+# Each makes .venv if there is none, and installs what it needs and no more. Only make test compiles something: pycosat,
+# which reasoning-gym asks for, with a C compiler. To use a torch of your own (CUDA, 2.11 or later), install it into .venv
+# first, or make the environment with: python3 -m venv --system-site-packages .venv
 
 PYTHON ?= python3
 VENV ?= .venv
