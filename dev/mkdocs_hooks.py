@@ -76,7 +76,7 @@ def cli_page() -> str:
     """Every command with its arguments and options, as ``--help`` has them."""
     import typer
 
-    from open_mythos.cli import COMMANDS, app
+    from open_mythos.cli import COMMANDS, EXAMPLES, app
 
     group: Any = typer.main.get_command(app)
     lines = [
@@ -86,7 +86,8 @@ def cli_page() -> str:
     ]
     for name in COMMANDS:
         command = group.commands[name].make_context(name, [], resilient_parsing=True).command
-        lines += ["", f"## mythos {name}", "", command.help, "", "| | | default |", "|---|---|---|"]
+        lines += ["", f"## mythos {name}", "", command.help, "", f"Example: `{EXAMPLES[name]}`", ""]
+        lines += ["| | | default |", "|---|---|---|"]
         for parameter in command.params:
             option = parameter.param_type_name == "option"
             label = ", ".join(f"`{word}`" for word in (parameter.opts if option else [_metavar(parameter)]))

@@ -1,8 +1,35 @@
-"""Install hints for error messages: from a checkout, as ``open-mythos`` on PyPI is another project."""
+"""Around the library: its extras and how to install them, and its cache folder.
+
+Extras are installed from a checkout, as ``open-mythos`` on PyPI is another project.
+"""
+
+import os
+from pathlib import Path
 
 UPDATE = "get the newer version (git pull in a checkout of this library) and install it again: pip install ."
+EXTRAS = {
+    "plots": ("pictures", ["matplotlib"]),
+    "tasks": ("reasoning-gym's problems, BPE, Hugging Face data sets", ["reasoning-gym", "tokenizers", "datasets"]),
+    "hf": ("transformers, PEFT, TRL, retrofit", ["transformers", "accelerate"]),
+    "eval": ("the lm-evaluation-harness", ["transformers", "accelerate", "lm-eval"]),
+    "quant": ("int8 weights", ["torchao"]),
+    "loggers": ("logging to other tools", ["tensorboard", "trackio", "wandb"]),
+}
+"""What users may want, by name: what each is for, and the packages that it brings."""
+
+
+def install_line(extra: str) -> str:
+    """What to type to install an extra."""
+    return f'pip install ".[{extra}]"'
 
 
 def missing(need: str, extra: str) -> ImportError:
     """The error for a missing optional package: the sentence ``need``, and the extra to install."""
-    return ImportError(f'{need}; in a checkout of this library, run: pip install ".[{extra}]"')
+    return ImportError(f"{need}; in a checkout of this library, run: {install_line(extra)}")
+
+
+def cache_dir() -> Path:
+    """Where compiled code and tokenised text are kept, which may be removed at any time; it need not exist yet."""
+    if own := os.environ.get("OPEN_MYTHOS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"

@@ -26,7 +26,34 @@ COMMANDS = {
     "convert": "Convert a checkpoint of the reference implementation.",
     "bench": "How fast a model trains, reads and decodes here.",
     "diagnose": "Look inside a checkpoint, loop by loop.",
+    "doctor": "Say what this machine has, what is missing, and what to expect.",
 }
+EXAMPLES = {
+    "demo": "mythos demo --seed 1",
+    "train": "mythos train debug",
+    "train-gate": "mythos train-gate parity-tiny --steps 60 --max-difficulty 24 --loops 24",
+    "eval": "mythos eval parity-tiny --difficulties 24,96 --loops 1,8,32,64",
+    "report": "mythos report text-tiny",
+    "chat": "mythos chat text-tiny --loops 8",
+    "retrofit": "mythos retrofit HuggingFaceTB/SmolLM2-135M-Instruct",
+    "export": "mythos export text-tiny runs/exported",
+    "compare": "mythos compare debug --seeds 0",
+    "info": "mythos info 1b",
+    "convert": "mythos convert step_0030000.pt runs/converted",
+    "bench": "mythos bench text-tiny --only decode",
+    "diagnose": "mythos diagnose parity-tiny",
+    "doctor": "mythos doctor",
+}
+"""What ends each command's help, and works as it stands; convert needs a checkpoint of that name."""
+FIRST = """\
+OpenMythos {version}: transformers that run the same block of weights in a loop. More loops solve harder problems.
+
+Try first:
+  mythos demo                    train a small model, and see what more loops are worth
+  mythos demo --pretrained       the same with a model that comes along, trained
+  mythos doctor                  what this machine has, what is missing, what to expect
+  mythos train parity --dry-run  what a training run would cost here
+  mythos --help                  every command; the help of each ends with an example"""
 
 
 class LazyCommand(TyperCommand):
@@ -36,7 +63,8 @@ class LazyCommand(TyperCommand):
         assert self.name is not None
         single = typer.Typer(add_completion=False)
         python_name = self.name.replace("-", "_")
-        single.command(self.name)(getattr(import_module(f"{__name__}.{python_name}"), python_name))
+        run = getattr(import_module(f"{__name__}.{python_name}"), python_name)
+        single.command(self.name, epilog=f"Example: {EXAMPLES[self.name]}")(run)
         return typer.main.get_command(single).make_context(info_name, args, parent, **extra)
 
 
@@ -47,7 +75,7 @@ class LazyGroup(TyperGroup):
             self.add_command(LazyCommand(name, callback=None, help=line))
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app = typer.Typer(cls=LazyGroup, invoke_without_command=True, pretty_exceptions_show_locals=False)
 
 
 def _print_version(requested: bool) -> None:
@@ -58,11 +86,14 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def mythos(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Recurrent-depth transformers: more loops of the same weights for harder problems."""
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST.format(version=__version__))
 
 
 def main() -> None:

@@ -135,7 +135,8 @@ def show(
     console.print(shown)
     console.print(
         f"peaks measured: matrix products in {conditions['dtype']} {si(peak, 'FLOP/s')}, reading "
-        f"{si(reading, 'B/s')}. {conditions['name']}, {conditions['threads']} threads, torch {conditions['torch']}.\n"
+        f"{si(reading, 'B/s')}. {conditions['name']}, {conditions['instructions']}, {conditions['threads']} threads, "
+        f"torch {conditions['torch']}.\n"
         "B/s: weights once for each use, and the cache; over 100% where the loop's weights stay in the processor's "
         "own cache.",
         style="dim", highlight=False,

@@ -8,12 +8,12 @@ import typer
 
 from open_mythos.cli.console import clear_errors, console, note, table
 
-PRETRAINED = "parity-tiny"
+PRETRAINED, STEPS = "parity-tiny", 500
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for plot, table and checkpoint.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = STEPS,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     pretrained: Annotated[bool, typer.Option("--pretrained", help=f"Use {PRETRAINED} instead of training.")] = False,
 ) -> None:

@@ -25,7 +25,7 @@ CONFIG = MythosConfig(
 
 def train(model: OpenMythos, steps: int) -> None:
     """Train on new sequences at random depths; the learning rate decays over the last quarter."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 4 * (1 - step / steps)))
     model.train()
     with progress(steps) as begin:

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,8 +62,9 @@ def read_rate(device: torch.device, seconds: float = 1.0) -> float:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Conditions of a measurement: what ran it, on how many threads, and which versions."""
+    """Conditions of a measurement: what ran it, on how many threads, with which vectors, and which versions."""
     found = {"device": device.type, "name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         found["name"] = torch.cuda.get_device_name(device)
     return found | {"torch": torch.__version__, "python": platform.python_version()}
@@ -75,3 +77,10 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name"))
     except (OSError, subprocess.CalledProcessError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that a new process could take, where Linux tells; None elsewhere."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)

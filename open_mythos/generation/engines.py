@@ -60,7 +60,7 @@ def check_engine(name: str, model: Model, depth: Depth, drafts: bool = False) ->
 
 
 def make_engine(name: str, model: Model, depth: Depth, room: int = 0, drafts: bool = False) -> Engine:
-    """The engine of this name; for "auto" the fastest that serves. A missing compiler is reported, once.
+    """The engine of this name; for "auto" the fastest that serves. What a machine lacks for C is reported, once.
 
     Args:
         name: of :data:`NAMES`.
@@ -75,7 +75,7 @@ def make_engine(name: str, model: Model, depth: Depth, room: int = 0, drafts: bo
         why = choice.why_not(model, depth, drafts)
         if why is None:
             return choice.make(model, depth, room)
-        if why.startswith("no C compiler") and why not in _reported:
+        if why.startswith("no C ") and why not in _reported:  # LACKS of native.build
             _reported.add(why)
             logging.getLogger("open_mythos").warning(
                 "decoding without the native engine, which is several times faster: %s", why

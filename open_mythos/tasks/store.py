@@ -1,4 +1,4 @@
-"""Tokens of a corpus on disk, in ``text`` of ``OPEN_MYTHOS_CACHE`` or ``~/.cache/open_mythos``, which may be removed.
+"""Tokens of a corpus on disk, in ``text`` of :func:`open_mythos.install.cache_dir`.
 
 Made once and memory-mapped after. A part's file is an ``<eos>``, then each document and its ``<eos>``, little-endian.
 """
@@ -6,7 +6,6 @@ Made once and memory-mapped after. A part's file is an ``<eos>``, then each docu
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from open_mythos.fields import must
+from open_mythos.install import cache_dir
 from open_mythos.tasks import corpus, tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
     file = Path(kind, tokenizer.FILE)
     said = file.read_text() if file.is_file() else kind
     key = [_VERSION, source, corpus.state(source), said, max_bytes]
-    cache = Path(os.environ.get("OPEN_MYTHOS_CACHE") or Path.home() / ".cache" / "open_mythos") / "text"
+    cache = cache_dir() / "text"
     home = cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     if not (home / "index.json").is_file():
         home.parent.mkdir(parents=True, exist_ok=True)

@@ -282,13 +282,22 @@ def test_a_gate_of_ones_own_hinders_no_other_exit():
 @pytest.fixture
 def compile_anew(monkeypatch, tmp_path):
     """As in a process that starts with an empty cache directory; it is given back."""
+    monkeypatch.delenv("OPEN_MYTHOS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library.cache_clear()
     yield tmp_path / "open_mythos"
     build.library.cache_clear()
 
 
-@pytest.mark.parametrize("command, words", [(None, "no C compiler was found"), (["false"], "no C compiler that works")])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (None, "no C compiler was found"),
+        (["false"], "no C compiler that works here: false says: exit status 1"),
+        (["sh", "-c", "echo one >&2; echo 'x.c:1: fatal error: no math.h' >&2; echo three >&2; exit 1"], "no math.h"),
+        (["true"], "OPEN_MYTHOS_CACHE sets the folder"),  # which writes nothing
+    ],
+)
 def test_without_a_compiler_generation_goes_on_and_says_so_once(command, words, compile_anew, monkeypatch, caplog):
     monkeypatch.setattr(build, "compiler", lambda: command)
     monkeypatch.setattr(engines, "_reported", set())
@@ -296,7 +305,8 @@ def test_without_a_compiler_generation_goes_on_and_says_so_once(command, words, 
     with caplog.at_level(logging.WARNING, "open_mythos"):
         found = [model.generate(prompt, 4, temperature=0) for _ in range(2)]
     assert found[0].equal(found[1]) and found[0].equal(model.generate(prompt, 4, temperature=0, engine="modules"))
-    assert [words in record.getMessage() for record in caplog.records] == [True]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert words in said and "\n" not in said
     with pytest.raises(ValueError, match=words):
         model.generate(prompt, 4, engine="native")
 

@@ -12,12 +12,15 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from open_mythos.install import cache_dir
+
 SOURCE = Path(__file__).with_name("decode.c")
 # Of the liberties of -ffast-math only those that no result shows.
 FLAGS = [
     "-std=gnu11", "-O3", "-fPIC", "-pthread",
     "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 ]  # fmt: skip
+LACKS = "no C"
 NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that this compiler knows
 
 
@@ -32,30 +35,26 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The compiled code, from the user's cache directory if it is there; or why there is none.
+    """The compiled code, from the user's cache directory if it is there; or why there is none, in one line.
 
-    A failure is kept as well: a process that has no compiler will not get one.
+    What this machine lacks begins with :data:`LACKS`. A failure is kept: a process without a compiler will not get one.
     """
     if not SOURCE.is_file():  # as in a folder for transformers, which brings Python alone
         return f"{SOURCE.name} did not come along; it is in the installed package"
     command = compiler()
     if command is None:
-        return "no C compiler was found; install gcc or clang, or set $CC"
+        return f"{LACKS} compiler was found; install gcc or clang, or set $CC"
     words = [*command, *FLAGS]
-    path = _cache() / f"{SOURCE.stem}-{_key(words)}.so"
+    path = cache_dir() / f"{SOURCE.stem}-{_key(words)}.so"
     failed = "" if path.is_file() else _compile(words, path)
     if failed:
-        return f"no C compiler that works here: {failed}"
+        return f"{LACKS} {failed}"
     try:
         code = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"{SOURCE.name} was compiled, but could not be loaded: {error}"
+        return f"{LACKS} code that can be loaded: {' '.join(str(error).split())}"
     code.mythos_open.restype = ctypes.c_void_p
     return code
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
 
 
 def _key(words: list[str]) -> str:
@@ -78,7 +77,7 @@ def _cpu() -> bytes:
 
 
 def _compile(words: list[str], path: Path) -> str:
-    """What went wrong, or nothing."""
+    """What is not to be had, and why, in one line; nothing if all went well."""
     failed = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +89,9 @@ def _compile(words: list[str], path: Path) -> str:
                 if done.returncode == 0:
                     os.replace(made, path)  # whole or not at all, whoever else is compiling
                     return ""
-                failed = f"{shlex.join(command)} failed:\n{done.stderr.strip()[-2000:]}"
+                said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+                why = next((line for line in said if "error" in line), said[-1])
+                failed = f"compiler that works here: {words[0]} says: {why.strip()}"
     except OSError as error:
-        failed = str(error)
+        failed = f"code: {error}; OPEN_MYTHOS_CACHE sets the folder that it is kept in"
     return failed

@@ -1,0 +1,95 @@
+"""``mythos doctor`` says what is there and what is missing, and fails on nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from open_mythos.cli import app, doctor
+from open_mythos.generation.native import build
+from open_mythos.install import EXTRAS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TIMED_STEPS", 1)
+
+
+def words(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "240"})
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_extras_are_those_of_the_package() -> None:
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, (_, packages) in EXTRAS.items():
+        asked = [name for line in said[extra] for name in (said["hf"] if line.startswith("open-mythos") else [line])]
+        assert [re.split(r"[<>=]", name)[0] for name in asked] == packages
+    assert set(said) == {*EXTRAS, "notebooks", "docs", "dev"}, "what only developers need is not named"
+
+
+def test_facts_for_machines() -> None:
+    facts = json.loads(words("--json"))
+    assert facts["torch"] == torch.__version__ and facts["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert facts["threads"] == torch.get_num_threads() and facts["free_disk"] > 0 and facts["demo_seconds"] > 0
+    assert facts["extras"]["plots"]["matplotlib"] == importlib.metadata.version("matplotlib")
+
+
+def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(doctor, "version", none)
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("OPEN_MYTHOS_CACHE", str(tmp_path / "file" / "below"))  # for root too, nothing can be made there
+    build.library.cache_clear()
+    try:
+        said = words()
+    finally:
+        build.library.cache_clear()
+    for extra, (_, packages) in EXTRAS.items():
+        assert f'{", ".join(packages)} missing: pip install ".[{extra}]"' in said
+    assert "no AVX-512" in said and "no C compiler was found; install gcc or clang" in said
+    assert "NOT WRITABLE: set OPEN_MYTHOS_CACHE" in said and "Next: mythos eval parity-tiny" in said
+
+
+@pytest.mark.parametrize(
+    "command", ["eval parity-tiny --difficulties 6 --loops 2 --examples 2", "chat text-tiny --loops 2 --max-tokens 3"]
+)
+def test_a_machine_without_avx512_and_compiler_says_so_in_one_line_at_most(command: str, tmp_path: Path) -> None:
+    """In a process of its own, as PyTorch reads at its start what the processor may do."""
+    poor = {
+        "PATH": str(tmp_path),
+        "OPEN_MYTHOS_CACHE": str(tmp_path),
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "CC": "no-such-cc",
+    }
+    call = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-m",
+        "open_mythos",
+        *command.split(),
+        *(["--out", "out"] if "eval" in command else []),
+    ]
+    env = os.environ | poor | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(call, input="one\ntwo\n", capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == command.startswith("chat") and all("no C compiler was found; install gcc" in x for x in lines)
