@@ -1,5 +1,6 @@
 """``decode.c``, compiled once for this machine by its own compiler, and loaded."""
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -10,7 +11,10 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import warnings
 from pathlib import Path
+
+from open_mythos import files
 
 SOURCE = Path(__file__).with_name("decode.c")
 # Of the liberties of -ffast-math only those that no result shows.
@@ -42,20 +46,50 @@ def library() -> ctypes.CDLL | str:
     if command is None:
         return "no C compiler was found; install gcc or clang, or set $CC"
     words = [*command, *FLAGS]
-    path = _cache() / f"{SOURCE.stem}-{_key(words)}.so"
-    failed = "" if path.is_file() else _compile(words, path)
-    if failed:
-        return f"no C compiler that works here: {failed}"
     try:
-        code = ctypes.CDLL(str(path))
+        found = _compiled(words, _folder())
+        if isinstance(found, str):
+            return f"no C compiler that works here: {found}"
+        code = ctypes.CDLL(str(found))
     except OSError as error:
-        return f"{SOURCE.name} was compiled, but could not be loaded: {error}"
+        return f"{SOURCE.name} could not be compiled and loaded: {error}"
     code.mythos_open.restype = ctypes.c_void_p
     return code
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
+def _folder() -> Path:
+    """Where compiled code is kept; one of this process alone where others could put theirs in its place."""
+    folder = files.cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+        is_ours = os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+        why = "" if is_ours else "it belongs to another user, or others may write to it"
+    except OSError as error:
+        why = error.strerror or str(error)
+    if not why:
+        return folder
+    own = tempfile.mkdtemp(prefix="open-mythos-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    warnings.warn(f"compiled code is not kept in {folder} ({why}): it is compiled again by every process", stacklevel=2)
+    return Path(own)
+
+
+def _compiled(words: list[str], folder: Path) -> Path | str:
+    """The library, whose name ends in the hash of its content; or what went wrong.
+
+    A file that was cut short would end the process as soon as its missing part is read.
+    """
+    name = f"{SOURCE.stem}-{_key(words)}"
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
+            return path
+        path.unlink(missing_ok=True)
+    return _compile(words, folder, name)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _key(words: list[str]) -> str:
@@ -66,7 +100,7 @@ def _key(words: list[str]) -> str:
         platform.platform().encode(),
         _cpu(),
     ]
-    return hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
+    return _hash(b"\0".join(known))
 
 
 def _cpu() -> bytes:
@@ -77,20 +111,18 @@ def _cpu() -> bytes:
     return b"\n".join(told) or f"{platform.machine()} {platform.processor()}".encode()
 
 
-def _compile(words: list[str], path: Path) -> str:
-    """What went wrong, or nothing."""
+def _compile(words: list[str], folder: Path, name: str) -> Path | str:
+    """The library, or what went wrong."""
     failed = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            made = Path(directory, path.name)
-            for native in NATIVE:
-                command = [*words, *native, "-shared", str(SOURCE), "-o", str(made), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode == 0:
-                    os.replace(made, path)  # whole or not at all, whoever else is compiling
-                    return ""
-                failed = f"{shlex.join(command)} failed:\n{done.stderr.strip()[-2000:]}"
-    except OSError as error:
-        failed = str(error)
+    with tempfile.TemporaryDirectory(dir=folder) as directory:
+        made = Path(directory, "made.so")
+        for native in NATIVE:
+            command = [*words, *native, "-shared", str(SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                content = made.read_bytes()
+                path = folder / f"{name}-{_hash(content)}.so"
+                files.write(path, content)  # whole or not at all, whoever else is compiling
+                return path
+            failed = f"{shlex.join(command)} failed:\n{done.stderr.strip()[-2000:]}"
     return failed
