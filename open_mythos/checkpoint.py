@@ -21,6 +21,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # instead of it, where weights are divided among several files
 SHIPPED = Path(__file__).parent / "pretrained"
+MOST_LOOPS = 1 << 16
 _WRAPPED = "core."  # of names in files that transformers wrote
 
 
@@ -121,8 +122,9 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     shapes = {name.removeprefix(_WRAPPED): shape for part in parts for name, shape in weights.shapes(part).items()}
     model = _judged(cls, cfg, config_path, weights_path, shapes)
     tensors = {name.removeprefix(_WRAPPED): t for part in parts for name, t in weights.read(part, verify).items()}
-    dtype = tensors["embed.weight"].dtype
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    model.to(tensors["embed.weight"].dtype)
+    kinds = model.state_dict()  # what stays in float32 does so in every model
+    tensors = {name: tensor.to(kinds[name].dtype) for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert missing == _tied(cfg) and not unexpected, (missing, unexpected)
     return model.eval()
@@ -137,19 +139,21 @@ def _judged(
             raise CheckpointError(
                 f"{config_path} asks for {field}={getattr(cfg, field)}, but {weights_path} has {len(shapes)} tensors"
             )
+    if cfg.max_loop_iters > MOST_LOOPS:  # LoRA's table grows to it
+        raise CheckpointError(
+            f"{config_path} asks for max_loop_iters={cfg.max_loop_iters}; at most {MOST_LOOPS} are read from a file, "
+            f"and model.cfg.max_loop_iters may be changed after"
+        )
     try:
         with torch.device("meta"):
             model = cls(cfg)
-    except (RuntimeError, OverflowError) as error:  # sizes that no tensor has
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor has
         raise CheckpointError(f"{config_path} asks for sizes that cannot be: {error}") from error
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in _tied(cfg)}
-    _check_names(weights_path, set(expected), set(shapes))
-    for name, shape in expected.items():
-        if shape != shapes[name]:
-            raise CheckpointError(
-                f"{weights_path} does not fit {config_path}: {name} has the shape {tuple(shapes[name])}, and should "
-                f"have {tuple(shape)}"
-            )
+    _check_names(weights_path, model.state_dict().keys() - _tied(cfg), set(shapes))
+    try:
+        model.load_state_dict({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights_path} does not fit {config_path}: {error}") from error
     return model
 
 

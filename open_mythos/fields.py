@@ -143,10 +143,12 @@ def _checked(name: str, value: Any, meta: Any) -> Any:
         hint = f"use an int of at least {meta['min']}"
         must(isinstance(value, int) and not is_bool, f"{name}={value!r} is not a whole number; {hint}")
         must(value >= meta["min"], f"{name}={value} is too small; {hint}")
+        must(value < 1 << 63, f"{name}={value} is too large; {hint}")
     elif kind is float:
         low, high, low_open, high_open = (meta[key] for key in ("low", "high", "low_open", "high_open"))
         hint = f"use a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
         must(isinstance(value, int | float) and not is_bool, f"{name}={value!r} is not a number; {hint}")
+        value = min(float(1 << 1023), value) if isinstance(value, int) else value  # beyond, it is no float
         value = float(value)
         within = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
         must(within, f"{name}={value:g} is out of range; {hint}")

@@ -141,7 +141,7 @@ def shaped(value: Any, shape: Any, name: str) -> Any:
             shaped(item, shape[0], f"{name}[{i}]")
     else:
         kinds = shape if isinstance(shape, tuple) else (shape,)
-        known = (int, float) if float in kinds else kinds
+        known = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, known) or (isinstance(value, bool) and bool not in kinds):
             came = f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
             raise ValueError(f"{name} is {came}; expected {' or '.join(_NAMES[kind] for kind in kinds)}")

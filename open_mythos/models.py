@@ -61,7 +61,10 @@ def load_model(source: str | Path) -> OpenMythos:
         try:
             said = files.read_json(trained, {"kind": str})["kind"]
         except ValueError as error:
-            raise ValueError(f"{error}; restore it, or remove it to load a model with a loop") from error
+            raise ValueError(
+                f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
+                f"with a loop"
+            ) from error
         kind = UnrolledMythos if said == "unrolled" else OpenMythos
     return kind.from_pretrained(directory)
 

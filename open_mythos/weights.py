@@ -99,7 +99,8 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except Exception as error:  # safetensors' own, OSError, and KeyError for a dtype that PyTorch lacks
         raise CheckpointError(
-            f"{path} is missing, truncated or not a safetensors file ({error}); copy or save it again"
+            f"{path} is {'missing' if isinstance(error, FileNotFoundError) else 'truncated or not a safetensors file'} "
+            f"({error}); copy or save it again"
         ) from error
 
 

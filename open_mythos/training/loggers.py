@@ -110,7 +110,7 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
 
 
 def open_loggers(
-    names: str, run: Path, config: dict[str, Any], after_step: int, say: Callable[[str], None]
+    names: str, run: Path, config: dict[str, Any], after_step: int, say: Callable[[str], None] = print
 ) -> list[Logger]:
     """The metrics file of a run, and the loggers ``names`` (keys of ``LOGGERS``, comma-separated).
 

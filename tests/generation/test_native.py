@@ -282,6 +282,7 @@ def test_a_gate_of_ones_own_hinders_no_other_exit():
 @pytest.fixture
 def compile_anew(monkeypatch, tmp_path):
     """As in a process that starts with an empty cache directory; it is given back."""
+    monkeypatch.delenv("OPEN_MYTHOS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library.cache_clear()
     yield tmp_path / "open_mythos"
