@@ -3,29 +3,26 @@
 A folder is the same whether written here or by ``save_pretrained`` of :mod:`open_mythos.integrations.hf`.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor, nn
 
+from open_mythos import files, weights
 from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig
 from open_mythos.interface import Model
+from open_mythos.weights import CheckpointError
 
-Loaded = TypeVar("Loaded", bound=nn.Module)
+Loaded = TypeVar("Loaded", bound=Model)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # instead of it, where weights are divided among several files
 SHIPPED = Path(__file__).parent / "pretrained"
+MOST_LOOPS = 1 << 16
 _WRAPPED = "core."  # of names in files that transformers wrote
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file that is missing, damaged, or not one of ours; the message names it."""
 
 
 def save(model: Model, directory: str | Path) -> None:
@@ -40,13 +37,11 @@ def save(model: Model, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     left_out = ["head.weight"] if is_tied(model) else []
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out}
-    partial = directory / (WEIGHTS_FILE + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(directory / WEIGHTS_FILE)
-    partial = directory / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(config_file(model), indent=2) + "\n")
-    partial.replace(directory / CONFIG_FILE)
+    weights.write(
+        directory / WEIGHTS_FILE,
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out},
+    )
+    files.write_json(directory / CONFIG_FILE, config_file(model), indent=2)
     # safetensors lets nobody else read what it writes
     shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
 
@@ -90,16 +85,23 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS_FILE}"))
 
 
-def load(cls: type[Loaded], source: str | Path) -> Loaded:
+def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     """Build a saved model, in eval mode, in the dtype it was saved in.
+
+    The names and shapes in the header of its weights are compared with those of its config before anything is
+    allocated, and the weights with the checksum in their file as they are read, if it has one: transformers, or an
+    older version, wrote none.
 
     Args:
         cls: its class.
         source: the directory it was saved in, or one of the names that :func:`shipped` gives.
+        verify: whether to check the checksum.
 
     Raises:
         CheckpointError: naming the file at fault.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source={source!r:.60} is neither a path nor a name of a shipped model")
     directory = Path(source)
     if not directory.exists() and str(source) in shipped():
         directory = SHIPPED / source
@@ -116,33 +118,48 @@ def load(cls: type[Loaded], source: str | Path) -> Loaded:
         cfg = MythosConfig.load(config_path)
     except ValueError as error:
         raise CheckpointError(f"not an open_mythos config: {error}") from error
-    tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in _read(weights_path).items()}
-    model = cls(cfg)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in _tied(cfg)}
-    _check_names(weights_path, set(expected), set(tensors))
+    parts = weights.files_of(weights_path)
+    shapes = {name.removeprefix(_WRAPPED): shape for part in parts for name, shape in weights.shapes(part).items()}
+    model = _judged(cls, cfg, config_path, weights_path, shapes)
+    tensors = {name.removeprefix(_WRAPPED): t for part in parts for name, t in weights.read(part, verify).items()}
     model.to(tensors["embed.weight"].dtype)
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{weights_path} does not fit {config_path}: {error}") from error
+    kinds = model.state_dict()  # what stays in float32 does so in every model
+    tensors = {name: tensor.to(kinds[name].dtype) for name, tensor in tensors.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert missing == _tied(cfg) and not unexpected, (missing, unexpected)
     return model.eval()
+
+
+def _judged(
+    cls: type[Loaded], cfg: MythosConfig, config_path: Path, weights_path: Path, shapes: dict[str, torch.Size]
+) -> Loaded:
+    """The model without storage; CheckpointError if it would have other tensors than the files of its weights."""
+    for field in cls.LAYERS:  # before as many modules are made
+        if getattr(cfg, field) > len(shapes):
+            raise CheckpointError(
+                f"{config_path} asks for {field}={getattr(cfg, field)}, but {weights_path} has {len(shapes)} tensors"
+            )
+    if cfg.max_loop_iters > MOST_LOOPS:  # LoRA's table grows to it
+        raise CheckpointError(
+            f"{config_path} asks for max_loop_iters={cfg.max_loop_iters}; at most {MOST_LOOPS} are read from a file, "
+            f"and model.cfg.max_loop_iters may be changed after"
+        )
+    try:
+        with torch.device("meta"):
+            model = cls(cfg)
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor has
+        raise CheckpointError(f"{config_path} asks for sizes that cannot be: {error}") from error
+    _check_names(weights_path, model.state_dict().keys() - _tied(cfg), set(shapes))
+    try:
+        model.load_state_dict({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights_path} does not fit {config_path}: {error}") from error
+    return model
 
 
 def _tied(cfg: MythosConfig) -> list[str]:
     """Names of tensors that are not stored, since another is the same."""
     return ["head.weight"] if cfg.tied_head else []
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, or of all that an index names."""
-    if path.name == INDEX_FILE:
-        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return {name: tensor for part in parts for name, tensor in _read(path.parent / part).items()}
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); save it again") from error
 
 
 def _names() -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from open_mythos import files
+
 
 def size(default: int, minimum: int = 1) -> Any:
     """An integer of at least ``minimum``."""
@@ -93,17 +95,11 @@ class Checked:
         Raises:
             ValueError: if the text is not a JSON object, or as :meth:`from_dict`.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"config is not valid JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"config must be a JSON object, got {type(data).__name__}")
-        return cls.from_dict(data)
+        return cls.from_dict(files.parse_json(text, "the config"))
 
     def save(self, path: str | Path) -> None:
-        """Write the config as JSON to ``path``."""
-        Path(path).write_text(self.to_json())
+        """Write the config as JSON to ``path``, whole or not at all."""
+        files.write(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -114,9 +110,9 @@ class Checked:
             ValueError: naming the file, if its content is not a config.
         """
         try:
-            return cls.from_json(Path(path).read_text())
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            return cls.from_json(files.read_text(Path(path)))
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def part(kind: type[Checked]) -> Any:
@@ -147,10 +143,12 @@ def _checked(name: str, value: Any, meta: Any) -> Any:
         hint = f"use an int of at least {meta['min']}"
         must(isinstance(value, int) and not is_bool, f"{name}={value!r} is not a whole number; {hint}")
         must(value >= meta["min"], f"{name}={value} is too small; {hint}")
+        must(value < 1 << 63, f"{name}={value} is too large; {hint}")
     elif kind is float:
         low, high, low_open, high_open = (meta[key] for key in ("low", "high", "low_open", "high_open"))
         hint = f"use a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
         must(isinstance(value, int | float) and not is_bool, f"{name}={value!r} is not a number; {hint}")
+        value = min(float(1 << 1023), value) if isinstance(value, int) else value  # beyond, it is no float
         value = float(value)
         within = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
         must(within, f"{name}={value:g} is out of range; {hint}")

@@ -32,4 +32,5 @@ def cache_dir() -> Path:
     """Where compiled code and tokenised text are kept, which may be removed at any time; it need not exist yet."""
     if own := os.environ.get("OPEN_MYTHOS_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored, says the XDG specification
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "open_mythos"

@@ -12,6 +12,9 @@ from open_mythos.context import Context
 class Model(nn.Module):
     """The parts of an :class:`~open_mythos.OpenMythos`, and its three stages: encode, the loops, decode."""
 
+    LAYERS: tuple[str, ...] = ("prelude_layers", "core_layers", "coda_layers")
+    """Fields of the config that say how many blocks are made."""
+
     cfg: MythosConfig
     embed: nn.Embedding
     prelude: nn.ModuleList

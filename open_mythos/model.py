@@ -19,6 +19,7 @@ from open_mythos.dict_cache import as_cache
 from open_mythos.fields import must
 from open_mythos.generation.methods import Generates
 from open_mythos.inputs import check_input, check_n_loops
+from open_mythos.interface import Model
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.linear import Head, RMSNorm
@@ -299,16 +300,18 @@ class OpenMythos(Generates):
         checkpoint.save(self, directory)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> OpenMythos:
+    def from_pretrained(cls, source: str | Path, verify: bool = True) -> OpenMythos:
         """A model that :meth:`save_pretrained` wrote, or one that comes with the package, by its name, in eval mode.
 
         See :func:`open_mythos.checkpoint.load`.
         """
-        return checkpoint.load(cls, source)
+        return checkpoint.load(cls, source, verify)
 
 
 class UnrolledMythos(OpenMythos):
     """:class:`OpenMythos` with :class:`UntiedBlocks`: as deep as ``cfg.max_loop_iters`` loops, and never deeper."""
+
+    LAYERS = (*Model.LAYERS, "max_loop_iters")
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__(replace(cfg, recurrence="injected", halting=False, warm_start=False))

@@ -4,10 +4,9 @@ A model's directory holds ``config.json`` and ``model.safetensors``. There may b
 card; and ``training.json``, how it was trained. In a run it is ``RUN/model``.
 """
 
-import json
-import shutil
 from pathlib import Path
 
+from open_mythos import files
 from open_mythos.checkpoint import CONFIG_FILE, INDEX_FILE, SHIPPED, WEIGHTS_FILE, hub_hint, shipped
 from open_mythos.fields import must, nearest
 from open_mythos.model import OpenMythos, UnrolledMythos
@@ -60,8 +59,8 @@ def load_model(source: str | Path) -> OpenMythos:
     directory, kind = model_dir(source), OpenMythos
     if (trained := directory / TRAINING_FILE).is_file():
         try:
-            said = json.loads(trained.read_text())["kind"]
-        except (ValueError, KeyError, TypeError) as error:
+            said = files.read_json(trained, {"kind": str})["kind"]
+        except ValueError as error:
             raise ValueError(
                 f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
                 f"with a loop"
@@ -94,7 +93,7 @@ def card_of(source: str | Path) -> str:
     """
     path = model_dir(source) / CARD
     must(path.is_file(), f"{path} is missing, so {source} has no card; mythos report says what was measured of a run")
-    return path.read_text()
+    return files.read_text(path)
 
 
 def save_model(model: OpenMythos, directory: str | Path, source: str | Path = "") -> None:
@@ -102,4 +101,4 @@ def save_model(model: OpenMythos, directory: str | Path, source: str | Path = ""
     model.save_pretrained(directory)
     for name in TOKENIZER_FILES if source else ():
         if (found := model_dir(source) / name).is_file():
-            shutil.copyfile(found, Path(directory, name))
+            files.write(Path(directory, name), files.read_bytes(found))

@@ -12,7 +12,8 @@ import open_mythos
 ROOT = Path(open_mythos.__file__).parent
 FACADES = {"__init__.py", "__main__.py", "main.py"}
 LAYERS = [
-    {"fields", "install"},
+    {"files", "install"},
+    {"fields", "weights"},
     {"config"},
     {"variants", "cache", "ops", "tasks", "plots"},
     {"dict_cache", "inputs"},

@@ -1,11 +1,11 @@
 """The full evaluation of a model on a task, and its file."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from open_mythos import files
 from open_mythos.evaluation import metrics as measures
 from open_mythos.evaluation.depth import measuring
 from open_mythos.evaluation.grid import DepthGrid, combine, depth_grid
@@ -67,7 +67,7 @@ class Evaluation:
         """Write ``evaluation.json`` into ``directory``, created if missing, and return its path."""
         path = Path(directory) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        files.write_json(path, self.to_dict())
         return path
 
     @classmethod
@@ -80,9 +80,9 @@ class Evaluation:
         """
         path = Path(directory) / FILE
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            return cls.from_dict(files.read_json(path))
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def evaluate(

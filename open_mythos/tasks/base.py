@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from open_mythos.fields import Checked
+from open_mythos.tasks.tokenizer import check_tokens
 
 UNSCORED = -100
 """Target of positions that loss and accuracy ignore."""
@@ -94,7 +95,7 @@ class Task(Checked, ABC):
 
     def render(self, ids: Sequence[int]) -> str:
         """Tokens as text."""
-        return " ".join(self.vocab[i] for i in ids if i)
+        return " ".join(self.vocab[i] for i in check_tokens(ids, len(self.vocab)) if i)
 
     def check(self, difficulty: int) -> None:
         """Raise ValueError unless ``difficulty`` is an integer from ``least`` to ``most``."""

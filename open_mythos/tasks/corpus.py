@@ -50,9 +50,9 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
     if streamed:
         contents = _hugging_face(source)
     elif source == "stdlib":
-        contents = _texts(_library_modules())
+        contents = _texts(_library_modules(), max_bytes)
     else:
-        contents = _file(path) if path.is_file() else _texts(_files(source))
+        contents = _file(path) if path.is_file() else _texts(_files(source), max_bytes)
     found = _within(contents, max_bytes or (STREAMED if streamed else math.inf))
     first = next(found, b"")
     must(first != b"", f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
@@ -100,8 +100,14 @@ def _library_modules() -> list[Path]:
     return sorted(found)
 
 
-def _texts(paths: list[Path]) -> Iterator[bytes]:
-    return (content for path in paths if b"\0" not in (content := path.read_bytes()))
+def _texts(paths: list[Path], max_bytes: int) -> Iterator[bytes]:
+    """Content of the text files among ``paths``, no more of each than is used."""
+    for path in paths:
+        with path.open("rb") as file:
+            if b"\0" not in (content := file.read(PIECE)):
+                content += file.read(max_bytes or -1)
+                if b"\0" not in content:
+                    yield content
 
 
 def _file(path: Path) -> Iterator[bytes]:
@@ -134,4 +140,5 @@ def _hugging_face(source: str) -> Iterator[bytes]:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}")
             yield (row["text"] or "").encode()
     except Exception as error:  # of datasets, the hub, or the network: there is no common base
-        raise ValueError(f"cannot read source={source!r}: {error}; check name and network, or use a path") from error
+        why = "a row of it does not fit into memory" if isinstance(error, MemoryError) else error
+        raise ValueError(f"cannot read source={source!r}: {why}; check name and network, or use a path") from error

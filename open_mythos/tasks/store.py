@@ -6,14 +6,16 @@ Made once and memory-mapped after. A part's file is an ``<eos>``, then each docu
 import contextlib
 import hashlib
 import json
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from open_mythos import files
 from open_mythos.fields import must
 from open_mythos.install import cache_dir
 from open_mythos.tasks import corpus, tokenizer
@@ -59,20 +61,33 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
         OSError: if there is no room.
     """
     file = Path(kind, tokenizer.FILE)
-    said = file.read_text() if file.is_file() else kind
+    said = files.read_text(file) if file.is_file() else kind
     key = [_VERSION, source, corpus.state(source), said, max_bytes]
-    cache = cache_dir() / "text"
-    home = cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
-    if not (home / "index.json").is_file():
+    home = cache_dir() / "text" / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
+    try:
+        return _opened(home)
+    except (OSError, ValueError):  # it is not there, or damaged
+        shutil.rmtree(home, ignore_errors=True)
         home.parent.mkdir(parents=True, exist_ok=True)
         # Made under another name, and moved when whole: nobody sees half of it, and of two makers one wins.
         with tempfile.TemporaryDirectory(dir=home.parent, prefix="making-", ignore_cleanup_errors=True) as making:
             _make(Path(making, "tokens"), source, kind, max_bytes)
             with contextlib.suppress(OSError):  # it is there: the other maker was first
                 Path(making, "tokens").rename(home)
-    made = tokenizer.load(home)
-    parts = {name: Part(**part) for name, part in json.loads((home / "index.json").read_text()).items()}
-    return Store(made, {name: np.memmap(home / f"{name}.bin", made.dtype, "r") for name in PARTS}, parts)
+    return _opened(home)
+
+
+def _opened(home: Path) -> Store:
+    """What :func:`_make` has made; ValueError or OSError if it is not there as it was made."""
+    index = files.read_json(home / "index.json", {name: {field.name: int for field in fields(Part)} for name in PARTS})
+    made, parts = tokenizer.load(home), {name: Part(**index[name]) for name in PARTS}
+    tokens: dict[str, np.ndarray] = {name: np.memmap(home / f"{name}.bin", made.dtype, "r") for name in PARTS}
+    for name, part in parts.items():
+        found = 0
+        for start in range(0, len(tokens[name]), _AT_ONCE):
+            found = zlib.crc32(tokens[name][start : start + _AT_ONCE].data, found)
+        must(found == part.crc32, f"{home / name}.bin is damaged")
+    return Store(made, tokens, parts)
 
 
 def _make(home: Path, source: str, kind: str, max_bytes: int) -> None:
@@ -83,7 +98,7 @@ def _make(home: Path, source: str, kind: str, max_bytes: int) -> None:
 
     def write(name: str, tokens: np.ndarray, document: str | None = None) -> None:
         content, part = tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(), parts[name]
-        files[name].write(content)
+        opened[name].write(content)
         part.tokens += len(tokens)
         part.crc32 = zlib.crc32(content, part.crc32)
         if document is not None:
@@ -91,7 +106,7 @@ def _make(home: Path, source: str, kind: str, max_bytes: int) -> None:
             part.bytes += len(document.encode())
 
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((home / f"{name}.bin").open("wb")) for name in PARTS}
+        opened = {name: stack.enter_context((home / f"{name}.bin").open("wb")) for name in PARTS}
         for name in PARTS:
             write(name, end)
         for documents in _batches(corpus.stream(source, max_bytes)):
@@ -108,7 +123,7 @@ def _make(home: Path, source: str, kind: str, max_bytes: int) -> None:
     for name, part in parts.items():
         must(part.documents > 0, f"source={source!r} has too few documents for a {name} part; use more text")
     made.save(home)
-    (home / "index.json").write_text(json.dumps({name: asdict(part) for name, part in parts.items()}, indent=1) + "\n")
+    files.write_json(home / "index.json", {name: asdict(part) for name, part in parts.items()})
 
 
 def _to_train_on(source: str, max_bytes: int) -> Iterator[str]:

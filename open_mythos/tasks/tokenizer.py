@@ -4,17 +4,21 @@ All are written as the ``tokenizer.json`` of Hugging Face's ``tokenizers``, whic
 """
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from open_mythos import files
 from open_mythos.fields import must
 from open_mythos.install import missing
 
 FILE = "tokenizer.json"
-MOST_TOKENS = 1 << 16
+MOST_TOKENS = 1 << 16  # of a tokenizer that is trained here
+MOST_IDS = 1 << 22  # of any
+_SHAPE = {"model": {"vocab": (dict, list), "merges?": (list, type(None))}}
 END, PADDING = "<eos>", "<pad>"  # names of token 0: it ends documents, or it only fills up rows
 
 
@@ -39,20 +43,29 @@ class Tokenizer:
         return np.uint16 if len(self.pieces) <= 1 << 16 else np.uint32
 
     def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Tokens of each text, (N,) of :attr:`dtype`."""
-        return [np.frombuffer(text.encode(), np.uint8) + np.uint16(1) for text in texts]
+        """Tokens of each text, (N,) of :attr:`dtype`; errors as :meth:`encode`."""
+        return [np.frombuffer(content, np.uint8) + np.uint16(1) for content in _contents(texts)]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Tokens of all texts, one after the other, (N,)."""
+        """Tokens of all texts, one after the other, (N,).
+
+        Raises:
+            TypeError: for one text in place of a list of texts, which would be as many as it has characters.
+            ValueError: for a text that cannot be written in UTF-8.
+        """
         return np.concatenate([np.empty(0, self.dtype), *self.encode_each(texts)])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens; what is not UTF-8 becomes U+FFFD."""
-        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+        """The text of tokens; what is not UTF-8 becomes U+FFFD.
+
+        Raises:
+            ValueError: for what is no token of this tokenizer.
+        """
+        return b"".join(self.pieces[i] for i in check_tokens(ids, len(self.pieces))).decode("utf-8", "replace")
 
     def save(self, directory: str | Path) -> None:
         """Write ``tokenizer.json`` into ``directory``."""
-        Path(directory, FILE).write_text(self.to_json())
+        files.write(Path(directory, FILE), self.to_json())
 
     def to_json(self) -> str:
         """What :meth:`save` writes."""
@@ -78,7 +91,9 @@ class BytePairs(Tokenizer):
         known = self._bpe.get_vocab(with_added_tokens=True)
         special = {i for i, token in self._bpe.get_added_tokens_decoder().items() if token.special}
         piece = _reader(f"{self._bpe.pre_tokenizer} {self._bpe.decoder}")
-        self.pieces = [b""] * (1 + max(known.values()))
+        last = max(known.values())
+        must(last < MOST_IDS, f"it has a token {last}, and a model of so many tokens cannot be; use another one")
+        self.pieces = [b""] * (1 + last)
         for name, i in known.items():
             if i not in special and name not in (END, PADDING):
                 self.pieces[i] = piece(name)
@@ -101,11 +116,37 @@ class BytePairs(Tokenizer):
         return cls(_as_json(first, sorted(known, key=known.__getitem__), merges), END if ends else None)
 
     def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self._bpe.encode_batch_fast([one.decode() for one in _contents(texts)], add_special_tokens=False)
         return [np.array(one.ids, self.dtype) for one in encoded]
 
     def to_json(self) -> str:
         return self._text
+
+
+def check_tokens(ids: Iterable[int], n: int) -> list[int]:
+    """``ids`` as a list; ValueError for one that is no integer in [0, n)."""
+    found = list(ids)
+    for i in found:
+        try:
+            known = 0 <= operator.index(i) < n
+        except TypeError:
+            known = False
+        must(known, f"{i!r:.40} is no token; those of this vocabulary are 0 to {n - 1}")
+    return found
+
+
+def _contents(texts: Sequence[str]) -> list[bytes]:
+    wrong = (
+        texts if isinstance(texts, str | bytes) else next((text for text in texts if not isinstance(text, str)), None)
+    )
+    if wrong is not None:
+        raise TypeError(f"texts is or holds {wrong[0]!r:.40}; expected a list of strings, as in encode([text])")
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a text cannot be written in UTF-8: {error.object[error.start]!r} is half a character"
+        ) from None
 
 
 def tokenizer(kind: str, texts: Iterable[str], ends: bool = False) -> Tokenizer:
@@ -143,19 +184,23 @@ def load(directory: str | Path) -> Tokenizer:
     path = Path(directory, FILE)
     must(path.is_file(), f"{path} is missing, so nothing says how text becomes tokens")
     try:
-        text = path.read_text()
-        model = json.loads(text)["model"]
+        text = files.read_text(path)
+        model = files.parse_json(text, str(path), {"model": {"vocab": (dict, list), "merges?": (list, type(None))}})[
+            "model"
+        ]
         if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
         end, config = END if END in model["vocab"] else None, path.with_name("tokenizer_config.json")
         if end is None and config.is_file():
-            end = json.loads(config.read_text()).get("eos_token")
-        return BytePairs(text, end["content"] if isinstance(end, dict) else end)
+            end = files.read_json(config, {"eos_token?": (str, dict, type(None))}).get("eos_token")
+            end = (
+                files.shaped(end, {"content": str}, f"{config}: eos_token")["content"] if isinstance(end, dict) else end
+            )
+        return BytePairs(text, end)
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
-        why = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} cannot be used: {why}; put the tokenizer there that the model came with") from error
+        raise ValueError(f"{path} cannot be used: {error}; put the tokenizer there that the model came with") from error
 
 
 def _as_json(first: str, names: Sequence[str], merges: Sequence[Any]) -> str:

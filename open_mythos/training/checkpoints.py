@@ -1,10 +1,10 @@
 """Atomic, checksummed checkpoints of a run, one directory each."""
 
 import io
-import json
 import os
 import pickle
 import shutil
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
-from open_mythos.checkpoint import CheckpointError
+from open_mythos import files, weights
+from open_mythos.weights import CheckpointError
 
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
+_MANIFEST = {"files": {STATE_FILE: {"bytes": int, "crc32": int}}}
+_MANIFEST = {"files": {STATE_FILE: {"bytes": int, "crc32": int}}}
 _PREFIX, _PARTIAL = "step_", ".partial"
 
 
@@ -35,17 +38,12 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         buffer = io.BytesIO()  # torch.save to a file reports a full disk as a zip error
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        _write(partial / STATE_FILE, content)
-        files = {STATE_FILE: {"bytes": len(content), "crc32": zlib.crc32(content)}}
-        _write(partial / MANIFEST_FILE, json.dumps({"step": step, "files": files}, indent=2).encode() + b"\n")
+        files.write(partial / STATE_FILE, content)
+        listed = {STATE_FILE: {"bytes": len(content), "crc32": zlib.crc32(content)}}
+        files.write_json(partial / MANIFEST_FILE, {"step": step, "files": listed})
         shutil.rmtree(final, ignore_errors=True)  # exists only if it was damaged
         os.replace(partial, final)
-        if os.name == "posix":  # make the renaming durable; elsewhere directories cannot be opened
-            handle = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        files.sync(directory)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -62,23 +60,25 @@ def load(checkpoint: Path) -> dict[str, Any]:
     """
     manifest, path = checkpoint / MANIFEST_FILE, checkpoint / STATE_FILE
     try:
-        expected = json.loads(manifest.read_text())["files"][STATE_FILE]
+        expected = files.read_json(manifest, _MANIFEST, 1 << 20)["files"][STATE_FILE]
         n_bytes, checksum = expected["bytes"], expected["crc32"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{manifest} is missing: the checkpoint was not finished") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{manifest} is damaged ({error})") from error
     try:
-        content = path.read_bytes()
+        size = path.stat().st_size  # before it is read
+        if size != n_bytes:
+            raise CheckpointError(f"{path} has {size} bytes of the {n_bytes} in its manifest")
+        content = files.read_bytes(path, size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if len(content) != n_bytes:
-        raise CheckpointError(f"{path} has {len(content)} bytes of the {n_bytes} in its manifest")
     if zlib.crc32(content) != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum differs from its manifest")
     try:
+        weights.check_archive(io.BytesIO(content))
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
 
 
@@ -94,10 +94,3 @@ def newest(directory: Path, log: Callable[[str], None]) -> tuple[Path, dict[str,
 
 def _newest_first(directory: Path) -> list[Path]:
     return sorted((path for path in directory.glob(_PREFIX + "*") if path.suffix != _PARTIAL), reverse=True)
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

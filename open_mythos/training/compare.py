@@ -1,7 +1,6 @@
 """Compares a looped model with two baselines trained on the same data and steps: accuracy, FLOPs, parameters."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos import tasks
+from open_mythos import files, tasks
 from open_mythos.diagnostics import flops_per_token
 from open_mythos.evaluation.grid import student_interval
 from open_mythos.evaluation.summary import Evaluation
@@ -170,7 +169,7 @@ def compare(
     comparison = Comparison(
         cfg.recipe, task.unit, measure, difficulties, trained, cfg.loops.maximum, list(seeds), contenders
     )
-    (out / RESULTS).write_text(json.dumps(comparison.to_dict(), indent=1) + "\n")
+    files.write_json(out / RESULTS, comparison.to_dict())
     return comparison
 
 

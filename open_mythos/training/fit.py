@@ -1,6 +1,5 @@
 """A complete run in a directory: training with checkpoints and resume, EMA weights, halting gate, evaluation."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from open_mythos import files
 from open_mythos.evaluation.summary import Evaluation, evaluate
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.fields import must
@@ -157,7 +157,7 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch) -> None:
     """Run the remaining steps, with metrics and checkpoints."""
     cfg = trainer.cfg
     is_main = distributed.rank() == 0
-    loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number) if is_main else []
+    loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number, watch.log) if is_main else []
     try:
         while trainer.step_number < cfg.steps:
             start = time.perf_counter()
@@ -212,12 +212,12 @@ def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: C
     begin("held-out text")
     held_out, length = replace(task, split="held_out"), settings.difficulties[0]
     bits = bits_per_byte(model, held_out, cfg.depths, length, settings.examples)
-    (run / runs.EVALUATION).write_text(json.dumps({"bits_per_byte": bits}, indent=1) + "\n")
+    files.write_json(run / runs.EVALUATION, {"bits_per_byte": bits})
 
 
 def load_evaluation(run: Path) -> Evaluation | dict[int, float]:
     """Read the file of :func:`measure`: an evaluation, or bits per byte by loops."""
-    data = json.loads((run / runs.EVALUATION).read_text())
+    data = files.read_json(run / runs.EVALUATION)
     if "bits_per_byte" in data:
         return {int(n): bits for n, bits in data["bits_per_byte"].items()}
     return Evaluation.from_dict(data)

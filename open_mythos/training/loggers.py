@@ -1,5 +1,6 @@
 """Metric loggers: metrics.jsonl always; TensorBoard, trackio and W&B on request."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from open_mythos import files
 from open_mythos.fields import nearest
 from open_mythos.install import missing
 
@@ -26,14 +28,21 @@ class MetricsFile:
 
     Args:
         path: appended to.
-        after_step: step that the run resumes from; lines of later steps, and a truncated last line, are dropped.
+        after_step: step that the run resumes from; lines of later steps, and a truncated last line, are dropped. A
+            file with damaged lines is set aside under another name, and goes on with those that can be read.
+        say: called with a message if that was so.
     """
 
-    def __init__(self, path: Path, after_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+    def __init__(self, path: Path, after_step: int, say: Callable[[str], None] = lambda message: None) -> None:
+        lines, damaged = _read(path) if path.exists() else ([], 0)
+        content = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= after_step)
+        if damaged:
+            aside = next(
+                a for n in itertools.count(1) if not (a := path.with_name(f"{path.name}.damaged-{n}")).exists()
+            )
+            path.replace(aside)
+            say(f"{path} has {damaged} damaged lines: it is kept as {aside.name}, and goes on without them")
+        files.write(path, content)
         self.file = path.open("a")
 
     def log(self, record: Record) -> None:
@@ -46,9 +55,19 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a truncated last line."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file that can be read: not a truncated last one, nor damaged ones."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines that can be read, and how many cannot."""
+    lines, damaged = list[dict[str, Any]](), 0
+    for line in path.read_text(errors="replace").split("\n")[:-1]:
+        try:
+            lines.append(files.parse_json(line, str(path), {"step": int}))
+        except ValueError:
+            damaged += 1
+    return lines, damaged
 
 
 class TensorBoard:
@@ -90,10 +109,12 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
 }
 
 
-def open_loggers(names: str, run: Path, config: dict[str, Any], after_step: int) -> list[Logger]:
+def open_loggers(
+    names: str, run: Path, config: dict[str, Any], after_step: int, say: Callable[[str], None] = print
+) -> list[Logger]:
     """The metrics file of a run, and the loggers ``names`` (keys of ``LOGGERS``, comma-separated).
 
-    ``config`` is logged with the curves; ``after_step`` is the step that the run resumes from.
+    ``config`` is logged with the curves; ``after_step`` is the step that the run resumes from; ``say`` gets messages.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
@@ -104,7 +125,7 @@ def open_loggers(names: str, run: Path, config: dict[str, Any], after_step: int)
         if name not in LOGGERS:
             raise ValueError(f"loggers={names!r}: unknown logger {name!r}; {nearest(name, LOGGERS)}")
     extra = [LOGGERS[name](run, config, after_step) for name in requested]
-    return [MetricsFile(run / "metrics.jsonl", after_step), *extra]
+    return [MetricsFile(run / "metrics.jsonl", after_step, say), *extra]
 
 
 def _import(module: str, package: str) -> Any:

@@ -80,8 +80,7 @@ def test_a_full_disk_leaves_the_checkpoints_there_are(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    owner: Any = checkpoints if broken == "write" else os
-    monkeypatch.setattr(owner, "_write" if broken == "write" else broken, full)
+    monkeypatch.setattr(*((Path, "write_bytes") if broken == "write" else (os, broken)), full)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(tmp_path, 2, state(2), keep=1)
     assert names(tmp_path) == ["step_00000001"]

@@ -1,8 +1,10 @@
 """``decode.c``, compiled once for this machine by its own compiler, and loaded."""
 
+import atexit
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -12,6 +14,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from open_mythos import files
 from open_mythos.install import cache_dir
 
 SOURCE = Path(__file__).with_name("decode.c")
@@ -45,16 +48,53 @@ def library() -> ctypes.CDLL | str:
     if command is None:
         return f"{LACKS} compiler was found; install gcc or clang, or set $CC"
     words = [*command, *FLAGS]
-    path = cache_dir() / f"{SOURCE.stem}-{_key(words)}.so"
-    failed = "" if path.is_file() else _compile(words, path)
-    if failed:
-        return f"{LACKS} {failed}"
     try:
-        code = ctypes.CDLL(str(path))
+        found = _compiled(words, _folder())
+        if isinstance(found, str):
+            return f"{LACKS} {found}"
+        code = ctypes.CDLL(str(found))
     except OSError as error:
-        return f"{LACKS} code that can be loaded: {' '.join(str(error).split())}"
+        why = " ".join(str(error).split())
+        return f"{LACKS} code that can be loaded: {why}; OPEN_MYTHOS_CACHE sets the folder that it is kept in"
     code.mythos_open.restype = ctypes.c_void_p
     return code
+
+
+def _folder() -> Path:
+    """Where compiled code is kept; one of this process alone where others could put theirs in its place."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+        is_ours = os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+        why = "" if is_ours else "it belongs to another user, or others may write to it"
+    except OSError as error:
+        why = error.strerror or str(error)
+    if not why:
+        return folder
+    own = tempfile.mkdtemp(prefix="open-mythos-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    logging.getLogger("open_mythos").warning(
+        "compiled code is not kept in %s (%s), so every process compiles it again", folder, why
+    )
+    return Path(own)
+
+
+def _compiled(words: list[str], folder: Path) -> Path | str:
+    """The library, whose name ends in the hash of its content; or what went wrong.
+
+    A file that was cut short would end the process as soon as its missing part is read.
+    """
+    name = f"{SOURCE.stem}-{_key(words)}"
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
+            return path
+        path.unlink(missing_ok=True)
+    return _compile(words, folder, name)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _key(words: list[str]) -> str:
@@ -65,7 +105,7 @@ def _key(words: list[str]) -> str:
         platform.platform().encode(),
         _cpu(),
     ]
-    return hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
+    return _hash(b"\0".join(known))
 
 
 def _cpu() -> bytes:
@@ -76,22 +116,20 @@ def _cpu() -> bytes:
     return b"\n".join(told) or f"{platform.machine()} {platform.processor()}".encode()
 
 
-def _compile(words: list[str], path: Path) -> str:
-    """What is not to be had, and why, in one line; nothing if all went well."""
+def _compile(words: list[str], folder: Path, name: str) -> Path | str:
+    """The library; or what is not to be had, and why, in one line."""
     failed = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            made = Path(directory, path.name)
-            for native in NATIVE:
-                command = [*words, *native, "-shared", str(SOURCE), "-o", str(made), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode == 0:
-                    os.replace(made, path)  # whole or not at all, whoever else is compiling
-                    return ""
-                said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-                why = next((line for line in said if "error" in line), said[-1])
-                failed = f"compiler that works here: {words[0]} says: {why.strip()}"
-    except OSError as error:
-        failed = f"code: {error}; OPEN_MYTHOS_CACHE sets the folder that it is kept in"
+    with tempfile.TemporaryDirectory(dir=folder) as directory:
+        made = Path(directory, "made.so")
+        for native in NATIVE:
+            command = [*words, *native, "-shared", str(SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                content = made.read_bytes()
+                path = folder / f"{name}-{_hash(content)}.so"
+                files.write(path, content)  # whole or not at all, whoever else is compiling
+                return path
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            why = next((line for line in said if "error" in line), said[-1])
+            failed = f"compiler that works here: {words[0]} says: {why.strip()}"
     return failed

@@ -112,13 +112,8 @@ class NativeEngine(ModuleEngine):
         c_exit = self._exit(cast(ACTHalting, model.recurrent.act), model.recurrent.choose_exit(depth.exit), n_loops)
         self._held += c_blocks, c_exit
         c_model.blocks, c_model.exit = ctypes.addressof(c_blocks), c_exit and ctypes.addressof(c_exit)
-        pool = code.mythos_open(ctypes.byref(c_model), ctypes.c_int64(threads))
-        if not pool:
-            raise MemoryError(
-                f"the native engine got no memory, or not its {threads} threads; see torch.set_num_threads"
-            )
-        self._code, self._pool, self.used = code, ctypes.c_void_p(pool), list[int]()
-        weakref.finalize(self, code.mythos_close, self._pool)
+        self._code, self._c_model, self._threads, self.used = code, c_model, threads, list[int]()
+        self._start_workers()
         n_slots = min(depth.cache_loops or n_loops, n_loops)
         self._slots = [Slot("prelude", layer) for layer in range(len(fused.prelude))]
         self._slots += [loop_slot(i, self.cache, layer) for i in range(n_slots) for layer in range(len(core))]
@@ -126,6 +121,16 @@ class NativeEngine(ModuleEngine):
         self._addresses: list[tuple[int, int, int, int]] = []  # what these hold
         self._c_slots = (_CSlot * len(self._slots))()
         self._job = _CStep(slots=ctypes.addressof(self._c_slots), n_loops=n_loops, n_slots=n_slots)
+
+    def _start_workers(self) -> None:
+        """Of this process: a forked child has none of its parent's threads."""
+        pool = self._code.mythos_open(ctypes.byref(self._c_model), ctypes.c_int64(self._threads))
+        if not pool:
+            raise MemoryError(
+                f"the native engine got no memory, or not its {self._threads} threads; see torch.set_num_threads"
+            )
+        self._pool, self._process = ctypes.c_void_p(pool), os.getpid()
+        weakref.finalize(self, _close, self._code, self._pool, self._process)
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         logits = super().extend(ids, attention_mask)
@@ -140,6 +145,8 @@ class NativeEngine(ModuleEngine):
         if at == 0:  # no buffers yet
             return super().step(tokens, first)
         assert len(ids) == B == cache.batch_size and all(0 <= token < cfg.vocab_size for token in ids), ids
+        if os.getpid() != self._process:
+            self._start_workers()
         first = None if first is None else first.float().contiguous()
         self.state, logits = torch.empty(B, 1, cfg.dim), torch.empty(B, cfg.vocab_size)
         self._open_slots(at)
@@ -231,6 +238,11 @@ class NativeEngine(ModuleEngine):
             found.gate_up, found.down, found.down_scale = self._at(moe.gate_up), self._at(moe.down), moe.down_scale
             found.n_experts, found.topk, found.expert_dim = moe.n_experts, moe.topk, moe.down.shape[2]
         return found
+
+
+def _close(code: ctypes.CDLL, pool: ctypes.c_void_p, process: int) -> None:
+    if os.getpid() == process:  # else its threads are not here to be waited for
+        code.mythos_close(pool)
 
 
 def _blocks(part: nn.Module) -> list[FusedBlock]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from open_mythos import files, weights
 from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError
 
 BIN_FILE = "pytorch_model.bin"
@@ -45,16 +43,16 @@ def read(path: Path) -> Checkpoint:
     CheckpointError says what the file is instead, and what to do.
     """
     if path.is_dir():
-        files, config = _weight_files(path), path / CONFIG_FILE
+        parts, config = _weight_files(path), path / CONFIG_FILE
     elif path.is_file():
-        files, config = [path], path.parent / CONFIG_FILE
+        parts, config = [path], path.parent / CONFIG_FILE
     else:
         raise CheckpointError(
             f"{path} does not exist; give a file of torch.save or safetensors, or a folder that holds one beside "
             f"{CONFIG_FILE}"
         )
     found = Checkpoint(path, {})
-    for file in files:
+    for file in parts:
         tensors, fields = _read_file(file)
         found.tensors |= tensors
         if fields:
@@ -69,22 +67,18 @@ def read(path: Path) -> Checkpoint:
 def read_config(path: Path) -> dict[str, Any]:
     """The values of a JSON config; CheckpointError, naming the file, if it is missing or no JSON object."""
     try:
-        data = json.loads(path.read_text())
+        return files.read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); mend it, or give another with --config") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}; a config is an object of names and values")
-    return data
+        raise CheckpointError(f"{error}; mend it, or give another with --config") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
     for name in (WEIGHTS_FILE, BIN_FILE):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            parts = read_config(index).get("weight_map", {})
-            return [folder / part for part in sorted(set(parts.values()))]
+            return weights.files_of(index)
         if (folder / name).is_file():
             return [folder / name]
     there = sorted(path.name for path in folder.iterdir())
@@ -98,20 +92,21 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config fields of one file."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; download it too")
-    with path.open("rb") as file:
-        start = file.read(64)
+    try:
+        with files.opened(path) as file:
+            start = file.read(64)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path), {}
-        except Exception as error:  # safetensors' own, OSError, and KeyError for a dtype that PyTorch lacks
-            raise CheckpointError(
-                f"{path} is damaged or not a safetensors file ({error}); download or save it again"
-            ) from error
+        return weights.read(path), {}
     try:  # PyTorch's unpickler for weights builds tensors and plain values only
+        is_archive = weights.check_archive(path)
         with torch.serialization.safe_globals([(_Record, _CONFIG_CLASS)]):
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # bytes that are no pickle make it raise anything
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is None:

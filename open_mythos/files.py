@@ -1,0 +1,168 @@
+"""Writing files so that they are there whole or not at all, and reading such as may be damaged, huge or hostile.
+
+Everything that the library writes goes through :func:`replacing`; everything that it reads from a folder that somebody
+else may have made goes through :func:`read_bytes` or what is built on it, which look at a file's size first.
+"""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PARTIAL = ".partial"
+MOST = 1 << 26  # bytes of a file of text that is read whole; the tokenizers of 250,000 tokens have half of it
+_NAMES = {
+    dict: "an object of names and values", list: "a list", str: "a string", int: "a whole number", float: "a number",
+    bool: "true or false", type(None): "null",
+}  # fmt: skip
+
+
+# -- writing
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its place, fsynced, when the block ends without an error.
+
+    Otherwise it is removed, and what was at ``path`` stays. The permissions are those of a file that is opened anew.
+
+    Raises:
+        OSError: naming ``path``, if it cannot be written, as on a full disk.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except OSError as error:  # the disk's errors name no file, or the one beside
+        raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write(path: str | Path, content: str | bytes | memoryview) -> None:
+    """Write a file whole, as :func:`replacing` does; a string in UTF-8."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, data: Any, indent: int = 1) -> None:
+    """Write ``data`` as JSON, as :func:`write` does."""
+    write(path, json.dumps(data, indent=indent) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Have the disk keep a file's content, or of a folder the names in it."""
+    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- reading
+
+
+def opened(path: Path) -> BinaryIO:
+    """An ordinary file, see :func:`own`, to read; a named pipe is not waited for. Errors as :func:`read_bytes`."""
+    file = open(own(path), "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is not an ordinary file")
+    return file
+
+
+def read_bytes(path: Path, most: int = MOST) -> bytes:
+    """The content of an ordinary file of at most ``most`` bytes, see :func:`own`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        OSError: if it cannot be read.
+        ValueError: naming it, if it is no ordinary file, or larger.
+    """
+    with opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise ValueError(f"{path} has {size:,} bytes, but at most {most:,} are read of such a file")
+        return file.read(most)
+
+
+def read_text(path: Path, most: int = MOST) -> str:
+    """As :func:`read_bytes`, and ValueError for what is not UTF-8."""
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def read_json(path: Path, shape: Any = dict, most: int = MOST) -> Any:
+    """A JSON value of ``shape``, see :func:`shaped`; errors as :func:`read_text`, or ValueError for another."""
+    return parse_json(read_text(path, most), str(path), shape)
+
+
+def parse_json(text: str | bytes, name: str, shape: Any = dict) -> Any:
+    """The value in JSON ``text``, of ``shape``; ValueError with ``name`` for anything else."""
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name} is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error})") from error
+    return shaped(data, shape, name)
+
+
+def shaped(value: Any, shape: Any, name: str) -> Any:
+    """``value``, if it has the shape that is expected.
+
+    Args:
+        shape: a type; a list of one shape, for lists of any length; a dict of shapes, whose names must be there (but
+            for those that end in "?") and others may be; or a tuple of types, of which one must fit.
+        name: of the value, for the message.
+
+    Raises:
+        ValueError: saying what ``name`` is, down to the field, and what was expected.
+    """
+    if isinstance(shape, dict):
+        for key, part in shape.items():
+            plain = key.removesuffix("?")
+            if plain in shaped(value, dict, name):
+                shaped(value[plain], part, f"{name}: {plain}")
+            elif plain == key:
+                raise ValueError(f"{name} lacks {key!r}")
+    elif isinstance(shape, list):
+        for i, item in enumerate(shaped(value, list, name)):
+            shaped(item, shape[0], f"{name}[{i}]")
+    else:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        known = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, known) or (isinstance(value, bool) and bool not in kinds):
+            came = f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} is {came}; expected {' or '.join(_NAMES[kind] for kind in kinds)}")
+    return value
+
+
+def inside(folder: Path, name: Any, by: str) -> Path:
+    """The file of ``folder`` itself that ``by`` calls ``name``; ValueError for what would lead out of it."""
+    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0:"):
+        raise ValueError(f"{by} names {name!r:.60}, which is not a file of its folder")
+    return folder / name
+
+
+def own(path: Path) -> Path:
+    """``path``, if it is no link that leads out of its folder; a hub's cache, whose links lead to its blobs, may.
+
+    Raises:
+        ValueError: naming it and where it leads.
+    """
+    folder, real = path.parent.resolve(), path.resolve()
+    is_blob = real.parent.name == "blobs" and folder.is_relative_to(real.parent.parent)
+    if not real.is_relative_to(folder) and not is_blob:
+        raise ValueError(f"{path} is a link out of its folder, to {real}; put the file itself there")
+    return path

@@ -1,0 +1,133 @@
+"""Files of weights: damage is seen, and what a file asks for is judged before it is believed."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+from safetensors.torch import load_file, save_file
+
+from open_mythos import CheckpointError, OpenMythos, weights
+from open_mythos.checkpoint import SHIPPED
+
+TENSORS = {
+    "a": torch.randn(700, 33), "b": torch.randn(5).bfloat16(), "c": torch.tensor(3), "d": torch.empty(0, 4),
+    "e": torch.randn(1200, 1000), "f": torch.tensor([True, False, True]),
+}  # fmt: skip
+
+
+def test_what_is_written_comes_back_and_others_read_it(tmp_path: Path) -> None:
+    weights.write(tmp_path / "w.safetensors", TENSORS)
+    for found in (weights.read(tmp_path / "w.safetensors"), load_file(tmp_path / "w.safetensors")):
+        assert found.keys() == TENSORS.keys()
+        assert all(found[name].equal(TENSORS[name]) and found[name].dtype == TENSORS[name].dtype for name in found)
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """One of the ways in which files go wrong."""
+    new, n = bytearray(content), len(content)
+    kind, at = draw.randrange(6), draw.randrange(n)
+    if kind == 0:
+        new[at] ^= 1 << draw.randrange(8)
+    elif kind == 1:
+        del new[at:]
+    elif kind == 2:
+        new[at : at + 4096] = bytes(len(new[at : at + 4096]))
+    elif kind == 3:  # two places change
+        size = draw.choice([4, 8, 16, 512, 4096])
+        one, two = (draw.randrange(n // size) * size for _ in range(2))
+        new[one : one + size], new[two : two + size] = new[two : two + size], new[one : one + size]
+    elif kind == 4:
+        new[at:at] = draw.randbytes(8)
+    else:
+        new[draw.randrange(min(n, 900))] = draw.randrange(256)  # in the header
+    return bytes(new)
+
+
+def test_damage_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    path, draw = tmp_path / "w.safetensors", random.Random(0)
+    weights.write(path, TENSORS)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(150):
+        path.write_bytes(damaged(whole, draw))
+        try:
+            found = weights.read(path)
+        except CheckpointError as error:
+            refused += "w.safetensors" in str(error)
+        else:
+            assert found.keys() == TENSORS.keys() and all(found[name].equal(TENSORS[name]) for name in found)
+    assert refused > 130
+
+
+def test_a_flipped_bit_of_a_model_is_refused_unless_nobody_asks(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: .*verify=False"):
+        OpenMythos.from_pretrained(tmp_path)
+    OpenMythos.from_pretrained(tmp_path, verify=False)
+
+
+def test_shards_carry_theirs_and_files_without_one_load(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    whole = tmp_path / "model.safetensors"
+    tensors = load_file(whole)
+    save_file(tensors, whole)  # as transformers, or an older version, did
+    assert OpenMythos.from_pretrained(tmp_path).embed.weight.equal(model.embed.weight)
+    names, parts = sorted(tensors), ("one.safetensors", "two.safetensors")
+    for i, part in enumerate(parts):
+        weights.write(tmp_path / part, {name: tensors[name] for name in names[i::2]})
+    index = {"weight_map": {name: parts[i % 2] for i, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole.unlink()
+    assert OpenMythos.from_pretrained(tmp_path).embed.weight.equal(model.embed.weight)
+    content = bytearray((tmp_path / parts[1]).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / parts[1]).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"two\.safetensors is damaged"):
+        OpenMythos.from_pretrained(tmp_path)
+
+
+def test_shipped_models_have_one() -> None:
+    for path in SHIPPED.glob("*/model.safetensors"):
+        with weights._opened(path) as file:
+            assert weights.CHECKSUM in file.metadata(), path
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{"a": "../w.safetensors"}, {"a": "/w.safetensors"}, {"a": 3}, {"a": ["b"]}, [1], 3, None, {},
+                   {"a": "model.safetensors.index.json"}, "text", {"a": ""}],
+)  # fmt: skip
+def test_an_index_cannot_name_what_is_not_in_its_folder(tmp_path: Path, weight_map: object) -> None:
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    (folder / "model.safetensors").rename(tmp_path / "w.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"model.safetensors.index.json"):
+        OpenMythos.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("prelude_layers", 10**7), ("core_layers", 10**7), ("coda_layers", 10**7), ("dim", 10**9), ("vocab_size", 10**15),
+     ("n_heads", 10**9), ("max_loop_iters", 10**9), ("expert_dim", 10**18), ("n_experts", 10**30), ("dim", 1e308)],
+)  # fmt: skip
+def test_a_config_is_compared_with_the_weights_before_anything_is_built(tmp_path: Path, field: str, value: int) -> None:
+    shutil.copytree(SHIPPED / "parity-tiny", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(CheckpointError, match=r"config.json|model.safetensors"):
+        OpenMythos.from_pretrained(tmp_path / "m")
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    OpenMythos.from_pretrained("parity-tiny")
+    assert torch.get_rng_state().equal(before)
