@@ -19,6 +19,7 @@ from open_mythos.interface import Model
 Loaded = TypeVar("Loaded", bound=nn.Module)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MODEL = "model"  # the folder of a run that these lie in
 INDEX_FILE = "model.safetensors.index.json"  # instead of it, where weights are divided among several files
 SHIPPED = Path(__file__).parent / "pretrained"
 _WRAPPED = "core."  # of names in files that transformers wrote
@@ -95,7 +96,7 @@ def load(cls: type[Loaded], source: str | Path) -> Loaded:
 
     Args:
         cls: its class.
-        source: the directory it was saved in, or one of the names that :func:`shipped` gives.
+        source: the directory it was saved in, a run that holds one, or one of the names that :func:`shipped` gives.
 
     Raises:
         CheckpointError: naming the file at fault.
@@ -103,6 +104,7 @@ def load(cls: type[Loaded], source: str | Path) -> Loaded:
     directory = Path(source)
     if not directory.exists() and str(source) in shipped():
         directory = SHIPPED / source
+    directory = directory / MODEL if (directory / MODEL / CONFIG_FILE).is_file() else directory
     config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     index_path = directory / INDEX_FILE
     weights_path = index_path if index_path.is_file() and not weights_path.is_file() else weights_path

@@ -1,12 +1,14 @@
 """Shared output helpers of the subcommands: messages, errors, tables, numbers, progress bars."""
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +26,11 @@ def fail(message: str) -> NoReturn:
 def note(*lines: str) -> None:
     """Print lines of rich markup, without wrapping."""
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def command(*words: object) -> str:
+    """A line of ours to type next, as markup; it works as it stands in a shell."""
+    return f"[bold]{escape(shlex.join(['mythos', *map(str, words)]))}[/bold]"
 
 
 @contextmanager

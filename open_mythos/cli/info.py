@@ -36,8 +36,7 @@ def find_config(name: str) -> MythosConfig:
     Raises:
         ValueError: if ``name`` is none of them, or its config is bad.
     """
-    from open_mythos.checkpoint import CONFIG_FILE, SHIPPED
-    from open_mythos.models import MODEL
+    from open_mythos.checkpoint import CONFIG_FILE, MODEL, SHIPPED
 
     path = Path(name)
     for file in (path, *(place / CONFIG_FILE for place in (path / MODEL, path, SHIPPED / name))):
