@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, note, si, table, whole_numbers
+from open_mythos.cli.console import clear_errors, console, fail, mythos, note, si, table, whole_numbers
 
 if TYPE_CHECKING:
     from open_mythos.training.compare import Comparison
@@ -51,7 +50,7 @@ def compare(
     plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
     note(
         f"Results: {out / RESULTS}{plotted}",
-        f"Next: an HTML page, [bold]mythos report {escape(str(out / f'looped-seed{results.seeds[0]}'))}[/bold].",
+        f"Next: an HTML page, {mythos('report', out / f'looped-seed{results.seeds[0]}')}.",
     )
 
 

@@ -28,7 +28,7 @@ def note(*lines: str) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def command(*words: object) -> str:
+def mythos(*words: object) -> str:
     """A line of ours to type next, as markup; it works as it stands in a shell."""
     return f"[bold]{escape(shlex.join(['mythos', *map(str, words)]))}[/bold]"
 

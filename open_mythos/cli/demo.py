@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, command, console, note, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, table
 from open_mythos.fields import must
 
 PRETRAINED = "parity-tiny"
@@ -53,7 +53,7 @@ def demo(
                 model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 64)
                 runs.save_model(model, cfg, out)
                 wanted = cfg.evaluation.difficulties, cfg.evaluation.loops, cfg.evaluation.examples
-                Evaluation([depth_grid(model, task, *wanted, halting=False, progress=watch.begin)], {}).save(out)
+                Evaluation([depth_grid(model, task, *wanted, progress=watch.begin)], {}).save(out)
             else:
                 fit(cfg, out, "auto" if is_run else "never", watch)
         grid = load_evaluation(out).grids[0]
@@ -66,6 +66,6 @@ def demo(
     console.print(table("accuracy by loops, same weights", "loops", *curves, rows=rows))
     note(
         f"Plot: {out / 'depth.png'}   table: {out / 'table.json'}   run: {out}",
-        f"Next: look inside it with {command('diagnose', out, '--plots', out)}, "
-        f"or write an HTML report with {command('report', out)}.",
+        f"Next: look inside it with {mythos('diagnose', out, '--plots', out)}, "
+        f"or write an HTML report with {mythos('report', out)}.",
     )

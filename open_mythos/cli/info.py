@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, si, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.variants import VARIANTS, variant
@@ -24,10 +24,10 @@ def info(
     with clear_errors():
         cfg = find_config(model)
     show(model, cfg)
-    train, directory = "train a small model with [bold]mythos demo[/bold], then ", "DIRECTORY"
+    train, directory = f"train a small model with {mythos('demo')}, then ", "runs/demo"
     if Path(model).is_dir() or model in shipped():
         train, directory = "", model
-    console.print(f"Next: {train}look inside it with [bold]mythos diagnose {directory}[/bold].", highlight=False)
+    note(f"Next: {train}look inside it with {mythos('diagnose', directory)}.")
 
 
 def find_config(name: str) -> MythosConfig:

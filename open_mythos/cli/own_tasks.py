@@ -17,6 +17,7 @@ from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.model import OpenMythos
 from open_mythos.models import TRAINING_FILE, model_dir
 from open_mythos.nn.exits import Exit, parse
+from open_mythos.tasks import tokenizer
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
@@ -29,9 +30,12 @@ def settings(
     checkpoint: str, model: MythosConfig, task: str | None, options: list[str], difficulties: str | None,
     loops: str | None, examples: int | None,
 ) -> TrainConfig:  # fmt: skip
-    """The config of the checkpoint's training, with task and evaluation overridden."""
-    has_config = task is None or (model_dir(checkpoint) / TRAINING_FILE).is_file()
-    cfg = training_config(checkpoint) if has_config else TrainConfig(model=model)
+    """The config of the checkpoint's training, with task and evaluation overridden; a model that has a tokenizer and
+    no such config is measured on text."""
+    directory = model_dir(checkpoint)
+    has_config, is_text = (directory / TRAINING_FILE).is_file(), (directory / tokenizer.FILE).is_file()
+    task = Text.name if task is None and is_text and not has_config else task
+    cfg = training_config(checkpoint) if task is None or has_config else TrainConfig(model=model)
     if task is not None and (not has_config or task != cfg.task.name):
         cfg = dataclasses.replace(cfg, task=TaskConfig(name=task))
     requested = {"difficulties": difficulties, "loops": loops, "examples": examples}

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, note, progress, table
+from open_mythos.cli.console import clear_errors, console, fail, mythos, note, progress, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +70,7 @@ def retrofit(
         f"At one loop its logits are those of {original_layers}: they differ by at most "
         f"{error * max(1.0, largest):.1e}, of up to {largest:.0f}.",
         f"Model and tokenizer: {directory}",
-        f"Next: train it to use its loops with [bold]mythos train heal start={escape(str(directory))}[/bold].",
+        f"Next: train it to use its loops with {mythos('train', 'heal', f'start={directory}')}.",
     )
 
 

@@ -1,14 +1,12 @@
 """``mythos train``: train from a recipe, list recipes, or estimate the cost of a run."""
 
-import shlex
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, note, si, table
+from open_mythos.cli.console import clear_errors, console, fail, mythos, note, si, table
 from open_mythos.training.config import TrainConfig
 
 
@@ -35,7 +33,7 @@ def train(
     if show_list or recipe is None:
         rows = ((name, (made_by.__doc__ or "").partition("\n")[0]) for name, made_by in RECIPES.items())
         console.print(table("recipes", "recipe", "description", rows=rows, left="description"))
-        console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
+        note(f"Next: {mythos('train', 'debug')}, or any of these with --dry-run to see its cost.")
         return
     run = out or Path("runs") / recipe
     with clear_errors(), distributed.processes():
@@ -43,8 +41,8 @@ def train(
             cfg = configured(recipe, overrides or [])
         if dry_run:
             show_cost(cfg)
-            words = [recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
-            note(f"Nothing was written. Next: [bold]mythos train {escape(shlex.join(words))}[/bold].")
+            options = [*(["--out", out] if out else []), *(["--resume", resume] if resume != "never" else [])]
+            note(f"Nothing was written. Next: {mythos('train', recipe, *(overrides or []), *options)}.")
             return
         try:
             with watching(cfg.steps) as watch:
@@ -61,11 +59,10 @@ def train(
         else:
             show_grid(scores, cfg.task.max_difficulty)
             show_halting(scores)
-    chat = f" Chat with it: [bold]mythos chat {escape(str(run))}[/bold]." if cfg.task.name == "text" else ""
+    chat = f" Chat with it: {mythos('chat', run)}." if cfg.task.name == "text" else ""
     note(
         f"Model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   evaluation: {run / 'evaluation.json'}",
-        f"Next: evaluate it with [bold]mythos eval {escape(str(run))}[/bold], "
-        f"or write an HTML report with [bold]mythos report {escape(str(run))}[/bold].{chat}",
+        f"Next: evaluate it with {mythos('eval', run)}, or write an HTML report with {mythos('report', run)}.{chat}",
     )
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, note, progress, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, progress, table
 from open_mythos.fields import must
 from open_mythos.training.config import GateConfig, TrainConfig
 
@@ -57,7 +56,7 @@ def train_gate(
     console.print(f"The gate saves {1 - scores['loops_halting'] / scores['loops_fixed']:.0%} of the loops.")
     note(
         f"Model: {out}; the original is unchanged.",
-        f"Next: evaluate it at every depth with [bold]mythos eval {escape(str(out))}[/bold].",
+        f"Next: evaluate it at every depth with {mythos('eval', out)}.",
     )
 
 

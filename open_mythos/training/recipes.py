@@ -151,7 +151,8 @@ def debug() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
-    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal, demo, debug,
+    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal,
+    demo, debug,
 )}  # fmt: skip
 
 
