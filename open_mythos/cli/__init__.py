@@ -37,7 +37,28 @@ class LazyCommand(TyperCommand):
         single = typer.Typer(add_completion=False)
         python_name = self.name.replace("-", "_")
         single.command(self.name)(getattr(import_module(f"{__name__}.{python_name}"), python_name))
-        return typer.main.get_command(single).make_context(info_name, args, parent, **extra)
+        command, words = typer.main.get_command(single), list(args)
+        takes_settings = any(parameter.name == "overrides" for parameter in command.params)
+        try:
+            context = command.make_context(info_name, args, parent, **extra)
+        except Exception as error:  # of click, which some versions of typer bring along
+            if (said := getattr(error, "message", "")) and said.endswith(" is a file."):
+                error.message = f"{said[:-1]}; name a directory, which need not be there"  # type: ignore[attr-defined]
+            if said.endswith(" is a directory."):
+                error.message = f"{said[:-1]}; name a file, as in {words[-1]}/report.html"  # type: ignore[attr-defined]
+            key = getattr(error, "option_name", "").lstrip("-")
+            if takes_settings and key:
+                _, _, value = " ".join(words).partition(f"--{key}")
+                said = value.lstrip(" =").partition(" ")[0] or "..."
+                error.message = f"There is no option --{key}. A setting is written without dashes: {key}={said}"  # type: ignore[attr-defined]
+            raise
+        if takes_settings:
+            options = {option for parameter in command.params for option in parameter.opts}
+            for word in context.params["overrides"] or ():
+                key, _, value = word.partition("=")
+                if f"--{key}" in options:
+                    raise typer.BadParameter(f"{key} is an option, no setting; write --{key} {value or '...'}", context)
+        return context
 
 
 class LazyGroup(TyperGroup):

@@ -17,7 +17,9 @@ def compare(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of weights and data, comma-separated.")] = "0,1,2",
-    out: Annotated[Path | None, typer.Option(help="Directory of the runs; default: runs/compare-RECIPE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Of the runs; default: runs/compare-RECIPE.")
+    ] = None,
 ) -> None:
     """Compare a looped model with two baselines that do not loop.
 

@@ -14,7 +14,7 @@ PRETRAINED = "parity-tiny"
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the run, plot and table.  [runs/demo, or runs/demo-pretrained]")
+        Path | None, typer.Option(file_okay=False, help="Default: runs/demo, of --pretrained runs/demo-pretrained.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,

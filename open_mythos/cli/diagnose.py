@@ -26,7 +26,7 @@ BLOCKS, MOST_BLOCKS = " ▁▂▃▄▅▆▇█", 32
 def diagnose(
     checkpoint: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
     loops: Annotated[int | None, typer.Option(min=1, help="Loops to run; the model's default if left out.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Directory for pictures (needs matplotlib).")] = None,
+    plots: Annotated[Path | None, typer.Option(file_okay=False, help="For pictures (needs matplotlib).")] = None,
     prompt: Annotated[str | None, typer.Option(help='Token ids, as in "1 2 1 1".')] = None,
 ) -> None:
     """Look inside a checkpoint, loop by loop."""

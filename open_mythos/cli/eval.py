@@ -24,7 +24,7 @@ def eval(
         str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, as in hellaswag,arc_easy.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory of your own harness tasks.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for table and plot.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory for table and plot.")] = None,
 ) -> None:
     """Accuracy over difficulty and loops, with metrics of depth."""
     with clear_errors():

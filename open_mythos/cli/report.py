@@ -10,7 +10,7 @@ from open_mythos.cli.console import clear_errors, mythos, note, progress, si
 
 def report(
     run: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; default: RUN/report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="File to write; default: RUN/report.html.")] = None,
     difficulty: Annotated[int | None, typer.Option(min=1, help="Of the example.")] = None,
     loops: Annotated[int | None, typer.Option(min=1, help="Maximum for the example.")] = None,
     seed: Annotated[int, typer.Option(help="Of the example.")] = 0,

@@ -26,7 +26,7 @@ def retrofit(
     loops: Annotated[int, typer.Option(help="Default loops, and maximum that is compared.")] = 4,
     decay: Annotated[float, typer.Option(help="Weight of the state in a loop's input, against the embedding.")] = 0.5,
     text: Annotated[Path | None, typer.Option(help="File to compare on, instead of a few built-in sentences.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output directory; default: runs/retrofit.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Output directory; default: runs/retrofit.")] = None,
 ) -> None:
     """Convert a pretrained decoder to a recurrent-depth model: layers become prelude, core and coda."""
     import torch

@@ -15,7 +15,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/RECIPE.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Of the run; default: runs/RECIPE.")] = None,
     resume: Annotated[
         str, typer.Option(help="auto: from the newest checkpoint, if any. Or never, or the path of a checkpoint.")
     ] = "never",

@@ -22,7 +22,7 @@ def train_gate(
         int | None, typer.Option(min=1, help="Loops that solve the hardest problems; default: the run's config.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Output directory; default: NAME-gate next to the model.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Default: NAME-gate next to the model.")] = None,
 ) -> None:
     """Train the halting gate of a trained model, with all other weights frozen."""
     import torch

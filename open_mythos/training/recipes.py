@@ -162,6 +162,7 @@ def recipe(name: str) -> TrainConfig:
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
+    must("=" not in name, f"{name!r} is a setting; name a recipe before it, as in parity {name}")
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
     cfg = RECIPES[name]()
