@@ -47,7 +47,7 @@ def demo(
             highlight=False,
         )
         is_run = (out / runs.RUN_CONFIG).exists()
-        with watching(cfg.steps) as watch:
+        with watching(cfg) as watch:
             if pretrained:
                 must(not is_run, f"{out} holds a run of its own; choose another --out")
                 model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 64)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, fail, mythos, note, si, table
+from open_mythos.cli.console import clear_errors, console, fail, mythos, note, progress, si, table
 from open_mythos.training.config import TrainConfig
 
 
@@ -45,7 +45,7 @@ def train(
             note(f"Nothing was written. Next: {mythos('train', recipe, *(overrides or []), *options)}.")
             return
         try:
-            with watching(cfg.steps) as watch:
+            with watching(cfg) as watch:
                 fit(cfg, run, resume, watch)
         except TrainingError as error:
             fail(str(error))
@@ -68,15 +68,29 @@ def train(
 
 def show_cost(cfg: TrainConfig) -> None:
     from open_mythos.training.cost import run_cost
+    from open_mythos.training.fit import stages
 
-    cost = run_cost(cfg)
+    with progress(3 + stages(cfg)) as begin:
+        cost = run_cost(cfg, begin)
     seconds = cost.seconds_per_step
+    total = seconds * cfg.steps + cost.gate_seconds + cost.evaluation_seconds
+
+    def span(seconds: float) -> str:
+        return str(timedelta(seconds=round(seconds)))
+
     rows = (
         ("parameters", f"{cost.parameters:,}", "counted"),
         ("FLOPs per step", si(cost.flops_per_step), "matrix products, at the mean number of loops"),
         ("memory of the weights", si(cost.weight_bytes, "B"), "weights, gradients, optimizer state, EMA"),
         ("memory of activations", si(cost.activation_bytes, "B"), "saved for the backward pass; peak of the trials"),
         ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
-        ("time of the run", str(timedelta(seconds=round(seconds * cfg.steps))), f"{cfg.steps:,} steps, no evaluation"),
+        ("time of training", span(seconds * cfg.steps), f"{cfg.steps:,} steps"),
+        ("time of the halting gate", span(cost.gate_seconds), "scaled from a trial; gate.steps=0: none"),
+        (
+            "time of evaluation",
+            span(cost.evaluation_seconds),
+            "scaled from a trial; evaluation.loops=1,8 makes it quick",
+        ),
+        ("time of the run", span(total), "training, gate and evaluation"),
     )
     console.print(table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method", rows=rows, left="method"))

