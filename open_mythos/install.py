@@ -21,10 +21,8 @@ def find_hub(seconds: float = 2.0) -> None:
 
     By themselves they would ask for half a minute.
     """
-    place, answered = (
-        urlsplit(getproxies().get("https") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"),
-        [],
-    )
+    place = urlsplit(getproxies().get("https") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    answered = list[bool]()
 
     def ask() -> None:
         with suppress(OSError, ValueError):

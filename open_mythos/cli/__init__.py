@@ -4,6 +4,9 @@ Subcommand modules are imported when called, and torch and matplotlib only when 
 helper modules), so that ``--help`` and usage errors are instant.
 """
 
+import logging
+import os
+import warnings
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -87,5 +90,11 @@ def mythos(
 
 
 def main() -> None:
-    """Entry point of the ``mythos`` script."""
+    """Entry point of the ``mythos`` script, on whose screen other libraries say nothing."""
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "torch.utils._pytree", "torchao", "transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app(prog_name="mythos")

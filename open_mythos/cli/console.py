@@ -89,9 +89,8 @@ def live(total: float, first: str = "") -> Iterator[Callable[..., None]]:
     def speak() -> None:
         while not over.wait(SILENCE):
             if doing:
-                _errors.print(
-                    f"{doing} ({time.monotonic() - started:.0f} s)", markup=False, highlight=False, soft_wrap=True
-                )
+                said = Text(f"{doing} ({time.monotonic() - started:.0f} s)")
+                _errors.print(said, soft_wrap=True)
 
     if not _errors.is_terminal:
         Thread(target=speak, daemon=True).start()

@@ -32,7 +32,7 @@ def demo(
     from open_mythos.models import load_model
     from open_mythos.training import runs
     from open_mythos.training.config import EvalConfig
-    from open_mythos.training.fit import fit, load_evaluation
+    from open_mythos.training.fit import fit
     from open_mythos.training.recipes import configured
 
     out = out or Path("runs") / ("demo-pretrained" if pretrained else "demo")
@@ -56,7 +56,7 @@ def demo(
                 Evaluation([depth_grid(model, task, *wanted, progress=watch.begin)], {}).save(out)
             else:
                 fit(cfg, out, "auto" if is_run else "never", watch)
-        grid = load_evaluation(out).grids[0]
+        grid = Evaluation.load(out).grids[0]
         curves = {f"{n} bits" + " (trained)" * (n == trained_length): grid.curve(n) for n in grid.difficulties}
         example = task.batch(1, trained_length, torch.Generator().manual_seed(seed)).ids
         (out / runs.MODEL / EXAMPLE_FILE).write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")

@@ -59,12 +59,12 @@ def diagnose(
             if found.expert_load.shape[1]:
                 draw.expert_load(found.expert_load, plots / "expert_load.png")
     console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source})", highlight=False)
-    rows = (
+    rows = [
         ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part is stable"),
         ("gain of one more loop", f"{gain:.4f}", f"the state {'settles on a state' if gain < 1 else 'keeps moving'}"),
         ("cache", si(n_bytes, "B"), f"measured; {si(n_bytes / ids.shape[1], 'B')} per token"),
-    )
-    rows = rows if loops_on else (rows[0], rows[2])
+    ]
+    rows = rows if loops_on else rows[::2]
     console.print(table("the loop as a whole", "measure", "value", "reading", rows=rows, left="reading"))
     show_loops(found)
     show_halting(found.loops_used[0].tolist())

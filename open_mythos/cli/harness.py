@@ -10,6 +10,7 @@ from rich.text import Text
 from open_mythos import plots
 from open_mythos.cli.console import announce, console, mythos, note, picture, table, whole_numbers
 from open_mythos.fields import must
+from open_mythos.install import find_hub
 from open_mythos.integrations.harness import Curve, harness
 from open_mythos.models import model_dir
 from open_mythos.training.runs import evaluation_dir
@@ -25,6 +26,7 @@ def eval_harness(
     given = [option for option, value in only_ours.items() if value]
     must(not given, f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
+    find_hub()
     curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
     show(curves)
     out = out or evaluation_dir(checkpoint)

@@ -85,11 +85,11 @@ def show_cost(cfg: TrainConfig) -> None:
         ("memory of activations", si(cost.activation_bytes, "B"), "saved for the backward pass; peak of the trials"),
         ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
         ("time of training", span(seconds * cfg.steps), f"{cfg.steps:,} steps"),
-        ("time of the halting gate", span(cost.gate_seconds), "scaled from a trial; gate.steps=0: none"),
+        ("time of the halting gate", span(cost.gate_seconds), "scaled; gate.steps=0: none"),
         (
             "time of evaluation",
             span(cost.evaluation_seconds),
-            "scaled from a trial; evaluation.loops=1,8 makes it quick",
+            "scaled; evaluation.loops=1,8 makes it quick",
         ),
         ("time of the run", span(total), "training, gate and evaluation"),
     )

@@ -79,11 +79,9 @@ def evaluation_seconds(trainer: Trainer, seconds_per_step: float, begin: Callabl
     cfg, model, wanted = trainer.cfg, trainer.averaged(), trainer.cfg.evaluation
     model.cfg.halting = cfg.kind == "looped" and cfg.gate.steps > 0  # as the gate's training leaves it
     loops = max(cfg.depths)
-    few = min(loops, _TRIAL_LOOPS) if cfg.kind == "looped" else loops
-    speed = (
-        cfg.batch_size * trainer.task.length(cfg.task.max_difficulty) / seconds_per_step
-    )  # tokens a second, all loops
-    in_a_second = speed / sum(map(trainer.task.length, wanted.difficulties))
+    few = min(loops, 4 * _TRIAL_LOOPS) if cfg.kind == "looped" else loops
+    in_a_second = cfg.batch_size * trainer.task.length(cfg.task.max_difficulty) / seconds_per_step
+    in_a_second /= sum(map(trainer.task.length, wanted.difficulties))
     examples = min(wanted.examples, max(1, int(in_a_second)))
     shallow = sorted({max(1, n * few // loops) for n in wanted.loops})
     trial = replace(cfg, evaluation=replace(wanted, loops=shallow, examples=examples))
