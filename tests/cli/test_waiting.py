@@ -85,10 +85,7 @@ def test_a_hub_out_of_reach_is_no_wait(line: list[str], monkeypatch: pytest.Monk
 def test_no_other_library_is_on_the_screen(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     fabricate_run(tmp_path / "run")
-    for line in (
-        "mythos eval run --examples 2", "mythos diagnose run --plots pictures", "mythos report run", "mythos export run e",
-        "mythos chat text-tiny --max-tokens 2",
-    ):  # fmt: skip
+    for line in ("mythos diagnose run --plots pictures", "mythos export run e", "mythos chat text-tiny --max-tokens 2"):
         done = subprocess.run(
             [sys.executable, "-m", "open_mythos", *line.split()[1:]], cwd=tmp_path, input="hi\n", capture_output=True,
             text=True, env=os.environ | {"PYTHONPATH": str(Path(install.__file__).parent.parent)},
