@@ -53,7 +53,7 @@ class LazyCommand(TyperCommand):
             if takes_settings and key:
                 _, _, value = " ".join(words).partition(f"--{key}")
                 said = value.lstrip(" =").partition(" ")[0] or "..."
-                error.message = f"There is no option --{key}. A setting is written without dashes: {key}={said}"  # type: ignore[attr-defined]
+                error.message = f"No such option: --{key}. A setting is written without dashes: {key}={said}"  # type: ignore[attr-defined]
             raise
         if takes_settings:
             options = {option for parameter in command.params for option in parameter.opts}

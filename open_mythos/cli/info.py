@@ -24,10 +24,10 @@ def info(
     with clear_errors():
         cfg = find_config(model)
     show(model, cfg)
-    train, directory = f"train a small model with {mythos('demo')}, then ", "runs/demo"
     if Path(model).is_dir() or model in shipped():
-        train, directory = "", model
-    note(f"Next: {train}look inside it with {mythos('diagnose', directory)}.")
+        note(f"Next: look inside it with {mythos('diagnose', model)}.")
+    else:
+        note(f"Next: {mythos('demo')} trains one; {mythos('diagnose', 'runs/demo')} looks inside.")
 
 
 def find_config(name: str) -> MythosConfig:

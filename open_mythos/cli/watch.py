@@ -20,7 +20,7 @@ def reading(overrides: list[str]) -> Iterator[None]:
     sources = [text for text in overrides if text.startswith("data=")]
     if sources and distributed.rank() == 0:
         log(f"reading {sources[-1]}")
-    with live(1, "reading"):
+    with live(1, "reading" if distributed.rank() == 0 else ""):
         yield
 
 
