@@ -19,6 +19,7 @@ from open_mythos.weights import CheckpointError
 Loaded = TypeVar("Loaded", bound=Model)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MODEL = "model"  # the folder of a run that these lie in
 INDEX_FILE = "model.safetensors.index.json"  # instead of it, where weights are divided among several files
 SHIPPED = Path(__file__).parent / "pretrained"
 MOST_LOOPS = 1 << 16
@@ -94,7 +95,7 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
 
     Args:
         cls: its class.
-        source: the directory it was saved in, or one of the names that :func:`shipped` gives.
+        source: the directory it was saved in, a run that holds one, or one of the names that :func:`shipped` gives.
         verify: whether to check the checksum.
 
     Raises:
@@ -105,6 +106,7 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     directory = Path(source)
     if not directory.exists() and str(source) in shipped():
         directory = SHIPPED / source
+    directory = directory / MODEL if (directory / MODEL / CONFIG_FILE).is_file() else directory
     config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     index_path = directory / INDEX_FILE
     weights_path = index_path if index_path.is_file() and not weights_path.is_file() else weights_path

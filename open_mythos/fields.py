@@ -12,9 +12,9 @@ from typing import Any, Self
 from open_mythos import files
 
 
-def size(default: int, minimum: int = 1) -> Any:
-    """An integer of at least ``minimum``."""
-    return field(default=default, metadata={"kind": int, "min": minimum})
+def size(default: int, minimum: int = 1, maximum: int | None = None) -> Any:
+    """An integer of at least ``minimum``, and at most ``maximum`` if there is one."""
+    return field(default=default, metadata={"kind": int, "min": minimum, "max": maximum})
 
 
 def real(default: float, low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False) -> Any:
@@ -140,10 +140,11 @@ def _checked(name: str, value: Any, meta: Any) -> Any:
     """``value`` converted to the field's type, or a ValueError."""
     kind, is_bool = meta["kind"], isinstance(value, bool)
     if kind is int:
-        hint = f"use an int of at least {meta['min']}"
+        most = meta.get("max")
+        hint = f"use an int of at least {meta['min']}" + (f" and at most {most:,}" if most else "")
         must(isinstance(value, int) and not is_bool, f"{name}={value!r} is not a whole number; {hint}")
         must(value >= meta["min"], f"{name}={value} is too small; {hint}")
-        must(value < 1 << 63, f"{name}={value} is too large; {hint}")
+        must(value <= (most or (1 << 63) - 1), f"{name}={value} is too large; {hint}")
     elif kind is float:
         low, high, low_open, high_open = (meta[key] for key in ("low", "high", "low_open", "high_open"))
         hint = f"use a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"

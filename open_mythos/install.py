@@ -1,10 +1,16 @@
-"""Around the library: its extras and how to install them, and its cache folder.
+"""Around the library: its extras and how to install them, its cache folder, and the network.
 
 Extras are installed from a checkout, as ``open-mythos`` on PyPI is another project.
 """
 
 import os
+import socket
+import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 UPDATE = "get the newer version (git pull in a checkout of this library) and install it again: pip install ."
 EXTRAS = {
@@ -34,3 +40,26 @@ def cache_dir() -> Path:
         return Path(own)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored, says the XDG specification
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "open_mythos"
+
+
+def find_hub(seconds: float = 2.0) -> None:
+    """Where the Hugging Face Hub does not answer in so many seconds, have its libraries look only at what lies here.
+
+    By themselves they would ask for half a minute.
+    """
+    place = urlsplit(getproxies().get("https") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    answered = list[bool]()
+
+    def ask() -> None:
+        with suppress(OSError, ValueError):
+            socket.create_connection((place.hostname, place.port or 443), seconds).close()
+            answered.append(True)
+
+    asking = Thread(target=ask, daemon=True)  # since looking up a name knows no limit of time
+    asking.start()
+    asking.join(seconds)
+    if not answered:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        for name in ("huggingface_hub.constants", "datasets.config"):
+            if name in sys.modules:
+                sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]

@@ -7,13 +7,13 @@ card; and ``training.json``, how it was trained. In a run it is ``RUN/model``.
 from pathlib import Path
 
 from open_mythos import files
-from open_mythos.checkpoint import CONFIG_FILE, INDEX_FILE, SHIPPED, WEIGHTS_FILE, hub_hint, shipped
+from open_mythos.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL, SHIPPED, WEIGHTS_FILE, hub_hint, shipped
 from open_mythos.fields import must, nearest
 from open_mythos.model import OpenMythos, UnrolledMythos
 from open_mythos.tasks import tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
-MODEL, TRAINING_FILE, CARD = "model", "training.json", "README.md"
+TRAINING_FILE, CARD = "training.json", "README.md"
 TOKENIZER_FILES = (
     tokenizer.FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json",
@@ -38,6 +38,8 @@ def model_dir(source: str | Path) -> Path:
             f"{source} has no {MODEL}/{WEIGHTS_FILE}: the run has not ended; go on with --resume auto. If it is a "
             f"model, its {WEIGHTS_FILE} is missing; save it again"
         )
+    if inside := sorted(Path(source).glob(f"*/{MODEL}")):
+        raise ValueError(f"{source} holds several runs; name one, as in {inside[0].parent}")
     if Path(source).exists():
         raise ValueError(f"{source} is no run and no model: it holds neither {MODEL}/{WEIGHTS_FILE} nor {WEIGHTS_FILE}")
     names = shipped()

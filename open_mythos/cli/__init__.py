@@ -4,6 +4,9 @@ Subcommand modules are imported when called, and torch and matplotlib only when 
 helper modules), so that ``--help`` and usage errors are instant.
 """
 
+import logging
+import os
+import warnings
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -65,7 +68,28 @@ class LazyCommand(TyperCommand):
         python_name = self.name.replace("-", "_")
         run = getattr(import_module(f"{__name__}.{python_name}"), python_name)
         single.command(self.name, epilog=f"Example: {EXAMPLES[self.name]}")(run)
-        return typer.main.get_command(single).make_context(info_name, args, parent, **extra)
+        command, words = typer.main.get_command(single), list(args)
+        takes_settings = any(parameter.name == "overrides" for parameter in command.params)
+        try:
+            context = command.make_context(info_name, args, parent, **extra)
+        except Exception as error:  # of click, which some versions of typer bring along
+            if (said := getattr(error, "message", "")) and said.endswith(" is a file."):
+                error.message = f"{said[:-1]}; name a directory, which need not be there"  # type: ignore[attr-defined]
+            if said.endswith(" is a directory."):
+                error.message = f"{said[:-1]}; name a file, as in {words[-1]}/report.html"  # type: ignore[attr-defined]
+            key = getattr(error, "option_name", "").lstrip("-")
+            if takes_settings and key:
+                _, _, value = " ".join(words).partition(f"--{key}")
+                said = value.lstrip(" =").partition(" ")[0] or "..."
+                error.message = f"No such option: --{key}. A setting is written without dashes: {key}={said}"  # type: ignore[attr-defined]
+            raise
+        if takes_settings:
+            options = {option for parameter in command.params for option in parameter.opts}
+            for word in context.params["overrides"] or ():
+                key, _, value = word.partition("=")
+                if f"--{key}" in options:
+                    raise typer.BadParameter(f"{key} is an option, no setting; write --{key} {value or '...'}", context)
+        return context
 
 
 class LazyGroup(TyperGroup):
@@ -97,5 +121,11 @@ def mythos(
 
 
 def main() -> None:
-    """Entry point of the ``mythos`` script."""
+    """Entry point of the ``mythos`` script, on whose screen other libraries say nothing."""
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "torch.utils._pytree", "torchao", "transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app(prog_name="mythos")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.text import Text
 
-from open_mythos.cli.console import clear_errors, console, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, table
 from open_mythos.install import missing
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def chat(
             break
         else:
             command(talk, line)
-    console.print(f"Next: look inside, [bold]mythos diagnose {escape(model)}[/bold].", highlight=False, soft_wrap=True)
+    note(f"Next: look inside, {mythos('diagnose', model)}.")
 
 
 def template_of(directory: Path) -> "Template | None":

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, note, si, table, whole_numbers
+from open_mythos.cli.console import clear_errors, console, fail, mythos, note, si, table, whole_numbers
 
 if TYPE_CHECKING:
     from open_mythos.training.compare import Comparison
@@ -18,7 +17,9 @@ def compare(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of weights and data, comma-separated.")] = "0,1,2",
-    out: Annotated[Path | None, typer.Option(help="Directory of the runs; default: runs/compare-RECIPE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Of the runs; default: runs/compare-RECIPE.")
+    ] = None,
 ) -> None:
     """Compare a looped model with two baselines that do not loop.
 
@@ -51,7 +52,7 @@ def compare(
     plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
     note(
         f"Results: {out / RESULTS}{plotted}",
-        f"Next: an HTML page, [bold]mythos report {escape(str(out / f'looped-seed{results.seeds[0]}'))}[/bold].",
+        f"Next: an HTML page, {mythos('report', out / f'looped-seed{results.seeds[0]}')}.",
     )
 
 

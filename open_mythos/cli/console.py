@@ -1,15 +1,21 @@
 """Shared output helpers of the subcommands: messages, errors, tables, numbers, progress bars."""
 
 import itertools
+import shlex
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import NoReturn
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import Progress
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+SILENCE = 5.0  # seconds after which something is said where no bar moves
 
 console = Console()
 _errors = Console(stderr=True)
@@ -24,6 +30,11 @@ def fail(message: str) -> NoReturn:
 def note(*lines: str) -> None:
     """Print lines of rich markup, without wrapping."""
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def mythos(*words: object) -> str:
+    """A line of ours to type next, as markup; it works as it stands in a shell."""
+    return f"[bold]{escape(shlex.join(['mythos', *map(str, words)]))}[/bold]"
 
 
 @contextmanager
@@ -60,11 +71,42 @@ def announce(message: str) -> None:
 
 
 @contextmanager
+def live(total: float, first: str = "") -> Iterator[Callable[..., None]]:
+    """Show what is being done: a transient bar on a terminal's stderr, elsewhere a line every ``SILENCE`` seconds.
+
+    Call the yielded function with what that is, and the ``completed`` and the ``total`` of the bar if they change.
+    """
+    doing, started, over = first, time.monotonic(), Event()
+    columns = BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn()
+    bar = Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal)
+    shown = bar.add_task(escape(first), total=total)
+
+    def update(what: str, completed: float | None = None, total: float | None = None) -> None:
+        nonlocal doing
+        doing = what
+        bar.update(shown, description=escape(what), completed=completed, total=total)
+
+    def speak() -> None:
+        while not over.wait(SILENCE):
+            if doing:
+                said = Text(f"{doing} ({time.monotonic() - started:.0f} s)")
+                _errors.print(said, soft_wrap=True)
+
+    if not _errors.is_terminal:
+        Thread(target=speak, daemon=True).start()
+    try:
+        with bar:
+            yield update
+    finally:
+        over.set()
+
+
+@contextmanager
 def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
-    """A transient progress bar on a terminal's stderr. Call the yielded function at the start of each step."""
-    with Progress(console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
-        task, counter = bar.add_task("", total=n_steps), itertools.count()
-        yield lambda step: bar.update(task, description=step, completed=next(counter))
+    """:func:`live`, of steps of which each begins with a call of the yielded function."""
+    with live(n_steps) as update:
+        counter = itertools.count()
+        yield lambda step: update(step, completed=next(counter))
 
 
 def table(title: str, *columns: str, rows: Iterable[Iterable[RenderableType]] = (), left: str | None = None) -> Table:

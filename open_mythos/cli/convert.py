@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, note, progress, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, progress, table
 from open_mythos.fields import must
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def convert(
     show(conversion)
     note(
         f"Model: [bold]{directory}[/bold]; its logits are those of the reference.",
-        f"Next: [bold]mythos info {directory}[/bold], [bold]mythos diagnose {directory}[/bold], or "
+        f"Next: {mythos('info', directory)}, {mythos('diagnose', directory)}, or "
         f'OpenMythos.from_pretrained("{directory}").generate(ids). Differences: docs/differences.md',
     )
 

@@ -6,50 +6,67 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, note, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, table
+from open_mythos.fields import must
 
-PRETRAINED, STEPS = "parity-tiny", 500
+PRETRAINED = "parity-tiny"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for plot, table and checkpoint.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = STEPS,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Default: runs/demo, of --pretrained runs/demo-pretrained.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     pretrained: Annotated[bool, typer.Option("--pretrained", help=f"Use {PRETRAINED} instead of training.")] = False,
 ) -> None:
     """Train a small model and show its accuracy by loops."""
     import torch
 
-    from open_mythos import plots
-    from open_mythos.cli import parity
-    from open_mythos.model import OpenMythos
+    from open_mythos import plots, tasks
+    from open_mythos.cli.diagnose import EXAMPLE_FILE
+    from open_mythos.cli.watch import watching
+    from open_mythos.diagnostics import parameters
+    from open_mythos.evaluation import depth_grid
+    from open_mythos.evaluation.summary import Evaluation
+    from open_mythos.models import load_model
+    from open_mythos.training import runs
+    from open_mythos.training.config import EvalConfig
+    from open_mythos.training.fit import fit
+    from open_mythos.training.recipes import configured
 
+    out = out or Path("runs") / ("demo-pretrained" if pretrained else "demo")
     with clear_errors():
         plots.require_matplotlib()
-        torch.manual_seed(seed)
-        model = OpenMythos.from_pretrained(PRETRAINED) if pretrained else OpenMythos(parity.CONFIG)
-        lengths, loops = parity.PRETRAINED if pretrained else parity.TRAINED
-        trained_loops = model.cfg.max_loop_iters if pretrained else parity.MAX_TRAINED_LOOPS
-        n_parameters = sum(p.numel() for p in model.parameters())
+        cfg = runs.training_config(PRETRAINED) if pretrained else configured("demo", [f"steps={steps}", f"seed={seed}"])
+        task, trained_length = tasks.load(cfg.task.name), cfg.task.max_difficulty
         console.print(
-            f"Running parity: at every bit, is the number of ones so far even or odd? A model of {n_parameters:,} "
-            f"parameters {'was trained' if pretrained else 'trains'} on up to {parity.TRAINED_LENGTH} bits with 1 to "
-            f"{trained_loops} loops.",
+            f"Running parity: at every bit, is the number of ones so far even or odd? A model of "
+            f"{parameters(cfg.model).total:,} parameters {'was trained' if pretrained else 'trains'} on up to "
+            f"{trained_length} bits with 1 to {cfg.loops.maximum} loops.",
             highlight=False,
         )
-        if not pretrained:
-            parity.train(model, steps)
-        curves = parity.measure(model, lengths, loops)
-        out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(out)
-        example = parity.TASK.batch(1, parity.TRAINED_LENGTH).ids
-        (out / "example.json").write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
+        is_run = (out / runs.RUN_CONFIG).exists()
+        with watching(cfg) as watch:
+            if pretrained:
+                must(not is_run, f"{out} holds a run of its own; choose another --out")
+                model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 64)
+                runs.save_model(model, cfg, out)
+                wanted = cfg.evaluation.difficulties, cfg.evaluation.loops, cfg.evaluation.examples
+                Evaluation([depth_grid(model, task, *wanted, progress=watch.begin)], {}).save(out)
+            else:
+                fit(cfg, out, "auto" if is_run else "never", watch)
+        grid = Evaluation.load(out).grids[0]
+        curves = {f"{n} bits" + " (trained)" * (n == trained_length): grid.curve(n) for n in grid.difficulties}
+        example = task.batch(1, trained_length, torch.Generator().manual_seed(seed)).ids
+        (out / runs.MODEL / EXAMPLE_FILE).write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
         (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
         title = f"{PRETRAINED if pretrained else 'mythos demo'}: accuracy by loops, no early exit"
-        plots.accuracy_by_loops(curves, out / "depth.png", 0.5, trained_loops, title)
-    rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in loops)
+        plots.accuracy_by_loops(curves, out / "depth.png", task.chance, cfg.loops.maximum, title)
+    rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in grid.loops)
     console.print(table("accuracy by loops, same weights, no early exit", "loops", *curves, rows=rows))
     note(
-        f"Plot: {out / 'depth.png'}   table: {out / 'table.json'}   checkpoint: {out}",
-        f"Next: look inside it with [bold]mythos diagnose {out} --plots {out}[/bold].",
+        f"Plot: {out / 'depth.png'}   table: {out / 'table.json'}   run: {out}",
+        f"Next: look inside it with {mythos('diagnose', out, '--plots', out)}, "
+        f"or write an HTML report with {mythos('report', out)}.",
     )

@@ -1,12 +1,13 @@
 """``mythos diagnose``: one traced forward pass through a checkpoint, as tables and pictures."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, progress, si, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, progress, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 
@@ -26,7 +27,7 @@ BLOCKS, MOST_BLOCKS = " ▁▂▃▄▅▆▇█", 32
 def diagnose(
     checkpoint: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
     loops: Annotated[int | None, typer.Option(min=1, help="Loops to run; the model's default if left out.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Directory for pictures (needs matplotlib).")] = None,
+    plots: Annotated[Path | None, typer.Option(file_okay=False, help="For pictures (needs matplotlib).")] = None,
     prompt: Annotated[str | None, typer.Option(help='Token ids, as in "1 2 1 1".')] = None,
 ) -> None:
     """Look inside a checkpoint, loop by loop."""
@@ -35,6 +36,7 @@ def diagnose(
     from open_mythos import plots as draw
     from open_mythos.cache import KVCache
     from open_mythos.diagnostics import cache_bytes, loop_gain, spectral_radius, trace
+    from open_mythos.model import UnrolledMythos
     from open_mythos.models import load_model, model_dir
 
     with clear_errors(), progress(n_steps=3 if plots is None else 4) as begin, torch.no_grad():
@@ -46,7 +48,9 @@ def diagnose(
         begin("measuring")
         n_loops, cache = len(found.delta), KVCache()
         model(ids, n_loops, kv_cache=cache)
-        radius, gain, n_bytes = spectral_radius(model), loop_gain(model, ids, n_loops), cache_bytes(cache)
+        radius, n_bytes = spectral_radius(model), cache_bytes(cache)
+        loops_on = not isinstance(model, UnrolledMythos)  # which has a block for each loop, and none for one more
+        gain = loop_gain(model, ids, n_loops) if loops_on else math.nan
         if plots is not None:
             begin("drawing")
             words, used = symbols(model_dir(checkpoint), ids[0].tolist()), found.loops_used[0]
@@ -58,11 +62,12 @@ def diagnose(
                 draw.expert_load(found.expert_load, plots / "expert_load.png")
     gate = f"gate on, threshold {model.cfg.act_threshold:g}" if model.cfg.halting else "no early exit"
     console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source}), {gate}", highlight=False)
-    rows = (
+    rows = [
         ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part is stable"),
         ("gain of one more loop", f"{gain:.4f}", f"the state {'settles on a state' if gain < 1 else 'keeps moving'}"),
         ("cache", si(n_bytes, "B"), f"measured; {si(n_bytes / ids.shape[1], 'B')} per token"),
-    )
+    ]
+    rows = rows if loops_on else rows[::2]
     console.print(table("the loop as a whole", "measure", "value", "reading", rows=rows, left="reading"))
     show_loops(found, model.cfg.halting)
     show_halting(found.loops_used[0].tolist())
@@ -70,9 +75,9 @@ def diagnose(
         show_experts(found.expert_load)
     if plots is not None:
         console.print(f"Pictures are in {plots}.", highlight=False)
-    deeper = f"mythos diagnose {checkpoint} --loops {2 * model.cfg.max_loop_iters}"
-    pictures = "" if plots is not None else ", or add [bold]--plots DIRECTORY[/bold] for pictures"
-    console.print(f"Next: think longer with [bold]{deeper}[/bold]{pictures}.", highlight=False, soft_wrap=True)
+    deeper = mythos("diagnose", checkpoint, "--loops", 2 * model.cfg.max_loop_iters)
+    then = f"think longer with {deeper}" if loops_on else f"measure it with {mythos('eval', checkpoint)}"
+    note(f"Next: {then}{'' if plots else ', or add --plots DIRECTORY for pictures'}.")
 
 
 def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, "Tensor"]:

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import time
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,7 +18,6 @@ from open_mythos import __version__
 from open_mythos.cli.console import clear_errors, console, note, progress, si, table
 from open_mythos.install import EXTRAS, cache_dir, install_line
 
-TIMED_STEPS = 8  # of the demo's training
 VECTORS = {
     "AVX512": "the widest vectors of x86",
     "AVX2": "no AVX-512: matrix products may take twice as long",
@@ -100,18 +98,12 @@ def extras() -> dict[str, dict[str, str | None]]:
 
 
 def demo_seconds() -> float:
-    """What the training of ``mythos demo`` would take, from a few of its steps."""
-    import torch
+    """What ``mythos demo`` would take here, by a few of its steps."""
+    from open_mythos.training.cost import run_cost
+    from open_mythos.training.recipes import configured
 
-    from open_mythos.cli import demo, parity
-    from open_mythos.model import OpenMythos
-
-    torch.manual_seed(0)
-    model = OpenMythos(parity.CONFIG)
-    parity.train(model, 1)  # which is slower than the others
-    begun = time.perf_counter()
-    parity.train(model, TIMED_STEPS)
-    return (time.perf_counter() - begun) * demo.STEPS / TIMED_STEPS
+    cfg = configured("demo", [])
+    return run_cost(cfg).seconds_per_step * cfg.steps
 
 
 def rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, note, whole_numbers
+from open_mythos.cli.console import clear_errors, mythos, note, whole_numbers
 from open_mythos.fields import must
 
 
@@ -24,7 +24,7 @@ def eval(
         str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, as in hellaswag,arc_easy.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory of your own harness tasks.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for table and plot.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory for table and plot.")] = None,
 ) -> None:
     """Accuracy over difficulty and loops, with metrics of depth."""
     with clear_errors():
@@ -50,7 +50,7 @@ def eval(
         else:
             path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds, "0,1,2"), exit, out)
     plot, run = out / "grid.png", model_dir(checkpoint).parent
-    then = f"look inside, [bold]mythos diagnose {checkpoint}[/bold]."
+    then = f"look inside, {mythos('diagnose', checkpoint)}."
     if (run / METRICS).is_file():
-        then = f"an HTML page, [bold]mythos report {run}[/bold]."
+        then = f"an HTML page, {mythos('report', run)}."
     note(f"Results: {path}" + (f"   plot: {plot}" if plot.is_file() else ""), f"Next: {then}")

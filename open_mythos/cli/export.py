@@ -23,6 +23,5 @@ def export(
     content = "weights, tokenizer and source" if has_tokenizer else "weights and source; the model has no tokenizer"
     note(
         f"Written: {directory} ({content})",
-        f'Next: AutoModelForCausalLM.from_pretrained("{directory}", trust_remote_code=True, num_loops=8), or '
-        f"[bold]lm_eval run --model hf --model_args pretrained={directory},trust_remote_code=True,num_loops=8[/bold]",
+        f'Next, in Python: AutoModelForCausalLM.from_pretrained("{directory}", trust_remote_code=True, num_loops=8)',
     )

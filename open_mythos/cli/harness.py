@@ -8,8 +8,9 @@ from typing import Any
 from rich.text import Text
 
 from open_mythos import plots
-from open_mythos.cli.console import announce, console, note, picture, table, whole_numbers
+from open_mythos.cli.console import announce, console, mythos, note, picture, table, whole_numbers
 from open_mythos.fields import must
+from open_mythos.install import find_hub
 from open_mythos.integrations.harness import Curve, harness
 from open_mythos.models import model_dir
 from open_mythos.training.runs import evaluation_dir
@@ -25,6 +26,7 @@ def eval_harness(
     given = [option for option, value in only_ours.items() if value]
     must(not given, f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
+    find_hub()
     curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
     show(curves)
     out = out or evaluation_dir(checkpoint)
@@ -36,9 +38,9 @@ def eval_harness(
         panels.setdefault(curve.metric, {})[curve.task] = dict(points)
     path.write_text(json.dumps([dataclasses.asdict(curve) for curve in curves], indent=1) + "\n")
     also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels, drawing)) else ""
-    found_in = "" if include is None else f" --include-path {include}"
-    more = f"mythos eval {checkpoint} --harness {names}{found_in} --loops {2 * max(counts)}"
-    note(f"Everything: {path}{also}", f"Next: think longer, [bold]{more}[/bold].")
+    found_in = () if include is None else ("--include-path", include)
+    more = mythos("eval", checkpoint, "--harness", names, *found_in, "--loops", 2 * max(counts))
+    note(f"Everything: {path}{also}", f"Next: think longer, {more}.")
 
 
 def show(curves: list[Curve]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, si, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.variants import VARIANTS, variant
@@ -24,10 +24,10 @@ def info(
     with clear_errors():
         cfg = find_config(model)
     show(model, cfg)
-    train, directory = "train a small model with [bold]mythos demo[/bold], then ", "DIRECTORY"
     if Path(model).is_dir() or model in shipped():
-        train, directory = "", model
-    console.print(f"Next: {train}look inside it with [bold]mythos diagnose {directory}[/bold].", highlight=False)
+        note(f"Next: look inside it with {mythos('diagnose', model)}.")
+    else:
+        note(f"Next: {mythos('demo')} trains one; {mythos('diagnose', 'runs/demo')} looks inside.")
 
 
 def find_config(name: str) -> MythosConfig:
@@ -36,8 +36,7 @@ def find_config(name: str) -> MythosConfig:
     Raises:
         ValueError: if ``name`` is none of them, or its config is bad.
     """
-    from open_mythos.checkpoint import CONFIG_FILE, SHIPPED
-    from open_mythos.models import MODEL
+    from open_mythos.checkpoint import CONFIG_FILE, MODEL, SHIPPED
 
     path = Path(name)
     for file in (path, *(place / CONFIG_FILE for place in (path / MODEL, path, SHIPPED / name))):

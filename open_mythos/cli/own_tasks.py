@@ -17,9 +17,11 @@ from open_mythos.evaluation.text import text_scores
 from open_mythos.model import OpenMythos
 from open_mythos.models import TRAINING_FILE, model_dir
 from open_mythos.nn.exits import parse, spell
+from open_mythos.tasks import tokenizer
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.overrides import override
+from open_mythos.training.recipes import recipe
 from open_mythos.training.runs import held_out_options, training_config
 
 SHALLOW, DEEP = 8, 32  # loop counts whose relative difference in bits is shown
@@ -30,9 +32,15 @@ def settings(
     checkpoint: str, model: MythosConfig, task: str | None, options: list[str], difficulties: str | None,
     loops: str | None, examples: int | None,
 ) -> TrainConfig:  # fmt: skip
-    """The config of the checkpoint's training, with task and evaluation overridden."""
-    has_config = task is None or (model_dir(checkpoint) / TRAINING_FILE).is_file()
-    cfg = training_config(checkpoint) if has_config else TrainConfig(model=model)
+    """The config of the checkpoint's training, with task and evaluation overridden.
+
+    Without one, of a model of text: that which would train it further."""
+    directory = model_dir(checkpoint)
+    has_config, is_text = (directory / TRAINING_FILE).is_file(), (directory / tokenizer.FILE).is_file()
+    if task is None and is_text and not has_config:
+        cfg = dataclasses.replace(recipe("heal"), model=model)
+    else:
+        cfg = training_config(checkpoint) if task is None or has_config else TrainConfig(model=model)
     if task is not None and (not has_config or task != cfg.task.name):
         cfg = dataclasses.replace(cfg, task=TaskConfig(name=task))
     requested = {"difficulties": difficulties, "loops": loops, "examples": examples}

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, note, progress, si
+from open_mythos.cli.console import clear_errors, mythos, note, progress, si
 
 
 def report(
     run: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; default: RUN/report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="File to write; default: RUN/report.html.")] = None,
     difficulty: Annotated[int | None, typer.Option(min=1, help="Of the example.")] = None,
     loops: Annotated[int | None, typer.Option(min=1, help="Maximum for the example.")] = None,
     seed: Annotated[int, typer.Option(help="Of the example.")] = 0,
@@ -22,12 +21,14 @@ def report(
 
     with clear_errors():
         with progress(n_steps=3) as begin:
-            page = render(gather(run, difficulty, loops, seed, begin))
+            page = render(data := gather(run, difficulty, loops, seed, begin))
         path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
+    then = f"another example with {mythos('report', run, '--seed', seed + 1)}"
+    if data["grid"]:
+        then += f", a harder one with {mythos('report', run, '--difficulty', data['grid']['difficulties'][-1])}"
     note(
         f"Page: {path} ({si(len(page.encode()), 'B')}, one file; open it in any browser)",
-        f"Next: another example with [bold]mythos report {escape(run)} --seed {seed + 1}[/bold], "
-        f"or a harder one with --difficulty.",
+        f"Next: {then}.",
     )

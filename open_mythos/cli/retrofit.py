@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, note, progress, table
+from open_mythos.cli.console import clear_errors, console, fail, mythos, note, progress, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +26,7 @@ def retrofit(
     loops: Annotated[int, typer.Option(help="Default loops, and maximum that is compared.")] = 4,
     decay: Annotated[float, typer.Option(help="Weight of the state in a loop's input, against the embedding.")] = 0.5,
     text: Annotated[Path | None, typer.Option(help="File to compare on, instead of a few built-in sentences.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output directory; default: runs/retrofit.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Output directory; default: runs/retrofit.")] = None,
 ) -> None:
     """Convert a pretrained decoder to a recurrent-depth model: layers become prelude, core and coda."""
     import torch
@@ -71,7 +70,7 @@ def retrofit(
         f"At one loop its logits are those of {original_layers}: they differ by at most "
         f"{error * max(1.0, largest):.1e}, of up to {largest:.0f}.",
         f"Model and tokenizer: {directory}",
-        f"Next: train it to use its loops with [bold]mythos train heal start={escape(str(directory))}[/bold].",
+        f"Next: train it to use its loops with {mythos('train', 'heal', f'start={directory}')}.",
     )
 
 

@@ -1,14 +1,12 @@
 """``mythos train``: train from a recipe, list recipes, or estimate the cost of a run."""
 
-import shlex
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, fail, note, si, table
+from open_mythos.cli.console import clear_errors, console, fail, mythos, note, progress, si, table
 from open_mythos.training.config import TrainConfig
 
 
@@ -17,7 +15,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/RECIPE.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Of the run; default: runs/RECIPE.")] = None,
     resume: Annotated[
         str, typer.Option(help="auto: from the newest checkpoint, if any. Or never, or the path of a checkpoint.")
     ] = "never",
@@ -35,7 +33,7 @@ def train(
     if show_list or recipe is None:
         rows = ((name, (made_by.__doc__ or "").partition("\n")[0]) for name, made_by in RECIPES.items())
         console.print(table("recipes", "recipe", "description", rows=rows, left="description"))
-        console.print("Next: [bold]mythos train debug[/bold], or any of these with --dry-run to see its cost.")
+        note(f"Next: {mythos('train', 'debug')}, or any of these with --dry-run to see its cost.")
         return
     run = out or Path("runs") / recipe
     with clear_errors(), distributed.processes():
@@ -43,11 +41,11 @@ def train(
             cfg = configured(recipe, overrides or [])
         if dry_run:
             show_cost(cfg)
-            words = [recipe, *(overrides or []), *(["--out", str(out)] if out else [])]
-            note(f"Nothing was written. Next: [bold]mythos train {escape(shlex.join(words))}[/bold].")
+            options = [*(["--out", out] if out else []), *(["--resume", resume] if resume != "never" else [])]
+            note(f"Nothing was written. Next: {mythos('train', recipe, *(overrides or []), *options)}.")
             return
         try:
-            with watching(cfg.steps) as watch:
+            with watching(cfg) as watch:
                 fit(cfg, run, resume, watch)
         except TrainingError as error:
             fail(str(error))
@@ -61,25 +59,38 @@ def train(
         else:
             show_grid(scores, cfg.task.max_difficulty)
             show_halting(scores)
-    chat = f" Chat with it: [bold]mythos chat {escape(str(run))}[/bold]." if cfg.task.name == "text" else ""
+    chat = f" Chat with it: {mythos('chat', run)}." if cfg.task.name == "text" else ""
     note(
         f"Model: {run / 'model'}   metrics: {run / 'metrics.jsonl'}   evaluation: {run / 'evaluation.json'}",
-        f"Next: evaluate it with [bold]mythos eval {escape(str(run))}[/bold], "
-        f"or write an HTML report with [bold]mythos report {escape(str(run))}[/bold].{chat}",
+        f"Next: evaluate it with {mythos('eval', run)}, or write an HTML report with {mythos('report', run)}.{chat}",
     )
 
 
 def show_cost(cfg: TrainConfig) -> None:
     from open_mythos.training.cost import run_cost
+    from open_mythos.training.fit import stages
 
-    cost = run_cost(cfg)
+    with progress(3 + stages(cfg)) as begin:
+        cost = run_cost(cfg, begin)
     seconds = cost.seconds_per_step
+    total = seconds * cfg.steps + cost.gate_seconds + cost.evaluation_seconds
+
+    def span(seconds: float) -> str:
+        return str(timedelta(seconds=round(seconds)))
+
     rows = (
         ("parameters", f"{cost.parameters:,}", "counted"),
         ("FLOPs per step", si(cost.flops_per_step), "matrix products, at the mean number of loops"),
         ("memory of the weights", si(cost.weight_bytes, "B"), "weights, gradients, optimizer state, EMA"),
         ("memory of activations", si(cost.activation_bytes, "B"), "saved for the backward pass; peak of the trials"),
         ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
-        ("time of the run", str(timedelta(seconds=round(seconds * cfg.steps))), f"{cfg.steps:,} steps, no evaluation"),
+        ("time of training", span(seconds * cfg.steps), f"{cfg.steps:,} steps"),
+        ("time of the halting gate", span(cost.gate_seconds), "scaled; gate.steps=0: none"),
+        (
+            "time of evaluation",
+            span(cost.evaluation_seconds),
+            "scaled; evaluation.loops=1,8 makes it quick",
+        ),
+        ("time of the run", span(total), "training, gate and evaluation"),
     )
     console.print(table(f"{cfg.recipe}: cost of a run", "quantity", "value", "method", rows=rows, left="method"))

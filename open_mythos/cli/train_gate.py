@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from open_mythos.cli.console import clear_errors, console, note, progress, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, progress, table
 from open_mythos.fields import must
 from open_mythos.training.config import GateConfig, TrainConfig
 
@@ -23,7 +22,7 @@ def train_gate(
         int | None, typer.Option(min=1, help="Loops that solve the hardest problems; default: the run's config.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Output directory; default: NAME-gate next to the model.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Default: NAME-gate next to the model.")] = None,
 ) -> None:
     """Train the halting gate of a trained model, with all other weights frozen."""
     import torch
@@ -57,7 +56,7 @@ def train_gate(
     console.print(f"The gate saves {1 - scores['loops_halting'] / scores['loops_fixed']:.0%} of the loops.")
     note(
         f"Model: {out}; the original is unchanged.",
-        f"Next: evaluate it at every depth with [bold]mythos eval {escape(str(out))}[/bold].",
+        f"Next: evaluate it at every depth with {mythos('eval', out)}.",
     )
 
 

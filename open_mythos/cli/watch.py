@@ -1,55 +1,47 @@
 """Live progress of training on a terminal."""
 
-import time
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
 
-from open_mythos.cli.console import si
+from open_mythos.cli.console import live, si
 from open_mythos.training import distributed
-from open_mythos.training.fit import Watch
+from open_mythos.training.config import TrainConfig
+from open_mythos.training.fit import Watch, stages
 from open_mythos.training.loggers import Record
-
-LINE_SECONDS = 10.0  # between lines if stderr is no terminal
 
 
 @contextmanager
 def reading(overrides: list[str]) -> Iterator[None]:
     """Show that text is being read, which may take a while."""
-    errors, sources = Console(stderr=True), [text for text in overrides if text.startswith("data=")]
-    if not sources or distributed.rank() > 0:
+    sources = [text for text in overrides if text.startswith("data=")]
+    if sources and distributed.rank() == 0:
+        log(f"reading {sources[-1]}")
+    with live(1, "reading" if distributed.rank() == 0 else ""):
         yield
-    elif errors.is_terminal:
-        with errors.status(f"reading {escape(sources[-1])}"):
-            yield
-    else:
-        errors.print(f"reading {sources[-1]}", markup=False, highlight=False, soft_wrap=True)
-        yield
+
+
+def log(message: str) -> None:
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def watching(steps: int) -> Iterator[Watch]:
-    """A transient live line on a terminal's stderr; otherwise a line every :data:`LINE_SECONDS`."""
-    errors = Console(stderr=True)
-    columns = BarColumn(bar_width=20), TextColumn("{task.description}")
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task, printed_at = bar.add_task("the first steps", total=steps), -LINE_SECONDS
+def watching(cfg: TrainConfig) -> Iterator[Watch]:
+    """A live line of the steps, then of what is done after training: so many stages of gate and evaluation."""
+    n_stages, stage = stages(cfg), itertools.count(1)
+    with live(cfg.steps, "the first steps") as update:
 
-        def log(message: str) -> None:
-            bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        def record(numbers: Record) -> None:
+            update(live_line(numbers, cfg.steps), numbers["step"])
 
-        def update(line: str, step: float | None = None) -> None:
-            nonlocal printed_at
-            bar.update(task, description=escape(line), completed=step)
-            if not errors.is_terminal and time.monotonic() - printed_at >= LINE_SECONDS:
-                printed_at = time.monotonic()
-                log(line)
+        def begin(what: str) -> None:
+            done = next(stage)
+            update(f"after training, {done} of {n_stages}: {what}", done - 1, n_stages)
 
-        yield Watch(lambda record: update(live_line(record, steps), record["step"]), log, update)
+        yield Watch(record, log, begin)
 
 
 def live_line(numbers: Record, steps: int) -> str:

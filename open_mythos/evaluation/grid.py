@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
+from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit, spell
 from open_mythos.tasks.base import Batch, Task
@@ -120,12 +121,15 @@ def depth_grid(
 
 
 def check_fit(model: OpenMythos, task: Task, difficulties: Sequence[int], examples: int) -> None:
-    """Raise ValueError without difficulties or examples, or if the task's vocabulary exceeds the model's."""
+    """Raise ValueError without difficulties or examples, or if the task's vocabulary or lengths exceed the model's."""
     if not difficulties or examples < 1:
         raise ValueError(f"difficulties={list(difficulties)}, examples={examples}; give at least one of each")
     n, known = task.vocab_size, model.cfg.vocab_size
     if n > known:
         raise ValueError(f"{task.name} has {n} tokens and the model {known}; use the task and options of its training")
+    longest, limit = max(difficulties, key=task.length), model.cfg.max_seq_len
+    said = f"{longest} {task.unit} are {task.length(longest)} tokens, which do not fit max_seq_len={limit}"
+    must(task.length(longest) <= limit, f"{said}; use a lower difficulty")
 
 
 class Scores(NamedTuple):

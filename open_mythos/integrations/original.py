@@ -12,7 +12,7 @@ import torch
 
 from open_mythos.config import MODEL_TYPE
 from open_mythos.fields import must
-from open_mythos.install import missing
+from open_mythos.install import find_hub, missing
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
@@ -28,6 +28,8 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
         ValueError: saying what is missing.
         ImportError: naming the extra to install, without transformers.
     """
+    if not Path(source).exists():
+        find_hub()
     try:
         import transformers
     except ImportError as error:

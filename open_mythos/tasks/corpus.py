@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from open_mythos.fields import must
-from open_mythos.install import missing
+from open_mythos.install import find_hub, missing
 
 PIECE = 4096  # bytes of a document where one single text is the whole corpus
 STREAMED = 1 << 26  # bytes read of a streamed dataset whose end nobody asked for
+WAYS = "'stdlib', 'hf:NAME', or the path or glob of text files"
 _ENDS = [re.compile(end) for end in (rb"[.!?]\s", rb"\s", rb"(?=[^\x80-\xbf])|$")]
 """Where a long line may be cut, best first: behind a sentence, behind a word, before a character."""
 _NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -51,11 +52,15 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
         contents = _hugging_face(source)
     elif source == "stdlib":
         contents = _texts(_library_modules(), max_bytes)
+    elif path.is_file():
+        contents = _file(path)
     else:
-        contents = _file(path) if path.is_file() else _texts(_files(source), max_bytes)
+        files = _files(source)
+        must(bool(files), f"source={source!r} holds no text; use {WAYS}. There is no such file")
+        contents = _texts(files, max_bytes)
     found = _within(contents, max_bytes or (STREAMED if streamed else math.inf))
     first = next(found, b"")
-    must(first != b"", f"source={source!r} holds no text; use 'stdlib', 'hf:NAME', or the path or glob of text files")
+    must(first != b"", f"source={source!r} holds no text; use {WAYS}")
     second = next(found, b"")
     for document in chain((first, second), found) if second else _pieces(BytesIO(first)):
         yield document.decode("utf-8", "replace")
@@ -113,7 +118,7 @@ def _texts(paths: list[Path], max_bytes: int) -> Iterator[bytes]:
 def _file(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for piece in _pieces(file):
-            must(b"\0" not in piece, f"source={str(path)!r} is not a text file")
+            must(b"\0" not in piece, f"source={str(path)!r} is not a text file; use {WAYS}")
             yield piece
 
 
@@ -129,11 +134,13 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _hugging_face(source: str) -> Iterator[bytes]:
+    _, name, *config = source.split(":", 2)
+    if not Path(name).exists():
+        find_hub()
     try:
         import datasets
     except ImportError as error:
         raise missing(f"source={source!r} needs datasets", "tasks") from error
-    _, name, *config = source.split(":", 2)
     try:
         for row in datasets.load_dataset(name, *config, split="train", streaming=True):
             if not isinstance(row.get("text", 0), str | None):

@@ -132,7 +132,7 @@ def compare(
     cfg: TrainConfig,
     out: Path,
     seeds: Sequence[int] = (0, 1, 2),
-    watching: Callable[[int], AbstractContextManager[Watch]] = lambda steps: nullcontext(Watch()),
+    watching: Callable[[TrainConfig], AbstractContextManager[Watch]] = lambda cfg: nullcontext(Watch()),
 ) -> Comparison:
     """Train and evaluate ``cfg``'s model and both baselines for every seed, and write ``out/compare.json``.
 
@@ -142,7 +142,7 @@ def compare(
     Args:
         cfg, out: of the looped model, ``kind`` and ``seed`` are set here; directory, created if missing.
         seeds: of weights and data.
-        watching: makes the :class:`~open_mythos.training.fit.Watch` of a run of that many steps.
+        watching: makes the :class:`~open_mythos.training.fit.Watch` of a run.
 
     Raises:
         ValueError: without a seed, or if ``out`` holds runs with other settings.
@@ -156,7 +156,7 @@ def compare(
             run_cfg, run = dataclasses.replace(cfg, kind=kind, seed=seed), out / f"{kind}-seed{seed}"
             if (run / runs.EVALUATION).is_file() and TrainConfig.load(run / runs.RUN_CONFIG) == run_cfg:
                 continue
-            with watching(cfg.steps) as watch:
+            with watching(run_cfg) as watch:
                 watch.log(f"{kind} model, seed {seed}: {run}")
                 fit(run_cfg, run, "auto" if (run / runs.RUN_CONFIG).exists() else "never", watch)
     task, contenders = tasks.load(cfg.task.name, **cfg.task.options), []

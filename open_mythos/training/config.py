@@ -128,7 +128,7 @@ class TrainConfig(Checked):
     kind: str = choice("looped", "looped", "single", "unrolled")
     # a model whose weights are trained further, as `mythos eval` finds it; `model` is then its config. "": new weights
     start: str = text("")
-    steps: int = size(1000)
+    steps: int = size(1000, maximum=10**9)
     batch_size: int = size(64)  # sequences of one optimizer step
     accumulate: int = size(1)  # micro-batches that a step is split into
     seed: int = size(0, minimum=0)

@@ -1,9 +1,12 @@
 """Cost of a run, measured on a few trial steps."""
 
+import tempfile
 import time
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,17 +14,20 @@ from torch import Tensor
 from open_mythos import tasks
 from open_mythos.diagnostics import flops_per_token
 from open_mythos.training.config import TrainConfig
+from open_mythos.training.fit import measure
+from open_mythos.training.gate import ROUNDS, train_gate
 from open_mythos.training.objective import Objective
 from open_mythos.training.trainer import Trainer
 
 _N_DRAWS = 256  # steps over which loop counts and problem lengths are averaged
 _TRIAL_STEPS, _TRIAL_SECONDS = 10, 10.0  # limits, whichever comes first
+_TRIAL_LOOPS = 4
 _GRAD_COST, _RECOMPUTE_COST = 3, 4  # in forward passes: backward is two, recomputation one more
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Cost of a run, by the functions below; ``seconds_per_step`` is without checkpoints and evaluation."""
+    """Cost of a run, by the functions below; ``seconds_per_step`` is without checkpoints."""
 
     parameters: int
     flops_per_step: float
@@ -29,14 +35,18 @@ class RunCost:
     activation_bytes: int
     seconds_per_step: float
     trial_steps: int
+    gate_seconds: float
+    evaluation_seconds: float
 
 
-def run_cost(cfg: TrainConfig) -> RunCost:
-    """Run a few steps in memory and measure them.
+def run_cost(cfg: TrainConfig, progress: Callable[[str], None] | None = None) -> RunCost:
+    """Run a few steps in memory, and a little of what comes after, and measure them.
 
     Raises:
         ValueError: as :class:`~open_mythos.training.trainer.Trainer`.
     """
+    begin = progress or (lambda stage: None)
+    begin("trial steps")
     trainer = Trainer(cfg)
     times: list[float] = []
     trainer.step()  # warm-up
@@ -47,7 +57,38 @@ def run_cost(cfg: TrainConfig) -> RunCost:
             times.append(time.perf_counter() - start)
     activations = activation_bytes(trainer, min(len(times), 3))
     n_parameters, n = sum(p.numel() for p in trainer.model.parameters()), len(times)
-    return RunCost(n_parameters, flops_per_step(cfg), weight_bytes(trainer), activations, sum(times) / n, n)
+    seconds = sum(times) / n
+    after = gate_seconds(trainer, begin), evaluation_seconds(trainer, seconds, begin)
+    return RunCost(n_parameters, flops_per_step(cfg), weight_bytes(trainer), activations, seconds, n, *after)
+
+
+def gate_seconds(trainer: Trainer, begin: Callable[[str], None]) -> float:
+    """Of training the halting gate: as long as at a few loops and as many fewer steps, times that share."""
+    cfg, model = trainer.cfg, trainer.averaged()
+    if cfg.kind != "looped" or cfg.gate.steps == 0:
+        return 0.0
+    loops = cfg.gate.loops or cfg.model.max_loop_iters
+    few = min(loops, _TRIAL_LOOPS)
+    gate, start = replace(cfg.gate, loops=few, steps=max(ROUNDS, cfg.gate.steps * few // loops)), time.perf_counter()
+    train_gate(model, trainer.task, gate, cfg.task.min_difficulty, cfg.hardest_for_gate, torch.Generator(), begin)
+    return (time.perf_counter() - start) * loops / few
+
+
+def evaluation_seconds(trainer: Trainer, seconds_per_step: float, begin: Callable[[str], None]) -> float:
+    """Of evaluating: as long as at a few loops, on as many examples as take a second or so, times those shares."""
+    cfg, model, wanted = trainer.cfg, trainer.averaged(), trainer.cfg.evaluation
+    model.cfg.halting = cfg.kind == "looped" and cfg.gate.steps > 0  # as the gate's training leaves it
+    loops = max(cfg.depths)
+    few = min(loops, 4 * _TRIAL_LOOPS) if cfg.kind == "looped" else loops
+    in_a_second = cfg.batch_size * trainer.task.length(cfg.task.max_difficulty) / seconds_per_step
+    in_a_second /= sum(map(trainer.task.length, wanted.difficulties))
+    examples = min(wanted.examples, max(1, int(in_a_second)))
+    shallow = sorted({max(1, n * few // loops) for n in wanted.loops})
+    trial = replace(cfg, evaluation=replace(wanted, loops=shallow, examples=examples))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        measure(model, trainer.task, trial, Path(folder), begin)
+        return (time.perf_counter() - start) * loops / few * wanted.examples / examples
 
 
 def weight_bytes(trainer: Trainer) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from open_mythos import files
-from open_mythos.evaluation.summary import Evaluation, evaluate
+from open_mythos.evaluation.summary import Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
@@ -17,7 +17,7 @@ from open_mythos.tasks import Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import checkpoints, distributed, runs
 from open_mythos.training.config import TrainConfig
-from open_mythos.training.gate import train_gate
+from open_mythos.training.gate import ROUNDS, train_gate
 from open_mythos.training.loggers import Record, open_loggers
 from open_mythos.training.overrides import differences
 from open_mythos.training.trainer import StepResult, Trainer
@@ -188,6 +188,12 @@ def save(trainer: Trainer, meter: Meter, run: Path, log: Callable[[str], None]) 
         if trainer.step_number == trainer.cfg.steps:
             raise OSError(f"the last checkpoint was not written ({error}); make room, then --resume auto") from error
         log(f"step {trainer.step_number}: checkpoint not written ({error}); earlier ones are kept, training continues")
+
+
+def stages(cfg: TrainConfig) -> int:
+    """How often :func:`finish` calls ``begin``, at most."""
+    gate = min(ROUNDS, cfg.gate.steps) + 3 if cfg.kind == "looped" and cfg.gate.steps else 0
+    return gate + (1 if cfg.task.name == Text.name else n_steps(cfg.evaluation.difficulties, [0]))
 
 
 def finish(trainer: Trainer, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.evaluation.depth import chunks, device_of, measuring
+from open_mythos.evaluation.grid import check_fit
 from open_mythos.evaluation.metrics import accuracy_and_loops, halting_gain
 from open_mythos.fields import must
 from open_mythos.inputs import check_n_loops
@@ -69,6 +70,7 @@ def train_gate(
         min_difficulty <= max_difficulty,
         f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}; lower it or raise that",
     )
+    check_fit(model, task, [max_difficulty], cfg.batch_size)
     n_loops = check_n_loops(cfg.loops or None, model.cfg.max_loop_iters)
     say = progress or (lambda what: None)
 

@@ -25,10 +25,12 @@ def override(cfg: Config, assignments: Iterable[str]) -> Config:
     """
     changed = copy.deepcopy(cfg)
     keys = dotted(changed)
-    for assignment in assignments:
+    words = list(assignments)
+    for assignment, following in zip(words, [*words[1:], "..."], strict=False):
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(f"{assignment!r} is not an override; write key=value, as in {next(iter(keys))}=...")
+            example = f"{assignment}={following}" if assignment in keys else "steps=500"
+            raise ValueError(f"{assignment!r} is not an override; write key=value, as in {example}")
         key, text = key.strip(), text.strip()
         owner, _, option = key.rpartition(".")
         if key in keys:

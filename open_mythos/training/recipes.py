@@ -125,6 +125,21 @@ def heal() -> TrainConfig:
     return cfg
 
 
+def demo() -> TrainConfig:
+    """What `mythos demo` trains: parity of 24 bits, by a model with experts, at up to 8 loops."""
+    cfg = _reasoner(
+        "parity", range(24, 25), loops=8, steps=600,
+        evaluation=EvalConfig([24, 48, 96], [1, 2, 3, 4, 6, 8, 12, 16, 24, 32], 256),
+    )  # fmt: skip
+    cfg.model = MythosConfig(
+        vocab_size=cfg.model.vocab_size, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=16,
+        prelude_layers=1, coda_layers=1, attn_type="gqa", halting=False,
+        n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=32, lora_rank=0,
+    )  # fmt: skip
+    cfg.loops.gradient, cfg.optim.warmup, cfg.gate = "all", 0, GateConfig(steps=0)
+    return cfg
+
+
 def debug() -> TrainConfig:
     """A few seconds of running parity, as a smoke test."""
     cfg = _reasoner("parity", range(2, 9), loops=4, steps=30, dim=16, evaluation=EvalConfig([8, 16], [1, 4, 8], 32))
@@ -136,7 +151,8 @@ def debug() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
-    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal, debug,
+    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal,
+    demo, debug,
 )}  # fmt: skip
 
 
@@ -146,6 +162,7 @@ def recipe(name: str) -> TrainConfig:
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
+    must("=" not in name, f"{name!r} is a setting; name a recipe before it, as in parity {name}")
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
     cfg = RECIPES[name]()

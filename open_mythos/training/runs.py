@@ -59,7 +59,10 @@ def training_config(source: str | Path) -> TrainConfig:
     """
     path = model_dir(source) / TRAINING_FILE
     if not path.is_file():
-        raise ValueError(f"{path} is missing, so nothing says how {source} was trained; name its task by hand")
+        raise ValueError(
+            f"{path} is missing, so nothing says how {source} was trained; mythos diagnose looks inside, and "
+            f"mythos eval measures it on a task that you name with --task"
+        )
     return TrainConfig.load(path)
 
 
@@ -75,6 +78,7 @@ def held_out_options(source: str | Path, cfg: TrainConfig) -> dict[str, str]:
     """Options that make ``cfg.task``, if it is text, that which training has not seen, in the model's own tokens."""
     if cfg.task.name != Text.name:
         return {}
-    directory, trained = model_dir(source), cfg.task.options.get("tokenizer", "bytes") != "bytes"
+    directory = model_dir(source)
+    trained = cfg.task.options.get("tokenizer", "bytes") != "bytes" or not (directory / TRAINING_FILE).is_file()
     own = {"tokenizer": str(directory)} if trained and (directory / tokenizer.FILE).is_file() else {}
     return {"split": "held_out", **own}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import tasks
+from open_mythos.diagnostics import parameters
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.nn.auxiliary import balance, experts
@@ -24,6 +26,7 @@ from open_mythos.training.optim import EMA, Optimizer, lr_factor
 
 # streams of random numbers beside torch's own, which draws weights, dropout and noise
 _DATA, _LOOPS, _RANKS = 1, 2, 500
+_FOURFOLD, _PROBLEM = 4, 16  # weights, gradients, two moments; bytes of a token and its answer
 
 
 class TrainingError(RuntimeError):
@@ -247,6 +250,7 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
     if isinstance(task, Text) and task.separate:
         given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
         must(low == high, f"{given}, but rows of text have one length; {fix}")
+    check_room(cfg, task)
     difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
     for difficulty in difficulties:
         task.check(difficulty)
@@ -254,6 +258,29 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
     longest = task.length(hardest)
     fix = f"use model.max_seq_len={longest}, or lower difficulties in training and evaluation"
     must(longest <= limit, f"{hardest} {task.unit} are {longest} tokens, more than model.max_seq_len={limit}; {fix}")
+
+
+def check_room(cfg: TrainConfig, task: Task) -> None:
+    """Raise ValueError if the machine's memory cannot hold the weights, or one state of each token, were they all."""
+    room, rows, length = memory(), cfg.batch_size // cfg.accumulate, task.length(cfg.task.max_difficulty)
+    weights = _FOURFOLD * 4 * parameters(cfg.model).total
+    fix = "use a smaller model.dim, model.expert_dim or model.vocab_size, or fewer model.n_experts"
+    must(weights <= room, f"the model takes {weights / 1e9:,.0f} GB to train and there are {room / 1e9:,.0f}; {fix}")
+    evaluated = max(map(task.length, cfg.evaluation.difficulties))
+    for key, n, tokens, size in (
+        ("batch_size", cfg.batch_size, length, _PROBLEM),
+        ("batch_size", rows, length, 4 * cfg.model.dim),
+        ("evaluation.examples", cfg.evaluation.examples, evaluated, _PROBLEM),
+    ):
+        most, said = int((room - weights) // (tokens * size)), f"{key}={n:,} of {tokens:,} tokens"
+        fix = f"use {key}={min(most, 1 << 10)}, or less" if most else "lower the difficulty"
+        must(n <= most, f"{said} takes {n * tokens * size / 1e9:,.0f} GB and there are {room / 1e9:,.0f}; {fix}")
+
+
+def memory() -> float:
+    """Bytes of memory that the machine has; infinite where it does not say."""
+    known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys()
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if known else math.inf
 
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:

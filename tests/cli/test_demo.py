@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
-from helpers import tiny_model
 from typer.testing import CliRunner
 
 from open_mythos import OpenMythos, plots
-from open_mythos.cli import app, parity
+from open_mythos.cli import app
+from open_mythos.cli.demo import demo
+from open_mythos.evaluation.summary import Evaluation
+from open_mythos.models import load_model
+from open_mythos.training.recipes import recipe
 
 
 def test_demo_leaves_what_it_says(tmp_path: Path) -> None:
@@ -28,15 +32,15 @@ def test_demo_runs_every_loop_and_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     """The gate would make deep loops look free of harm, or early exits look like a limit of depth."""
     titles = []
     monkeypatch.setattr(plots, "accuracy_by_loops", lambda *args: titles.append(args[-1]))
-    monkeypatch.setattr(parity, "measure", lambda *args: {"24 bits": dict.fromkeys(parity.TRAINED[1], 0.5)})
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "1"])
     assert titles == ["mythos demo: accuracy by loops, no early exit"] and "no early exit" in " ".join(
         done.output.split()
     )
-    monkeypatch.undo()
-    model = tiny_model(vocab_size=3, max_seq_len=32, gate_bias=9.0)  # halts after one loop
-    curve = parity.measure(model, [24], [1, 6])["24 bits (trained)"]
-    assert curve[1] != curve[6] and model.cfg.halting
+    assert not load_model(tmp_path).cfg.halting and Evaluation.load(tmp_path).grids[0].exit is None
+
+
+def test_demo_trains_as_the_recipe_of_its_name() -> None:
+    assert inspect.signature(demo).parameters["steps"].default == recipe("demo").steps
 
 
 def test_demo_refuses_no_steps(tmp_path: Path) -> None:

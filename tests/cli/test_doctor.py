@@ -22,11 +22,6 @@ from open_mythos.install import EXTRAS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "TIMED_STEPS", 1)
-
-
 def words(*arguments: str) -> str:
     done = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "240"})
     assert done.exit_code == 0, done.output

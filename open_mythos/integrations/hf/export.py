@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from open_mythos.fields import must
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM
 from open_mythos.model import OpenMythos
-from open_mythos.models import load_model, model_dir
+from open_mythos.models import TRAINING_FILE, load_model, model_dir
 from open_mythos.tasks import tokenizer
 
 
@@ -40,6 +41,8 @@ def export(source: str | Path, directory: str | Path) -> bool:
         if (model_dir(source) / GENERATION_CONFIG_NAME).is_file():  # of a retrofit, which may have several ends
             lm.generation_config = GenerationConfig.from_pretrained(model_dir(source))
         lm.save_pretrained(directory)
+        if (trained := model_dir(source) / TRAINING_FILE).is_file():  # what eval, report and train-gate ask for
+            shutil.copyfile(trained, Path(directory, TRAINING_FILE))
     finally:
         OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
     return has_tokenizer
