@@ -117,6 +117,11 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
                 f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}{hub}"
             )
     try:
+        files.own(weights_path)
+        files.own(config_path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    try:
         cfg = MythosConfig.load(config_path)
     except ValueError as error:
         raise CheckpointError(f"not an open_mythos config: {error}") from error

@@ -72,8 +72,8 @@ def sync(path: Path) -> None:
 
 
 def opened(path: Path) -> BinaryIO:
-    """An ordinary file, see :func:`own`, to read; a named pipe is not waited for. Errors as :func:`read_bytes`."""
-    file = open(own(path), "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    """An ordinary file to read; a named pipe is not waited for. Errors as :func:`read_bytes`."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{path} is not an ordinary file")
@@ -81,7 +81,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int = MOST) -> bytes:
-    """The content of an ordinary file of at most ``most`` bytes, see :func:`own`.
+    """The content of an ordinary file of at most ``most`` bytes.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -152,11 +152,13 @@ def inside(folder: Path, name: Any, by: str) -> Path:
     """The file of ``folder`` itself that ``by`` calls ``name``; ValueError for what would lead out of it."""
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0:"):
         raise ValueError(f"{by} names {name!r:.60}, which is not a file of its folder")
-    return folder / name
+    return own(folder / name)
 
 
 def own(path: Path) -> Path:
-    """``path``, if it is no link that leads out of its folder; a hub's cache, whose links lead to its blobs, may.
+    """``path`` in a folder that somebody else may have made, if it is no link that leads out of it.
+
+    Those of a hub's cache may, to its blobs.
 
     Raises:
         ValueError: naming it and where it leads.

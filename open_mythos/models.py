@@ -61,7 +61,7 @@ def load_model(source: str | Path) -> OpenMythos:
     directory, kind = model_dir(source), OpenMythos
     if (trained := directory / TRAINING_FILE).is_file():
         try:
-            said = files.read_json(trained, {"kind": str})["kind"]
+            said = files.read_json(files.own(trained), {"kind": str})["kind"]
         except ValueError as error:
             raise ValueError(
                 f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
@@ -95,7 +95,7 @@ def card_of(source: str | Path) -> str:
     """
     path = model_dir(source) / CARD
     must(path.is_file(), f"{path} is missing, so {source} has no card; mythos report says what was measured of a run")
-    return files.read_text(path)
+    return files.read_text(files.own(path))
 
 
 def save_model(model: OpenMythos, directory: str | Path, source: str | Path = "") -> None:
@@ -103,4 +103,4 @@ def save_model(model: OpenMythos, directory: str | Path, source: str | Path = ""
     model.save_pretrained(directory)
     for name in TOKENIZER_FILES if source else ():
         if (found := model_dir(source) / name).is_file():
-            files.write(Path(directory, name), files.read_bytes(found))
+            files.write(Path(directory, name), files.read_bytes(files.own(found)))

@@ -95,7 +95,7 @@ def check_archive(file: Path | BytesIO) -> bool:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(files.own(path), "pt") as file:
+        with safe_open(path, "pt") as file:
             yield file
     except Exception as error:  # safetensors' own, OSError, and KeyError for a dtype that PyTorch lacks
         raise CheckpointError(

@@ -131,3 +131,13 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     OpenMythos.from_pretrained("parity-tiny")
     assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_does_not_read_outside_of_itself(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of its folder"):
+        OpenMythos.from_pretrained(folder)

@@ -184,7 +184,7 @@ def load(directory: str | Path) -> Tokenizer:
     path = Path(directory, FILE)
     must(path.is_file(), f"{path} is missing, so nothing says how text becomes tokens")
     try:
-        text = files.read_text(path)
+        text = files.read_text(files.own(path))
         model = files.parse_json(text, str(path), {"model": {"vocab": (dict, list), "merges?": (list, type(None))}})[
             "model"
         ]
@@ -192,7 +192,7 @@ def load(directory: str | Path) -> Tokenizer:
             return Tokenizer(END in model["vocab"])
         end, config = END if END in model["vocab"] else None, path.with_name("tokenizer_config.json")
         if end is None and config.is_file():
-            end = files.read_json(config, {"eos_token?": (str, dict, type(None))}).get("eos_token")
+            end = files.read_json(files.own(config), {"eos_token?": (str, dict, type(None))}).get("eos_token")
             end = (
                 files.shaped(end, {"content": str}, f"{config}: eos_token")["content"] if isinstance(end, dict) else end
             )

@@ -60,7 +60,7 @@ def load(checkpoint: Path) -> dict[str, Any]:
     """
     manifest, path = checkpoint / MANIFEST_FILE, checkpoint / STATE_FILE
     try:
-        expected = files.read_json(manifest, _MANIFEST, 1 << 20)["files"][STATE_FILE]
+        expected = files.read_json(files.own(manifest), _MANIFEST, 1 << 20)["files"][STATE_FILE]
         n_bytes, checksum = expected["bytes"], expected["crc32"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{manifest} is missing: the checkpoint was not finished") from error
@@ -70,7 +70,7 @@ def load(checkpoint: Path) -> dict[str, Any]:
         size = path.stat().st_size  # before it is read
         if size != n_bytes:
             raise CheckpointError(f"{path} has {size} bytes of the {n_bytes} in its manifest")
-        content = files.read_bytes(path, size)
+        content = files.read_bytes(files.own(path), size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     if zlib.crc32(content) != checksum:

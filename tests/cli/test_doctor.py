@@ -16,14 +16,20 @@ import torch
 from typer.testing import CliRunner
 
 from open_mythos.cli import app, doctor
+from open_mythos.cli.console import console
 from open_mythos.generation.native import build
 from open_mythos.install import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 240)
+
+
 def words(*arguments: str) -> str:
-    done = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "240"})
+    done = CliRunner().invoke(app, ["doctor", *arguments])
     assert done.exit_code == 0, done.output
     return done.stdout
 

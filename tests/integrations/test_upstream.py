@@ -221,7 +221,7 @@ def test_a_config_of_another_model_or_version_or_none_at_all(reference_checkpoin
     for text, message in [
         (json.dumps(cfg | {"n_experts": 6}), "says n_experts=6 .*say 5"),
         (json.dumps(cfg | {"disable_act": True}), r"config.json has disable_act.*0.5.0.*newer.*without them"),
-        (json.dumps([cfg]), "JSON list"),
+        (json.dumps([cfg]), "is a list; expected an object"),
         ("{", "not JSON"),
     ]:
         path.write_text(text)

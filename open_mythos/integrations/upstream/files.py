@@ -80,7 +80,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             return weights.files_of(index)
         if (folder / name).is_file():
-            return [folder / name]
+            return [files.inside(folder, name, str(folder))]
     there = sorted(path.name for path in folder.iterdir())
     raise CheckpointError(
         f"{folder} holds neither {WEIGHTS_FILE} nor {BIN_FILE}; give the file itself"
