@@ -218,7 +218,9 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                         for logger in loggers:
                             log_line(logger, line, is_last, watch.log)
                         watch.record(line)
-                    except KeyboardInterrupt:  # in a thread of a notebook, say
+                    except KeyboardInterrupt:  # of another handler than ours
+                        if stop.asked:  # it is the second
+                            raise
                         stop.asked = SIGINT
                 trainer.check_going(result)
                 is_due |= trainer.step_number % cfg.save_every == 0

@@ -12,6 +12,7 @@ from typing import Any
 from open_mythos import files
 
 LOCK = "lock"
+_held = set[str]()  # locks of this process: a folder may come back with one that was left in it
 _OWNER = {"host": str, "process": int, "started": (int, type(None))}
 
 
@@ -31,9 +32,11 @@ def owned(folder: Path, log: Callable[[str], None] = print) -> Iterator[None]:
     try:
         with _alone(folder):
             _take(path, mine, log)
+            _held.add(os.path.realpath(path))
         try:
             yield
         finally:
+            _held.discard(os.path.realpath(path))
             with contextlib.suppress(OSError, ValueError):  # the folder may be gone, or another's now
                 if mine["process"] == os.getpid() and files.read_json(path) == mine:
                     path.unlink()
@@ -73,7 +76,8 @@ def _check_free(path: Path, log: Callable[[str], None]) -> None:
     who = f"process {owner['process']} of {owner['host']}, since {since}"
     if owner["host"] != socket.gethostname() or os.name != "posix":
         raise ValueError(f"{path.parent} is written to by {who}; {remove}")
-    if _is_there(owner["process"]) and _owner(owner["process"]) == owner:
+    is_left = owner["process"] == os.getpid() and os.path.realpath(path) not in _held
+    if not is_left and _is_there(owner["process"]) and _owner(owner["process"]) == owner:
         raise ValueError(f"{path.parent} is written to by {who}; wait for it, stop it, or choose another folder")
     log(f"{path.parent} was written to by {who}, which has ended without a word: it is taken over")
     path.unlink()
