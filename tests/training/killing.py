@@ -1,7 +1,7 @@
 """``kill -9`` at random moments in training, saving, exporting and compiling; then the same again, to the same end.
 
-``python tests/training/killing.py FOLDER [MOMENTS] [SEED]`` prints how many were tried and held. One process has imported
-all there is, and each moment is two forks of it: no torch is imported twice.
+``python tests/training/killing.py FOLDER [MOMENTS] [SEED]`` prints how many were tried and held. One process imports
+all that there is, and each moment is two forks of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def export(folder: Path) -> None:
 
 
 def compile_(folder: Path) -> None:
-    """With what stands for a compiler, and writes byte by byte, as it were."""
+    """With a script for a compiler, which writes in several parts."""
     folder.mkdir(exist_ok=True)
     build.NATIVE = ([],)
     found = build._compiled([str(folder.parent / "cc")], folder)

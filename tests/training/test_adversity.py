@@ -200,7 +200,7 @@ def test_a_config_that_was_cut_short_does_not_keep_a_run_from_going_on(tmp_path:
     fit(cfg, tmp_path, "auto", quiet(said))
     assert "config.json" in said[0] and TrainConfig.load(tmp_path / "config.json") == cfg
     (tmp_path / "config.json").write_text('{"model": {')
-    with pytest.raises(ValueError, match="other settings: optim.lr"):
+    with pytest.raises(ValueError, match=r"other settings: optim\.lr"):
         fit(tiny_run("steps=4", "optim.lr=0.5"), tmp_path, "auto", quiet())
 
 

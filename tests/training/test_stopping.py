@@ -22,6 +22,7 @@ from open_mythos.training.fit import Watch, fit
 from open_mythos.training.objective import Objective
 from open_mythos.training.owner import LOCK
 from open_mythos.training.stopping import SIGNALS, Stop
+from open_mythos.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +139,7 @@ def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:  # the same command, in this process, stopped at its first line
         patch.setattr("open_mythos.cli.watch.live_line", lambda numbers, steps: said.append(numbers) or "")
-        patch.setattr(
-            "open_mythos.training.trainer.Trainer.check_going", lambda *args: signal.raise_signal(signal.SIGINT)
-        )
+        patch.setattr(Trainer, "check_going", lambda *args: signal.raise_signal(signal.SIGINT))
         done = CliRunner().invoke(app, command[1:])
     assert done.exit_code == 130 and "go on from it with mythos train" in done.output, done.output
     assert said[0]["step"] == step + 1
