@@ -7,6 +7,7 @@ else may have made goes through :func:`read_bytes` or what is built on it, which
 import contextlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,41 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A folder for files that are fsynced and take their places in ``path`` when the block ends without an error.
+
+    If that is not there yet, it is there whole or not at all; else each file is. For files alone, not folders.
+
+    Raises:
+        OSError: naming ``path``, if it cannot be written.
+    """
+    path = Path(path)
+    is_new = not path.exists()
+    partial = (path.parent if is_new else path) / f".{path.name}.{os.getpid()}{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that had the same number
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        made = list(partial.iterdir())
+        for file in (*made, partial):
+            sync(file)
+        if is_new:
+            os.replace(partial, path)
+        for file in () if is_new else made:
+            os.replace(file, path / file.name)
+        sync(path.parent if is_new else path)
+    except OSError as error:
+        raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is what a process that was killed has left of its writing."""
+    return path.name.endswith(PARTIAL)
 
 
 def write(path: str | Path, content: str | bytes | memoryview) -> None:

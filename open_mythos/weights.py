@@ -1,6 +1,7 @@
 """Files of weights: safetensors, with a checksum of the tensors' bytes in the metadata, which others pass over."""
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,17 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
             save_file(tensors, partial, metadata)
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
+        _order(partial)
+
+
+def _order(path: Path) -> None:
+    """Put the header's metadata in order, which safetensors shuffles: equal models are equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def files_of(path: Path) -> list[Path]:

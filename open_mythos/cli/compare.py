@@ -1,11 +1,12 @@
 """``mythos compare``: a recipe's looped model against two baselines that do not loop."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, fail, mythos, note, si, table, whole_numbers
+from open_mythos.cli.console import clear_errors, console, mythos, note, si, table, typed, whole_numbers
 
 if TYPE_CHECKING:
     from open_mythos.training.compare import Comparison
@@ -27,27 +28,24 @@ def compare(
     All train on the same problems for the same number of steps. Finished runs in --out are reused.
     """
     from open_mythos import plots
-    from open_mythos.cli.watch import watching
+    from open_mythos.cli.watch import log, watching
     from open_mythos.training.compare import RESULTS
     from open_mythos.training.compare import compare as run_all
+    from open_mythos.training.owner import owned
     from open_mythos.training.recipes import configured
-    from open_mythos.training.trainer import TrainingError
 
     out = out or Path("runs") / f"compare-{recipe}"
     with clear_errors():
         plots.require_matplotlib()
         cfg = configured(recipe, overrides or [])
-        try:
-            results = run_all(cfg, out, whole_numbers("--seeds", seeds, "0,1,2"), watching)
-        except TrainingError as error:
-            fail(str(error))
-        except KeyboardInterrupt:
-            fail("stopped; run the same command to resume")
-        paths = []
-        for difficulty in results.difficulties if results.measure == "accuracy" else ():  # bits: only in the report
-            paths.append(out / f"compare-{difficulty}.png")
-            title = f"{results.recipe}: accuracy on {difficulty} {results.unit}, mean over seeds, no early exit"
-            plots.accuracy_by_loops(results.curves(difficulty), paths[-1], None, results.trained_loops, title)
+        again = typed("compare", recipe, *(overrides or []), "--seeds", seeds, "--out", out)
+        wanted, paths = whole_numbers("--seeds", seeds, "0,1,2"), []
+        with owned(out, log):
+            results = run_all(cfg, out, wanted, partial(watching, again=again))
+            for difficulty in results.difficulties if results.measure == "accuracy" else ():  # bits: only in the report
+                paths.append(out / f"compare-{difficulty}.png")
+                title = f"{results.recipe}: accuracy on {difficulty} {results.unit}, mean over seeds, no early exit"
+                plots.accuracy_by_loops(results.curves(difficulty), paths[-1], None, results.trained_loops, title)
     show(results)
     plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
     note(

@@ -34,7 +34,12 @@ def note(*lines: str) -> None:
 
 def mythos(*words: object) -> str:
     """A line of ours to type next, as markup; it works as it stands in a shell."""
-    return f"[bold]{escape(shlex.join(['mythos', *map(str, words)]))}[/bold]"
+    return f"[bold]{escape(typed(*words))}[/bold]"
+
+
+def typed(*words: object) -> str:
+    """The same, as it is."""
+    return shlex.join(["mythos", *map(str, words)])
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """``mythos demo``: accuracy on running parity by number of loops, of a model trained now or shipped."""
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, table, typed
 from open_mythos.fields import must
 
 PRETRAINED = "parity-tiny"
@@ -23,9 +23,9 @@ def demo(
     """Train a small model and show its accuracy by loops."""
     import torch
 
-    from open_mythos import plots, tasks
+    from open_mythos import files, plots, tasks
     from open_mythos.cli.diagnose import EXAMPLE_FILE
-    from open_mythos.cli.watch import watching
+    from open_mythos.cli.watch import log, watching
     from open_mythos.diagnostics import parameters
     from open_mythos.evaluation import depth_grid
     from open_mythos.evaluation.summary import Evaluation
@@ -33,7 +33,9 @@ def demo(
     from open_mythos.training import runs
     from open_mythos.training.config import EvalConfig
     from open_mythos.training.fit import fit
+    from open_mythos.training.owner import owned
     from open_mythos.training.recipes import configured
+    from open_mythos.training.stopping import Stop
 
     out = out or Path("runs") / ("demo-pretrained" if pretrained else "demo")
     with clear_errors():
@@ -47,7 +49,8 @@ def demo(
             highlight=False,
         )
         is_run = (out / runs.RUN_CONFIG).exists()
-        with watching(cfg) as watch:
+        again = typed("demo", "--out", out, "--steps", steps, "--seed", seed)
+        with Stop(), watching(cfg, again) as watch, owned(out, log) if pretrained else nullcontext():
             if pretrained:
                 must(not is_run, f"{out} holds a run of its own; choose another --out")
                 model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 64)
@@ -59,10 +62,11 @@ def demo(
         grid = Evaluation.load(out).grids[0]
         curves = {f"{n} bits" + " (trained)" * (n == trained_length): grid.curve(n) for n in grid.difficulties}
         example = task.batch(1, trained_length, torch.Generator().manual_seed(seed)).ids
-        (out / runs.MODEL / EXAMPLE_FILE).write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
-        (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
         title = f"{PRETRAINED if pretrained else 'mythos demo'}: accuracy by loops, no early exit"
-        plots.accuracy_by_loops(curves, out / "depth.png", task.chance, cfg.loops.maximum, title)
+        with owned(out, log):
+            files.write_json(out / runs.MODEL / EXAMPLE_FILE, {"tokens": example[0].tolist()})
+            files.write_json(out / "table.json", curves, indent=2)
+            plots.accuracy_by_loops(curves, out / "depth.png", task.chance, cfg.loops.maximum, title)
     rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in grid.loops)
     console.print(table("accuracy by loops, same weights, no early exit", "loops", *curves, rows=rows))
     note(

@@ -15,9 +15,10 @@ def export(
 ) -> None:
     """Export a model for transformers: weights, tokenizer, and source code that loads it without this package."""
     with clear_errors():
+        from open_mythos.files import is_partial
         from open_mythos.integrations.hf.export import export as write
 
-        is_free = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+        is_free = not directory.exists() or (directory.is_dir() and all(map(is_partial, directory.iterdir())))
         must(is_free, f"{directory} exists and is not empty; choose another directory")
         has_tokenizer = write(model, directory)
     content = "weights, tokenizer and source" if has_tokenizer else "weights and source; the model has no tokenizer"

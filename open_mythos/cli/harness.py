@@ -1,13 +1,12 @@
 """``mythos eval --harness``: scores of the lm-evaluation-harness's tasks by loops."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from open_mythos import plots
+from open_mythos import files, plots
 from open_mythos.cli.console import announce, console, mythos, note, picture, table, whole_numbers
 from open_mythos.fields import must
 from open_mythos.install import find_hub
@@ -36,7 +35,7 @@ def eval_harness(
     for curve in curves:
         points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)
         panels.setdefault(curve.metric, {})[curve.task] = dict(points)
-    path.write_text(json.dumps([dataclasses.asdict(curve) for curve in curves], indent=1) + "\n")
+    files.write_json(path, [dataclasses.asdict(curve) for curve in curves])
     also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels, drawing)) else ""
     found_in = () if include is None else ("--include-path", include)
     more = mythos("eval", checkpoint, "--harness", names, *found_in, "--loops", 2 * max(counts))

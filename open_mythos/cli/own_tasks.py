@@ -1,13 +1,12 @@
 """Evaluation on tasks of this library for ``mythos eval``, and tables of results that ``mythos train`` shows too."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text as Cell
 
-from open_mythos import plots, tasks
+from open_mythos import files, plots, tasks
 from open_mythos.cli.console import console, note, picture, progress, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.evaluation.grid import combine
@@ -104,7 +103,7 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None,
     # "bits_per_byte", of the first length, is as in the evaluation.json of training
     data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
     data |= {"task": task.name, "options": task.to_dict(), "exit": exit, "all_loops": full}
-    (out / FILE).write_text(json.dumps(data, indent=1) + "\n")
+    files.write_json(out / FILE, data)
     show_text(bits, "no early exit" if rule is None else f"exit {spell(rule)}")
     if rule is not None:
         n, costs = max(settings.loops), []

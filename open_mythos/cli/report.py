@@ -16,6 +16,7 @@ def report(
     seed: Annotated[int, typer.Option(help="Of the example.")] = 0,
 ) -> None:
     """Write an HTML report of a run: curves, and every loop of an example."""
+    from open_mythos import files
     from open_mythos.models import home_dir, model_dir
     from open_mythos.report import gather, render
 
@@ -24,7 +25,7 @@ def report(
             page = render(data := gather(run, difficulty, loops, seed, begin))
         path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        files.write(path, page)
     then = f"another example with {mythos('report', run, '--seed', seed + 1)}"
     if data["grid"]:
         then += f", a harder one with {mythos('report', run, '--difficulty', data['grid']['difficulties'][-1])}"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, fail, mythos, note, progress, si, table
+from open_mythos.cli.console import clear_errors, console, mythos, note, progress, si, table, typed
 from open_mythos.training.config import TrainConfig
 
 
@@ -28,7 +28,6 @@ def train(
     from open_mythos.training import distributed
     from open_mythos.training.fit import fit, load_evaluation
     from open_mythos.training.recipes import RECIPES, configured
-    from open_mythos.training.trainer import TrainingError
 
     if show_list or recipe is None:
         rows = ((name, (made_by.__doc__ or "").partition("\n")[0]) for name, made_by in RECIPES.items())
@@ -44,13 +43,11 @@ def train(
             options = [*(["--out", out] if out else []), *(["--resume", resume] if resume != "never" else [])]
             note(f"Nothing was written. Next: {mythos('train', recipe, *(overrides or []), *options)}.")
             return
-        try:
-            with watching(cfg) as watch:
-                fit(cfg, run, resume, watch)
-        except TrainingError as error:
-            fail(str(error))
-        except KeyboardInterrupt:
-            fail(f"stopped; resume with the same command and --resume auto --out {run}")
+        again = typed("train", recipe, *(overrides or []), "--out", run, "--resume", "auto")
+        if (n := distributed.world_size()) > 1:
+            again = again.replace("mythos", f"torchrun --nproc-per-node {n} -m open_mythos", 1)
+        with watching(cfg, again) as watch:
+            fit(cfg, run, resume, watch)
         if distributed.rank() > 0:
             return
         scores = load_evaluation(run)

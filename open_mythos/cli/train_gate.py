@@ -28,10 +28,13 @@ def train_gate(
     import torch
 
     from open_mythos import tasks
+    from open_mythos.cli.watch import log
     from open_mythos.models import TRAINING_FILE, home_dir, load_model, model_dir, save_model
     from open_mythos.training.gate import ROUNDS
     from open_mythos.training.gate import train_gate as run_training
+    from open_mythos.training.owner import owned
     from open_mythos.training.runs import training_config
+    from open_mythos.training.stopping import Stop
 
     with clear_errors():
         trained = training_config(checkpoint)
@@ -44,11 +47,12 @@ def train_gate(
         must(not is_model, f"--out {out} is the model itself, which is not overwritten; name another directory")
         task = tasks.load(cfg.task.name, **cfg.task.options)
         easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
-        with progress(n_steps=ROUNDS + 2) as begin:
-            generator = torch.Generator().manual_seed(seed)
-            scores = run_training(model, task, cfg.gate, easiest, hardest, generator, begin)
-        save_model(model, out, checkpoint)
-        dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
+        with Stop(), owned(out, log):
+            with progress(n_steps=ROUNDS + 2) as begin:
+                generator = torch.Generator().manual_seed(seed)
+                scores = run_training(model, task, cfg.gate, easiest, hardest, generator, begin)
+            save_model(model, out, checkpoint)
+            dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
     labels = {"fixed": "every loop", "halting": "halting gate"}
     rows = ((labels[k], f"{scores[f'accuracy_{k}']:.4f}", f"{scores[f'loops_{k}']:.1f}") for k in labels)
     title = f"new problems of {easiest} to {hardest} {task.unit}, mixed"

@@ -7,11 +7,12 @@ from datetime import timedelta
 
 from rich.console import Console
 
-from open_mythos.cli.console import live, si
+from open_mythos.cli.console import fail, live, si
 from open_mythos.training import distributed
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import Watch, stages
 from open_mythos.training.loggers import Record
+from open_mythos.training.trainer import TrainingError
 
 
 @contextmanager
@@ -29,8 +30,11 @@ def log(message: str) -> None:
 
 
 @contextmanager
-def watching(cfg: TrainConfig) -> Iterator[Watch]:
-    """A live line of the steps, then of what is done after training: so many stages of gate and evaluation."""
+def watching(cfg: TrainConfig, again: str = "") -> Iterator[Watch]:
+    """A live line of the steps, then of what is done after training: so many stages of gate and evaluation.
+
+    ``again`` is the command that goes on with the run. A training that cannot go on is :func:`fail`'s.
+    """
     n_stages, stage = stages(cfg), itertools.count(1)
     with live(cfg.steps, "the first steps") as update:
 
@@ -41,7 +45,10 @@ def watching(cfg: TrainConfig) -> Iterator[Watch]:
             done = next(stage)
             update(f"after training, {done} of {n_stages}: {what}", done - 1, n_stages)
 
-        yield Watch(record, log, begin)
+        try:
+            yield Watch(record, log, begin, again)
+        except TrainingError as error:
+            fail(str(error))
 
 
 def live_line(numbers: Record, steps: int) -> str:

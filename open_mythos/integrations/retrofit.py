@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_mythos import files
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.integrations.original import check_family
@@ -143,12 +144,13 @@ def save(model: OpenMythos, tokenizer: Any, directory: str | Path, generation: A
     """
     from transformers import GenerationConfig
 
-    tokenizer.save_pretrained(directory)
     names = ("bos_token_id", "pad_token_id", "eos_token_id")
     given = {name: getattr(generation, name, None) for name in names}
     made = {name: getattr(tokenizer, name) if given[name] is None else given[name] for name in names}
     ends = made["eos_token_id"] if isinstance(made["eos_token_id"], list) else [made["eos_token_id"]]
     ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
     made["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
-    GenerationConfig(**made).save_pretrained(directory)
-    model.save_pretrained(directory)
+    with files.replacing_folder(directory) as partial:
+        tokenizer.save_pretrained(partial)
+        GenerationConfig(**made).save_pretrained(partial)
+        model.save_pretrained(partial)

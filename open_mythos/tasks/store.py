@@ -71,7 +71,10 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
         home.parent.mkdir(parents=True, exist_ok=True)
         # Made under another name, and moved when whole: nobody sees half of it, and of two makers one wins.
         with tempfile.TemporaryDirectory(dir=home.parent, prefix="making-", ignore_cleanup_errors=True) as making:
-            _make(Path(making, "tokens"), source, kind, max_bytes)
+            try:
+                _make(Path(making, "tokens"), source, kind, max_bytes)
+            except OSError as error:
+                raise error if error.filename else OSError(error.errno, error.strerror, str(home)) from error
             with contextlib.suppress(OSError):  # it is there: the other maker was first
                 Path(making, "tokens").rename(home)
     return _opened(home)

@@ -17,12 +17,13 @@ from open_mythos.weights import CheckpointError
 
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 _MANIFEST = {"files": {STATE_FILE: {"bytes": int, "crc32": int}}}
-_MANIFEST = {"files": {STATE_FILE: {"bytes": int, "crc32": int}}}
 _PREFIX, _PARTIAL = "step_", ".partial"
 
 
-def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write ``directory/step_XXXXXXXX`` atomically, then remove all but the newest ``keep`` (at least 1) checkpoints.
+def save(directory: Path, step: int, state: dict[str, Any], keep: int | None) -> Path:
+    """Write ``directory/step_XXXXXXXX`` atomically, then remove all but the newest ``keep`` (at least 1; None: all).
+
+    Those of later steps are removed, too: the run has gone on from an earlier one, without them.
 
     Files are written and fsynced in a temporary directory, the manifest with sizes and checksums last, which is then
     renamed. On failure it is removed, and older checkpoints stay. ``state`` holds tensors and plain values.
@@ -34,7 +35,8 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     partial = final.with_name(final.name + _PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        directory.mkdir(exist_ok=True)  # but not the run's folder: a disk that is gone may come back
+        partial.mkdir()
         buffer = io.BytesIO()  # torch.save to a file reports a full disk as a zip error
         torch.save(state, buffer)
         content = buffer.getbuffer()
@@ -47,7 +49,9 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in [*directory.glob(f"{_PREFIX}*{_PARTIAL}"), *_newest_first(directory)[keep:]]:
+    kept = newest_first(directory)
+    later, kept = [path for path in kept if path > final], [path for path in kept if path <= final]
+    for old in [*directory.glob(f"{_PREFIX}*{_PARTIAL}"), *later, *(kept[keep:] if keep else ())]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -84,7 +88,7 @@ def load(checkpoint: Path) -> dict[str, Any]:
 
 def newest(directory: Path, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint and its state, or None; ``log`` gets a message for each damaged one."""
-    for checkpoint in _newest_first(directory):
+    for checkpoint in newest_first(directory):
         try:
             return checkpoint, load(checkpoint)
         except CheckpointError as error:
@@ -92,5 +96,6 @@ def newest(directory: Path, log: Callable[[str], None]) -> tuple[Path, dict[str,
     return None
 
 
-def _newest_first(directory: Path) -> list[Path]:
+def newest_first(directory: Path) -> list[Path]:
+    """The checkpoints that are there, whole or damaged."""
     return sorted((path for path in directory.glob(_PREFIX + "*") if path.suffix != _PARTIAL), reverse=True)

@@ -1,9 +1,11 @@
 """A complete run in a directory: training with checkpoints and resume, EMA weights, halting gate, evaluation."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from signal import SIGINT, Signals
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from open_mythos.tasks.text import Text
 from open_mythos.training import checkpoints, distributed, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import ROUNDS, train_gate
-from open_mythos.training.loggers import Record, open_loggers
+from open_mythos.training.loggers import Logger, Record, open_loggers
 from open_mythos.training.overrides import differences
-from open_mythos.training.trainer import StepResult, Trainer
+from open_mythos.training.owner import owned
+from open_mythos.training.stopping import Stop
+from open_mythos.training.trainer import StepResult, Trainer, TrainingError
 
 # Settings that may change on resume, besides those of the evaluation: they do not affect the weights.
 RESUMABLE_CHANGES = ("device", "compile", "log_every", "save_every", "keep", "max_bad_steps", "loggers")
@@ -30,17 +34,22 @@ MEANS = ("loss", "accuracy", "loops", "grad_norm")
 
 @dataclass
 class Watch:
-    """Callbacks of a run: for lines of metrics, log messages, and the stages after training (gate, evaluation)."""
+    """Callbacks of a run: for lines of metrics, log messages, and the stages after training (gate, evaluation).
+
+    ``again`` is what to call or type to go on with the run.
+    """
 
     record: Callable[[Record], None] = lambda record: None
     log: Callable[[str], None] = print
     begin: Callable[[str], None] = lambda stage: None
+    again: str = 'fit(cfg, run, resume="auto")'
 
 
 def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None = None) -> Path:
     """Train with ``cfg``, and write to ``run`` the files that :mod:`open_mythos.training.runs` lists.
 
-    With several processes, the first one writes and evaluates.
+    With several processes, the first one writes and evaluates. Nobody else may train there meanwhile, see
+    :func:`~open_mythos.training.owner.owned`. At SIGINT, SIGTERM and SIGHUP the step is finished and its state saved.
 
     Args:
         cfg, run: the run, and its directory, created if missing.
@@ -52,32 +61,61 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
         The directory of the trained model.
 
     Raises:
-        ValueError: for a config that does not fit its task, a directory that holds a run, or a checkpoint of a run
-            with other settings, naming them.
-        TrainingError: if too many steps in a row are not finite.
-        OSError: if the last checkpoint or the model cannot be written.
+        ValueError: for a config that does not fit its task, a directory that holds a run or that another process
+            writes to, or a checkpoint of a run with other settings, naming them.
+        TrainingError: if too many steps in a row are not finite, or memory is full.
+        OSError: if the last line of metrics, the last checkpoint or the model cannot be written.
+        KeyboardInterrupt: for SIGINT, when all is saved.
+        SystemExit: for SIGTERM and SIGHUP, with the code that schedulers expect.
     """
     watch = watch or Watch()
     is_main = distributed.rank() == 0
     if not is_main:
         watch = Watch(log=lambda message: None)
-    with distributed.processes():
-        state = find_state(cfg, run, resume, watch.log)
-        with distributed.first_process_first():
-            trainer, meter = Trainer(cfg), Meter()
-        if state is not None:
-            trainer.load_state_dict(state["trainer"])
-            meter = Meter(**state["meter"])
-        if isinstance(trainer.task, Text) and trainer.task.store is not None:
-            watch.log(trainer.task.described(cfg.task.max_difficulty))
-        distributed.wait()  # all processes look for checkpoints before the first one writes
+    with Stop() as stop, owned(run, watch.log) if is_main else nullcontext(), telling(run, watch, stop):
+        with distributed.processes():
+            state = find_state(cfg, run, resume, watch.log)
+            with distributed.first_process_first():
+                trainer, meter = Trainer(cfg), Meter()
+            if state is not None:
+                trainer.load_state_dict(state["trainer"])
+                meter = Meter(**state["meter"])
+            if isinstance(trainer.task, Text) and trainer.task.store is not None:
+                watch.log(trainer.task.described(cfg.task.max_difficulty))
+            distributed.wait()  # all processes look for checkpoints before the first one writes
+            if is_main:
+                cfg.save(run / runs.RUN_CONFIG)
+            train(trainer, meter, run, watch, stop)
         if is_main:
-            run.mkdir(parents=True, exist_ok=True)
-            cfg.save(run / runs.RUN_CONFIG)
-        train(trainer, meter, run, watch)
-    if is_main:
-        finish(trainer, cfg, run, watch.begin)
+            finish(trainer, cfg, run, watch.begin)
     return run / runs.MODEL
+
+
+@contextmanager
+def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
+    """Whatever ends what is inside, say what is left and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        watch.log(f"stopped by {Signals(stop.asked or SIGINT).name}; {left(run, watch)}")
+        raise
+    except TrainingError as error:
+        raise TrainingError(f"{error}; {left(run, watch)}") from error
+    except (MemoryError, RuntimeError) as error:  # PyTorch has its own for a GPU, and none for the rest
+        text = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        fix = "end what else is running, or start again with a larger accumulate or checkpoint_loops=true"
+        raise TrainingError(f"memory is full ({text}): {fix}; {left(run, watch)}") from error
+    except OSError:
+        watch.log(left(run, watch))
+        raise
+
+
+def left(run: Path, watch: Watch) -> str:
+    """Which checkpoint there is to go on from, and how."""
+    newest = next(iter(checkpoints.newest_first(run / runs.CHECKPOINTS)), None)
+    return "nothing was saved" if newest is None else f"{newest} is saved; go on from it with {watch.again}"
 
 
 def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], None]) -> dict[str, Any] | None:
@@ -89,8 +127,14 @@ def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], No
     if resume == "never":
         return None
     if resume == "auto":
+        old = None
         if run_config.exists():
-            check_same(TrainConfig.load(run_config), cfg, run)
+            try:
+                old = TrainConfig.load(run_config)
+            except ValueError as error:
+                log(f"{error}; it is written again, and the checkpoints say themselves how they were made")
+        if old is not None:
+            check_same(old, cfg, run)
         newest = checkpoints.newest(run / runs.CHECKPOINTS, log)
         if newest is None:
             log("no checkpoint to resume from: starting at step 1")
@@ -153,28 +197,49 @@ class Meter:
         return line
 
 
-def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch) -> None:
-    """Run the remaining steps, with metrics and checkpoints."""
-    cfg = trainer.cfg
+def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -> None:
+    """Run the remaining steps, with metrics and checkpoints.
+
+    While steps are skipped none is saved, so that none is removed either: it is made up for by the next good step.
+    """
+    cfg, is_due = trainer.cfg, False
     is_main = distributed.rank() == 0
     loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number, watch.log) if is_main else []
     try:
-        while trainer.step_number < cfg.steps:
-            start = time.perf_counter()
-            result = trainer.step()
-            meter.add(result, time.perf_counter() - start)
-            is_last = trainer.step_number == cfg.steps
-            if is_last or trainer.step_number % cfg.log_every == 0:
-                line = meter.record(trainer)
-                for logger in loggers:
-                    logger.log(line)
-                watch.record(line)
-            trainer.check_going(result)
-            if is_last or trainer.step_number % cfg.save_every == 0:
-                save(trainer, meter, run, watch.log)
+        with stop.held():
+            while trainer.step_number < cfg.steps and not stop.is_asked():
+                start = time.perf_counter()
+                result = trainer.step()
+                meter.add(result, time.perf_counter() - start)
+                is_last = trainer.step_number == cfg.steps
+                if is_last or trainer.step_number % cfg.log_every == 0:
+                    line = meter.record(trainer)
+                    try:
+                        for logger in loggers:
+                            log_line(logger, line, is_last, watch.log)
+                        watch.record(line)
+                    except KeyboardInterrupt:  # of another handler than ours
+                        if stop.asked:  # it is the second
+                            raise
+                        stop.asked = SIGINT
+                trainer.check_going(result)
+                is_due |= trainer.step_number % cfg.save_every == 0
+                if is_last or stop.is_asked() or (is_due and not trainer.skipped_in_a_row):
+                    save(trainer, meter, run, watch.log)
+                    is_due = False
     finally:
         for logger in loggers:
             logger.close()
+
+
+def log_line(logger: Logger, line: Record, is_last: bool, log: Callable[[str], None]) -> None:
+    """Log a line. A failure is logged and training continues, except for the last one."""
+    try:
+        logger.log(line)
+    except OSError as error:
+        if is_last:
+            raise
+        log(f"step {line['step']}: metrics not written ({error}); they will be with the next line")
 
 
 def save(trainer: Trainer, meter: Meter, run: Path, log: Callable[[str], None]) -> None:
@@ -182,8 +247,9 @@ def save(trainer: Trainer, meter: Meter, run: Path, log: Callable[[str], None]) 
     state = {"trainer": trainer.state_dict(), "meter": asdict(meter)}
     if distributed.rank() > 0:
         return
+    keep = None if trainer.skipped_in_a_row else trainer.cfg.keep  # the good ones, too
     try:
-        checkpoints.save(run / runs.CHECKPOINTS, trainer.step_number, state, trainer.cfg.keep)
+        checkpoints.save(run / runs.CHECKPOINTS, trainer.step_number, state, keep)
     except OSError as error:
         if trainer.step_number == trainer.cfg.steps:
             raise OSError(f"the last checkpoint was not written ({error}); make room, then --resume auto") from error

@@ -24,7 +24,9 @@ class Logger(Protocol):
 
 
 class MetricsFile:
-    """JSON lines, flushed at every line; non-finite numbers become null.
+    """JSON lines, each there at once; non-finite numbers become null.
+
+    What cannot be written is kept for the next line.
 
     Args:
         path: appended to.
@@ -43,15 +45,22 @@ class MetricsFile:
             path.replace(aside)
             say(f"{path} has {damaged} damaged lines: it is kept as {aside.name}, and goes on without them")
         files.write(path, content)
-        self.file = path.open("a")
+        self.path, self.size, self.waiting = path, len(content), b""
 
     def log(self, record: Record) -> None:
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        self.waiting += f"{json.dumps(finite)}\n".encode()
+        try:
+            with self.path.open("r+b", buffering=0) as file:  # one that has vanished is not begun anew
+                file.seek(self.size)
+                while self.waiting:
+                    n = file.write(self.waiting)
+                    self.size, self.waiting = self.size + n, self.waiting[n:]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
-        self.file.close()
+        pass
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

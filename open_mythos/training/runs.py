@@ -2,6 +2,7 @@
 
 ::
 
+    RUN/lock               while it is written to: by which process
     RUN/config.json        TrainConfig
     RUN/metrics.jsonl      a line every log_every steps
     RUN/checkpoints/       to go on from

@@ -143,20 +143,33 @@ class Trainer:
                 loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
                 seen.append(torch.stack([outcome.loss.detach(), outcome.n_right.float(), *outcome.parts.values()]))
         distributed.add_up_gradients(self.model)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.clip)
-        norm, *sums = torch.cat([norm.float().view(1), torch.stack(seen).sum(0)]).tolist()  # the one wait of a step
+        total = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm, *sums = torch.cat([total.float().view(1), torch.stack(seen).sum(0)]).tolist()  # the one wait of a step
         loops, loss, right, *terms = distributed.add_up([loops, *sums])
         parts = dict(zip(outcome.parts, terms, strict=True))
         finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:  # else all would become so
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, total)
         return StepResult(loss, right / max(1, n_scored), loops, norm, batch.ids.numel(), not finite, parts)
 
     def check_going(self, result: StepResult) -> None:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""
         cfg = self.cfg
         if self.skipped_in_a_row >= cfg.max_bad_steps:
-            numbers = f"up to step {self.step_number} (loss {result.loss:g}, gradient norm {result.grad_norm:g})"
+            loss, norm = result.loss, result.grad_norm
+            numbers = f"up to step {self.step_number} (loss {loss:g}, gradient norm {norm:g}{self._not_finite()})"
             fix = f"lower optim.lr={cfg.optim.lr:g} or lengthen optim.warmup={cfg.optim.warmup}, and start again"
             raise TrainingError(f"{self.skipped_in_a_row} steps in a row were not finite, {numbers}; {fix}")
+
+    def _not_finite(self) -> str:
+        """Which weights, or else gradients, are not finite, the first ones by name."""
+        for kind in ("weights", "gradients"):
+            tensors = {name: p if kind == "weights" else p.grad for name, p in self.model.named_parameters()}
+            names = [name for name, tensor in tensors.items() if tensor is not None and not tensor.isfinite().all()]
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                return f"; not finite are the {kind} of {', '.join(names[:3])}{more}"
+        return ""
 
     def gauges(self) -> dict[str, float | None]:
         """State of the run: learning rate, largest decay of the loop's linear part, evenness of the experts' load.

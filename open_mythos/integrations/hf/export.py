@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from open_mythos import files
 from open_mythos.fields import must
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM
@@ -25,7 +25,18 @@ def export(source: str | Path, directory: str | Path) -> bool:
 
     Raises:
         ValueError: if there is no such model, or it is a baseline without a loop.
+        OSError: if it cannot be written; nothing is left then that was not there.
     """
+    with files.replacing_folder(directory) as partial:
+        try:
+            return _write(source, partial)
+        except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+            if "os error" not in str(error):
+                raise
+            raise OSError(str(error)) from error
+
+
+def _write(source: str | Path, directory: Path) -> bool:
     core = load_model(source)
     must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
     has_tokenizer, ends = (model_dir(source) / tokenizer.FILE).is_file(), {}
@@ -42,7 +53,7 @@ def export(source: str | Path, directory: str | Path) -> bool:
             lm.generation_config = GenerationConfig.from_pretrained(model_dir(source))
         lm.save_pretrained(directory)
         if (trained := model_dir(source) / TRAINING_FILE).is_file():  # what eval, report and train-gate ask for
-            shutil.copyfile(trained, Path(directory, TRAINING_FILE))
+            files.write(directory / TRAINING_FILE, files.read_bytes(trained))
     finally:
         OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
     return has_tokenizer

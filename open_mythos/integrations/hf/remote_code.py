@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+from open_mythos import files
+
 _ROOTS = [f"open_mythos.integrations.hf.{kind}_open_mythos" for kind in ("configuration", "modeling")]
 _IMPORT = re.compile(r"^(\s*)from (open_mythos(?:\.\w+)*) import (.*)$", re.MULTILINE)
 
@@ -27,7 +29,7 @@ def write(directory: str | Path) -> None:
                 waiting += [module for module in modules if _path(module)] or [node.module]
     for name, source in sources.items():
         text = _IMPORT.sub(lambda found: _rewritten(found, sources), source)
-        (Path(directory) / f"{_flat(name)}.py").write_text(text)
+        files.write(Path(directory, f"{_flat(name)}.py"), text)
 
 
 def _path(module: str) -> Path | None:

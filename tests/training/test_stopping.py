@@ -1,0 +1,145 @@
+"""A run that is asked to stop ends its step, saves, says how to go on, and leaves with the code that is expected."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_fit import assert_same_run, quiet
+from tiny import tiny_run
+from typer.testing import CliRunner
+
+from open_mythos.cli import app
+from open_mythos.training import fit as fitting
+from open_mythos.training.fit import Watch, fit
+from open_mythos.training.objective import Objective
+from open_mythos.training.owner import LOCK
+from open_mythos.training.stopping import SIGNALS, Stop
+from open_mythos.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    fit(tiny_run(), run, watch=quiet())
+    return run
+
+
+def asking(number: int, step: int, said: list[str], times: int = 1) -> Watch:
+    def record(line: Any) -> None:
+        for _ in range(times if line["step"] == step else 0):
+            signal.raise_signal(number)
+
+    return Watch(record, said.append, again="mythos again")
+
+
+def left_with(number: int, error: BaseException) -> bool:
+    return type(error) is KeyboardInterrupt if number == signal.SIGINT else error.args == (128 + number,)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path: Path, whole: Path, number: int) -> None:
+    before, said = [signal.getsignal(each) for each in SIGNALS], list[str]()
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as left:
+        fit(tiny_run(), tmp_path / "stopped", watch=asking(number, 6, said))
+    assert left_with(number, left.value)
+    saved = tmp_path / "stopped/checkpoints/step_00000006"
+    name = signal.Signals(number).name
+    assert said == [f"stopped by {name}; {saved} is saved; go on from it with mythos again"]
+    assert saved.is_dir() and not (tmp_path / "stopped" / LOCK).exists()
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    fit(tiny_run(), tmp_path / "stopped", "auto", quiet())
+    assert_same_run(tmp_path / "stopped", whole)
+
+
+def test_a_step_is_not_torn(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, calls = Objective.__call__, [0]
+
+    def interrupted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return call(*args)
+
+    monkeypatch.setattr(Objective, "__call__", interrupted)
+    with pytest.raises(SystemExit):
+        fit(tiny_run(), tmp_path / "stopped", watch=quiet())
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step_00000003"]
+    fit(tiny_run(), tmp_path / "stopped", "auto", quiet())
+    assert_same_run(tmp_path / "stopped", whole)
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_run(), tmp_path, watch=asking(signal.SIGINT, 6, said, times=2))
+    assert said == [
+        f"stopped by SIGINT; {tmp_path / 'checkpoints/step_00000004'} is saved; go on from it with mythos again"
+    ]
+
+
+@pytest.mark.parametrize("stage", ["Trainer", "finish"])
+def test_before_and_after_training_there_is_no_step_to_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(fitting, stage, lambda *args: signal.raise_signal(signal.SIGHUP))
+    with pytest.raises(SystemExit) as left:
+        fit(tiny_run(), tmp_path / "run", watch=asking(0, -1, said))
+    assert left.value.code == 129
+    if stage == "Trainer":
+        assert said == ["stopped by SIGHUP; nothing was saved"] and not (tmp_path / "run").exists()
+    else:
+        assert "step_00000012 is saved; go on from it with mythos again" in said[0]
+
+
+def test_what_is_ignored_stays_so_and_other_threads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.asked == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    def elsewhere() -> None:
+        with Stop():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+
+
+def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    words = ["train", "debug", "steps=100000", "save_every=100000", "log_every=1", "--out", str(run)]
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "open_mythos", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    file, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not file.exists() or file.read_bytes().count(b"\n") < 3:
+        assert victim.poll() is None and time.monotonic() < deadline, "it should be training"
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGTERM)
+    output, _ = victim.communicate(timeout=60)
+    assert victim.returncode == 143, output
+    (line,) = [line for line in output.splitlines() if "stopped by SIGTERM" in line]
+    command = shlex.split(line.partition("go on from it with ")[2])
+    assert command[0] == "mythos" and command[1:] == [*words, "--resume", "auto"]
+    step = int(line.partition("step_")[2][:8])
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:  # the same command, in this process, stopped at its first line
+        patch.setattr("open_mythos.cli.watch.live_line", lambda numbers, steps: said.append(numbers) or "")
+        patch.setattr(Trainer, "check_going", lambda *args: signal.raise_signal(signal.SIGINT))
+        done = CliRunner().invoke(app, command[1:])
+    assert done.exit_code == 130 and "go on from it with mythos train" in done.output, done.output
+    assert said[0]["step"] == step + 1
