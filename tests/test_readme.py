@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from open_mythos import MythosConfig
 from open_mythos.checkpoint import SHIPPED
 from open_mythos.cli import COMMANDS, app
+from open_mythos.diagnostics import parameters
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -68,6 +70,8 @@ def test_the_readme_is_short_and_begins_with_what_its_model_does() -> None:
     assert len(text.splitlines()) < 150
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) <= 20
+    cfg = MythosConfig.load(SHIPPED / "parity-tiny" / "config.json")
+    assert f"{parameters(cfg).total // 1000} thousand parameters" in text
     figures = json.loads((SHIPPED / "parity-tiny" / "figures.json").read_text())
     said = re.findall(r"(\d+)(?: bits)? at (\d+)", text.split("## Start")[0])
     assert said == [("96", "32"), ("384", "128")]
