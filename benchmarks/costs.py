@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import table, write
 from rich.console import Console
 from rich.progress import track
 from speed import Worker
@@ -29,7 +30,6 @@ from open_mythos.training.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "costs.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 DIM, FP32 = 256, 4
 BASE: dict[str, Any] = dict(attn="gqa", experts=8, loops=4)
 TRAINED, READ = (4, 128), 512  # rows and tokens of a step; tokens of a prompt, and before decoding
@@ -42,7 +42,7 @@ MEMORY = (4, 16, 32)  # loops
 
 
 def measure(sweep: str, line: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """One line of a table: what was asked, what it costs by formula, and how fast it was."""
+    """One line of a table: its settings, what it costs by formula, and how fast it was."""
     loops, context = line["loops"], line.get("context", READ)
     torch.manual_seed(0)
     model = OpenMythos(cfg := shaped(DIM, line["attn"], line["experts"], loops))
@@ -63,7 +63,8 @@ def memory(loops: int, recompute: bool, threads: int) -> float:
     """Megabytes that a step of training adds to a process."""
     cfg = shaped(DIM, BASE["attn"], BASE["experts"], loops)
     model = {name: value for name, value in json.loads(cfg.to_json()).items() if name != "halting"}
-    worker = Worker(Path(sys.executable), Task("ours", "memory", model, loops, *TRAINED, recompute=recompute), threads)
+    task = Task("ours", "memory", model, loops, *TRAINED, recompute=recompute)
+    worker = Worker(Path(sys.executable), task, {}, threads)
     worker.start()
     worker.repeat()
     worker.stop()
@@ -81,9 +82,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"after {READ} tokens. Prompts: {READ} tokens.",
     ]
     for title, columns, rows in (loops_table(results), experts_table(results), context_table(results)):
-        lines += ["", f"**{title}**", "", "| " + " | ".join(columns) + " |"]
-        lines += ["|---" + "|---:" * (len(columns) - 1) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["", f"**{title}**", "", *table(columns, rows, numbers=True)]
     return "\n".join(lines)
 
 
@@ -132,12 +131,6 @@ def context_table(results: dict[str, Any]) -> Content:
     return "Attention and context", columns, rows
 
 
-def fill(page: str, tables: str) -> str:
-    """The page with what stands between its marks replaced."""
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -159,7 +152,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(fill(PAGE.read_text(), markdown(results)))
+    write(PAGE, markdown(results))
     print(f"{markdown(results)}\n\nResults: {args.out}; page: {PAGE}")
 
 

@@ -1,4 +1,4 @@
-"""A looped model with experts beside a dense Transformer of twice the parameters; fills the README's table.
+"""A looped model with experts beside a dense Transformer of twice the parameters; fills docs/dense.md.
 
     python benchmarks/dense.py [--seeds 0 1 2] [--jobs 2] [--repeat 7] [--only loss|speed] [--out FILE]
 
@@ -21,11 +21,11 @@ from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, cast
 
 import torch
-from costs import fill
+from pages import spread, table, write
 from rich.console import Console
 from rich.progress import track
 from speed import measure
@@ -40,7 +40,7 @@ from open_mythos.training.recipes import recipe
 from open_mythos.variants import dense_beside, mythos_800k
 
 ROOT = Path(__file__).parent.parent
-README, RUNS = ROOT / "README.md", ROOT / "runs" / "dense"
+PAGE, RUNS = ROOT / "docs" / "dense.md", ROOT / "runs" / "dense"
 LOOPS = (1, 2, 4, 8)
 RATES = (2.5e-4, 5e-4, 1e-3)
 CONTEXT, TRAINED, FP32 = 512, (8, 128), 4  # tokens of a prompt; rows and tokens of a training step; bytes
@@ -155,7 +155,7 @@ def rows(results: dict[str, Any]) -> Iterator[list[str]]:
             yield [
                 f"looped, {n} loop{'s' * (n > 1)}" if name == "looped" else "dense, 6 layers",
                 f"{count.total / 1e6:.2f} ({count.active / 1e6:.2f})",
-                f"{mean(found):.3f} ({min(found):.3f} – {max(found):.3f})",
+                spread(found),
                 f"{flops_per_token(cfg, n, CONTEXT) / 1e6:.2f}",
                 f"{1000 * CONTEXT / reached['prefill']:.0f}",
                 f"{1000 / reached['decode']:.2f}",
@@ -167,17 +167,18 @@ def rows(results: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The README's table."""
+    """The page's table."""
     columns = [
-        "model", "parameters, M (active)", "held-out bits per byte: mean (least – greatest)", "MFLOP a token",
-        "prompt, ms", "decoding, ms a token", "compiled", "training step, ms", "its memory, MB", "cache, kB a token",
+        "model", "parameters, M (active)", "held-out bits per byte: mean (min – max)", "MFLOP per token", "prompt, ms",
+        "decoding, ms per token", "decoding in compiled C, ms per token", "training step, ms",
+        "memory of a training step, MB", "cache, kB per token",
     ]  # fmt: skip
     at = results["conditions"]
     where = (
-        f"{at['name']}, one thread, torch {at['torch']}, {at['date']}; load before timing: {at['load']:.1f} (quiet: 0)."
+        f"{at['name']}, one thread, torch {at['torch']}, {at['date']}; load average before timing: {at['load']:.1f} "
+        "(0 on an idle machine)."
     )
-    lines = [where, "", "| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(results))])
+    return "\n".join([where, "", *table(columns, rows(results), numbers=True)])
 
 
 def main() -> None:
@@ -202,7 +203,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     if results.keys() >= {"loss", "speed"}:
-        README.write_text(fill(README.read_text(), markdown(results)))
+        write(PAGE, markdown(results))
         console.print(markdown(results), highlight=False, soft_wrap=True)
     console.print(f"Results: {args.out}; trained models: {RUNS}", highlight=False, soft_wrap=True)
 

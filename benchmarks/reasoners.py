@@ -1,9 +1,9 @@
-"""Every recipe with a bar, trained from three seeds, beside both baselines; what the README's table holds.
+"""Every recipe with a goal, trained from three seeds, beside both baselines; fills docs/results.md and the README.
 
     python benchmarks/reasoners.py [--recipes parity p_hop] [--jobs 2] [--out benchmarks/results/reasoners.json]
 
 Runs are kept in runs/reasoners; one that has ended is not run again, one that was stopped goes on. Each has one
-thread. About three hours on two cores. The baselines have one seed.
+thread. About three hours on two cores. The baselines have one seed. --no-train fills the pages from what is there.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from pages import table, write
 from rich.console import Console
 from rich.progress import track
 
@@ -26,9 +27,11 @@ from open_mythos import tasks
 from open_mythos.evaluation import Evaluation, depth_grid
 from open_mythos.evaluation.metrics import enough_loops
 from open_mythos.training.fit import load_evaluation
+from open_mythos.training.recipes import configured
 from open_mythos.training.runs import load_model, training_config
 
 ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 RUNS = ROOT / "runs" / "reasoners"
 RUN_BY_RUN = (("looped", 0), ("single", 0), ("looped", 1), ("looped", 2), ("unrolled", 0))  # the dearest last
 # The unrolled baseline has loops.maximum blocks. Text is answered at 8 loops, though trained at up to 32.
@@ -55,6 +58,14 @@ BARS = {
     "permutations": [Bar(24, 32, 0.95)],
     "addition": [Bar(20, 32, 0.95)],
     "text": [],
+}
+WHAT = {
+    "parity": "is the sum of the bits so far odd?",
+    "prefix_sums": "sum of the binary digits so far",
+    "chain_sum": "sum of a row of digits, modulo 7",
+    "p_hop": "follow a chain of links",
+    "permutations": "product of permutations of five elements",
+    "addition": "add two long numbers",
 }
 
 
@@ -160,78 +171,114 @@ def signed(x: float) -> str:
     return f"{round(x, 4) + 0.0:.4f}"
 
 
+def extra(values: list[float]) -> str:
+    """Mean, and the highest of several, signed; of what is lost."""
+    return f"{signed(mean(values))} ({signed(max(values))})"
+
+
+def lost(gains: list[dict[str, float]]) -> list[float]:
+    """Accuracy that early exit costs, by seed."""
+    return [gain["accuracy_fixed"] - gain["accuracy_halting"] for gain in gains]
+
+
+def shares(gains: list[dict[str, float]]) -> list[float]:
+    """Loops that positions run with early exit, of the fixed number, by seed."""
+    return [gain["loops_halting"] / gain["loops_fixed"] for gain in gains]
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The README's table: of every recipe its hardest problems."""
+    columns = (
+        "task", "trained on at most", "evaluated on", "accuracy, mean of 3 seeds (worst)", "no loop, same parameters",
+        "no loop, same compute", "early exit, worst seed: loops run, accuracy lost",
+    )  # fmt: skip
+    rows = []
+    for recipe, what in WHAT.items():
+        result, cfg = results[recipe], configured(recipe)
+        bar, unit = [bar for bar in result["bars"] if bar["measure"] == "accuracy"][-1], result["grids"][0]["unit"]
+        rows.append([
+            f"`{recipe}`: {what}", f"{cfg.task.max_difficulty} {unit}, {cfg.loops.maximum} loops",
+            f"{bar['difficulty']} {unit}, {bar['loops']} loops", shown(bar["looped"], 3), shown(bar["single"], 3),
+            shown(bar["unrolled"], 3), f"{max(shares(result['halting'])):.0%}, {max(lost(result['halting'])):.4f}",
+        ])  # fmt: skip
+    return "\n".join(table(columns, rows))
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """The README's tables."""
-    lines = [
-        "| recipe | asked | bar: mean (worst) | looped | seeds | one loop | unrolled, untied |",
-        "|---" * 7 + "|",
-    ]
+    """The tables of the page."""
+    lines = ["## Accuracy", "", *accuracy_table(results), "", "## Early exit", ""]
+    lines += [
+        "Problems of all measured difficulties in one batch. Fixed loops: for every position the fewest that the "
+        "hardest of these problems needs. Early exit: each position stops when the halting gate says so.",
+        "", *exit_table(results), "", "## More loops than needed", "",
+        "Accuracy at the loops that a difficulty needs (the fewest within .001 of the best accuracy) and at "
+        f"{BEYOND} times as many; and the largest drop of accuracy from any depth to a deeper one, at any difficulty.",
+        "", *deeper_table(results),
+    ]  # fmt: skip
+    if "text" in results:
+        lines += ["", "## Text", "", *text_table(results["text"]["bits_per_byte"])]
+    return "\n".join(lines)
+
+
+def accuracy_table(results: dict[str, Any]) -> list[str]:
+    rows = []
     for recipe, result in results.items():
         for i, bar in enumerate(result.get("bars", ())):
-            asked = f"{bar['difficulty']} {result['grids'][0]['unit']}, {bar['loops']} loops"
-            asked += ", all right" if bar["measure"] == "exact" else ""
-            wanted = f"≥ {bar['mean']:g}" + (f" ({bar['worst']:g})" if bar["worst"] else "") if bar["mean"] else "none"
-            name = f"`{recipe}`" if i == 0 else ""
+            where = f"{bar['difficulty']} {result['grids'][0]['unit']}, {bar['loops']} loops"
+            where += ", sequences without any error" if bar["measure"] == "exact" else ""
+            goal = f"≥ {bar['mean']:g}" + (f" ({bar['worst']:g})" if bar["worst"] else "") if bar["mean"] else "none"
             looped, single, unrolled = (bar[kind] for kind in ("looped", "single", "unrolled"))
-            lines.append(
-                f"| {name} | {asked} | {wanted} | {shown(looped)} | {len(looped)} "
-                f"| {shown(single)} | {shown(unrolled)} |"
-            )
-    lines += [
-        "",
-        "Halting: problems of all measured difficulties in one batch, the gate against the fewest loops that the "
-        "hardest of them needs.",
-        "",
-        "| recipe | loops, fixed | loops, halting | share (most) | accuracy, fixed | accuracy, halting | lost (most) |",
-        "|---" * 7 + "|",
-    ]
+            name = f"`{recipe}`" if i == 0 else ""
+            rows.append([name, where, goal, shown(looped), str(len(looped)), shown(single), shown(unrolled)])
+    columns = ("recipe", "difficulty and loops", "goal: mean (worst seed)", "looped: mean (worst seed)", "seeds",
+               "no loop, same parameters", "no loop, same compute")  # fmt: skip
+    return table(columns, rows)
+
+
+def exit_table(results: dict[str, Any]) -> list[str]:
+    rows = []
     for recipe, result in results.items():
         if "halting" in result:
             gains = result["halting"]
             fixed, used = (mean(gain[name] for gain in gains) for name in ("loops_fixed", "loops_halting"))
-            most = max(gain["loops_halting"] / gain["loops_fixed"] for gain in gains)
-            lost = [gain["accuracy_fixed"] - gain["accuracy_halting"] for gain in gains]
-            lines.append(
-                f"| `{recipe}` | {fixed:.0f} | {used:.1f} | {used / fixed:.0%} ({most:.0%}) "
-                f"| {shown([gain['accuracy_fixed'] for gain in gains])} "
-                f"| {shown([gain['accuracy_halting'] for gain in gains])} "
-                f"| {signed(mean(lost))} ({signed(max(lost))}) |"
-            )
-    lines += [
-        "",
-        f"Thinking on: accuracy at {BEYOND} times the loops needed, and the most that accuracy falls from its best "
-        "depth to a deeper one, over all difficulties and depths measured.",
-        "",
-        f"| recipe | asked | loops needed (most) | accuracy there | at {BEYOND} times as many | lost (most) "
-        "| greatest fall |",
-        "|---" * 7 + "|",
-    ]
+            rows.append([
+                f"`{recipe}`", f"{fixed:.0f}", f"{used:.1f}", f"{used / fixed:.0%} ({max(shares(gains)):.0%})",
+                shown([gain["accuracy_fixed"] for gain in gains]),
+                shown([gain["accuracy_halting"] for gain in gains]), extra(lost(gains)),
+            ])  # fmt: skip
+    columns = ("recipe", "fixed loops", "loops run with early exit", "share of the fixed loops (worst seed)",
+               "accuracy, fixed loops (worst seed)", "accuracy, early exit (worst seed)",
+               "accuracy lost (worst seed)")  # fmt: skip
+    return table(columns, rows)
+
+
+def deeper_table(results: dict[str, Any]) -> list[str]:
+    rows = []
     for recipe, result in results.items():
         for i, cells in enumerate(zip(*result.get("beyond", ()), strict=True)):
             needed = [cell["needed"] for cell in cells]
-            lost = [cell["accuracy"] - cell["deeper"] for cell in cells]
-            name, worst = (f"`{recipe}`", f"{max(result['fall']):.4f}") if i == 0 else ("", "")
-            asked = f"{cells[0]['difficulty']} {result['grids'][0]['unit']}"
-            lines.append(
-                f"| {name} | {asked} | {mean(needed):.0f} ({max(needed)}) "
-                f"| {shown([cell['accuracy'] for cell in cells])} | {shown([cell['deeper'] for cell in cells])} "
-                f"| {signed(mean(lost))} ({signed(max(lost))}) | {worst} |"
-            )
-    if "text" in results:
-        curves = results["text"]["bits_per_byte"]
-        loops = list(curves["looped"][0])
-        lines += [
-            "",
-            f"| text: held-out bits per byte | {' | '.join(map(str, loops))} loops |",
-            "|---" * (len(loops) + 1) + "|",
-        ]
-        means = [mean(curve[n] for curve in curves["looped"]) for n in loops]
-        lines.append(f"| looped | {' | '.join(f'{value:.4f}' for value in means)} |")
-        for kind in ("single", "unrolled"):
-            for n, bits in (curves[kind][0] if curves[kind] else {}).items():
-                cells = [f"{bits:.4f}" if int(n) == int(at_loops) else "" for at_loops in loops]
-                lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            name, drop = (f"`{recipe}`", f"{max(result['fall']):.4f}") if i == 0 else ("", "")
+            rows.append([
+                name, f"{cells[0]['difficulty']} {result['grids'][0]['unit']}", f"{mean(needed):.0f} ({max(needed)})",
+                shown([cell["accuracy"] for cell in cells]), shown([cell["deeper"] for cell in cells]),
+                extra([cell["accuracy"] - cell["deeper"] for cell in cells]), drop,
+            ])  # fmt: skip
+    columns = ("recipe", "difficulty", "loops needed: mean (max)", "accuracy there (worst seed)",
+               f"accuracy at {BEYOND} times as many loops (worst seed)", "accuracy lost (worst seed)",
+               "largest drop at any difficulty and depth")  # fmt: skip
+    return table(columns, rows)
+
+
+def text_table(curves: dict[str, Any]) -> list[str]:
+    loops = list(curves["looped"][0])
+    rows = [["looped", *(f"{mean(curve[n] for curve in curves['looped']):.4f}" for n in loops)]]
+    for kind, name in (
+        ("single", "no loop, same parameters"),
+        ("unrolled", "no loop, 8 untied blocks"),
+    ):
+        for n, bits in (curves[kind][0] if curves[kind] else {}).items():
+            rows.append([name, *(f"{bits:.4f}" if int(n) == int(at_loops) else "" for at_loops in loops)])
+    return table(("held-out bits per byte", *(f"{n} loop{'s' * (int(n) > 1)}" for n in loops)), rows)
 
 
 def main() -> None:
@@ -251,8 +298,13 @@ def main() -> None:
     conditions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"conditions": conditions | {"threads": 1}, "results": results}, indent=1) + "\n")
+    write(PAGE, markdown(results))
+    if results.keys() >= WHAT.keys():
+        write(README, summary(results))
     print(markdown(results))
-    print(f"\nResults: {args.out}; runs: {RUNS}. Next: mythos report {RUNS / args.recipes[0] / 'looped-0'}")
+    print(
+        f"\nResults: {args.out}; page: {PAGE}; runs: {RUNS}. Next: mythos report {RUNS / args.recipes[0] / 'looped-0'}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from costs import fill
+from pages import table, write
 from rich.console import Console
 
 from open_mythos.diagnostics import parameters
@@ -98,11 +98,11 @@ def line(recipe: Recipe, found: dict[str, Any]) -> list[str]:
     cfg = configured("text", recipe.assignments)
     rows = cfg.batch_size // cfg.accumulate
     activations = found["anyway"] + rows * found["a_row"]
-    loud = "all" if cfg.loops.gradient == "all" else str(cfg.loops.grad_loops)
+    with_gradient = "all" if cfg.loops.gradient == "all" else str(cfg.loops.grad_loops)
     return [
         recipe.name, f"{found['parameters'] / 1e6:.1f} ({found['active'] / 1e6:.1f})", f"{cfg.task.max_difficulty:,}",
         f"{cfg.accumulate} × {rows}", f"{cfg.loops.mean:.0f} ({cfg.loops.maximum})",
-        loud + (", recomputed" if cfg.checkpoint_loops else ""), f"{found['weights'] / 1e9:.1f}",
+        with_gradient + (", recomputed" if cfg.checkpoint_loops else ""), f"{found['weights'] / 1e9:.1f}",
         f"{activations / 1e9:.1f}", f"**{(found['weights'] + activations) / 1e9:.1f}**",
         f"{cfg.batch_size * found['flops_a_row'] / 1e12:.1f}",
     ]  # fmt: skip
@@ -110,10 +110,10 @@ def line(recipe: Recipe, found: dict[str, Any]) -> list[str]:
 
 def markdown(results: dict[str, Any]) -> str:
     """Every recipe's command, and the table."""
-    columns = ["recipe", "parameters, M (active)", "context", "rows", "loops: mean (most)", "with gradient",
-               "weights and optimizer, GB", "activations, GB", "together, GB", "TFLOP a step"]  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    lines += ["| " + " | ".join(line(recipe, results[recipe.name])) + " |" for recipe in RECIPES]
+    columns = ["recipe", "parameters, M (active)", "context, tokens", "micro-batches × rows", "loops: mean (max)",
+               "loops with gradient", "weights and optimizer, GB", "activations, GB", "total, GB",
+               "TFLOP per step"]  # fmt: skip
+    lines = table(columns, (line(recipe, results[recipe.name]) for recipe in RECIPES), numbers=True)
     for recipe in RECIPES:
         lines += ["", f"**{recipe.name}.** {recipe.what}", "", "```", recipe.command, "```"]
     return "\n".join(lines)
@@ -133,7 +133,7 @@ def main() -> None:
                 results[recipe.name] = estimate(recipe)
     conditions = describe(torch.device("cpu"))
     args.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
-    PAGE.write_text(fill(PAGE.read_text(), markdown(results)))
+    write(PAGE, markdown(results))
     print(f"{markdown(results)}\n\nResults: {args.out}; page: {PAGE}")
 
 

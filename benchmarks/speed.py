@@ -1,13 +1,14 @@
-"""Speed and memory beside the reference implementation and a dense Llama of as many operations, on this CPU.
+"""Speed and memory beside the reference implementation and a dense Llama of as many operations; fills docs/speed.md.
 
     python benchmarks/speed.py [--only NAME ...] [--threads N] [--repeat N] [--avx2] [--reference PYTHON] [--out FILE]
+    python benchmarks/speed.py --markdown    # fill the page from the results there are, and measure nothing
 
 The reference is open-mythos 0.5.0, which has this library's import name, so it runs under an interpreter of its own; so
 does the Llama of Hugging Face transformers. Without --reference, one is made in runs/reference-venv (once; it downloads
 torch). What is missing there is left out, with a line that says so. Every side of a workload is a process; all of them
 are made ready, then they take turns, two repetitions each, of which the second counts, and only one computes at a
-time. A ratio is the median over turns, so what slows a machine for a while slows both sides. Keep the machine free of
-other work; ten minutes on two cores, and results are kept after every workload.
+time. A ratio is the median over turns, so what slows a machine for a while slows both sides; with --threads 1 seconds are
+those of the process itself. Keep the machine free of other work; results are kept after every workload.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from pages import table, write
 from rich.console import Console
 from rich.table import Table
 from speed_cases import CASES, Case, Task
@@ -33,11 +35,21 @@ from open_mythos.diagnostics.machine import describe
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).with_name("speed_worker.py")
 VENV = ROOT / "runs" / "reference-venv"
+PAGE = ROOT / "docs" / "speed.md"
+RESULTS = {kind: ROOT / "benchmarks" / "results" / f"{name}.json"
+           for kind, name in (("AVX-512", "speed"), ("AVX2", "speed-avx2"))}  # fmt: skip
 # The reference pins an older torch than its code needs; both sides get the same.
 PACKAGES = (["torch=={torch}", "transformers>=5.17,<6"], ["--no-deps", "open-mythos==0.5.0"])
 
 # What PyTorch's own kernels, MKL and oneDNN call the instructions of a processor that knows no wider ones.
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "CC": "cc -mno-avx512f",
+}  # fmt: skip
+
+# Sides as the page calls them.
+NAMES = {"ours": "OpenMythos", "auto": "fastest engine", "bf16": "bfloat16", "recomputed": "loops recomputed",
+         "64": "64 tokens", "4000": "4,000 tokens", "llama": "Llama"}  # fmt: skip
 
 # -- measuring
 
@@ -104,8 +116,9 @@ def measure(
     say: Any,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Ready-made figures of one case: of each side, every repetition; of each ratio, median, least and greatest."""
-    workers = {name: Worker(pythons[task.side], task, environment or {}, threads) for name, task in case.sides.items()
+    """Ready-made figures of one case: of each side, every repetition; of each ratio, median, min and max."""
+    case_sides = {name: task for name, task in case.sides.items() if not (environment and task.bf16)}  # AVX2 has none
+    workers = {name: Worker(pythons[task.side], task, environment or {}, threads) for name, task in case_sides.items()
                if task.side in pythons}  # fmt: skip
     started: dict[str, Worker] = {}
     try:
@@ -126,14 +139,14 @@ def measure(
         for name, worker in ready.items()
     }
     left_out = {name: worker.built["missing"] for name, worker in started.items() if name not in ready}
-    left_out |= {name: f"no interpreter for {case.sides[name].side}" for name in case.sides if name not in workers}
+    left_out |= {name: f"no interpreter for {case.sides[name].side}" for name in case_sides if name not in workers}
     ratios = [ratio(sides, *pair) for pair in case.ratios if set(pair) <= sides.keys()]
     return {"what": case.what, "bar": case.bar, "sides": sides, "ratios": ratios, "left_out": left_out,
             "date": date.today().isoformat()}  # fmt: skip
 
 
 def ratio(sides: dict[str, Any], of: str, to: str) -> dict[str, Any]:
-    """For every unit, one side's figures over another's, turn by turn: median, least, greatest."""
+    """For every unit, one side's figures over another's, turn by turn: median, min, max."""
     units = [unit for unit, values in sides[of].items() if isinstance(values, list)]
     turns = {unit: [a / b for a, b in zip(sides[of][unit], sides[to][unit], strict=True)] for unit in units}
     return {"of": of, "to": to} | {unit: [median(x), min(x), max(x)] for unit, x in turns.items()}
@@ -170,7 +183,7 @@ def reference_python(given: Path | None, say: Any) -> Path:
 
 
 def rows(found: dict[str, Any]) -> Iterator[list[str]]:
-    """For each ratio of a case: its sides, median, least, greatest, what each side reached, and a note."""
+    """For each ratio of a case: its sides, median, min, max, what each side reached, and a note."""
     for entry in found["ratios"]:
         of, to = entry["of"], entry["to"]
         for unit in (name for name, value in entry.items() if isinstance(value, list)):
@@ -179,35 +192,69 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def note(found: dict[str, Any], of: str, to: str) -> str:
-    """The bar and the parameters beside the Llama; else experts used, where both sides have some."""
+    """The goal and the parameters beside the Llama; else experts used, where both sides have some."""
     sides = [found["sides"][name] for name in (of, to)]
     if to == "llama":
         parameters = " / ".join(f"{side['parameters'] / 1e6:.1f}M" for side in sides)
-        return f"bar {found['bar']}; {parameters} parameters"
+        return f"goal: {found['bar']}; {parameters} parameters"
     if all("experts_used" in side for side in sides):
         return " / ".join(f"{side['experts_used']:.0f}" for side in sides) + " experts used"
     return ""
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """A table with a line for each ratio."""
-    lines = ["| workload | | ratio (least – greatest) | reached | |", "|---" * 5 + "|"]
-    for found in results.values():
-        for i, (sides, middle, low, high, reached, noted) in enumerate(rows(found)):
-            what = found["what"] if i == 0 else ""
-            lines.append(f"| {what} | {sides} | {middle} ({low} – {high}) | {reached} | {noted} |")
-    return "\n".join(lines)
+def named(sides: str) -> str:
+    """Two sides as the page calls them."""
+    return " / ".join(", ".join(NAMES.get(word, word) for word in side.split(", ")) for side in sides.split(" / "))
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """The files of results there are, by kind of processor."""
+    return {kind: json.loads(path.read_text()) for kind, path in RESULTS.items() if path.is_file()}
+
+
+def markdown(kinds: dict[str, dict[str, Any]]) -> str:
+    """What each kind of processor was, and a table with a line for each ratio and a column for each kind."""
+    lines, columns = [], ["workload", "compared"]
+    for kind in RESULTS:
+        lines.append(f"- **{kind}**: {where(kinds[kind]) if kind in kinds else 'not measured.'}")
+        columns += [f"{kind}: ratio, median (min – max)", f"{kind}: both sides"]
+    cells: dict[str, dict[tuple[str, str], list[str]]] = {}  # of each workload and comparison: two a kind, and a note
+    for k, kind in enumerate(RESULTS):
+        for found in kinds.get(kind, {"results": {}})["results"].values():
+            for sides, middle, low, high, reached, noted in rows(found):
+                of_workload = cells.setdefault(found["what"], {})
+                compared = named(sides), reached.split(maxsplit=3)[3]  # of memory there may be two units
+                row = of_workload.setdefault(compared, ["not measured", ""] * len(RESULTS) + [noted])
+                row[2 * k : 2 * k + 2] = f"{middle} ({low} – {high})", reached
+    shown = (
+        [what if i == 0 else "", sides, *row]
+        for what, of_workload in cells.items()
+        for i, ((sides, _), row) in enumerate(of_workload.items())
+    )
+    return "\n".join([*lines, "", *table([*columns, "notes"], shown)])
+
+
+def where(measured: dict[str, Any]) -> str:
+    """Processor, threads, version and days of a file of results, and the cases that it lacks."""
+    at, days = measured["conditions"], sorted({found["date"] for found in measured["results"].values()})
+    more = f" Load: {at['load']}." if "load" in at else ""
+    if missing := [f"`{name}`" for name in CASES if name not in measured["results"]]:
+        more += f" Not measured: {', '.join(missing)}."
+    return (
+        f"{at['name']}, instructions {at['instructions']}, {at['threads']} of {at['cores']} cores, "
+        f"torch {at['torch']}, {' and '.join(dict.fromkeys((days[0], days[-1])))}.{more}"
+    )
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    table = Table("", "ratio", "least", "greatest", "reached", "", title=found["what"], title_justify="left")
+    shown = Table("", "ratio", "min", "max", "reached", "", title=found["what"], title_justify="left")
     for row in rows(found):
-        table.add_row(*row)
+        shown.add_row(*row)
     alone = found["sides"].items() if not found["ratios"] else ()
     for name, side in alone:  # nothing to divide by
         for unit in (name for name, value in side.items() if isinstance(value, list)):
-            table.add_row(name, "", "", "", f"{median(side[unit]):,.0f} {unit}", "")
-    console.print(table)
+            shown.add_row(name, "", "", "", f"{median(side[unit]):,.0f} {unit}", "")
+    console.print(shown)
     for name, why in found["left_out"].items():
         console.print(f"left out: {name}: {why}", style="yellow", highlight=False)
 
@@ -219,9 +266,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7, help="turns that every side takes")
     parser.add_argument("--avx2", action="store_true", help="both sides without wider instructions than AVX2")
     parser.add_argument("--reference", type=Path, metavar="PYTHON", help="interpreter with open-mythos 0.5.0")
+    parser.add_argument("--markdown", action="store_true", help="fill the page from the results there are, and no more")
     parser.add_argument("--out", type=Path, help="benchmarks/results/speed.json, or speed-avx2.json")
     args = parser.parse_args()
-    out = args.out or ROOT / "benchmarks" / "results" / ("speed-avx2.json" if args.avx2 else "speed.json")
+    if args.markdown:
+        write(PAGE, markdown(measured()))
+        return
+    out = args.out or RESULTS["AVX2" if args.avx2 else "AVX-512"]
     console, screen = Console(), Console(stderr=True)
     pythons = {"ours": Path(sys.executable)}
     with screen.status("") as status:
@@ -250,6 +301,8 @@ def main() -> None:
         show(results[name], console)
         ordered = {name: results[name] for name in CASES if name in results}
         out.write_text(json.dumps({"conditions": conditions, "results": ordered}, indent=1) + "\n")
+    if out in RESULTS.values():
+        write(PAGE, markdown(measured()))
     console.print(f"Results: {out}", soft_wrap=True, highlight=False)
     sys.exit(failed)
 

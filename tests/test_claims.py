@@ -1,4 +1,4 @@
-"""The tutorials' claims, at the bars the README states, mean of seeds 0, 1 and 2."""
+"""The tutorials' claims, at the goals that docs/tutorials.md states, mean of seeds 0, 1 and 2."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import costs
 import pytest
+from pages import fill
 
 from open_mythos.diagnostics import flops_per_token
 
@@ -19,8 +20,8 @@ def test_tables_are_what_was_measured() -> None:
 
 def test_fill_replaces_the_tables() -> None:
     page = costs.PAGE.read_text()
-    assert costs.fill(page, costs.markdown(RESULTS)) == page
-    assert "\nnew tables\n" in (filled := costs.fill(page, "new tables")) and costs.markdown(RESULTS) not in filled
+    assert fill(page, costs.markdown(RESULTS)) == page
+    assert "\nnew tables\n" in (filled := fill(page, "new tables")) and costs.markdown(RESULTS) not in filled
 
 
 @pytest.mark.parametrize("sweep", costs.SWEEPS)

@@ -31,8 +31,8 @@ def test_both_get_the_same_text_steps_and_optimizer() -> None:
     assert looped.depths == [1, 2, 4, 8] and plain.depths == [1]
 
 
-def test_the_readme_has_what_was_measured() -> None:
-    assert dense.markdown(json.loads(RESULTS.read_text())) in (dense.ROOT / "README.md").read_text()
+def test_the_page_has_what_was_measured() -> None:
+    assert dense.markdown(json.loads(RESULTS.read_text())) in dense.PAGE.read_text()
 
 
 def test_the_quality_that_prices_are_shown_beside_is_what_was_measured() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,8 +68,34 @@ def test_sides_take_turns_and_what_is_missing_is_left_out() -> None:
     assert found["left_out"] == {"reference": "no interpreter for reference"}
     assert [len(side["tokens/s"]) for side in found["sides"].values()] == [3, 3]
     assert [(entry["of"], entry["to"]) for entry in found["ratios"]] == [("ours", "ours, bf16")]
-    table = speed.markdown({"train": found})
-    assert "| training | ours / ours, bf16 |" in table and "4 / 4 experts used" in table
+    at = {"name": "a machine", "instructions": "AVX2", "threads": 1, "cores": 2, "torch": "2"}
+    table = speed.markdown({"AVX2": {"conditions": at, "results": {"train": found}}})
+    start = "| training | OpenMythos / OpenMythos, bfloat16 |"
+    (row,) = [line for line in table.splitlines() if line.startswith(start)]
+    assert row.count("not measured") == 1 and row.endswith("tokens/s | 4 / 4 experts used |")
+    assert "**AVX-512**: not measured" in table and f"torch 2, {found['date']}. Not measured:" in table
+
+
+def test_the_page_has_what_was_measured_on_each_kind_of_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = speed.measured()
+    assert speed.markdown(kinds) in speed.PAGE.read_text()
+    for kind, path in speed.RESULTS.items():
+        assert (kind in kinds) == path.is_file()
+    one = json.loads(speed.RESULTS["AVX-512"].read_text())
+    both = speed.markdown({"AVX-512": one, "AVX2": one}).splitlines()
+    assert len(both) == len(speed.markdown({"AVX-512": one}).splitlines()), "a line for both"
+    rows = [line.split(" | ") for line in both[5:]]
+    assert rows and all(row[2:4] == row[4:6] for row in rows)
+    page = tmp_path / "speed.md"
+    page.write_text(speed.PAGE.read_text())
+    monkeypatch.setattr(speed, "PAGE", page)
+    monkeypatch.setattr(speed, "RESULTS", {kind: tmp_path / f"{kind}.json" for kind in speed.RESULTS})
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--markdown"])
+    (tmp_path / "AVX2.json").write_text(json.dumps(one))
+    speed.main()
+    assert page.read_text().count("- **AVX-512**: not measured.") == 1
 
 
 def test_both_sides_run_with_the_instructions_asked_for() -> None:
