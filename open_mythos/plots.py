@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from open_mythos.files import replacing
 from open_mythos.install import missing
 
 if TYPE_CHECKING:
@@ -252,7 +253,8 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         FigureCanvasAgg(figure)
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", metadata={"Software": "OpenMythos"})
 
 
 def _heat_map(

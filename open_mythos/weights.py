@@ -40,7 +40,7 @@ def files_of(path: Path) -> list[Path]:
     if not path.name.endswith(".index.json"):
         return [path]
     try:
-        names = files.read_json(path, {"weight_map": dict})["weight_map"].values()
+        names = files.read_json(path, {"weight_map": {"*": str}})["weight_map"].values()
         parts = {files.inside(path.parent, name, f"{path}: weight_map") for name in names}
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error

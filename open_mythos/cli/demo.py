@@ -1,6 +1,5 @@
 """``mythos demo``: accuracy on running parity by number of loops, of a model trained now or shipped."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +22,9 @@ def demo(
     """Train a small model and show its accuracy by loops."""
     import torch
 
-    from open_mythos import plots, tasks
+    from open_mythos import files, plots, tasks
     from open_mythos.cli.diagnose import EXAMPLE_FILE
+    from open_mythos.cli.owned import may_replace, may_replace_run
     from open_mythos.cli.watch import watching
     from open_mythos.diagnostics import parameters
     from open_mythos.evaluation import depth_grid
@@ -38,13 +38,14 @@ def demo(
     out = out or Path("runs") / ("demo-pretrained" if pretrained else "demo")
     with clear_errors():
         plots.require_matplotlib()
+        may_replace_run(out)
+        may_replace(out / "table.json", out / "depth.png", out / runs.MODEL / EXAMPLE_FILE)
         cfg = runs.training_config(PRETRAINED) if pretrained else configured("demo", [f"steps={steps}", f"seed={seed}"])
         task, trained_length = tasks.load(cfg.task.name), cfg.task.max_difficulty
         console.print(
             f"Running parity: at every bit, is the number of ones so far even or odd? A model of "
             f"{parameters(cfg.model).total:,} parameters {'was trained' if pretrained else 'trains'} on up to "
             f"{trained_length} bits with 1 to {cfg.loops.maximum} loops.",
-            highlight=False,
         )
         is_run = (out / runs.RUN_CONFIG).exists()
         with watching(cfg) as watch:
@@ -59,8 +60,8 @@ def demo(
         grid = Evaluation.load(out).grids[0]
         curves = {f"{n} bits" + " (trained)" * (n == trained_length): grid.curve(n) for n in grid.difficulties}
         example = task.batch(1, trained_length, torch.Generator().manual_seed(seed)).ids
-        (out / runs.MODEL / EXAMPLE_FILE).write_text(json.dumps({"tokens": example[0].tolist()}) + "\n")
-        (out / "table.json").write_text(json.dumps(curves, indent=2) + "\n")
+        files.write_json(out / runs.MODEL / EXAMPLE_FILE, {"tokens": example[0].tolist()})
+        files.write_json(out / "table.json", curves)
         title = f"{PRETRAINED if pretrained else 'mythos demo'}: accuracy by loops, no early exit"
         plots.accuracy_by_loops(curves, out / "depth.png", task.chance, cfg.loops.maximum, title)
     rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in grid.loops)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from open_mythos import __version__
-from open_mythos.cli.console import clear_errors, console, note, progress, si, table
+from open_mythos.cli.console import console, mythos, note, progress, si, table
 from open_mythos.install import EXTRAS, cache_dir, install_line
 
 VECTORS = {
@@ -27,7 +26,7 @@ VECTORS = {
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="The facts alone, for machines.")] = False) -> None:
     """Say what this machine has, what is missing, and what to expect."""
-    with clear_errors(), progress(n_steps=3) as begin:
+    with progress(n_steps=3) as begin:
         begin("looking around")
         facts = hardware() | places()
         begin("compiling the C decoder")
@@ -45,7 +44,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="The facts alone
     for name, packages in facts["extras"].items():
         lacking = [package for package, found in packages.items() if found is None]
         state = f"{', '.join(lacking)} missing: {install_line(name)}" if lacking else "installed"
-        shown.add_row(name, EXTRAS[name][0], escape(state))
+        shown.add_row(name, EXTRAS[name][0], state)
     console.print(shown)
     note(*expectations(facts))
 
@@ -132,12 +131,12 @@ def rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def expectations(facts: dict[str, Any]) -> Iterator[str]:
-    """What to expect, in plain words, and what to do next: lines of rich markup."""
+    """What to expect, in plain words, and what to do next: lines for :func:`note`."""
     gpu = next(iter(facts["gpus"]), None)
     yield f"Training and decoding run on {gpu}, mythos demo on the CPU." if gpu else "Everything runs on the CPU."
     draws = facts["extras"]["plots"]["matplotlib"] is not None
     yield (
         f"mythos demo trains for about {timedelta(seconds=round(facts['demo_seconds']))}, as busy as this machine is."
-        + ("" if draws else f" Its picture needs the extra plots: {escape(install_line('plots'))}")
+        + ("" if draws else f" Its picture needs the extra plots: {install_line('plots')}")
     )
-    yield f"Next: [bold]mythos {'demo' if draws else 'eval parity-tiny'}[/bold]."
+    yield f"Next: {mythos(*(['demo'] if draws else ['eval', 'parity-tiny']))}."

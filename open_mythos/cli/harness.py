@@ -1,14 +1,14 @@
 """``mythos eval --harness``: scores of the lm-evaluation-harness's tasks by loops."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from open_mythos import plots
+from open_mythos import files, plots
 from open_mythos.cli.console import announce, console, mythos, note, picture, table, whole_numbers
+from open_mythos.cli.owned import may_replace
 from open_mythos.fields import must
 from open_mythos.install import find_hub
 from open_mythos.integrations.harness import Curve, harness
@@ -26,17 +26,18 @@ def eval_harness(
     given = [option for option, value in only_ours.items() if value]
     must(not given, f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
+    out = out or evaluation_dir(checkpoint)
+    path, drawing = out / FILE, out / "harness.png"
+    may_replace(path, drawing)
     find_hub()
     curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
     show(curves)
-    out = out or evaluation_dir(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    path, drawing = out / FILE, out / "harness.png"
     panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}  # metric, task, loops: value, error
     for curve in curves:
         points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)
         panels.setdefault(curve.metric, {})[curve.task] = dict(points)
-    path.write_text(json.dumps([dataclasses.asdict(curve) for curve in curves], indent=1) + "\n")
+    files.write_json(path, [dataclasses.asdict(curve) for curve in curves])
     also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels, drawing)) else ""
     found_in = () if include is None else ("--include-path", include)
     more = mythos("eval", checkpoint, "--harness", names, *found_in, "--loops", 2 * max(counts))

@@ -17,7 +17,6 @@ from open_mythos.weights import CheckpointError
 
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 _MANIFEST = {"files": {STATE_FILE: {"bytes": int, "crc32": int}}}
-_MANIFEST = {"files": {STATE_FILE: {"bytes": int, "crc32": int}}}
 _PREFIX, _PARTIAL = "step_", ".partial"
 
 

@@ -64,7 +64,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines, damaged = list[dict[str, Any]](), 0
     for line in path.read_text(errors="replace").split("\n")[:-1]:
         try:
-            lines.append(files.parse_json(line, str(path), {"step": int}))
+            lines.append(files.parse_json(line, str(path), {"step": int, "*": (float, type(None))}))
         except ValueError:
             damaged += 1
     return lines, damaged

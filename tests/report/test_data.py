@@ -94,7 +94,7 @@ def test_what_eval_measured_last_is_shown_if_it_is_the_runs_task(run):
 
 
 def test_comparison_is_found_in_the_run_and_beside_it(run):
-    (run.parent / "compare.json").write_text('{"seeds": [1]}')
+    (run.parent / "compare.json").write_text(json.dumps(COMPARISON))
     assert gather(run)["baselines"]["seeds"] == [1]
     (run / "compare.json").write_text('{"seeds": [2]}')
     assert gather(run)["baselines"]["seeds"] == [2]
