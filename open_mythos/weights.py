@@ -55,6 +55,12 @@ def shapes(path: Path) -> dict[str, torch.Size]:
         return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
+def has_checksum(path: Path) -> bool:
+    """Whether :func:`read` has something to compare its tensors with. Errors as :func:`read`."""
+    with _opened(path) as file:
+        return CHECKSUM in (file.metadata() or {})
+
+
 def read(path: Path, verify: bool = True) -> dict[str, Tensor]:
     """The tensors of a file, compared with its checksum if it has one and ``verify``.
 

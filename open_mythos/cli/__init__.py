@@ -4,6 +4,7 @@ Subcommand modules are imported when called, and torch and matplotlib only when 
 helper modules), so that ``--help`` and usage errors are instant.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -33,7 +34,7 @@ COMMANDS = {
     "convert": "Convert a checkpoint of the reference implementation.",
     "bench": "How fast a model trains, reads and decodes here.",
     "diagnose": "Look inside a checkpoint, loop by loop.",
-    "doctor": "Say what this machine has, what is missing, and what to expect.",
+    "doctor": "What this machine has and lacks; or whether the files of a model or run are whole.",
 }
 EXAMPLES = {
     "demo": "mythos demo --seed 1",
@@ -87,8 +88,9 @@ class LazyCommand(TyperCommand):
                 said = value.lstrip(" =").partition(" ")[0] or "..."
                 error.message = f"No such option: --{key}. A setting is written without dashes: {key}={said}"  # type: ignore[attr-defined]
             raise
-        for parameter in command.params:
-            check_place(parameter, context.params.get(parameter.name))
+        with clear_errors():
+            for parameter in command.params:
+                check_place(parameter.name, context.params.get(parameter.name))
         if takes_settings:
             options = {option for parameter in command.params for option in parameter.opts}
             for word in context.params["overrides"] or ():
@@ -98,17 +100,17 @@ class LazyCommand(TyperCommand):
         return context
 
 
-def check_place(parameter: Any, value: Any) -> None:
+def check_place(name: str | None, value: Any) -> None:
     """Fail before anything is computed for a path that is a broken link, or one to write to that cannot be."""
     if not isinstance(value, Path):
         return
-    if value.is_symlink() and not os.path.exists(value):
+    if os.path.lexists(value) and not os.path.exists(value):
         fail(f"{value} is a link that leads nowhere; name another path")
-    if parameter.name not in ("out", "plots", "directory"):
+    if name not in ("out", "plots", "directory"):
         return
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(value)  # OSError for a name that is too long, and for one below a file
     there = next(place for place in (value, *value.absolute().parents) if os.path.exists(place))
-    if there != value and not there.is_dir():
-        fail(f"{value} cannot be made: {there} is a file; name another path")
     if not os.access(there, os.W_OK):
         fail(f"{value} cannot be written: {there} is read-only; name another")
 

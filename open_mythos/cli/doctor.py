@@ -24,8 +24,14 @@ VECTORS = {
 }
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="The facts alone, for machines.")] = False) -> None:
-    """Say what this machine has, what is missing, and what to expect."""
+def doctor(
+    path: Annotated[str | None, typer.Argument(help="A run, a model's directory, or a shipped model to check.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The facts alone, for machines.")] = False,
+) -> None:
+    """Say what this machine has, what is missing, and what to expect; or whether a model's or a run's files are whole."""
+    if path is not None:
+        check_files(path, as_json)
+        return
     with progress(n_steps=3) as begin:
         begin("looking around")
         facts = hardware() | places()
@@ -47,6 +53,27 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="The facts alone
         shown.add_row(name, EXTRAS[name][0], state)
     console.print(shown)
     note(*expectations(facts))
+
+
+def check_files(source: str, as_json: bool) -> None:
+    """Say of each file of a model or run whether it is whole; exit with code 1 if one is not."""
+    from open_mythos.cli.whole import examine
+
+    with progress(n_steps=1) as begin:
+        begin("reading")
+        found = list(examine(source))
+    is_whole = all(whole for _, whole, _ in found)
+    if as_json:
+        said = [{"file": str(path), "whole": whole, "said": said} for path, whole, said in found]
+        print(json.dumps({"whole": is_whole, "files": said}))
+    else:
+        for path, whole, text in found:
+            console.print(
+                f"{'whole  ' if whole else 'DAMAGED'}  {path}: {text.removeprefix(f'{path}: ')}", soft_wrap=True
+            )
+        console.print(f"{source} is {'whole' if is_whole else 'not whole'}.", soft_wrap=True)
+    if not is_whole:
+        raise typer.Exit(1)
 
 
 def hardware() -> dict[str, Any]:
