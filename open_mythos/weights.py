@@ -46,6 +46,9 @@ def files_of(path: Path) -> list[Path]:
         raise CheckpointError(str(error)) from error
     if not parts or path in parts:
         raise CheckpointError(f"{path}: weight_map names {'itself' if parts else 'no file'}; expected files of weights")
+    for part in parts:
+        if not part.is_file():
+            raise CheckpointError(f"{path}: weight_map names {part.name!r}, which is missing; copy it too")
     return sorted(parts)
 
 

@@ -28,7 +28,7 @@ def doctor(
     path: Annotated[str | None, typer.Argument(help="A run, a model's directory, or a shipped model to check.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The facts alone, for machines.")] = False,
 ) -> None:
-    """Say what this machine has, what is missing, and what to expect; or whether a model's or a run's files are whole."""
+    """Say what this machine has, lacks, and what to expect of it; or whether the files of a model or run are whole."""
     if path is not None:
         check_files(path, as_json)
         return
