@@ -1,6 +1,7 @@
 """Folders made to do harm: nothing outside of them is read or written, nothing of them is run, memory and time end.
 
-All are read in one process of their own, whose memory is limited, with everything that reads a model or a run.
+All are read in one process of their own, whose memory is limited, with what has to refuse them; ``HOSTILE=all``: with
+everything that reads a model or a run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from open_mythos.models import card_of, load_model, tokenizer_of
 from open_mythos.training import checkpoints
 from open_mythos.training.runs import training_config
 
+ALL = os.environ.get("HOSTILE") == "all"
 ROOM, SECONDS = 1 << 30, 5.0  # of memory beyond what the libraries take, and for each folder
 Make = Callable[[Path], Any]
 
@@ -115,6 +117,20 @@ def climbing(folder: Path) -> None:
     repack(folder / "pytorch_model.bin", zipfile.ZIP_STORED, "../../outside/")
 
 
+def instead(make: Callable[[str], Make]) -> Make:
+    """Pickled weights in place of the others."""
+
+    def made(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        make("pytorch_model.bin")(folder)
+
+    return made
+
+
+def tensor(length: int, start: int, end: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [length], "data_offsets": [start, end]}
+
+
 def header(content: dict[str, Any], size: int | None = None) -> Make:
     """A safetensors file of this header, which may say another size of itself."""
 
@@ -179,35 +195,37 @@ HOSTILE: dict[str, tuple[Make, str]] = {  # what is made, and who has to refuse 
     "config of a number of 10,000 digits": (text("config.json", '{"dim": ' + "9" * 10_000 + "}"), "model"),
     "training.json 100,000 deep": (text("training.json", '{"kind": ' + DEEP), "model"),
     **{f"50 GB of {name}": (sparse(name), reader) for name, reader in (
-        ("model.safetensors", "model"), ("config.json", "model"), ("training.json", "model"), ("tokenizer.json", "words"),
-        ("README.md", "card"), ("tokenizer_config.json", ""),
+        ("model.safetensors", "model"), ("config.json", "model"), ("training.json", "model"),
+        ("tokenizer.json", "words"), ("README.md", "card"), ("tokenizer_config.json", ""),
     )},
     "50 GB of state": (state(sparse("state.pt")), "state"),
     "50 GB of manifest": (state(sparse("manifest.json")), "state"),
-    "50 GB of pickled weights": (lambda f: ((f / "model.safetensors").unlink(), sparse("pytorch_model.bin")(f)), "upstream"),
+    "50 GB of pickled weights": (instead(sparse), "upstream"),
     "token 4,000,000,000": (text("tokenizer.json", TOKEN % 4_000_000_000), "words"),
     "token -1": (text("tokenizer.json", TOKEN % -1), "words"),
     "tokenizer 100,000 deep": (text("tokenizer.json", '{"model": ' + DEEP), "words"),
     "header of 2^62 bytes": (header({}, 1 << 62), "model"),
-    "header of a tensor of 2^60": (header({"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]}}), "model"),
-    "header of overlapping tensors": (header({n: {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]} for n in "ab"}), "model"),
-    "header of negative offsets": (header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [-4, 0]}}), "model"),
+    "header of a tensor of 2^60": (header({"a": tensor(1 << 60, 0, 1 << 62)}), "model"),
+    "header of overlapping tensors": (header({"a": tensor(9, 0, 36), "b": tensor(9, 0, 36)}), "model"),
+    "header of negative offsets": (header({"a": tensor(-1, -4, 0)}), "model"),
     **{f"{name} a link to {to}": (link(name, to), reader) for name, to, reader in (
         ("config.json", "/etc/passwd", "model"), ("config.json", "{outside}/config.json", "model"),
-        ("model.safetensors", "{outside}/w.safetensors", "model"), ("model.safetensors", "../outside/w.safetensors", "model"),
+        ("model.safetensors", "{outside}/w.safetensors", "model"),
+        ("model.safetensors", "../outside/w.safetensors", "model"),
         ("tokenizer.json", "{outside}/tokenizer.json", "words"), ("README.md", "/etc/passwd", "card"),
         ("training.json", "{outside}/training.json", "model"), ("config.json", "config.json", "model"),
-        ("model.safetensors", "/dev/zero", "model"), ("config.json", "/dev/zero", "model"), ("README.md", "/dev/zero", "card"),
+        ("model.safetensors", "/dev/zero", "model"), ("config.json", "/dev/zero", "model"),
+        ("README.md", "/dev/zero", "card"),
         ("model.safetensors", "/dev/stdin", "model"), ("tokenizer.json", "/proc/self/environ", "words"),
     )},
     "a checkpoint's state a link": (state(link("state.pt", "/etc/passwd")), "state"),
     **{f"{name} a pipe": (pipe(name), reader) for name, reader in (
         ("config.json", "model"), ("model.safetensors", "model"), ("tokenizer.json", "words"), ("README.md", "card"),
     )},
-    "a pipe of pickled weights": (lambda f: ((f / "model.safetensors").unlink(), pipe("pytorch_model.bin")(f)), "upstream"),
+    "a pipe of pickled weights": (instead(pipe), "upstream"),
     **{f"pickle {protocol} in {name}": (pickled(name, {"model": Harm()}, protocol=protocol), "upstream")
        for protocol in (0, 2, 4) for name in ("pytorch_model.bin",)},
-    "a pickle called safetensors": (lambda f: (pickled("w", Harm())(f), (f / "w").rename(f / "model.safetensors")), "model"),
+    "a pickle called safetensors": (pickled("model.safetensors", Harm()), "model"),
     "packed entries": (pickled("pytorch_model.bin", {"a": torch.zeros(1 << 22)}, packed=True, protocol=0), "upstream"),
     "entries that climb": (climbing, ""),
     "a state that runs code": (state(claimed(Harm())), "state"),
@@ -238,6 +256,8 @@ def walk(here: Path) -> None:
         opened.clear()
         started = time.monotonic()
         for reader, read in READERS.items():
+            if not ALL and refuses not in ("", reader):
+                continue
             n += 1
             try:
                 read(folder)
