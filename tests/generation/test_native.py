@@ -334,6 +334,17 @@ def test_it_is_compiled_once(compile_anew, monkeypatch):
     assert len({build._key(words) for words in (["cc"], ["clang"], ["cc", "-O2"])}) == 3
 
 
+def test_code_is_not_kept_where_others_may_write(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("OPEN_MYTHOS_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
+    assert build._folder() == tmp_path
+    tmp_path.chmod(0o777)
+    with caplog.at_level(logging.WARNING, "open_mythos"):
+        assert build._folder() != tmp_path
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert str(tmp_path) in said and "others may write to it" in said
+
+
 @needs_compiler
 def test_two_processes_that_compile_at_once_end_well(compile_anew):
     code = "from open_mythos.generation.native.build import library; raise SystemExit(isinstance(library(), str))"
