@@ -36,16 +36,15 @@ def may_replace_model(directory: Path) -> None:
     """As :func:`may_replace`, of a folder with a model's files: its config says whose they are."""
     if not (directory / CONFIG_FILE).exists():
         names = WEIGHTS_FILE, TRAINING_FILE, CARD, *TOKENIZER_FILES
-        may_replace(*(directory / name for name in names if (directory / name).exists()))
+        may_replace(*(directory / name for name in names))
     may_replace(directory / CONFIG_FILE)
 
 
 def may_replace_run(run: Path) -> None:
-    """As :func:`may_replace`, of what training writes."""
+    """As :func:`may_replace`, of what training writes: all that is beside a run's config is the run's."""
     if not (run / runs.RUN_CONFIG).exists():
         may_replace_model(run / runs.MODEL)
-        may_replace(*(path for name in (runs.METRICS, runs.CHECKPOINTS) if (path := run / name).exists()))
-    may_replace(run / runs.EVALUATION)
+        may_replace(run / runs.METRICS, run / runs.CHECKPOINTS, run / runs.EVALUATION)
 
 
 def _is_ours(path: Path) -> bool:
