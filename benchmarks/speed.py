@@ -7,8 +7,8 @@ The reference is open-mythos 0.5.0, which has this library's import name, so it 
 does the Llama of Hugging Face transformers. Without --reference, one is made in runs/reference-venv (once; it downloads
 torch). What is missing there is left out, with a line that says so. Every side of a workload is a process; all of them
 are made ready, then they take turns, two repetitions each, of which the second counts, and only one computes at a
-time. A ratio is the median over turns, so what slows a machine for a while slows both sides; with --threads 1 seconds are
-those of the process itself. Keep the machine free of other work; results are kept after every workload.
+time. A ratio is the median over turns, so what slows a machine for a while slows both sides; with --threads 1, seconds
+are those of the process itself. Keep the machine free of other work; results are kept after every workload.
 """
 
 import argparse

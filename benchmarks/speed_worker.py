@@ -166,7 +166,7 @@ def spread_experts(side: Ours, ids: Tensor) -> None:
 
 
 def clock() -> float:
-    """Seconds of this process; with one thread those of its own work, as other work on the machine lengthens the rest."""
+    """Seconds; with one thread those that this process worked, as other work on the machine lengthens the rest."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

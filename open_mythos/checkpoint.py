@@ -152,16 +152,26 @@ def _judged(
             f"and model.cfg.max_loop_iters may be changed after"
         )
     try:
-        with torch.device("meta"):
-            model = cls(cfg)
-    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor has
-        raise CheckpointError(f"{config_path} asks for sizes that cannot be: {error}") from error
+        model = without_storage(cls, cfg)
+    except ValueError as error:
+        raise CheckpointError(f"{config_path}: {error}") from error
     _check_names(weights_path, model.state_dict().keys() - _tied(cfg), set(shapes))
     try:
         model.load_state_dict({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{weights_path} does not fit {config_path}: {error}") from error
     return model
+
+
+def without_storage(cls: type[Loaded], cfg: MythosConfig) -> Loaded:
+    """The model of a config, on the meta device; ValueError, naming the largest size, if no tensor can be so large."""
+    try:
+        with torch.device("meta"):
+            return cls(cfg)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        sizes = {name: value for name, value in cfg.to_dict().items() if isinstance(value, int)}
+        largest = max(sizes, key=sizes.__getitem__)
+        raise ValueError(f"sizes that cannot be, such as {largest}={sizes[largest]}; use smaller ones") from error
 
 
 def _tied(cfg: MythosConfig) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
+_HUGE = 1 << 63
 MOST = 1 << 26  # bytes of a file of text that is read whole; the tokenizers of 250,000 tokens have half of it
 _NAMES = {
     dict: "an object of names and values", list: "a list", str: "a string", int: "a whole number", float: "a number",
@@ -159,15 +160,17 @@ def shaped(value: Any, shape: Any, name: str) -> Any:
 
     Args:
         shape: a type; a list of one shape, for lists of any length; a dict of shapes, whose names must be there (but
-            for those that end in "?") and others may be; or a tuple of types, of which one must fit.
+            for those that end in "?") and others may be, of the shape called "*" if there is one; or a tuple of
+            shapes of different types, of which one must fit.
         name: of the value, for the message.
 
     Raises:
         ValueError: saying what ``name`` is, down to the field, and what was expected.
     """
     if isinstance(shape, dict):
-        for key, part in shape.items():
-            plain = key.removesuffix("?")
+        others = dict.fromkeys(shaped(value, dict, name), shape["*"]) if "*" in shape else {}
+        for key, part in (others | {key: part for key, part in shape.items() if key != "*"}).items():
+            plain = key.removesuffix("?") if key in shape else key
             if plain in shaped(value, dict, name):
                 shaped(value[plain], part, f"{name}: {plain}")
             elif plain == key:
@@ -176,12 +179,22 @@ def shaped(value: Any, shape: Any, name: str) -> Any:
         for i, item in enumerate(shaped(value, list, name)):
             shaped(item, shape[0], f"{name}[{i}]")
     else:
-        kinds = shape if isinstance(shape, tuple) else (shape,)
+        parts = shape if isinstance(shape, tuple) else (shape,)
+        kinds = tuple(part if isinstance(part, type) else type(part) for part in parts)
         known = (*kinds, int) if float in kinds else kinds
-        if not isinstance(value, known) or (isinstance(value, bool) and bool not in kinds):
+        is_huge = isinstance(value, int) and not -_HUGE < value < _HUGE  # for a tensor, or the machine
+        if not isinstance(value, known) or (isinstance(value, bool) and bool not in kinds) or is_huge:
             came = f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
             raise ValueError(f"{name} is {came}; expected {' or '.join(_NAMES[kind] for kind in kinds)}")
+        for part in parts:
+            if not isinstance(part, type) and isinstance(value, type(part)):
+                shaped(value, part, name)
     return value
+
+
+def real(path: Path) -> Path:
+    """Where ``path`` leads to, as far as there is anything; of links in a circle one of them."""
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for these, in some versions of Python
 
 
 def inside(folder: Path, name: Any, by: str) -> Path:
@@ -199,8 +212,8 @@ def own(path: Path) -> Path:
     Raises:
         ValueError: naming it and where it leads.
     """
-    folder, real = path.parent.resolve(), path.resolve()
-    is_blob = real.parent.name == "blobs" and folder.is_relative_to(real.parent.parent)
-    if not real.is_relative_to(folder) and not is_blob:
-        raise ValueError(f"{path} is a link out of its folder, to {real}; put the file itself there")
+    folder, place = real(path.parent), real(path)
+    is_blob = place.parent.name == "blobs" and folder.is_relative_to(place.parent.parent)
+    if not place.is_relative_to(folder) and not is_blob:
+        raise ValueError(f"{path} is a link out of its folder, to {place}; put the file itself there")
     return path

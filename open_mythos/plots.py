@@ -254,7 +254,7 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as partial:
-            figure.savefig(partial, format="png")
+            figure.savefig(partial, format="png", metadata={"Software": "OpenMythos"})
 
 
 def _heat_map(

@@ -52,12 +52,15 @@ def files_of(path: Path) -> list[Path]:
     if not path.name.endswith(".index.json"):
         return [path]
     try:
-        names = files.read_json(path, {"weight_map": dict})["weight_map"].values()
+        names = files.read_json(path, {"weight_map": {"*": str}})["weight_map"].values()
         parts = {files.inside(path.parent, name, f"{path}: weight_map") for name in names}
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     if not parts or path in parts:
         raise CheckpointError(f"{path}: weight_map names {'itself' if parts else 'no file'}; expected files of weights")
+    for part in parts:
+        if not part.is_file():
+            raise CheckpointError(f"{path}: weight_map names {part.name!r}, which is missing; copy it too")
     return sorted(parts)
 
 
@@ -65,6 +68,12 @@ def shapes(path: Path) -> dict[str, torch.Size]:
     """Names and shapes in the header of a file; no tensor is read. Errors as :func:`read`."""
     with _opened(path) as file:
         return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether :func:`read` has something to compare its tensors with. Errors as :func:`read`."""
+    with _opened(path) as file:
+        return CHECKSUM in (file.metadata() or {})
 
 
 def read(path: Path, verify: bool = True) -> dict[str, Tensor]:

@@ -66,3 +66,10 @@ def test_the_architecture_page_names_the_files_there_are() -> None:
     for path in core:
         name = str(path.relative_to(package))
         assert path.stem.startswith("__") or name in table | aside, f"{name} is not in the table"
+
+
+def test_every_test_that_the_reliability_page_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

@@ -4,16 +4,21 @@ Subcommand modules are imported when called, and torch and matplotlib only when 
 helper modules), so that ``--help`` and usage errors are instant.
 """
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 from importlib import import_module
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from open_mythos import __version__
+from open_mythos.cli.console import clear_errors, fail
 
 COMMANDS = {
     "demo": "Train a small model and show its accuracy by loops.",
@@ -29,7 +34,7 @@ COMMANDS = {
     "convert": "Convert a checkpoint of the reference implementation.",
     "bench": "How fast a model trains, reads and decodes here.",
     "diagnose": "Look inside a checkpoint, loop by loop.",
-    "doctor": "Say what this machine has, what is missing, and what to expect.",
+    "doctor": "What this machine has and lacks; or whether the files of a model or run are whole.",
 }
 EXAMPLES = {
     "demo": "mythos demo --seed 1",
@@ -67,7 +72,7 @@ class LazyCommand(TyperCommand):
         single = typer.Typer(add_completion=False)
         python_name = self.name.replace("-", "_")
         run = getattr(import_module(f"{__name__}.{python_name}"), python_name)
-        single.command(self.name, epilog=f"Example: {EXAMPLES[self.name]}")(run)
+        single.command(self.name, epilog=f"Example: {EXAMPLES[self.name]}")(clear_errors()(run))
         command, words = typer.main.get_command(single), list(args)
         takes_settings = any(parameter.name == "overrides" for parameter in command.params)
         try:
@@ -83,6 +88,9 @@ class LazyCommand(TyperCommand):
                 said = value.lstrip(" =").partition(" ")[0] or "..."
                 error.message = f"No such option: --{key}. A setting is written without dashes: {key}={said}"  # type: ignore[attr-defined]
             raise
+        with clear_errors():
+            for parameter in command.params:
+                check_place(parameter.name, context.params.get(parameter.name))
         if takes_settings:
             options = {option for parameter in command.params for option in parameter.opts}
             for word in context.params["overrides"] or ():
@@ -90,6 +98,21 @@ class LazyCommand(TyperCommand):
                 if f"--{key}" in options:
                     raise typer.BadParameter(f"{key} is an option, no setting; write --{key} {value or '...'}", context)
         return context
+
+
+def check_place(name: str | None, value: Any) -> None:
+    """Fail before anything is computed for a path that is a broken link, or one to write to that cannot be."""
+    if not isinstance(value, Path):
+        return
+    if os.path.lexists(value) and not os.path.exists(value):
+        fail(f"{value} is a link that leads nowhere; name another path")
+    if name not in ("out", "plots", "directory"):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(value)  # OSError for a name that is too long, and for one below a file
+    there = next(place for place in (value, *value.absolute().parents) if os.path.exists(place))
+    if not os.access(there, os.W_OK):
+        fail(f"{value} cannot be written: {there} is read-only; name another")
 
 
 class LazyGroup(TyperGroup):
@@ -128,4 +151,7 @@ def main() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names of files need not be writable in the terminal's encoding
     app(prog_name="mythos")

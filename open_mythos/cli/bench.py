@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, progress, si, table
+from open_mythos.cli.console import console, progress, si, table
 from open_mythos.fields import must
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ def bench(
     ] = None,
 ) -> None:
     """How fast a model trains, reads and decodes here, beside what the machine can do."""
-    with clear_errors():
-        usable = price is None or (math.isfinite(price) and price > 0)
-        must(usable, f"--price {price}: give what an hour of this machine costs, above 0, as in --price 2.50")
+    usable = price is None or (math.isfinite(price) and price > 0)
+    must(usable, f"--price {price}: give what an hour of this machine costs, above 0, as in --price 2.50")
     import torch
 
     from open_mythos.cli.timed import build, prices, time_works
@@ -63,27 +62,26 @@ def bench(
     from open_mythos.ops.dispatch import use_tf32
     from open_mythos.variants import dense_beside
 
-    with clear_errors():
-        if threads is not None:
-            torch.set_num_threads(threads)
-        here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-        must(device in (None, *here), f"--device {device!r} is not to be had here; use {' or '.join(here)}")
-        at = torch.device(device or here[0])
-        use_tf32(at)
-        number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
-        timed = build(model, dim, attn, experts, loops).to(at)
-        cfg, n_loops = timed.cfg, timed.cfg.max_loop_iters
-        every = price is not None and loops is None
-        depths = [*(2**i for i in range((n_loops - 1).bit_length()) if every), n_loops]
-        dense = None if price is None else dense_beside(cfg)
-        sizes = {work: (batch or _SIZES[work][0], tokens or _SIZES[work][1]) for work in Work if work in (only or Work)}
-        with progress(n_steps=2 + len(sizes) * (len(depths) + (dense is not None))) as begin:
-            begin("matrix products")
-            peak = matmul_rate(number, at, min(seconds, 2.0))
-            begin("memory")
-            reading = read_rate(at, min(seconds, 1.0))
-            found = [time_works(timed, n, sizes, number, seconds, begin) for n in depths]
-            other = [] if dense is None else time_works(OpenMythos(dense).to(at), 1, sizes, number, seconds, begin)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    must(device in (None, *here), f"--device {device!r} is not to be had here; use {' or '.join(here)}")
+    at = torch.device(device or here[0])
+    use_tf32(at)
+    number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
+    timed = build(model, dim, attn, experts, loops).to(at)
+    cfg, n_loops = timed.cfg, timed.cfg.max_loop_iters
+    every = price is not None and loops is None
+    depths = [*(2**i for i in range((n_loops - 1).bit_length()) if every), n_loops]
+    dense = None if price is None else dense_beside(cfg)
+    sizes = {work: (batch or _SIZES[work][0], tokens or _SIZES[work][1]) for work in Work if work in (only or Work)}
+    with progress(n_steps=2 + len(sizes) * (len(depths) + (dense is not None))) as begin:
+        begin("matrix products")
+        peak = matmul_rate(number, at, min(seconds, 2.0))
+        begin("memory")
+        reading = read_rate(at, min(seconds, 1.0))
+        found = [time_works(timed, n, sizes, number, seconds, begin) for n in depths]
+        other = [] if dense is None else time_works(OpenMythos(dense).to(at), 1, sizes, number, seconds, begin)
     name = model or f"dim {cfg.dim}, {cfg.attn_type.upper()}, {cfg.n_experts} experts"
     conditions = describe(at) | {"dtype": str(dtype), "date": date.today().isoformat()}
     works = show(f"{name}: {n_loops} loops, {dtype}", found[-1], peak, reading, conditions)
@@ -114,7 +112,7 @@ def show_prices(per_hour: float, rows: list[dict[str, Any]]) -> None:
         )
     console.print(
         f"Rows and tokens of each as in the table above; more rows (--batch) make a token cheaper. {beside}",
-        style="dim", highlight=False,
+        style="dim",
     )  # fmt: skip
 
 
@@ -139,6 +137,6 @@ def show(
         f"torch {conditions['torch']}.\n"
         "B/s: weights once for each use, and the cache; over 100% where the loop's weights stay in the processor's "
         "own cache.",
-        style="dim", highlight=False,
+        style="dim",
     )  # fmt: skip
     return works

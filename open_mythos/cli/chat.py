@@ -5,17 +5,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, table
+from open_mythos import files
+from open_mythos.cli.console import console, mythos, note, table
 from open_mythos.install import missing
 
 if TYPE_CHECKING:
-    from open_mythos.generation.conversation import Conversation, Template
+    from open_mythos.generation.conversation import Conversation, Messages, Template
 
 HELP = """\
 /loops N        think for N loops from now on; the same weights, deeper
@@ -48,17 +50,16 @@ def chat(
     from open_mythos.nn.exits import parse
     from open_mythos.training.distributed import find_device
 
-    with clear_errors():
-        at = find_device(device)
-        loaded, tokenizer = load_model(model).to(at), tokenizer_of(model)
-        if at.type == "cpu":
-            loaded.float()  # which a CPU does faster than half precision
-        generator = torch.Generator(at)
-        _ = generator.seed() if seed is None else generator.manual_seed(seed)
-        sampling, leave = Sampling(temperature, top_k or None, top_p), None if exit is None else parse(exit)
-        talk = Conversation(loaded, tokenizer, loops, sampling, leave, template_of(model_dir(model)), generator)
+    at = find_device(device)
+    loaded, tokenizer = load_model(model).to(at), tokenizer_of(model)
+    if at.type == "cpu":
+        loaded.float()  # which a CPU does faster than half precision
+    generator = torch.Generator(at)
+    _ = generator.seed() if seed is None else generator.manual_seed(seed)
+    sampling, leave = Sampling(temperature, top_k or None, top_p), None if exit is None else parse(exit)
+    talk = Conversation(loaded, tokenizer, loops, sampling, leave, template_of(model_dir(model)), generator)
     how = "chats" if talk.template else "goes on with your text; it was not taught to answer"
-    console.print(f"{model}: {talk.n_loops} loops. It {how}. /help", style="dim", highlight=False, markup=False)
+    console.print(f"{model}: {talk.n_loops} loops. It {how}. /help", style="dim")
     for line in lines():
         if not line.startswith("/"):
             answer(talk, line, max_tokens)
@@ -76,7 +77,7 @@ def template_of(directory: Path) -> "Template | None":
         ImportError: naming the extra to install, without ``transformers``.
     """
     config, beside = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    if not beside.is_file() and not (config.is_file() and "chat_template" in config.read_text()):
+    if not beside.is_file() and not (config.is_file() and "chat_template" in files.read_json(files.own(config))):
         return None
     try:
         from transformers import AutoTokenizer
@@ -85,11 +86,20 @@ def template_of(directory: Path) -> "Template | None":
     except ImportError as error:
         raise missing("this model's chat template needs transformers", "hf") from error
     theirs = AutoTokenizer.from_pretrained(directory)
-    return lambda messages: list(theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    def tokens(messages: "Messages") -> list[int]:
+        try:
+            return list(theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # whatever the template raises
+            raise ValueError(f"the chat template of {directory} refuses: {error}") from error
+
+    return tokens
 
 
 def lines() -> Iterator[str]:
     """What the user types, without empty lines; of a pipe its lines."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         return
@@ -121,7 +131,7 @@ def answer(talk: "Conversation", line: str, max_tokens: int) -> None:
     print(flush=True)
     if started is not None and (new := len(talk.ids) - n_before) > 1 and sys.stdout.isatty():
         speed = new / (time.perf_counter() - started)
-        console.print(f"{talk.n_loops} loops, {speed:.0f} tokens/s", style="dim", highlight=False)
+        console.print(f"{talk.n_loops} loops, {speed:.0f} tokens/s", style="dim")
 
 
 def shown(text: str) -> str:
@@ -137,22 +147,22 @@ def command(talk: "Conversation", line: str) -> None:
             case "/loops", [] | [_]:
                 if values:
                     talk.n_loops = int(values[0])
-                console.print(f"{talk.n_loops} loops", style="dim", highlight=False)
+                console.print(f"{talk.n_loops} loops", style="dim")
             case "/temperature", [temperature]:
                 talk.sampling = dataclasses.replace(talk.sampling, temperature=float(temperature))
-                console.print(f"temperature {talk.sampling.temperature:g}", style="dim", highlight=False)
+                console.print(f"temperature {talk.sampling.temperature:g}", style="dim")
             case "/reset", []:
                 talk.reset()
                 console.print("forgotten", style="dim")
             case "/trace", [] | [_]:
                 show_trace(talk, int(values[0]) if values else 8)
             case "/help", []:
-                console.print(HELP, highlight=False, markup=False)
+                console.print(HELP)
             case "/loops" | "/temperature" | "/reset" | "/trace" | "/help", _:
                 raise ValueError("that is not how")
             case _:
-                console.print(f"there is no {name}", style="red", highlight=False, markup=False)
-                console.print(HELP, style="dim", highlight=False, markup=False)
+                console.print(f"there is no {name}", style="red")
+                console.print(HELP, style="dim")
     except ValueError as error:
         reason = "that is not how" if "literal" in str(error) else error
         console.print(Text(f"{line}: {reason}; see /help", style="red"), soft_wrap=True)
@@ -177,4 +187,4 @@ def show_trace(talk: "Conversation", n: int) -> None:
         )
         grid.add_row(str(loop + 1), *cells)
     console.print(grid)
-    console.print("bold: it does not change any more. Above each column, what was said.", style="dim", highlight=False)
+    console.print("bold: it does not change any more. Above each column, what was said.", style="dim")

@@ -28,6 +28,7 @@ def compare(
     All train on the same problems for the same number of steps. Finished runs in --out are reused.
     """
     from open_mythos import plots
+    from open_mythos.cli.owned import may_replace
     from open_mythos.cli.watch import log, watching
     from open_mythos.training.compare import RESULTS
     from open_mythos.training.compare import compare as run_all
@@ -38,6 +39,7 @@ def compare(
     with clear_errors():
         plots.require_matplotlib()
         cfg = configured(recipe, overrides or [])
+        may_replace(out / RESULTS, *(out / f"compare-{n}.png" for n in cfg.evaluation.difficulties))
         again = typed("compare", recipe, *(overrides or []), "--seeds", seeds, "--out", out)
         wanted, paths = whole_numbers("--seeds", seeds, "0,1,2"), []
         with owned(out, log):
@@ -66,6 +68,6 @@ def show(results: "Comparison") -> None:
             *(f"{results.show(mean)} ({results.show(worst)})" for mean, worst in values),
         )  # fmt: skip
     console.print(rows)
-    console.print(f"FLOPs a token: at {results.difficulties[-1]} {results.unit}.", style="dim", highlight=False)
+    console.print(f"FLOPs a token: at {results.difficulties[-1]} {results.unit}.", style="dim")
     for line in results.verdicts():
-        console.print(line, highlight=False)
+        console.print(line)

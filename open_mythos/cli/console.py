@@ -1,6 +1,10 @@
-"""Shared output helpers of the subcommands: messages, errors, tables, numbers, progress bars."""
+"""Shared output helpers of the subcommands: messages, errors, tables, numbers, progress bars.
+
+Text comes from files and users: nothing in it is markup, wherever it is printed.
+"""
 
 import itertools
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,15 +14,15 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 SILENCE = 5.0  # seconds after which something is said where no bar moves
 
-console = Console()
-_errors = Console(stderr=True)
+console = Console(markup=False, emoji=False, highlight=False)
+_errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+_TO_TYPE = "\ue000", "\ue001"  # stand around a line to type, which is printed bold
 
 
 def fail(message: str) -> NoReturn:
@@ -28,13 +32,15 @@ def fail(message: str) -> NoReturn:
 
 
 def note(*lines: str) -> None:
-    """Print lines of rich markup, without wrapping."""
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    """Print lines without wrapping, what :func:`mythos` gave bold."""
+    before, *parts = re.split("(?=\ue000)|\ue001", "\n".join(lines))
+    bold = ((part.removeprefix(_TO_TYPE[0]), "bold" if part[:1] == _TO_TYPE[0] else "") for part in parts)
+    console.print(Text.assemble(before, *bold), soft_wrap=True)
 
 
 def mythos(*words: object) -> str:
-    """A line of ours to type next, as markup; it works as it stands in a shell."""
-    return f"[bold]{escape(typed(*words))}[/bold]"
+    """A line of ours to type next, for :func:`note`; it works as it stands in a shell."""
+    return typed(*words).join(_TO_TYPE)
 
 
 def typed(*words: object) -> str:
@@ -47,8 +53,13 @@ def clear_errors() -> Iterator[None]:
     """Turn the library's errors for invalid input into :func:`fail`."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        known = error.strerror and error.filename
+        fail(f"{error.filename}: {error.strerror}" if known else " ".join(str(error).split()))
+    except (ValueError, ImportError) as error:
         fail(" ".join(str(error).split()))
+    except MemoryError as error:
+        fail(f"there is not enough memory ({error or 'for what was asked'}); ask for less, or free some")
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:
@@ -64,7 +75,7 @@ def picture(draw: Callable[[], None]) -> bool:
     try:
         draw()
     except ImportError as error:
-        console.print(f"no picture: {error}", markup=False)
+        console.print(f"no picture: {error}")
         return False
     return True
 
@@ -72,7 +83,7 @@ def picture(draw: Callable[[], None]) -> bool:
 def announce(message: str) -> None:
     """Print a line to stderr if it is a terminal, above another library's progress bars."""
     if _errors.is_terminal:
-        _errors.print(message, style="dim", highlight=False)
+        _errors.print(message, style="dim")
 
 
 @contextmanager
@@ -82,14 +93,14 @@ def live(total: float, first: str = "") -> Iterator[Callable[..., None]]:
     Call the yielded function with what that is, and the ``completed`` and the ``total`` of the bar if they change.
     """
     doing, started, over = first, time.monotonic(), Event()
-    columns = BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     bar = Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal)
-    shown = bar.add_task(escape(first), total=total)
+    shown = bar.add_task(first, total=total)
 
     def update(what: str, completed: float | None = None, total: float | None = None) -> None:
         nonlocal doing
         doing = what
-        bar.update(shown, description=escape(what), completed=completed, total=total)
+        bar.update(shown, description=what, completed=completed, total=total)
 
     def speak() -> None:
         while not over.wait(SILENCE):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, progress, table
+from open_mythos.cli.console import console, mythos, note, progress, table
 from open_mythos.fields import must
 
 if TYPE_CHECKING:
@@ -26,14 +26,17 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the reference implementation (open-mythos 0.5.0) without running code from the file."""
     from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+    from open_mythos.cli.owned import may_replace_model
+    from open_mythos.files import real
     from open_mythos.integrations.upstream import convert as convert_checkpoint
 
-    with clear_errors(), progress(n_steps=2) as begin:
+    with progress(n_steps=2) as begin:
         existing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
         held = f"{directory} holds {' and '.join(existing)}"
-        is_source = existing and directory.resolve() == (source if source.is_dir() else source.parent).resolve()
+        is_source = existing and real(directory) == real(source if source.is_dir() else source.parent)
         must(not is_source, f"{directory} holds the source; choose another directory")
         must(overwrite or not existing, f"{held}; choose another, or give --overwrite")
+        may_replace_model(directory)
         must(directory.is_dir() or not directory.exists(), f"{directory} is a file; give a directory")
         begin("converting")
         conversion = convert_checkpoint(source, config, settings or ())
@@ -41,7 +44,7 @@ def convert(
         conversion.model.save_pretrained(directory)
     show(conversion)
     note(
-        f"Model: [bold]{directory}[/bold]; its logits are those of the reference.",
+        f"Model: {directory}; its logits are those of the reference.",
         f"Next: {mythos('info', directory)}, {mythos('diagnose', directory)}, or "
         f'OpenMythos.from_pretrained("{directory}").generate(ids). Differences: docs/differences.md',
     )
@@ -64,4 +67,4 @@ def show(conversion: "Conversion") -> None:
     fields = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in [*SEMANTICS, "loop_index_dim"])
     for title, lines in (("Folded", conversion.folded), ("Set", [fields]), ("Note", conversion.notes)):
         for line in lines:
-            console.print(f"{title}: {line}", highlight=False, markup=False)
+            console.print(f"{title}: {line}")

@@ -25,6 +25,7 @@ def demo(
 
     from open_mythos import files, plots, tasks
     from open_mythos.cli.diagnose import EXAMPLE_FILE
+    from open_mythos.cli.owned import may_replace, may_replace_run
     from open_mythos.cli.watch import log, watching
     from open_mythos.diagnostics import parameters
     from open_mythos.evaluation import depth_grid
@@ -40,13 +41,14 @@ def demo(
     out = out or Path("runs") / ("demo-pretrained" if pretrained else "demo")
     with clear_errors():
         plots.require_matplotlib()
+        may_replace_run(out)
+        may_replace(out / "table.json", out / "depth.png", out / runs.MODEL / EXAMPLE_FILE)
         cfg = runs.training_config(PRETRAINED) if pretrained else configured("demo", [f"steps={steps}", f"seed={seed}"])
         task, trained_length = tasks.load(cfg.task.name), cfg.task.max_difficulty
         console.print(
             f"Running parity: at every bit, is the number of ones so far even or odd? A model of "
             f"{parameters(cfg.model).total:,} parameters {'was trained' if pretrained else 'trains'} on up to "
             f"{trained_length} bits with 1 to {cfg.loops.maximum} loops.",
-            highlight=False,
         )
         is_run = (out / runs.RUN_CONFIG).exists()
         again = typed("demo", "--out", out, "--steps", steps, "--seed", seed)

@@ -1,13 +1,13 @@
 """``mythos diagnose``: one traced forward pass through a checkpoint, as tables and pictures."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, progress, si, table
+from open_mythos import files
+from open_mythos.cli.console import console, mythos, note, progress, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from open_mythos.tasks import Task
 
 EXAMPLE_FILE = "example.json"
+PICTURES = "state_change.png", "loops_used.png", "halting.png", "expert_load.png"
 RANDOM_TOKENS, SEED = 64, 0
 POSITIONS_PER_LINE = 16
 BLOCKS, MOST_BLOCKS = " ▁▂▃▄▅▆▇█", 32
@@ -35,11 +36,13 @@ def diagnose(
 
     from open_mythos import plots as draw
     from open_mythos.cache import KVCache
+    from open_mythos.cli.owned import may_replace
     from open_mythos.diagnostics import cache_bytes, loop_gain, spectral_radius, trace
     from open_mythos.model import UnrolledMythos
     from open_mythos.models import load_model, model_dir
 
-    with clear_errors(), progress(n_steps=3 if plots is None else 4) as begin, torch.no_grad():
+    with progress(n_steps=3 if plots is None else 4) as begin, torch.no_grad():
+        may_replace(*(plots / name for name in PICTURES if plots is not None))
         begin("loading")
         model = load_model(checkpoint)
         source, ids = choose_tokens(model.cfg, model_dir(checkpoint), prompt)
@@ -61,7 +64,7 @@ def diagnose(
             if model.cfg.n_experts > 1:
                 draw.expert_load(found.expert_load, plots / "expert_load.png")
     gate = f"gate on, threshold {model.cfg.act_threshold:g}" if model.cfg.halting else "no early exit"
-    console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source}), {gate}", highlight=False)
+    console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source}), {gate}")
     rows = [
         ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part is stable"),
         ("gain of one more loop", f"{gain:.4f}", f"the state {'settles on a state' if gain < 1 else 'keeps moving'}"),
@@ -74,7 +77,7 @@ def diagnose(
     if model.cfg.n_experts > 1:
         show_experts(found.expert_load)
     if plots is not None:
-        console.print(f"Pictures are in {plots}.", highlight=False)
+        console.print(f"Pictures are in {plots}.")
     deeper = mythos("diagnose", checkpoint, "--loops", 2 * model.cfg.max_loop_iters)
     then = f"think longer with {deeper}" if loops_on else f"measure it with {mythos('eval', checkpoint)}"
     note(f"Next: {then}{'' if plots else ', or add --plots DIRECTORY for pictures'}.")
@@ -130,12 +133,9 @@ def symbols(checkpoint: Path, ids: list[int]) -> list[str]:
 
 def read_example(path: Path) -> list[Any]:
     try:
-        data = json.loads(path.read_text())
+        return files.read_json(files.own(path), {"tokens": list})["tokens"]
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fix or remove it, or give --prompt") from error
-    if not isinstance(data, dict) or not isinstance(data.get("tokens"), list):
-        raise ValueError(f'{path} should hold {{"tokens": [...]}}; fix or remove it, or give --prompt')
-    return data["tokens"]
+        raise ValueError(f'{error}; it should hold {{"tokens": [...]}}: fix or remove it, or give --prompt') from error
 
 
 def show_loops(found: "Trace", halting: bool) -> None:

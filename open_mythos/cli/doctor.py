@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from open_mythos import __version__
-from open_mythos.cli.console import clear_errors, console, note, progress, si, table
+from open_mythos.cli.console import console, mythos, note, progress, si, table
 from open_mythos.install import EXTRAS, cache_dir, install_line
 
 VECTORS = {
@@ -25,9 +24,15 @@ VECTORS = {
 }
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="The facts alone, for machines.")] = False) -> None:
-    """Say what this machine has, what is missing, and what to expect."""
-    with clear_errors(), progress(n_steps=3) as begin:
+def doctor(
+    path: Annotated[str | None, typer.Argument(help="A run, a model's directory, or a shipped model to check.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The facts alone, for machines.")] = False,
+) -> None:
+    """Say what this machine has, lacks, and what to expect of it; or whether the files of a model or run are whole."""
+    if path is not None:
+        check_files(path, as_json)
+        return
+    with progress(n_steps=3) as begin:
         begin("looking around")
         facts = hardware() | places()
         begin("compiling the C decoder")
@@ -45,9 +50,30 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="The facts alone
     for name, packages in facts["extras"].items():
         lacking = [package for package, found in packages.items() if found is None]
         state = f"{', '.join(lacking)} missing: {install_line(name)}" if lacking else "installed"
-        shown.add_row(name, EXTRAS[name][0], escape(state))
+        shown.add_row(name, EXTRAS[name][0], state)
     console.print(shown)
     note(*expectations(facts))
+
+
+def check_files(source: str, as_json: bool) -> None:
+    """Say of each file of a model or run whether it is whole; exit with code 1 if one is not."""
+    from open_mythos.cli.whole import examine
+
+    with progress(n_steps=1) as begin:
+        begin("reading")
+        found = list(examine(source))
+    is_whole = all(whole for _, whole, _ in found)
+    if as_json:
+        said = [{"file": str(path), "whole": whole, "said": said} for path, whole, said in found]
+        print(json.dumps({"whole": is_whole, "files": said}))
+    else:
+        for path, whole, text in found:
+            console.print(
+                f"{'whole  ' if whole else 'DAMAGED'}  {path}: {text.removeprefix(f'{path}: ')}", soft_wrap=True
+            )
+        console.print(f"{source} is {'whole' if is_whole else 'not whole'}.", soft_wrap=True)
+    if not is_whole:
+        raise typer.Exit(1)
 
 
 def hardware() -> dict[str, Any]:
@@ -132,12 +158,12 @@ def rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def expectations(facts: dict[str, Any]) -> Iterator[str]:
-    """What to expect, in plain words, and what to do next: lines of rich markup."""
+    """What to expect, in plain words, and what to do next: lines for :func:`note`."""
     gpu = next(iter(facts["gpus"]), None)
     yield f"Training and decoding run on {gpu}, mythos demo on the CPU." if gpu else "Everything runs on the CPU."
     draws = facts["extras"]["plots"]["matplotlib"] is not None
     yield (
         f"mythos demo trains for about {timedelta(seconds=round(facts['demo_seconds']))}, as busy as this machine is."
-        + ("" if draws else f" Its picture needs the extra plots: {escape(install_line('plots'))}")
+        + ("" if draws else f" Its picture needs the extra plots: {install_line('plots')}")
     )
-    yield f"Next: [bold]mythos {'demo' if draws else 'eval parity-tiny'}[/bold]."
+    yield f"Next: {mythos(*(['demo'] if draws else ['eval', 'parity-tiny']))}."

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, mythos, note, whole_numbers
+from open_mythos.cli.console import mythos, note, whole_numbers
 from open_mythos.fields import must
 
 
@@ -27,28 +27,29 @@ def eval(
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory for table and plot.")] = None,
 ) -> None:
     """Accuracy over difficulty and loops, with metrics of depth."""
-    with clear_errors():
-        if harness is not None:
-            from open_mythos.cli.harness import eval_harness
+    if harness is not None:
+        from open_mythos.cli.harness import eval_harness
 
-            only_ours = {"--task": task, "--option": option, "--difficulties": difficulties, "--exit": exit}
-            eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, out)
-            return
-        must(include_path is None, "--include-path is where --harness finds tasks; name one of them with --harness")
-        from open_mythos import tasks
-        from open_mythos.cli.own_tasks import eval_problems, eval_text, settings
-        from open_mythos.models import load_model, model_dir
-        from open_mythos.tasks.text import Text
-        from open_mythos.training.runs import METRICS, evaluation_dir
+        only_ours = {"--task": task, "--option": option, "--difficulties": difficulties, "--exit": exit}
+        eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, out)
+        return
+    must(include_path is None, "--include-path is where --harness finds tasks; name one of them with --harness")
+    from open_mythos import tasks
+    from open_mythos.cli.own_tasks import eval_problems, eval_text, settings
+    from open_mythos.cli.owned import may_replace
+    from open_mythos.models import load_model, model_dir
+    from open_mythos.tasks.text import Text
+    from open_mythos.training.runs import EVALUATION, METRICS, evaluation_dir
 
-        model = load_model(checkpoint)
-        cfg = settings(checkpoint, model.cfg, task, option or [], difficulties, loops, examples)
-        loaded = tasks.load(cfg.task.name, **cfg.task.options)
-        out = out or evaluation_dir(checkpoint)
-        if isinstance(loaded, Text):
-            path = eval_text(model, loaded, cfg, exit, out)
-        else:
-            path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds, "0,1,2"), exit, out)
+    model = load_model(checkpoint)
+    cfg = settings(checkpoint, model.cfg, task, option or [], difficulties, loops, examples)
+    loaded = tasks.load(cfg.task.name, **cfg.task.options)
+    out = out or evaluation_dir(checkpoint)
+    may_replace(out / EVALUATION, out / "grid.png")
+    if isinstance(loaded, Text):
+        path = eval_text(model, loaded, cfg, exit, out)
+    else:
+        path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds, "0,1,2"), exit, out)
     plot, run = out / "grid.png", model_dir(checkpoint).parent
     then = f"look inside, {mythos('diagnose', checkpoint)}."
     if (run / METRICS).is_file():

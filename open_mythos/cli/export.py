@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, note
+from open_mythos.cli.console import note
 from open_mythos.fields import must
 
 
@@ -14,13 +14,12 @@ def export(
     directory: Annotated[Path, typer.Argument(help="Output directory; new or empty.")],
 ) -> None:
     """Export a model for transformers: weights, tokenizer, and source code that loads it without this package."""
-    with clear_errors():
-        from open_mythos.files import is_partial
-        from open_mythos.integrations.hf.export import export as write
+    from open_mythos.files import is_partial
+    from open_mythos.integrations.hf.export import export as write
 
-        is_free = not directory.exists() or (directory.is_dir() and all(map(is_partial, directory.iterdir())))
-        must(is_free, f"{directory} exists and is not empty; choose another directory")
-        has_tokenizer = write(model, directory)
+    is_free = not directory.exists() or (directory.is_dir() and all(map(is_partial, directory.iterdir())))
+    must(is_free, f"{directory} exists and is not empty; choose another directory")
+    has_tokenizer = write(model, directory)
     content = "weights, tokenizer and source" if has_tokenizer else "weights and source; the model has no tokenizer"
     note(
         f"Written: {directory} ({content})",

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from open_mythos import files, plots
 from open_mythos.cli.console import announce, console, mythos, note, picture, table, whole_numbers
+from open_mythos.cli.owned import may_replace
 from open_mythos.fields import must
 from open_mythos.install import find_hub
 from open_mythos.integrations.harness import Curve, harness
@@ -25,12 +26,13 @@ def eval_harness(
     given = [option for option, value in only_ours.items() if value]
     must(not given, f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
+    out = out or evaluation_dir(checkpoint)
+    path, drawing = out / FILE, out / "harness.png"
+    may_replace(path, drawing)
     find_hub()
     curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
     show(curves)
-    out = out or evaluation_dir(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    path, drawing = out / FILE, out / "harness.png"
     panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}  # metric, task, loops: value, error
     for curve in curves:
         points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)

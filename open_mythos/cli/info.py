@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, si, table
+from open_mythos.cli.console import console, mythos, note, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.variants import VARIANTS, variant
@@ -21,8 +21,7 @@ def info(
     """Cost of a variant or a checkpoint: parameters, FLOPs, cache."""
     from open_mythos.checkpoint import shipped
 
-    with clear_errors():
-        cfg = find_config(model)
+    cfg = find_config(model)
     show(model, cfg)
     if Path(model).is_dir() or model in shipped():
         note(f"Next: look inside it with {mythos('diagnose', model)}.")

@@ -85,7 +85,7 @@ def show_metrics(evaluation: Evaluation) -> None:
         f"best: at the minimum loops within .001 of it. drop: best minus accuracy at {OVERTHINKING_FACTOR} times the "
         f"{trained} trained loops, or the deepest here. converged: positions whose state changes by less than 1% in "
         f"loop {grid.loops[-1]}. zeros, noise: answers that differ there if the loop starts from these.",
-        style="dim", highlight=False,
+        style="dim",
     )  # fmt: skip
 
 
@@ -99,7 +99,6 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None,
             asked = settings.loops, length, settings.examples
             scores[length] = [text_scores(model, task, *asked, one) for one in ((None, rule) if rule else (None,))]
     full, bits = ({length: found[i][0] for length, found in scores.items()} for i in (0, -1))
-    out.mkdir(parents=True, exist_ok=True)
     # "bits_per_byte", of the first length, is as in the evaluation.json of training
     data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
     data |= {"task": task.name, "options": task.to_dict(), "exit": exit, "all_loops": full}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, mythos, note, progress, si
+from open_mythos.cli.console import mythos, note, progress, si
 
 
 def report(
@@ -17,15 +17,16 @@ def report(
 ) -> None:
     """Write an HTML report of a run: curves, and every loop of an example."""
     from open_mythos import files
+    from open_mythos.cli.owned import may_replace
     from open_mythos.models import home_dir, model_dir
     from open_mythos.report import gather, render
 
-    with clear_errors():
-        with progress(n_steps=3) as begin:
-            page = render(data := gather(run, difficulty, loops, seed, begin))
-        path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, page)
+    path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
+    may_replace(path)
+    with progress(n_steps=3) as begin:
+        page = render(data := gather(run, difficulty, loops, seed, begin))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, page)
     then = f"another example with {mythos('report', run, '--seed', seed + 1)}"
     if data["grid"]:
         then += f", a harder one with {mythos('report', run, '--difficulty', data['grid']['difficulties'][-1])}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, fail, mythos, note, progress, table
+from open_mythos.cli.console import console, fail, mythos, note, progress, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +31,16 @@ def retrofit(
     """Convert a pretrained decoder to a recurrent-depth model: layers become prelude, core and coda."""
     import torch
 
+    from open_mythos.cli.owned import may_replace_model
+    from open_mythos.files import read_text
     from open_mythos.integrations import retrofit as surgery
     from open_mythos.integrations.original import load_original
 
     directory = out or Path("runs") / "retrofit"
-    with clear_errors(), progress(4) as begin:
+    with progress(4) as begin:
         split = surgery.Split(prelude, core, coda)
-        sample = SAMPLE if text is None else text.read_text()
+        sample = SAMPLE if text is None else read_text(text)
+        may_replace_model(directory)
         begin("loading the original")
         original, tokenizer = load_original(source)
         n_layers = len(original.model.layers)

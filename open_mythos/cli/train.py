@@ -24,6 +24,7 @@ def train(
 ) -> None:
     """Train and evaluate a model from a recipe."""
     from open_mythos.cli.own_tasks import show_grid, show_halting, show_text
+    from open_mythos.cli.owned import may_replace_run
     from open_mythos.cli.watch import reading, watching
     from open_mythos.training import distributed
     from open_mythos.training.fit import fit, load_evaluation
@@ -43,6 +44,7 @@ def train(
             options = [*(["--out", out] if out else []), *(["--resume", resume] if resume != "never" else [])]
             note(f"Nothing was written. Next: {mythos('train', recipe, *(overrides or []), *options)}.")
             return
+        may_replace_run(run)
         again = typed("train", recipe, *(overrides or []), "--out", run, "--resume", "auto")
         if (n := distributed.world_size()) > 1:
             again = again.replace("mythos", f"torchrun --nproc-per-node {n} -m open_mythos", 1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, progress, table
+from open_mythos.cli.console import console, mythos, note, progress, table
 from open_mythos.fields import must
 from open_mythos.training.config import GateConfig, TrainConfig
 
@@ -27,7 +27,8 @@ def train_gate(
     """Train the halting gate of a trained model, with all other weights frozen."""
     import torch
 
-    from open_mythos import tasks
+    from open_mythos import files, tasks
+    from open_mythos.cli.owned import may_replace_model
     from open_mythos.cli.watch import log
     from open_mythos.models import TRAINING_FILE, home_dir, load_model, model_dir, save_model
     from open_mythos.training.gate import ROUNDS
@@ -36,23 +37,23 @@ def train_gate(
     from open_mythos.training.runs import training_config
     from open_mythos.training.stopping import Stop
 
-    with clear_errors():
-        trained = training_config(checkpoint)
-        cfg = settings(trained, steps, min_difficulty, max_difficulty, loops)
-        model = load_model(checkpoint)
-        home = home_dir(model_dir(checkpoint).resolve())
-        beside = home.with_name(f"{home.name}-gate") if Path(checkpoint).exists() else Path(f"runs/{checkpoint}-gate")
-        out = out or beside
-        is_model = out.resolve() == model_dir(checkpoint).resolve()
-        must(not is_model, f"--out {out} is the model itself, which is not overwritten; name another directory")
-        task = tasks.load(cfg.task.name, **cfg.task.options)
-        easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
-        with Stop(), owned(out, log):
-            with progress(n_steps=ROUNDS + 2) as begin:
-                generator = torch.Generator().manual_seed(seed)
-                scores = run_training(model, task, cfg.gate, easiest, hardest, generator, begin)
-            save_model(model, out, checkpoint)
-            dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
+    trained = training_config(checkpoint)
+    cfg = settings(trained, steps, min_difficulty, max_difficulty, loops)
+    model = load_model(checkpoint)
+    home = home_dir(files.real(model_dir(checkpoint)))
+    beside = home.with_name(f"{home.name}-gate") if Path(checkpoint).exists() else Path(f"runs/{checkpoint}-gate")
+    out = out or beside
+    is_model = files.real(out) == files.real(model_dir(checkpoint))
+    must(not is_model, f"--out {out} is the model itself, which is not overwritten; name another directory")
+    may_replace_model(out)
+    task = tasks.load(cfg.task.name, **cfg.task.options)
+    easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
+    with Stop(), owned(out, log):
+        with progress(n_steps=ROUNDS + 2) as begin:
+            generator = torch.Generator().manual_seed(seed)
+            scores = run_training(model, task, cfg.gate, easiest, hardest, generator, begin)
+        save_model(model, out, checkpoint)
+        dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
     labels = {"fixed": "every loop", "halting": "halting gate"}
     rows = ((labels[k], f"{scores[f'accuracy_{k}']:.4f}", f"{scores[f'loops_{k}']:.1f}") for k in labels)
     title = f"new problems of {easiest} to {hardest} {task.unit}, mixed"

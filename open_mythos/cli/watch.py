@@ -26,7 +26,7 @@ def reading(overrides: list[str]) -> Iterator[None]:
 
 
 def log(message: str) -> None:
-    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

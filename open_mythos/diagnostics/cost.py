@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from open_mythos.cache import KVCache
+from open_mythos.checkpoint import without_storage
 from open_mythos.config import MythosConfig
 from open_mythos.dict_cache import PADDING_SLOT
 from open_mythos.model import OpenMythos
@@ -124,8 +124,7 @@ def _without_storage(cfg: MythosConfig) -> OpenMythos:
 
 @lru_cache(maxsize=2)  # a table asks for one config many times, and the cost of a run for two
 def _built(config: str) -> OpenMythos:
-    with torch.device("meta"):
-        return OpenMythos(MythosConfig.from_json(config))
+    return without_storage(OpenMythos, MythosConfig.from_json(config))
 
 
 def _matrices(*modules: nn.Module) -> int:

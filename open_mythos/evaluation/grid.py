@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from open_mythos import files
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
@@ -16,6 +17,7 @@ from open_mythos.nn.exits import Exit, spell
 from open_mythos.tasks.base import Batch, Task
 
 Z95 = 1.96
+_SHAPES: dict[Any, Any] = {Tensor: [[float]], list[int]: [int], str | None: (str, type(None)), dict[str, Any]: dict}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 """Two-sided quantiles of Student's t for 1, 2, ... degrees of freedom; the last, slightly wide, is used beyond."""
 
@@ -64,11 +66,11 @@ class DepthGrid:
         return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: dict[str, Any], name: str = "the depth grid") -> Self:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: naming the fields that are missing or unknown.
+            ValueError: saying which field of ``name`` is not as it should be, and what was expected.
         """
         kinds = {spec.name: spec.type for spec in dataclasses.fields(cls)}
         data = dict(data)
@@ -76,9 +78,16 @@ class DepthGrid:
             data["exit"] = "gate" if data.pop("halting") else None
         missing, unknown = sorted(kinds.keys() - data), sorted(data.keys() - kinds)
         if missing or unknown:
-            raise ValueError(f"not a depth grid: fields missing: {missing}, unknown: {unknown}; measure it again")
-        tensors = {name for name, kind in kinds.items() if kind is Tensor}
-        return cls(**data | {name: torch.tensor(data[name], dtype=torch.float64) for name in tensors})
+            raise ValueError(
+                f"{name} is not a depth grid: fields missing: {missing}, unknown: {unknown}; measure it again"
+            )
+        files.shaped(data, {key: _SHAPES.get(kind, kind) for key, kind in kinds.items()}, name)
+        size, tensors = (len(data["difficulties"]), len(data["loops"])), dict[str, Tensor]()
+        for key in (key for key, kind in kinds.items() if kind is Tensor):
+            fits = len(data[key]) == size[0] > 0 and all(len(row) == size[1] > 0 for row in data[key])
+            must(fits, f"{name}: {key} should be {size[0]} rows of {size[1]}, as difficulties and loops are")
+            tensors[key] = torch.tensor(data[key], dtype=torch.float64)
+        return cls(**data | tensors)
 
 
 def depth_grid(

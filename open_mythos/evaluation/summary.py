@@ -9,11 +9,25 @@ from open_mythos import files
 from open_mythos.evaluation import metrics as measures
 from open_mythos.evaluation.depth import measuring
 from open_mythos.evaluation.grid import DepthGrid, combine, depth_grid
+from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit, Gate, spell
 from open_mythos.tasks.base import Task
 
 FILE = "evaluation.json"
+_POINT = {"loops": float, "flops": float, "accuracy": float, "fixed_accuracy": float}
+_SAVED = {
+    "exit?": str, "saved": float, "accuracy_fixed": float, "accuracy_halting": float, "loops_fixed?": float,
+    "loops_halting?": float,
+}  # fmt: skip
+_COST = {"difficulty": int, "all_loops": float, "accuracy": float, "lost": float, "loops_used": float}
+_MATCHED = {"difficulty": int, "halting": {"*": [_POINT]}}
+_SHAPE = {
+    "grids": [dict],
+    "metrics": {
+        "exit?": ([_COST], type(None)), "halting?": (_SAVED, type(None)), "compute_matched?": (_MATCHED, type(None)),
+    },
+}  # fmt: skip
 MAX_METRIC_TOKENS = 4096
 """Limits the problems of each metric, as every metric takes extra runs."""
 
@@ -53,15 +67,16 @@ class Evaluation:
         return {"grids": [grid.to_dict() for grid in self.grids], "combined": combined, "metrics": self.metrics}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: dict[str, Any], name: str = "the evaluation") -> Self:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: if a key is missing.
+            ValueError: saying what of ``name`` is not as it should be, and what was expected.
         """
-        if missing := {"grids", "metrics"} - data.keys():
-            raise ValueError(f"not an evaluation: it lacks {', '.join(sorted(missing))}; measure again")
-        return cls([DepthGrid.from_dict(grid) for grid in data["grids"]], data["metrics"])
+        files.shaped(data, _SHAPE, name)
+        must(len(data["grids"]) > 0, f"{name}: grids is empty; measure again")
+        grids = [DepthGrid.from_dict(grid, f"{name}: grids[{i}]") for i, grid in enumerate(data["grids"])]
+        return cls(grids, data["metrics"])
 
     def save(self, directory: str | Path) -> Path:
         """Write ``evaluation.json`` into ``directory``, created if missing, and return its path."""
@@ -79,10 +94,7 @@ class Evaluation:
             ValueError: naming the file, if its content is no evaluation.
         """
         path = Path(directory) / FILE
-        try:
-            return cls.from_dict(files.read_json(path))
-        except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        return cls.from_dict(files.read_json(path), str(path))
 
 
 def evaluate(

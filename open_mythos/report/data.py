@@ -18,11 +18,13 @@ from open_mythos.evaluation import depth_grid
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.fields import must
+from open_mythos.files import read_json
 from open_mythos.model import OpenMythos
 from open_mythos.report.example import MAX_CELLS, trace_example
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
 from open_mythos.training.compare import RESULTS
+from open_mythos.training.compare import load as load_comparison
 from open_mythos.training.config import EvalConfig, TrainConfig
 from open_mythos.training.distributed import find_device
 from open_mythos.training.fit import load_evaluation
@@ -40,6 +42,7 @@ CURVES = (  # key in metrics.jsonl, title, log axis?, axis range
     ("grad_norm", "Norm of the gradient, before clipping", True, None),
     ("spectral_radius", "Spectral radius of the injection", False, None),
 )
+_TEXT_SHAPE = {"options": dict, "exit": (str, type(None)), "by_length": {"*": dict}, "windows": int}  # of mythos eval
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
@@ -131,7 +134,7 @@ def last_evaluation(
             if (evaluation.grids[0].task, evaluation.grids[0].options) == (task.name, task.to_dict()):
                 return evaluation, settings
             continue
-        data = json.loads((directory / runs.EVALUATION).read_text())
+        data = read_json(directory / runs.EVALUATION, _TEXT_SHAPE)
         one, other = (options | {"tokenizer": ""} for options in (data["options"], task.to_dict()))
         if one == other and data["exit"] is None:  # the same text, by any tokenizer path
             lengths = [int(length) for length in data["by_length"]]
@@ -187,7 +190,7 @@ def _training(path: Path) -> dict[str, Any] | None:
         for key, title, log, limits in CURVES
         if any(line.get(key) is not None for line in lines)
     ]
-    skipped = lines[-1]["skipped"] if lines else 0
+    skipped = lines[-1].get("skipped", 0) if lines else 0
     lead = f"As logged, of the raw weights rather than their moving average. Steps skipped: {skipped}."
     lead += f" One line in {stride} is shown." if stride > 1 else ""
     return {"lead": lead, "steps": [line["step"] for line in lines], "curves": curves}
@@ -199,9 +202,9 @@ def _baselines(run: Path) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        results = json.loads(path.read_text())
+        results = load_comparison(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it, or make it again with mythos compare") from error
+        raise ValueError(f"{error}; remove it, or make it again with mythos compare") from error
     return results | {
         "lead": "Trained with the same data and steps: a model that runs its block once, and one with as many blocks "
         "as the looped model has loops, with untied weights."

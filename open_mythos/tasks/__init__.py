@@ -34,5 +34,5 @@ def load(name: str, **options: Any) -> Task:
     for option in options:
         if option not in known:
             has = f"has {', '.join(known)}" if known else "has none"
-            raise ValueError(f"{name} has no option {option!r}; it {has}")
+            raise ValueError(f"{name} has no option {option!r} (task.options.{option}); it {has}")
     return kind(**options)

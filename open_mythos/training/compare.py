@@ -128,6 +128,16 @@ class Comparison:
         return f"{value} is ahead of {values[0]}{'' if in_all_seeds else ' on average, but not in its worst seed'}."
 
 
+def load(path: Path) -> dict[str, Any]:
+    """What :func:`compare` wrote, as it stands in the file; ValueError, naming file and field, for anything else."""
+    row = {"name": str, "parameters": int, "training_flops": float, "flops_per_token": [float], "mean": [float]}
+    one = {"kind": str, "loops": [int], "mean": [[float]], "low": [[float]], "high": [[float]]}
+    return files.read_json(path, {
+        "recipe": str, "unit": str, "measure": str, "difficulties": [int], "trained_loops": int, "seeds": [int],
+        "contenders": [one], "entries": [row | {"worst": [float]}], "verdicts": [str],
+    })  # fmt: skip
+
+
 def compare(
     cfg: TrainConfig,
     out: Path,

@@ -110,6 +110,11 @@ class EvalConfig(Checked):
     loops: list[int] = sizes(1, 2, 4, 8, 16, 32, 64)
     examples: int = size(256)
 
+    def validate(self) -> None:
+        super().validate()
+        for name, example in (("difficulties", "24,96"), ("loops", "1,8")):
+            must(len(getattr(self, name)) > 0, f"{name} is empty; give one at least, as in {name}={example}")
+
 
 @dataclass
 class TrainConfig(Checked):

@@ -121,7 +121,7 @@ def left(run: Path, watch: Watch) -> str:
 def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], None]) -> dict[str, Any] | None:
     """The state to resume from, or None; arguments and errors as :func:`fit`."""
     run_config = run / runs.RUN_CONFIG
-    is_own = resume == "auto" or Path(resume).resolve().is_relative_to(run.resolve())
+    is_own = resume == "auto" or files.real(Path(resume)).is_relative_to(files.real(run))
     if run_config.exists() and (resume == "never" or not is_own):
         raise ValueError(f"{run} holds a run; resume it with --resume auto, or choose another --out")
     if resume == "never":
@@ -288,8 +288,11 @@ def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: C
 
 
 def load_evaluation(run: Path) -> Evaluation | dict[int, float]:
-    """Read the file of :func:`measure`: an evaluation, or bits per byte by loops."""
-    data = files.read_json(run / runs.EVALUATION)
-    if "bits_per_byte" in data:
-        return {int(n): bits for n, bits in data["bits_per_byte"].items()}
-    return Evaluation.from_dict(data)
+    """Read the file of :func:`measure`: an evaluation, or bits per byte by loops; ValueError naming it for others."""
+    path = run / runs.EVALUATION
+    data = files.read_json(path, {"bits_per_byte?": {"*": float}})
+    if "bits_per_byte" not in data:
+        return Evaluation.from_dict(data, str(path))
+    bits = {int(n): value for n, value in data["bits_per_byte"].items() if n.isdecimal()}
+    must(0 < len(bits) == len(data["bits_per_byte"]), f"{path}: bits_per_byte should be by number of loops")
+    return bits

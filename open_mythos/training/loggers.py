@@ -36,7 +36,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, after_step: int, say: Callable[[str], None] = lambda message: None) -> None:
-        lines, damaged = _read(path) if path.exists() else ([], 0)
+        lines, damaged = read_lines(path) if path.exists() else ([], 0)
         content = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= after_step)
         if damaged:
             aside = next(
@@ -65,15 +65,15 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file that can be read: not a truncated last one, nor damaged ones."""
-    return _read(path)[0]
+    return read_lines(path)[0]
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines that can be read, and how many cannot."""
     lines, damaged = list[dict[str, Any]](), 0
     for line in path.read_text(errors="replace").split("\n")[:-1]:
         try:
-            lines.append(files.parse_json(line, str(path), {"step": int}))
+            lines.append(files.parse_json(line, str(path), {"step": int, "*": (float, type(None))}))
         except ValueError:
             damaged += 1
     return lines, damaged

@@ -181,9 +181,11 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
         ValueError: as :func:`recipe` and ``override``, and for invalid options of the task.
     """
     cfg = recipe(name)
-    expanded = list[str]()
+    expanded, keys = list[str](), set[str]()
     for assignment in assignments:
         key, _, value = assignment.partition("=")
+        must(key not in keys, f"{key} is set twice; give it once")
+        keys.add(key)
         is_known = key not in _SHORTHANDS or cfg.task.name == Text.name
         must(is_known, f"{key}= is for recipes of text; {cfg.recipe} makes its own problems")
         expanded += [full.format(value) for full in _SHORTHANDS[key]] if key in _SHORTHANDS else [assignment]

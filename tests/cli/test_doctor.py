@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fabricated import fabricate_run
 from typer.testing import CliRunner
 
 from open_mythos.cli import app, doctor
 from open_mythos.cli.console import console
 from open_mythos.generation.native import build
 from open_mythos.install import EXTRAS
+from open_mythos.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,3 +96,31 @@ def test_a_machine_without_avx512_and_compiler_says_so_in_one_line_at_most(comma
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == command.startswith("chat") and all("no C compiler was found; install gcc" in x for x in lines)
+
+
+def test_a_whole_run_is_said_to_be_and_what_is_damaged_is_named(tmp_path: Path) -> None:
+    fabricate_run(tmp_path / "run")
+    checkpoint = checkpoints.save(tmp_path / "run" / "checkpoints", 3, {"step": 3}, keep=1)
+
+    def said(code: int) -> str:
+        done = CliRunner().invoke(app, ["doctor", str(tmp_path / "run")])
+        assert done.exit_code == code, done.output
+        return done.stdout
+
+    assert "is whole." in said(0) and "DAMAGED" not in said(0)
+    for name in ("model/model.safetensors", "metrics.jsonl", "evaluation.json", "model/training.json", "config.json"):
+        path = tmp_path / "run" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + b"\0" + whole[-8:])
+        assert [line.split()[1] for line in said(1).splitlines() if line.startswith("DAMAGED")] == [f"{path}:"]
+        path.write_bytes(whole)
+    state = checkpoint / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert f"DAMAGED  {checkpoint}" in said(1)
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "run"), "--json"])
+    assert done.exit_code == 1 and not json.loads(done.stdout)["whole"]
+
+
+def test_shipped_models_are_whole() -> None:
+    for name in ("parity-tiny", "text-tiny"):
+        assert CliRunner().invoke(app, ["doctor", name]).exit_code == 0

@@ -1,7 +1,14 @@
 """The native engine gives what the modules give, from the same cache, and says why where it cannot serve."""
 
+import copy
 import logging
+import multiprocessing
+import os
+import pickle
 import platform
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -325,6 +332,100 @@ def test_it_is_compiled_once(compile_anew, monkeypatch):
         monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
     assert [path.suffix for path in compile_anew.iterdir()] == [".so"]
     assert len({build._key(words) for words in (["cc"], ["clang"], ["cc", "-O2"])}) == 3
+
+
+def test_code_is_not_kept_where_others_may_write(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("OPEN_MYTHOS_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
+    assert build._folder() == tmp_path
+    tmp_path.chmod(0o777)
+    with caplog.at_level(logging.WARNING, "open_mythos"):
+        assert build._folder() != tmp_path
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert str(tmp_path) in said and "others may write to it" in said
+
+
+@needs_compiler
+def test_two_processes_that_compile_at_once_end_well(compile_anew):
+    code = "from open_mythos.generation.native.build import library; raise SystemExit(isinstance(library(), str))"
+    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert [path.suffix for path in compile_anew.iterdir()] == [".so"]
+
+
+def in_child(work) -> None:
+    """Do something in a forked process, which has none of this one's threads; it has 20 seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # where it hangs
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_stream_goes_on_in_a_forked_child_and_in_its_parent(threads):
+    threads(2)
+    model, prompt = a_model(), tokens(1, 5)
+    expected = model.generate(prompt, 12, temperature=0, engine="native")[0, 5:].tolist()
+    stream = model.stream(prompt, 12, temperature=0, engine="native")
+    begun = [int(next(stream)) for _ in range(4)]
+
+    def go_on() -> None:
+        assert begun + [int(token) for token in stream] == expected
+        assert model.generate(prompt, 12, temperature=0, engine="native")[0, 5:].tolist() == expected
+
+    in_child(go_on)
+    go_on()
+
+
+def generated(model: OpenMythos, prompt: torch.Tensor) -> list[int]:
+    return model.generate(prompt, 6, temperature=0, engine="native").tolist()
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_model_generates_in_other_processes(how, threads):
+    threads(2)
+    model, prompt = a_model(), tokens(1, 5)
+    expected = generated(model, prompt)
+    with multiprocessing.get_context(how).Pool(1) as pool:
+        assert pool.apply_async(generated, (model, prompt)).get(60) == expected
+
+
+class Generated(torch.utils.data.Dataset):
+    def __init__(self, model: OpenMythos) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.model.generate(tokens(1, 5, seed=i), 6, temperature=0, engine="native")[0]
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_of_a_data_loader_generate():
+    data = Generated(a_model())
+    here = torch.stack([data[i] for i in range(2)])
+    assert next(iter(torch.utils.data.DataLoader(data, batch_size=2, num_workers=1))).equal(here)
+
+
+@needs_compiler
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_model_generates_the_same(copied):
+    model, prompt = a_model(), tokens(1, 5)
+    expected = generated(model, prompt)
+    stream = model.stream(prompt, 6, temperature=0, engine="native")
+    next(stream)
+    assert generated(copied(model), prompt) == expected
+    assert len(list(stream)) == 5
 
 
 @needs_compiler

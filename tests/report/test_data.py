@@ -21,6 +21,11 @@ from open_mythos.tasks import pad
 from open_mythos.training import runs
 from open_mythos.training.recipes import configured
 
+COMPARISON = {
+    "recipe": "parity", "unit": "bits", "measure": "accuracy", "difficulties": [], "trained_loops": 4, "seeds": [1],
+    "contenders": [], "entries": [], "verdicts": [],
+}  # fmt: skip
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -94,10 +99,13 @@ def test_what_eval_measured_last_is_shown_if_it_is_the_runs_task(run):
 
 
 def test_comparison_is_found_in_the_run_and_beside_it(run):
-    (run.parent / "compare.json").write_text('{"seeds": [1]}')
+    (run.parent / "compare.json").write_text(json.dumps(COMPARISON))
     assert gather(run)["baselines"]["seeds"] == [1]
-    (run / "compare.json").write_text('{"seeds": [2]}')
+    (run / "compare.json").write_text(json.dumps(COMPARISON | {"seeds": [2]}))
     assert gather(run)["baselines"]["seeds"] == [2]
+    (run / "compare.json").write_text(json.dumps(COMPARISON | {"contenders": [3]}))
+    with pytest.raises(ValueError, match=r"compare\.json: contenders\[0\] is 3; expected an object"):
+        gather(run)
     (run / "compare.json").write_text("{")
     with pytest.raises(ValueError, match=r"compare\.json is not JSON"):
         gather(run)

@@ -1,0 +1,57 @@
+"""Which files a command may replace: those that it wrote, or an earlier one of its kind, and no others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from open_mythos import files
+from open_mythos.checkpoint import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
+from open_mythos.fields import must
+from open_mythos.models import CARD, TOKENIZER_FILES, TRAINING_FILE
+from open_mythos.training import runs
+
+MARK = b"OpenMythos"  # in the first bytes of our pages and pictures
+_AHEAD = 4096
+_OURS: dict[str, Callable[[Any], bool]] = {  # what our files of numbers hold
+    "evaluation.json": lambda data: "grids" in data or "bits_per_byte" in data,
+    "compare.json": lambda data: "contenders" in data,
+    "harness.json": lambda data: all("higher_is_better" in curve for curve in data),
+    "table.json": lambda data: all(" bits" in name for name in data),
+    "example.json": lambda data: "tokens" in data,
+    CONFIG_FILE: lambda data: data.get("model_type") == MODEL_TYPE or {"recipe", "task"} <= data.keys(),
+}
+
+
+def may_replace(*paths: Path) -> None:
+    """ValueError, before anything is computed, for a file that no command wrote."""
+    for path in paths:
+        must(
+            not (path.exists() or path.is_symlink()) or _is_ours(path),
+            f"{path} is there, and is nothing that this command wrote; it stays as it is: name another place, or "
+            f"move it away",
+        )
+
+
+def may_replace_model(directory: Path) -> None:
+    """As :func:`may_replace`, of a folder with a model's files: its config says whose they are."""
+    if not (directory / CONFIG_FILE).exists():
+        names = WEIGHTS_FILE, TRAINING_FILE, CARD, *TOKENIZER_FILES
+        may_replace(*(directory / name for name in names))
+    may_replace(directory / CONFIG_FILE)
+
+
+def may_replace_run(run: Path) -> None:
+    """As :func:`may_replace`, of what training writes: all that is beside a run's config is the run's."""
+    if not (run / runs.RUN_CONFIG).exists():
+        may_replace_model(run / runs.MODEL)
+        may_replace(run / runs.METRICS, run / runs.CHECKPOINTS, run / runs.EVALUATION)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        if path.name in _OURS:
+            return _OURS[path.name](files.read_json(path, (dict, list)))
+        with files.opened(path) as file:
+            return path.suffix in (".html", ".png") and MARK in file.read(_AHEAD)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
