@@ -102,6 +102,7 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None,
     # "bits_per_byte", of the first length, is as in the evaluation.json of training
     data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
     data |= {"task": task.name, "options": task.to_dict(), "exit": exit, "all_loops": full}
+    out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / FILE, data)
     show_text(bits, "no early exit" if rule is None else f"exit {spell(rule)}")
     if rule is not None:

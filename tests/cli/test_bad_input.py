@@ -185,6 +185,7 @@ def test_damaged_files_of_a_run_are_named(there: Path) -> None:
         for (file, commands), content in itertools.product(FILES.items(), SPOILT)
         for command in commands
         if not (file.endswith("config.json") and content == b"{}")  # all defaults
+        if not (file == "run/config.json" and command == "train")  # which writes it again, and says so
     ]
     chosen, wrong = combinations if ALL else combinations[::3], []
     for file, content, command in chosen:

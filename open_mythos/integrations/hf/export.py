@@ -27,18 +27,18 @@ def export(source: str | Path, directory: str | Path) -> bool:
         ValueError: if there is no such model, or it is a baseline without a loop.
         OSError: if it cannot be written; nothing is left then that was not there.
     """
+    core = load_model(source)
+    must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
     with files.replacing_folder(directory) as partial:
         try:
-            return _write(source, partial)
+            return _write(core, source, partial)
         except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
             if "os error" not in str(error):
                 raise
             raise OSError(str(error)) from error
 
 
-def _write(source: str | Path, directory: Path) -> bool:
-    core = load_model(source)
-    must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
+def _write(core: OpenMythos, source: str | Path, directory: Path) -> bool:
     has_tokenizer, ends = (model_dir(source) / tokenizer.FILE).is_file(), {}
     if has_tokenizer:
         words = load_tokenizer(model_dir(source), core.cfg.vocab_size)
