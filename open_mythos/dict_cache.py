@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from open_mythos.cache import Cache, Slot, slot_name
+from open_mythos.fields import must
 
 PADDING_SLOT = "padding"
 """Slot that holds which cached tokens are real; present only if some are padding."""
@@ -75,6 +77,15 @@ class DictCache(Cache):
     def slot(self, slot: Slot | str) -> _DictSlot:
         return _DictSlot(self._data, slot_name(slot))
 
+    def snapshot(self, n_new: int) -> Callable[[], None]:
+        before = dict(self._data)  # no tensor in it is ever written to
+
+        def put_back() -> None:
+            self._data.clear()
+            self._data.update(before)
+
+        return put_back
+
     def lengths(self) -> dict[str, int]:
         return {name: held["rows"].shape[1] for name, held in self._data.items() if name != PADDING_SLOT}
 
@@ -88,5 +99,10 @@ def as_cache(kv_cache: Cache | dict[str, Any] | None) -> Cache | None:
     if kv_cache is None or isinstance(kv_cache, Cache):
         return kv_cache
     if isinstance(kv_cache, dict):
+        for name, held in kv_cache.items():
+            part, ndim = ("valid", 2) if name == PADDING_SLOT else ("rows", 4)
+            is_slot = isinstance(held, dict) and all(isinstance(x, Tensor) for x in held.values())
+            is_slot = is_slot and part in held and held[part].ndim == ndim
+            must(is_slot, f"kv_cache[{name!r}] is nothing that this model wrote; pass an empty dict, or a KVCache")
         return DictCache(kv_cache)
     raise ValueError(f"kv_cache is a {type(kv_cache).__name__}; pass a KVCache, a dict, or None")

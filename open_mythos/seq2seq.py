@@ -57,7 +57,7 @@ class Seq2Seq(nn.Module):
         """
         check_ids(source, "source")
         self._check_room(source.shape[1])
-        check_left_padding(mask)
+        check_left_padding(mask, source, "mask")
         return self.encoder.hidden(source, n_loops, attention_mask=mask) * self.decoder.cfg.dim**-0.5
 
     def forward(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit, spell
@@ -80,6 +81,7 @@ class DepthGrid:
         return cls(**data | {name: torch.tensor(data[name], dtype=torch.float64) for name in tensors})
 
 
+@checked
 def depth_grid(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: Sequence[int], examples: int = 256,
     seed: int = 0, halting: bool | None = None, progress: Callable[[str], None] | None = None, exit: Exit | None = None,

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from open_mythos import files
+from open_mythos.arguments import checked
 from open_mythos.evaluation import metrics as measures
 from open_mythos.evaluation.depth import measuring
 from open_mythos.evaluation.grid import DepthGrid, combine, depth_grid
+from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit, Gate, spell
 from open_mythos.tasks.base import Task
@@ -85,6 +87,7 @@ class Evaluation:
             raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
+@checked
 def evaluate(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: Sequence[int], examples: int = 256,
     seeds: Sequence[int] = (0,), exit: Exit | None = None, progress: Callable[[str], None] | None = None,
@@ -95,6 +98,7 @@ def evaluate(
     :func:`n_steps` times. In the grid every position runs all loops unless there is an ``exit``; what depth does is
     then measured without it, on the same problems, and the savings of the exit, or else of the gate, are a metric.
     """
+    must(len(seeds) > 0, "seeds is empty; give at least one")
     begin = progress or (lambda stage: None)
 
     def measured(rule: Exit | None) -> list[DepthGrid]:

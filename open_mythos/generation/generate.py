@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 from open_mythos.fields import must, nearest
 from open_mythos.generation.engine import Depth, Engine
 from open_mythos.generation.engines import check_engine, make_engine
-from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.finite import Watch
+from open_mythos.generation.sampling import Sampling, Undrawn
 from open_mythos.generation.speculative import Draft, drafted
-from open_mythos.inputs import check_left_padding, check_lengths, check_n_loops, end_tokens
+from open_mythos.inputs import check_generator, check_left_padding, check_lengths, check_n_loops, end_tokens
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import eval_mode, evaluating
 
 ROOM = 512  # new tokens that a cache has room for before it grows
 
 
+@checked
 def stream(
     model: Model, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None,
     sampling: Sampling | None = None, eos_token_id: int | Sequence[int] | None = None,
@@ -31,7 +34,7 @@ def stream(
     """New tokens as they are made, (B,) at a time; ends early once every row has produced an ``eos_token_id``.
 
     Args:
-        model: run in eval mode for each token, and put back after it.
+        model: computes as in eval mode, whatever its own is.
         input_ids, max_new_tokens, n_loops, eos_token_id, attention_mask, exit, draft, engine, cache_loops, warm_start:
             as :meth:`OpenMythos.generate`.
         sampling: how to draw; ``Sampling()`` if None.
@@ -46,8 +49,9 @@ def stream(
     draft, engine = _old_names(draft, engine, **old)
     sampling = sampling or Sampling()
     check_lengths(model.cfg, input_ids, max_new_tokens)
-    n_loops, ends = check_n_loops(n_loops, model.cfg.max_loop_iters), end_tokens(eos_token_id)
-    check_left_padding(attention_mask)
+    n_loops, ends = check_n_loops(n_loops, model.cfg.max_loop_iters), end_tokens(eos_token_id, model.cfg.vocab_size)
+    check_left_padding(attention_mask, input_ids)
+    check_generator(generator, input_ids.device)
     if warm_start:
         _check_warm_start(model, draft)
     with eval_mode(model):
@@ -56,35 +60,37 @@ def stream(
     if draft is not None:
         _check_draft(draft, depth)
     room = input_ids.shape[1] + min(max_new_tokens, ROOM)
+    watch = Watch(model, depth, input_ids, attention_mask)
 
     def blocks() -> Iterator[Tensor]:
-        with eval_mode(model), torch.no_grad():
+        with evaluating(), torch.no_grad():
             running = make_engine(engine, model, depth, room, draft is not None)
             logits = running.extend(input_ids, attention_mask)
         if draft is not None:
-            yield from drafted(model, running, logits, draft, sampling, ends, generator, max_new_tokens)
+            yield from drafted(running, logits, draft, sampling, ends, generator, max_new_tokens, watch)
         else:
-            yield from _one_by_one(model, running, logits, sampling, generator, warm_start)
+            yield from _one_by_one(running, logits, sampling, generator, warm_start, watch)
 
-    return _until_done(blocks(), max_new_tokens, ends)
+    tokens = _until_done(blocks(), max_new_tokens, ends, watch)
+    return tokens if sampling.temperature == 0 else Undrawn(tokens, generator, model.embed.weight.device)
 
 
 def _one_by_one(
-    model: Model, engine: Engine, logits: Tensor, sampling: Sampling, generator: torch.Generator | None, warm: bool
+    engine: Engine, logits: Tensor, sampling: Sampling, generator: torch.Generator | None, warm: bool, watch: Watch
 ) -> Iterator[Tensor]:
     """(B, 1) tokens without end."""
     while True:
+        watch.see(logits)
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
-        first = engine.state if warm else None
-        if model.training:
-            with eval_mode(model):
-                logits = engine.step(tokens, first)
-        else:
-            logits = engine.step(tokens, first)
+        watch.read(tokens)
+        with evaluating():
+            logits = engine.step(tokens, engine.state if warm else None)
 
 
-def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, ...]) -> Iterator[Tensor]:
+def _until_done(
+    blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, ...], watch: Watch
+) -> Iterator[Tensor]:
     """The columns of (B, n) blocks, each row's first end token repeated, until all rows have one."""
     columns = itertools.chain.from_iterable(block.unbind(1) for block in blocks)
     last: Tensor | None = None  # each row's end token, -1 before it
@@ -95,13 +101,15 @@ def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, 
             last = torch.where(is_end, new, -1)
         yield new
         if last is not None and bool((last >= 0).all()):
-            return
+            break
+    watch.end()
 
 
 _OLD_NAMES = {"draft_loops", "draft_tokens", "compile"}
 _NAMES = sorted({*signature(stream).parameters, *_OLD_NAMES} - {"model", "old"})
 
 
+@checked
 def _old_names(
     draft: Draft | None, engine: str, draft_loops: int | None = None, draft_tokens: int = 4, compile: bool = False
 ) -> tuple[Draft | None, str]:

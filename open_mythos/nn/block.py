@@ -10,6 +10,7 @@ from open_mythos.context import Context
 from open_mythos.nn.attention import GQAttention, MLAttention
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.linear import RMSNorm
+from open_mythos.nn.modes import Dropout
 from open_mythos.ops.attention import AttentionMask
 
 
@@ -33,7 +34,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         has_experts = use_moe and cfg.n_experts > 0
         self.ffn = MoEFFN(cfg) if has_experts else Expert(cfg.dim, cfg.ffn_dim, n_layers, cfg.weight_std)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(
         self, x: Tensor, freqs: Context | Tensor, mask: AttentionMask | Tensor | None = None,
