@@ -8,7 +8,7 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +19,7 @@ from open_mythos.ops.dispatch import is_traced
 F = TypeVar("F", bound=Callable[..., Any])
 _UNFIT = object()
 _INT64 = 1 << 63
+_ROWS = (AnySequence, list, tuple)
 _WORDS: dict[Any, str] = {
     int: "an integer", float: "a finite number", bool: "True or False", str: "a string", type(None): "None",
     torch.Tensor: "a torch.Tensor",
@@ -42,7 +43,9 @@ def checked(what: F) -> F:
     def kinds() -> dict[str, Any]:  # at the first call: what they name may be defined below
         starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         hints = get_type_hints(what)
-        return {name: hints[name] for name, p in signature.parameters.items() if name in hints and p.kind not in starred}
+        return {
+            name: hints[name] for name, p in signature.parameters.items() if name in hints and p.kind not in starred
+        }
 
     @functools.wraps(what)
     def call(*args: Any, **named: Any) -> Any:
@@ -63,7 +66,7 @@ def fitted(name: str, value: Any, kind: Any) -> Any:
     """``value`` as the annotation ``kind`` has it; ValueError if it is nothing of the kind."""
     found = _fit(value, kind)
     if found is _UNFIT:
-        raise ValueError(f"{name}{_shown(value)}; use {_words(kind)}")
+        raise ValueError(f"{name}{_shown(value, kind)}; use {_words(kind)}")
     return found
 
 
@@ -76,14 +79,17 @@ def _fit(value: Any, kind: Any) -> Any:
     if origin is not None:
         return _fit_generic(value, origin, parts)
     if kind is int:
-        fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and -_INT64 <= value < _INT64
-        return int(value) if fits else _UNFIT
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return int(value) if is_whole and -_INT64 <= int(value) < _INT64 else _UNFIT
     if kind is float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) < math.inf:
-            return _UNFIT
-        return value if isinstance(value, int | float) else float(value)
+        if isinstance(value, int):
+            return _fit(value, int)
+        return float(value) if isinstance(value, numbers.Real) and math.isfinite(float(value)) else _UNFIT
     if kind is bool:
         return bool(value) if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") else _UNFIT
+    if isinstance(kind, type) and issubclass(kind, torch.nn.Module) and not isinstance(value, type):
+        # A model may be wrapped, as by PEFT, or stood in for.
+        return value if isinstance(value, kind) or (hasattr(value, "cfg") and hasattr(value, "recurrent")) else _UNFIT
     if isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
         return value if isinstance(value, kind) else _UNFIT
     return value  # Any, type variables, protocols
@@ -91,7 +97,7 @@ def _fit(value: Any, kind: Any) -> Any:
 
 def _fit_generic(value: Any, origin: Any, parts: tuple[Any, ...]) -> Any:
     """Of sequences the parts are looked at too; a tensor or an array is one of its rows."""
-    if origin in (AnySequence, list, tuple):
+    if origin in _ROWS:
         is_row = origin is AnySequence and hasattr(value, "__len__") and getattr(value, "ndim", 0) > 0
         if isinstance(value, str | bytes) or not (is_row or isinstance(value, origin)):
             return _UNFIT
@@ -109,14 +115,15 @@ def _fit_generic(value: Any, origin: Any, parts: tuple[Any, ...]) -> Any:
     return value if isinstance(value, origin) else _UNFIT
 
 
-def _shown(value: Any) -> str:
-    """What came, behind the argument's name."""
-    if isinstance(value, torch.Tensor):
-        return f" is a {value.dtype} tensor of shape {tuple(value.shape)}"
-    if value is None or isinstance(value, str | bytes | numbers.Number | list | tuple | dict | set):
-        shown = repr(value)
-        return f"={shown if len(shown) <= 80 else shown[:77] + '...'}"
-    return f" is {value.__name__ if isinstance(value, type) else 'a ' + type(value).__name__}"
+def _shown(value: Any, kind: Any) -> str:
+    """What came, behind the argument's name: its value where one can be written down, else its type."""
+    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if isinstance(value, str | bytes | numbers.Number | list | tuple | dict | set | torch.Tensor | None):
+        of = [part for kind in parts for part in (get_args(kind) if get_origin(kind) in _ROWS else [kind])]
+        if torch.Tensor not in of and any(part in _WORDS for part in of if part is not type(None)):
+            shown = repr(value)
+            return f"={shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return f" is {value.__name__ if isinstance(value, type) else type(value).__name__}"
 
 
 def _words(kind: Any) -> str:
@@ -130,6 +137,6 @@ def _words(kind: Any) -> str:
     if origin is type:
         return "a class"
     name = getattr(origin or kind, "__name__", str(kind))
-    name = {"Callable": "function"}.get(name, name.lower() if origin in (AnySequence, list, tuple, Iterable) else name)
-    of = f" of which each is {_words(parts[0])}" if origin in (AnySequence, list, tuple) and parts else ""
+    name = {"Callable": "function"}.get(name, name.lower() if origin in _ROWS else name)
+    of = f" of which each is {_words(parts[0])}" if origin in _ROWS and parts else ""
     return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}{of}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from open_mythos.arguments import checked
 from open_mythos.fields import must
 
-Result = TypeVar("Result")
 ROLLBACK = 64
 """Tokens that a cache can be cut back by and still go on: raw rows further back are not kept."""
 
@@ -333,7 +332,9 @@ class KVCache(Cache):
             ValueError: if the cache holds fewer.
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot cut a cache of {self.length} tokens to length={length}; use 0 to {self.length}")
+            raise ValueError(
+                f"cannot cut a cache of {self.length} tokens to {length}; use a length of 0 to {self.length}"
+            )
         if length == 0:
             return self.reset()
         for slot in self._slots.values():
@@ -358,29 +359,6 @@ class KVCache(Cache):
         self._slots.clear()
         self.valid = None
         vars(self).pop("_call", None)
-
-
-def whole(cache: Cache, n_new: int, append: Callable[[], Result]) -> Result:
-    """What ``append`` returns, which appends ``n_new`` tokens to ``cache``; the cache as before if it raises.
-
-    Raises:
-        ValueError: for a cache that another call is appending to.
-    """
-    mine = object()
-    must(
-        vars(cache).setdefault("_call", mine) is mine,  # which no other thread comes between
-        "kv_cache belongs to another call, which runs in another thread or was interrupted at its beginning or end; use "
-        "a cache for each text, or reset() this one",
-    )
-    put_back = cache.snapshot(n_new)
-    try:
-        try:
-            return append()
-        finally:
-            del vars(cache)["_call"]
-    except BaseException:
-        put_back()
-        raise
 
 
 def loop_slot(loop: int, cache: Cache | None = None, layer: int = 0) -> Slot:

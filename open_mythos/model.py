@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from open_mythos import checkpoint
 from open_mythos.arguments import checked
-from open_mythos.cache import Cache, KVCache, Slot, loop_slot, repeat_rows, whole
+from open_mythos.cache import Cache, KVCache, Slot, loop_slot, repeat_rows
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
-from open_mythos.dict_cache import as_cache
+from open_mythos.dict_cache import as_cache, whole
 from open_mythos.fields import must
 from open_mythos.generation.methods import Generates
 from open_mythos.inputs import check_input, check_n_loops
@@ -25,7 +25,7 @@ from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.linear import Head, RMSNorm
 from open_mythos.nn.mixture import MixtureBlock
-from open_mythos.nn.modes import is_training
+from open_mythos.nn.modes import is_evaluating
 from open_mythos.nn.recurrent import Readout, RecurrentBlock
 from open_mythos.nn.untied import UntiedBlocks
 from open_mythos.ops.attention import AttentionMask, document_numbers, document_starts
@@ -88,7 +88,9 @@ class OpenMythos(Generates):
         Raises:
             ValueError: for input that does not fit. After this or any other error the cache is as it was before.
         """
-        options = dict(start_pos=start_pos, attention_mask=attention_mask, exit=exit, auxiliary=auxiliary)
+        options: dict[str, Any] = dict(
+            start_pos=start_pos, attention_mask=attention_mask, exit=exit, auxiliary=auxiliary
+        )
         cache = as_cache(kv_cache)
         if cache is None:
             return self.head(self.hidden(input_ids, n_loops, **options))
@@ -186,7 +188,7 @@ class OpenMythos(Generates):
         """The state before the first loop, as ``cfg.state_init`` says: (B, T, dim), or what the loops carry."""
         if self.cfg.state_init == "input":
             return self.recurrent.begin(e)
-        if self.cfg.state_init == "noise" and is_training(self):
+        if self.cfg.state_init == "noise" and self.training and not is_evaluating():
             return ctx.mask.without_padding(torch.randn_like(e))
         return self.recurrent.begin(torch.zeros_like(e))
 
@@ -223,6 +225,7 @@ class OpenMythos(Generates):
             n_loops, exit: as :meth:`forward`.
             inputs: ``start_pos`` and ``attention_mask``, as :meth:`forward`.
         """
+        n_loops, exit = check_n_loops(n_loops, self.cfg.max_loop_iters), self.recurrent.choose_exit(exit)
         e, ctx = self.encode(input_ids, **inputs)
         readout = self.readout(ctx)
         for state in self.recurrent.iterate(self.first_state(e, ctx), e, ctx, n_loops, exit, readout):

@@ -17,7 +17,7 @@ from open_mythos.generation.sampling import Sampling, random_state
 from open_mythos.inputs import check_n_loops
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import evaluating
 from open_mythos.tasks.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -87,9 +87,8 @@ class Conversation:
     def reply(self, said: str, max_new_tokens: int = 256) -> Iterator[str]:
         """What the model answers, in pieces of whole characters, as they come.
 
-        Whoever stops listening leaves a reply that ends there; after an error, or Ctrl-C while the model computes, it is
-        as if nothing had been said. Of a text too long for the model the oldest part is
-        forgotten.
+        Whoever stops listening leaves a reply that ends there. After an error, or Ctrl-C while the model computes,
+        nothing has been said. Of a text too long for the model the oldest part is forgotten.
 
         Args:
             said: by the user.
@@ -126,10 +125,7 @@ class Conversation:
         self.messages.append(reply)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for _ in range(max_new_tokens):
-            logits = self._logits()
-            if not bool(logits.amax(-1).isfinite().all()):
-                raise not_finite(self.model, self._depth(), [self._tensor(self.ids)])
-            token = int(self.sampling.draw(logits, self.generator))
+            token = int(self.sampling.draw(self._logits(), self.generator))
             if token == self.tokenizer.eos:
                 break
             self.ids.append(token)
@@ -156,7 +152,7 @@ class Conversation:
         must(len(self.ids) > 1, "there is nothing to trace yet; say something first")
         n = min(n, len(self.ids) - 1)
         model, by_loop = self.model, []
-        with eval_mode(model):
+        with evaluating(model):
             e, ctx = model.encode(self._tensor(self.ids[:-1]))
             first, readout = model.first_state(e, ctx), model.readout(ctx)
             for state in model.recurrent.iterate(first, e, ctx, self.n_loops, self.exit, readout):
@@ -186,7 +182,7 @@ class Conversation:
         held, self._held = self._held, []  # an interruption leaves half a token in the cache
         same = (mine == other for mine, other in zip(held, self.ids[:-1], strict=False))
         known = sum(takewhile(bool, same))
-        with eval_mode(self.model):
+        with evaluating(self.model):
             if self._engine is None or known == 0 or len(held) - known > ROLLBACK:
                 self._engine, known = make_engine("auto", self.model, self._depth()), 0
             else:
@@ -194,6 +190,8 @@ class Conversation:
             new = self.ids[known:]
             read = self._engine.step if known and len(new) == 1 else self._engine.extend
             logits = read(self._tensor(new))
+            if not bool(logits.amax(-1).isfinite().all()):
+                raise not_finite(self.model, self._depth(), [self._tensor(self.ids)])
         self._held = list(self.ids)
         return logits
 

@@ -27,7 +27,7 @@ from open_mythos.generation.sampling import Sampling, random_state
 from open_mythos.inputs import check_generator, check_lengths, check_n_loops, end_tokens
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
-from open_mythos.nn.modes import eval_mode, is_training
+from open_mythos.nn.modes import evaluating, is_evaluating
 from open_mythos.nn.recurrent import LoopInput, advance
 from open_mythos.ops.attention import AttentionMask
 
@@ -91,7 +91,10 @@ class DepthBatch:
 
     @checked
     def __init__(self, model: Model, exit: Exit | None = None, max_rows: int = 32) -> None:
-        must(not is_training(model), "the model is in training mode, where nothing halts; call model.eval() first")
+        must(
+            not model.training or is_evaluating(),
+            "the model is in training mode, where nothing halts; call model.eval() first",
+        )
         must(max_rows >= 1, f"max_rows={max_rows!r}; use an integer of at least 1")
         self.exit = model.recurrent.choose_exit(exit)
         must(
@@ -123,7 +126,7 @@ class DepthBatch:
     @checked
     def add(
         self, prompt: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, sampling: Sampling | None = None,
-        eos_token_id: int | Sequence[int] | None = None, generator: torch.Generator | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, generator: torch.Generator | None = None,
     ) -> Request:  # fmt: skip
         """Queue a sequence; arguments as :meth:`OpenMythos.generate_many`, ``prompt`` (T,).
 
@@ -132,7 +135,7 @@ class DepthBatch:
         """
         cfg = self.model.cfg
         must(prompt.ndim == 1, f"prompt is {tuple(prompt.shape)}; pass a (tokens,) tensor of int64 or int32")
-        check_lengths(cfg, prompt.unsqueeze(0), max_new_tokens)
+        check_lengths(cfg, prompt.unsqueeze(0), max_new_tokens, "prompt")
         n_loops, ends = check_n_loops(n_loops, cfg.max_loop_iters), end_tokens(eos_token_id, cfg.vocab_size)
         check_generator(generator, prompt.device)
         request = Request(prompt, max_new_tokens, n_loops, sampling or Sampling(), ends, generator)
@@ -266,7 +269,7 @@ class DepthBatch:
 
     @staticmethod
     def _draw(requests: list[Request], logits: Tensor) -> list[int | None]:
-        """A token for each row of ``logits`` (n, vocab_size), drawn as its request says; None if they are not finite."""
+        """A token for each row of ``logits`` (n, vocab_size), drawn as its request says; None if none is finite."""
         greedy, finite = torch.stack([logits.argmax(-1), logits.amax(-1).isfinite()]).tolist()
         return [
             None if not fine
@@ -312,7 +315,7 @@ def generate_many(
     loops = list(n_loops) if isinstance(n_loops, Sequence) else [n_loops] * len(prompts)
     if len(loops) != len(prompts):
         raise ValueError(f"n_loops holds {len(loops)} numbers for {len(prompts)} prompts; give one for each, or one")
-    with eval_mode(model):
+    with evaluating(model):
         batch = DepthBatch(model, exit, max_rows)
         requests = [batch.add(prompt, n_loops=count, **request) for prompt, count in zip(prompts, loops, strict=True)]
         while batch.busy:

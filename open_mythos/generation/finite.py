@@ -1,7 +1,6 @@
-"""Logits that are not finite: seen when a token is made of them, and explained by one pass of the modules."""
+"""Why logits are not finite: one pass of the modules, which names the first whose output is not."""
 
-import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,54 +12,12 @@ from open_mythos.interface import Model
 from open_mythos.nn.modes import evaluating
 
 
-class Watch:
-    """Looks at the logits that tokens are made of.
-
-    On CUDA nothing waits for it: what it saw is read when it has arrived, a token or so later, and at the end.
-
-    Args:
-        model, depth: that made the logits.
-        ids, attention_mask: the prompt.
-    """
-
-    def __init__(self, model: Model, depth: Depth, ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        self._model, self._depth, self._text, self._mask = model, depth, [ids], attention_mask
-        self._pending: deque[tuple[Any, Tensor]] = deque()
-
-    def see(self, logits: Tensor) -> None:
-        """ValueError if a token cannot be made of every row of ``logits`` (..., vocab_size)."""
-        # NaN and infinity reach the sum of the largest, and so does a row without any finite number.
-        total = logits.amax(-1).sum(dtype=torch.float64)
-        if not logits.is_cuda:
-            return self._check(total)
-        arrived, copy = torch.cuda.Event(), total.to("cpu", non_blocking=True)
-        arrived.record()
-        self._pending.append((arrived, copy))
-        while self._pending and self._pending[0][0].query():
-            self._check(self._pending.popleft()[1])
-
-    def read(self, tokens: Tensor) -> None:
-        """Note tokens (B, n) that follow the text, for the explanation."""
-        self._text.append(tokens)
-
-    def end(self) -> None:
-        """ValueError as :meth:`see`, for all that was seen."""
-        while self._pending:
-            arrived, total = self._pending.popleft()
-            arrived.synchronize()
-            self._check(total)
-
-    def _check(self, total: Tensor) -> None:
-        if not math.isfinite(total.item()):
-            raise not_finite(self._model, self._depth, self._text, self._mask)
-
-
 @torch.no_grad()
 def not_finite(model: Model, depth: Depth, text: list[Tensor], attention_mask: Tensor | None = None) -> ValueError:
     """The error for logits that are not finite: it names the first layer whose output was not.
 
     Args:
-        model, depth: as :class:`Watch`.
+        model, depth: that made the logits.
         text: (B, n) tokens each, or embeddings (B, n, dim) first; one after the other they are what was read.
         attention_mask: of the first; 0 at padding.
     """
@@ -86,8 +43,8 @@ def not_finite(model: Model, depth: Depth, text: list[Tensor], attention_mask: T
         twin.head(twin.decode(h, ctx))
     where = f"the first output that is not is that of {found[0]}" if found else "though every layer's output is"
     return ValueError(
-        f"the logits of what follows {ids.shape[1]} tokens are not finite, so there is no next token; {where}. Look for "
-        f"weights that are not finite or too large, or run the model in a wider dtype"
+        f"the logits of what follows {ids.shape[1]} tokens are not finite, so there is no next token; {where}. Look "
+        f"for weights that are not finite or too large, or run the model in a wider dtype"
     )
 
 

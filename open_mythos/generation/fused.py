@@ -15,11 +15,10 @@ from open_mythos.cache import Slot
 from open_mythos.context import Context
 from open_mythos.interface import Model
 from open_mythos.nn.attention import Attention, GQAttention, LatentUp, MLAttention, ShortConv
-from open_mythos.nn.block import CoreBlocks, TransformerBlock
+from open_mythos.nn.block import CoreBlocks, Dropout, TransformerBlock
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.linear import Linear, RMSNorm
-from open_mythos.nn.modes import Dropout
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.ops.dispatch import autocasts
 from open_mythos.ops.experts import swiglu_experts

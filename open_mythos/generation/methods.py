@@ -22,7 +22,7 @@ class Generates(Model):
     def generate(
         self, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,
         top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
         draft: Draft | None = None, engine: str = "auto", **options: Any,
     ) -> Tensor:  # fmt: skip
@@ -33,7 +33,7 @@ class Generates(Model):
             max_new_tokens: how many tokens to add.
             n_loops: loops for every token; ``cfg.max_loop_iters`` if None.
             temperature, top_k, top_p, min_p: see :class:`~open_mythos.generation.sampling.Sampling`; 0 is greedy.
-            eos_token_id: a token, or several; a row that produced one repeats it from then on.
+            eos_token_id: a token, or a tuple of several; a row that produced one repeats it from then on.
             attention_mask: (B, T), 0 at padding.
             generator: random state to draw from.
             exit: when a position stops looping; see :meth:`forward`.
@@ -72,7 +72,7 @@ class Generates(Model):
     def stream(
         self, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,
         top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
         draft: Draft | None = None, engine: str = "auto", **options: Any,
     ) -> Iterator[Tensor]:  # fmt: skip
@@ -87,7 +87,7 @@ class Generates(Model):
     def generate_many(
         self, prompts: Sequence[Tensor], max_new_tokens: int = 64, n_loops: int | Sequence[int] | None = None,
         temperature: float = 1.0, top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None, generator: torch.Generator | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, generator: torch.Generator | None = None,
         exit: Exit | None = None, max_rows: int = 32, *, sampling: Sampling | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Continue prompts of any lengths together; no token waits for the loops of another sequence's.
@@ -100,7 +100,7 @@ class Generates(Model):
             max_new_tokens: how many tokens to add to each, at most.
             n_loops: loops for every token; one number for each prompt, or one for all.
             temperature, top_k, top_p, min_p, sampling: as :meth:`generate`.
-            eos_token_id: a token that ends a sequence, or several.
+            eos_token_id: a token that ends a sequence, or a tuple of several.
             generator: random state to draw from, in the order in which tokens come.
             exit: as :meth:`forward`; none that reads predictions.
             max_rows: sequences decoded at once; others follow as these end.

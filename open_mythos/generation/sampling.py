@@ -71,9 +71,15 @@ def choose(probabilities: Tensor, generator: torch.Generator | None = None) -> T
 def random_state(generator: torch.Generator | None, device: torch.device) -> Callable[[], None]:
     """What puts ``generator``, or the device's own if None, back to its state of now."""
     if generator is None:
-        generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        generator = (
+            torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        )
     state = generator.get_state()
-    return lambda: generator.set_state(state) and None
+
+    def put_back() -> None:
+        generator.set_state(state)
+
+    return put_back
 
 
 class Undrawn(Generator[Tensor, None, None]):

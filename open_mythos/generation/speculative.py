@@ -16,8 +16,8 @@ from open_mythos.arguments import checked
 from open_mythos.cache import ROLLBACK
 from open_mythos.fields import must
 from open_mythos.generation.engine import Engine
-from open_mythos.generation.finite import Watch
 from open_mythos.generation.sampling import Sampling, choose
+from open_mythos.interface import Model
 from open_mythos.nn.modes import evaluating
 
 
@@ -44,19 +44,18 @@ class Draft:
 
 
 def drafted(
-    engine: Engine, logits: Tensor, draft: Draft, sampling: Sampling, ends: tuple[int, ...],
-    generator: torch.Generator | None, max_new_tokens: int, watch: Watch,
+    model: Model, engine: Engine, logits: Tensor, draft: Draft, sampling: Sampling, ends: tuple[int, ...],
+    generator: torch.Generator | None, max_new_tokens: int,
 ) -> Iterator[Tensor]:  # fmt: skip
     """New tokens as they are accepted, ``max_new_tokens`` in all: (B, 1 to draft.tokens + 1) at a time.
 
     ``engine`` has read the prompt, and ``logits`` (B, vocab_size) are of what follows it. A row goes on with any tokens
-    after one of ``ends``. ``watch`` sees all logits.
+    after one of ``ends``.
     """
 
     def is_end(tokens: Tensor) -> Tensor:
         return torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device))
 
-    watch.see(logits)
     new = sampling.draw(logits, generator).unsqueeze(1)
     done, left = torch.zeros_like(new, dtype=torch.bool), max_new_tokens
     while True:
@@ -66,17 +65,13 @@ def drafted(
             return
         n_drafted = min(draft.tokens, left - 1)
         tokens, guesses, past = [new[:, -1:]], [], engine.cache.length
-        watch.read(new)
-        with evaluating(), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for i in range(n_drafted + 1):
                 guess = engine.draft(tokens[i], draft.loops)
                 if i < n_drafted:
-                    watch.see(guess)
                     guesses.append(sampling.probabilities(guess.unsqueeze(1)))
                     tokens.append(sampling.choose(guesses[i][:, 0], generator).unsqueeze(1))
-            logits = engine.verify()
-            watch.see(logits)
-            p = sampling.probabilities(logits)
+            p = sampling.probabilities(engine.verify())
         q, y = torch.cat([p[:, :0], *guesses], 1), torch.cat(tokens, 1)
         after_end = torch.cat([done, is_end(y[:, 1:])], 1).cumsum(1).bool()[:, :n_drafted]
         new = accept(p, q, y[:, 1:], after_end, generator)

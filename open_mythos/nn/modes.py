@@ -1,11 +1,10 @@
-"""Running modules as in eval mode, whatever their own modes are: other threads may be using them, so these are left."""
+"""Eval mode for a while: by switching modules, or, where other threads may be using them, without touching them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from open_mythos.fields import must
 from open_mythos.ops.dispatch import is_traced
@@ -13,14 +12,28 @@ from open_mythos.ops.dispatch import is_traced
 _evaluates: ContextVar[bool] = ContextVar("evaluates", default=False)
 
 
-def is_training(module: nn.Module) -> bool:
-    """Whether ``module`` is to compute as in training. Code that is traced goes by the module's mode alone."""
-    return module.training and (is_traced() or not _evaluates.get())
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode restored after; for measurements, which have a model to themselves."""
+    was_training = [module for module in model.modules() if module.training]
+    for module in was_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
 
 
 @contextmanager
-def evaluating() -> Iterator[None]:
-    """Inside, and in this thread alone, this library's modules compute as in eval mode."""
+def evaluating(model: nn.Module | None = None) -> Iterator[None]:
+    """Inside, and in this thread alone, this library's modules compute as in eval mode, and keep their own.
+
+    Raises:
+        ValueError: for a ``model`` in training mode with modules that know no mode but their own, and need eval mode.
+    """
+    if model is not None:
+        _check_modes(model)
     token = _evaluates.set(True)
     try:
         yield
@@ -28,35 +41,19 @@ def evaluating() -> Iterator[None]:
         _evaluates.reset(token)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """:func:`evaluating`, with a ``model`` that can be run so.
-
-    Raises:
-        ValueError: for one in training mode with dropout or batch norm that only its own mode would stop.
-    """
-    check_modes(model)
-    with evaluating():
-        yield
+def is_evaluating() -> bool:
+    """Whether what is in training mode is to compute as in eval mode. Code that is traced goes by modes alone."""
+    return not is_traced() and _evaluates.get()
 
 
-def check_modes(model: nn.Module) -> None:
-    """ValueError for modules that draw or gather numbers while they are in training mode, and know no other one."""
-    if not model.training:
-        return
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    for name, module in model.named_modules():
+def _check_modes(model: nn.Module) -> None:
+    training = {module for module in model.modules() if module.training}
+    is_compiled = any(module._compiled_call_impl is not None for module in training)
+    for name, module in model.named_modules() if training else ():
         noisy = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        own = isinstance(module, Dropout) and not is_compiled
+        own = getattr(module, "is_stopped", False) and not is_compiled
         must(
-            not module.training or own or not (noisy or isinstance(module, nn.modules.batchnorm._BatchNorm)),
-            f"{name} ({type(module).__name__}) is in training mode, which is not switched behind the back of other "
-            f"threads; call model.eval() first, and model.train() after",
+            module not in training or own or not (noisy or isinstance(module, nn.modules.batchnorm._BatchNorm)),
+            f"{name} ({type(module).__name__}) is in training mode, and switching it would disturb other threads; call "
+            f"model.eval() first, and model.train() after",
         )
-
-
-class Dropout(nn.Dropout):
-    """Dropout that :func:`evaluating` stops too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, is_training(self), self.inplace)

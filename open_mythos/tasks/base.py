@@ -1,6 +1,7 @@
 """The base class of tasks: seeded generators of problems at any difficulty, with scoring."""
 
 import functools
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from open_mythos.arguments import checked
+from open_mythos.arguments import checked, fitted
 from open_mythos.fields import Checked, must
 from open_mythos.tasks.tokenizer import check_tokens
 
@@ -72,7 +73,7 @@ class Task(Checked, ABC):
         """Every task's ``batch`` refuses arguments of another type, and fewer than one problem."""
         super().__init_subclass__(**options)
         if (batch := vars(cls).get("batch")) is not None:
-            cls.batch = checked(_some(batch))  # type: ignore[method-assign]
+            cls.batch = _checked(batch)  # type: ignore[method-assign]
 
     @property
     def vocab_size(self) -> int:
@@ -109,18 +110,21 @@ class Task(Checked, ABC):
 
     def check(self, difficulty: int) -> None:
         """Raise ValueError unless ``difficulty`` is an integer from ``least`` to ``most``."""
-        is_int = isinstance(difficulty, int) and not isinstance(difficulty, bool)
+        is_int = isinstance(difficulty, numbers.Integral) and not isinstance(difficulty, bool)
         if not is_int or difficulty < self.least or (self.most is not None and difficulty > self.most):
             end = "up" if self.most is None else f"to {self.most}"
             raise ValueError(f"difficulty={difficulty!r}; {self.name} counts {self.unit}, from {self.least} {end}")
 
 
-def _some(batch: Callable[..., Batch]) -> Callable[..., Batch]:
+def _checked(batch: Callable[..., Batch]) -> Callable[..., Batch]:
     @functools.wraps(batch)
-    def call(self: Task, n: int, *args: Any, **named: Any) -> Batch:
+    def call(self: Task, n: int, difficulty: int, *args: Any, **named: Any) -> Batch:
+        self.check(difficulty)
+        n = fitted("n", n, int)
         must(n >= 1, f"n={n}; use at least 1")
-        return batch(self, n, *args, **named)
+        return batch_of_kinds(self, n, int(difficulty), *args, **named)
 
+    batch_of_kinds = checked(batch)
     return call
 
 
