@@ -67,11 +67,13 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "n_loops": [0, -1, -(1 << 62)], "max_new_tokens": [-1], "temperature": [-0.1], "top_k": [0, -1],
     "top_p": [0.0, 1.5, -1], "min_p": [-0.1, 2], "eos_token_id": [-1, 257, 1 << 62, (1, 999), (-1,)], "start_pos": [-1],
     "input_ids": [
-        torch.zeros(3, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long), torch.tensor([[-1]]), torch.tensor([[999]]),
+        torch.zeros(3, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long), torch.tensor([[-1]]),
+        torch.tensor([[999]]),
         torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3, 7), torch.tensor(1),
     ],
-    "prompt": [tokens(1, 3), torch.zeros(0, dtype=torch.long), torch.tensor([999]), torch.tensor([1.0]), torch.tensor(1)],
-    "prompts": [[torch.tensor([1, 999])], [1], "ab", [tokens(1, 2)]], "attention_mask": [torch.ones(3), torch.tensor(1)],
+    "prompt": [tokens(1, 3), torch.zeros(0, dtype=torch.long), torch.tensor([999]), torch.tensor([1.0])],
+    "prompts": [[torch.tensor([1, 999])], [1], "ab", [tokens(1, 2)]],
+    "attention_mask": [torch.ones(3), torch.tensor(1)],
     "threshold": [0, -1.0], "patience": [0, -1], "cache_loops": [0, -1], "room": [-1], "length": [-1, 99],
     "max_rows": [0, -1], "n": [0, -1], "difficulty": [0, -1], "difficulties": [[], [0], ["a"], [1.5]], "seeds": [(), ["a"]],
     "loops": [[], [0], ["1"], [True]], "examples": [0, -1], "tokens": [0, 64], "said": ["\ud800"], "engine": ["fast"],
@@ -148,8 +150,8 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
             list(found) if inspect.isgenerator(found) else found
             outcome = "taken"
         except (ValueError, TypeError) as error:
-            singular = name.removesuffix("s").replace("difficultie", "difficulty")
-            is_named = singular in str(error) or (isinstance(value, str) and repr(value)[1:-1] in str(error))
+            stem = name.removesuffix("s").removesuffix("ie")  # of several, one may be named
+            is_named = stem in str(error) or (isinstance(value, str) and repr(value)[1:-1] in str(error))
             outcome = "refused" if is_named else f"refused without its name: {error}"
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"

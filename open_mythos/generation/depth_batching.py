@@ -163,8 +163,10 @@ class DepthBatch:
         rows += itertools.islice(self._queue, len(self._free))
         before = [(r, len(r.tokens), len(r.loops), random_state(r.generator, r.prompt.device)) for r in rows]
         try:
-            served = self._step()
-        except BaseException:
+            return self._step(rows)
+        except BaseException as error:
+            if any(error is request.error for request in rows):
+                raise
             self._forget()
             self._queue = deque([*rows, *(request for request in self._queue if request not in rows)])
             for request, n_tokens, n_loops, put_back in before:
@@ -172,12 +174,8 @@ class DepthBatch:
                 request.done, request.error = False, None
                 put_back()
             raise
-        for request in rows:
-            if request.error is not None:
-                raise request.error
-        return served
 
-    def _step(self) -> list[Request]:
+    def _step(self, requests: list[Request]) -> list[Request]:
         served = []
         while self._queue and self._free:
             request = self._queue.popleft()
@@ -188,6 +186,9 @@ class DepthBatch:
             self._next_tokens()
         if self._running:
             self._loop()
+        for request in requests:
+            if request.error is not None:
+                raise request.error
         return served
 
     def _start(self, request: Request) -> bool:
