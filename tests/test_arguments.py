@@ -75,7 +75,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "prompts": [[torch.tensor([1, 999])], [1], "ab", [tokens(1, 2)]],
     "attention_mask": [torch.ones(3), torch.tensor(1)],
     "threshold": [0, -1.0], "patience": [0, -1], "cache_loops": [0, -1], "room": [-1], "length": [-1, 99],
-    "max_rows": [0, -1], "n": [0, -1], "difficulty": [0, -1], "difficulties": [[], [0], ["a"], [1.5]], "seeds": [(), ["a"]],
+    "max_rows": [0, -1], "n": [0, -1], "difficulty": [0, -1], "difficulties": [[], [0], [1.5]], "seeds": [(), ["a"]],
     "loops": [[], [0], ["1"], [True]], "examples": [0, -1], "tokens": [0, 64], "said": ["\ud800"], "engine": ["fast"],
     "name": ["", "parties"], "source": ["", "no-such-model"], "exit": ["gate:2", "kl:x"], "draft": [Draft(99)],
     "kv_cache": [{"foo": 1}, {"prelude_0": {"k": torch.zeros(1)}}, {"prelude_0": {"rows": torch.zeros(1)}}],
@@ -123,9 +123,11 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
         (made.forward, dict(input_ids=ids)), (made.generate, dict(input_ids=ids, max_new_tokens=2)),
         (made.stream, dict(input_ids=ids, max_new_tokens=2)), (made.iterate, dict(input_ids=ids)),
         (made.generate_many, dict(prompts=[ids[0]], max_new_tokens=2)), (made.save_pretrained, {}),
-        (OpenMythos.from_pretrained, dict(source="parity-tiny")), (trace, dict(model=made, input_ids=ids)), (KVCache, {}),
+        (OpenMythos.from_pretrained, dict(source="parity-tiny")),
+        (trace, dict(model=made, input_ids=ids)), (KVCache, {}),
         (cache.truncate, {}), (Sampling, {}), (Draft, dict(loops=1)), (exits.parse, {}), (tasks.load, {}),
-        *((kind, {}) for kind in exits.NAMES.values()), (DepthBatch, dict(model=made)), (batch.add, dict(prompt=ids[0], max_new_tokens=2)),
+        *((kind, {}) for kind in exits.NAMES.values()), (DepthBatch, dict(model=made)),
+        (batch.add, dict(prompt=ids[0], max_new_tokens=2)),
         (Conversation, dict(model=made, tokenizer=tokenizer)), (talk.reply, dict(said="a", max_new_tokens=1)),
         (talk.trace, {}), (task.batch, dict(n=1, difficulty=2)), (task.mixed, dict(difficulties=[2])),
         (evaluate, dict(model=made, task=task, difficulties=[2], loops=[1], examples=1)),
@@ -144,7 +146,7 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
     cases = (cases * (CALLS // len(cases) + 1))[:CALLS]
     counts, bad, before, computed = Counter[str](), [], states((made, talk, batch, cache)), []
     made.embed.register_forward_hook(lambda *_: computed.append(1))
-    for i, (call, needed, name, value) in enumerate(cases):
+    for call, needed, name, value in cases:
         try:
             found = call(**{**needed, name: value})
             list(found) if inspect.isgenerator(found) else found

@@ -135,7 +135,7 @@ class DepthBatch:
         """
         cfg = self.model.cfg
         must(prompt.ndim == 1, f"prompt is {tuple(prompt.shape)}; pass a (tokens,) tensor of int64 or int32")
-        check_lengths(cfg, prompt.unsqueeze(0), max_new_tokens, "prompt")
+        check_lengths(cfg, prompt.unsqueeze(0), max_new_tokens, "prompt as input_ids")
         n_loops, ends = check_n_loops(n_loops, cfg.max_loop_iters), end_tokens(eos_token_id, cfg.vocab_size)
         check_generator(generator, prompt.device)
         request = Request(prompt, max_new_tokens, n_loops, sampling or Sampling(), ends, generator)

@@ -77,7 +77,7 @@ class _Watched:
 
     def _seen(self, logits: Tensor) -> Tensor:
         # NaN and infinity reach the sum of the largest, and so does a row without any finite number.
-        total = logits.amax(-1).sum(dtype=torch.float64)
+        total = logits.amax() if len(logits) == 1 else logits.amax(-1).sum(dtype=torch.float64)
         if not logits.is_cuda:
             self._check(total)
             return logits

@@ -127,7 +127,8 @@ def test_a_conversation_is_without_the_half_turn(temperature: float) -> None:
         "".join(talk.reply("hello", 3))
         return talk
 
-    for last in moments(lambda talk=talking(): "".join(talk.reply("more", 3))):
+    counted = talking()
+    for last in moments(lambda: "".join(counted.reply("more", 3))):
         torch.manual_seed(last)
         talk = talking()
         before, state = (copy.deepcopy(talk.messages), list(talk.ids)), torch.get_rng_state()
@@ -188,7 +189,7 @@ def test_logits_that_are_not_finite_end_their_request_and_no_other() -> None:
     with torch.no_grad():
         made.embed.weight[200] = float("nan")
     made.head.weight = torch.nn.Parameter(made.head.weight.detach().nan_to_num())  # of a tied head, the other half
-    with pytest.raises(ValueError, match="logits of what follows 2 tokens are not finite.*is that of embed"):
+    with pytest.raises(ValueError, match=r"logits of what follows 2 tokens are not finite.*is that of embed"):
         batch.step()
     while batch.busy:
         batch.step()
