@@ -7,12 +7,14 @@ the last few are kept as well, for the convolution of the tokens that follow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 from open_mythos.fields import must
 
 ROLLBACK = 64
@@ -141,6 +143,16 @@ class CacheSlot:
             self._base = None
         self.length, self._written = min(self.length, length), min(self._written, length)
 
+    def snapshot(self, n_new: int) -> dict[str, Any]:
+        """What :meth:`put_back` needs. Rows are written behind those there are, but raw ones over old ones."""
+        return vars(self) | ({"_raw": self._raw.clone()} if n_new > ROLLBACK and self._raw is not None else {})
+
+    def put_back(self, state: dict[str, Any], end: int) -> None:
+        """Be as at ``state``, after tokens up to ``end`` may have been written."""
+        is_same, self.__dict__ = state["_raw"] is self._raw, state | {"_addresses": None}
+        if is_same and self._raw is not None:
+            self._raw_start = max(self._raw_start, end - self._raw.shape[1])
+
     def _open(self, at: int) -> None:
         """Give up what is held from ``at`` on, and have all before it written, so that new rows can follow."""
         assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
@@ -250,6 +262,10 @@ class Cache:
         """Tokens held by each slot."""
         raise NotImplementedError
 
+    def snapshot(self, n_new: int) -> Callable[[], None]:
+        """What puts the cache back as it is now, once up to ``n_new`` tokens have been appended, or half so."""
+        return lambda: None
+
     def open(self, slot: Slot | str, at: int, n_raw: int) -> tuple[Any, Tensor | None]:
         """A slot, and the ``n_raw`` raw rows that it holds before position ``at``; see :meth:`CacheSlot.raw_before`."""
         held = self.slot(slot)
@@ -273,10 +289,11 @@ class KVCache(Cache):
         ValueError: for a ``cache_loops`` below 1.
     """
 
+    @checked
     def __init__(self, cache_loops: int | None = None, room: int = 0) -> None:
-        if cache_loops is not None:
-            whole = isinstance(cache_loops, int) and not isinstance(cache_loops, bool)
-            must(whole and cache_loops >= 1, f"cache_loops={cache_loops!r}; use a whole number of at least 1, or None")
+        most = cache_loops is None or cache_loops >= 1
+        must(most, f"cache_loops={cache_loops!r}; use a whole number of at least 1, or None")
+        must(room >= 0, f"room={room}; use 0 or more tokens")
         self.cache_loops, self._room = cache_loops, room
         self._slots: dict[Slot | str, CacheSlot] = {}
         self.valid = None
@@ -305,6 +322,7 @@ class KVCache(Cache):
     def batch_size(self) -> int:
         return next((slot.batch_size for slot in self._slots.values() if slot.batch_size), 0)
 
+    @checked
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``.
 
@@ -314,7 +332,9 @@ class KVCache(Cache):
             ValueError: if the cache holds fewer.
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}; use 0 to {self.length}")
+            raise ValueError(
+                f"cannot cut a cache of {self.length} tokens to {length}; use a length of 0 to {self.length}"
+            )
         if length == 0:
             return self.reset()
         for slot in self._slots.values():
@@ -322,10 +342,23 @@ class KVCache(Cache):
         if self.valid is not None:
             self.valid = self.valid[:, :length]
 
+    def snapshot(self, n_new: int) -> Callable[[], None]:
+        slots, valid, end = {slot: held.snapshot(n_new) for slot, held in self._slots.items()}, self.valid, self.length
+
+        def put_back() -> None:
+            self.valid = valid
+            for slot in self._slots.keys() - slots.keys():
+                del self._slots[slot]
+            for slot, state in slots.items():
+                self._slots[slot].put_back(state, end + n_new)
+
+        return put_back
+
     def reset(self) -> None:
         """Forget everything."""
         self._slots.clear()
         self.valid = None
+        vars(self).pop("_call", None)
 
 
 def loop_slot(loop: int, cache: Cache | None = None, layer: int = 0) -> Slot:

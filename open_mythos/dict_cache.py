@@ -1,14 +1,17 @@
-"""A plain dict as a cache, as the public reference takes one: ``model(ids, kv_cache={})``."""
+"""Caches as users give them: also a plain dict, as the public reference takes one, ``model(ids, kv_cache={})``."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from open_mythos.cache import Cache, Slot, slot_name
+from open_mythos.fields import must
 
+Result = TypeVar("Result")
 PADDING_SLOT = "padding"
 """Slot that holds which cached tokens are real; present only if some are padding."""
 _RAW = "raw"  # of a slot: the last raw rows
@@ -75,6 +78,15 @@ class DictCache(Cache):
     def slot(self, slot: Slot | str) -> _DictSlot:
         return _DictSlot(self._data, slot_name(slot))
 
+    def snapshot(self, n_new: int) -> Callable[[], None]:
+        before = dict(self._data)  # no tensor in it is ever written to
+
+        def put_back() -> None:
+            self._data.clear()
+            self._data.update(before)
+
+        return put_back
+
     def lengths(self) -> dict[str, int]:
         return {name: held["rows"].shape[1] for name, held in self._data.items() if name != PADDING_SLOT}
 
@@ -88,5 +100,33 @@ def as_cache(kv_cache: Cache | dict[str, Any] | None) -> Cache | None:
     if kv_cache is None or isinstance(kv_cache, Cache):
         return kv_cache
     if isinstance(kv_cache, dict):
+        for name, held in kv_cache.items():
+            part, ndim = ("valid", 2) if name == PADDING_SLOT else ("rows", 4)
+            is_slot = isinstance(held, dict) and all(isinstance(x, Tensor) for x in held.values())
+            is_slot = is_slot and part in held and held[part].ndim == ndim
+            must(is_slot, f"kv_cache[{name!r}] is nothing that this model wrote; pass an empty dict, or a KVCache")
         return DictCache(kv_cache)
     raise ValueError(f"kv_cache is a {type(kv_cache).__name__}; pass a KVCache, a dict, or None")
+
+
+def whole(cache: Cache, n_new: int, append: Callable[[], Result]) -> Result:
+    """What ``append`` returns, which appends ``n_new`` tokens to ``cache``; the cache as before if it raises.
+
+    Raises:
+        ValueError: for a cache that another call is appending to.
+    """
+    mine = object()
+    must(
+        vars(cache).setdefault("_call", mine) is mine,  # which no other thread comes between
+        "kv_cache belongs to another call, which runs in another thread or was interrupted as it began or ended; "
+        "use a cache for each text, or reset() this one",
+    )
+    put_back = cache.snapshot(n_new)
+    try:
+        try:
+            return append()
+        finally:
+            del vars(cache)["_call"]
+    except BaseException:
+        put_back()
+        raise

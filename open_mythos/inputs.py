@@ -30,32 +30,35 @@ def check_range(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> 
     must(0 <= bad < vocab_size, f"{name} holds {bad}; tokens of this model are 0 to {vocab_size - 1}")
 
 
-def check_input(cfg: MythosConfig, input_ids: Any) -> None:
+def check_input(cfg: MythosConfig, input_ids: Any, name: str = "input_ids") -> None:
     """ValueError unless ``input_ids`` are tokens of the model, (B, T), or what it embeds them as, (B, T, dim)."""
     if isinstance(input_ids, Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3:
         is_right = input_ids.numel() > 0 and input_ids.shape[2] == cfg.dim
-        must(is_right, f"embeddings are {tuple(input_ids.shape)}; use (batch, tokens, {cfg.dim})")
+        must(is_right, f"{name}: embeddings are {tuple(input_ids.shape)}; use (batch, tokens, {cfg.dim})")
     else:
-        check_ids(input_ids)
-        check_range(input_ids, cfg.vocab_size)
+        check_ids(input_ids, name)
+        check_range(input_ids, cfg.vocab_size, name)
 
 
-def check_left_padding(attention_mask: Tensor | None) -> None:
-    """ValueError for padding after tokens, where a row's last position has to be its last token."""
-    if attention_mask is not None and attention_mask.bool().int().diff(dim=1).lt(0).any():
+def check_left_padding(attention_mask: Tensor | None, input_ids: Tensor) -> None:
+    """ValueError unless the mask is one of the (B, T) tokens, without padding after a row's last."""
+    if attention_mask is None:
+        return
+    shapes = tuple(attention_mask.shape), tuple(input_ids.shape[:2])
+    must(shapes[0] == shapes[1], f"attention_mask is {shapes[0]}; use {shapes[1]}, 0 at padding")
+    if attention_mask.bool().int().diff(dim=1).lt(0).any():
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
 
 
-def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int) -> None:
+def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int, name: str = "input_ids") -> None:
     """ValueError unless the prompt is input for a model of ``cfg``, and it and what continues it fit."""
-    check_input(cfg, input_ids)
+    check_input(cfg, input_ids, name)
     must(
         cfg.causal,
         "the model was built with causal=False and sees tokens to come, so it cannot generate; use causal=True",
     )
     limit = cfg.max_output_tokens
-    if not isinstance(max_new_tokens, numbers.Integral) or not 0 <= max_new_tokens <= limit:
-        raise ValueError(f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
+    must(0 <= max_new_tokens <= limit, f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
     T, limit, room = input_ids.shape[1], cfg.max_seq_len, cfg.max_text_len
     fix = f"ask for at most {room - T}" if room > T else "shorten the prompt"
     must(
@@ -78,14 +81,24 @@ def check_n_loops(n_loops: Any, default: int) -> int:
     return int(n_loops)
 
 
-def end_tokens(eos_token_id: Any) -> tuple[int, ...]:
-    """The tokens that end a sequence: one, several as in transformers' configs, or none.
+def end_tokens(eos_token_id: int | tuple[int, ...] | None, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a sequence: one, several or none.
 
     Raises:
-        ValueError: unless ``eos_token_id`` is None, an integer, or a list or tuple of integers.
+        ValueError: for one that is no token of the model.
     """
-    ends = () if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list | tuple) else (eos_token_id,)
+    ends = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
     for end in ends:
-        if isinstance(end, bool) or not isinstance(end, numbers.Integral):
-            raise ValueError(f"eos_token_id={eos_token_id!r}; use a token id, a list of them, or None")
-    return tuple(int(end) for end in ends)
+        must(
+            0 <= end < vocab_size,
+            f"eos_token_id={eos_token_id}; use tokens of this model, 0 to {vocab_size - 1}, or None",
+        )
+    return ends
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """ValueError for random state of another device than tokens are drawn on."""
+    must(
+        generator is None or generator.device.type == device.type,
+        f"generator is on {generator and generator.device}, and the model on {device}; make it there",
+    )

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import checkpoint
+from open_mythos.arguments import checked
 from open_mythos.cache import Cache, KVCache, Slot, loop_slot, repeat_rows
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
-from open_mythos.dict_cache import as_cache
+from open_mythos.dict_cache import as_cache, whole
 from open_mythos.fields import must
 from open_mythos.generation.methods import Generates
 from open_mythos.inputs import check_input, check_n_loops
@@ -24,6 +25,7 @@ from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
 from open_mythos.nn.linear import Head, RMSNorm
 from open_mythos.nn.mixture import MixtureBlock
+from open_mythos.nn.modes import is_evaluating
 from open_mythos.nn.recurrent import Readout, RecurrentBlock
 from open_mythos.nn.untied import UntiedBlocks
 from open_mythos.ops.attention import AttentionMask, document_numbers, document_starts
@@ -58,6 +60,7 @@ class OpenMythos(Generates):
             nn.init.normal_(self.head.weight, std=cfg.dim**-0.5)
         self.register_load_state_dict_post_hook(_tie_assigned)
 
+    @checked
     def forward(
         self, input_ids: Tensor, n_loops: int | None = None, kv_cache: KVCache | dict[str, Any] | None = None,
         start_pos: int | None = None, attention_mask: Tensor | None = None, exit: Exit | None = None,
@@ -83,14 +86,22 @@ class OpenMythos(Generates):
             (B, T, vocab_size).
 
         Raises:
-            ValueError: for input that does not fit; nothing has been written to the cache then.
+            ValueError: for input that does not fit. After this or any other error the cache is as it was before.
         """
-        h, ctx = self.states(input_ids, n_loops, kv_cache, start_pos, attention_mask, exit, auxiliary=auxiliary)
-        return self.head(self.decode(h, ctx))
+        options: dict[str, Any] = dict(
+            start_pos=start_pos, attention_mask=attention_mask, exit=exit, auxiliary=auxiliary
+        )
+        cache = as_cache(kv_cache)
+        if cache is None:
+            return self.head(self.hidden(input_ids, n_loops, **options))
+        n_new = input_ids.shape[1:2].numel()
+        return whole(cache, n_new, lambda: self.head(self.hidden(input_ids, n_loops, cache, **options)))
 
-    def hidden(self, input_ids: Tensor, *args: Any, last: int | None = None, **options: Any) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, n_loops: int | None = None, *args: Any, last: int | None = None, **options: Any
+    ) -> Tensor:
         """What the head reads, (B, T, dim), or of the ``last`` positions alone; arguments as :meth:`states`."""
-        return self.decode(*self.states(input_ids, *args, **options), last=last)
+        return self.decode(*self.states(input_ids, n_loops, *args, **options), last=last)
 
     def states(
         self, input_ids: Tensor, n_loops: int | None = None, kv_cache: Cache | dict[str, Any] | None = None,
@@ -177,7 +188,7 @@ class OpenMythos(Generates):
         """The state before the first loop, as ``cfg.state_init`` says: (B, T, dim), or what the loops carry."""
         if self.cfg.state_init == "input":
             return self.recurrent.begin(e)
-        if self.cfg.state_init == "noise" and self.training:
+        if self.cfg.state_init == "noise" and self.training and not is_evaluating():
             return ctx.mask.without_padding(torch.randn_like(e))
         return self.recurrent.begin(torch.zeros_like(e))
 
@@ -203,6 +214,7 @@ class OpenMythos(Generates):
         """
         return lambda h, loop: self.head(self.decode(h, ctx, loop))
 
+    @checked
     def iterate(
         self, input_ids: Tensor, n_loops: int | None = None, exit: Exit | None = None, **inputs: Any
     ) -> Iterator[tuple[LoopState, Tensor]]:
@@ -213,6 +225,7 @@ class OpenMythos(Generates):
             n_loops, exit: as :meth:`forward`.
             inputs: ``start_pos`` and ``attention_mask``, as :meth:`forward`.
         """
+        n_loops, exit = check_n_loops(n_loops, self.cfg.max_loop_iters), self.recurrent.choose_exit(exit)
         e, ctx = self.encode(input_ids, **inputs)
         readout = self.readout(ctx)
         for state in self.recurrent.iterate(self.first_state(e, ctx), e, ctx, n_loops, exit, readout):
@@ -295,11 +308,13 @@ class OpenMythos(Generates):
 
     # -- files
 
+    @checked
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; see :func:`open_mythos.checkpoint.save`."""
         checkpoint.save(self, directory)
 
     @classmethod
+    @checked
     def from_pretrained(cls, source: str | Path, verify: bool = True) -> OpenMythos:
         """A model that :meth:`save_pretrained` wrote, or one that comes with the package, by its name, in eval mode.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from open_mythos.fields import must
 from open_mythos.inputs import check_ids, check_left_padding, check_range
 from open_mythos.model import OpenMythos
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import evaluating
 
 IGNORED = -100  # in a target: no token, and nothing is asked; as in cross_entropy and transformers
 
@@ -57,7 +57,7 @@ class Seq2Seq(nn.Module):
         """
         check_ids(source, "source")
         self._check_room(source.shape[1])
-        check_left_padding(mask)
+        check_left_padding(mask, source)
         return self.encoder.hidden(source, n_loops, attention_mask=mask) * self.decoder.cfg.dim**-0.5
 
     def forward(
@@ -108,7 +108,7 @@ class Seq2Seq(nn.Module):
         Raises:
             ValueError: for input, options or lengths that do not fit.
         """
-        with eval_mode(self.encoder), torch.no_grad():
+        with evaluating(self.encoder), torch.no_grad():
             prefix = self.encode(source, encoder_loops, source_mask)
         return self.decoder.generate(prefix, max_new_tokens, n_loops, attention_mask=source_mask, **options)
 

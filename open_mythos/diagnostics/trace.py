@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from open_mythos.arguments import checked
 from open_mythos.inputs import check_n_loops
 from open_mythos.model import OpenMythos
 from open_mythos.nn.feed_forward import MoEFFN
@@ -37,6 +38,7 @@ class Trace:
     expert_load: Tensor
 
 
+@checked
 @torch.no_grad()
 def trace(
     model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, attention_mask: Tensor | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import files
+from open_mythos.arguments import checked
 from open_mythos.evaluation.depth import chunks, device_of, measuring, readings
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
@@ -90,6 +91,7 @@ class DepthGrid:
         return cls(**data | tensors)
 
 
+@checked
 def depth_grid(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: Sequence[int], examples: int = 256,
     seed: int = 0, halting: bool | None = None, progress: Callable[[str], None] | None = None, exit: Exit | None = None,

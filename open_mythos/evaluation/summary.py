@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from open_mythos import files
+from open_mythos.arguments import checked
 from open_mythos.evaluation import metrics as measures
 from open_mythos.evaluation.depth import measuring
 from open_mythos.evaluation.grid import DepthGrid, combine, depth_grid
@@ -97,6 +98,7 @@ class Evaluation:
         return cls.from_dict(files.read_json(path), str(path))
 
 
+@checked
 def evaluate(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: Sequence[int], examples: int = 256,
     seeds: Sequence[int] = (0,), exit: Exit | None = None, progress: Callable[[str], None] | None = None,
@@ -107,6 +109,7 @@ def evaluate(
     :func:`n_steps` times. In the grid every position runs all loops unless there is an ``exit``; what depth does is
     then measured without it, on the same problems, and the savings of the exit, or else of the gate, are a metric.
     """
+    must(len(seeds) > 0, "seeds is empty; give at least one")
     begin = progress or (lambda stage: None)
 
     def measured(rule: Exit | None) -> list[DepthGrid]:

@@ -7,15 +7,17 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 from open_mythos.cache import ROLLBACK
 from open_mythos.fields import must
 from open_mythos.generation.engine import Depth, Engine
 from open_mythos.generation.engines import make_engine
-from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.finite import not_finite
+from open_mythos.generation.sampling import Sampling, random_state
 from open_mythos.inputs import check_n_loops
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import evaluating
 from open_mythos.tasks.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -30,7 +32,7 @@ class Conversation:
     Without a ``template`` a reply is simply how the text goes on: all turns so far, each on a line of its own.
 
     Args:
-        model: run in eval mode for each token, and put back after it.
+        model: computes as in eval mode, whatever its own is.
         tokenizer: what the model was trained with.
         n_loops: loops for every token, ``cfg.max_loop_iters`` if None; may be changed at any time (:attr:`n_loops`).
         sampling: how tokens are drawn; may be changed at any time.
@@ -42,6 +44,7 @@ class Conversation:
         ValueError: for a tokenizer with more tokens than the model.
     """
 
+    @checked
     def __init__(
         self,
         model: Model,
@@ -80,18 +83,41 @@ class Conversation:
         self._n_loops = check_n_loops(n_loops, self.model.cfg.max_loop_iters)
         self._forget_cache()
 
+    @checked
     def reply(self, said: str, max_new_tokens: int = 256) -> Iterator[str]:
         """What the model answers, in pieces of whole characters, as they come.
 
-        Whoever stops listening leaves a reply that ends there. Of a text too long for the model the oldest part is
-        forgotten.
+        Whoever stops listening leaves a reply that ends there. After an error, or Ctrl-C while the model computes,
+        nothing has been said. Of a text too long for the model the oldest part is forgotten.
 
         Args:
             said: by the user.
             max_new_tokens: of the reply, at most; half of what the model can hold is the limit.
+
+        Raises:
+            ValueError: at the call, for what cannot be said; and once logits are not finite.
         """
+        must(max_new_tokens >= 0, f"max_new_tokens={max_new_tokens}; use 0 or more")
+        try:
+            said.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"said={said!r} holds half a character, so it is no text; leave that out") from error
+        return self._undone_if_it_fails(said, min(max_new_tokens, self.model.cfg.max_seq_len // 2))
+
+    def _undone_if_it_fails(self, said: str, max_new_tokens: int) -> Iterator[str]:
+        before = [dict(message) for message in self.messages], list(self.ids)
+        put_back = random_state(self.generator, self.model.embed.weight.device)
+        try:
+            yield from self._reply(said, max_new_tokens)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self.messages[:], self.ids = before
+            put_back()
+            raise
+
+    def _reply(self, said: str, max_new_tokens: int) -> Iterator[str]:
         cfg = self.model.cfg
-        max_new_tokens = min(max_new_tokens, cfg.max_seq_len // 2)
         self.messages.append({"role": "user", "content": said})
         self.ids = self._prompt(cfg.max_text_len - max(max_new_tokens, 1))
         must(len(self.ids) > 0, "there is nothing to go on from; say something")
@@ -110,6 +136,7 @@ class Conversation:
             reply["content"] += text
             yield text
 
+    @checked
     @torch.no_grad()
     def trace(self, n: int = 8) -> tuple[list[int], list[list[tuple[int, float]]]]:
         """What the model would have said after each loop where the last ``n`` tokens of the text stand.
@@ -121,10 +148,11 @@ class Conversation:
         Raises:
             ValueError: if nothing was said.
         """
-        must(len(self.ids) > 1 and n >= 1, "there is nothing to trace yet; say something first")
+        must(n >= 1, f"n={n}; use at least 1")
+        must(len(self.ids) > 1, "there is nothing to trace yet; say something first")
         n = min(n, len(self.ids) - 1)
         model, by_loop = self.model, []
-        with eval_mode(model):
+        with evaluating(model):
             e, ctx = model.encode(self._tensor(self.ids[:-1]))
             first, readout = model.first_state(e, ctx), model.readout(ctx)
             for state in model.recurrent.iterate(first, e, ctx, self.n_loops, self.exit, readout):
@@ -151,20 +179,24 @@ class Conversation:
 
     def _logits(self) -> Tensor:
         """Of what follows ``ids``, (1, vocab_size); what the cache holds of them is not computed again."""
-        with eval_mode(self.model):
-            if self._engine is None:
-                depth = Depth(self.n_loops, self.model.recurrent.choose_exit(self.exit))
-                self._engine = make_engine("auto", self.model, depth)
-            same = (mine == other for mine, other in zip(self._held, self.ids[:-1], strict=False))
-            known = sum(takewhile(bool, same))
-            if len(self._held) - known > ROLLBACK:
-                known = 0
-            self._engine.truncate(known)
-            new, self._held = self.ids[known:], []  # an interruption leaves half a token in the cache
+        held, self._held = self._held, []  # an interruption leaves half a token in the cache
+        same = (mine == other for mine, other in zip(held, self.ids[:-1], strict=False))
+        known = sum(takewhile(bool, same))
+        with evaluating(self.model):
+            if self._engine is None or known == 0 or len(held) - known > ROLLBACK:
+                self._engine, known = make_engine("auto", self.model, self._depth()), 0
+            else:
+                self._engine.truncate(known)
+            new = self.ids[known:]
             read = self._engine.step if known and len(new) == 1 else self._engine.extend
             logits = read(self._tensor(new))
+            if not bool(logits.amax(-1).isfinite().all()):
+                raise not_finite(self.model, self._depth(), [self._tensor(self.ids)])
         self._held = list(self.ids)
         return logits
+
+    def _depth(self) -> Depth:
+        return Depth(self.n_loops, self.model.recurrent.choose_exit(self.exit))
 
     def _forget_cache(self) -> None:
         self._engine, self._held = None, []

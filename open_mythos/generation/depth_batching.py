@@ -6,6 +6,7 @@ others go on (continuous batching as in Orca, OSDI 2022, with loops in place of 
 arXiv:2608.09444).
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 from open_mythos.cache import Slot
 from open_mythos.context import Context
 from open_mythos.fields import must
 from open_mythos.generation.engine import Depth, ModuleEngine
+from open_mythos.generation.finite import not_finite
 from open_mythos.generation.fused import fuse, why_not_fused
 from open_mythos.generation.lanes import LaneCache, Place
-from open_mythos.generation.sampling import Sampling
-from open_mythos.inputs import check_lengths, check_n_loops, end_tokens
+from open_mythos.generation.sampling import Sampling, random_state
+from open_mythos.inputs import check_generator, check_lengths, check_n_loops, end_tokens
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import evaluating, is_evaluating
 from open_mythos.nn.recurrent import LoopInput, advance
 from open_mythos.ops.attention import AttentionMask
 
@@ -43,6 +46,7 @@ class Request:
         tokens: made so far, with the one that ended it.
         loops: run by each token that was fed in after the prompt.
         done: whether there will be no more.
+        error: why not, if it is not that all are there.
     """
 
     prompt: Tensor
@@ -54,6 +58,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     loops: list[int] = field(default_factory=list)
     done: bool = False
+    error: ValueError | None = None
 
 
 @dataclass(eq=False)
@@ -84,10 +89,13 @@ class DepthBatch:
         ValueError: for a model in training mode, and for an exit that reads predictions.
     """
 
+    @checked
     def __init__(self, model: Model, exit: Exit | None = None, max_rows: int = 32) -> None:
-        must(not model.training, "the model is in training mode, where nothing halts; call model.eval() first")
-        whole = isinstance(max_rows, int) and not isinstance(max_rows, bool)
-        must(whole and max_rows >= 1, f"max_rows={max_rows!r}; use an integer of at least 1")
+        must(
+            not model.training or is_evaluating(),
+            "the model is in training mode, where nothing halts; call model.eval() first",
+        )
+        must(max_rows >= 1, f"max_rows={max_rows!r}; use an integer of at least 1")
         self.exit = model.recurrent.choose_exit(exit)
         must(
             self.exit is None or not self.exit.needs_predictions,
@@ -101,29 +109,35 @@ class DepthBatch:
         self._reach = cfg.local_window if cfg.n_local_heads == cfg.n_heads else None
         self._layers = [Slot("prelude", i) for i in range(cfg.prelude_layers)]
         self._layers += [Slot("coda", i) for i in range(cfg.coda_layers)]
-        self._cache = LaneCache(max_rows, cfg.core_layers, max(cfg.conv_taps - 1, 0))
-        self._free = list(reversed(range(max_rows)))
+        self._lanes = max_rows, cfg.core_layers, max(cfg.conv_taps - 1, 0)
         self._queue: deque[Request] = deque()
-        self._running: list[_Row] = []
-        self._finished: list[_Row] = []
+        self._forget()
         # Of the running rows: h, rotary, loop, what each loop reads, and what the exit carries, (n, 1, ...) each.
         self._state: tuple[Tensor, Tensor, Tensor, LoopInput, tuple[Tensor, ...]]
         self._place: Place
 
+    def _forget(self) -> None:
+        """Decode nothing, and hold nothing."""
+        self._cache = LaneCache(*self._lanes)
+        self._free = list(reversed(range(self._cache.n_lanes)))
+        self._running: list[_Row] = []
+        self._finished: list[_Row] = []
+
+    @checked
     def add(
         self, prompt: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, sampling: Sampling | None = None,
-        eos_token_id: int | Sequence[int] | None = None, generator: torch.Generator | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, generator: torch.Generator | None = None,
     ) -> Request:  # fmt: skip
         """Queue a sequence; arguments as :meth:`OpenMythos.generate_many`, ``prompt`` (T,).
 
         Raises:
             ValueError: for a prompt, a length or a number of loops that does not fit the model.
         """
-        if not isinstance(prompt, Tensor) or prompt.ndim != 1:
-            what = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-            raise ValueError(f"prompt is {what}; pass a (tokens,) tensor of int64 or int32")
-        check_lengths(self.model.cfg, prompt.unsqueeze(0), max_new_tokens)
-        n_loops, ends = check_n_loops(n_loops, self.model.cfg.max_loop_iters), end_tokens(eos_token_id)
+        cfg = self.model.cfg
+        must(prompt.ndim == 1, f"prompt is {tuple(prompt.shape)}; pass a (tokens,) tensor of int64 or int32")
+        check_lengths(cfg, prompt.unsqueeze(0), max_new_tokens, "prompt as input_ids")
+        n_loops, ends = check_n_loops(n_loops, cfg.max_loop_iters), end_tokens(eos_token_id, cfg.vocab_size)
+        check_generator(generator, prompt.device)
         request = Request(prompt, max_new_tokens, n_loops, sampling or Sampling(), ends, generator)
         if max_new_tokens == 0:
             request.done = True
@@ -138,32 +152,67 @@ class DepthBatch:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Start requests that fit, and run one loop of every row. Returns the requests that got a token."""
+        """Start requests that fit, and run one loop of every row. Returns the requests that got a token.
+
+        A step that is interrupted has not been: all requests are as they were, and the next one goes on.
+
+        Raises:
+            ValueError: where the logits of a request are not finite. It is ``done``, with this ``error``; others go on.
+        """
+        rows = [row.request for row in (*self._finished, *self._running)]
+        rows += itertools.islice(self._queue, len(self._free))
+        before = [(r, len(r.tokens), len(r.loops), random_state(r.generator, r.prompt.device)) for r in rows]
+        try:
+            return self._step(rows)
+        except BaseException as error:
+            if any(error is request.error for request in rows):
+                raise
+            self._forget()
+            self._queue = deque([*rows, *(request for request in self._queue if request not in rows)])
+            for request, n_tokens, n_loops, put_back in before:
+                del request.tokens[n_tokens:], request.loops[n_loops:]
+                request.done, request.error = False, None
+                put_back()
+            raise
+
+    def _step(self, requests: list[Request]) -> list[Request]:
         served = []
         while self._queue and self._free:
-            served.append(self._start(self._queue.popleft()))
+            request = self._queue.popleft()
+            served += [request] * self._start(request)
         n_rows = len(self._finished) + len(self._running)
         if self._finished and len(self._finished) >= MIN_FINISHED_FRACTION * n_rows:
             served += [row.request for row in self._finished]
             self._next_tokens()
         if self._running:
             self._loop()
+        for request in requests:
+            if request.error is not None:
+                raise request.error
         return served
 
-    def _start(self, request: Request) -> Request:
-        """Read the prompt by itself, which gives the first new token."""
-        engine, T = ModuleEngine(self.model, Depth(request.n_loops, self.exit)), len(request.prompt)
-        token = int(request.sampling.draw(engine.extend(request.prompt.unsqueeze(0)), request.generator))
-        if self._accept(request, token):
-            row = _Row(request, self._free.pop(), T)
-            self._cache.reserve(T + request.max_new_tokens, 1, engine.state.device)
+    def _start(self, request: Request) -> bool:
+        """Read the prompt by itself, which gives the first new token; whether there is a new one.
+
+        A request that was interrupted has some tokens, which are read too, and goes on from its last.
+        """
+        engine, is_new = ModuleEngine(self.model, Depth(request.n_loops, self.exit)), not request.tokens
+        text = torch.cat([request.prompt, request.prompt.new_tensor(request.tokens[:-1])])
+        logits = engine.extend(text.unsqueeze(0))
+        if not is_new or self._accept(request, self._draw([request], logits)[0]):
+            row = _Row(request, self._free.pop(), len(text))
+            self._cache.reserve(len(request.prompt) + request.max_new_tokens, 1, engine.state.device)
             self._cache.fill(row.lane, engine.cache, self._layers, request.n_loops)
             self._enter([row])
-        return request
+        return is_new
 
-    @staticmethod
-    def _accept(request: Request, token: int) -> bool:
-        """Note a new token; whether another one is wanted."""
+    def _accept(self, request: Request, token: int | None) -> bool:
+        """Note a new token, None if there can be none; whether another one is wanted."""
+        if token is None:
+            depth, text = Depth(request.n_loops, self.exit), [*request.prompt.tolist(), *request.tokens]
+            request.error = not_finite(self.model, depth, [request.prompt.new_tensor(text).unsqueeze(0)])
+            request.done = True
+            return False
         request.tokens.append(token)
         request.done = token in request.ends or len(request.tokens) == request.max_new_tokens
         return not request.done
@@ -201,7 +250,7 @@ class DepthBatch:
         ctx = Context(rotary, self._outside_loops(lanes, positions), self._cache)
         logits = self.model.head(self._steps.decode(h, ctx))[:, -1]
         on = []
-        for row, token in zip(rows, self._draw(rows, logits), strict=True):
+        for row, token in zip(rows, self._draw([row.request for row in rows], logits), strict=True):
             row.request.loops.append(row.loop)
             if self._accept(row.request, token):
                 row.position, row.loop = row.position + 1, 0
@@ -220,13 +269,14 @@ class DepthBatch:
         return place.mask
 
     @staticmethod
-    def _draw(rows: list[_Row], logits: Tensor) -> list[int]:
-        """A token for each row of ``logits`` (n, vocab_size), drawn as its request says."""
-        greedy = logits.argmax(-1).tolist()
+    def _draw(requests: list[Request], logits: Tensor) -> list[int | None]:
+        """A token for each row of ``logits`` (n, vocab_size), drawn as its request says; None if none is finite."""
+        greedy, finite = torch.stack([logits.argmax(-1), logits.amax(-1).isfinite()]).tolist()
         return [
-            token if row.request.sampling.temperature == 0
-            else int(row.request.sampling.draw(logits[i : i + 1], row.request.generator))
-            for i, (row, token) in enumerate(zip(rows, greedy, strict=True))
+            None if not fine
+            else token if request.sampling.temperature == 0
+            else int(request.sampling.draw(logits[i : i + 1], request.generator))
+            for i, (request, token, fine) in enumerate(zip(requests, greedy, finite, strict=True))
         ]  # fmt: skip
 
     def _enter(self, rows: list[_Row]) -> None:
@@ -266,7 +316,7 @@ def generate_many(
     loops = list(n_loops) if isinstance(n_loops, Sequence) else [n_loops] * len(prompts)
     if len(loops) != len(prompts):
         raise ValueError(f"n_loops holds {len(loops)} numbers for {len(prompts)} prompts; give one for each, or one")
-    with eval_mode(model):
+    with evaluating(model):
         batch = DepthBatch(model, exit, max_rows)
         requests = [batch.add(prompt, n_loops=count, **request) for prompt, count in zip(prompts, loops, strict=True)]
         while batch.busy:

@@ -30,15 +30,15 @@ class Depth:
 
 
 class Engine(Protocol):
-    """Tokens in, logits out, over a cache of its own.
+    """Tokens in, logits out, over a cache of its own."""
 
-    Attributes:
-        cache: the tokens that were given so far.
-        state: the last position's state after its last loop, (B, 1, dim).
-    """
+    @property
+    def cache(self) -> KVCache:
+        """The tokens that were given so far."""
 
-    cache: KVCache
-    state: Tensor
+    @property
+    def state(self) -> Tensor:
+        """The last position's state after its last loop, (B, 1, dim)."""
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read tokens (B, T), behind those of the cache: logits (B, vocab_size) of what follows."""

@@ -15,7 +15,7 @@ from open_mythos.cache import Slot
 from open_mythos.context import Context
 from open_mythos.interface import Model
 from open_mythos.nn.attention import Attention, GQAttention, LatentUp, MLAttention, ShortConv
-from open_mythos.nn.block import CoreBlocks, TransformerBlock
+from open_mythos.nn.block import CoreBlocks, Dropout, TransformerBlock
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.nn.linear import Linear, RMSNorm
@@ -133,8 +133,8 @@ def _take_settings(new: Attention, attn: Attention) -> None:
 @torch.no_grad()
 def fuse(model: Model) -> Model:
     """A model that shares all of ``model`` but its blocks, which are fused; made of the weights as they are."""
-    fused: Any = _copy(model)
-    fused.recurrent = _copy(model.recurrent)
+    fused: Any = shallow_copy(model)
+    fused.recurrent = shallow_copy(model.recurrent)
     for part in ("prelude", "coda"):
         setattr(fused, part, nn.ModuleList(_fused(block) for block in getattr(model, part)))
     fused.recurrent.block = _fused(model.recurrent.block)
@@ -143,13 +143,13 @@ def fuse(model: Model) -> Model:
 
 def _fused(block: nn.Module) -> nn.Module:
     if isinstance(block, CoreBlocks):
-        blocks = _copy(block)
+        blocks = shallow_copy(block)
         blocks._modules = {str(i): FusedBlock(cast(TransformerBlock, part)) for i, part in enumerate(block)}
         return blocks
     return FusedBlock(cast(TransformerBlock, block))
 
 
-def _copy(module: Any) -> Any:
+def shallow_copy(module: Any) -> Any:
     """A module of the same parts, which can be replaced in it alone."""
     new = object.__new__(type(module))
     new.__dict__.update(vars(module) | {"_modules": dict(module._modules)})
@@ -158,7 +158,7 @@ def _copy(module: Any) -> Any:
 
 _OWN = (
     TransformerBlock, CoreBlocks, GQAttention, MLAttention, MoEFFN, Expert, Linear, LatentUp, RMSNorm, ShortConv,
-    LTIInjection, nn.ModuleList, nn.Dropout,
+    LTIInjection, nn.ModuleList, Dropout,
 )  # fmt: skip
 
 

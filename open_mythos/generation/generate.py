@@ -1,29 +1,102 @@
 """Prefill once, then decode: one token at a time, or drafted ahead."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
+from open_mythos.cache import KVCache
 from open_mythos.fields import must, nearest
 from open_mythos.generation.engine import Depth, Engine
 from open_mythos.generation.engines import check_engine, make_engine
-from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.finite import not_finite
+from open_mythos.generation.sampling import Sampling, Undrawn
 from open_mythos.generation.speculative import Draft, drafted
-from open_mythos.inputs import check_left_padding, check_lengths, check_n_loops, end_tokens
+from open_mythos.inputs import check_generator, check_left_padding, check_lengths, check_n_loops, end_tokens
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import evaluating
 
 ROOM = 512  # new tokens that a cache has room for before it grows
 
 
+class _Watched:
+    """An engine whose logits are looked at: where they are not finite there is no next token.
+
+    On CUDA nothing waits for that: what was seen is read when it has arrived, a token or so later, and at the end.
+
+    Args:
+        engine, model, depth: the engine, and what it was made of.
+    """
+
+    def __init__(self, engine: Engine, model: Model, depth: Depth) -> None:
+        self._engine, self._model, self._depth = engine, model, depth
+        self._text: list[Tensor] = []
+        self._mask: Tensor | None = None
+        self._pending: deque[tuple[Any, Tensor]] = deque()
+
+    @property
+    def cache(self) -> KVCache:
+        return self._engine.cache
+
+    @property
+    def state(self) -> Tensor:
+        return self._engine.state
+
+    def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self._text, self._mask = [ids], attention_mask
+        return self._seen(self._engine.extend(ids, attention_mask))
+
+    def step(self, tokens: Tensor, first: Tensor | None = None) -> Tensor:
+        self._text.append(tokens)
+        return self._seen(self._engine.step(tokens, first))
+
+    def draft(self, tokens: Tensor, n_loops: int) -> Tensor:
+        self._text.append(tokens)
+        return self._seen(self._engine.draft(tokens, n_loops))
+
+    def verify(self) -> Tensor:
+        return self._seen(self._engine.verify())
+
+    def truncate(self, length: int) -> None:
+        del self._text[len(self._text) - (self.cache.length - length) :]  # drafted one by one
+        self._engine.truncate(length)
+
+    def end(self) -> None:
+        """ValueError for what was seen and not yet read."""
+        while self._pending:
+            arrived, total = self._pending.popleft()
+            arrived.synchronize()
+            self._check(total)
+
+    def _seen(self, logits: Tensor) -> Tensor:
+        # NaN and infinity reach the sum of the largest, and so does a row without any finite number.
+        total = logits.amax() if len(logits) == 1 else logits.amax(-1).sum(dtype=torch.float64)
+        if not logits.is_cuda:
+            self._check(total)
+            return logits
+        arrived, copy = torch.cuda.Event(), total.to("cpu", non_blocking=True)
+        arrived.record()
+        self._pending.append((arrived, copy))
+        while self._pending and self._pending[0][0].query():
+            self._check(self._pending.popleft()[1])
+        return logits
+
+    def _check(self, total: Tensor) -> None:
+        if not math.isfinite(total.item()):
+            raise not_finite(self._model, self._depth, self._text, self._mask)
+
+
+@checked
 def stream(
     model: Model, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None,
-    sampling: Sampling | None = None, eos_token_id: int | Sequence[int] | None = None,
+    sampling: Sampling | None = None, eos_token_id: int | tuple[int, ...] | None = None,
     attention_mask: Tensor | None = None, generator: torch.Generator | None = None, exit: Exit | None = None,
     draft: Draft | None = None, engine: str = "auto", cache_loops: int | None = None, warm_start: bool = False,
     **old: Any,
@@ -31,7 +104,7 @@ def stream(
     """New tokens as they are made, (B,) at a time; ends early once every row has produced an ``eos_token_id``.
 
     Args:
-        model: run in eval mode for each token, and put back after it.
+        model: computes as in eval mode, whatever its own is.
         input_ids, max_new_tokens, n_loops, eos_token_id, attention_mask, exit, draft, engine, cache_loops, warm_start:
             as :meth:`OpenMythos.generate`.
         sampling: how to draw; ``Sampling()`` if None.
@@ -46,27 +119,36 @@ def stream(
     draft, engine = _old_names(draft, engine, **old)
     sampling = sampling or Sampling()
     check_lengths(model.cfg, input_ids, max_new_tokens)
-    n_loops, ends = check_n_loops(n_loops, model.cfg.max_loop_iters), end_tokens(eos_token_id)
-    check_left_padding(attention_mask)
+    n_loops, ends = check_n_loops(n_loops, model.cfg.max_loop_iters), end_tokens(eos_token_id, model.cfg.vocab_size)
+    check_left_padding(attention_mask, input_ids)
+    check_generator(generator, input_ids.device)
     if warm_start:
         _check_warm_start(model, draft)
-    with eval_mode(model):
+    with evaluating(model):
         depth = Depth(n_loops, model.recurrent.choose_exit(exit), cache_loops)
         check_engine(engine, model, depth, draft is not None)
     if draft is not None:
         _check_draft(draft, depth)
     room = input_ids.shape[1] + min(max_new_tokens, ROOM)
 
+    running: _Watched | None = None
+
     def blocks() -> Iterator[Tensor]:
-        with eval_mode(model), torch.no_grad():
-            running = make_engine(engine, model, depth, room, draft is not None)
+        nonlocal running
+        with evaluating(model), torch.no_grad():
+            running = _Watched(make_engine(engine, model, depth, room, draft is not None), model, depth)
             logits = running.extend(input_ids, attention_mask)
         if draft is not None:
             yield from drafted(model, running, logits, draft, sampling, ends, generator, max_new_tokens)
         else:
             yield from _one_by_one(model, running, logits, sampling, generator, warm_start)
 
-    return _until_done(blocks(), max_new_tokens, ends)
+    def end() -> None:
+        if running is not None:
+            running.end()
+
+    tokens = _until_done(blocks(), max_new_tokens, ends, end)
+    return tokens if sampling.temperature == 0 else Undrawn(tokens, generator, model.embed.weight.device)
 
 
 def _one_by_one(
@@ -78,13 +160,15 @@ def _one_by_one(
         yield tokens
         first = engine.state if warm else None
         if model.training:
-            with eval_mode(model):
+            with evaluating(model):
                 logits = engine.step(tokens, first)
         else:
             logits = engine.step(tokens, first)
 
 
-def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, ...]) -> Iterator[Tensor]:
+def _until_done(
+    blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, ...], end: Callable[[], None]
+) -> Iterator[Tensor]:
     """The columns of (B, n) blocks, each row's first end token repeated, until all rows have one."""
     columns = itertools.chain.from_iterable(block.unbind(1) for block in blocks)
     last: Tensor | None = None  # each row's end token, -1 before it
@@ -95,13 +179,15 @@ def _until_done(blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, 
             last = torch.where(is_end, new, -1)
         yield new
         if last is not None and bool((last >= 0).all()):
-            return
+            break
+    end()
 
 
 _OLD_NAMES = {"draft_loops", "draft_tokens", "compile"}
 _NAMES = sorted({*signature(stream).parameters, *_OLD_NAMES} - {"model", "old"})
 
 
+@checked
 def _old_names(
     draft: Draft | None, engine: str, draft_loops: int | None = None, draft_tokens: int = 4, compile: bool = False
 ) -> tuple[Draft | None, str]:

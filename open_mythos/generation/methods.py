@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 from open_mythos.generation.depth_batching import generate_many
 from open_mythos.generation.generate import stream
-from open_mythos.generation.sampling import Sampling
+from open_mythos.generation.sampling import Sampling, random_state
 from open_mythos.generation.speculative import Draft
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
@@ -17,21 +18,22 @@ from open_mythos.nn.exits import Exit
 class Generates(Model):
     """``generate``, ``stream`` and ``generate_many`` of :class:`~open_mythos.OpenMythos`."""
 
+    @checked
     def generate(
         self, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,
         top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
         draft: Draft | None = None, engine: str = "auto", **options: Any,
     ) -> Tensor:  # fmt: skip
-        """Continue every row by ``max_new_tokens``, in eval mode, with a cache.
+        """Continue every row by ``max_new_tokens``, as in eval mode, with a cache.
 
         Args:
             input_ids: (B, T) prompt, padded on the left where rows differ in length; or, as (B, T, dim), embeddings.
             max_new_tokens: how many tokens to add.
             n_loops: loops for every token; ``cfg.max_loop_iters`` if None.
             temperature, top_k, top_p, min_p: see :class:`~open_mythos.generation.sampling.Sampling`; 0 is greedy.
-            eos_token_id: a token, or several; a row that produced one repeats it from then on.
+            eos_token_id: a token, or a tuple of several; a row that produced one repeats it from then on.
             attention_mask: (B, T), 0 at padding.
             generator: random state to draw from.
             exit: when a position stops looping; see :meth:`forward`.
@@ -49,21 +51,28 @@ class Generates(Model):
             (B, T + max_new_tokens); after embeddings, the new tokens alone.
 
         Raises:
-            ValueError: for input, sampling options or lengths that do not fit.
+            ValueError: for input, sampling options or lengths that do not fit, before anything is computed; and once
+                logits are not finite, naming the first layer whose output was not.
         """
-        stream = self.stream(
-            input_ids, max_new_tokens, n_loops, temperature, top_k, top_p, min_p, eos_token_id, attention_mask,
-            generator, exit, sampling=sampling, draft=draft, engine=engine, **options,
-        )  # fmt: skip
-        new = list(stream)
-        new += new[-1:] * (max_new_tokens - len(new))  # all rows have ended
-        ids = input_ids[:, :0, 0].long() if input_ids.is_floating_point() else input_ids
-        return torch.cat([ids, *(tokens.unsqueeze(1).to(ids.dtype) for tokens in new)], dim=1)
+        put_back = random_state(generator, self.embed.weight.device)
+        try:
+            stream = self.stream(
+                input_ids, max_new_tokens, n_loops, temperature, top_k, top_p, min_p, eos_token_id, attention_mask,
+                generator, exit, sampling=sampling, draft=draft, engine=engine, **options,
+            )  # fmt: skip
+            new = list(stream)
+            new += new[-1:] * (max_new_tokens - len(new))  # all rows have ended
+            ids = input_ids[:, :0, 0].long() if input_ids.is_floating_point() else input_ids
+            return torch.cat([ids, *(tokens.unsqueeze(1).to(ids.dtype) for tokens in new)], dim=1)
+        except BaseException:
+            put_back()
+            raise
 
+    @checked
     def stream(
         self, input_ids: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,
         top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
         draft: Draft | None = None, engine: str = "auto", **options: Any,
     ) -> Iterator[Tensor]:  # fmt: skip
@@ -74,10 +83,11 @@ class Generates(Model):
             attention_mask=attention_mask, generator=generator, exit=exit, draft=draft, engine=engine, **options,
         )  # fmt: skip
 
+    @checked
     def generate_many(
         self, prompts: Sequence[Tensor], max_new_tokens: int = 64, n_loops: int | Sequence[int] | None = None,
         temperature: float = 1.0, top_k: int | None = 50, top_p: float | None = None, min_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None, generator: torch.Generator | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None, generator: torch.Generator | None = None,
         exit: Exit | None = None, max_rows: int = 32, *, sampling: Sampling | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Continue prompts of any lengths together; no token waits for the loops of another sequence's.
@@ -90,7 +100,7 @@ class Generates(Model):
             max_new_tokens: how many tokens to add to each, at most.
             n_loops: loops for every token; one number for each prompt, or one for all.
             temperature, top_k, top_p, min_p, sampling: as :meth:`generate`.
-            eos_token_id: a token that ends a sequence, or several.
+            eos_token_id: a token that ends a sequence, or a tuple of several.
             generator: random state to draw from, in the order in which tokens come.
             exit: as :meth:`forward`; none that reads predictions.
             max_rows: sequences decoded at once; others follow as these end.
@@ -105,4 +115,9 @@ class Generates(Model):
             max_new_tokens=max_new_tokens, sampling=sampling or Sampling(temperature, top_k, top_p, min_p),
             eos_token_id=eos_token_id, generator=generator,
         )  # fmt: skip
-        return generate_many(self, prompts, n_loops, exit, max_rows, **requests)
+        put_back = random_state(generator, self.embed.weight.device)
+        try:
+            return generate_many(self, prompts, n_loops, exit, max_rows, **requests)
+        except BaseException:
+            put_back()
+            raise

@@ -1,11 +1,16 @@
 """From logits to a token: temperature, top-k, top-p, min-p as pure functions of (B, vocab) logits."""
 
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 
+
+@checked
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn, checked when it is made.
@@ -26,9 +31,9 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.temperature < float("inf")):
+        if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}; use 0 for greedy or a positive number")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}; use at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}; use a number in (0, 1], or None")
@@ -61,6 +66,46 @@ class Sampling:
 def choose(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token for each row of (B, vocab) probabilities, which need not add up to 1: (B,) int64."""
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def random_state(generator: torch.Generator | None, device: torch.device) -> Callable[[], None]:
+    """What puts ``generator``, or the device's own if None, back to its state of now."""
+    if generator is None:
+        generator = (
+            torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        )
+    state = generator.get_state()
+
+    def put_back() -> None:
+        generator.set_state(state)
+
+    return put_back
+
+
+class Undrawn(Generator[Tensor, None, None]):
+    """Tokens as ``tokens`` hands them out; if it raises, what it drew for the one that did not come is undrawn.
+
+    Args:
+        tokens: a generator of them.
+        generator, device: as :func:`random_state`.
+    """
+
+    def __init__(self, tokens: Iterator[Tensor], generator: torch.Generator | None, device: torch.device) -> None:
+        self._tokens: Any = tokens
+        self._state = generator, device
+
+    def send(self, value: None) -> Tensor:
+        put_back = random_state(*self._state)
+        try:
+            return next(self._tokens)
+        except StopIteration:
+            raise
+        except BaseException:
+            put_back()
+            raise
+
+    def throw(self, *error: Any) -> Tensor:
+        return self._tokens.throw(*error)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from open_mythos.arguments import checked
 from open_mythos.cache import ROLLBACK
 from open_mythos.fields import must
 from open_mythos.generation.engine import Engine
 from open_mythos.generation.sampling import Sampling, choose
 from open_mythos.interface import Model
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import evaluating
 
 
+@checked
 @dataclass(frozen=True)
 class Draft:
     """How tokens are drafted, checked when it is made.
@@ -37,8 +39,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         for name, value in (("draft_loops", self.loops), ("draft_tokens", self.tokens)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            must(whole and value >= 1, f"{name}={value!r}; use a whole number of at least 1")
+            must(value >= 1, f"{name}={value!r}; use a whole number of at least 1")
         must(self.tokens < ROLLBACK, f"draft_tokens={self.tokens}; use at most {ROLLBACK - 1}")
 
 
@@ -49,7 +50,7 @@ def drafted(
     """New tokens as they are accepted, ``max_new_tokens`` in all: (B, 1 to draft.tokens + 1) at a time.
 
     ``engine`` has read the prompt, and ``logits`` (B, vocab_size) are of what follows it. A row goes on with any tokens
-    after one of ``ends``. The model is in eval mode for each block, and put back after it.
+    after one of ``ends``.
     """
 
     def is_end(tokens: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def drafted(
             return
         n_drafted = min(draft.tokens, left - 1)
         tokens, guesses, past = [new[:, -1:]], [], engine.cache.length
-        with eval_mode(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for i in range(n_drafted + 1):
                 guess = engine.draft(tokens[i], draft.loops)
                 if i < n_drafted:

@@ -28,7 +28,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
 from open_mythos.nn.halting import gate_loss
-from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.modes import evaluating
 from open_mythos.ops.dispatch import in_backward, is_training_step
 
 EXPLORED_ROWS = 8  # one row in so many of a batch is also run to full depth
@@ -125,7 +125,7 @@ def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int)
     gradients = [torch.zeros_like(p) for p in gate]
     if n:
         depth = max(2, cfg.max_loop_iters)
-        with eval_mode(core), torch.no_grad():
+        with evaluating(), torch.no_grad():
             states = torch.stack(core.states(h[:n], e[:n], ctx.rows(slice(n)), depth))
         if n_warm:
             depths = torch.arange(n_warm, device=h.device) * depth // n_warm

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.cache import KVCache, Slot
@@ -10,7 +11,17 @@ from open_mythos.context import Context
 from open_mythos.nn.attention import GQAttention, MLAttention
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.linear import RMSNorm
+from open_mythos.nn.modes import is_evaluating
 from open_mythos.ops.attention import AttentionMask
+
+
+class Dropout(nn.Dropout):
+    """Dropout that :func:`~open_mythos.nn.modes.evaluating` stops too."""
+
+    is_stopped = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training and not is_evaluating(), self.inplace)
 
 
 class TransformerBlock(nn.Module):
@@ -33,7 +44,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         has_experts = use_moe and cfg.n_experts > 0
         self.ffn = MoEFFN(cfg) if has_experts else Expert(cfg.dim, cfg.ffn_dim, n_layers, cfg.weight_std)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(
         self, x: Tensor, freqs: Context | Tensor, mask: AttentionMask | Tensor | None = None,

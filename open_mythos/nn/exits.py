@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from open_mythos.arguments import checked
 from open_mythos.fields import must, nearest
 from open_mythos.nn.halting import halting_probability, relative_change
 
@@ -69,6 +70,7 @@ class Exit(ABC):
         """(B, T) bool, True where a position may stop after this loop, and what to carry into the next."""
 
 
+@checked
 @dataclass(frozen=True)
 class Gate(Exit):
     """The learned gate: stop when its probabilities add up to ``threshold`` (Graves 2016, arXiv:1603.08983).
@@ -110,9 +112,8 @@ class ConvergenceExit(Exit):
 
     def __post_init__(self) -> None:
         threshold = getattr(self, "threshold", 1.0)
-        must(0 < threshold < math.inf, f"threshold={threshold}; use a number above 0")
-        whole = isinstance(self.patience, int) and not isinstance(self.patience, bool)
-        must(whole and self.patience >= 1, f"patience={self.patience!r}; use a whole number of at least 1")
+        must(threshold > 0, f"threshold={threshold}; use a number above 0")
+        must(self.patience >= 1, f"patience={self.patience!r}; use a whole number of at least 1")
 
     def init(self, h: Tensor) -> Carried:
         count = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
@@ -138,6 +139,7 @@ class ConvergenceExit(Exit):
         """(B, T) bool, given what was watched at the last ``compares`` loops, the latest last."""
 
 
+@checked
 @dataclass(frozen=True)
 class StateChange(ConvergenceExit):
     """Stop when a state hardly moves: ``|h_t - h_{t-1}| / |h_t|`` below a threshold (Huginn, arXiv:2502.05171)."""
@@ -154,6 +156,7 @@ class StateChange(ConvergenceExit):
         return seen[-1] < self.threshold
 
 
+@checked
 @dataclass(frozen=True)
 class Acceleration(ConvergenceExit):
     """Stop when a state moves evenly: ``|h_t - 2 h_{t-1} + h_{t-2}| / |h_t|`` below a threshold (arXiv:2509.23314)."""
@@ -167,6 +170,7 @@ class Acceleration(ConvergenceExit):
         return _size(third - 2 * second + first) < self.threshold * _size(third)
 
 
+@checked
 @dataclass(frozen=True)
 class PredictionKL(ConvergenceExit):
     """Stop when a prediction hardly changes: ``KL(p_t || p_{t-1})`` below a threshold (Huginn, arXiv:2502.05171)."""
@@ -183,6 +187,7 @@ class PredictionKL(ConvergenceExit):
         return (now.exp() * (now - before)).sum(-1) < self.threshold
 
 
+@checked
 @dataclass(frozen=True)
 class StableArgmax(ConvergenceExit):
     """Stop when the likeliest token is the one of the loop before."""
@@ -207,7 +212,8 @@ NAMES: dict[str, type[Exit]] = {
 }
 
 
-def parse(text: str) -> Exit:
+@checked
+def parse(exit: str) -> Exit:
     """The exit that ``"NAME"``, ``"NAME:setting"`` or ``"NAME:setting:setting"`` stands for, as in ``"kl:5e-4:2"``.
 
     Settings come in the order of the exit's arguments; those left out have their defaults.
@@ -215,23 +221,23 @@ def parse(text: str) -> Exit:
     Raises:
         ValueError: for a name not in ``NAMES``, with the nearest, and for settings that do not fit.
     """
-    name, *values = text.split(":")
+    name, *values = exit.split(":")
     must(name in NAMES, f"there is no exit {name!r}; {nearest(name, NAMES)}")
     kind: Any = NAMES[name]
     settings = [field.name for field in fields(kind)]
     usage = ":".join([name, *settings])
-    must(len(values) <= len(settings), f"exit {text!r} has {len(values)} settings; use {usage}")
+    must(len(values) <= len(settings), f"exit {exit!r} has {len(values)} settings; use {usage}")
     try:
         numbers = [
             int(value) if setting == "patience" else float(value)
             for setting, value in zip(settings, values, strict=False)
         ]
     except ValueError as error:
-        raise ValueError(f"exit {text!r} has a setting that is not a number; use {usage}") from error
+        raise ValueError(f"exit {exit!r} has a setting that is not a number; use {usage}") from error
     try:
         return kind(*numbers)
     except ValueError as error:
-        raise ValueError(f"exit {text!r}: {error}") from error
+        raise ValueError(f"exit {exit!r}: {error}") from error
 
 
 def spell(exit: Exit) -> str:

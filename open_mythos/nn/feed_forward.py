@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.auxiliary import count_choices
 from open_mythos.nn.linear import WEIGHT_STD, Linear, call, fan_in_scale, residual_gain, swiglu
+from open_mythos.nn.modes import is_evaluating
 from open_mythos.ops.experts import swiglu_experts
 
 
@@ -92,7 +93,7 @@ class MoEFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         chosen, weights = self.route(tokens)
-        if self.training:
+        if self.training and not is_evaluating():
             count_choices(self.expert_load, chosen, tokens)
         return self.mix(tokens, chosen, weights).view(x.shape)
 

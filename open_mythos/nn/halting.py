@@ -1,10 +1,13 @@
 """The halting gate: which positions have finished thinking, and how it learns to say so."""
 
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.nn.linear import WEIGHT_STD, Linear, call
+from open_mythos.ops.dispatch import is_traced
 
 MIN_CHANGE = 1e-3  # changes below it look alike to a gate: bfloat16 knows none that are smaller
 EARLY_EXIT_WEIGHT = 30.0  # how much worse it is to halt a state that still moves than to run one that has converged
@@ -29,8 +32,6 @@ class ACTHalting(nn.Module):
         std: see :class:`Linear`.
     """
 
-    at_hand: Tensor | None = None  # what the states have moved that a replaced ``forward`` is asked about
-
     def __init__(self, dim: int, std: float = WEIGHT_STD) -> None:
         super().__init__()
         self.hidden = Linear(dim, min(dim, 256), std=std)
@@ -47,11 +48,14 @@ class ACTHalting(nn.Module):
     def forward(self, h: Tensor, change: Tensor | None = None) -> Tensor:
         """(B, T, dim) states, and their :func:`relative_change` (B, T), 1 if None, to (B, T) probabilities."""
         hidden = call(self.hidden, F.rms_norm(h, h.shape[-1:], eps=1e-6))
-        change = self.at_hand if change is None else change
+        change = _at_hand.get() if change is None and not is_traced() else change
         if change is not None:
             hidden = hidden + (change.to(hidden.dtype) + MIN_CHANGE).log().unsqueeze(-1) * (self.motion / self.std)
         return (self.halt(F.silu(hidden) * self.halt.in_features**-0.5).squeeze(-1) / self.std).sigmoid()
 
+
+_at_hand: ContextVar[Tensor | None] = ContextVar("at_hand", default=None)
+"""What the states have moved that a replaced gate, which is given states alone, is asked about."""
 
 OWN_GATE = ACTHalting.forward
 
@@ -71,11 +75,11 @@ def halting_probability(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
     """
     if not is_replaced(act):
         return act(h, change)
-    act.at_hand = change
+    token = _at_hand.set(change)
     try:
         return act(h)
     finally:
-        del act.at_hand
+        _at_hand.reset(token)
 
 
 def holds_from_here_on(holds: Tensor) -> Tensor:

@@ -1,14 +1,20 @@
-"""Switching modules between training and eval mode."""
+"""Eval mode for a while: by switching modules, or, where other threads may be using them, without touching them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import nn
+
+from open_mythos.fields import must
+from open_mythos.ops.dispatch import is_traced
+
+_evaluates: ContextVar[bool] = ContextVar("evaluates", default=False)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored after."""
+    """Eval mode inside, every module's own mode restored after; for measurements, which have a model to themselves."""
     was_training = [module for module in model.modules() if module.training]
     for module in was_training:
         module.training = False
@@ -17,3 +23,37 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in was_training:
             module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module | None = None) -> Iterator[None]:
+    """Inside, and in this thread alone, this library's modules compute as in eval mode, and keep their own.
+
+    Raises:
+        ValueError: for a ``model`` in training mode with modules that know no mode but their own, and need eval mode.
+    """
+    if model is not None:
+        _check_modes(model)
+    token = _evaluates.set(True)
+    try:
+        yield
+    finally:
+        _evaluates.reset(token)
+
+
+def is_evaluating() -> bool:
+    """Whether what is in training mode is to compute as in eval mode. Code that is traced goes by modes alone."""
+    return not is_traced() and _evaluates.get()
+
+
+def _check_modes(model: nn.Module) -> None:
+    training = {module for module in model.modules() if module.training}
+    is_compiled = any(module._compiled_call_impl is not None for module in training)
+    for name, module in model.named_modules() if training else ():
+        noisy = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        own = getattr(module, "is_stopped", False) and not is_compiled
+        must(
+            module not in training or own or not (noisy or isinstance(module, nn.modules.batchnorm._BatchNorm)),
+            f"{name} ({type(module).__name__}) is in training mode, and switching it would disturb other threads; call "
+            f"model.eval() first, and model.train() after",
+        )

@@ -20,6 +20,7 @@ from open_mythos.nn.exits import Carried, Exit, Gate, LoopState
 from open_mythos.nn.halting import OWN_GATE, ACTHalting
 from open_mythos.nn.injection import LoRAAdapter, LTIInjection
 from open_mythos.nn.linear import RMSNorm
+from open_mythos.nn.modes import is_evaluating
 from open_mythos.nn.schedule import Schedule, Stage, put, take
 from open_mythos.ops.attention import AttentionMask
 from open_mythos.ops.dispatch import shapes_follow_values
@@ -93,7 +94,7 @@ class LoopBlock(nn.Module):
         if self.lora is not None:
             u = u + self.lora(e.e, loop, (e.low_rank, e.scales))
         h = self.norm(u)
-        if self.training and self.cfg.state_noise:
+        if self.training and self.cfg.state_noise and not is_evaluating():
             h = h + _without_padding(self.cfg.state_noise * torch.randn_like(h), ctx)
         return h
 
@@ -156,7 +157,7 @@ class Loops(nn.Module):
         if not isinstance(ctx, Context):
             ctx = as_context(ctx, mask, kv_cache, Slot("core", 0, 0), e.shape[1])
         finish: Callable[[Tensor], Tensor] = lambda last: last  # noqa: E731
-        if self.training and auxiliary and ctx.cache is None:
+        if auxiliary and ctx.cache is None and self.training and not is_evaluating():
             n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
             h, finish = training_states(self, h, e, ctx, n_loops)
         states = [h]
@@ -200,7 +201,7 @@ class Loops(nn.Module):
         if first_loop and exit is not None:
             raise ValueError(f"exit={exit} has not seen the loops before first_loop={first_loop}; start at 0")
         loop_input = self.prepare(e)
-        recompute = recompute and self.training and ctx.cache is None
+        recompute = recompute and ctx.cache is None and self.training and not is_evaluating()
         ctx = ctx if recompute or self.is_compiled else ctx.looping()
         if exit is None:
             return self._all_positions(h, loop_input, ctx, range(first_loop, n_loops), recompute)
@@ -208,21 +209,22 @@ class Loops(nn.Module):
 
     def choose_exit(self, exit: Exit | None) -> Exit | None:
         """``exit``, or for None the gate if ``cfg.halting``; None in training. ValueError for an exit in training."""
+        trains = self.training and not is_evaluating()
         if exit is None:
-            return Gate(self.cfg.act_threshold) if self.cfg.halting and not self.training else None
-        if self.training:
+            return Gate(self.cfg.act_threshold) if self.cfg.halting and not trains else None
+        if trains:
             raise ValueError(f"exit={exit} in training mode, where every position runs every loop; call eval() first")
         return exit
 
     def _all_positions(
         self, h: Tensor, e: LoopInput, ctx: Context, loops: range, recompute: bool
     ) -> Iterator[LoopState]:
-        live = _live(e.e, ctx)
+        live, trains = _live(e.e, ctx), self.training and not is_evaluating()
         for loop in loops:
             args = h, e, loop, ctx
             before, h = h, checkpoint(self.step, *args, use_reentrant=False) if recompute else self.step(*args)
-            state = LoopState(loop, h, live) if self.training else LoopState(loop, h, live, before, self.act)
-            if not self.training and getattr(self.act.forward, "__func__", None) is not OWN_GATE:
+            state = LoopState(loop, h, live) if trains else LoopState(loop, h, live, before, self.act)
+            if not trains and getattr(self.act.forward, "__func__", None) is not OWN_GATE:
                 _ = state.halting  # a user's replacement gate may record calls, so it is always evaluated
             yield state
 

@@ -26,6 +26,7 @@ from open_mythos.interface import Model
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import MoEFFN
 from open_mythos.nn.linear import Linear
+from open_mythos.nn.modes import is_evaluating
 
 Quantised = TypeVar("Quantised", bound=Model)
 _LEFT_ALONE = ("router", "kv_up")
@@ -73,7 +74,7 @@ def _refuse_training(block: nn.Module, _: Any) -> None:
     untrainable = (
         "this model's weights are int8 and cannot be trained; call model.eval(), or train before quantize_int8"
     )
-    must(not block.training, untrainable)
+    must(not block.training or is_evaluating(), untrainable)
 
 
 @contextmanager

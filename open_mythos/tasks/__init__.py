@@ -4,6 +4,7 @@ import dataclasses
 from importlib import import_module
 from typing import Any
 
+from open_mythos.arguments import checked
 from open_mythos.fields import nearest
 from open_mythos.tasks.base import UNSCORED, Batch, Score, Task, pad
 
@@ -16,6 +17,7 @@ NAMES = (
 """Names that :func:`load` accepts. Each is a module of this package, with a class of the same name in CamelCase."""
 
 
+@checked
 def load(name: str, **options: Any) -> Task:
     """Make a task.
 

@@ -35,7 +35,6 @@ class Addition(Task):
         return 2 * difficulty + 1
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
-        self.check(difficulty)
         a, b = torch.randint(0, self.base, (2, n, difficulty), generator=generator)
         propagates = torch.rand(n, difficulty, generator=generator) < PROPAGATE_SHARE
         propagates &= torch.rand(n, 1, generator=generator) < 0.5

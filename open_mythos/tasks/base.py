@@ -1,14 +1,17 @@
 """The base class of tasks: seeded generators of problems at any difficulty, with scoring."""
 
+import functools
+import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from open_mythos.fields import Checked
+from open_mythos.arguments import checked, fitted
+from open_mythos.fields import Checked, must
 from open_mythos.tasks.tokenizer import check_tokens
 
 UNSCORED = -100
@@ -66,6 +69,12 @@ class Task(Checked, ABC):
     vocab: Sequence[str]
     chance: float
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Every task's ``batch`` refuses arguments of another type, and fewer than one problem."""
+        super().__init_subclass__(**options)
+        if (batch := vars(cls).get("batch")) is not None:
+            cls.batch = _checked(batch)  # type: ignore[method-assign]
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, padding included."""
@@ -83,8 +92,10 @@ class Task(Checked, ABC):
             ValueError: for a difficulty outside ``least`` to ``most``.
         """
 
+    @checked
     def mixed(self, difficulties: Sequence[int], generator: torch.Generator | None = None) -> Batch:
         """One problem of each of ``difficulties``, padded on the right to the longest."""
+        must(len(difficulties) > 0, "difficulties is empty; give at least one")
         return pad([self.batch(1, difficulty, generator) for difficulty in difficulties])
 
     def score(self, answers: Tensor, targets: Tensor) -> Score:
@@ -99,10 +110,22 @@ class Task(Checked, ABC):
 
     def check(self, difficulty: int) -> None:
         """Raise ValueError unless ``difficulty`` is an integer from ``least`` to ``most``."""
-        is_int = isinstance(difficulty, int) and not isinstance(difficulty, bool)
+        is_int = isinstance(difficulty, numbers.Integral) and not isinstance(difficulty, bool)
         if not is_int or difficulty < self.least or (self.most is not None and difficulty > self.most):
             end = "up" if self.most is None else f"to {self.most}"
             raise ValueError(f"difficulty={difficulty!r}; {self.name} counts {self.unit}, from {self.least} {end}")
+
+
+def _checked(batch: Callable[..., Batch]) -> Callable[..., Batch]:
+    @functools.wraps(batch)
+    def call(self: Task, n: int, difficulty: int, *args: Any, **named: Any) -> Batch:
+        self.check(difficulty)
+        n = fitted("n", n, int)
+        must(n >= 1, f"n={n}; use at least 1")
+        return batch_of_kinds(self, n, int(difficulty), *args, **named)
+
+    batch_of_kinds = checked(batch)
+    return call
 
 
 def pad(batches: Sequence[Batch]) -> Batch:

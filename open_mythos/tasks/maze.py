@@ -31,7 +31,6 @@ class Maze(Task):
         return 2 * difficulty * (difficulty + 1)
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
-        self.check(difficulty)
         side, cells = difficulty, difficulty**2
         density = MIN_WALL_SHARE + (MAX_WALL_SHARE - MIN_WALL_SHARE) * torch.rand(n, 1, generator=generator)
         open_ = torch.rand(n, cells, generator=generator) >= density

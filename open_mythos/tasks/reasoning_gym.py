@@ -81,7 +81,6 @@ class ReasoningGym(Task):
         Raises:
             ValueError: for a difficulty that the generator rejects, or at which too few problems fit ``max_tokens``.
         """
-        self.check(difficulty)
         seed, n_draws = int(torch.randint(1 << 31, (), generator=generator)), n * MAX_DRAWS_PER_PROBLEM
         entries: list[Entry] = []
         state = random.getstate()

@@ -69,7 +69,6 @@ class Text(Task):
         self._bytes = torch.tensor([len(piece) for piece in self._tokenizer.pieces])
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
-        self.check(difficulty)
         last = max(1, len(self.tokens) - difficulty)
         return self._windows(torch.randint(0, last, (n,), generator=generator), difficulty)
 

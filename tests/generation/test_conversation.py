@@ -71,7 +71,7 @@ def test_characters_come_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(talk.reply("x", 10)) == ["n", "é", "🎈", "�a", "�"]
 
 
-def test_an_interrupted_reply_leaves_a_conversation_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_reply_leaves_a_conversation_without_it_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     talk, calls = talking(), [0]
     update = KVCache.slot
 
@@ -84,9 +84,9 @@ def test_an_interrupted_reply_leaves_a_conversation_that_goes_on(monkeypatch: py
     monkeypatch.setattr(KVCache, "slot", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(talk.reply("hello", 5))
-    half = list(talk.ids)
+    assert talk.ids == [] and talk.messages == []
     list(talk.reply("more", 3))
-    assert talk.ids == without_cache(talk, half + encoded("\nmore"), 3)
+    assert talk.ids == without_cache(talk, [0, *encoded("more")], 3)
 
 
 def test_the_oldest_part_of_a_long_text_is_forgotten() -> None:

@@ -152,7 +152,7 @@ def test_modes_and_prompts_are_left_as_they_were():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(prompts=[tokens(1, 4)]), r"prompt is \(1, 4\)"), (dict(prompts=[[1, 2]]), "prompt is list"),
+    (dict(prompts=[tokens(1, 4)]), r"prompt is \(1, 4\)"), (dict(prompts=[[1, 2]]), "prompts is list"),
     (dict(prompts=[torch.zeros(0, dtype=torch.long)]), "input_ids"), (dict(n_loops=[3, 3]), "2 numbers for 1 prompts"),
     (dict(n_loops=0), "n_loops=0"), (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(top_k=0), "top_k=0"),
     (dict(max_new_tokens=70), "max_seq_len=64"), (dict(max_rows=0), "max_rows=0"),

@@ -232,18 +232,19 @@ def modes(model: OpenMythos) -> list[bool]:
     return [module.training for module in model.modules()]
 
 
-def test_eval_mode_during_and_every_modules_own_mode_after():
+def test_it_computes_as_in_eval_mode_and_leaves_every_modules_own():
     model = tiny_model(dropout=0.5).train()
     model.prelude[0].eval()
     before, seen = modes(model), []
     original = model.recurrent.forward
-    model.recurrent.forward = lambda *args, **named: seen.append(any(modes(model))) or original(*args, **named)
+    model.recurrent.forward = lambda *args, **named: seen.append(modes(model)) or original(*args, **named)
     ids = tokens(1, 4)
     first = model.generate(ids, 3, temperature=0)
-    assert seen == [False] * 3 and modes(model) == before
+    assert seen == [before] * 3 and modes(model) == before  # which other threads may rely on
     assert torch.equal(model.generate(ids, 3, temperature=0), first)
     for _ in model.stream(ids, 3):
         assert modes(model) == before
+    assert torch.equal(model.eval().generate(ids, 3, temperature=0), first)
 
 
 def test_modes_are_restored_after_an_error():

@@ -1,0 +1,59 @@
+"""Why logits are not finite: one pass of the modules, which names the first whose output is not."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.generation.engine import Depth
+from open_mythos.generation.fused import shallow_copy
+from open_mythos.interface import Model
+from open_mythos.nn.modes import evaluating
+
+
+@torch.no_grad()
+def not_finite(model: Model, depth: Depth, text: list[Tensor], attention_mask: Tensor | None = None) -> ValueError:
+    """The error for logits that are not finite: it names the first layer whose output was not.
+
+    Args:
+        model, depth: that made the logits.
+        text: (B, n) tokens each, or embeddings (B, n, dim) first; one after the other they are what was read.
+        attention_mask: of the first; 0 at padding.
+    """
+    first, *new = text
+    found: list[str] = [] if not first.is_floating_point() or bool(first.isfinite().all()) else ["input_ids"]
+    ids = torch.cat([first, *(model.embed(x) if first.is_floating_point() else x.to(first.dtype) for x in new)], 1)
+    if attention_mask is not None:
+        attention_mask = nn.functional.pad(attention_mask, (0, ids.shape[1] - first.shape[1]), value=1)
+    twin, loop = _twin(model, {}), [0]
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        loop[0] += 1
+
+    def look(name: str, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            found.append(f"{name} in loop {loop[0]}" if name.startswith("recurrent.") else name)
+
+    twin.recurrent.block.register_forward_pre_hook(count)
+    for name, module in twin.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
+    with evaluating():
+        h, ctx = twin.states(ids, depth.n_loops, attention_mask=attention_mask, exit=depth.exit)
+        twin.head(twin.decode(h, ctx))
+    where = f"the first output that is not is that of {found[0]}" if found else "though every layer's output is"
+    return ValueError(
+        f"the logits of what follows {ids.shape[1]} tokens are not finite, so there is no next token; {where}. Look "
+        f"for weights that are not finite or too large, or run the model in a wider dtype"
+    )
+
+
+def _twin(module: Any, known: dict[nn.Module, Any]) -> Any:
+    """The same module of the same tensors, with hooks of its own: other threads may be calling the first."""
+    if module not in known:
+        twin = known[module] = shallow_copy(module)
+        twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(module._forward_hooks), OrderedDict()
+        twin._forward_pre_hooks.update(module._forward_pre_hooks)
+        twin._compiled_call_impl = None
+        twin._modules = {name: child and _twin(child, known) for name, child in module._modules.items()}
+    return known[module]
