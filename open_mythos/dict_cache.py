@@ -115,18 +115,20 @@ def whole(cache: Cache, n_new: int, append: Callable[[], Result]) -> Result:
     Raises:
         ValueError: for a cache that another call is appending to.
     """
-    mine = object()
-    must(
-        vars(cache).setdefault("_call", mine) is mine,  # which no other thread comes between
-        "kv_cache belongs to another call, which runs in another thread or was interrupted as it began or ended; "
-        "use a cache for each text, or reset() this one",
-    )
-    put_back = cache.snapshot(n_new)
+    mine, put_back = object(), None
     try:
         try:
+            must(
+                vars(cache).setdefault("_call", mine) is mine,  # which no other thread comes between
+                "kv_cache belongs to another call, which runs in another thread or was interrupted as it ended; use a "
+                "cache for each text, or reset() this one",
+            )
+            put_back = cache.snapshot(n_new)
             return append()
         finally:
-            del vars(cache)["_call"]
+            if vars(cache).get("_call") is mine:
+                del vars(cache)["_call"]
     except BaseException:
-        put_back()
+        if put_back is not None:
+            put_back()
         raise

@@ -108,8 +108,8 @@ class Seq2Seq(nn.Module):
         Raises:
             ValueError: for input, options or lengths that do not fit.
         """
-        with evaluating(self.encoder), torch.no_grad():
-            prefix = self.encode(source, encoder_loops, source_mask)
+        with torch.no_grad():
+            prefix = evaluating(self.encoder, self.encode, source, encoder_loops, source_mask)
         return self.decoder.generate(prefix, max_new_tokens, n_loops, attention_mask=source_mask, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:

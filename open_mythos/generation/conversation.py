@@ -17,7 +17,7 @@ from open_mythos.generation.sampling import Sampling, random_state
 from open_mythos.inputs import check_n_loops
 from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
-from open_mythos.nn.modes import evaluating
+from open_mythos.nn.modes import eval_mode, evaluating
 from open_mythos.tasks.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -152,7 +152,7 @@ class Conversation:
         must(len(self.ids) > 1, "there is nothing to trace yet; say something first")
         n = min(n, len(self.ids) - 1)
         model, by_loop = self.model, []
-        with evaluating(model):
+        with eval_mode(model):
             e, ctx = model.encode(self._tensor(self.ids[:-1]))
             first, readout = model.first_state(e, ctx), model.readout(ctx)
             for state in model.recurrent.iterate(first, e, ctx, self.n_loops, self.exit, readout):
@@ -180,19 +180,22 @@ class Conversation:
     def _logits(self) -> Tensor:
         """Of what follows ``ids``, (1, vocab_size); what the cache holds of them is not computed again."""
         held, self._held = self._held, []  # an interruption leaves half a token in the cache
+        logits = evaluating(self.model, self._read, held)
+        self._held = list(self.ids)
+        return logits
+
+    def _read(self, held: list[int]) -> Tensor:
         same = (mine == other for mine, other in zip(held, self.ids[:-1], strict=False))
         known = sum(takewhile(bool, same))
-        with evaluating(self.model):
-            if self._engine is None or known == 0 or len(held) - known > ROLLBACK:
-                self._engine, known = make_engine("auto", self.model, self._depth()), 0
-            else:
-                self._engine.truncate(known)
-            new = self.ids[known:]
-            read = self._engine.step if known and len(new) == 1 else self._engine.extend
-            logits = read(self._tensor(new))
-            if not bool(logits.amax(-1).isfinite().all()):
-                raise not_finite(self.model, self._depth(), [self._tensor(self.ids)])
-        self._held = list(self.ids)
+        if self._engine is None or known == 0 or len(held) - known > ROLLBACK:
+            self._engine, known = make_engine("auto", self.model, self._depth()), 0
+        else:
+            self._engine.truncate(known)
+        new = self.ids[known:]
+        read = self._engine.step if known and len(new) == 1 else self._engine.extend
+        logits = read(self._tensor(new))
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise not_finite(self.model, self._depth(), [self._tensor(self.ids)])
         return logits
 
     def _depth(self) -> Depth:

@@ -316,9 +316,13 @@ def generate_many(
     loops = list(n_loops) if isinstance(n_loops, Sequence) else [n_loops] * len(prompts)
     if len(loops) != len(prompts):
         raise ValueError(f"n_loops holds {len(loops)} numbers for {len(prompts)} prompts; give one for each, or one")
-    with evaluating(model):
+
+    def run() -> list[Request]:
         batch = DepthBatch(model, exit, max_rows)
         requests = [batch.add(prompt, n_loops=count, **request) for prompt, count in zip(prompts, loops, strict=True)]
         while batch.busy:
             batch.step()
+        return requests
+
+    requests = evaluating(model, run)
     return [torch.cat([done.prompt, done.prompt.new_tensor(done.tokens)]) for done in requests]

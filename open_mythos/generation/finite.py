@@ -38,9 +38,8 @@ def not_finite(model: Model, depth: Depth, text: list[Tensor], attention_mask: T
     twin.recurrent.block.register_forward_pre_hook(count)
     for name, module in twin.named_modules():
         module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
-    with evaluating():
-        h, ctx = twin.states(ids, depth.n_loops, attention_mask=attention_mask, exit=depth.exit)
-        twin.head(twin.decode(h, ctx))
+    options = dict(attention_mask=attention_mask, exit=depth.exit)
+    evaluating(None, lambda: twin.head(twin.hidden(ids, depth.n_loops, **options)))
     where = f"the first output that is not is that of {found[0]}" if found else "though every layer's output is"
     return ValueError(
         f"the logits of what follows {ids.shape[1]} tokens are not finite, so there is no next token; {where}. Look "

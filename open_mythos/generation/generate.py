@@ -124,9 +124,8 @@ def stream(
     check_generator(generator, input_ids.device)
     if warm_start:
         _check_warm_start(model, draft)
-    with evaluating(model):
-        depth = Depth(n_loops, model.recurrent.choose_exit(exit), cache_loops)
-        check_engine(engine, model, depth, draft is not None)
+    depth = Depth(n_loops, evaluating(model, model.recurrent.choose_exit, exit), cache_loops)
+    evaluating(None, check_engine, engine, model, depth, draft is not None)
     if draft is not None:
         _check_draft(draft, depth)
     room = input_ids.shape[1] + min(max_new_tokens, ROOM)
@@ -135,9 +134,10 @@ def stream(
 
     def blocks() -> Iterator[Tensor]:
         nonlocal running
-        with evaluating(model), torch.no_grad():
-            running = _Watched(make_engine(engine, model, depth, room, draft is not None), model, depth)
-            logits = running.extend(input_ids, attention_mask)
+        with torch.no_grad():
+            made = evaluating(model, make_engine, engine, model, depth, room, draft is not None)
+            running = _Watched(made, model, depth)
+            logits = evaluating(None, running.extend, input_ids, attention_mask)
         if draft is not None:
             yield from drafted(model, running, logits, draft, sampling, ends, generator, max_new_tokens)
         else:
@@ -159,11 +159,7 @@ def _one_by_one(
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
         first = engine.state if warm else None
-        if model.training:
-            with evaluating(model):
-                logits = engine.step(tokens, first)
-        else:
-            logits = engine.step(tokens, first)
+        logits = evaluating(model, engine.step, tokens, first) if model.training else engine.step(tokens, first)
 
 
 def _until_done(

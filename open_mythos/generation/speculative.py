@@ -65,13 +65,13 @@ def drafted(
             return
         n_drafted = min(draft.tokens, left - 1)
         tokens, guesses, past = [new[:, -1:]], [], engine.cache.length
-        with evaluating(model), torch.no_grad():
+        with torch.no_grad():
             for i in range(n_drafted + 1):
-                guess = engine.draft(tokens[i], draft.loops)
+                guess = evaluating(model, engine.draft, tokens[i], draft.loops)
                 if i < n_drafted:
                     guesses.append(sampling.probabilities(guess.unsqueeze(1)))
                     tokens.append(sampling.choose(guesses[i][:, 0], generator).unsqueeze(1))
-            p = sampling.probabilities(engine.verify())
+            p = sampling.probabilities(evaluating(model, engine.verify))
         q, y = torch.cat([p[:, :0], *guesses], 1), torch.cat(tokens, 1)
         after_end = torch.cat([done, is_end(y[:, 1:])], 1).cumsum(1).bool()[:, :n_drafted]
         new = accept(p, q, y[:, 1:], after_end, generator)

@@ -125,8 +125,8 @@ def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int)
     gradients = [torch.zeros_like(p) for p in gate]
     if n:
         depth = max(2, cfg.max_loop_iters)
-        with evaluating(), torch.no_grad():
-            states = torch.stack(core.states(h[:n], e[:n], ctx.rows(slice(n)), depth))
+        with torch.no_grad():
+            states = torch.stack(evaluating(None, core.states, h[:n], e[:n], ctx.rows(slice(n)), depth))
         if n_warm:
             depths = torch.arange(n_warm, device=h.device) * depth // n_warm
             h = torch.cat([states[1 + depths, torch.arange(n_warm, device=h.device)].to(h.dtype), h[n_warm:]])

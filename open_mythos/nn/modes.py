@@ -1,14 +1,16 @@
 """Eval mode for a while: by switching modules, or, where other threads may be using them, without touching them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 
 from torch import nn
 
 from open_mythos.fields import must
 from open_mythos.ops.dispatch import is_traced
 
+Result = TypeVar("Result")
 _evaluates: ContextVar[bool] = ContextVar("evaluates", default=False)
 
 
@@ -25,20 +27,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def evaluating(model: nn.Module | None = None) -> Iterator[None]:
-    """Inside, and in this thread alone, this library's modules compute as in eval mode, and keep their own.
+def evaluating(model: nn.Module | None, call: Callable[..., Result], *args: Any) -> Result:
+    """``call(*args)``, in which this library's modules, in this thread alone, compute as in eval mode, and keep theirs.
 
     Raises:
         ValueError: for a ``model`` in training mode with modules that know no mode but their own, and need eval mode.
     """
     if model is not None:
         _check_modes(model)
-    token = _evaluates.set(True)
-    try:
-        yield
-    finally:
-        _evaluates.reset(token)
+    return copy_context().run(_evaluate, call, *args)  # which nothing outlasts, wherever it is interrupted
+
+
+def _evaluate(call: Callable[..., Result], *args: Any) -> Result:
+    _evaluates.set(True)
+    return call(*args)
 
 
 def is_evaluating() -> bool:

@@ -20,6 +20,7 @@ from open_mythos.generation.conversation import Conversation
 from open_mythos.generation.depth_batching import DepthBatch
 from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.exits import Gate
+from open_mythos.nn.modes import is_evaluating
 from open_mythos.tasks.tokenizer import Tokenizer
 
 PACKAGE = str(Path(open_mythos.__file__).parent)
@@ -70,7 +71,7 @@ def model() -> OpenMythos:
 def around(made: OpenMythos, generator: torch.Generator) -> Any:
     return (
         [module.training for module in made.modules()], torch.is_grad_enabled(), torch.get_rng_state().tolist(),
-        generator.get_state().tolist(), [len(module._forward_hooks) for module in made.modules()],
+        generator.get_state().tolist(), is_evaluating(), [len(module._forward_hooks) for module in made.modules()],
     )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def test_a_cache_is_as_before_or_refused(make: Callable[[], Any], n_new: int) ->
             except ValueError as error:
                 assert "kv_cache belongs to another call" in str(error), f"line {last}"
                 refused += 1
-    assert refused <= 2
+    assert refused <= 3
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
