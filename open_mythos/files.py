@@ -49,10 +49,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
+def replacing_folder(path: str | Path, room: int = 0) -> Iterator[Path]:
     """A folder for files that are fsynced and take their places in ``path`` when the block ends without an error.
 
     If that is not there yet, it is there whole or not at all; else each file is. For files alone, not folders.
+
+    Args:
+        path: the folder.
+        room: bytes that it will take at least; whether there are as many is asked before any work is done.
 
     Raises:
         OSError: naming ``path``, if it cannot be written.
@@ -63,6 +67,10 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that had the same number
     try:
         partial.mkdir(parents=True)
+        if room and hasattr(os, "posix_fallocate"):
+            with (partial / "room").open("wb") as reserved:
+                os.posix_fallocate(reserved.fileno(), 0, room)
+            (partial / "room").unlink()
         yield partial
         made = list(partial.iterdir())
         for file in (*made, partial):

@@ -34,6 +34,15 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to ask for room")
+def test_a_folder_that_has_no_room_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="new"), files.replacing_folder(tmp_path / "new", room=1 << 60):
+        pytest.fail("worked for nothing")
+    with files.replacing_folder(tmp_path / "new", room=1 << 20) as partial:
+        (partial / "a").write_text("a")
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["a"]
+
+
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     outside, link = tmp_path / "outside", tmp_path / "link"
     outside.write_text("mine")

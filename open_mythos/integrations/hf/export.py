@@ -12,6 +12,7 @@ from open_mythos import files
 from open_mythos.fields import must
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM
+from open_mythos.integrations.hf.remote_code import needed
 from open_mythos.model import OpenMythos
 from open_mythos.models import TRAINING_FILE, load_model, model_dir
 from open_mythos.tasks import tokenizer
@@ -29,7 +30,8 @@ def export(source: str | Path, directory: str | Path) -> bool:
     """
     core = load_model(source)
     must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
-    with files.replacing_folder(directory) as partial:
+    n_bytes = sum(tensor.nbytes for tensor in core.state_dict().values()) + sum(map(len, needed().values()))
+    with files.replacing_folder(directory, room=n_bytes) as partial:
         try:
             return _write(core, source, partial)
         except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk

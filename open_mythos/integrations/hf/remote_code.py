@@ -13,7 +13,15 @@ _IMPORT = re.compile(r"^(\s*)from (open_mythos(?:\.\w+)*) import (.*)$", re.MULT
 
 
 def write(directory: str | Path) -> None:
-    """Write the source of config and models, and of all that they need as they are imported, into ``directory``."""
+    """Write :func:`needed` into ``directory``."""
+    sources = needed()
+    for name, source in sources.items():
+        text = _IMPORT.sub(lambda found: _rewritten(found, sources), source)
+        files.write(Path(directory, f"{_flat(name)}.py"), text)
+
+
+def needed() -> dict[str, str]:
+    """By module, the source of config and models, and of all that they need as they are imported."""
     sources: dict[str, str] = {}
     waiting = list(_ROOTS)
     while waiting:
@@ -27,9 +35,7 @@ def write(directory: str | Path) -> None:
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("open_mythos"):
                 modules = [f"{node.module}.{alias.name}" for alias in node.names]
                 waiting += [module for module in modules if _path(module)] or [node.module]
-    for name, source in sources.items():
-        text = _IMPORT.sub(lambda found: _rewritten(found, sources), source)
-        files.write(Path(directory, f"{_flat(name)}.py"), text)
+    return sources
 
 
 def _path(module: str) -> Path | None:
