@@ -21,6 +21,7 @@ from open_mythos.evaluation.depth import measuring
 from open_mythos.generation.depth_batching import DepthBatch
 from open_mythos.generation.engine import Depth
 from open_mythos.generation.engines import make_engine
+from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.exits import Exit
 from open_mythos.tasks import Batch
 
@@ -28,13 +29,12 @@ Timed = tuple[float, Tensor]
 """Seconds, and answers (n, T)."""
 
 
-class Replay:
+class Replay(Sampling):
     """Stands in for sampling: notes the likeliest token, and hands out the one that the problem goes on with."""
 
-    temperature = None
-
     def __init__(self, given: Sequence[int]) -> None:
-        self.given, self.answers = iter([*given, 0]), list[int]()
+        super().__init__()
+        vars(self).update(given=iter([*given, 0]), answers=list[int]())
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> int:
         self.answers.append(int(logits.argmax(-1)))

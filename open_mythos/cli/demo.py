@@ -55,7 +55,7 @@ def demo(
         with Stop(), watching(cfg, again) as watch, owned(out, log) if pretrained else nullcontext():
             if pretrained:
                 must(not is_run, f"{out} holds a run of its own; choose another --out")
-                model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 64)
+                model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 32)
                 runs.save_model(model, cfg, out)
                 wanted = cfg.evaluation.difficulties, cfg.evaluation.loops, cfg.evaluation.examples
                 Evaluation([depth_grid(model, task, *wanted, progress=watch.begin)], {}).save(out)

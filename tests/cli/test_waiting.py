@@ -73,6 +73,7 @@ def test_a_hub_out_of_reach_is_no_wait(line: list[str], monkeypatch: pytest.Monk
 
     def nowhere(*address: object) -> None:
         time.sleep(60)  # as where packets are dropped
+        raise TimeoutError
 
     monkeypatch.setattr(socket, "create_connection", nowhere)
     monkeypatch.setattr(install.socket, "create_connection", nowhere)

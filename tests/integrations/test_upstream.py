@@ -148,7 +148,7 @@ def test_wrapped_names_sharded_files_and_a_table_that_lost_its_half(reference_ch
     with torch.no_grad():
         assert (made.model(wanted["ids"], 3) - wanted["whole"][3]).abs().max() < TOLERANCE
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"b\.safetensors is missing; download it too"):
+    with pytest.raises(CheckpointError, match=r"b\.safetensors', which is missing; copy it too"):
         convert(tmp_path)
 
 

@@ -31,12 +31,13 @@ def data(tmp_path_factory):
     }
     entry = {"parameters": 9, "training_flops": 1e9, "flops_per_token": [8.0], "mean": [0.5], "worst": [0.4]}
     compared = {
+        "recipe": EVIL,
         "measure": "accuracy",
         "unit": EVIL,
         "seeds": [0, 1],
         "difficulties": [8],
         "trained_loops": 4,
-        "contenders": [looped, {"kind": EVIL, "loops": [4], "mean": [[0.7]]}],
+        "contenders": [looped, looped | {"kind": EVIL, "loops": [4], "mean": [[0.7]]}],
         "entries": [entry | {"name": EVIL}],
         "verdicts": [EVIL],
     }

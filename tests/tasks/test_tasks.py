@@ -140,8 +140,8 @@ def test_a_task_gives_back_its_options() -> None:
     ("name", "options", "message"),
     [
         ("p-hop", {}, "unknown task 'p-hop'; did you mean 'p_hop'?"),
-        ("chain_sum", {"mod": 5}, "chain_sum has no option 'mod'; it has modulus"),
-        ("parity", {"modulus": 5}, "parity has no option 'modulus'; it has none"),
+        ("chain_sum", {"mod": 5}, "chain_sum has no option 'mod' (task.options.mod); it has modulus"),
+        ("parity", {"modulus": 5}, "parity has no option 'modulus' (task.options.modulus); it has none"),
         ("chain_sum", {"modulus": 1}, "modulus=1 is too small; use an int of at least 2"),
         ("permutations", {"generators": "swaps"}, "generators='swaps' is unknown; use one of 'all', 'transpositions'"),
         ("permutations", {"size": 6}, "size=6 is too large; use 3 to 5"),
