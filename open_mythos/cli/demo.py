@@ -16,7 +16,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Default: runs/demo, of --pretrained runs/demo-pretrained.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     pretrained: Annotated[bool, typer.Option("--pretrained", help=f"Use {PRETRAINED} instead of training.")] = False,
 ) -> None:

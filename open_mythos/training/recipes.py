@@ -128,7 +128,7 @@ def heal() -> TrainConfig:
 def demo() -> TrainConfig:
     """What `mythos demo` trains: parity of 24 bits, by a model with experts, at up to 8 loops."""
     cfg = _reasoner(
-        "parity", range(24, 25), loops=8, steps=600,
+        "parity", range(24, 25), loops=8, steps=800,
         evaluation=EvalConfig([24, 48, 96], [1, 2, 3, 4, 6, 8, 12, 16, 24, 32], 256),
     )  # fmt: skip
     cfg.model = MythosConfig(
