@@ -73,12 +73,12 @@ def load(checkpoint: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size  # before it is read
         if size != n_bytes:
-            raise CheckpointError(f"{path} has {size} bytes of the {n_bytes} in its manifest")
+            raise CheckpointError(f"{path} has {size} bytes of the {n_bytes} in its {MANIFEST_FILE}")
         content = files.read_bytes(files.own(path), size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     if zlib.crc32(content) != checksum:
-        raise CheckpointError(f"{path} is damaged: its checksum differs from its manifest")
+        raise CheckpointError(f"{path} is damaged: its checksum differs from its {MANIFEST_FILE}")
     try:
         weights.check_archive(io.BytesIO(content))
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
