@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -126,3 +128,26 @@ def gradients(model: OpenMythos, loss: Tensor) -> dict[str, Tensor]:
         name: torch.zeros_like(parameter) if gradient is None else gradient
         for name, parameter, gradient in zip(names, parameters, found, strict=True)
     }
+
+
+def damaged(
+    content: bytes, draw: random.Random, sizes: Sequence[int], also: Callable[[bytearray], bytes] | None = None
+) -> bytes:
+    """One of the ways in which files go wrong: blocks of one of ``sizes`` change places; ``also`` is one more way."""
+    new, n = bytearray(content), len(content)
+    kind, at = draw.randrange(5 if also is None else 6), draw.randrange(n)
+    if kind == 0:
+        new[at] ^= 1 << draw.randrange(8)
+    elif kind == 1:
+        del new[at:]
+    elif kind == 2:
+        new[at : at + 4096] = bytes(len(new[at : at + 4096]))
+    elif kind == 3:
+        size = draw.choice(sizes)
+        one, two = (draw.randrange(max(1, n // size)) * size for _ in range(2))
+        new[one : one + size], new[two : two + size] = new[two : two + size], new[one : one + size]
+    elif kind == 4:
+        new[at:at] = draw.randbytes(8)
+    elif also is not None:
+        return also(new)
+    return bytes(new)

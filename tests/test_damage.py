@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fabricated import fabricate_run
-from helpers import tiny_model
+from helpers import damaged, tiny_model
 
 from open_mythos import OpenMythos, weights
 from open_mythos.generation.native import build
@@ -35,28 +35,8 @@ COMPARISON = {
     "contenders": [{"kind": "looped", "loops": [1], "mean": [[0.5]], "low": [[0.5]], "high": [[0.5]]}], "entries": [],
     "verdicts": ["so so"],
 }  # fmt: skip
+BLOCKS = (1, 8, 16, 512)  # bytes that change places
 WRONG = [b"[]", b"{}", b"null", b'"x"', b"1e999", b"[" * 99_999, b'{"model": [], "files": 3, "weight_map": []}']
-
-
-def damaged(content: bytes, draw: random.Random, is_text: bool) -> bytes:
-    """One of the ways in which files go wrong."""
-    new, n, at = bytearray(content), len(content), draw.randrange(len(content))
-    kind = draw.randrange(6 if is_text else 5)
-    if kind == 0:
-        new[at] ^= 1 << draw.randrange(8)
-    elif kind == 1:
-        del new[at:]
-    elif kind == 2:
-        new[at : at + 4096] = bytes(len(new[at : at + 4096]))
-    elif kind == 3:  # two blocks change places
-        size = draw.choice([1, 8, 16, 512])
-        one, two = (draw.randrange(max(1, n // size)) * size for _ in range(2))
-        new[one : one + size], new[two : two + size] = new[two : two + size], new[one : one + size]
-    elif kind == 4:
-        new[at:at] = draw.randbytes(8)
-    else:
-        return draw.choice(WRONG)
-    return bytes(new)
 
 
 def tensors_of(model: OpenMythos) -> dict[str, Any]:
@@ -129,7 +109,8 @@ def test_damage_is_refused_or_changes_nothing(kinds: dict[Path, tuple[Callable[[
     for i in range(N):
         path = list(kinds)[i % len(kinds)]
         (read, may_be_edited), (content, value) = kinds[path], wholes[path]
-        path.write_bytes(damaged(content, draw, path.suffix in (".json", ".jsonl", ".md")))
+        also = (lambda new: draw.choice(WRONG)) if path.suffix in (".json", ".jsonl", ".md") else None
+        path.write_bytes(damaged(content, draw, BLOCKS, also))
         try:
             found = read()
         except (ValueError, OSError) as error:
@@ -159,7 +140,7 @@ def test_damaged_compiled_code_is_compiled_again(tmp_path: Path, monkeypatch: py
     made = build._compiled(words, tmp_path)
     assert isinstance(made, Path)
     whole = made.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"\x7fELF foreign", damaged(whole, draw, False)):
+    for content in (b"", whole[: len(whole) // 2], b"\x7fELF foreign", damaged(whole, draw, BLOCKS)):
         made.write_bytes(content)
         again = build._compiled(words, tmp_path)
         assert isinstance(again, Path) and again.read_bytes() == whole

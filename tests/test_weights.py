@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import damaged, tiny_model
 from safetensors.torch import load_file, save_file
 
 from open_mythos import CheckpointError, OpenMythos, weights
@@ -26,33 +26,17 @@ def test_what_is_written_comes_back_and_others_read_it(tmp_path: Path) -> None:
         assert all(found[name].equal(TENSORS[name]) and found[name].dtype == TENSORS[name].dtype for name in found)
 
 
-def damaged(content: bytes, draw: random.Random) -> bytes:
-    """One of the ways in which files go wrong."""
-    new, n = bytearray(content), len(content)
-    kind, at = draw.randrange(6), draw.randrange(n)
-    if kind == 0:
-        new[at] ^= 1 << draw.randrange(8)
-    elif kind == 1:
-        del new[at:]
-    elif kind == 2:
-        new[at : at + 4096] = bytes(len(new[at : at + 4096]))
-    elif kind == 3:  # two places change
-        size = draw.choice([4, 8, 16, 512, 4096])
-        one, two = (draw.randrange(n // size) * size for _ in range(2))
-        new[one : one + size], new[two : two + size] = new[two : two + size], new[one : one + size]
-    elif kind == 4:
-        new[at:at] = draw.randbytes(8)
-    else:
-        new[draw.randrange(min(n, 900))] = draw.randrange(256)  # in the header
-    return bytes(new)
-
-
 def test_damage_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     path, draw = tmp_path / "w.safetensors", random.Random(0)
     weights.write(path, TENSORS)
     whole, refused = path.read_bytes(), 0
+
+    def in_the_header(content: bytearray) -> bytes:
+        content[draw.randrange(min(len(content), 900))] = draw.randrange(256)
+        return bytes(content)
+
     for _ in range(150):
-        path.write_bytes(damaged(whole, draw))
+        path.write_bytes(damaged(whole, draw, (4, 8, 16, 512, 4096), in_the_header))
         try:
             found = weights.read(path)
         except CheckpointError as error:
