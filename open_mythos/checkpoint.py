@@ -101,8 +101,6 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     Raises:
         CheckpointError: naming the file at fault.
     """
-    if not isinstance(source, str | Path):
-        raise TypeError(f"source={source!r:.60} is neither a path nor a name of a shipped model")
     directory = Path(source)
     if not directory.exists() and str(source) in shipped():
         directory = SHIPPED / source

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, si, table, typed, whole_numbers
+from open_mythos.cli.console import console, mythos, note, si, table, typed, whole_numbers
 
 if TYPE_CHECKING:
     from open_mythos.training.compare import Comparison
@@ -36,18 +36,17 @@ def compare(
     from open_mythos.training.recipes import configured
 
     out = out or Path("runs") / f"compare-{recipe}"
-    with clear_errors():
-        plots.require_matplotlib()
-        cfg = configured(recipe, overrides or [])
-        may_replace(out / RESULTS, *(out / f"compare-{n}.png" for n in cfg.evaluation.difficulties))
-        again = typed("compare", recipe, *(overrides or []), "--seeds", seeds, "--out", out)
-        wanted, paths = whole_numbers("--seeds", seeds, "0,1,2"), []
-        with owned(out, log):
-            results = run_all(cfg, out, wanted, partial(watching, again=again))
-            for difficulty in results.difficulties if results.measure == "accuracy" else ():  # bits: only in the report
-                paths.append(out / f"compare-{difficulty}.png")
-                title = f"{results.recipe}: accuracy on {difficulty} {results.unit}, mean over seeds, no early exit"
-                plots.accuracy_by_loops(results.curves(difficulty), paths[-1], None, results.trained_loops, title)
+    plots.require_matplotlib()
+    cfg = configured(recipe, overrides or [])
+    may_replace(out / RESULTS, *(out / f"compare-{n}.png" for n in cfg.evaluation.difficulties))
+    again = typed("compare", recipe, *(overrides or []), "--seeds", seeds, "--out", out)
+    wanted, paths = whole_numbers("--seeds", seeds, "0,1,2"), []
+    with owned(out, log):
+        results = run_all(cfg, out, wanted, partial(watching, again=again))
+        for difficulty in results.difficulties if results.measure == "accuracy" else ():  # bits: only in the report
+            paths.append(out / f"compare-{difficulty}.png")
+            title = f"{results.recipe}: accuracy on {difficulty} {results.unit}, mean over seeds, no early exit"
+            plots.accuracy_by_loops(results.curves(difficulty), paths[-1], None, results.trained_loops, title)
     show(results)
     plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
     note(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, table, typed
+from open_mythos.cli.console import console, mythos, note, table, typed
 from open_mythos.fields import must
 
 PRETRAINED = "parity-tiny"
@@ -39,36 +39,35 @@ def demo(
     from open_mythos.training.stopping import Stop
 
     out = out or Path("runs") / ("demo-pretrained" if pretrained else "demo")
-    with clear_errors():
-        plots.require_matplotlib()
-        may_replace_run(out)
-        may_replace(out / "table.json", out / "depth.png", out / runs.MODEL / EXAMPLE_FILE)
-        cfg = runs.training_config(PRETRAINED) if pretrained else configured("demo", [f"steps={steps}", f"seed={seed}"])
-        task, trained_length = tasks.load(cfg.task.name), cfg.task.max_difficulty
-        console.print(
-            f"Running parity: at every bit, is the number of ones so far even or odd? A model of "
-            f"{parameters(cfg.model).total:,} parameters {'was trained' if pretrained else 'trains'} on up to "
-            f"{trained_length} bits with 1 to {cfg.loops.maximum} loops.",
-        )
-        is_run = (out / runs.RUN_CONFIG).exists()
-        again = typed("demo", "--out", out, "--steps", steps, "--seed", seed)
-        with Stop(), watching(cfg, again) as watch, owned(out, log) if pretrained else nullcontext():
-            if pretrained:
-                must(not is_run, f"{out} holds a run of its own; choose another --out")
-                model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 32)
-                runs.save_model(model, cfg, out)
-                wanted = cfg.evaluation.difficulties, cfg.evaluation.loops, cfg.evaluation.examples
-                Evaluation([depth_grid(model, task, *wanted, progress=watch.begin)], {}).save(out)
-            else:
-                fit(cfg, out, "auto" if is_run else "never", watch)
-        grid = Evaluation.load(out).grids[0]
-        curves = {f"{n} bits" + " (trained)" * (n == trained_length): grid.curve(n) for n in grid.difficulties}
-        example = task.batch(1, trained_length, torch.Generator().manual_seed(seed)).ids
-        title = f"{PRETRAINED if pretrained else 'mythos demo'}: accuracy by loops, no early exit"
-        with owned(out, log):
-            files.write_json(out / runs.MODEL / EXAMPLE_FILE, {"tokens": example[0].tolist()})
-            files.write_json(out / "table.json", curves, indent=2)
-            plots.accuracy_by_loops(curves, out / "depth.png", task.chance, cfg.loops.maximum, title)
+    plots.require_matplotlib()
+    may_replace_run(out)
+    may_replace(out / "table.json", out / "depth.png", out / runs.MODEL / EXAMPLE_FILE)
+    cfg = runs.training_config(PRETRAINED) if pretrained else configured("demo", [f"steps={steps}", f"seed={seed}"])
+    task, trained_length = tasks.load(cfg.task.name), cfg.task.max_difficulty
+    console.print(
+        f"Running parity: at every bit, is the number of ones so far even or odd? A model of "
+        f"{parameters(cfg.model).total:,} parameters {'was trained' if pretrained else 'trains'} on up to "
+        f"{trained_length} bits with 1 to {cfg.loops.maximum} loops.",
+    )
+    is_run = (out / runs.RUN_CONFIG).exists()
+    again = typed("demo", "--out", out, "--steps", steps, "--seed", seed)
+    with Stop(), watching(cfg, again) as watch, owned(out, log) if pretrained else nullcontext():
+        if pretrained:
+            must(not is_run, f"{out} holds a run of its own; choose another --out")
+            model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 32)
+            runs.save_model(model, cfg, out)
+            wanted = cfg.evaluation.difficulties, cfg.evaluation.loops, cfg.evaluation.examples
+            Evaluation([depth_grid(model, task, *wanted, progress=watch.begin)], {}).save(out)
+        else:
+            fit(cfg, out, "auto" if is_run else "never", watch)
+    grid = Evaluation.load(out).grids[0]
+    curves = {f"{n} bits" + " (trained)" * (n == trained_length): grid.curve(n) for n in grid.difficulties}
+    example = task.batch(1, trained_length, torch.Generator().manual_seed(seed)).ids
+    title = f"{PRETRAINED if pretrained else 'mythos demo'}: accuracy by loops, no early exit"
+    with owned(out, log):
+        files.write_json(out / runs.MODEL / EXAMPLE_FILE, {"tokens": example[0].tolist()})
+        files.write_json(out / "table.json", curves, indent=2)
+        plots.accuracy_by_loops(curves, out / "depth.png", task.chance, cfg.loops.maximum, title)
     rows = ([str(n), *(f"{curve[n]:.3f}" for curve in curves.values())] for n in grid.loops)
     console.print(table("accuracy by loops, same weights, no early exit", "loops", *curves, rows=rows))
     note(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import clear_errors, console, mythos, note, progress, si, table, typed
+from open_mythos.cli.console import console, mythos, note, progress, si, table, typed
 from open_mythos.training.config import TrainConfig
 
 
@@ -36,7 +36,7 @@ def train(
         note(f"Next: {mythos('train', 'debug')}, or any of these with --dry-run to see its cost.")
         return
     run = out or Path("runs") / recipe
-    with clear_errors(), distributed.processes():
+    with distributed.processes():
         with distributed.first_process_first(), reading(overrides or []):
             cfg = configured(recipe, overrides or [])
         if dry_run:
