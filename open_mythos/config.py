@@ -239,11 +239,11 @@ def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> di
     known = [field.name for field in fields(MythosConfig)]
     found = {name: value for name, value in data.items() if name not in ("model_type", "format_version")}
     for name in found:
-        must(
-            name in known or name in OF_TRANSFORMERS or name in also,
-            f"unknown config field {name!r}; {nearest(name, known)} (if a newer open_mythos wrote this config, "
-            f"{UPDATE})",
-        )
+        if name not in known and name not in OF_TRANSFORMERS and name not in also:
+            raise ValueError(
+                f"unknown config field {name!r}; {nearest(name, known)} (if a newer open_mythos wrote this config, "
+                f"{UPDATE})"
+            )
     return {name: value for name, value in found.items() if name in known}
 
 

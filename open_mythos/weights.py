@@ -9,8 +9,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -136,13 +136,13 @@ def _sums(tensor: Tensor, to: Tensor | None = None) -> bytes:
     changes places changes several. ``tensor`` is copied ``to`` on the way.
     """
     sums = [f"{tensor.dtype}{tuple(tensor.shape)};".encode()]
-    source = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    target = source if to is None else to.view(-1).view(torch.uint8).numpy()
+    source = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    target = source if to is None else to.view(-1).view(torch.uint8)
     for start in range(0, len(source), _BLOCK):
         block = target[start : start + _BLOCK]
         if to is not None:
-            block[:] = source[start : start + _BLOCK]
-        if len(block) < _BLOCK:
-            block = np.pad(block, (0, -len(block) % (8 * _WIDTH)))
-        sums.append(block.view(np.uint64).reshape(-1, _WIDTH).sum(0).tobytes())
+            block.copy_(source[start : start + _BLOCK])
+        if len(block) < _BLOCK or block.storage_offset() % 8:
+            block = F.pad(block, (0, -len(block) % (8 * _WIDTH))).clone()
+        sums.append(block.view(torch.int64).view(-1, _WIDTH).sum(0).numpy().tobytes())
     return b"".join(sums)

@@ -117,7 +117,7 @@ def task_of(checkpoint: Path) -> "tuple[Task, int] | None":
 
     if not (checkpoint / TRAINING_FILE).is_file() or (cfg := training_config(checkpoint)).task.name == "text":
         return None
-    return tasks.load(cfg.task.name, **cfg.task.options), cfg.task.max_difficulty
+    return tasks.load(cfg.task.name, **cfg.task.options).held_out(), cfg.task.max_difficulty
 
 
 def symbols(checkpoint: Path, ids: list[int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -87,8 +88,8 @@ def readings(
 def chunks(batch: Batch, device: torch.device) -> Iterator[Batch]:
     """The rows of ``batch``, so many at a time that a chunk has no more than ``CHUNK`` tokens, or one row."""
     rows = max(1, CHUNK // batch.ids.shape[1])
-    for parts in zip(*(x.split(rows) for x in batch if x is not None), strict=True):
-        yield Batch(*(part.to(device) for part in parts))
+    for first in range(0, len(batch.ids), rows):
+        yield batch.map(itemgetter(slice(first, first + rows))).map(lambda part: part.to(device))
 
 
 def device_of(model: OpenMythos) -> torch.device:

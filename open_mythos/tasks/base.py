@@ -3,8 +3,9 @@
 import functools
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,19 +19,32 @@ UNSCORED = -100
 """Target of positions that loss and accuracy ignore."""
 
 
-class Batch(NamedTuple):
-    """Problems and their answers.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Problems and their answers; ``ids, targets, valid = batch`` unpacks the first three.
 
     Attributes:
         ids: (n, T) int64 tokens.
         targets: (n, T) int64, the correct output at each position, or ``UNSCORED``.
         valid: (n, T) bool, False at padding, which is on the right; or the ids of packed documents from 1, 0 at
             padding; None without padding.
+        steps: (n, T, S) int64, what is known after 0, 1, ... S - 1 steps of the solution, at last the answer, or
+            ``UNSCORED``; ``loss.depth="steps"`` supervises loop k with what is known after k - 1 steps. None for a
+            task that does not say.
     """
 
     ids: Tensor
     targets: Tensor
     valid: Tensor | None = None
+    steps: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.ids, self.targets, self.valid))
+
+    def map(self, select: Callable[[Tensor], Tensor]) -> "Batch":
+        """``select`` of every tensor that is there."""
+        parts = (self.ids, self.targets, self.valid, self.steps)
+        return Batch(*(None if part is None else select(part) for part in parts))  # type: ignore[arg-type]
 
 
 class Score(NamedTuple):
@@ -54,6 +68,7 @@ class Task(Checked, ABC):
     Attributes:
         name: as in ``tasks.NAMES``.
         version: incremented whenever the same seed gives different problems.
+        has_steps: whether its batches say what is known after each step of the solution.
         unit: what difficulty counts, in the plural ("bits").
         vocab: text of each token; ``vocab[0]`` is padding.
         least: minimum difficulty.
@@ -63,6 +78,7 @@ class Task(Checked, ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    has_steps: ClassVar[bool] = False
     unit: str
     least: ClassVar[int] = 1
     most: int | None = None
@@ -97,6 +113,10 @@ class Task(Checked, ABC):
         """One problem of each of ``difficulties``, padded on the right to the longest."""
         must(len(difficulties) > 0, "difficulties is empty; give at least one")
         return pad([self.batch(1, difficulty, generator) for difficulty in difficulties])
+
+    def held_out(self) -> Self:
+        """The same task with problems that training never sees; itself, if it has no ``split``."""
+        return replace(self, split="held_out") if hasattr(self, "split") else self  # type: ignore[call-arg]
 
     def score(self, answers: Tensor, targets: Tensor) -> Score:
         """Compare ``answers`` (n, T) with ``targets`` (n, T) at the scored positions."""
@@ -137,5 +157,15 @@ def pad(batches: Sequence[Batch]) -> Batch:
         return pad_sequence([row for rows in parts for row in rows], batch_first=True, padding_value=padding)
 
     ids, targets = padded(batch.ids for batch in batches), padded((batch.targets for batch in batches), UNSCORED)
-    numbers = padded(valid)
-    return Batch(ids, targets, numbers if packed else None if numbers.all() else numbers.bool())
+    numbers, steps = padded(valid), [batch.steps for batch in batches if batch.steps is not None]
+    given = _as_many_steps(steps) if len(steps) == len(batches) else []
+    return Batch(
+        ids, targets, numbers if packed else None if numbers.all() else numbers.bool(),
+        padded(given, UNSCORED) if given else None,
+    )  # fmt: skip
+
+
+def _as_many_steps(parts: Sequence[Tensor]) -> list[Tensor]:
+    """(n, T, S) steps of every part, the last one repeated up to the most S."""
+    most = max(part.shape[2] for part in parts)
+    return [torch.cat([part, part[..., -1:].expand(-1, -1, most - part.shape[2])], 2) for part in parts]

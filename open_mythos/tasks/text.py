@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -105,7 +105,7 @@ class Text(Task):
         batch = self._windows(torch.arange(n) * last // max(n - 1, 1), length)
         if self.eos is None:
             return batch
-        return batch._replace(targets=batch.targets.masked_fill(batch.targets == self.eos, UNSCORED))
+        return replace(batch, targets=batch.targets.masked_fill(batch.targets == self.eos, UNSCORED))
 
     def bytes_of(self, targets: Tensor) -> Tensor:
         """How many bytes each target stands for, in the shape of ``targets``; 0 where none is scored.

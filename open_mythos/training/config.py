@@ -53,10 +53,12 @@ class LossConfig(Checked):
     """What is minimised: cross-entropy at one depth or several, and terms that steady the loop."""
 
     # final: after the last loop. uniform, geometric: weighted mean over the loops with gradient. progressive: final,
-    # with `progressive` of its weight on a second run of fewer loops from a detached state (2202.05826)
-    depth: str = choice("final", "final", "uniform", "geometric", "progressive")
+    # with `progressive` of its weight on a second run of fewer loops from a detached state (2202.05826). steps: as
+    # uniform, but loop k is asked for what is known after k - 1 steps of the solution, as the task says
+    depth: str = choice("final", "final", "uniform", "geometric", "progressive", "steps")
     ratio: float = real(0.5, 0.0, 1.0, low_open=True)  # geometric only: weight of a loop over that of the next
     progressive: float = real(0.5, 0.0, 1.0)
+    outcome: float = real(0.0, 0.0, 1.0)  # steps only: share of the run, its end, in which only the answer is asked for
     fixed_point: float = real(0.0, 0.0)  # weight of the last loop's squared relative state change
     z: float = real(0.0, 0.0)  # weight of the squared log-partition of the logits (PaLM, 2204.02311)
     chunk: int = size(0, minimum=0)  # tokens whose logits exist at one time; 0: as many as a quarter of a GB holds
@@ -68,7 +70,7 @@ class LossConfig(Checked):
     @property
     def supervises_every_loop(self) -> bool:
         """Whether every loop with gradient has a loss, not only the last of a run."""
-        return self.depth in ("uniform", "geometric")
+        return self.depth in ("uniform", "geometric", "steps")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import SIGINT, Signals
 from typing import Any
@@ -279,11 +279,11 @@ def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: C
     """Evaluate with ``cfg.evaluation``, a baseline at its only depth, and write RUN/evaluation.json."""
     settings = cfg.evaluation
     if not isinstance(task, Text):
-        evaluate(model, task, settings.difficulties, cfg.depths, settings.examples, progress=begin).save(run)
+        evaluate(model, task.held_out(), settings.difficulties, cfg.depths, settings.examples, progress=begin).save(run)
         return
     begin("held-out text")
-    held_out, length = replace(task, split="held_out"), settings.difficulties[0]
-    bits = bits_per_byte(model, held_out, cfg.depths, length, settings.examples)
+    length = settings.difficulties[0]
+    bits = bits_per_byte(model, task.held_out(), cfg.depths, length, settings.examples)
     files.write_json(run / runs.EVALUATION, {"bits_per_byte": bits})
 
 

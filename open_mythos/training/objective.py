@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from open_mythos.context import Context
 from open_mythos.model import OpenMythos
 from open_mythos.nn.schedule import Schedule, Stage, take
+from open_mythos.ops.dispatch import shapes_follow_values
 from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.training.allocator import give_back_here
 from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
@@ -30,6 +31,7 @@ class Plan:
     short_loops: Tensor  # the same for the second run of the progressive loss
     short_grad: Tensor
     stale: Tensor  # which of the states left by the last step it starts from, in [0, 1); -1: its own first state
+    outcome: Tensor  # whether it is asked for the answer alone, and not for the steps to it
 
     def __getitem__(self, rows: slice) -> Self:
         return type(self)(*(numbers[rows] for numbers in vars(self).values()))
@@ -59,18 +61,19 @@ class Objective:
 
     def plan(self, step: int, n: int, length: int, generator: torch.Generator) -> Plan:
         """Draw what chance decides about optimizer step ``step``, of ``n`` sequences of ``length`` tokens."""
-        loops = self.cfg.loops
+        loops, progress = self.cfg.loops, step / self.cfg.steps
+        outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         if self.cfg.kind != "looped":  # the baselines have one depth
             n_loops = torch.full((n,), 1 if self.cfg.kind == "single" else loops.maximum)
-            return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0))
-        n_loops = draw_loops(loops, step / self.cfg.steps, n, length, generator)
+            return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0), outcome)
+        n_loops = draw_loops(loops, progress, n, length, generator)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
         no_grad = torch.randint(0, loops.maximum, (1,), generator=generator)
         with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
         stale = torch.rand(n, generator=generator)
         stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
         n_grad = n_loops.clamp(max={"all": loops.maximum, "one_step": 1}.get(loops.gradient, loops.grad_loops))
-        return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale)
+        return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, outcome)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
         """The loss of a micro-batch, by its rows of the step's plan.
@@ -82,8 +85,8 @@ class Objective:
         run = _Run(model, batch, self.cfg, self.teacher)
         short = cfg.progressive if cfg.depth == "progressive" else 0.0
         h = self._first_state(model, run.e, run.ctx, plan.stale)
-        ran = [run(h, plan.n_loops, plan.n_grad)] if short < 1 else []
-        ran += [run(h, plan.short_loops, plan.short_grad)] if short > 0 else []
+        ran = [run(h, plan.n_loops, plan.n_grad, plan.outcome)] if short < 1 else []
+        ran += [run(h, plan.short_loops, plan.short_grad, plan.outcome)] if short > 0 else []
         if self.cfg.loops.stale:
             self.left = ran[0][2]
         shares = [share for share in (1 - short, short) if share > 0]
@@ -115,12 +118,14 @@ class _Run:
 
     def __init__(self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None) -> None:
         self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
+        # one pass has no place for steps: what it is asked for is the answer
+        self.steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind != "single" else None
         if teacher is not None:
             with torch.no_grad():
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
         self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid)
 
-    def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over scored tokens, (4,) as ``TERMS``; tokens that are right; final states (B, T, dim), detached."""
         cfg = self.cfg
         sums, change = self.e.new_zeros(3, dtype=torch.float32), self.e.new_zeros((), dtype=torch.float32)
@@ -137,7 +142,9 @@ class _Run:
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
             supervised, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
             if len(supervised):
-                inputs = take(stage.after, supervised), stage.rows[supervised], weights[supervised]
+                rows = stage.rows[supervised]
+                due = self._due(rows, int(n_loops[rows[0]] - stage.left[supervised[0]]), outcome[rows])
+                inputs = take(stage.after, supervised), rows, due, weights[supervised]
                 if cfg.checkpoint_loops and cfg.loss.supervises_every_loop:  # the head's activations would be most
                     found, right = checkpoint(self._loss_terms, *inputs, use_reentrant=False)
                 else:
@@ -153,16 +160,31 @@ class _Run:
                 final[rows.to(h.device, non_blocking=True)] = after.detach()
         return torch.cat([sums, change.view(1)]), n_right, final
 
-    def _loss_terms(self, h: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _due(self, rows: Tensor, n_run: int, outcome: Tensor) -> Tensor:
+        """What some rows should answer after ``n_run`` loops, (R, T)."""
+        targets = take(self.targets, rows)
+        if self.steps is None:
+            return targets
+        steps = take(self.steps, rows)
+        due = steps[..., min(n_run, steps.shape[2]) - 1]
+        early = outcome.to(due.device, non_blocking=True).unsqueeze(1) & (due != targets)
+        return due.masked_fill(early, UNSCORED)
+
+    def _loss_terms(self, h: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums as :func:`readout`, (3,), and tokens right in each row, (R,)."""
         ctx = self.ctx if len(rows) == len(self.e) else self.ctx.rows(rows.to(h.device, non_blocking=True))
-        x = self.model.decode(h, ctx)
-        targets = take(self.targets, rows)
-        weight = weights.to(h.device, non_blocking=True).unsqueeze(1) * (targets != UNSCORED)
-        teacher = None if self.teacher is None else (self.teacher.head, take(self.teacher_hidden, rows).flatten(0, 1))
+        x, asked = self.model.decode(h, ctx).flatten(0, 1), targets.flatten()
+        weight = (weights.to(h.device, non_blocking=True).unsqueeze(1) * (targets != UNSCORED)).flatten()
+        theirs = None if self.teacher is None else take(self.teacher_hidden, rows).flatten(0, 1)
+        row = torch.arange(targets.numel(), device=h.device) // targets.shape[1]
+        if shapes_follow_values(h):  # the head reads scored positions alone, which may be few
+            scored = (asked != UNSCORED).nonzero().squeeze(1)
+            x, asked, weight, row = x[scored], asked[scored], weight[scored], row[scored]
+            theirs = None if theirs is None else theirs[scored]
+        teacher = None if self.teacher is None or theirs is None else (self.teacher.head, theirs)
         chunk = self.cfg.loss.chunk or max(1, _MAX_LOGITS // self.model.cfg.vocab_size)
-        sums, hits = readout(self.model.head, x.flatten(0, 1), targets.flatten(), weight.flatten(), chunk, teacher)
-        return sums, hits.view(targets.shape).sum(1)
+        sums, hits = readout(self.model.head, x, asked, weight, chunk, teacher)
+        return sums, row.new_zeros(len(targets)).index_add(0, row, hits.long())
 
 
 def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator: torch.Generator) -> Tensor:
@@ -189,12 +211,18 @@ def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator:
     return drawn.clamp(low, high).to(torch.int64).expand(n)
 
 
+def n_supervised(batch: Batch, cfg: TrainConfig) -> int:
+    """Positions of a step that are asked for something: those with an answer, or with steps where these are asked."""
+    steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind != "single" else None
+    return int(((batch.targets if steps is None else steps[..., -1]) != UNSCORED).sum())
+
+
 def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
     """How much each sequence's answer after this loop counts, (R,); over its loops with gradient they sum to one.
 
     ``n_grad`` is the number of these, (R,).
     """
-    if cfg.depth == "uniform":
+    if cfg.depth in ("uniform", "steps"):
         return 1.0 / n_grad
     if cfg.depth == "geometric" and cfg.ratio < 1:
         return cfg.ratio**stage.left * (1 - cfg.ratio) / (1 - cfg.ratio**n_grad)

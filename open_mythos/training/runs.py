@@ -16,7 +16,7 @@ import glob
 import os
 from pathlib import Path
 
-from open_mythos import models
+from open_mythos import models, tasks
 from open_mythos.evaluation.summary import FILE
 from open_mythos.model import OpenMythos
 from open_mythos.models import MODEL, TRAINING_FILE, home_dir, load_model, model_dir, tokenizer_of
@@ -76,9 +76,9 @@ def save_model(model: OpenMythos, cfg: TrainConfig, run: Path) -> Path:
 
 
 def held_out_options(source: str | Path, cfg: TrainConfig) -> dict[str, str]:
-    """Options that make ``cfg.task``, if it is text, that which training has not seen, in the model's own tokens."""
+    """Options that make ``cfg.task`` the problems that training has not seen; of text, in the model's own tokens."""
     if cfg.task.name != Text.name:
-        return {}
+        return {"split": "held_out"} if "split" in tasks.options_of(cfg.task.name) else {}
     directory = model_dir(source)
     trained = cfg.task.options.get("tokenizer", "bytes") != "bytes" or not (directory / TRAINING_FILE).is_file()
     own = {"tokenizer": str(directory)} if trained and (directory / tokenizer.FILE).is_file() else {}

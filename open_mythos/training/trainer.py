@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.auxiliary import balance, experts
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.ops.dispatch import use_tf32
-from open_mythos.tasks import UNSCORED, Batch, Task
+from open_mythos.tasks import Batch, Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
 from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.training.config import TrainConfig
-from open_mythos.training.objective import Objective
+from open_mythos.training.objective import Objective, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
 
 # streams of random numbers beside torch's own, which draws weights, dropout and noise
@@ -127,7 +127,7 @@ class Trainer:
         Nothing waits for a GPU before the end, where the step's numbers are known all at once.
         """
         cfg = self.cfg
-        n_scored = int((batch.targets != UNSCORED).sum())
+        n_scored = n_supervised(batch, cfg)
         plan = self.objective.plan(self.step_number, cfg.batch_size, batch.ids.shape[1], self.loops_rng)
         self.optimizer.zero_grad()
         share = cfg.batch_size // distributed.world_size()  # rows of this process
@@ -263,6 +263,8 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
     if isinstance(task, Text) and task.separate:
         given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
         must(low == high, f"{given}, but rows of text have one length; {fix}")
+    unknown = f"loss.depth='steps' asks for the steps of a solution, which {task.name} does not know; use 'uniform'"
+    must(cfg.loss.depth != "steps" or task.has_steps, unknown)
     check_room(cfg, task)
     difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
     for difficulty in difficulties:
@@ -298,8 +300,9 @@ def memory() -> float:
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:
     """Rows of a batch, on their way to ``device``. The mask stays: looking at it there would wait for the device."""
-    ids, targets, is_gpu = batch.ids[rows], batch.targets[rows], device.type == "cuda"
-    if is_gpu:
-        ids, targets = ids.pin_memory(), targets.pin_memory()
-    valid = None if batch.valid is None else batch.valid[rows]
-    return Batch(ids.to(device, non_blocking=is_gpu), targets.to(device, non_blocking=is_gpu), valid)
+    is_gpu = device.type == "cuda"
+
+    def move(part: Tensor) -> Tensor:
+        return (part[rows].pin_memory() if is_gpu else part[rows]).to(device, non_blocking=is_gpu)
+
+    return replace(replace(batch, valid=None).map(move), valid=None if batch.valid is None else batch.valid[rows])

@@ -1,0 +1,158 @@
+"""Who has what, when most only have what somebody else has: chains of assignments in words."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from open_mythos.fields import choice, must, real, size
+from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.tasks.english import ID, NAMES, THINGS, VOCABULARY, Patterns, joined, may_pair
+
+COPIES = Patterns(
+    "{0} has what {1} has .", "{0} copies {1} .", "{0} matches {1} .", "what {1} has , {0} has .", "{0} is like {1} .",
+    "as {1} , so {0} .", "{1} shares with {0} .", "{0} has the same as {1} .",
+)  # fmt: skip
+HAS = Patterns("{0} has a {1} .", "{0} holds the {1} .", "the {1} is with {0} .", "{0} keeps a {1} .")
+KNOWS = Patterns("{0} likes {1} .", "{0} lives near {1} .", "{0} is older than {1} .", "{1} knows {0} .")
+ASKS = Patterns("what does {0} have ?", "{0} has what ?", "what has {0} ?", "what is with {0} ?")
+
+_FIRST_NAME, _FIRST_THING = ID[NAMES[0]], ID[THINGS[0]]
+_NEW_CHAIN = 0.2  # share of the people off the asked chains who have a thing of their own
+
+
+@dataclass
+class Assignments(Task):
+    """Sentences in any order, of which each says what one person has: a thing, or what another one has; then questions.
+
+    ``Ana has what Ben has . Ben keeps a key . Cora likes Ana . what does Ana have ?`` is a problem of two hops. The
+    target at the end of a question is the thing; its steps are the names on the way: Ana, Ben, key. Difficulty is the
+    number of hops of every question. One sentence in five says nothing of what anybody has (``noise``).
+
+    Names that stand together in a sentence of the held-out split, names and patterns that do, and so all its
+    sentences, are never together in training.
+
+    Attributes:
+        sentences: of a problem, the most; one difficulty can have no more hops than sentences.
+        min_sentences: the fewest; each batch of training draws a number between the two.
+        questions: of a problem, the most: as many as there are names that many hops from their thing.
+        noise: share of the sentences that say nothing of what anybody has, rounded down.
+        split: ``"train"`` or ``"held_out"``.
+    """
+
+    name = "assignments"
+    unit = "hops"
+    has_steps = True
+    vocab = VOCABULARY
+    chance = 1 / len(THINGS)
+    sentences: int = size(32)
+    min_sentences: int = size(6)
+    questions: int = size(8)
+    noise: float = real(0.2, 0.0, 1.0, high_open=True)
+    split: str = choice("train", "train", "held_out")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high, most = self.min_sentences, self.sentences, 2 * len(NAMES) // 3
+        must(high <= most, f"sentences={high}; there are {len(NAMES)} names, enough for {most}")
+        must(low <= high, f"min_sentences={low} is above sentences={high}; lower it or raise that")
+        self.most = high
+
+    def length(self, difficulty: int) -> int:
+        longest = max(patterns.codes.shape[1] for patterns in (COPIES, HAS, KNOWS))
+        return self.sentences * longest + self.questions * ASKS.codes.shape[1]
+
+    def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
+        test = self.split != "train"
+        low = self.sentences if test else max(self.min_sentences, difficulty)
+        total = int(torch.randint(low, self.sentences + 1, (), generator=generator))
+        n_noise = min(int(total * self.noise), total - difficulty)
+        source, asked = self._chains(n, total - n_noise, difficulty, generator)
+        name = self._people(source, test, generator)
+        thing = _FIRST_THING + torch.randint(0, len(THINGS), source.shape, generator=generator)
+        has_own, of_source = source < 0, name.gather(1, source.clamp(min=0))
+        said = [
+            torch.where(
+                has_own[..., None],
+                _padded(HAS.sentences(name, [_FIRST_NAME + name, thing], test, generator)),
+                _padded(COPIES.sentences(name, [_FIRST_NAME + name, _FIRST_NAME + of_source], test, generator)),
+            )
+        ]
+        if n_noise:
+            one, other = self._pairs(name, n_noise, test, generator)
+            words = [_FIRST_NAME + one, _FIRST_NAME + other]
+            said.append(_padded(KNOWS.sentences(one, words, test, generator)))
+        facts = torch.cat(said, 1)
+        order = torch.rand(n, total, generator=generator).argsort(1)
+        facts = facts.gather(1, order[..., None].expand_as(facts))
+        people = name.gather(1, asked)
+        ids, valid, ends = joined([facts, ASKS.sentences(people, [_FIRST_NAME + people], test, generator)])
+        known = self._known(source, name, thing, asked, difficulty)
+        steps = torch.full((*ids.shape, difficulty + 1), UNSCORED)
+        steps.scatter_(1, ends[:, total:, None].expand_as(known), known)
+        return Batch(ids, steps[..., -1].contiguous(), valid, steps)
+
+    def _chains(self, n: int, people: int, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """From whom each of ``people`` has what they have, (n, people), -1: it is theirs; and who are asked, (n, Q)."""
+        n_chains = max(1, min(self.questions, people // hops))
+        on_chains = n_chains * hops
+        chains = torch.arange(on_chains) - 1
+        chains[::hops] = -1
+        source = chains.repeat(n, 1)
+        n_more = min(self.questions - n_chains, people - on_chains)  # others that are as many hops away
+        heads = torch.arange(n_chains) * hops + hops - 1
+        if people > on_chains:
+            others = torch.rand(n, people - on_chains, generator=generator)
+            joins = (others * torch.arange(on_chains, people)).long()
+            alone = torch.rand(n, people - on_chains, generator=generator) < _NEW_CHAIN
+            joins = joins.masked_fill(alone, -1)
+            if n_more:
+                chain = torch.randint(0, n_chains, (n, n_more), generator=generator)
+                joins[:, :n_more] = -1 if hops == 1 else chain * hops + hops - 2
+            source = torch.cat([source, joins], 1)
+        asked = torch.cat([heads, torch.arange(on_chains, on_chains + n_more)]).expand(n, -1)
+        return source, asked.gather(1, torch.rand(asked.shape, generator=generator).argsort(1))
+
+    def _people(self, source: Tensor, test: bool, generator: torch.Generator | None) -> Tensor:
+        """A name for each, all different, that may stand in a sentence with its source's: (n, people)."""
+        n, people = source.shape
+        allowed = torch.cat([may_pair(test), torch.ones(1, len(NAMES), dtype=torch.bool)])
+        name = torch.full((n, people), -1)
+        rows = torch.arange(n)
+        while len(rows):  # hardly ever twice
+            free = torch.ones(len(rows), len(NAMES), dtype=torch.bool)
+            picked = torch.full((len(rows), people + 1), -1)
+            whole = torch.ones(len(rows), dtype=torch.bool)
+            for i, place in enumerate(source[rows].T):
+                owner = picked.gather(1, place.where(place >= 0, people)[:, None]).squeeze(1)
+                may = free & allowed[owner]  # the last row for nobody
+                whole &= may.any(1)
+                may |= ~may.any(1, keepdim=True)
+                picked[:, i] = torch.multinomial(may.float(), 1, generator=generator).squeeze(1)
+                free.scatter_(1, picked[:, i : i + 1], False)
+            name[rows] = picked[:, :people]
+            rows = rows[~whole]
+        return name
+
+    def _pairs(self, name: Tensor, many: int, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Two names that may stand together, the first of the problem, and the second too if one can be, (n, many)."""
+        n, people = name.shape
+        one = name.gather(1, torch.randint(0, people, (n, many), generator=generator))
+        here = torch.zeros(n, 1, len(NAMES)).scatter_(2, name[:, None], 1.0)
+        weights = may_pair(test)[one].float() * (here + 1e-6)
+        return one, torch.multinomial(weights.flatten(0, 1), 1, generator=generator).view(n, many)
+
+    def _known(self, source: Tensor, name: Tensor, thing: Tensor, asked: Tensor, hops: int) -> Tensor:
+        """What is known of each question after 0, 1, ... hops, tokens (n, Q, hops + 1)."""
+        at, known = asked, [_FIRST_NAME + name.gather(1, asked)]
+        for _ in range(hops - 1):
+            at = source.gather(1, at)
+            known.append(_FIRST_NAME + name.gather(1, at))
+        return torch.stack([*known, thing.gather(1, at)], 2)
+
+
+_WIDTH = max(patterns.codes.shape[1] for patterns in (COPIES, HAS, KNOWS))
+
+
+def _padded(sentences: Tensor) -> Tensor:
+    return torch.nn.functional.pad(sentences, (0, _WIDTH - sentences.shape[2]))

@@ -1,0 +1,132 @@
+"""What the tasks in words share: a vocabulary, sentences from patterns, and a split between training and test."""
+
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from open_mythos.fields import must, nearest
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of ``text``."""
+    return tuple(text.split())
+
+
+NAMES = words(
+    "Ada Alma Ana Anton Basil Ben Bert Boris Carl Cecil Clara Cora Dan Dina Dirk Dora Edna Elsa Emil Emma Eva Fay "
+    "Felix Finn Flora Fred Gail Gina Greta Gus Hans Heidi Hilda Hugo Ida Igor Irma Ivan Jack Jane Jonas Julia Kate Kim "
+    "Klara Kurt Lars Lena Leo Liam Lukas Maria Mark Mia Mona Nadia Nils Nina Nora Olga Omar Oscar Otto Paul Petra Pia Quinn "
+    "Ralf Rita Rosa Ruth Sam Sara Sven Tara Thea Tina Tom Ulla Uma Vera Vic Viola Walt Wanda Will Xena Yara Yves Zara "
+    "Zeno Zita Zoe Bruno Celia Ned"
+)
+THINGS = words("ball bell book coin comb cup drum flag hat key lamp map pen ring rope shoe")
+NUMBERS = tuple(map(str, range(23)))
+RELATIONS = words("boss coach cook doctor friend guide lawyer neighbour rival teacher tenant uncle")
+REGISTERS = words("A B C D E F G H")
+_WORDS = words(
+    "? . , : and a as add added also are asks bag by copies do does equals first from gets give gives had has have he "
+    "her his hold holds how if in increased is it its keeps knows let like likes lives looks many matches minus more "
+    "near no not now of older on or out plus put reads same says see sees set shares she so some stands subtract swap "
+    "take than that the them then there they thing to together trusts twice up us was we what whatever who whose will "
+    "with write writes zero increase decrease value values holding house left right less fewer between sum number "
+    "before after end begin print each both"
+)
+PAD, END = "<pad>", "<end>"
+VOCABULARY = (PAD, END, *_WORDS, *NUMBERS, *RELATIONS, *REGISTERS, *THINGS, *NAMES)
+"""Words of all tasks in words, so that one model can learn them together; a word is a token."""
+ID = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def encode(text: str) -> list[int]:
+    """The tokens of words and marks separated by spaces.
+
+    Raises:
+        ValueError: for a word outside of the vocabulary, with the nearest one in it.
+    """
+    for word in text.split():
+        must(word in ID, f"no task in words knows {word!r}; {nearest(word, VOCABULARY)}")
+    return [ID[word] for word in text.split()]
+
+
+class Patterns:
+    """Sentences of one kind, such as ``"{0} has what {1} has ."``, where numbers in braces stand for words.
+
+    Each name stands in three in four of the patterns in training, and in the others, one at least, in the test: no
+    sentence of the test, and no pairing of a name with a pattern, was ever in training.
+
+    Args:
+        patterns: at least two.
+    """
+
+    def __init__(self, *patterns: str) -> None:
+        assert len(patterns) > 1, "training and test need one each"
+        self.patterns = patterns
+        rows = [[-1 - int(w[1]) if w[0] == "{" else ID[w] for w in pattern.split()] for pattern in patterns]
+        width = max(map(len, rows))
+        self.codes = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """(names, patterns) bool: which are for the test."""
+        n = max(1, len(self.patterns) // 4)
+        rows = torch.zeros(len(NAMES), len(self.patterns), dtype=torch.bool)
+        for i, name in enumerate(NAMES):
+            by_chance = sorted(
+                range(len(self.patterns)), key=lambda j: zlib.crc32(f"{name}/{self.patterns[j]}".encode())
+            )
+            rows[i, by_chance[:n]] = True
+        return rows
+
+    def sentences(self, name: Tensor, words: Sequence[Tensor], test: bool, generator: torch.Generator | None) -> Tensor:
+        """A sentence for each name, in a pattern that it may stand in.
+
+        Args:
+            name: (n, S) which of ``NAMES`` the sentence is about.
+            words: what numbers in braces stand for, (n, S) tokens each.
+            test: whether for the test.
+
+        Returns:
+            (n, S, width) tokens, 0 beyond the end of a sentence.
+        """
+        may = self.held_out[name] if test else ~self.held_out[name]
+        which = torch.multinomial(may.flatten(0, 1).float(), 1, generator=generator).view(name.shape)
+        codes, slots = self.codes[which], torch.stack(list(words), 2)
+        return torch.where(codes < 0, slots.gather(2, (-1 - codes).clamp(min=0)), codes)
+
+
+@torch.no_grad()
+def may_pair(test: bool) -> Tensor:
+    """(names, names) bool, symmetric: which two may stand in one sentence of the test, or of training."""
+    return _FOR_TEST if test else ~_FOR_TEST & ~torch.eye(len(NAMES), dtype=torch.bool)
+
+
+def _pairs_for_test() -> Tensor:
+    pairs = torch.zeros(len(NAMES), len(NAMES), dtype=torch.bool)
+    for i, one in enumerate(NAMES):
+        for j, other in enumerate(NAMES[:i]):
+            pairs[i, j] = pairs[j, i] = zlib.crc32(f"{one} and {other}".encode()) % 5 < 2
+    return pairs
+
+
+_FOR_TEST = _pairs_for_test()
+
+
+def joined(sentences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Sentences one after the other.
+
+    Args:
+        sentences: (n, S, width) tokens each, 0 beyond the end of a sentence; in this order.
+
+    Returns:
+        ids (n, T), padded on the right; which are no padding, (n, T) bool, or None for all; and the place of the last
+        token of every sentence, (n, sum of S).
+    """
+    flat = torch.cat([part.flatten(1) for part in sentences], 1)
+    ends = torch.cat([(part != 0).sum(2) for part in sentences], 1).cumsum(1) - 1
+    places = (flat == 0).long().argsort(stable=True, dim=1)
+    ids = flat.gather(1, places)[:, : int(ends[:, -1].max()) + 1]
+    valid = ids != 0
+    return ids, None if bool(valid.all()) else valid, ends
