@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.fields import choice, must, real, size
+from open_mythos.fields import choice, must, size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.english import ID, NAMES, THINGS, VOCABULARY, Patterns, joined, may_pair
 
@@ -18,7 +18,8 @@ KNOWS = Patterns("{0} likes {1} .", "{0} lives near {1} .", "{0} is older than {
 ASKS = Patterns("what does {0} have ?", "{0} has what ?", "what has {0} ?", "what is with {0} ?")
 
 _FIRST_NAME, _FIRST_THING = ID[NAMES[0]], ID[THINGS[0]]
-_NEW_CHAIN = 0.2  # share of the people off the asked chains who have a thing of their own
+_OTHERS = 4  # sentences, at least, that no question needs: half of them are of things that others have
+_ALONE = 0.2  # share of the people off the asked chains who have a thing of their own
 
 
 @dataclass
@@ -27,16 +28,16 @@ class Assignments(Task):
 
     ``Ana has what Ben has . Ben keeps a key . Cora likes Ana . what does Ana have ?`` is a problem of two hops. The
     target at the end of a question is the thing; its steps are the names on the way: Ana, Ben, key. Difficulty is the
-    number of hops of every question. One sentence in five says nothing of what anybody has (``noise``).
+    number of hops of every question. No question needs all sentences: some say nothing of what anybody has, some are
+    of things that others have, and some of people who have what somebody on the way has.
 
     Names that stand together in a sentence of the held-out split, names and patterns that do, and so all its
     sentences, are never together in training.
 
     Attributes:
-        sentences: of a problem, the most; one difficulty can have no more hops than sentences.
+        sentences: of a problem, the most, four more than it can have hops.
         min_sentences: the fewest; each batch of training draws a number between the two.
         questions: of a problem, the most: as many as there are names that many hops from their thing.
-        noise: share of the sentences that say nothing of what anybody has, rounded down.
         split: ``"train"`` or ``"held_out"``.
     """
 
@@ -48,7 +49,6 @@ class Assignments(Task):
     sentences: int = size(32)
     min_sentences: int = size(6)
     questions: int = size(8)
-    noise: float = real(0.2, 0.0, 1.0, high_open=True)
     split: str = choice("train", "train", "held_out")
 
     def __post_init__(self) -> None:
@@ -56,7 +56,8 @@ class Assignments(Task):
         low, high, most = self.min_sentences, self.sentences, 2 * len(NAMES) // 3
         must(high <= most, f"sentences={high}; there are {len(NAMES)} names, enough for {most}")
         must(low <= high, f"min_sentences={low} is above sentences={high}; lower it or raise that")
-        self.most = high
+        must(high > _OTHERS, f"sentences={high}; use more than {_OTHERS}: a problem has so many that it does not need")
+        self.most = high - _OTHERS
 
     def length(self, difficulty: int) -> int:
         longest = max(patterns.codes.shape[1] for patterns in (COPIES, HAS, KNOWS))
@@ -64,10 +65,12 @@ class Assignments(Task):
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
-        low = self.sentences if test else max(self.min_sentences, difficulty)
+        low = self.sentences if test else max(self.min_sentences, difficulty + _OTHERS)
         total = int(torch.randint(low, self.sentences + 1, (), generator=generator))
-        n_noise = min(int(total * self.noise), total - difficulty)
-        source, asked = self._chains(n, total - n_noise, difficulty, generator)
+        n_noise = min(total // 8, total - difficulty - _OTHERS // 2)
+        n_alone = min(_OTHERS // 2 + total // 8, total - n_noise - difficulty)
+        source, asked = self._chains(n, total - n_noise - n_alone, difficulty, generator)
+        source = torch.nn.functional.pad(source, (0, n_alone), value=-1)
         name = self._people(source, test, generator)
         thing = _FIRST_THING + torch.randint(0, len(THINGS), source.shape, generator=generator)
         has_own, of_source = source < 0, name.gather(1, source.clamp(min=0))
@@ -104,7 +107,7 @@ class Assignments(Task):
         if people > on_chains:
             others = torch.rand(n, people - on_chains, generator=generator)
             joins = (others * torch.arange(on_chains, people)).long()
-            alone = torch.rand(n, people - on_chains, generator=generator) < _NEW_CHAIN
+            alone = torch.rand(n, people - on_chains, generator=generator) < _ALONE
             joins = joins.masked_fill(alone, -1)
             if n_more:
                 chain = torch.randint(0, n_chains, (n, n_more), generator=generator)
