@@ -140,8 +140,9 @@ def flops_per_step(cfg: TrainConfig) -> float:
     progressive = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0
     total = 0.0
     for draw in range(_N_DRAWS):
-        length = task.length(int(torch.randint(low, high + 1, (), generator=generator)))
-        plan = objective.plan(draw * cfg.steps // _N_DRAWS, cfg.batch_size, length, generator)
+        difficulty = int(torch.randint(low, high + 1, (), generator=generator))
+        length, step = task.length(difficulty), draw * cfg.steps // _N_DRAWS
+        plan = objective.plan(step, cfg.batch_size, length, generator, task.n_steps(difficulty))
         passes = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
         passes += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
         context = (length + 1) // 2

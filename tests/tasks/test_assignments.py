@@ -35,31 +35,34 @@ def problems(n=16, difficulty=3, seed=0, **options):
 
 
 @pytest.mark.parametrize(
-    ("difficulty", "options"), [(1, {}), (3, {}), (6, {"split": "held_out"}), (24, {}), (48, {"sentences": 64})]
+    ("difficulty", "options"),
+    [(1, {}), (3, {}), (6, {"split": "held_out"}), (24, {}), (48, {"sentences": 64, "split": "held_out"})],
 )
 def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
     task, batch = problems(8, difficulty, **options)
     assert batch.steps.shape == (*batch.ids.shape, difficulty + 1)
+    counted, exact = set(), options.get("split") == "held_out"
     for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
-        has, copies, n_asked = {}, {}, 0
+        has, copies, ends = {}, {}, (ids == encode("?")[0]).nonzero().flatten().tolist()
         for sentence in sentences(task.render(ids.tolist())):
             if fact := parts(sentence, HAS):
                 has[fact[1]] = fact[2]
             elif copy := parts(sentence, COPIES):
                 copies[copy[1]] = copy[2]
             elif asked := parts(sentence, ASKS):
-                place = (targets != UNSCORED).nonzero().flatten()[n_asked]
-                assert task.vocab[ids[place]] == "?"
-                way = [asked[1]]
+                place, way = ends.pop(0), [asked[1]]
                 while way[-1] not in has:
                     way.append(copies[way[-1]])
-                assert [task.vocab[i] for i in steps[place]] == [*way, has[way[-1]]]
-                assert len(way) == difficulty and task.vocab[targets[place]] == has[way[-1]]
-                n_asked += 1
+                if len(way) > difficulty or (exact and len(way) < difficulty):
+                    assert (steps[place] == UNSCORED).all() and targets[place] == UNSCORED
+                    continue
+                counted.add(len(way))
+                known = [*way, *[has[way[-1]]] * (difficulty + 1)][: difficulty + 1]
+                assert [task.vocab[i] for i in steps[place]] == known and targets[place] == steps[place, -1]
             else:
                 assert parts(sentence, KNOWS), sentence
-        assert n_asked == (targets != UNSCORED).sum() >= 1
-        assert len(set(has.values())) > 1  # or the answer could be known without a hop
+        assert not ends and len(set(has.values())) > 1  # or the answer could be known without a hop
+    assert max(counted) == difficulty
 
 
 def test_nothing_of_the_test_was_in_training():
