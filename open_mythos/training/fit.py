@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from signal import SIGINT, Signals
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -95,10 +95,8 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
 def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
     """Whatever ends what is inside, say what is left and how to go on."""
     try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        watch.log(f"stopped by {Signals(stop.asked or SIGINT).name}; {left(run, watch)}")
-        raise
+        with stop.telling(watch.log, lambda: left(run, watch)):
+            yield
     except TrainingError as error:
         raise TrainingError(f"{error}; {left(run, watch)}") from error
     except (MemoryError, RuntimeError) as error:  # PyTorch has its own for a GPU, and none for the rest
