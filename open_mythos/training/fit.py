@@ -205,7 +205,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
     loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number, watch.log) if is_main else []
     try:
         with stop.held():
-            while trainer.step_number < cfg.steps and not stop.is_asked():
+            asked = stop.is_asked()
+            while trainer.step_number < cfg.steps and not asked:
                 start = time.perf_counter()
                 result = trainer.step()
                 meter.add(result, time.perf_counter() - start)
@@ -222,7 +223,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                         stop.asked = SIGINT
                 trainer.check_going(result)
                 is_due |= trainer.step_number % cfg.save_every == 0
-                if is_last or stop.is_asked() or (is_due and not trainer.skipped_in_a_row):
+                asked = stop.is_asked()  # once a step: nobody leaves between two answers, unsaved
+                if is_last or asked or (is_due and not trainer.skipped_in_a_row):
                     save(trainer, meter, run, watch.log)
                     is_due = False
     finally:
