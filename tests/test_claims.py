@@ -51,7 +51,9 @@ def test_the_parity_example_runs_and_says_what_is_claimed_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     cut = run_cut_short("parity", tmp_path, monkeypatch, capsys, train=lambda train: partial(train, steps=2))
-    assert all(-1 <= values[0] <= 16 for values in claims.parity_claims([cut]).values())
+    found = {name: values[0] for name, values in claims.parity_claims([cut]).items()}
+    assert found.pop("loops against position (Spearman)") is not None  # of no number where all run alike
+    assert all(0 <= value <= 16 for value in found.values())
     assert [*cut["accuracy"]] == [*map(str, range(1, 17))] and len(cut["generated"]["12"]) == 12
     assert (tmp_path / "parity.png").exists() and (tmp_path / "parity_halting.png").exists()
 
