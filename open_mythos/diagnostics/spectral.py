@@ -24,7 +24,7 @@ def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, 
     forward-mode differentiation does not exist (grouped matrix products have none).
 
     Args:
-        model: run in eval mode; modes are put back after.
+        model: computes as in eval mode and keeps its own.
         input_ids: (B, T), without padding.
         n_loops: loops before the one that is measured; ``cfg.max_loop_iters`` if None.
         iterations: backward passes. The result is the geometric mean of the growth in the second half of them: a

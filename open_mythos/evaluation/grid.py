@@ -102,7 +102,7 @@ def depth_grid(
     the same ones.
 
     Args:
-        model: run in eval mode on its device; mode and config are restored.
+        model: computes as in eval mode, on its device, and keeps its own; config is restored.
         task, difficulties, examples, seed: give the problems, ``examples`` of each difficulty.
         loops: numbers of loops to evaluate.
         halting: overrides ``cfg.halting`` unless None.

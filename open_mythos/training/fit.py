@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from signal import SIGINT, Signals
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -95,10 +95,8 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
 def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
     """Whatever ends what is inside, say what is left and how to go on."""
     try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        watch.log(f"stopped by {Signals(stop.asked or SIGINT).name}; {left(run, watch)}")
-        raise
+        with stop.telling(watch.log, lambda: left(run, watch)):
+            yield
     except TrainingError as error:
         raise TrainingError(f"{error}; {left(run, watch)}") from error
     except (MemoryError, RuntimeError) as error:  # PyTorch has its own for a GPU, and none for the rest
@@ -207,7 +205,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
     loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number, watch.log) if is_main else []
     try:
         with stop.held():
-            while trainer.step_number < cfg.steps and not stop.is_asked():
+            asked = stop.is_asked()
+            while trainer.step_number < cfg.steps and not asked:
                 start = time.perf_counter()
                 result = trainer.step()
                 meter.add(result, time.perf_counter() - start)
@@ -224,7 +223,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                         stop.asked = SIGINT
                 trainer.check_going(result)
                 is_due |= trainer.step_number % cfg.save_every == 0
-                if is_last or stop.is_asked() or (is_due and not trainer.skipped_in_a_row):
+                asked = stop.is_asked()  # once a step: nobody leaves between two answers, unsaved
+                if is_last or asked or (is_due and not trainer.skipped_in_a_row):
                     save(trainer, meter, run, watch.log)
                     is_due = False
     finally:
