@@ -39,8 +39,9 @@ class LoopConfig(Checked):
     spare: int = size(2, minimum=0)  # by_steps only
     per: str = choice("batch", "batch", "sequence")  # whether all sequences of a batch run as many loops
     # all: through every loop. last: the last `grad_loops`. one_step: the last alone (2111.05177's limit). phantom: the
-    # last `grad_loops`, each damped (2111.05177)
-    gradient: str = choice("last", "all", "last", "one_step", "phantom")
+    # last `grad_loops`, each damped (2111.05177). each: all loops, every one by what is asked of itself, from a state
+    # without gradient; for loss.depth="steps", whose loops have a target each
+    gradient: str = choice("last", "all", "last", "one_step", "phantom", "each")
     grad_loops: int = size(6)
     damping: float = real(0.5, 0.0, 1.0, low_open=True)  # phantom only: share of the new state
     # share of a batch that starts from states that an earlier step left, of other problems: a model that finds its

@@ -66,18 +66,19 @@ class Objective:
 
         Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; at ``most`` so many loops.
         """
+        most = most or self.cfg.loops.maximum
         loops, progress = self.cfg.loops, step / self.cfg.steps
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         if self.cfg.kind != "looped":  # the baselines have one depth
             n_loops = torch.full((n,), 1 if self.cfg.kind == "single" else loops.maximum)
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0), outcome)
-        n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most or loops.maximum)
+        n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
         no_grad = torch.randint(0, loops.maximum, (1,), generator=generator)
         with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
         stale = torch.rand(n, generator=generator)
         stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
-        n_grad = n_loops.clamp(max={"all": loops.maximum, "one_step": 1}.get(loops.gradient, loops.grad_loops))
+        n_grad = n_loops.clamp(max={"all": most, "each": most, "one_step": 1}.get(loops.gradient, loops.grad_loops))
         return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, outcome)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
@@ -142,6 +143,7 @@ class _Run:
             damping,
             cfg.checkpoint_loops,
             lambda h, loop: h if loop % _TRIM_EVERY else give_back_here(h),
+            cfg.loops.gradient == "each",
         )
         for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])

@@ -278,3 +278,20 @@ def test_loops_may_be_as_many_as_the_steps_and_a_few_more():
     drawn = {int(objective.plan(0, N, T, generator(seed), 4).n_loops[0]) for seed in range(40)}
     assert drawn == {4, 5, 6}
     assert {int(objective.plan(0, N, T, generator(seed), 4, 5).n_loops[0]) for seed in range(40)} == {4, 5}
+
+
+def test_each_loop_may_be_trained_by_what_is_asked_of_itself_alone(model, solved):
+    cfg = config({"schedule": "fixed", "mean": 3.0, "gradient": "each"}, {"depth": "steps"})
+    found = gradient(model, outcome(model, solved, cfg)[0].loss)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    e, ctx = model.encode(solved.ids)
+    h = model.first_state(e, ctx)
+    for n in range(3):
+        e, ctx = model.encode(solved.ids)
+        after = model.recurrent.step(h if n else model.first_state(e, ctx).detach(), e, n, ctx)
+        loss = F.cross_entropy(model.head(model.decode(after, ctx)).flatten(0, 1), solved.steps[..., n].flatten()) / 3
+        for name, grad in gradient(model, loss).items():
+            expected[name] += grad
+        h = after.detach()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
