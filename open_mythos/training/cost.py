@@ -13,6 +13,7 @@ from torch import Tensor
 
 from open_mythos import tasks
 from open_mythos.diagnostics import flops_per_token
+from open_mythos.training import baselines
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import measure
 from open_mythos.training.gate import ROUNDS, train_gate
@@ -134,7 +135,7 @@ def flops_per_step(cfg: TrainConfig) -> float:
     counted for every supervised loop.
     """
     generator, objective = torch.Generator().manual_seed(cfg.seed), Objective(cfg)
-    task = tasks.load(cfg.task.name, **cfg.task.options)
+    task, shape = tasks.load(cfg.task.name, **cfg.task.options), baselines.shape(cfg)
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     grad_cost = _RECOMPUTE_COST if cfg.checkpoint_loops else _GRAD_COST
     progressive = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0
@@ -145,9 +146,9 @@ def flops_per_step(cfg: TrainConfig) -> float:
         passes = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
         passes += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
         context = (length + 1) // 2
-        outside = flops_per_token(cfg.model, 0, context)
-        readout = flops_per_token(replace(cfg.model, prelude_layers=0), 0, context)
-        loop = flops_per_token(cfg.model, 1, context) - outside
+        outside = flops_per_token(shape, 0, context)
+        readout = flops_per_token(replace(shape, prelude_layers=0), 0, context)
+        loop = flops_per_token(shape, 1, context) - outside
         loops = sum(float((n_loops + (grad_cost - 1) * n_grad).float().mean()) for n_loops, n_grad in passes)
         if cfg.loss.supervises_every_loop:
             readouts = grad_cost * sum(float(n_grad.float().mean()) for _, n_grad in passes)
