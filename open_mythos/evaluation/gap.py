@@ -1,4 +1,4 @@
-"""What a loop is worth: the share that it closes of the gap between models without one, and the exponent of its depth."""
+"""What a loop is worth: the share that it closes of the gap between models without one, and its exponent."""
 
 import math
 from collections.abc import Sequence
@@ -37,19 +37,22 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
     return OverSeeds(float(found.mean()), float(found.min()), low, high, len(found))
 
 
-def gap_closed(single: float, looped: float, unrolled: float, least: float = 0.0) -> float | None:
-    """The share of the way from ``single`` to ``unrolled`` that ``looped`` goes, all losses of one seed, or minus scores.
+Losses = tuple[float, float, float]
+"""Of single, looped and unrolled, all of one seed, in any unit; scores of which more is better are given negated."""
+
+
+def gap_closed(losses: Losses, least: float = 0.0) -> float | None:
+    """The share of the way from single to unrolled that the looped model goes.
 
     0 where the loop is worth nothing, 1 where it is worth as much as weights of its own for every loop. None if there
-    is no gap to close: ``unrolled`` is not better than ``single`` by more than ``least``.
+    is no gap to close: unrolled is not better than single by more than ``least``.
     """
+    single, looped, unrolled = losses
     gap = single - unrolled
     return (single - looped) / gap if gap > least else None
 
 
-def loop_exponent(
-    losses: tuple[float, float, float], once: int, looped: int, n_loops: int, least: float = 0.0
-) -> float | None:
+def loop_exponent(losses: Losses, once: int, looped: int, n_loops: int, least: float = 0.0) -> float | None:
     """φ of ``N_eff = N_once + r^φ N_looped`` (Schwethelm et al. 2026, arXiv:2604.21106), of one seed.
 
     A looped model of r loops predicts as a model without a loop of N_eff parameters would: φ = 0 means that loops add
@@ -62,8 +65,9 @@ def loop_exponent(
         φ = ln((N_eff - N_once) / N_looped) / ln r
 
     Args:
-        losses: of single, looped and unrolled, in any unit, bits or nats.
-        once, looped: N_once and N_looped: parameters that are used once, and in every loop, embedding and head in neither.
+        losses: bits or nats, which reach down to 0.
+        once, looped: N_once and N_looped: parameters that are used once, and in every loop; embedding and head are in
+            neither.
         n_loops: r.
         least: as of :func:`gap_closed`.
 

@@ -28,8 +28,9 @@ _KEYWORDS = {word.encode() for word in keyword.kwlist}
 def kinds_of(text: bytes, is_python: bool) -> bytes:
     """For each byte of a window of text, the place of its kind in ``KINDS``.
 
-    A name is *copied* if it stood earlier in the window, whole. Syntax is all that is nothing else: keywords, operators,
-    punctuation, white space. In text that is not Python there are words for names, and no keywords, comments or strings.
+    A name is *copied* if it stood earlier in the window, whole. Syntax is all that is nothing else: keywords,
+    operators, punctuation, white space. In text that is not Python there are words for names, and no keywords, comments
+    or strings.
     """
     return _copied(text, _lexed(text, is_python))
 

@@ -20,7 +20,7 @@ class PlainBlock(nn.Module):
         cfg: as of :class:`UntiedBlocks`. What a block adds is scaled by the number of all blocks, as in GPT-2.
     """
 
-    lora = None
+    injection = lora = None
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class UntiedBlocks(Loops):
         return self.first.lora
 
     @property
-    def injection(self) -> LTIInjection:
+    def injection(self) -> LTIInjection | None:
         return self.first.injection
 
     def prepare(self, e: Tensor) -> LoopInput:

@@ -206,8 +206,9 @@ def _baselines(run: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{error}; remove it, or make it again with mythos compare") from error
     return results | {
-        "lead": "Trained with the same data and steps: a model that runs its block once, and one with as many blocks "
-        "as the looped model has loops, with untied weights."
+        "lead": "Trained with the same data and steps: single runs its block once; wide is one pass with the "
+        "operations of all loops; unrolled has as many blocks as the looped model has loops, with untied weights; "
+        "plain is a plain pre-norm transformer as deep."
     }
 
 

@@ -55,7 +55,9 @@ def _asked(cfg: TrainConfig) -> MythosConfig:
     model = replace(cfg.model, halting=False, warm_start=False, max_loop_iters=loops)
     if cfg.kind != "wide":
         return model
-    return MythosConfig.from_json(_widened(model.to_json(), cfg.loops.trained, mean_context(cfg, cfg.task.max_difficulty)))
+    return MythosConfig.from_json(
+        _widened(model.to_json(), cfg.loops.trained, mean_context(cfg, cfg.task.max_difficulty))
+    )
 
 
 @lru_cache(maxsize=4)
@@ -68,12 +70,10 @@ def _widened(config: str, loops: int, context: int) -> str:
     wanted, step = flops_per_token(narrow, loops, context), 2 * narrow.n_heads
 
     def wide(steps: int, fed: int = 0) -> MythosConfig:
-        ratio = 1 + steps * step / narrow.dim
-        widths = {name: narrow.ffn_dim if name == "dense_dim" else getattr(narrow, name) for name in _WIDTHS}
-        shares = {name: ratio * (1 + fed / 1000) if name in _FED else ratio for name in _WIDTHS}
-        widths = {name: round(width * shares[name]) for name, width in widths.items()}
-        turned = 2 * round(narrow.qk_rope_head_dim * ratio / 2)
-        return replace(narrow, dim=narrow.dim + steps * step, qk_rope_head_dim=turned, **widths)
+        sizes, ratio = narrow.to_dict() | {"dense_dim": narrow.ffn_dim}, 1 + steps * step / narrow.dim
+        widths = {name: round(sizes[name] * ratio * (1 + fed / 1000 * (name in _FED))) for name in _WIDTHS}
+        widths |= {"dim": narrow.dim + steps * step, "qk_rope_head_dim": 2 * round(narrow.qk_rope_head_dim * ratio / 2)}
+        return MythosConfig.from_dict(sizes | widths)
 
     def cost(steps: int, fed: int = 0) -> float:
         return flops_per_token(wide(steps, fed), 1, context)
