@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -140,15 +141,19 @@ def flops_per_step(cfg: TrainConfig) -> float:
     grad_cost = _RECOMPUTE_COST if cfg.checkpoint_loops else _GRAD_COST
     progressive = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0
     total = 0.0
+
+    @cache
+    def parts(context: int) -> tuple[float, float, float]:
+        outside = flops_per_token(shape, 0, context)
+        readout = flops_per_token(replace(shape, prelude_layers=0), 0, context)
+        return outside, readout, flops_per_token(shape, 1, context) - outside
+
     for draw in range(_N_DRAWS):
         length = task.length(int(torch.randint(low, high + 1, (), generator=generator)))
         plan = objective.plan(draw * cfg.steps // _N_DRAWS, cfg.batch_size, length, generator)
         passes = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
         passes += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
-        context = (length + 1) // 2
-        outside = flops_per_token(shape, 0, context)
-        readout = flops_per_token(replace(shape, prelude_layers=0), 0, context)
-        loop = flops_per_token(shape, 1, context) - outside
+        outside, readout, loop = parts((length + 1) // 2)
         loops = sum(float((n_loops + (grad_cost - 1) * n_grad).float().mean()) for n_loops, n_grad in passes)
         if cfg.loss.supervises_every_loop:
             readouts = grad_cost * sum(float(n_grad.float().mean()) for _, n_grad in passes)
