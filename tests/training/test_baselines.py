@@ -43,7 +43,8 @@ def test_unrolled_has_a_block_of_its_own_for_every_loop():
 
 
 @pytest.mark.parametrize("change", [
-    {}, {"core_layers": 2}, {"lora_rank": 3}, {"attn_type": "mla"}, {"n_experts": 0, "dense_dim": 40}, {"tied_head": False},
+    {}, {"core_layers": 2}, {"lora_rank": 3}, {"attn_type": "mla"}, {"n_experts": 0, "dense_dim": 40},
+    {"tied_head": False},
 ], ids=str)  # fmt: skip
 def test_wide_takes_the_operations_of_all_loops_in_one(change):
     cfg = TrainConfig(

@@ -102,9 +102,11 @@ def test_what_a_loop_is_worth_is_paired_by_seed(tmp_path, monkeypatch):
         "looped": [2.40, 1.90, 2.20], "single": [2.50, 2.00, 2.40], "unrolled": [2.00, 2.10, 2.00],
         "wide": [2.0] * 3, "plain": [2.0] * 3,
     }  # fmt: skip
-    seen = lambda run: dict.fromkeys(
-        (1, 3, 6) if "looped" in run.name else (1,), bits[run.name[:-6]][int(run.name[-1])]
-    )  # noqa: E731
+
+    def seen(run):
+        loops = (1, 3, 6) if "looped" in run.name else (1,)
+        return dict.fromkeys(loops, bits[run.name.partition("-")[0]][int(run.name[-1])])
+
     monkeypatch.setattr(module, "load_evaluation", seen)
     monkeypatch.setattr(module, "load_kinds", lambda run: {})
     monkeypatch.setattr(Plan, "trained", lambda self, kind, seed, rate, watching: self.run(kind, seed, rate))
