@@ -32,7 +32,8 @@ def test_compare_and_its_report(tmp_path):
     for kind in ("looped", "unrolled", "plain"):
         report = CliRunner().invoke(app, ["report", str(tmp_path / f"{kind}-seed3")])
         assert report.exit_code == 0, report.output
-        assert found["verdicts"][0] in (tmp_path / f"{kind}-seed3" / "report.html").read_text()
+        page = (tmp_path / f"{kind}-seed3" / "report.html").read_text()
+        assert found["verdicts"][0] in page and found["worth"][0] in page
     report = CliRunner().invoke(app, ["report", str(tmp_path / "unrolled-seed3"), "--loops", "3"])
     assert report.exit_code == 2 and "2 blocks and no more; leave --loops out" in report.stderr
 

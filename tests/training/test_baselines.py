@@ -53,6 +53,8 @@ def test_wide_takes_the_operations_of_all_loops_in_one(change):
     wide, context = counted(cfg), mean_context(cfg, cfg.task.max_difficulty)
     one, six = flops_per_token(wide.cfg, 1, context), flops_per_token(cfg.model, 6, context)
     assert abs(one / six - 1) < 0.03 and wide.cfg.max_loop_iters == 1
+    fed = [made.expert_dim / made.dim if made.n_experts else made.ffn_dim / made.dim for made in (wide.cfg, cfg.model)]
+    assert 0.9 < fed[0] / fed[1] < 1.6, "dim grows as far as it can, and feed-forwards make up the rest"
     same = "n_heads", "n_kv_heads", "n_experts", "n_experts_per_tok", "core_layers", "prelude_layers", "coda_layers"
     assert all(getattr(wide.cfg, name) == getattr(cfg.model, name) for name in same)
     assert sum(p.numel() for p in wide.parameters()) > sum(p.numel() for p in OpenMythos(cfg.model).parameters())
