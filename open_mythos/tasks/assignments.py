@@ -1,24 +1,24 @@
 """Who has what, when most only have what somebody else has: chains of assignments in words."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.fields import choice, must, real, size
+from open_mythos.fields import choice, must, size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.english import ID, NAMES, THINGS, VOCABULARY, Patterns, joined, may_pair
 
-COPIES = Patterns(
-    "{0} has what {1} has .", "{0} copies {1} .", "{0} matches {1} .", "what {1} has , {0} has .", "{0} is like {1} .",
-    "as {1} , so {0} .", "{1} shares with {0} .", "{0} has the same as {1} .",
-)  # fmt: skip
+COPIES = Patterns("{0} has what {1} has .", "{0} copies {1} .", "what {1} has , {0} has .", "{0} is like {1} .")
 HAS = Patterns("{0} has a {1} .", "{0} holds the {1} .", "the {1} is with {0} .", "{0} keeps a {1} .")
 KNOWS = Patterns("{0} likes {1} .", "{0} lives near {1} .", "{0} is older than {1} .", "{1} knows {0} .")
 ASKS = Patterns("what does {0} have ?", "{0} has what ?", "what has {0} ?", "what is with {0} ?")
 
 _FIRST_NAME, _FIRST_THING = ID[NAMES[0]], ID[THINGS[0]]
-_NEW_CHAIN = 0.2  # share of the people off the asked chains who have a thing of their own
+_OTHERS = 4  # sentences, at least, that no question needs: half of them are of things that others have
+_ALONE = 0.2  # share of the people off the asked chains who have a thing of their own
 
 
 @dataclass
@@ -27,16 +27,17 @@ class Assignments(Task):
 
     ``Ana has what Ben has . Ben keeps a key . Cora likes Ana . what does Ana have ?`` is a problem of two hops. The
     target at the end of a question is the thing; its steps are the names on the way: Ana, Ben, key. Difficulty is the
-    number of hops of every question. One sentence in five says nothing of what anybody has (``noise``).
+    number of hops: of every question that counts in the held-out split, of the longest in training. No question needs
+    all sentences: some say nothing of what anybody has, some are of things that others have, and some of people who
+    have what somebody on the way has.
 
     Names that stand together in a sentence of the held-out split, names and patterns that do, and so all its
     sentences, are never together in training.
 
     Attributes:
-        sentences: of a problem, the most; one difficulty can have no more hops than sentences.
+        sentences: of a problem, the most, four more than it can have hops.
         min_sentences: the fewest; each batch of training draws a number between the two.
-        questions: of a problem, the most: as many as there are names that many hops from their thing.
-        noise: share of the sentences that say nothing of what anybody has, rounded down.
+        questions: of a problem, the most; fewer where fewer people are that many hops from their thing.
         split: ``"train"`` or ``"held_out"``.
     """
 
@@ -48,7 +49,6 @@ class Assignments(Task):
     sentences: int = size(32)
     min_sentences: int = size(6)
     questions: int = size(8)
-    noise: float = real(0.2, 0.0, 1.0, high_open=True)
     split: str = choice("train", "train", "held_out")
 
     def __post_init__(self) -> None:
@@ -56,7 +56,11 @@ class Assignments(Task):
         low, high, most = self.min_sentences, self.sentences, 2 * len(NAMES) // 3
         must(high <= most, f"sentences={high}; there are {len(NAMES)} names, enough for {most}")
         must(low <= high, f"min_sentences={low} is above sentences={high}; lower it or raise that")
-        self.most = high
+        must(high > _OTHERS, f"sentences={high}; use more than {_OTHERS}: a problem has so many that it does not need")
+        self.most = high - _OTHERS
+
+    def sized(self, size: float) -> Self:
+        return replace(self, sentences=self.min_sentences + int((self.sentences - self.min_sentences) * size))
 
     def length(self, difficulty: int) -> int:
         longest = max(patterns.codes.shape[1] for patterns in (COPIES, HAS, KNOWS))
@@ -64,10 +68,13 @@ class Assignments(Task):
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
-        low = self.sentences if test else max(self.min_sentences, difficulty)
+        low = self.sentences if test else max(self.min_sentences, difficulty + _OTHERS)
         total = int(torch.randint(low, self.sentences + 1, (), generator=generator))
-        n_noise = min(int(total * self.noise), total - difficulty)
-        source, asked = self._chains(n, total - n_noise, difficulty, generator)
+        n_noise = min(total // 8, total - difficulty - _OTHERS // 2)
+        n_alone = min(_OTHERS // 2 + total // 8, total - n_noise - difficulty)
+        source, hops_to = self._chains(n, total - n_noise - n_alone, difficulty, generator)
+        source, hops_to = F.pad(source, (0, n_alone), value=-1), F.pad(hops_to, (0, n_alone), value=1)
+        asked, counts = self._asked(hops_to, difficulty, test, generator)
         name = self._people(source, test, generator)
         thing = _FIRST_THING + torch.randint(0, len(THINGS), source.shape, generator=generator)
         has_own, of_source = source < 0, name.gather(1, source.clamp(min=0))
@@ -87,31 +94,39 @@ class Assignments(Task):
         facts = facts.gather(1, order[..., None].expand_as(facts))
         people = name.gather(1, asked)
         ids, valid, ends = joined([facts, ASKS.sentences(people, [_FIRST_NAME + people], test, generator)])
-        known = self._known(source, name, thing, asked, difficulty)
+        known = self._known(source, name, thing, asked, difficulty).masked_fill(~counts[..., None], UNSCORED)
         steps = torch.full((*ids.shape, difficulty + 1), UNSCORED)
         steps.scatter_(1, ends[:, total:, None].expand_as(known), known)
         return Batch(ids, steps[..., -1].contiguous(), valid, steps)
 
     def _chains(self, n: int, people: int, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """From whom each of ``people`` has what they have, (n, people), -1: it is theirs; and who are asked, (n, Q)."""
-        n_chains = max(1, min(self.questions, people // hops))
-        on_chains = n_chains * hops
-        chains = torch.arange(on_chains) - 1
-        chains[::hops] = -1
-        source = chains.repeat(n, 1)
-        n_more = min(self.questions - n_chains, people - on_chains)  # others that are as many hops away
-        heads = torch.arange(n_chains) * hops + hops - 1
-        if people > on_chains:
-            others = torch.rand(n, people - on_chains, generator=generator)
-            joins = (others * torch.arange(on_chains, people)).long()
-            alone = torch.rand(n, people - on_chains, generator=generator) < _NEW_CHAIN
-            joins = joins.masked_fill(alone, -1)
-            if n_more:
-                chain = torch.randint(0, n_chains, (n, n_more), generator=generator)
-                joins[:, :n_more] = -1 if hops == 1 else chain * hops + hops - 2
-            source = torch.cat([source, joins], 1)
-        asked = torch.cat([heads, torch.arange(on_chains, on_chains + n_more)]).expand(n, -1)
-        return source, asked.gather(1, torch.rand(asked.shape, generator=generator).argsort(1))
+        """From whom each of ``people`` has what they have, (n, people), -1: it is theirs; and how many hops it takes.
+
+        First come chains of ``hops`` people, one after the other from its end, and then others who have what one of
+        those before them has, or something of their own.
+        """
+        on_chains = max(1, min(self.questions, people // hops)) * hops
+        places = torch.arange(people)
+        source = torch.where(places % hops == 0, -1, places - 1).repeat(n, 1)
+        hops_to = (places % hops + 1).repeat(n, 1)
+        for i in range(on_chains, people):
+            joins = torch.randint(0, i, (n, 1), generator=generator)
+            alone = torch.rand(n, 1, generator=generator) < _ALONE
+            source[:, i : i + 1] = joins.masked_fill(alone, -1)
+            hops_to[:, i : i + 1] = (hops_to.gather(1, joins) + 1).masked_fill(alone, 1)
+        return source, hops_to
+
+    def _asked(
+        self, hops_to: Tensor, hops: int, test: bool, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Whom questions are about, (n, Q), and whether they count, for they take ``hops``; in training, or fewer."""
+        right = (hops_to == hops) if test else (hops_to <= hops)
+        n = int(right.sum(1).clamp(max=self.questions).amax())
+        chance = torch.rand(hops_to.shape, generator=generator)
+        chance = torch.where(hops_to == 1, chance / 2, chance)  # most people have something of their own
+        asked = (chance + right).argsort(1, descending=True)[:, :n]
+        asked = asked.gather(1, torch.rand(asked.shape, generator=generator).argsort(1))
+        return asked, right.gather(1, asked)
 
     def _people(self, source: Tensor, test: bool, generator: torch.Generator | None) -> Tensor:
         """A name for each, all different, that may stand in a sentence with its source's: (n, people)."""
@@ -144,15 +159,17 @@ class Assignments(Task):
 
     def _known(self, source: Tensor, name: Tensor, thing: Tensor, asked: Tensor, hops: int) -> Tensor:
         """What is known of each question after 0, 1, ... hops, tokens (n, Q, hops + 1)."""
-        at, known = asked, [_FIRST_NAME + name.gather(1, asked)]
-        for _ in range(hops - 1):
-            at = source.gather(1, at)
-            known.append(_FIRST_NAME + name.gather(1, at))
-        return torch.stack([*known, thing.gather(1, at)], 2)
+        known, at = [_FIRST_NAME + name.gather(1, asked)], asked
+        for _ in range(hops):
+            onward = source.gather(1, at)
+            here = onward < 0
+            at = onward.where(~here, at)
+            known.append(torch.where(here, thing.gather(1, at), _FIRST_NAME + name.gather(1, at)))
+        return torch.stack(known, 2)
 
 
 _WIDTH = max(patterns.codes.shape[1] for patterns in (COPIES, HAS, KNOWS))
 
 
 def _padded(sentences: Tensor) -> Tensor:
-    return torch.nn.functional.pad(sentences, (0, _WIDTH - sentences.shape[2]))
+    return F.pad(sentences, (0, _WIDTH - sentences.shape[2]))

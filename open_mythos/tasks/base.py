@@ -100,6 +100,14 @@ class Task(Checked, ABC):
         """Number of tokens of a problem, or the maximum where it varies; ``difficulty`` unless overridden."""
         return difficulty
 
+    def n_steps(self, difficulty: int) -> int:
+        """Loops that a solution takes if each loop takes a step of it; ``difficulty`` and one unless overridden."""
+        return difficulty + 1
+
+    def sized(self, size: float) -> Self:
+        """The same task with smaller problems: the smallest at 0, those that it has at 1; itself unless overridden."""
+        return self
+
     @abstractmethod
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         """``n`` problems of one difficulty, drawn from ``generator`` (torch's default one if None).

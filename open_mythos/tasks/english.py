@@ -18,9 +18,9 @@ def words(text: str) -> tuple[str, ...]:
 NAMES = words(
     "Ada Alma Ana Anton Basil Ben Bert Boris Carl Cecil Clara Cora Dan Dina Dirk Dora Edna Elsa Emil Emma Eva Fay "
     "Felix Finn Flora Fred Gail Gina Greta Gus Hans Heidi Hilda Hugo Ida Igor Irma Ivan Jack Jane Jonas Julia Kate Kim "
-    "Klara Kurt Lars Lena Leo Liam Lukas Maria Mark Mia Mona Nadia Nils Nina Nora Olga Omar Oscar Otto Paul Petra Pia Quinn "
-    "Ralf Rita Rosa Ruth Sam Sara Sven Tara Thea Tina Tom Ulla Uma Vera Vic Viola Walt Wanda Will Xena Yara Yves Zara "
-    "Zeno Zita Zoe Bruno Celia Ned"
+    "Klara Kurt Lars Lena Leo Liam Lukas Maria Mark Mia Mona Nadia Nils Nina Nora Olga Omar Oscar Otto Paul Petra Pia "
+    "Quinn Ralf Rita Rosa Ruth Sam Sara Sven Tara Thea Tina Tom Ulla Uma Vera Vic Viola Walt Wanda Will Xena Yara Yves "
+    "Zara Zeno Zita Zoe Bruno Celia Ned"
 )
 THINGS = words("ball bell book coin comb cup drum flag hat key lamp map pen ring rope shoe")
 NUMBERS = tuple(map(str, range(23)))

@@ -19,6 +19,9 @@ class TaskConfig(Checked):
     # difficulties trained on; each step draws one between them
     min_difficulty: int = size(1)
     max_difficulty: int = size(24)
+    # problems begin small and at two loops, and grow to their full size and all loops, a little whenever this share of
+    # answers is right; 0: they are of full size from the start
+    growth: float = real(0.0, 0.0, 1.0)
 
 
 @dataclass
@@ -27,14 +30,16 @@ class LoopConfig(Checked):
 
     # fixed: mean. uniform: minimum to maximum. poisson: mean. lognormal: Poisson of a log-normal rate of that mean
     # (Huginn, 2502.05171). curriculum: uniform, its greatest growing from minimum to maximum over the first `ramp` of
-    # the run. by_length: per_token loops for each token of the problem. All are clipped to minimum .. maximum
-    schedule: str = choice("uniform", "fixed", "uniform", "poisson", "lognormal", "curriculum", "by_length")
+    # the run. by_length: per_token loops for each token of the problem. by_steps: a loop for each step of the solution,
+    # and up to `spare` more. All are clipped to minimum .. maximum
+    schedule: str = choice("uniform", "fixed", "uniform", "poisson", "lognormal", "curriculum", "by_length", "by_steps")
     mean: float = real(8.0, 0.0, low_open=True)
     minimum: int = size(1)
     maximum: int = size(24)
     sigma: float = real(0.5, 0.0)  # lognormal only: standard deviation of the rate's logarithm
     ramp: float = real(0.5, 0.0, 1.0, low_open=True)  # curriculum only: share of the run
     per_token: float = real(0.5, 0.0, low_open=True)  # by_length only
+    spare: int = size(2, minimum=0)  # by_steps only
     per: str = choice("batch", "batch", "sequence")  # whether all sequences of a batch run as many loops
     # all: through every loop. last: the last `grad_loops`. one_step: the last alone (2111.05177's limit). phantom: the
     # last `grad_loops`, each damped (2111.05177)

@@ -149,8 +149,9 @@ def flops_per_step(cfg: TrainConfig) -> float:
         return outside, readout, flops_per_token(shape, 1, context) - outside
 
     for draw in range(_N_DRAWS):
-        length = task.length(int(torch.randint(low, high + 1, (), generator=generator)))
-        plan = objective.plan(draw * cfg.steps // _N_DRAWS, cfg.batch_size, length, generator)
+        difficulty = int(torch.randint(low, high + 1, (), generator=generator))
+        length, step = task.length(difficulty), draw * cfg.steps // _N_DRAWS
+        plan = objective.plan(step, cfg.batch_size, length, generator, task.n_steps(difficulty))
         passes = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
         passes += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
         outside, readout, loop = parts((length + 1) // 2)

@@ -59,14 +59,19 @@ class Objective:
         self.cfg, self.teacher = cfg, teacher
         self.left: Tensor | None = None  # final states of the last micro-batch, (n, T, dim)
 
-    def plan(self, step: int, n: int, length: int, generator: torch.Generator) -> Plan:
-        """Draw what chance decides about optimizer step ``step``, of ``n`` sequences of ``length`` tokens."""
+    def plan(
+        self, step: int, n: int, length: int, generator: torch.Generator, n_steps: int = 1, most: int | None = None
+    ) -> Plan:
+        """Draw what chance decides about optimizer step ``step``.
+
+        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; at ``most`` so many loops.
+        """
         loops, progress = self.cfg.loops, step / self.cfg.steps
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         if self.cfg.kind != "looped":  # the baselines have one depth
             n_loops = torch.full((n,), self.cfg.depths[0])
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0), outcome)
-        n_loops = draw_loops(loops, progress, n, length, generator)
+        n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most or loops.maximum)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
         no_grad = torch.randint(0, loops.maximum, (1,), generator=generator)
         with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
@@ -187,10 +192,12 @@ class _Run:
         return sums, row.new_zeros(len(targets)).index_add(0, row, hits.long())
 
 
-def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator: torch.Generator) -> Tensor:
+def draw_loops(
+    cfg: LoopConfig, progress: float, n: int, length: int, generator: torch.Generator, n_steps: int = 1
+) -> Tensor:
     """Loop counts of a batch of ``n`` sequences of ``length`` tokens, (n,) int64; all equal if ``cfg.per`` is "batch".
 
-    ``progress`` is the completed share of the run, 0 to 1; ``generator`` is on the CPU.
+    ``progress`` is the completed share of the run, 0 to 1; ``generator`` is on the CPU. Solutions take ``n_steps``.
     """
     shape = (n if cfg.per == "sequence" else 1,)
     low, high = cfg.minimum, cfg.maximum
@@ -198,6 +205,8 @@ def draw_loops(cfg: LoopConfig, progress: float, n: int, length: int, generator:
         drawn = torch.full(shape, cfg.mean).round()
     elif cfg.schedule == "by_length":
         drawn = torch.full(shape, math.ceil(length * cfg.per_token))
+    elif cfg.schedule == "by_steps":
+        drawn = n_steps + torch.randint(0, cfg.spare + 1, shape, generator=generator)
     elif cfg.schedule == "poisson":
         drawn = torch.poisson(torch.full(shape, cfg.mean), generator=generator)
     elif cfg.schedule == "lognormal":

@@ -21,6 +21,7 @@ from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
 from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.training.config import TrainConfig
+from open_mythos.training.growth import Growth
 from open_mythos.training.objective import Objective, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
 
@@ -85,6 +86,7 @@ class Trainer:
         self.ema = EMA(self.model, cfg.optim.ema)
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
+        self.growth = Growth(size=0.0 if cfg.task.growth else 1.0)
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
         if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
@@ -102,6 +104,7 @@ class Trainer:
             self.skipped_in_a_row += 1
             return result
         self.skipped_in_a_row = 0
+        self.growth.add(result.accuracy, self.cfg.task.growth)
         self.optimizer.scale_lr(lr_factor(self.cfg.optim, self.step_number - 1, self.cfg.steps))
         self.optimizer.step()
         self.expert_load = [module.expert_load.clone() for module in experts(self.model)]
@@ -118,8 +121,9 @@ class Trainer:
         if isinstance(self.task, Text) and self.task.separate:
             first = self.step_number * self.cfg.batch_size
             return self.task.rows(range(first, first + self.cfg.batch_size), cfg.max_difficulty, self.cfg.seed)
-        difficulty = int(torch.randint(cfg.min_difficulty, cfg.max_difficulty + 1, (), generator=self.data_rng))
-        return self.task.batch(self.cfg.batch_size, difficulty, self.data_rng)
+        task, hardest = self.growth.of(self.task, cfg)
+        difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
+        return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
 
     def forward_backward(self, batch: Batch) -> StepResult:
         """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
@@ -128,7 +132,9 @@ class Trainer:
         """
         cfg = self.cfg
         n_scored = n_supervised(batch, cfg)
-        plan = self.objective.plan(self.step_number, cfg.batch_size, batch.ids.shape[1], self.loops_rng)
+        length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
+        most = self.growth.most_loops(cfg.loops)
+        plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, most)
         self.optimizer.zero_grad()
         share = cfg.batch_size // distributed.world_size()  # rows of this process
         size, first = share // cfg.accumulate, share * distributed.rank()
@@ -175,7 +181,7 @@ class Trainer:
         """State of the run: learning rate, largest decay of the loop's linear part, evenness of the experts' load.
 
         ``expert_balance`` is the least used expert's share of tokens times the number of experts, over the last step:
-        1 when all are used alike, 0 when one is not used.
+        1 when all are used alike, 0 when one is not used. ``size`` is how far problems have grown, 0 to 1.
         """
         modules = list(self.model.modules())
         decays = [float(module.get_A().detach().max()) for module in modules if isinstance(module, LTIInjection)]
@@ -185,6 +191,7 @@ class Trainer:
             "lr": self.cfg.optim.lr * lr_factor(self.cfg.optim, max(0, self.step_number - 1), self.cfg.steps),
             "spectral_radius": max(decays, default=None),
             "expert_balance": min(balance, default=None),
+            "size": self.growth.size,
         }
 
     def averaged(self) -> OpenMythos:
@@ -204,6 +211,7 @@ class Trainer:
             "step": self.step_number,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "expert_load": self.expert_load,
+            "growth": vars(self.growth),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -229,6 +237,7 @@ class Trainer:
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.expert_load = state.get("expert_load", [])  # which earlier versions did not keep
+        self.growth = Growth(**state.get("growth", {"size": 1.0}))
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -263,8 +272,11 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
     if isinstance(task, Text) and task.separate:
         given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
         must(low == high, f"{given}, but rows of text have one length; {fix}")
-    unknown = f"loss.depth='steps' asks for the steps of a solution, which {task.name} does not know; use 'uniform'"
-    must(cfg.loss.depth != "steps" or task.has_steps, unknown)
+    for key, value, instead in (
+        ("loss.depth", cfg.loss.depth, "uniform"), ("loops.schedule", cfg.loops.schedule, "uniform"),
+    ):  # fmt: skip
+        unknown = f"{key}={value!r} asks for the steps of a solution, which {task.name} does not know; use {instead!r}"
+        must(task.has_steps or value not in ("steps", "by_steps"), unknown)
     check_room(cfg, task)
     difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
     for difficulty in difficulties:

@@ -228,3 +228,53 @@ def test_baselines_have_one_depth(kind, n_loops):
     plan = Objective(config({"stale": 1.0}, kind=kind)).plan(0, N, T, generator())
     assert plan.n_loops.unique().tolist() == plan.n_grad.unique().tolist() == [n_loops]
     assert (plan.stale == -1).all()
+
+
+@pytest.fixture
+def solved(batch):
+    """A batch whose solutions take three steps, the last of them the target."""
+    known = torch.randint(1, 23, (N, T, 2), generator=generator(8)).masked_fill(
+        (batch.targets == UNSCORED)[..., None], UNSCORED
+    )
+    return Batch(batch.ids, batch.targets, steps=torch.cat([known, batch.targets[..., None]], 2))
+
+
+def test_loop_k_is_asked_for_what_is_known_after_k_minus_1_steps(model, solved):
+    def losses(n_loops):
+        for n in range(1, n_loops + 1):
+            due = solved.steps[..., min(n, 3) - 1]
+            yield F.cross_entropy(model(solved.ids, n_loops=n).flatten(0, 1), due.flatten())
+
+    fixed = {"schedule": "fixed", "mean": 5.0}
+    result, _ = outcome(model, solved, config(fixed, {"depth": "steps"}))
+    torch.testing.assert_close(result.loss, sum(losses(5)) / 5)
+    single, _ = outcome(model, solved, config(fixed, {"depth": "steps"}, kind="single"))
+    answer = F.cross_entropy(model(solved.ids, n_loops=1).flatten(0, 1), solved.targets.flatten())
+    torch.testing.assert_close(single.loss, answer)  # which has no loop to say a step at
+
+
+def test_at_the_end_of_a_run_the_answer_alone_may_be_asked_for(model, solved):
+    cfg = config({"schedule": "fixed", "mean": 4.0}, {"depth": "steps", "outcome": 0.25}, steps=8)
+    objective = Objective(cfg)
+    early, late = (objective.plan(step, N, T, generator()) for step in (5, 6))
+    assert not early.outcome.any() and late.outcome.all()
+    found = objective(model, solved, late, n_scored(solved)).loss
+    expected = sum(
+        F.cross_entropy(model(solved.ids, n_loops=n).flatten(0, 1), solved.targets.flatten()) for n in (3, 4)
+    )
+    chance = (solved.steps[..., :2] == solved.targets[..., None]) & (solved.targets != UNSCORED)[..., None]
+    for n in (1, 2):  # a step that happens to be the answer is one
+        hits = chance[..., n - 1]
+        if hits.any():
+            logits = model(solved.ids, n_loops=n)
+            expected = expected + F.cross_entropy(logits[hits], solved.targets[hits], reduction="sum") / n_scored(
+                solved
+            )
+    torch.testing.assert_close(found, expected / 4)
+
+
+def test_loops_may_be_as_many_as_the_steps_and_a_few_more():
+    objective = Objective(config({"schedule": "by_steps", "maximum": 9, "spare": 2}))
+    drawn = {int(objective.plan(0, N, T, generator(seed), 4).n_loops[0]) for seed in range(40)}
+    assert drawn == {4, 5, 6}
+    assert {int(objective.plan(0, N, T, generator(seed), 4, 5).n_loops[0]) for seed in range(40)} == {4, 5}

@@ -1,0 +1,46 @@
+"""A curriculum that follows what is learned: loops and problems grow once the present ones are mastered."""
+
+from dataclasses import dataclass
+
+from open_mythos.tasks import Task
+from open_mythos.training.config import LoopConfig, TaskConfig
+
+_STRIDE = 0.04  # of the way from the smallest to the full size
+_ALL_LOOPS = 0.4  # size at which all loops are run
+_FEWEST_LOOPS = 2
+_MEMORY = 0.95  # of the mean over the last steps
+_LEAST = 15  # steps at one size
+
+
+@dataclass
+class Growth:
+    """How far problems and loops have grown, and how well those of the present size go.
+
+    What a loop has to learn is learned at two of them, on small problems, at a fraction of the cost. Asked for answers
+    that are many steps away, a model learns to guess them from what the problem mentions, and may never learn a step.
+
+    Attributes:
+        size: 0 for the smallest problems and fewest loops, 1 for those of full size.
+        right: share of answers that were right, a running mean.
+        steps: made at this size.
+    """
+
+    size: float
+    right: float = 0.0
+    steps: int = 0
+
+    def of(self, task: Task, cfg: TaskConfig) -> tuple[Task, int]:
+        """The task at this size, and the hardest of its problems that are in ``cfg``."""
+        task = task.sized(self.size)
+        return task, cfg.max_difficulty if task.most is None else min(cfg.max_difficulty, task.most)
+
+    def most_loops(self, cfg: LoopConfig) -> int:
+        """How many loops a step runs at most, yet."""
+        more = int((cfg.maximum - _FEWEST_LOOPS) * min(1.0, self.size / _ALL_LOOPS))
+        return min(cfg.maximum, _FEWEST_LOOPS + more)
+
+    def add(self, accuracy: float, enough: float) -> None:
+        """Note the share of answers that were right in a step, and grow if it has been ``enough``."""
+        self.right, self.steps = _MEMORY * self.right + (1 - _MEMORY) * accuracy, self.steps + 1
+        if self.size < 1 and self.right >= enough and self.steps >= _LEAST:
+            self.size, self.steps = min(1.0, self.size + _STRIDE), 0

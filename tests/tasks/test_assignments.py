@@ -1,0 +1,117 @@
+"""Assignments in words: what the sentences say is what the targets are, and the test never saw any of it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from open_mythos import tasks
+from open_mythos.tasks import UNSCORED
+from open_mythos.tasks.assignments import ASKS, COPIES, HAS, KNOWS
+from open_mythos.tasks.english import NAMES, THINGS, VOCABULARY, encode
+
+KINDS = (HAS, COPIES, KNOWS, ASKS)
+
+
+def sentences(text: str) -> list[str]:
+    return [sentence.strip() for sentence in re.findall(r"[^.?]+[.?]", text)]
+
+
+def parts(sentence: str, kind) -> tuple[str, str, str] | None:
+    """Pattern, {0}, {1} (or {0} again)."""
+    for pattern in kind.patterns:
+        regex = re.escape(pattern).replace(r"\{0\}", r"(?P<a>\w+)").replace(r"\{1\}", r"(?P<b>\w+)")
+        if found := re.fullmatch(regex, sentence):
+            words = found.groupdict()
+            return pattern, words["a"], words.get("b", words["a"])
+    return None
+
+
+def problems(n=16, difficulty=3, seed=0, **options):
+    task = tasks.load("assignments", **options)
+    return task, task.batch(n, difficulty, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "options"),
+    [(1, {}), (3, {}), (6, {"split": "held_out"}), (24, {}), (48, {"sentences": 64, "split": "held_out"})],
+)
+def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
+    task, batch = problems(8, difficulty, **options)
+    assert batch.steps.shape == (*batch.ids.shape, difficulty + 1)
+    counted, exact = set(), options.get("split") == "held_out"
+    for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
+        has, copies, ends = {}, {}, (ids == encode("?")[0]).nonzero().flatten().tolist()
+        for sentence in sentences(task.render(ids.tolist())):
+            if fact := parts(sentence, HAS):
+                has[fact[1]] = fact[2]
+            elif copy := parts(sentence, COPIES):
+                copies[copy[1]] = copy[2]
+            elif asked := parts(sentence, ASKS):
+                place, way = ends.pop(0), [asked[1]]
+                while way[-1] not in has:
+                    way.append(copies[way[-1]])
+                if len(way) > difficulty or (exact and len(way) < difficulty):
+                    assert (steps[place] == UNSCORED).all() and targets[place] == UNSCORED
+                    continue
+                counted.add(len(way))
+                known = [*way, *[has[way[-1]]] * (difficulty + 1)][: difficulty + 1]
+                assert [task.vocab[i] for i in steps[place]] == known and targets[place] == steps[place, -1]
+            else:
+                assert parts(sentence, KNOWS), sentence
+        assert not ends and len(set(has.values())) > 1  # or the answer could be known without a hop
+    assert max(counted) == difficulty
+
+
+def test_nothing_of_the_test_was_in_training():
+    seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
+    for split, (pairs, uses, texts) in seen.items():
+        for difficulty in (1, 4, 12):
+            task, batch = problems(64, difficulty, split=split)
+            for ids in batch.ids:
+                for sentence in sentences(task.render(ids.tolist())):
+                    pattern, one, other = next(
+                        found for kind in (HAS, COPIES, KNOWS, ASKS) if (found := parts(sentence, kind))
+                    )
+                    uses.add((pattern, one))
+                    texts.add(sentence)
+                    if other in NAMES and other != one:
+                        pairs.add(frozenset((one, other)))
+    for train, held_out in zip(*seen.values(), strict=True):
+        assert len(train) > 100 and len(held_out) > 100 and not train & held_out
+
+
+def test_problems_have_as_many_sentences_as_was_said():
+    task = tasks.load("assignments", sentences=12, min_sentences=8)
+    counts = set()
+    for seed in range(30):
+        batch = task.batch(2, 2, torch.Generator().manual_seed(seed))
+        counts |= {task.render(ids.tolist()).count(".") for ids in batch.ids}
+    assert counts == {8, 9, 10, 11, 12}
+    batch = task.held_out().batch(2, 2)
+    assert {task.render(ids.tolist()).count(".") for ids in batch.ids} == {12}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"sentences": 65}, "sentences=65; there are 96 names, enough for 64"),
+    ({"sentences": 4, "min_sentences": 4}, "sentences=4; use more than 4"),
+    ({"min_sentences": 40}, "min_sentences=40 is above sentences=32"),
+    ({"split": "test"}, "split='test'"),
+])  # fmt: skip
+def test_options_that_cannot_be_say_what_can(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tasks.load("assignments", **options)
+
+
+def test_more_hops_than_sentences_are_refused():
+    with pytest.raises(ValueError, match=r"difficulty=29; assignments counts hops, from 1 to 28"):
+        problems(2, 29)
+
+
+def test_a_word_outside_of_the_vocabulary_is_named():
+    assert [VOCABULARY[i] for i in encode("Ana has a key .")] == ["Ana", "has", "a", "key", "."]
+    with pytest.raises(ValueError, match=r"no task in words knows 'kay'; did you mean"):
+        encode("Ana has a kay .")
+    assert len(VOCABULARY) == len(set(VOCABULARY)) <= 1024 and len(NAMES) >= 64 and len(THINGS) == 16
