@@ -10,7 +10,7 @@ from open_mythos import files
 from open_mythos.arguments import checked
 from open_mythos.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL, SHIPPED, WEIGHTS_FILE, hub_hint, shipped
 from open_mythos.fields import must, nearest
-from open_mythos.model import OpenMythos, UnrolledMythos
+from open_mythos.model import OpenMythos, PlainMythos, UnrolledMythos
 from open_mythos.tasks import tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ def load_model(source: str | Path) -> OpenMythos:
                 f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
                 f"with a loop"
             ) from error
-        kind = UnrolledMythos if said == "unrolled" else OpenMythos
+        kind = {"unrolled": UnrolledMythos, "plain": PlainMythos}.get(said, OpenMythos)
     return kind.from_pretrained(directory)
 
 

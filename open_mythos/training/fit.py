@@ -13,6 +13,7 @@ import torch
 from open_mythos import files
 from open_mythos.evaluation.summary import Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
+from open_mythos.evaluation.token_kinds import bits_by_kind
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Task
@@ -283,8 +284,16 @@ def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: C
         return
     begin("held-out text")
     length = settings.difficulties[0]
-    bits = bits_per_byte(model, task.held_out(), cfg.depths, length, settings.examples)
-    files.write_json(run / runs.EVALUATION, {"bits_per_byte": bits})
+    held_out, loops = task.held_out(), cfg.loops.trained if cfg.kind == "looped" else cfg.depths[0]
+    bits = bits_per_byte(model, held_out, cfg.depths, length, settings.examples)
+    kinds = {name: one for name, (one, _) in bits_by_kind(model, held_out, loops, length, settings.examples).items()}
+    files.write_json(run / runs.EVALUATION, {"bits_per_byte": bits, "bits_by_kind": kinds})
+
+
+def load_kinds(run: Path) -> dict[str, float]:
+    """Bits per byte of each kind of token at the depth of training, of :func:`measure`; {} if its file has none."""
+    data: dict[str, Any] = files.read_json(run / runs.EVALUATION, {"bits_by_kind?": {"*": float}})
+    return data.get("bits_by_kind", {})
 
 
 def load_evaluation(run: Path) -> Evaluation | dict[int, float]:

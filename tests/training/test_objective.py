@@ -223,7 +223,7 @@ def test_later_steps_depend_on_nothing_but_the_states_left(model, batch):
     assert Objective(config())(model, batch, plan, n_scored(batch)).loss != same[0]
 
 
-@pytest.mark.parametrize("kind, n_loops", [("single", 1), ("unrolled", 5)])
+@pytest.mark.parametrize("kind, n_loops", [("single", 1), ("wide", 1), ("unrolled", 5), ("plain", 5)])
 def test_baselines_have_one_depth(kind, n_loops):
     plan = Objective(config({"stale": 1.0}, kind=kind)).plan(0, N, T, generator())
     assert plan.n_loops.unique().tolist() == plan.n_grad.unique().tolist() == [n_loops]
