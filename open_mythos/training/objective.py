@@ -69,8 +69,8 @@ class Objective:
         most = most or self.cfg.loops.maximum
         loops, progress = self.cfg.loops, step / self.cfg.steps
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
-        if self.cfg.kind != "looped":  # the baselines have one depth
-            n_loops = torch.full((n,), self.cfg.depths[0])
+        if self.cfg.kind != "looped":  # the baselines have one depth, and gradient through all of it
+            n_loops = torch.full((n,), min(self.cfg.depths[0], most))
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0), outcome)
         n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
@@ -143,7 +143,7 @@ class _Run:
             damping,
             cfg.checkpoint_loops,
             lambda h, loop: h if loop % _TRIM_EVERY else give_back_here(h),
-            cfg.loops.gradient == "each",
+            cfg.loops.gradient == "each" and cfg.kind == "looped",
         )
         for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])

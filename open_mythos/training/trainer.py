@@ -20,7 +20,7 @@ from open_mythos.tasks import Batch, Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
 from open_mythos.training.allocator import keep_freed_memory
-from open_mythos.training.config import TrainConfig
+from open_mythos.training.config import ONE_PASS, TrainConfig
 from open_mythos.training.growth import Growth
 from open_mythos.training.objective import Objective, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
@@ -86,7 +86,8 @@ class Trainer:
         self.ema = EMA(self.model, cfg.optim.ema)
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
-        self.growth = Growth() if cfg.task.growth else None
+        # what one pass can do of the smallest problems may never be enough: it sees all sizes from the start
+        self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
         if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
