@@ -100,7 +100,7 @@ def assignments() -> TrainConfig:
     cfg.model.n_heads = cfg.model.n_kv_heads = 2  # a name is told from a hundred others in 32 channels, not in 16
     cfg.task.growth, cfg.loss.depth = 0.8, "steps"
     cfg.loops = LoopConfig("by_steps", minimum=1, maximum=8, gradient="each")
-    cfg.model.rope_theta = 10.0  # all angles come round within a few sentences, so that none is new in a longer prompt
+    cfg.model.rope_theta = 1e24  # two pairs of channels turn, within a sentence and a prompt; none is new in a longer one
     return cfg
 
 
