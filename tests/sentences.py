@@ -13,11 +13,7 @@ def reader(kinds: Sequence) -> Callable:
 
     It fails unless there is just one way to read the sentence.
     """
-    ways = [
-        (kind, pattern, re.compile(re.sub(r"\\{(\d)\\}", r"(?P<w\1>\\w+)", re.escape(pattern))))
-        for kind in kinds
-        for pattern in kind.patterns
-    ]
+    ways = [(kind, pattern, _regex(pattern)) for kind in kinds for pattern in kind.patterns]
 
     def read(sentence: str):
         found = [(*way, match.groupdict()) for *way, regex in ways if (match := regex.fullmatch(sentence))]
@@ -26,3 +22,10 @@ def reader(kinds: Sequence) -> Callable:
         return kind, pattern, [words.get(f"w{i}") for i in range(4)]
 
     return read
+
+
+def _regex(pattern: str) -> re.Pattern:
+    escaped = re.escape(pattern)
+    for i in range(4):  # a word that comes twice is the same both times
+        escaped = escaped.replace(rf"\{{{i}\}}", rf"(?P<w{i}>\w+)", 1).replace(rf"\{{{i}\}}", f"(?P=w{i})")
+    return re.compile(escaped)
