@@ -16,6 +16,7 @@ from rich.progress import track
 
 from open_mythos import MythosConfig, OpenMythos
 from open_mythos.diagnostics import trace
+from open_mythos.evaluation import depth
 from open_mythos.plots import accuracy_by_loops, halting_map
 
 CONFIG = MythosConfig(
@@ -44,11 +45,11 @@ def train(model: OpenMythos, steps: int = 600) -> None:
         optimizer.step()
 
 
-@torch.no_grad()
 def accuracy(model: OpenMythos, x: torch.Tensor, y: torch.Tensor, halting: bool) -> dict[int, float]:
+    """At each number of loops, all from one run."""
     model.eval()
     model.cfg.halting = halting
-    scores = {n: (model(x, n_loops=n).argmax(-1) == y).float().mean().item() for n in LOOPS}
+    scores = depth.accuracy_by_loops(model, x, y, LOOPS)
     model.cfg.halting = True
     return scores
 

@@ -8,7 +8,7 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AnySequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -107,6 +107,9 @@ def _fit_generic(value: Any, origin: Any, parts: tuple[Any, ...]) -> Any:
         if any(part is _UNFIT for part in found):
             return _UNFIT
         return value if all(map(lambda a, b: a is b, found, value)) else type(found)(found)
+    if origin is Iterable:  # one text is not its characters
+        is_one = isinstance(value, str | bytes | dict | set) or getattr(value, "ndim", 1) == 0
+        return value if isinstance(value, Iterable) and not is_one else _UNFIT
     if origin is Callable or origin.__name__ == "Callable":
         return value if callable(value) else _UNFIT
     if origin is type:

@@ -27,7 +27,7 @@ from open_mythos.nn.linear import Head, RMSNorm
 from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.modes import is_evaluating
 from open_mythos.nn.recurrent import Readout, RecurrentBlock
-from open_mythos.nn.untied import UntiedBlocks
+from open_mythos.nn.untied import PlainBlock, UntiedBlocks
 from open_mythos.ops.attention import AttentionMask, document_numbers, document_starts
 
 
@@ -331,6 +331,18 @@ class UnrolledMythos(OpenMythos):
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__(replace(cfg, recurrence="injected", halting=False, warm_start=False))
         self.recurrent = UntiedBlocks(self.cfg)
+
+
+class PlainMythos(UnrolledMythos):
+    """A plain pre-norm transformer as deep as :class:`UnrolledMythos`, the control for what that adds to one.
+
+    Its blocks read what the last one left: no input again, no leak, no LoRA, no norm but those of blocks and head.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        plain = replace(cfg, state_init="input", input_norm=False, state_norm=False, lora_rank=0, loop_index_dim=0)
+        super().__init__(replace(plain, state_noise=0.0))
+        self.recurrent = UntiedBlocks(self.cfg, PlainBlock)
 
 
 def _tie_assigned(model: OpenMythos, incompatible_keys: Any) -> None:

@@ -7,9 +7,10 @@ card; and ``training.json``, how it was trained. In a run it is ``RUN/model``.
 from pathlib import Path
 
 from open_mythos import files
+from open_mythos.arguments import checked
 from open_mythos.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL, SHIPPED, WEIGHTS_FILE, hub_hint, shipped
 from open_mythos.fields import must, nearest
-from open_mythos.model import OpenMythos, UnrolledMythos
+from open_mythos.model import OpenMythos, PlainMythos, UnrolledMythos
 from open_mythos.tasks import tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
@@ -21,6 +22,7 @@ TOKENIZER_FILES = (
 """Of a pretrained model, beside its weights; the first is what the others add to."""
 
 
+@checked
 def model_dir(source: str | Path) -> Path:
     """The directory with a model's files.
 
@@ -47,11 +49,13 @@ def model_dir(source: str | Path) -> Path:
     raise ValueError(f"{source} is no directory{hint}{hub_hint(source)}")
 
 
+@checked
 def home_dir(directory: Path) -> Path:
     """The run that a model's ``directory`` lies in, or itself if it lies in none."""
     return directory.parent if directory.name == MODEL else directory
 
 
+@checked
 def load_model(source: str | Path) -> OpenMythos:
     """The model found by :func:`model_dir`, in eval mode, of the class that it was trained as.
 
@@ -67,10 +71,11 @@ def load_model(source: str | Path) -> OpenMythos:
                 f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
                 f"with a loop"
             ) from error
-        kind = UnrolledMythos if said == "unrolled" else OpenMythos
+        kind = {"unrolled": UnrolledMythos, "plain": PlainMythos}.get(said, OpenMythos)
     return kind.from_pretrained(directory)
 
 
+@checked
 def tokenizer_of(source: str | Path) -> Tokenizer:
     """What the model found by :func:`model_dir` reads and writes text with.
 
@@ -87,6 +92,7 @@ def tokenizer_of(source: str | Path) -> Tokenizer:
     return tokenizer.load(directory)
 
 
+@checked
 def card_of(source: str | Path) -> str:
     """What the card of the model found by :func:`model_dir` says, Markdown: of shipped models, how good they are.
 
@@ -98,6 +104,7 @@ def card_of(source: str | Path) -> str:
     return files.read_text(files.own(path))
 
 
+@checked
 def save_model(model: OpenMythos, directory: str | Path, source: str | Path = "") -> None:
     """Write a model, with the tokenizer of the one found by ``source``, which it started from, if that has one."""
     model.save_pretrained(directory)

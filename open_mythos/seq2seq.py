@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.arguments import checked
 from open_mythos.fields import must
-from open_mythos.inputs import check_ids, check_left_padding, check_range
+from open_mythos.inputs import check_ids, check_left_padding, check_n_loops, check_range
 from open_mythos.model import OpenMythos
 from open_mythos.nn.modes import evaluating
 
 IGNORED = -100  # in a target: no token, and nothing is asked; as in cross_entropy and transformers
 
 
+@checked
 class Seq2Seq(nn.Module):
     """One sequence in, another out, each side with its own number of loops.
 
@@ -44,6 +46,7 @@ class Seq2Seq(nn.Module):
         )
         self.encoder, self.decoder = encoder, decoder
 
+    @checked
     def encode(self, source: Tensor, n_loops: int | None = None, mask: Tensor | None = None) -> Tensor:
         """The encoder's last states as the decoder reads them, (B, S, dim), on the scale of its embeddings.
 
@@ -60,6 +63,7 @@ class Seq2Seq(nn.Module):
         check_left_padding(mask, source)
         return self.encoder.hidden(source, n_loops, attention_mask=mask) * self.decoder.cfg.dim**-0.5
 
+    @checked
     def forward(
         self, source: Tensor, target: Tensor, n_loops: int | None = None, encoder_loops: int | None = None,
         source_mask: Tensor | None = None,
@@ -76,6 +80,7 @@ class Seq2Seq(nn.Module):
         """
         check_ids(source, "source")
         check_ids(target, "target")
+        n_loops = check_n_loops(n_loops, self.decoder.cfg.max_loop_iters)
         rows = len(source), len(target)
         must(rows[0] == rows[1], f"source has {rows[0]} rows and target {rows[1]}; give one of each pair")
         is_token, (S, U) = target != IGNORED, (source.shape[1], target.shape[1])
@@ -89,10 +94,12 @@ class Seq2Seq(nn.Module):
         mask = torch.cat([seen.bool(), is_token[:, :-1]], 1)
         return self.decoder.head(self.decoder.hidden(before, n_loops, attention_mask=mask, last=U))
 
+    @checked
     def loss(self, source: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Mean cross-entropy of the target's tokens; arguments as :meth:`forward`."""
         return F.cross_entropy(self(source, target, **options).flatten(0, 1).float(), target.flatten().long())
 
+    @checked
     def generate(
         self, source: Tensor, max_new_tokens: int = 64, n_loops: int | None = None, encoder_loops: int | None = None,
         source_mask: Tensor | None = None, **options: Any,
@@ -112,12 +119,14 @@ class Seq2Seq(nn.Module):
             prefix = evaluating(self.encoder, self.encode, source, encoder_loops, source_mask)
         return self.decoder.generate(prefix, max_new_tokens, n_loops, attention_mask=source_mask, **options)
 
+    @checked
     def save_pretrained(self, directory: str | Path) -> None:
         """Write both, into ``encoder`` and ``decoder`` in ``directory``; as :meth:`OpenMythos.save_pretrained`."""
         self.encoder.save_pretrained(Path(directory) / "encoder")
         self.decoder.save_pretrained(Path(directory) / "decoder")
 
     @classmethod
+    @checked
     def from_pretrained(cls, directory: str | Path) -> Seq2Seq:
         """What :meth:`save_pretrained` wrote, in eval mode; raises as :meth:`OpenMythos.from_pretrained`."""
         return cls(*(OpenMythos.from_pretrained(Path(directory) / name) for name in ("encoder", "decoder"))).eval()

@@ -24,8 +24,10 @@ from open_mythos.generation.conversation import Conversation
 from open_mythos.generation.depth_batching import DepthBatch
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
+from open_mythos.models import card_of, load_model, model_dir, save_model, tokenizer_of
 from open_mythos.nn import exits
-from open_mythos.tasks.tokenizer import Tokenizer
+from open_mythos.seq2seq import Seq2Seq
+from open_mythos.tasks.tokenizer import Tokenizer, load
 
 CALLS = int(os.environ.get("OPEN_MYTHOS_WRONG_ARGUMENTS", 400))  # 2000 and more in the long form
 SEED = int(os.environ.get("OPEN_MYTHOS_SEED", 0))
@@ -115,6 +117,9 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
     monkeypatch.chdir(tmp_path)
     made, tokenizer, task, ids = model(), Tokenizer(True), tasks.load("parity"), tokens(1, 3)
     talk, batch, cache = Conversation(made, tokenizer, 1, Sampling(0)), DepthBatch(made), KVCache()
+    encoder = tiny_model(vocab_size=257, halting=False, max_seq_len=64, causal=False).eval()
+    pair = Seq2Seq(encoder, made)
+    pair.save_pretrained(tmp_path / "pair")
     "".join(talk.reply("hi", 2))
     batch.add(ids[0], 2)
     with torch.no_grad():
@@ -131,6 +136,13 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
         (Conversation, dict(model=made, tokenizer=tokenizer)), (talk.reply, dict(said="a", max_new_tokens=1)),
         (talk.trace, {}), (task.batch, dict(n=1, difficulty=2)), (task.mixed, dict(difficulties=[2])),
         (evaluate, dict(model=made, task=task, difficulties=[2], loops=[1], examples=1)),
+        (Seq2Seq, dict(encoder=encoder, decoder=made)), (pair.encode, dict(source=ids)),
+        (pair.forward, dict(source=ids, target=ids)), (pair.generate, dict(source=ids, max_new_tokens=2)),
+        (pair.save_pretrained, {}), (Seq2Seq.from_pretrained, dict(directory=tmp_path / "pair")),
+        (Tokenizer, {}), (tokenizer.encode, dict(texts=["a"])), (tokenizer.encode_each, dict(texts=["a"])),
+        (tokenizer.decode, dict(ids=[1])), (tokenizer.save, {}), (load, {}),
+        *((function, {}) for function in (model_dir, load_model, tokenizer_of, card_of)),
+        (save_model, dict(model=made, directory=tmp_path / "saved")),
     ]  # fmt: skip
     cases = []
     for call, needed in public:
@@ -139,6 +151,8 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
             if name == "return" or inspect.signature(target).parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 continue
             cases += [(call, needed, name, value) for value in wrong(kind)]
+            if call is save_model and name == "source":  # "" is none
+                continue
             ranges = OUT_OF_RANGE.get(name, []) if name != "exit" or call is exits.parse else ["gate", exits.Gate]
             cases += [(call, needed, name, value) for value in ranges]
     draw = random.Random(SEED)

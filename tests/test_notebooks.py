@@ -19,6 +19,10 @@ seen_24 = curves["24 bits"]
 assert seen_24[1] + 0.05 < seen_24[3] and seen_24[3] + 0.02 < seen_24[8] > 0.95, seen_24
 assert used.mean() < 14 and used[:, 0].mean() < used[:, -1].mean(), used.mean(0)
 assert share.min() > 0.1, share
+ranks = used.mean(0).argsort().argsort().float()
+assert torch.corrcoef(torch.stack([ranks, torch.arange(24.0)]))[0, 1] >= 0.5, used.mean(0)
+model.cfg.halting = False
+assert seen_24[16] >= accuracy(24, 16) - 0.005, seen_24
 assert grid.accuracy[2, -1] > 0.99 and grid.accuracy[2, 0] < 0.6, grid.accuracy
 """,
     "chain_sum": """

@@ -29,7 +29,7 @@ COMMANDS = {
     "chat": "Talk to a model of text, at any depth, and see every loop.",
     "retrofit": "Convert a pretrained decoder to a recurrent-depth model.",
     "export": "Export a model for transformers, with the source code to load it anywhere.",
-    "compare": "Compare a looped model with two baselines that do not loop.",
+    "compare": "Compare a looped model with four neighbours that do not loop.",
     "info": "Cost of a variant or a checkpoint: parameters, FLOPs, cache.",
     "convert": "Convert a checkpoint of the reference implementation.",
     "bench": "How fast a model trains, reads and decodes here.",

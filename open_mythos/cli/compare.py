@@ -1,4 +1,4 @@
-"""``mythos compare``: a recipe's looped model against two baselines that do not loop."""
+"""``mythos compare``: a recipe's looped model against four neighbours that do not loop."""
 
 from functools import partial
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from open_mythos.cli.console import console, mythos, note, si, table, typed, whole_numbers
+from open_mythos.cli.console import console, mythos, note, numbers, si, table, typed, whole_numbers
 
 if TYPE_CHECKING:
     from open_mythos.training.compare import Comparison
@@ -18,14 +18,23 @@ def compare(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of weights and data, comma-separated.")] = "0,1,2",
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            help="Learning rates, as in 3e-4,1e-3,3e-3: each kind tries all on the first seed and runs the others at "
+            "its best, so each further rate costs one run of each kind. Default: the recipe's for all."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which runs there will be and exit.")] = False,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Of the runs; default: runs/compare-RECIPE.")
     ] = None,
 ) -> None:
-    """Compare a looped model with two baselines that do not loop.
+    """Compare a looped model with four neighbours that do not loop.
 
-    One baseline runs the same block once; the other has as many blocks as the model has loops, with untied weights.
-    All train on the same problems for the same number of steps. Finished runs in --out are reused.
+    single: the same block, run once. wide: one pass, so wide that it takes as many operations as all loops. unrolled:
+    as many blocks as loops, with untied weights. plain: the same as a plain pre-norm transformer. All train on the same
+    problems for the same number of steps. Finished runs in --out are reused.
     """
     from open_mythos import plots
     from open_mythos.cli.owned import may_replace
@@ -33,16 +42,23 @@ def compare(
     from open_mythos.training.compare import RESULTS
     from open_mythos.training.compare import compare as run_all
     from open_mythos.training.owner import owned
+    from open_mythos.training.plan import Plan
     from open_mythos.training.recipes import configured
 
     out = out or Path("runs") / f"compare-{recipe}"
     plots.require_matplotlib()
     cfg = configured(recipe, overrides or [])
     may_replace(out / RESULTS, *(out / f"compare-{n}.png" for n in cfg.evaluation.difficulties))
-    again = typed("compare", recipe, *(overrides or []), "--seeds", seeds, "--out", out)
-    wanted, paths = whole_numbers("--seeds", seeds, "0,1,2"), []
+    again = ["compare", recipe, *(overrides or []), "--seeds", seeds, "--out", str(out)]
+    again += ["--rates", rates] if rates else []
+    tried = () if rates is None else numbers("--rates", rates, "3e-4,1e-3,3e-3")
+    plan, paths = Plan(cfg, out, whole_numbers("--seeds", seeds, "0,1,2"), tried), []
+    log(plan.describe())
+    if dry_run:
+        note(f"Nothing was written. Next: {mythos(*again)}.")
+        return
     with owned(out, log):
-        results = run_all(cfg, out, wanted, partial(watching, again=again))
+        results = run_all(cfg, out, plan.seeds, partial(watching, again=typed(*again)), plan.rates)
         for difficulty in results.difficulties if results.measure == "accuracy" else ():  # bits: only in the report
             paths.append(out / f"compare-{difficulty}.png")
             title = f"{results.recipe}: accuracy on {difficulty} {results.unit}, mean over seeds, no early exit"
@@ -56,17 +72,25 @@ def compare(
 
 
 def show(results: "Comparison") -> None:
+    tuned = max(len(contender.tried) for contender in results.contenders)
     rows = table(
         f"{results.recipe}: {results.measure}, mean over {len(results.seeds)} seeds (worst)", "model", "parameters",
-        "FLOPs to train", "FLOPs a token", *(f"{n} {results.unit}" for n in results.difficulties),
+        "FLOPs to train", "FLOPs a token", "lr", *(f"{n} {results.unit}" for n in results.difficulties),
     )  # fmt: skip
     for entry in results.entries():
         values = zip(entry.mean, entry.worst, strict=True)
         rows.add_row(
             entry.name, si(entry.parameters), si(entry.training_flops), si(entry.flops_per_token[-1]),
+            f"{entry.lr:g}",
             *(f"{results.show(mean)} ({results.show(worst)})" for mean, worst in values),
         )  # fmt: skip
     console.print(rows)
-    console.print(f"FLOPs a token: at {results.difficulties[-1]} {results.unit}.", style="dim")
-    for line in results.verdicts():
+    rates = f"the best of {tuned} on seed {results.seeds[0]}" if tuned > 1 else "the recipe's for all; --rates tunes it"
+    console.print(f"FLOPs a token: at {results.difficulties[-1]} {results.unit}. lr: {rates}.", style="dim")
+    if results.contenders[0].by_token:
+        title = f"bits per byte by kind of token, {results.trained_loops} loops where there are any"
+        kinds = list(results.contenders[0].by_token)
+        bits = ([one.kind, *(f"{one.by_token[kind]:.4f}" for kind in kinds)] for one in results.contenders)
+        console.print(table(title, "model", *kinds, rows=bits))
+    for line in (*results.worth(), *results.verdicts()):
         console.print(line)

@@ -4,6 +4,7 @@ Text comes from files and users: nothing in it is markup, wherever it is printed
 """
 
 import itertools
+import math
 import re
 import shlex
 import time
@@ -17,6 +18,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from open_mythos.fields import must
 
 SILENCE = 5.0  # seconds after which something is said where no bar moves
 
@@ -68,6 +71,19 @@ def whole_numbers(option: str, text: str, example: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{option} {text!r} should be whole numbers with commas between, as in {example}") from error
+
+
+def numbers(option: str, text: str, example: str) -> list[float]:
+    """As :func:`whole_numbers`, of positive numbers of any kind."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    must(
+        bool(found) and all(0 < number < math.inf for number in found),
+        f"{option} {text!r} should be positive numbers with commas between, as in {example}",
+    )
+    return found
 
 
 def picture(draw: Callable[[], None]) -> bool:

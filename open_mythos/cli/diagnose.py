@@ -70,7 +70,7 @@ def diagnose(
         ("gain of one more loop", f"{gain:.4f}", f"the state {'settles on a state' if gain < 1 else 'keeps moving'}"),
         ("cache", si(n_bytes, "B"), f"measured; {si(n_bytes / ids.shape[1], 'B')} per token"),
     ]
-    rows = rows if loops_on else rows[::2]
+    rows = rows if loops_on else rows[::2] if radius < 1 else rows[2:]
     console.print(table("the loop as a whole", "measure", "value", "reading", rows=rows, left="reading"))
     show_loops(found, model.cfg.halting)
     show_halting(found.loops_used[0].tolist())

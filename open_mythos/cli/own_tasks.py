@@ -13,6 +13,7 @@ from open_mythos.evaluation.grid import combine
 from open_mythos.evaluation.metrics import OVERTHINKING_FACTOR
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import text_scores
+from open_mythos.evaluation.token_kinds import bits_by_kind
 from open_mythos.model import OpenMythos
 from open_mythos.models import TRAINING_FILE, model_dir
 from open_mythos.nn.exits import parse, spell
@@ -105,6 +106,11 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None,
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / FILE, data)
     show_text(bits, "no early exit" if rule is None else f"exit {spell(rule)}")
+    n, length = max(settings.loops), settings.difficulties[0]
+    kinds = bits_by_kind(model, task, n, length, settings.examples)
+    title = f"bits per byte by kind of token, {n} loops, {length} tokens, no early exit"
+    rows = ((kind, f"{one:.4f}", f"{part:.1%}") for kind, (one, part) in kinds.items())
+    console.print(table(title, "kind", "bits", "of the bytes", rows=rows))
     if rule is not None:
         n, costs = max(settings.loops), []
         for length, ((most, _), (left, used)) in scores.items():

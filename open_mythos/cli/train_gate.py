@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import console, mythos, note, progress, table
+from open_mythos.cli.console import console, mythos, note, progress, table, typed
 from open_mythos.fields import must
 from open_mythos.training.config import GateConfig, TrainConfig
 
@@ -48,12 +48,22 @@ def train_gate(
     may_replace_model(out)
     task = tasks.load(cfg.task.name, **cfg.task.options)
     easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
-    with Stop(), owned(out, log):
+    given = {"steps": steps, "min-difficulty": min_difficulty, "max-difficulty": max_difficulty, "loops": loops}
+    options = [word for name, n in given.items() if n is not None for word in (f"--{name}", n)]
+    again = typed("train-gate", checkpoint, *options, "--seed", seed, "--out", out)
+    saved = False
+
+    def left() -> str:
+        return f"{out} is saved" if saved else f"nothing was changed; start again with {again}"
+
+    with Stop() as stop, owned(out, log), stop.telling(log, left):
         with progress(n_steps=ROUNDS + 2) as begin:
             generator = torch.Generator().manual_seed(seed)
             scores = run_training(model, task, cfg.gate, easiest, hardest, generator, begin)
-        save_model(model, out, checkpoint)
-        dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
+        with stop.held():
+            save_model(model, out, checkpoint)
+            dataclasses.replace(trained, gate=cfg.gate).save(out / TRAINING_FILE)
+            saved = True
     labels = {"fixed": "every loop", "halting": "halting gate"}
     rows = ((labels[k], f"{scores[f'accuracy_{k}']:.4f}", f"{scores[f'loops_{k}']:.1f}") for k in labels)
     title = f"new problems of {easiest} to {hardest} {task.unit}, mixed"

@@ -11,8 +11,11 @@ from open_mythos.nn.modes import eval_mode
 
 
 def spectral_radius(model: OpenMythos) -> float:
-    """Largest entry of the diagonal A of ``h <- A h + B e``: below 1, the linear part forgets its start."""
-    return float(model.recurrent.injection.get_A().detach().max())
+    """Largest entry of the diagonal A of ``h <- A h + B e``: below 1, the linear part forgets its start.
+
+    1 for a plain transformer, whose blocks add to what they read."""
+    injection = model.recurrent.injection
+    return 1.0 if injection is None else float(injection.get_A().detach().max())
 
 
 def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, iterations: int = 50) -> float:
@@ -24,7 +27,7 @@ def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, 
     forward-mode differentiation does not exist (grouped matrix products have none).
 
     Args:
-        model: run in eval mode; modes are put back after.
+        model: computes as in eval mode and keeps its own.
         input_ids: (B, T), without padding.
         n_loops: loops before the one that is measured; ``cfg.max_loop_iters`` if None.
         iterations: backward passes. The result is the geometric mean of the growth in the second half of them: a

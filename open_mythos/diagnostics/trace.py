@@ -1,5 +1,6 @@
 """One forward pass, with a record of what every loop did."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Trace:
 def trace(
     model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, attention_mask: Tensor | None = None
 ) -> Trace:
-    """Run ``model`` in eval mode, without gradients, and record every loop; modes are put back after.
+    """Run ``model`` in eval mode, without gradients, and record every loop; other threads may use it meanwhile.
 
     Args:
         model, input_ids: the model, and what it reads, (B, T).
@@ -78,14 +79,19 @@ def trace(
 def _expert_load(model: OpenMythos) -> Iterator[list[Tensor]]:
     """A list that gains the (n_experts,) counts of each loop that runs inside, those of all layers together.
 
-    A hook, because it also sees the calls of a model whose ``ffn.forward`` somebody has replaced.
+    A hook, because it also sees the calls of a model whose ``ffn.forward`` somebody has replaced; other threads' too,
+    which are passed over.
     """
-    loads: list[Tensor] = []
+    loads, own = list[Tensor](), threading.get_ident()
 
     def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() != own:
+            return
         loads.append(torch.zeros(model.cfg.n_experts, device=inputs[0].device))
 
     def count(ffn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() != own:
+            return
         tokens = inputs[0].flatten(0, -2)
         chosen, _ = ffn.route(tokens)  # type: ignore[operator]
         real = tokens.ne(0).any(-1)  # padding is all zeros here

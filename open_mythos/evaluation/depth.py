@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 def measuring(model: OpenMythos, halting: bool | None = None, act_threshold: float | None = None) -> Iterator[None]:
     """Eval mode without gradients inside, with other ``cfg.halting`` and ``cfg.act_threshold`` unless they are None.
 
-    Modes and config are put back after.
+    Modules keep their modes. The config is put back after: where one of the two is given, the model is not for others.
     """
     cfg = model.cfg
     before = cfg.halting, cfg.act_threshold
@@ -100,7 +100,7 @@ def accuracy_by_loops(model: OpenMythos, ids: Tensor, targets: Tensor, loops: It
     """Share of positions whose likeliest token is the target, for each number of loops, all from one run.
 
     ``targets`` (B, T) are the tokens that should follow from each position of ``ids`` (B, T), -100 where none is
-    scored. The model is run in eval mode, restored after; the loops of the result rise.
+    scored. The model computes as in eval mode and keeps its own; the loops of the result rise.
 
     Raises:
         ValueError: if ``loops`` is empty or holds a number below 1, or nothing is scored.

@@ -102,7 +102,7 @@ def depth_grid(
     the same ones.
 
     Args:
-        model: run in eval mode on its device; mode and config are restored.
+        model: computes as in eval mode, on its device, and keeps its own; config is restored.
         task, difficulties, examples, seed: give the problems, ``examples`` of each difficulty.
         loops: numbers of loops to evaluate.
         halting: overrides ``cfg.halting`` unless None.
@@ -122,7 +122,7 @@ def depth_grid(
             problems = task.batch(examples, difficulty, torch.Generator().manual_seed(seed))
             scores.append(score_by_loops(model, task, problems, loops, exit))
     accuracy, exact, used = (torch.stack(parts) for parts in zip(*scores, strict=True))
-    low, high = mean_interval(accuracy, Z95)
+    low, high = (end.clamp(0, 1) for end in mean_interval(accuracy, Z95))
     exact_low, exact_high = wilson_interval(exact.mean(-1), examples)
     return DepthGrid(
         task.name, task.version, task.unit, task.chance, list(difficulties), sorted(set(loops)), examples, seed,
@@ -177,16 +177,20 @@ class Spread(NamedTuple):
     high: Tensor
 
 
-def student_interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """95% interval of the mean of few values in the last axis, such as one per seed; (0, 1) for a single one."""
-    return mean_interval(values, T95[min(values.shape[-1] - 1, len(T95)) - 1])
+def student_interval(values: Tensor, most: float = 1.0) -> tuple[Tensor, Tensor]:
+    """95% interval of the mean of few values in the last axis, such as one per seed; one either way for a single one.
+
+    The interval ends at 0 and at ``most``.
+    """
+    low, high = mean_interval(values, T95[min(values.shape[-1] - 1, len(T95)) - 1])
+    return low.clamp(min=0), high.clamp(max=most)
 
 
 def mean_interval(values: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """The mean of values between 0 and 1, in the last axis, and so many standard errors about it."""
+    """The mean of values in the last axis, and so many standard errors about it; one either way for a single value."""
     n, mean = values.shape[-1], values.mean(-1)
     half_width = quantile * values.std(-1) / math.sqrt(n) if n > 1 else torch.ones_like(mean)
-    return (mean - half_width).clamp(min=0), (mean + half_width).clamp(max=1)
+    return mean - half_width, mean + half_width
 
 
 def wilson_interval(share: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Scalar metrics of depth: overthinking, convergence, path independence, and the savings of halting.
 
-Models are run in eval mode; mode and config are restored. Problems are those of ``depth_grid``.
+Models compute as in eval mode and keep theirs; config is restored. Problems are those of ``depth_grid``.
 """
 
 from collections.abc import Callable, Sequence

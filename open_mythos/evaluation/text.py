@@ -29,7 +29,7 @@ def text_scores(
     Tokens near the start of a window, with little context, count like the others.
 
     Args:
-        model: run in eval mode; mode and config are restored.
+        model: computes as in eval mode and keeps its own; config is restored.
         task: text; with ``split="held_out"`` for text not seen in training.
         loops: numbers of loops to evaluate, ascending in the result.
         length, windows: tokens of context, and number of windows of that length, evenly spaced over the text.

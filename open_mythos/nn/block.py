@@ -60,11 +60,12 @@ class CoreBlocks(nn.ModuleList):
     """Several blocks of the recurrent kind that a loop runs in turn, called as one :class:`TransformerBlock` is.
 
     Args:
-        cfg: reads core_layers.
+        cfg: of the blocks.
+        n: how many there are; ``cfg.core_layers`` if None.
     """
 
-    def __init__(self, cfg: MythosConfig) -> None:
-        super().__init__(TransformerBlock(cfg, use_moe=True) for _ in range(cfg.core_layers))
+    def __init__(self, cfg: MythosConfig, n: int | None = None) -> None:
+        super().__init__(TransformerBlock(cfg, use_moe=True) for _ in range(n or cfg.core_layers))
 
     def forward(
         self, x: Tensor, freqs: Context | Tensor, mask: AttentionMask | Tensor | None = None,

@@ -1,4 +1,4 @@
-"""Eval mode for a while: by switching modules, or, where other threads may be using them, without touching them."""
+"""Eval mode for a while, in this thread alone: other threads may be using the modules, whose own modes stay."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +16,14 @@ _evaluates: ContextVar[bool] = ContextVar("evaluates", default=False)
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored after; for measurements, which have a model to themselves."""
-    was_training = [module for module in model.modules() if module.training]
-    for module in was_training:
-        module.training = False
+    """:func:`evaluating` for what is inside, which must not be handed out of it, as by a generator's ``yield``."""
+    _check_modes(model)
+    before = _evaluates.get()
     try:
+        _evaluates.set(True)
         yield
     finally:
-        for module in was_training:
-            module.training = True
+        _evaluates.set(before)
 
 
 def evaluating(model: nn.Module | None, call: Callable[..., Result], *args: Any) -> Result:

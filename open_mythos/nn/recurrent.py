@@ -278,6 +278,7 @@ class Loops(nn.Module):
                         after = step(before, rows, loop, no_grad_ctx)
                     h = put(h, rows, after)  # with gradient: the other rows' graphs go on
                     continue
+                before = before.detach() if schedule.detach else before
                 if schedule.recompute:
                     args = schedule.around(before, loop), rows, loop, grad_ctx
                     after = checkpoint(step, *args, use_reentrant=False)

@@ -18,6 +18,8 @@ class Schedule:
             iteration ("phantom gradients", Geng et al. 2021, arXiv:2111.05177).
         recompute: keep only the first state of each loop with gradient, and compute it again in the backward pass.
         around: called on the state before a loop that is recomputed, with the loop's number, and on the last one.
+        detach: every loop with gradient starts from a state without one, so that what is asked of a loop trains this
+            loop alone, and what all of them read.
     """
 
     n_loops: Tensor
@@ -25,6 +27,7 @@ class Schedule:
     damping: float = 1.0
     recompute: bool = False
     around: Callable[[Tensor, int], Tensor] = lambda h, loop: h
+    detach: bool = False
 
     def groups(self, loop: int) -> Iterator[tuple[Tensor, bool]]:
         """(R,) sequences that run a loop together, on the CPU; first those without gradient, then those with."""

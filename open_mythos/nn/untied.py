@@ -1,28 +1,53 @@
 """A block for each loop in place of one for all: the unrolled baseline."""
 
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
-from open_mythos.nn.block import TransformerBlock
+from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.halting import ACTHalting
 from open_mythos.nn.injection import LoRAAdapter, LTIInjection
-from open_mythos.nn.recurrent import LoopBlock, LoopInput, Loops
+from open_mythos.nn.recurrent import LoopBlock, LoopInput, Loops, step_slot
 
 
-class UntiedBlocks(Loops):
-    """A recurrent block whose every loop has weights of its own: a plain deep transformer, to compare loops with.
+class PlainBlock(nn.Module):
+    """What a plain pre-norm transformer does in place of a loop: ``cfg.core_layers`` blocks, and nothing else.
 
     Args:
-        cfg: ``max_loop_iters`` is the number of blocks, and the one number of loops that there is.
+        cfg: as of :class:`UntiedBlocks`. What a block adds is scaled by the number of all blocks, as in GPT-2.
     """
+
+    injection = lora = None
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
+        deep, n = replace(cfg, core_layers=cfg.core_layers * cfg.max_loop_iters), cfg.core_layers
+        self.block = TransformerBlock(deep, use_moe=True) if n == 1 else CoreBlocks(deep, n)
+
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        return [module for module in self.block.modules() if isinstance(module, TransformerBlock)]
+
+    def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
+        """As :meth:`LoopBlock.step`; ``e`` is not read."""
+        return cast(Tensor, self.block(h, ctx, cache_key=step_slot(loop, ctx)))
+
+
+class UntiedBlocks(Loops):
+    """A recurrent block whose every loop has weights of its own: a deep transformer, to compare loops with.
+
+    Args:
+        cfg: ``max_loop_iters`` is the number of blocks, and the one number of loops that there is.
+        made: what each loop runs.
+    """
+
+    def __init__(self, cfg: MythosConfig, made: type[LoopBlock] | type[PlainBlock] = LoopBlock) -> None:
+        super().__init__()
         self.cfg = cfg
-        self.blocks = nn.ModuleList(LoopBlock(cfg) for _ in range(cfg.max_loop_iters))
+        self.blocks = nn.ModuleList(made(cfg) for _ in range(cfg.max_loop_iters))
         self.act = ACTHalting(cfg.dim, cfg.weight_std)
 
     @property
@@ -43,7 +68,7 @@ class UntiedBlocks(Loops):
         return self.first.lora
 
     @property
-    def injection(self) -> LTIInjection:
+    def injection(self) -> LTIInjection | None:
         return self.first.injection
 
     def prepare(self, e: Tensor) -> LoopInput:

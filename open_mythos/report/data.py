@@ -25,7 +25,7 @@ from open_mythos.tasks.text import Text
 from open_mythos.training import runs
 from open_mythos.training.compare import RESULTS
 from open_mythos.training.compare import load as load_comparison
-from open_mythos.training.config import EvalConfig, TrainConfig
+from open_mythos.training.config import UNTIED, EvalConfig, TrainConfig
 from open_mythos.training.distributed import find_device
 from open_mythos.training.fit import load_evaluation
 from open_mythos.training.loggers import read_metrics
@@ -76,7 +76,7 @@ def gather(
     task.check(difficulty)
     n_loops = max(1, min(max(cfg.depths), MAX_CELLS // task.length(difficulty))) if n_loops is None else n_loops
     must(
-        cfg.kind != "unrolled" or n_loops <= model.cfg.max_loop_iters,
+        cfg.kind not in UNTIED or n_loops <= model.cfg.max_loop_iters,
         f"{n_loops} loops, but an unrolled model has {model.cfg.max_loop_iters} blocks and no more; leave --loops out",
     )
     example, experts = trace_example(model, task, difficulty, n_loops, seed)
@@ -206,8 +206,9 @@ def _baselines(run: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{error}; remove it, or make it again with mythos compare") from error
     return results | {
-        "lead": "Trained with the same data and steps: a model that runs its block once, and one with as many blocks "
-        "as the looped model has loops, with untied weights."
+        "lead": "Trained with the same data and steps: single runs its block once; wide is one pass with the "
+        "operations of all loops; unrolled has as many blocks as the looped model has loops, with untied weights; "
+        "plain is a plain pre-norm transformer as deep."
     }
 
 
@@ -215,7 +216,9 @@ def _subtitle(cfg: TrainConfig, unit: str) -> str:
     kind = {
         "looped": f"one block, looped up to {cfg.loops.maximum} times in training",
         "single": "baseline: the same block, run once",
-        "unrolled": f"baseline: {cfg.loops.maximum} blocks with untied weights",
+        "wide": f"baseline: one pass, as wide as takes the operations of {cfg.loops.trained} loops",
+        "unrolled": f"baseline: {cfg.loops.trained} blocks with untied weights",
+        "plain": f"baseline: a plain pre-norm transformer with {cfg.loops.trained} blocks of its own",
     }[cfg.kind]
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     trained = f"{low} to {high}" if low < high else high

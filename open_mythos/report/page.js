@@ -231,14 +231,21 @@ function drawBaselines(host, compared) {
   const buttons = el("div", { class: "controls", role: "group", "aria-label": "difficulty" },
     ...difficulties.map((d, row) => el("button", { type: "button", onclick: () => draw(row) }, `${d} ${unit}`)));
   const power = (flops) => flops.toExponential(1);
-  const head = ["model", "parameters", "FLOPs to train", "FLOPs a token", ...difficulties.map((d) => `${d} ${unit}`)];
+  const head = ["model", "parameters", "FLOPs to train", "FLOPs a token", "learning rate", ...difficulties.map((d) => `${d} ${unit}`)];
   const table = el("table", { class: "plain" },
     el("caption", {}, `${compared.measure}, mean over seeds ${seeds.join(", ")} (worst); FLOPs a token at ${difficulties.at(-1)} ${unit}`),
     el("thead", {}, el("tr", {}, ...head.map((text) => el("th", { scope: "col" }, text)))),
     el("tbody", {}, ...compared.entries.map((entry) => el("tr", {}, ...[entry.name, whole(entry.parameters), power(entry.training_flops),
-      power(entry.flops_per_token.at(-1)), ...entry.mean.map((mean, i) => `${format(mean)} (${format(entry.worst[i])})`),
+      power(entry.flops_per_token.at(-1)), entry.lr ?? "", ...entry.mean.map((mean, i) => `${format(mean)} (${format(entry.worst[i])})`),
     ].map((text) => el("td", {}, text))))));
-  host.append(buttons, box, el("div", { class: "scroll" }, table), el("ul", { class: "words" }, ...compared.verdicts.map((text) => el("li", {}, text))));
+  const kinds = Object.keys(looped.by_token ?? {});
+  const byToken = el("table", { class: "plain" }, el("caption", {}, "bits per byte by kind of token"),
+    el("thead", {}, el("tr", {}, ...["model", ...kinds].map((text) => el("th", { scope: "col" }, text)))),
+    el("tbody", {}, ...contenders.map((one) => el("tr", {}, ...[one.kind, ...kinds.map((kind) => digits(one.by_token[kind]))]
+      .map((text) => el("td", {}, text))))));
+  const lines = [...(compared.worth ?? []), ...compared.verdicts];
+  host.append(buttons, box, el("div", { class: "scroll" }, table), ...(kinds.length ? [el("div", { class: "scroll" }, byToken)] : []),
+    el("ul", { class: "words" }, ...lines.map((text) => el("li", {}, text))));
   draw(difficulties.length - 1);
 }
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from open_mythos import files
+from open_mythos.arguments import checked
 from open_mythos.fields import must
 from open_mythos.install import missing
 
@@ -22,6 +23,7 @@ _SHAPE = {"model": {"vocab": (dict, list), "merges?": (list, type(None))}}
 END, PADDING = "<eos>", "<pad>"  # names of token 0: it ends documents, or it only fills up rows
 
 
+@checked
 class Tokenizer:
     """Text by UTF-8 bytes: byte b is token 1 + b.
 
@@ -42,6 +44,7 @@ class Tokenizer:
         """The smallest that holds every token."""
         return np.uint16 if len(self.pieces) <= 1 << 16 else np.uint32
 
+    @checked
     def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Tokens of each text, (N,) of :attr:`dtype`; errors as :meth:`encode`."""
         return [np.frombuffer(content, np.uint8) + np.uint16(1) for content in _contents(texts)]
@@ -50,11 +53,12 @@ class Tokenizer:
         """Tokens of all texts, one after the other, (N,).
 
         Raises:
-            TypeError: for one text in place of a list of texts, which would be as many as it has characters.
-            ValueError: for a text that cannot be written in UTF-8.
+            ValueError: for one text in place of a list of texts, which would be as many as it has characters, and for
+                a text that cannot be written in UTF-8.
         """
         return np.concatenate([np.empty(0, self.dtype), *self.encode_each(texts)])
 
+    @checked
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens; what is not UTF-8 becomes U+FFFD.
 
@@ -63,6 +67,7 @@ class Tokenizer:
         """
         return b"".join(self.pieces[i] for i in check_tokens(ids, len(self.pieces))).decode("utf-8", "replace")
 
+    @checked
     def save(self, directory: str | Path) -> None:
         """Write ``tokenizer.json`` into ``directory``."""
         files.write(Path(directory, FILE), self.to_json())
@@ -73,6 +78,7 @@ class Tokenizer:
         return _as_json(END if self.eos == 0 else PADDING, [characters[b] for b in range(256)], [])
 
 
+@checked
 class BytePairs(Tokenizer):
     """A byte-level byte-pair encoding such as GPT-2's, or SentencePiece's, which puts a space before a text.
 
@@ -101,6 +107,7 @@ class BytePairs(Tokenizer):
         self.eos = None if eos is None else known[eos]
 
     @classmethod
+    @checked
     def trained(cls, n_tokens: int, texts: Iterable[str], ends: bool = False) -> Self:
         """One of at most ``n_tokens`` tokens, token 0 included, trained on ``texts``."""
         tokenizers = _tokenizers()
@@ -115,6 +122,7 @@ class BytePairs(Tokenizer):
         merges = json.loads(bpe.to_str())["model"]["merges"]
         return cls(_as_json(first, sorted(known, key=known.__getitem__), merges), END if ends else None)
 
+    @checked
     def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._bpe.encode_batch_fast([one.decode() for one in _contents(texts)], add_special_tokens=False)
         return [np.array(one.ids, self.dtype) for one in encoded]
@@ -131,16 +139,11 @@ def check_tokens(ids: Iterable[int], n: int) -> list[int]:
             known = 0 <= operator.index(i) < n
         except TypeError:
             known = False
-        must(known, f"{i!r:.40} is no token; those of this vocabulary are 0 to {n - 1}")
+        must(known, f"{i!r:.40} of ids is no token; those of this vocabulary are 0 to {n - 1}")
     return found
 
 
 def _contents(texts: Sequence[str]) -> list[bytes]:
-    wrong = (
-        texts if isinstance(texts, str | bytes) else next((text for text in texts if not isinstance(text, str)), None)
-    )
-    if wrong is not None:
-        raise TypeError(f"texts is or holds {wrong[0]!r:.40}; expected a list of strings, as in encode([text])")
     try:
         return [text.encode() for text in texts]
     except UnicodeEncodeError as error:
@@ -149,6 +152,7 @@ def _contents(texts: Sequence[str]) -> list[bytes]:
         ) from None
 
 
+@checked
 def tokenizer(kind: str, texts: Iterable[str], ends: bool = False) -> Tokenizer:
     """The tokenizer called ``"bytes"``, ``"bpe:N"`` with its N tokens trained on ``texts``, or one of a folder.
 
@@ -172,6 +176,7 @@ def tokenizer(kind: str, texts: Iterable[str], ends: bool = False) -> Tokenizer:
     return BytePairs.trained(int(count), texts, ends)
 
 
+@checked
 def load(directory: str | Path) -> Tokenizer:
     """The tokenizer in ``directory``: of a model saved here, or a byte-level one of Hugging Face.
 

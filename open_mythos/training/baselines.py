@@ -1,19 +1,29 @@
 """The models of a run: the one that it trains, or a baseline without a loop, and those it starts from and follows."""
 
+from bisect import bisect_right
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
+from open_mythos import tasks
+from open_mythos.checkpoint import without_storage
+from open_mythos.config import MythosConfig
+from open_mythos.diagnostics import flops_per_token
 from open_mythos.fields import must
-from open_mythos.model import OpenMythos, UnrolledMythos
+from open_mythos.model import OpenMythos, PlainMythos, UnrolledMythos
 from open_mythos.models import load_model
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.training.config import TrainConfig
+from open_mythos.training.config import UNTIED, TrainConfig
 from open_mythos.training.overrides import differences
 
 # A block is called in several ways, each with code of its own: with gradient and without, as prelude or core, and for
 # one row or token, few, or many. Beyond the limit further ones would not be compiled.
 _WAYS = 32
+_CLASSES: dict[str, type[OpenMythos]] = {"unrolled": UnrolledMythos, "plain": PlainMythos}
+_WIDTHS = ("dense_dim", "expert_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim")
+_FED = _WIDTHS[:2]  # widths of feed-forwards, the finer dial: dim has to be a multiple of twice the heads
+_MATCH = 0.03  # share by which the operations of the wide baseline may differ from those of the looped model
 
 
 def build(cfg: TrainConfig) -> OpenMythos:
@@ -22,9 +32,60 @@ def build(cfg: TrainConfig) -> OpenMythos:
     A looped model is built as it is trained here, by the run's own loop counts: its gate comes afterwards, and it
     explores no depths by itself.
     """
-    loops = {"single": 1, "unrolled": cfg.loops.maximum}.get(cfg.kind, cfg.model.max_loop_iters)
-    made = UnrolledMythos if cfg.kind == "unrolled" else OpenMythos
-    return made(replace(cfg.model, halting=False, warm_start=False, max_loop_iters=loops))
+    return _CLASSES.get(cfg.kind, OpenMythos)(_asked(cfg))
+
+
+def counted(cfg: TrainConfig) -> OpenMythos:
+    """As :func:`build`, without storage: to count what the model has, or to find out whether there is such a model."""
+    return without_storage(_CLASSES.get(cfg.kind, OpenMythos), _asked(cfg))
+
+
+def shape(cfg: TrainConfig) -> MythosConfig:
+    """The config of the model that a run trains."""
+    return counted(cfg).cfg
+
+
+def mean_context(cfg: TrainConfig, difficulty: int) -> int:
+    """Tokens that a token of a problem sees, on average."""
+    return (tasks.load(cfg.task.name, **cfg.task.options).length(difficulty) + 1) // 2
+
+
+def _asked(cfg: TrainConfig) -> MythosConfig:
+    loops = cfg.model.max_loop_iters if cfg.kind == "looped" else cfg.depths[0]
+    model = replace(cfg.model, halting=False, warm_start=False, max_loop_iters=loops)
+    if cfg.kind != "wide":
+        return model
+    return MythosConfig.from_json(
+        _widened(model.to_json(), cfg.loops.trained, mean_context(cfg, cfg.task.max_difficulty))
+    )
+
+
+@lru_cache(maxsize=4)
+def _widened(config: str, loops: int, context: int) -> str:
+    """The config of a model that at one loop takes the operations of ``loops`` loops of another.
+
+    ``dim`` grows, and with it feed-forwards, latents and the size of heads; numbers of heads, layers and experts stay.
+    """
+    narrow = MythosConfig.from_json(config)
+    wanted, step = flops_per_token(narrow, loops, context), 2 * narrow.n_heads
+
+    def wide(steps: int, fed: int = 0) -> MythosConfig:
+        sizes, ratio = narrow.to_dict() | {"dense_dim": narrow.ffn_dim}, 1 + steps * step / narrow.dim
+        widths = {name: round(sizes[name] * ratio * (1 + fed / 1000 * (name in _FED))) for name in _WIDTHS}
+        widths |= {"dim": narrow.dim + steps * step, "qk_rope_head_dim": 2 * round(narrow.qk_rope_head_dim * ratio / 2)}
+        return MythosConfig.from_dict(sizes | widths)
+
+    def cost(steps: int, fed: int = 0) -> float:
+        return flops_per_token(wide(steps, fed), 1, context)
+
+    # As many operations as so many loops are those of a model so many times as wide, or of a narrower one
+    steps = bisect_right(range((loops - 1) * narrow.dim // step + 1), wanted, lo=1, key=cost) - 1
+    above = bisect_right(range(8000), wanted, lo=1, key=lambda fed: cost(steps, fed))
+    fed = min((above - 1, above), key=lambda fed: abs(cost(steps, fed) - wanted))
+    off = abs(cost(steps, fed) / wanted - 1)
+    sizes = f"kind='wide': no width of a model of dim={narrow.dim} takes the operations of {loops} loops"
+    must(off <= _MATCH, f"{sizes} (the nearest differs by {off:.0%}); use a larger model.dim or fewer loops")
+    return wide(steps, fed).to_json()
 
 
 def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
@@ -33,8 +94,11 @@ def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
     Raises:
         ValueError: if there is no such model, or it is of another shape, naming what differs.
     """
-    unrolled = f"start={cfg.start!r} has one block for all loops and kind='unrolled' many; leave it out"
-    must(cfg.kind != "unrolled", unrolled)
+    shapes = "many" if cfg.kind in UNTIED else "another width"
+    must(
+        cfg.kind not in (*UNTIED, "wide"),
+        f"start={cfg.start!r} has one block for all loops and kind={cfg.kind!r} {shapes}; leave it out",
+    )
     start = load_model(cfg.start)
     try:
         model.load_state_dict(start.state_dict())

@@ -1,9 +1,10 @@
-"""Compares a looped model with two baselines trained on the same data and steps: accuracy, FLOPs, parameters."""
+"""Compares a looped model with its four neighbours, trained on the same data and steps: accuracy, FLOPs, parameters."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from open_mythos import files, tasks
 from open_mythos.diagnostics import flops_per_token
+from open_mythos.evaluation.gap import OverSeeds, gap_closed, loop_exponent, over_seeds
 from open_mythos.evaluation.grid import student_interval
 from open_mythos.evaluation.summary import Evaluation
-from open_mythos.training import baselines, runs
+from open_mythos.evaluation.token_kinds import KINDS as TOKEN_KINDS
+from open_mythos.training import baselines
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.cost import flops_per_step
-from open_mythos.training.fit import Watch, fit, load_evaluation
+from open_mythos.training.fit import Watch, load_evaluation, load_kinds
+from open_mythos.training.plan import KINDS, Plan, Watching
 
-KINDS = ("looped", "single", "unrolled")
 RESULTS = "compare.json"
 MIN_DIFFERENCE = 0.005
 """Smaller differences of means, in accuracy or bits, count as a tie."""
@@ -30,7 +33,8 @@ class Contender:
     """One kind of model. Lists are over difficulties, then loops; a baseline has one loop count.
 
     ``flops_per_token`` is at the problems' mean context and the mean loops run; ``mean``, ``worst``, and the 95%
-    interval ``low`` to ``high`` are over seeds.
+    interval ``low`` to ``high`` are over seeds. ``lr`` is its learning rate; ``tried`` what each rate gave on the first
+    seed. Of text, ``by_token`` has bits per byte of each kind of token, at ``trained_loops``, mean over seeds.
     """
 
     kind: str
@@ -42,13 +46,16 @@ class Contender:
     worst: list[list[float]]
     low: list[list[float]]
     high: list[list[float]]
+    lr: float = 0.0
+    tried: dict[str, float] = field(default_factory=dict)
+    by_token: dict[str, float] = field(default_factory=dict)
 
     def at(self, column: int) -> "Entry":
         """Its entry at one of ``loops``."""
         n = self.loops[column]
         name = f"looped, {n} loops" if self.kind == "looped" else self.kind
         flops, mean, worst = ([row[column] for row in rows] for rows in (self.flops_per_token, self.mean, self.worst))
-        return Entry(name, self.kind, n, self.parameters, self.training_flops, flops, mean, worst)
+        return Entry(name, self.kind, n, self.parameters, self.training_flops, flops, mean, worst, self.lr)
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Entry:
     flops_per_token: list[float]
     mean: list[float]
     worst: list[float]
+    lr: float
 
 
 @dataclass
@@ -73,6 +81,9 @@ class Comparison:
         recipe, unit, difficulties, trained_difficulty, trained_loops, seeds: of the runs.
         measure: "accuracy" (higher is better), or "bits per byte" of text (lower is better).
         contenders: in the order of ``KINDS``.
+        closed, exponent: for each difficulty, what :func:`~open_mythos.evaluation.gap.gap_closed` and, of text,
+            :func:`~open_mythos.evaluation.gap.loop_exponent` say of each seed, at ``trained_loops``; None where no seed
+            has it. A gap of no more than ``MIN_DIFFERENCE`` is none.
     """
 
     recipe: str
@@ -83,6 +94,8 @@ class Comparison:
     trained_loops: int
     seeds: list[int]
     contenders: list[Contender]
+    closed: list[OverSeeds | None] = field(default_factory=list)
+    exponent: list[OverSeeds | None] = field(default_factory=list)
 
     def entries(self) -> list[Entry]:
         """The looped model at its maximum depth and at that of the unrolled one, then the baselines."""
@@ -103,10 +116,33 @@ class Comparison:
             lines.append(line)
         return lines
 
+    def worth(self) -> list[str]:
+        """For each difficulty, how much of the gap from single to unrolled the loop closes, and its exponent."""
+
+        def said(found: OverSeeds, form: str) -> str:
+            mean, worst, *ends = (
+                format(x, form) for x in (found.mean, found.worst, found.low, found.high) if x is not None
+            )
+            interval = f", 95% interval {ends[0]} to {ends[1]}" if ends else ""
+            few = f", {found.seeds} of {len(self.seeds)} seeds have a gap" if found.seeds < len(self.seeds) else ""
+            return f"{mean} (worst {worst}{interval}{few})"
+
+        lines = []
+        for row, (closed, phi) in enumerate(zip(self.closed, self.exponent, strict=True)):
+            line = f"{self.difficulties[row]} {self.unit}: no gap: unrolled is not better than single."
+            if closed:
+                line = (
+                    f"{self.difficulties[row]} {self.unit}: of the gap from single to unrolled, {self.trained_loops} "
+                )
+                line += f"loops close {said(closed, '.0%')}"
+                line += f"; φ {said(phi, '.2f')}." if phi else "."
+            lines.append(line)
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with entries and verdicts."""
+        """Plain values, with entries, verdicts and worth."""
         entries = [dataclasses.asdict(entry) for entry in self.entries()]
-        return dataclasses.asdict(self) | {"entries": entries, "verdicts": self.verdicts()}
+        return dataclasses.asdict(self) | {"entries": entries, "verdicts": self.verdicts(), "worth": self.worth()}
 
     def curves(self, difficulty: int) -> dict[str, dict[int, float]]:
         """``{kind: {loops: mean}}`` at one difficulty; a baseline is a single point."""
@@ -131,10 +167,12 @@ class Comparison:
 def load(path: Path) -> dict[str, Any]:
     """What :func:`compare` wrote, as it stands in the file; ValueError, naming file and field, for anything else."""
     row = {"name": str, "parameters": int, "training_flops": float, "flops_per_token": [float], "mean": [float]}
+    row |= {"worst": [float], "lr?": float}
     one = {"kind": str, "loops": [int], "mean": [[float]], "low": [[float]], "high": [[float]]}
+    one |= {"by_token?": {"*": float}}
     return files.read_json(path, {
         "recipe": str, "unit": str, "measure": str, "difficulties": [int], "trained_loops": int, "seeds": [int],
-        "contenders": [one], "entries": [row | {"worst": [float]}], "verdicts": [str],
+        "contenders": [one], "entries": [row], "verdicts": [str], "worth?": [str],
     })  # fmt: skip
 
 
@@ -142,61 +180,104 @@ def compare(
     cfg: TrainConfig,
     out: Path,
     seeds: Sequence[int] = (0, 1, 2),
-    watching: Callable[[TrainConfig], AbstractContextManager[Watch]] = lambda cfg: nullcontext(Watch()),
+    watching: Watching = lambda cfg: nullcontext(Watch()),
+    rates: Sequence[float] = (),
 ) -> Comparison:
-    """Train and evaluate ``cfg``'s model and both baselines for every seed, and write ``out/compare.json``.
+    """Train and evaluate ``cfg``'s model and its four neighbours for every seed, and write ``out/compare.json``.
 
-    All three see the same problems in the same order. Runs are ``out/KIND-seedN``; finished ones are reused,
-    interrupted ones resumed.
+    All see the same problems in the same order. Runs are those of :class:`Plan`; finished ones are reused, interrupted
+    ones resumed.
 
     Args:
         cfg, out: of the looped model, ``kind`` and ``seed`` are set here; directory, created if missing.
         seeds: of weights and data.
         watching: makes the :class:`~open_mythos.training.fit.Watch` of a run.
+        rates: learning rates that each kind tries on the first seed; all seeds then run at its best by the trained
+            difficulty, or by bits. Without, all run at that of ``cfg``.
 
     Raises:
-        ValueError: without a seed, or if ``out`` holds runs with other settings.
+        ValueError: before anything is trained as :class:`Plan`, or if ``out`` holds runs with other settings.
     """
-    if not seeds:
-        raise ValueError("no seeds to compare over; give at least one")
-    loops = sorted({*cfg.evaluation.loops, cfg.loops.maximum})
-    cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, loops=loops))
-    for seed in seeds:
-        for kind in KINDS:
-            run_cfg, run = dataclasses.replace(cfg, kind=kind, seed=seed), out / f"{kind}-seed{seed}"
-            if (run / runs.EVALUATION).is_file() and TrainConfig.load(run / runs.RUN_CONFIG) == run_cfg:
-                continue
-            with watching(run_cfg) as watch:
-                watch.log(f"{kind} model, seed {seed}: {run}")
-                fit(run_cfg, run, "auto" if (run / runs.RUN_CONFIG).exists() else "never", watch)
-    task, contenders = tasks.load(cfg.task.name, **cfg.task.options), []
+    plan = Plan(cfg, out, seeds, rates)
+    cfg, task = plan.cfg, tasks.load(cfg.task.name, **cfg.task.options)
+    contenders, paired = [], {}
     for kind in KINDS:
-        scores = [load_evaluation(out / f"{kind}-seed{seed}") for seed in seeds]
-        contenders.append(_contender(dataclasses.replace(cfg, kind=kind), task, scores))
+        tried = {rate: _score(cfg, kind, plan.trained(kind, seeds[0], rate, watching)) for rate in plan.rates}
+        rate = max(tried, key=tried.__getitem__)
+        found = [plan.trained(kind, seed, rate, watching) for seed in seeds]
+        scores = [load_evaluation(run) for run in found]
+        contender, paired[kind] = _contender(plan.of(kind, seeds[0], rate), task, scores)
+        contender.tried = {f"{rate:g}": abs(score) for rate, score in tried.items()}
+        kinds = [] if isinstance(scores[0], Evaluation) else [load_kinds(run) for run in found]
+        contender.by_token = {
+            name: sum(one[name] for one in kinds) / len(kinds)
+            for name in TOKEN_KINDS
+            if kinds and all(name in one for one in kinds)
+        }
+        contenders.append(contender)
     measure = "accuracy" if isinstance(scores[0], Evaluation) else "bits per byte"
     # Of text, only the first difficulty is evaluated
     difficulties, trained = cfg.evaluation.difficulties[: len(contenders[0].mean)], cfg.task.max_difficulty
     comparison = Comparison(
-        cfg.recipe, task.unit, measure, difficulties, trained, cfg.loops.maximum, list(seeds), contenders
-    )
+        cfg.recipe, task.unit, measure, difficulties, trained, cfg.loops.trained, list(seeds), contenders,
+        *_worth(cfg, measure, paired),
+    )  # fmt: skip
     files.write_json(out / RESULTS, comparison.to_dict())
     return comparison
 
 
-def _contender(cfg: TrainConfig, task: tasks.Task, scores: list[Evaluation | dict[int, float]]) -> Contender:
+def _score(cfg: TrainConfig, kind: str, run: Path) -> float:
+    """What a rate is judged by: accuracy on the hardest problems trained on, of those evaluated, or minus bits."""
+    found = load_evaluation(run)
+    loops, values, _ = _values([found])
+    column = loops.index(cfg.loops.trained) if kind == "looped" else 0
+    if not isinstance(found, Evaluation):
+        return -float(values[0, column, 0])
+    difficulties = found.grids[0].difficulties
+    hardest = max((d for d in difficulties if d <= cfg.task.max_difficulty), default=min(difficulties))
+    return float(values[difficulties.index(hardest), column, 0])
+
+
+def _worth(
+    cfg: TrainConfig, measure: str, paired: dict[str, Tensor]
+) -> tuple[list[OverSeeds | None], list[OverSeeds | None]]:
+    """Share of the gap closed, and exponent, at each difficulty. ``paired``: of each kind, (D, seeds) at its depth."""
+    model = baselines.counted(dataclasses.replace(cfg, kind="looped"))
+    core = model.recurrent
+    looped = sum(p.numel() for p in core.parameters()) - sum(p.numel() for p in core.act.parameters())
+    once = sum(
+        p.numel() for part in (*model.prelude, *model.coda, model.norm, model.input_norm) for p in part.parameters()
+    )
+    sign = -1 if measure == "accuracy" else 1
+    closed, exponent = [], []
+    for rows in zip(*(paired[kind].tolist() for kind in ("single", "looped", "unrolled")), strict=True):
+        seeds = [
+            (sign * single, sign * at_depth, sign * unrolled) for single, at_depth, unrolled in zip(*rows, strict=True)
+        ]
+        closed.append(over_seeds([gap_closed(losses, MIN_DIFFERENCE) for losses in seeds]))
+        exponents = [
+            loop_exponent(losses, once, looped, cfg.loops.trained, MIN_DIFFERENCE) for losses in seeds if sign > 0
+        ]
+        exponent.append(over_seeds(exponents))
+    return closed, exponent
+
+
+def _contender(
+    cfg: TrainConfig, task: tasks.Task, scores: list[Evaluation | dict[int, float]]
+) -> tuple[Contender, Tensor]:
+    """It, and what its seeds have at the depth of training, (D, seeds)."""
     loops, values, used = _values(scores)
-    low, high = student_interval(values)
-    worst = values.amin(-1) if isinstance(scores[0], Evaluation) else values.amax(-1)
-    flops = []
+    is_text = not isinstance(scores[0], Evaluation)
+    low, high = student_interval(values, math.inf if is_text else 1.0)
+    worst = values.amax(-1) if is_text else values.amin(-1)
+    model, flops = baselines.counted(cfg), []
     for difficulty, row in zip(cfg.evaluation.difficulties, used.tolist(), strict=False):
-        context = (task.length(difficulty) + 1) // 2  # mean over the tokens
-        flops.append([flops_per_token(cfg.model, n, context) for n in row])
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in baselines.build(cfg).parameters())
-    return Contender(
-        cfg.kind, loops, parameters, cfg.steps * flops_per_step(cfg), flops,
-        *(x.tolist() for x in (values.mean(-1), worst, low, high)),
-    )  # fmt: skip
+        context = baselines.mean_context(cfg, difficulty)
+        flops.append([flops_per_token(model.cfg, n, context) for n in row])
+    mean, least, below, above = (x.tolist() for x in (values.mean(-1), worst, low, high))
+    n_parameters, training = sum(p.numel() for p in model.parameters()), cfg.steps * flops_per_step(cfg)
+    contender = Contender(cfg.kind, loops, n_parameters, training, flops, mean, least, below, above, cfg.optim.lr)
+    return contender, values[:, loops.index(cfg.loops.trained) if cfg.kind == "looped" else 0]
 
 
 def _values(scores: list[Evaluation | dict[int, float]]) -> tuple[list[int], Tensor, Tensor]:

@@ -6,6 +6,9 @@ from typing import Any
 from open_mythos.config import MythosConfig
 from open_mythos.fields import Checked, choice, flag, must, options, part, real, size, sizes, text
 
+ONE_PASS, UNTIED = ("single", "wide"), ("unrolled", "plain")
+"""Kinds of models that run once, and of those with blocks of their own for every loop."""
+
 
 @dataclass
 class TaskConfig(Checked):
@@ -39,8 +42,9 @@ class LoopConfig(Checked):
     spare: int = size(2, minimum=0)  # by_steps only
     per: str = choice("batch", "batch", "sequence")  # whether all sequences of a batch run as many loops
     # all: through every loop. last: the last `grad_loops`. one_step: the last alone (2111.05177's limit). phantom: the
-    # last `grad_loops`, each damped (2111.05177)
-    gradient: str = choice("last", "all", "last", "one_step", "phantom")
+    # last `grad_loops`, each damped (2111.05177). each: all loops, every one by what is asked of itself, from a state
+    # without gradient; for loss.depth="steps", whose loops have a target each
+    gradient: str = choice("last", "all", "last", "one_step", "phantom", "each")
     grad_loops: int = size(6)
     damping: float = real(0.5, 0.0, 1.0, low_open=True)  # phantom only: share of the new state
     # share of a batch that starts from states that an earlier step left, of other problems: a model that finds its
@@ -51,6 +55,12 @@ class LoopConfig(Checked):
         super().validate()
         low, high = self.minimum, self.maximum
         must(low <= high, f"minimum={low} is above maximum={high}; lower it or raise that")
+
+    @property
+    def trained(self) -> int:
+        """The loops that baselines match: ``mean`` where the schedule keeps to one, else ``maximum``."""
+        keeps = self.schedule in ("fixed", "poisson", "lognormal")
+        return min(max(round(self.mean), self.minimum), self.maximum) if keeps else self.maximum
 
 
 @dataclass
@@ -135,9 +145,10 @@ class TrainConfig(Checked):
     optim: OptimConfig = part(OptimConfig)
     gate: GateConfig = part(GateConfig)
     evaluation: EvalConfig = part(EvalConfig)
-    # looped: the model itself. The two baselines that every claim stands beside: single: the same weights, one loop.
-    # unrolled: as many blocks as loops.maximum, each with weights of its own
-    kind: str = choice("looped", "looped", "single", "unrolled")
+    # looped: the model itself. The baselines that every claim stands beside, at r = loops.trained: single: the same
+    # weights, one loop. wide: one loop of a model so wide that it takes the operations of r loops. unrolled: r blocks,
+    # each with weights of its own. plain: as deep, with nothing injected and no norm between blocks
+    kind: str = choice("looped", "looped", *ONE_PASS, *UNTIED)
     # a model whose weights are trained further, as `mythos eval` finds it; `model` is then its config. "": new weights
     start: str = text("")
     steps: int = size(1000, maximum=10**9)
@@ -162,7 +173,9 @@ class TrainConfig(Checked):
     @property
     def depths(self) -> list[int]:
         """The numbers of loops at which the model is measured; a baseline has one depth."""
-        return {"single": [1], "unrolled": [self.loops.maximum]}.get(self.kind, self.evaluation.loops)
+        if self.kind == "looped":
+            return self.evaluation.loops
+        return [1 if self.kind in ONE_PASS else self.loops.trained]
 
     def validate(self) -> None:
         super().validate()

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from open_mythos import tasks
 from open_mythos.diagnostics import flops_per_token
+from open_mythos.training import baselines
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import measure
 from open_mythos.training.gate import ROUNDS, train_gate
@@ -134,21 +136,25 @@ def flops_per_step(cfg: TrainConfig) -> float:
     counted for every supervised loop.
     """
     generator, objective = torch.Generator().manual_seed(cfg.seed), Objective(cfg)
-    task = tasks.load(cfg.task.name, **cfg.task.options)
+    task, shape = tasks.load(cfg.task.name, **cfg.task.options), baselines.shape(cfg)
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     grad_cost = _RECOMPUTE_COST if cfg.checkpoint_loops else _GRAD_COST
     progressive = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0
     total = 0.0
+
+    @cache
+    def parts(context: int) -> tuple[float, float, float]:
+        outside = flops_per_token(shape, 0, context)
+        readout = flops_per_token(replace(shape, prelude_layers=0), 0, context)
+        return outside, readout, flops_per_token(shape, 1, context) - outside
+
     for draw in range(_N_DRAWS):
         difficulty = int(torch.randint(low, high + 1, (), generator=generator))
         length, step = task.length(difficulty), draw * cfg.steps // _N_DRAWS
         plan = objective.plan(step, cfg.batch_size, length, generator, task.n_steps(difficulty))
         passes = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
         passes += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
-        context = (length + 1) // 2
-        outside = flops_per_token(cfg.model, 0, context)
-        readout = flops_per_token(replace(cfg.model, prelude_layers=0), 0, context)
-        loop = flops_per_token(cfg.model, 1, context) - outside
+        outside, readout, loop = parts((length + 1) // 2)
         loops = sum(float((n_loops + (grad_cost - 1) * n_grad).float().mean()) for n_loops, n_grad in passes)
         if cfg.loss.supervises_every_loop:
             readouts = grad_cost * sum(float(n_grad.float().mean()) for _, n_grad in passes)

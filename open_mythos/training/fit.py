@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from signal import SIGINT, Signals
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from open_mythos import files
 from open_mythos.evaluation.summary import Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
+from open_mythos.evaluation.token_kinds import bits_by_kind
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Task
@@ -95,10 +96,8 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
 def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
     """Whatever ends what is inside, say what is left and how to go on."""
     try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        watch.log(f"stopped by {Signals(stop.asked or SIGINT).name}; {left(run, watch)}")
-        raise
+        with stop.telling(watch.log, lambda: left(run, watch)):
+            yield
     except TrainingError as error:
         raise TrainingError(f"{error}; {left(run, watch)}") from error
     except (MemoryError, RuntimeError) as error:  # PyTorch has its own for a GPU, and none for the rest
@@ -207,7 +206,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
     loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number, watch.log) if is_main else []
     try:
         with stop.held():
-            while trainer.step_number < cfg.steps and not stop.is_asked():
+            asked = stop.is_asked()
+            while trainer.step_number < cfg.steps and not asked:
                 start = time.perf_counter()
                 result = trainer.step()
                 meter.add(result, time.perf_counter() - start)
@@ -224,7 +224,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                         stop.asked = SIGINT
                 trainer.check_going(result)
                 is_due |= trainer.step_number % cfg.save_every == 0
-                if is_last or stop.is_asked() or (is_due and not trainer.skipped_in_a_row):
+                asked = stop.is_asked()  # once a step: nobody leaves between two answers, unsaved
+                if is_last or asked or (is_due and not trainer.skipped_in_a_row):
                     save(trainer, meter, run, watch.log)
                     is_due = False
     finally:
@@ -283,8 +284,16 @@ def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: C
         return
     begin("held-out text")
     length = settings.difficulties[0]
-    bits = bits_per_byte(model, task.held_out(), cfg.depths, length, settings.examples)
-    files.write_json(run / runs.EVALUATION, {"bits_per_byte": bits})
+    held_out, loops = task.held_out(), cfg.loops.trained if cfg.kind == "looped" else cfg.depths[0]
+    bits = bits_per_byte(model, held_out, cfg.depths, length, settings.examples)
+    kinds = {name: one for name, (one, _) in bits_by_kind(model, held_out, loops, length, settings.examples).items()}
+    files.write_json(run / runs.EVALUATION, {"bits_per_byte": bits, "bits_by_kind": kinds})
+
+
+def load_kinds(run: Path) -> dict[str, float]:
+    """Bits per byte of each kind of token at the depth of training, of :func:`measure`; {} if its file has none."""
+    data: dict[str, Any] = files.read_json(run / runs.EVALUATION, {"bits_by_kind?": {"*": float}})
+    return data.get("bits_by_kind", {})
 
 
 def load_evaluation(run: Path) -> Evaluation | dict[int, float]:

@@ -47,7 +47,7 @@ def train_gate(
     more loops might have mended them.
 
     Args:
-        model, task: finished, its mode is put back after; and its problems.
+        model, task: finished, and keeps its mode; and its problems.
         cfg: how long to teach, and ``loops``, the depth whose predictions are the labels.
         min_difficulty, max_difficulty: problems are drawn evenly between them; the hardest should be solved in
             ``cfg.loops``.

@@ -25,7 +25,7 @@ class Growth:
         steps: made at this size.
     """
 
-    size: float
+    size: float = 0.0
     right: float = 0.0
     steps: int = 0
 

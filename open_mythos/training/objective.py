@@ -15,7 +15,7 @@ from open_mythos.nn.schedule import Schedule, Stage, take
 from open_mythos.ops.dispatch import shapes_follow_values
 from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.training.allocator import give_back_here
-from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
+from open_mythos.training.config import ONE_PASS, LoopConfig, LossConfig, TrainConfig
 
 TERMS = ("cross_entropy", "z", "distillation", "change")
 _TRIM_EVERY = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
@@ -66,18 +66,19 @@ class Objective:
 
         Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; at ``most`` so many loops.
         """
+        most = most or self.cfg.loops.maximum
         loops, progress = self.cfg.loops, step / self.cfg.steps
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
-        if self.cfg.kind != "looped":  # the baselines have one depth
-            n_loops = torch.full((n,), 1 if self.cfg.kind == "single" else loops.maximum)
+        if self.cfg.kind != "looped":  # the baselines have one depth, and gradient through all of it
+            n_loops = torch.full((n,), min(self.cfg.depths[0], most))
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0), outcome)
-        n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most or loops.maximum)
+        n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
         no_grad = torch.randint(0, loops.maximum, (1,), generator=generator)
         with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
         stale = torch.rand(n, generator=generator)
         stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
-        n_grad = n_loops.clamp(max={"all": loops.maximum, "one_step": 1}.get(loops.gradient, loops.grad_loops))
+        n_grad = n_loops.clamp(max={"all": most, "each": most, "one_step": 1}.get(loops.gradient, loops.grad_loops))
         return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, outcome)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
@@ -124,7 +125,7 @@ class _Run:
     def __init__(self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None) -> None:
         self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
         # one pass has no place for steps: what it is asked for is the answer
-        self.steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind != "single" else None
+        self.steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind not in ONE_PASS else None
         if teacher is not None:
             with torch.no_grad():
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
@@ -142,6 +143,7 @@ class _Run:
             damping,
             cfg.checkpoint_loops,
             lambda h, loop: h if loop % _TRIM_EVERY else give_back_here(h),
+            cfg.loops.gradient == "each" and cfg.kind == "looped",
         )
         for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
@@ -222,7 +224,7 @@ def draw_loops(
 
 def n_supervised(batch: Batch, cfg: TrainConfig) -> int:
     """Positions of a step that are asked for something: those with an answer, or with steps where these are asked."""
-    steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind != "single" else None
+    steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind not in ONE_PASS else None
     return int(((batch.targets if steps is None else steps[..., -1]) != UNSCORED).sum())
 
 

@@ -87,6 +87,23 @@ def mini_sudoku() -> TrainConfig:
     )  # fmt: skip
 
 
+def assignments() -> TrainConfig:
+    """Who has what, by hops through sentences in words: trained on 6 hops, tested on 24.
+
+    Loop k is asked for what is known after k - 1 hops, first at two loops on a few sentences, then at more.
+    """
+    cfg = _reasoner(
+        "assignments", range(1, 7), loops=8, steps=3000, window=8, local_share=0.5, prelude=2, lr=2e-3,
+        options={"sentences": 32, "min_sentences": 10}, gate=(12, 32),
+        evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 14, 26, 32, 64], 128),
+    )  # fmt: skip
+    cfg.model.n_heads = cfg.model.n_kv_heads = 2  # a name is told from a hundred others in 32 channels, not in 16
+    cfg.task.growth, cfg.loss.depth = 0.8, "steps"
+    cfg.loops = LoopConfig("by_steps", minimum=1, maximum=8, gradient="each")
+    cfg.model.rope_theta = 10.0  # all angles come round within a few sentences, so that none is new in a longer prompt
+    return cfg
+
+
 def reasoning_gym() -> TrainConfig:
     """Any generator of reasoning-gym (task.options.generator=...), as bytes."""
     return _reasoner(
@@ -151,8 +168,8 @@ def debug() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
-    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, reasoning_gym, text, heal,
-    demo, debug,
+    parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, assignments, reasoning_gym,
+    text, heal, demo, debug,
 )}  # fmt: skip
 
 

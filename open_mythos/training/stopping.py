@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -61,6 +61,15 @@ class Stop:
             self._holds = False
         if self.asked:
             self.leave()
+
+    @contextlib.contextmanager
+    def telling(self, log: Callable[[str], None], left: Callable[[], str]) -> Iterator[None]:
+        """If what is inside is stopped, ``log`` by what, and what is ``left`` and how to go on."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            log(f"stopped by {signal.Signals(self.asked or signal.SIGINT).name}; {left()}")
+            raise
 
     def leave(self) -> NoReturn:
         """Raise what was asked for."""

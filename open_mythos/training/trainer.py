@@ -20,7 +20,7 @@ from open_mythos.tasks import Batch, Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
 from open_mythos.training.allocator import keep_freed_memory
-from open_mythos.training.config import TrainConfig
+from open_mythos.training.config import ONE_PASS, TrainConfig
 from open_mythos.training.growth import Growth
 from open_mythos.training.objective import Objective, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
@@ -86,7 +86,8 @@ class Trainer:
         self.ema = EMA(self.model, cfg.optim.ema)
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
-        self.growth = Growth(size=0.0 if cfg.task.growth else 1.0)
+        # what one pass can do of the smallest problems may never be enough: it sees all sizes from the start
+        self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
         if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
@@ -104,7 +105,8 @@ class Trainer:
             self.skipped_in_a_row += 1
             return result
         self.skipped_in_a_row = 0
-        self.growth.add(result.accuracy, self.cfg.task.growth)
+        if self.growth is not None:
+            self.growth.add(result.accuracy, self.cfg.task.growth)
         self.optimizer.scale_lr(lr_factor(self.cfg.optim, self.step_number - 1, self.cfg.steps))
         self.optimizer.step()
         self.expert_load = [module.expert_load.clone() for module in experts(self.model)]
@@ -121,7 +123,7 @@ class Trainer:
         if isinstance(self.task, Text) and self.task.separate:
             first = self.step_number * self.cfg.batch_size
             return self.task.rows(range(first, first + self.cfg.batch_size), cfg.max_difficulty, self.cfg.seed)
-        task, hardest = self.growth.of(self.task, cfg)
+        task, hardest = (self.task, cfg.max_difficulty) if self.growth is None else self.growth.of(self.task, cfg)
         difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
         return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
 
@@ -133,7 +135,7 @@ class Trainer:
         cfg = self.cfg
         n_scored = n_supervised(batch, cfg)
         length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
-        most = self.growth.most_loops(cfg.loops)
+        most = None if self.growth is None else self.growth.most_loops(cfg.loops)
         plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, most)
         self.optimizer.zero_grad()
         share = cfg.batch_size // distributed.world_size()  # rows of this process
@@ -191,7 +193,7 @@ class Trainer:
             "lr": self.cfg.optim.lr * lr_factor(self.cfg.optim, max(0, self.step_number - 1), self.cfg.steps),
             "spectral_radius": max(decays, default=None),
             "expert_balance": min(balance, default=None),
-            "size": self.growth.size,
+            "size": 1.0 if self.growth is None else self.growth.size,
         }
 
     def averaged(self) -> OpenMythos:
@@ -211,7 +213,7 @@ class Trainer:
             "step": self.step_number,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "expert_load": self.expert_load,
-            "growth": vars(self.growth),
+            "growth": None if self.growth is None else vars(self.growth),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -237,7 +239,7 @@ class Trainer:
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.expert_load = state.get("expert_load", [])  # which earlier versions did not keep
-        self.growth = Growth(**state.get("growth", {"size": 1.0}))
+        self.growth = Growth(**state["growth"]) if state.get("growth") else None
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

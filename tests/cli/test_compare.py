@@ -26,12 +26,22 @@ def test_compare_and_its_report(tmp_path):
     assert all(f"{mean:.1%}" in done.stdout for entry in found["entries"] for mean in entry["mean"])
     assert all((tmp_path / f"compare-{n}.png").read_bytes().startswith(b"\x89PNG") for n in (4, 6))
     assert f"mythos report {tmp_path / 'looped-seed3'}" in done.stdout
-    for kind in ("looped", "unrolled"):
+    assert "10 runs" not in done.stderr and "5 runs: 5 kinds × 1 seeds" in done.stderr
+    assert "lr: the recipe's for all" in done.stdout
+    assert all(line in " ".join(done.stdout.split()) for line in found["worth"]) and len(found["worth"]) == 2
+    for kind in ("looped", "unrolled", "plain"):
         report = CliRunner().invoke(app, ["report", str(tmp_path / f"{kind}-seed3")])
         assert report.exit_code == 0, report.output
-        assert found["verdicts"][0] in (tmp_path / f"{kind}-seed3" / "report.html").read_text()
+        page = (tmp_path / f"{kind}-seed3" / "report.html").read_text()
+        assert found["verdicts"][0] in page and found["worth"][0] in page
     report = CliRunner().invoke(app, ["report", str(tmp_path / "unrolled-seed3"), "--loops", "3"])
     assert report.exit_code == 2 and "2 blocks and no more; leave --loops out" in report.stderr
+
+
+def test_dry_run_says_which_runs_there_will_be(tmp_path):
+    done = run("debug", *TINY, "--seeds", "3,4", "--rates", "1e-3,3e-3", "--dry-run", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "15 runs: 5 kinds × (2 rates on seed 3 + 1 more seeds at the best)" in done.stderr
+    assert "Nothing was written" in done.stdout and not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -39,6 +49,9 @@ def test_mistakes_are_one_line(tmp_path):
         (["partiy"], "did you mean 'parity'?"),
         (["debug", "step=3"], "did you mean 'steps'?"),
         (["debug", "--seeds", "one"], "--seeds 'one' should be whole numbers"),
+        (["debug", "--rates", "1e-3,fast"], "--rates '1e-3,fast' should be positive numbers"),
+        (["debug", "--rates", "1e-3,0"], "--rates '1e-3,0' should be positive numbers"),
+        (["debug", "--rates", "1e-3,.001"], "one is given twice"),
     ):
         done = run(*arguments, "--out", tmp_path)
         assert done.exit_code == 2 and not done.stdout

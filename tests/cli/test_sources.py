@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fabricated import fabricate_run
 from typer.testing import CliRunner
 
 from open_mythos.cli import app
+from open_mythos.evaluation.grid import DepthGrid, depth_grid
 from open_mythos.models import load_model, save_model
+from open_mythos.report import data
 
 COMMANDS = {
     "info": (),
     "diagnose": (),
     "bench": ("--only", "prefill", "--tokens", "8", "--seconds", "0"),
     "eval": ("--difficulties", "8", "--loops", "1", "--examples", "2"),
-    "report": (),
+    "report": ("--difficulty", "4", "--loops", "2"),
     "export": ("exported",),
     "train-gate": ("--steps", "1", "--max-difficulty", "8"),
 }
@@ -26,7 +29,13 @@ COMMANDS = {
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     fabricate_run(tmp_path / "run")
+    monkeypatch.setattr(data, "depth_grid", quick_grid)  # of a shipped model, which has no evaluation of its own
     return tmp_path
+
+
+def quick_grid(model: Any, task: Any, difficulties: Any, loops: Any, examples: int, **options: Any) -> DepthGrid:
+    """At the easiest difficulties and the fewest loops."""
+    return depth_grid(model, task, difficulties[:2], loops[:2], 2, **options)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

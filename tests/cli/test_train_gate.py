@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from open_mythos import OpenMythos
 from open_mythos.cli import app
 from open_mythos.training.config import TaskConfig, TrainConfig
 from open_mythos.training.runs import save_model, training_config
+from open_mythos.training.stopping import SIGNALS
 
 QUICK = ("--steps", 6, "--loops", 3)
 
@@ -62,6 +65,34 @@ def test_the_model_itself_is_never_written_to(tmp_path):
     source = a_run(tmp_path)
     result = run(source, *QUICK, "--out", source / "model")
     assert result.exit_code == 2 and "name another directory" in flat(result)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_stopped_it_has_changed_nothing_and_says_how_to_start_again(tmp_path, monkeypatch, number):
+    source, out = a_run(tmp_path), tmp_path / "a gate"
+    with monkeypatch.context() as patch:
+        patch.setattr("open_mythos.training.gate.calibrate", lambda *args: signal.raise_signal(number))
+        result = run(source, *QUICK, "--out", out)
+    assert result.exit_code == 128 + number and not out.exists()
+    (line,) = [line for line in result.stderr.splitlines() if "stopped by" in line]
+    said, _, command = line.partition("; nothing was changed; start again with ")
+    assert said == f"stopped by {signal.Signals(number).name}"
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0 and training_config(out).gate.steps == 6, flat(result)
+
+
+def test_stopped_while_it_saves_the_model_is_whole(tmp_path, monkeypatch):
+    save = OpenMythos.save_pretrained
+    source = a_run(tmp_path)
+
+    def stopped(*args):
+        save(*args)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(OpenMythos, "save_pretrained", stopped)
+    result = run(source, *QUICK)
+    assert result.exit_code == 143 and f"{tmp_path.resolve()}/run-gate is saved" in flat(result)
+    assert training_config(tmp_path / "run-gate").gate.steps == 6
 
 
 @pytest.mark.parametrize("make, message", [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from open_mythos.context import Context
 from open_mythos.nn.exits import Gate, LoopState
+from open_mythos.nn.modes import is_evaluating
 from open_mythos.ops.attention import AttentionMask
 from open_mythos.tasks.base import Batch, Task
 
@@ -52,7 +53,7 @@ class Counting(nn.Module):
         return exit or (Gate(self.cfg.act_threshold) if self.cfg.halting else None)
 
     def encode(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Context]:
-        assert not self.training and not torch.is_grad_enabled()
+        assert is_evaluating() and not torch.is_grad_enabled()
         self.most_tokens = max(self.most_tokens, ids.numel())
         zeros = torch.zeros_like(ids)
         mask = AttentionMask(ids.shape[1], ids.shape[1], attention_mask)

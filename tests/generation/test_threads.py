@@ -13,9 +13,13 @@ from helpers import tiny_model, tokens
 from torch import Tensor, nn
 
 from open_mythos import KVCache, OpenMythos
+from open_mythos.diagnostics import loop_gain, trace
+from open_mythos.evaluation.depth import accuracy_by_loops
+from open_mythos.generation.conversation import Conversation
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
 from open_mythos.nn.exits import Acceleration, Gate, PredictionKL, StateChange
+from open_mythos.tasks.tokenizer import Tokenizer
 
 CALLS = int(os.environ.get("OPEN_MYTHOS_THREAD_CALLS", 6))  # of each thread; 100 in the long form
 ENGINES = ("auto", "modules", "fused", "native")
@@ -119,6 +123,36 @@ def test_a_training_step_is_undisturbed_by_generation_beside_it() -> None:
     finally:
         done.set()
         beside.join()
+
+
+def test_a_training_step_is_undisturbed_by_measuring_beside_it_and_so_is_what_is_measured() -> None:
+    model, ids, prompt = tiny_model(halting=False, vocab_size=257).train(), tokens(4, 9), tokens(1, 6)
+    talk = Conversation(model, Tokenizer(True), 2)
+    talk.ids = [1, 2, 3]
+    measures: list[Callable[[], Any]] = [
+        lambda: trace(model, prompt, 3), lambda: accuracy_by_loops(model, prompt, prompt, [1, 3]),
+        lambda: talk.trace(2), lambda: loop_gain(model, prompt, 2, 3),
+    ]  # fmt: skip
+    expected = [measure() for measure in measures]
+    step, done, found = model(ids, auxiliary=False).detach(), threading.Event(), list[Any]()
+
+    def measure_on() -> None:
+        while not done.is_set():
+            found.append([measure() for measure in measures])
+
+    beside = threading.Thread(target=measure_on)
+    beside.start()
+    try:
+        while len(found) < 3 and beside.is_alive():
+            assert all(module.training for module in model.modules())
+            torch.testing.assert_close(model(ids, auxiliary=False).detach(), step, rtol=0, atol=0)
+    finally:
+        done.set()
+        beside.join()
+    for again in found:
+        torch.testing.assert_close([*vars(again[0]).values()], [*vars(expected[0]).values()])
+        assert again[1:3] == expected[1:3] and again[3] == pytest.approx(expected[3])
+    assert len(found) >= 3
 
 
 def test_what_only_its_own_mode_would_stop_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Three models of the same data and steps; what is said of them follows from the numbers."""
+"""Five models of the same data and steps; what is said of them follows from the numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 
 from open_mythos.diagnostics import flops_per_token, parameters
 from open_mythos.training import compare as module
+from open_mythos.training import plan as planned
 from open_mythos.training import runs
 from open_mythos.training.compare import KINDS, Comparison, Contender, compare
 from open_mythos.training.fit import load_evaluation
+from open_mythos.training.plan import Plan
 from open_mythos.training.recipes import configured
 
 TINY = [
@@ -29,10 +31,10 @@ def compared(tmp_path_factory):
     return cfg, out, compare(cfg, out, seeds=[0, 1])
 
 
-def test_three_kinds_of_the_same_data_and_steps(compared):
+def test_five_kinds_of_the_same_data_and_steps(compared):
     cfg, out, found = compared
     assert [contender.kind for contender in found.contenders] == list(KINDS)
-    assert [contender.loops for contender in found.contenders] == [[1, 3, 6], [1], [3]]
+    assert [contender.loops for contender in found.contenders] == [[1, 3, 6], [1], [1], [3], [3]]
     for kind in KINDS:
         for seed in (0, 1):
             own = runs.training_config(out / f"{kind}-seed{seed}")
@@ -42,22 +44,25 @@ def test_three_kinds_of_the_same_data_and_steps(compared):
 
 def test_numbers_are_those_of_the_runs(compared):
     cfg, out, found = compared
-    looped, single, unrolled = found.contenders
+    looped, single, wide, unrolled, plain = found.contenders
     grids = [load_evaluation(out / f"looped-seed{seed}").grids[0].accuracy for seed in (0, 1)]
     np.testing.assert_allclose(looped.mean, (grids[0] + grids[1]) / 2)
     np.testing.assert_array_equal(looped.worst, grids[0].minimum(grids[1]))
     assert not np.array_equal(looped.mean, looped.worst), "the seeds differ, or this test says nothing"
     assert looped.parameters == single.parameters == parameters(cfg.model).total < unrolled.parameters
-    assert single.training_flops < looped.training_flops < unrolled.training_flops
+    assert plain.parameters < unrolled.parameters < wide.parameters
+    assert single.training_flops < looped.training_flops < unrolled.training_flops == plain.training_flops
+    assert wide.training_flops == pytest.approx(unrolled.training_flops, rel=0.05)
     assert unrolled.flops_per_token[0] == [flops_per_token(cfg.model, 3, 2)]  # of 4 tokens, one sees 2 on average
+    assert wide.flops_per_token[0][0] == pytest.approx(unrolled.flops_per_token[0][0], rel=0.03)
     assert looped.flops_per_token[1] == [flops_per_token(cfg.model, n, 3) for n in (1, 3, 6)]
 
 
 def test_runs_that_have_ended_are_not_run_again_and_a_stopped_one_goes_on(compared, monkeypatch):
     cfg, out, found = compared
     (out / "single-seed1" / runs.EVALUATION).unlink()
-    ran, fit = [], module.fit
-    monkeypatch.setattr(module, "fit", lambda *inputs: ran.append(inputs[1:3]) or fit(*inputs))
+    ran, fit = [], planned.fit
+    monkeypatch.setattr(planned, "fit", lambda *inputs: ran.append(inputs[1:3]) or fit(*inputs))
     again = compare(cfg, out, seeds=[0, 1])
     assert ran == [(out / "single-seed1", "auto")]
     assert again.to_dict() == found.to_dict()
@@ -73,14 +78,70 @@ def test_other_settings_are_refused(compared):
 
 def test_text_is_compared_by_bits_per_byte(tmp_path, monkeypatch):
     bits = {"looped": {1: 3.0, 3: 2.0, 6: 2.1}, "single": {1: 2.5}, "unrolled": {3: 2.103}}
-    monkeypatch.setattr(module, "fit", lambda *inputs: None)
+    bits |= {"wide": {1: 2.2}, "plain": {3: 2.3}}
+    tokens = {"looped": {"number": 4.0, "syntax": 1.0}}
+    monkeypatch.setattr(planned, "fit", lambda *inputs: None)
     monkeypatch.setattr(module, "load_evaluation", lambda run: bits[run.name.partition("-")[0]])
+    monkeypatch.setattr(module, "load_kinds", lambda run: tokens.get(run.name.partition("-")[0], {}))
     found = compare(configured("debug", TINY), tmp_path, seeds=[0])
+    assert found.contenders[0].by_token == tokens["looped"] and found.contenders[1].by_token == {}
     assert found.measure == "bits per byte" and found.difficulties == [4]
     assert found.contenders[0].mean == found.contenders[0].worst == [[3.0, 2.0, 2.1]]
     (line,) = found.verdicts()
     assert "no real difference between looped, 6 loops 2.1000 and unrolled 2.1030." in line
     assert line.endswith("looped, 3 loops 2.0000 is ahead of unrolled 2.1030.")
+    assert found.contenders[0].low < found.contenders[0].mean < found.contenders[0].high, "though above 1"
+    assert found.closed[0].mean == pytest.approx(0.5 / 0.397) and found.exponent[0].mean > 1
+    assert found.worth()[0].startswith(
+        "4 bits: of the gap from single to unrolled, 3 loops close 126% (worst 126%); φ "
+    )
+
+
+def test_what_a_loop_is_worth_is_paired_by_seed(tmp_path, monkeypatch):
+    bits = {  # seed 1 has no gap; unrolled is better than single in the mean of all
+        "looped": [2.40, 1.90, 2.20], "single": [2.50, 2.00, 2.40], "unrolled": [2.00, 2.10, 2.00],
+        "wide": [2.0] * 3, "plain": [2.0] * 3,
+    }  # fmt: skip
+
+    def seen(run):
+        loops = (1, 3, 6) if "looped" in run.name else (1,)
+        return dict.fromkeys(loops, bits[run.name.partition("-")[0]][int(run.name[-1])])
+
+    monkeypatch.setattr(module, "load_evaluation", seen)
+    monkeypatch.setattr(module, "load_kinds", lambda run: {})
+    monkeypatch.setattr(Plan, "trained", lambda self, kind, seed, rate, watching: self.run(kind, seed, rate))
+    found = compare(configured("debug", TINY), tmp_path, seeds=[0, 1, 2])
+    assert (found.closed[0].mean, found.closed[0].worst, found.closed[0].seeds) == (
+        pytest.approx(0.35),
+        pytest.approx(0.2),
+        2,
+    )
+    (line,) = found.worth()
+    assert "close 35% (worst 20%, 95% interval" in line and "2 of 3 seeds have a gap); φ" in line
+    bits["unrolled"] = [2.5, 2.0, 2.5]
+    assert compare(configured("debug", TINY), tmp_path).worth() == [
+        "4 bits: no gap: unrolled is not better than single."
+    ]
+
+
+def test_each_kind_takes_its_best_rate(tmp_path, monkeypatch):
+    best, ran = {"looped": 0.1, "single": 0.03, "wide": 0.01, "unrolled": 0.1, "plain": 0.03}, []
+
+    def evaluation(run):
+        rate = float(run.name.split("-")[1][2:]) if "-lr" in run.name else 0.03
+        loops = (1, 3, 6) if "looped" in run.name else (1,)
+        return dict.fromkeys(loops, 2.0 + abs(rate - best[run.name.partition("-")[0]]))
+
+    monkeypatch.setattr(module, "load_evaluation", evaluation)
+    monkeypatch.setattr(module, "load_kinds", lambda run: {})
+    trained = lambda self, kind, seed, rate, watching: ran.append((kind, seed, rate)) or self.run(kind, seed, rate)  # noqa: E731
+    monkeypatch.setattr(Plan, "trained", trained)
+    found = compare(configured("debug", TINY), tmp_path, seeds=[5, 7], rates=[0.01, 0.03, 0.1])
+    assert {one.kind: one.lr for one in found.contenders} == best
+    assert {one for one in ran if one[1] == 7} == {(kind, 7, rate) for kind, rate in best.items()}
+    assert {one[1:] for one in ran if one[0] == "wide"} == {(5, 0.01), (5, 0.03), (5, 0.1), (7, 0.01)}
+    assert found.contenders[2].tried == {"0.01": 2.0, "0.03": pytest.approx(2.02), "0.1": pytest.approx(2.09)}
+    assert len({run for run in ran}) == Plan(configured("debug", TINY), tmp_path, [5, 7], [0.01, 0.03, 0.1]).n_runs
 
 
 def made(looped, single, unrolled, worst=0.0):

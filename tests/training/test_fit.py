@@ -80,7 +80,7 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     assert Evaluation.load(tmp_path).grids[0].difficulties == [4]
 
 
-@pytest.mark.parametrize(("kind", "loops"), [("single", 1), ("unrolled", 3)])
+@pytest.mark.parametrize(("kind", "loops"), [("single", 1), ("wide", 1), ("unrolled", 3), ("plain", 3)])
 def test_a_baseline_is_measured_at_its_one_depth_and_loads_again(tmp_path: Path, kind: str, loops: int) -> None:
     fit(tiny_run(f"kind={kind}", "gate.steps=2"), tmp_path, watch=quiet())
     assert Evaluation.load(tmp_path).grids[0].loops == [loops]

@@ -223,7 +223,7 @@ def test_later_steps_depend_on_nothing_but_the_states_left(model, batch):
     assert Objective(config())(model, batch, plan, n_scored(batch)).loss != same[0]
 
 
-@pytest.mark.parametrize("kind, n_loops", [("single", 1), ("unrolled", 5)])
+@pytest.mark.parametrize("kind, n_loops", [("single", 1), ("wide", 1), ("unrolled", 5), ("plain", 5)])
 def test_baselines_have_one_depth(kind, n_loops):
     plan = Objective(config({"stale": 1.0}, kind=kind)).plan(0, N, T, generator())
     assert plan.n_loops.unique().tolist() == plan.n_grad.unique().tolist() == [n_loops]
@@ -278,3 +278,20 @@ def test_loops_may_be_as_many_as_the_steps_and_a_few_more():
     drawn = {int(objective.plan(0, N, T, generator(seed), 4).n_loops[0]) for seed in range(40)}
     assert drawn == {4, 5, 6}
     assert {int(objective.plan(0, N, T, generator(seed), 4, 5).n_loops[0]) for seed in range(40)} == {4, 5}
+
+
+def test_each_loop_may_be_trained_by_what_is_asked_of_itself_alone(model, solved):
+    cfg = config({"schedule": "fixed", "mean": 3.0, "gradient": "each"}, {"depth": "steps"})
+    found = gradient(model, outcome(model, solved, cfg)[0].loss)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    e, ctx = model.encode(solved.ids)
+    h = model.first_state(e, ctx)
+    for n in range(3):
+        e, ctx = model.encode(solved.ids)
+        after = model.recurrent.step(h if n else model.first_state(e, ctx).detach(), e, n, ctx)
+        loss = F.cross_entropy(model.head(model.decode(after, ctx)).flatten(0, 1), solved.steps[..., n].flatten()) / 3
+        for name, grad in gradient(model, loss).items():
+            expected[name] += grad
+        h = after.detach()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)

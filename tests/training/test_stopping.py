@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_fit import assert_same_run, quiet
+from test_fit import assert_same_run, metrics, quiet
 from tiny import tiny_run
 from typer.testing import CliRunner
 
@@ -23,6 +24,37 @@ from open_mythos.training.objective import Objective
 from open_mythos.training.owner import LOCK
 from open_mythos.training.stopping import SIGNALS, Stop
 from open_mythos.training.trainer import Trainer
+
+LONG = bool(os.environ.get("OPEN_MYTHOS_LONG"))
+LAUNCHES = """
+import os, signal, sys, time
+from pathlib import Path
+from tiny import tiny_run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from open_mythos.training.fit import Watch, fit
+
+def train(run, asked):
+    def record(line):
+        if line["step"] == asked:
+            os.kill(os.getppid(), signal.SIGTERM)
+            while not signal.getsignal(signal.SIGTERM).__self__.asked:
+                time.sleep(0.01)
+    fit(tiny_run(), run, "auto", Watch(record, lambda said: print(said, flush=True), again="mythos again"))
+
+def launch(run, asked):
+    config = LaunchConfig(1, 1, 2, run_id=run.name, start_method="fork", rdzv_endpoint="localhost:0",
+                          rdzv_backend="c10d", monitor_interval=0.1)
+    elastic_launch(config, train)(run, asked)
+
+folder = Path(sys.argv[1])
+try:
+    launch(folder / "stopped", 6)
+except SignalException as error:
+    assert error.sigval == signal.SIGTERM
+launch(folder / "stopped", 0)
+launch(folder / "whole", 0)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +109,26 @@ def test_a_step_is_not_torn(tmp_path: Path, whole: Path, monkeypatch: pytest.Mon
     assert_same_run(tmp_path / "stopped", whole)
 
 
+@pytest.mark.parametrize("call", [4, 5])
+def test_wherever_a_signal_comes_the_last_step_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    is_asked, calls = Stop.is_asked, [0]
+
+    def then_asked(stop: Stop) -> bool:
+        answer = is_asked(stop)
+        calls[0] += 1
+        if calls[0] == call:
+            signal.raise_signal(signal.SIGTERM)
+        return answer
+
+    monkeypatch.setattr(Stop, "is_asked", then_asked)
+    with pytest.raises(SystemExit):
+        fit(tiny_run("save_every=100"), tmp_path, watch=quiet())
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name == f"step_{metrics(tmp_path)[-1]['step']:08}"
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
@@ -119,16 +171,58 @@ def test_what_is_ignored_stays_so_and_other_threads_are_left_alone(monkeypatch: 
     thread.join()
 
 
-def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
-    run = tmp_path / "a run"
-    words = ["train", "debug", "steps=100000", "save_every=100000", "log_every=1", "--out", str(run)]
-    victim = subprocess.Popen(
-        [sys.executable, "-m", "open_mythos", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def test_torchrun_is_stopped_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Its own agent, which passes a signal on to two processes; forked, as they then need not import anything."""
+    places = os.pathsep.join(str(Path(__file__).parents[i]) for i in range(3))
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    saved = tmp_path / "stopped/checkpoints/step_00000006"
+    assert f"stopped by SIGTERM; {saved} is saved; go on from it with mythos again" in done.stdout.splitlines()
+    assert f"resuming from {saved}" in done.stdout.splitlines()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.skipif(not LONG, reason="three starts of torchrun; OPEN_MYTHOS_LONG=1")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_command_that_is_said_under_torchrun_goes_on_bit_for_bit(tmp_path: Path, number: int) -> None:
+    words = ["train", "debug", "steps=40", "log_every=1", "evaluation.loops=1", "evaluation.examples=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    torchrun += ["--nproc-per-node", "2", "-m", "open_mythos"]
+    run, whole = tmp_path / "a run", tmp_path / "whole"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = started([*torchrun, *words, "--out", str(run)], run, env=env)
+    victim.send_signal(number)
+    output, _ = victim.communicate(timeout=60)
+    (line,) = [line for line in output.splitlines() if f"stopped by {signal.Signals(number).name}" in line]
+    command = shlex.split(line.partition("go on from it with ")[2])
+    assert command[:5] == ["torchrun", *torchrun[-4:]] and command[5:] == [
+        *words, "--out", str(run), "--resume", "auto",
+    ]  # fmt: skip
+    assert 3 <= int(line.partition("step_")[2][:8]) < 40
+    for again in (command[5:], [*words, "--out", str(whole)]):
+        subprocess.run([*torchrun, *again], env=env, check=True, capture_output=True, timeout=300)
+    for name in ("model/model.safetensors", "evaluation.json"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert metrics(run) == metrics(whole)
+
+
+def started(command: list[str], run: Path, **options: Any) -> subprocess.Popen[str]:
+    """A training that has written three lines of metrics."""
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     file, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not file.exists() or file.read_bytes().count(b"\n") < 3:
         assert victim.poll() is None and time.monotonic() < deadline, "it should be training"
         time.sleep(0.02)
+    return victim
+
+
+def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    words = ["train", "debug", "steps=100000", "save_every=100000", "log_every=1", "--out", str(run)]
+    victim = started([sys.executable, "-m", "open_mythos", *words], run)
     victim.send_signal(signal.SIGTERM)
     output, _ = victim.communicate(timeout=60)
     assert victim.returncode == 143, output

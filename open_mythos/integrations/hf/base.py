@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from open_mythos import files
 from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, is_tied, shipped
 from open_mythos.fields import must
 from open_mythos.integrations.hf.cache import SlotCache
@@ -35,6 +37,7 @@ _AUTO_MAP = {
 _LET_PASS = {"cache_position", "ignore_index", "num_items_in_batch", "shift_labels", "token_type_ids"}
 _AS_POSITIONS = {"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"}  # say the same
 _INSTEAD = {"exit": "model.core(…, exit=…)", "kv_cache": "cache", "n_loops": "num_loops", "start_pos": "position_ids"}
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")  # of the name of a file of weights that is one of several
 _LIVE = ("max_loop_iters", "max_seq_len", "halting", "act_threshold")  # config fields that may change at any time
 
 
@@ -131,13 +134,23 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         model._notice_untied()  # where a file of old says one thing and holds another
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As in transformers. The folder is also one for :meth:`OpenMythos.from_pretrained`.
 
         With ``register_for_auto_class``, the model's source goes along, for where this package is not installed.
+        Files are written aside and moved to their places when all are there, but with ``distributed_checkpoint``, where
+        several processes write.
 
         Raises:
             ValueError: for weights that a file of plain numbers cannot hold, as int8 ones.
+            OSError: if the folder cannot be written; it is then as it was.
         """
         if state_dict is None and getattr(self, "hf_quantizer", None) is None:  # which saves what it made
             check_plain(self)
@@ -146,9 +159,21 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(_AUTO_MAP)
         if hasattr(getattr(self, "generation_config", None), "num_loops"):
             self.generation_config._from_model_config = False  # else only what all models have is read again
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if self._auto_class is not None and self.write_code is not None:
-            type(self).write_code(save_directory)
+        writes = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
+        if not writes or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with files.replacing_folder(save_directory) as partial:
+            try:
+                super().save_pretrained(partial, is_main_process, state_dict, push_to_hub, **kwargs)
+            except SafetensorError as error:  # its way to say that the disk is full
+                raise OSError(str(error)) from error
+            if self._auto_class is not None and self.write_code is not None:
+                type(self).write_code(partial)
+            made = {file.name for file in partial.iterdir()}
+        _remove_earlier(Path(save_directory), made)
 
     # -- what tools ask for
 
@@ -238,6 +263,14 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             hidden_states=None if seen is None else tuple(seen),
             **{CACHE: cache},
         )
+
+
+def _remove_earlier(directory: Path, made: set[str]) -> None:
+    """Remove what an earlier save of these weights, whole or in parts, has left beside the files just ``made``."""
+    wholes = {_PART.sub("", name) for name in made if name.endswith(".safetensors")}
+    for file in directory.iterdir():
+        if file.name not in made and _PART.sub("", file.name).removesuffix(".index.json") in wholes:
+            file.unlink()
 
 
 def _tell_peft() -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
+from open_mythos import files
 from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig, model_fields
 
 # Arguments that transformers' own config takes beside its fields
@@ -95,7 +96,10 @@ class OpenMythosConfig(PreTrainedConfig):
         return self.mythos().head_dim
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers; with ``register_for_auto_class``, the model's source goes along."""
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
-        if self._auto_class is not None and self.write_code is not None:
-            type(self).write_code(save_directory)
+        """As in transformers, but whole or not at all; the source goes along with ``register_for_auto_class``."""
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with files.replacing_folder(save_directory) as partial:
+            super().save_pretrained(partial, push_to_hub, **kwargs)
+            if self._auto_class is not None and self.write_code is not None:
+                type(self).write_code(partial)

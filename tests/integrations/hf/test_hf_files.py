@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from helpers import ATTENTION, assert_near, tiny_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -116,6 +118,41 @@ def test_damaged_and_missing_files_are_named(saved):
     (saved / "config.json").unlink()
     with pytest.raises(OSError, match=r"config\.json is missing; download or save it again"):
         OpenMythosForCausalLM.from_pretrained(saved)
+
+
+@torch.no_grad()
+def test_a_save_that_fails_leaves_the_earlier_folder_whole(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    other, calls, write = wrapped(seed=1), [0], transformers.modeling_utils.safe_save_file
+
+    def full(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 2:
+            raise SafetensorError("No space left on device (os error 28)")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    with pytest.raises(OSError, match=f"No space left.*{saved.name}"):
+        other.save_pretrained(saved, max_shard_size="40KB")
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+@torch.no_grad()
+def test_of_earlier_weights_nothing_is_read_again(saved):
+    other = wrapped(seed=1)
+    for size in ("40KB", "60KB", "1GB"):
+        other.save_pretrained(saved, max_shard_size=size)
+        for load in (
+            AutoModelForCausalLM.from_pretrained,
+            lambda path: OpenMythosForCausalLM.wrap(OpenMythos.from_pretrained(path)),
+        ):
+            assert_near(load(saved)(IDS).logits, other(IDS).logits)
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_int8_weights_are_not_saved(tmp_path):

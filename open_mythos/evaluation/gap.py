@@ -1,0 +1,83 @@
+"""What a loop is worth: the share that it closes of the gap between models without one, and its exponent."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from open_mythos.evaluation.grid import T95, mean_interval
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """A number that some seeds have.
+
+    Attributes:
+        mean, worst: over these seeds; the worst is the least.
+        low, high: 95% interval of the mean (Student's t); None for a single seed.
+        seeds: how many have it.
+    """
+
+    mean: float
+    worst: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
+    """One value of each seed, None where it has none; None if no seed has one."""
+    found = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    if len(found) == 0:
+        return None
+    low = high = None
+    if len(found) > 1:
+        low, high = map(float, mean_interval(found, T95[min(len(found) - 1, len(T95)) - 1]))
+    return OverSeeds(float(found.mean()), float(found.min()), low, high, len(found))
+
+
+Losses = tuple[float, float, float]
+"""Of single, looped and unrolled, all of one seed, in any unit; scores of which more is better are given negated."""
+
+
+def gap_closed(losses: Losses, least: float = 0.0) -> float | None:
+    """The share of the way from single to unrolled that the looped model goes.
+
+    0 where the loop is worth nothing, 1 where it is worth as much as weights of its own for every loop. None if there
+    is no gap to close: unrolled is not better than single by more than ``least``.
+    """
+    single, looped, unrolled = losses
+    gap = single - unrolled
+    return (single - looped) / gap if gap > least else None
+
+
+def loop_exponent(losses: Losses, once: int, looped: int, n_loops: int, least: float = 0.0) -> float | None:
+    """φ of ``N_eff = N_once + r^φ N_looped`` (Schwethelm et al. 2026, arXiv:2604.21106), of one seed.
+
+    A looped model of r loops predicts as a model without a loop of N_eff parameters would: φ = 0 means that loops add
+    nothing, 1 that each is worth a block of its own. There φ is fitted with ``L = E + A N_eff^-α + B D^-β`` to many
+    runs. Here data are the same for all, so that ``L ∝ N^-α`` is taken through two models without a loop, of
+    ``N_1 = N_once + N_looped`` and ``N_r = N_once + r N_looped`` parameters::
+
+        α = ln(L_single / L_unrolled) / ln(N_r / N_1)
+        N_eff = N_1 (L_single / L_looped)^(1/α)
+        φ = ln((N_eff - N_once) / N_looped) / ln r
+
+    Args:
+        losses: bits or nats, which reach down to 0.
+        once, looped: N_once and N_looped: parameters that are used once, and in every loop; embedding and head are in
+            neither.
+        n_loops: r.
+        least: as of :func:`gap_closed`.
+
+    Returns:
+        None where it is not defined: with one loop, without a gap between single and unrolled, or with a loop so
+        harmful that N_eff is not above N_once.
+    """
+    single, at_r, unrolled = losses
+    if n_loops < 2 or single - unrolled <= least or unrolled <= 0:
+        return None
+    alpha = math.log(single / unrolled) / math.log((once + n_loops * looped) / (once + looped))
+    effective = (once + looped) * (single / at_r) ** (1 / alpha)
+    return math.log((effective - once) / looped) / math.log(n_loops) if effective > once else None
