@@ -134,7 +134,7 @@ class _Run:
         self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid)
 
     def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over scored tokens, (4,) as ``TERMS``; how many are right and asked for, (2,); final states, detached."""
+        """Sums over scored tokens, (4,) as ``TERMS``; tokens right and asked for, (2,); final states, detached."""
         cfg = self.cfg
         sums, change = self.e.new_zeros(3, dtype=torch.float32), self.e.new_zeros((), dtype=torch.float32)
         hits, final = self.e.new_zeros(2, dtype=torch.long), torch.empty_like(h, requires_grad=False)
