@@ -9,7 +9,19 @@ from torch import Tensor
 
 from open_mythos.fields import choice, must, size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
-from open_mythos.tasks.english import ID, NAMES, THINGS, VOCABULARY, Patterns, joined, may_pair
+from open_mythos.tasks.english import (
+    ID,
+    NAMES,
+    THINGS,
+    VOCABULARY,
+    Patterns,
+    chosen,
+    joined,
+    may_pair,
+    named,
+    padded,
+    problems,
+)
 
 COPIES = Patterns("{0} has what {1} has .", "{0} copies {1} .", "what {1} has , {0} has .", "{0} is like {1} .")
 HAS = Patterns("{0} has a {1} .", "{0} holds the {1} .", "the {1} is with {0} .", "{0} keeps a {1} .")
@@ -75,29 +87,23 @@ class Assignments(Task):
         source, hops_to = self._chains(n, total - n_noise - n_alone, difficulty, generator)
         source, hops_to = F.pad(source, (0, n_alone), value=-1), F.pad(hops_to, (0, n_alone), value=1)
         asked, counts = self._asked(hops_to, difficulty, test, generator)
-        name = self._people(source, test, generator)
+        links = F.one_hot(source + 1, source.shape[1] + 1)[..., 1:].bool()
+        name = named(links, test, generator)
         thing = _FIRST_THING + torch.randint(0, len(THINGS), source.shape, generator=generator)
-        has_own, of_source = source < 0, name.gather(1, source.clamp(min=0))
-        said = [
-            torch.where(
-                has_own[..., None],
-                _padded(HAS.sentences(name, [_FIRST_NAME + name, thing], test, generator)),
-                _padded(COPIES.sentences(name, [_FIRST_NAME + name, _FIRST_NAME + of_source], test, generator)),
-            )
-        ]
+        of_source = name.gather(1, source.clamp(min=0))
+        own = HAS.sentences(name, [_FIRST_NAME + name, thing], test, generator)
+        copied = COPIES.sentences(name, [_FIRST_NAME + name, _FIRST_NAME + of_source], test, generator)
+        said = [chosen((source >= 0).long(), [own, copied])]
         if n_noise:
             one, other = self._pairs(name, n_noise, test, generator)
-            words = [_FIRST_NAME + one, _FIRST_NAME + other]
-            said.append(_padded(KNOWS.sentences(one, words, test, generator)))
-        facts = torch.cat(said, 1)
+            said.append(KNOWS.sentences(one, [_FIRST_NAME + one, _FIRST_NAME + other], test, generator))
+        facts = torch.cat(padded(said), 1)
         order = torch.rand(n, total, generator=generator).argsort(1)
         facts = facts.gather(1, order[..., None].expand_as(facts))
         people = name.gather(1, asked)
         ids, valid, ends = joined([facts, ASKS.sentences(people, [_FIRST_NAME + people], test, generator)])
         known = self._known(source, name, thing, asked, difficulty).masked_fill(~counts[..., None], UNSCORED)
-        steps = torch.full((*ids.shape, difficulty + 1), UNSCORED)
-        steps.scatter_(1, ends[:, total:, None].expand_as(known), known)
-        return Batch(ids, steps[..., -1].contiguous(), valid, steps)
+        return problems(ids, valid, ends[:, total:], known, asked.shape[1])
 
     def _chains(self, n: int, people: int, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """From whom each of ``people`` has what they have, (n, people), -1: it is theirs; and how many hops it takes.
@@ -128,27 +134,6 @@ class Assignments(Task):
         asked = asked.gather(1, torch.rand(asked.shape, generator=generator).argsort(1))
         return asked, right.gather(1, asked)
 
-    def _people(self, source: Tensor, test: bool, generator: torch.Generator | None) -> Tensor:
-        """A name for each, all different, that may stand in a sentence with its source's: (n, people)."""
-        n, people = source.shape
-        allowed = torch.cat([may_pair(test), torch.ones(1, len(NAMES), dtype=torch.bool)])
-        name = torch.full((n, people), -1)
-        rows = torch.arange(n)
-        while len(rows):  # hardly ever twice
-            free = torch.ones(len(rows), len(NAMES), dtype=torch.bool)
-            picked = torch.full((len(rows), people + 1), -1)
-            whole = torch.ones(len(rows), dtype=torch.bool)
-            for i, place in enumerate(source[rows].T):
-                owner = picked.gather(1, place.where(place >= 0, people)[:, None]).squeeze(1)
-                may = free & allowed[owner]  # the last row for nobody
-                whole &= may.any(1)
-                may |= ~may.any(1, keepdim=True)
-                picked[:, i] = torch.multinomial(may.float(), 1, generator=generator).squeeze(1)
-                free.scatter_(1, picked[:, i : i + 1], False)
-            name[rows] = picked[:, :people]
-            rows = rows[~whole]
-        return name
-
     def _pairs(self, name: Tensor, many: int, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Two names that may stand together, the first of the problem, and the second too if one can be, (n, many)."""
         n, people = name.shape
@@ -166,10 +151,3 @@ class Assignments(Task):
             at = onward.where(~here, at)
             known.append(torch.where(here, thing.gather(1, at), _FIRST_NAME + name.gather(1, at)))
         return torch.stack(known, 2)
-
-
-_WIDTH = max(patterns.codes.shape[1] for patterns in (COPIES, HAS, KNOWS))
-
-
-def _padded(sentences: Tensor) -> Tensor:
-    return F.pad(sentences, (0, _WIDTH - sentences.shape[2]))

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.fields import must, nearest
+from open_mythos.tasks.base import UNSCORED, Batch
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -32,7 +34,7 @@ _WORDS = words(
     "near no not now of older on or out plus put reads same says see sees set shares she so some stands subtract swap "
     "take than that the them then there they thing to together trusts twice up us was we what whatever who whose will "
     "with write writes zero increase decrease value values holding house left right less fewer between sum number "
-    "before after end begin print each both"
+    "before after end begin print each both coins 's"
 )
 PAD, END = "<pad>", "<end>"
 VOCABULARY = (PAD, END, *_WORDS, *NUMBERS, *RELATIONS, *REGISTERS, *THINGS, *NAMES)
@@ -59,11 +61,12 @@ class Patterns:
 
     Args:
         patterns: at least two.
+        names: what sentences are about.
     """
 
-    def __init__(self, *patterns: str) -> None:
+    def __init__(self, *patterns: str, names: Sequence[str] = NAMES) -> None:
         assert len(patterns) > 1, "training and test need one each"
-        self.patterns = patterns
+        self.patterns, self.names = patterns, names
         rows = [[-1 - int(w[1]) if w[0] == "{" else ID[w] for w in pattern.split()] for pattern in patterns]
         width = max(map(len, rows))
         self.codes = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -72,8 +75,8 @@ class Patterns:
     def held_out(self) -> Tensor:
         """(names, patterns) bool: which are for the test."""
         n = max(1, len(self.patterns) // 4)
-        rows = torch.zeros(len(NAMES), len(self.patterns), dtype=torch.bool)
-        for i, name in enumerate(NAMES):
+        rows = torch.zeros(len(self.names), len(self.patterns), dtype=torch.bool)
+        for i, name in enumerate(self.names):
             by_chance = sorted(
                 range(len(self.patterns)), key=lambda j: zlib.crc32(f"{name}/{self.patterns[j]}".encode())
             )
@@ -84,7 +87,7 @@ class Patterns:
         """A sentence for each name, in a pattern that it may stand in.
 
         Args:
-            name: (n, S) which of ``NAMES`` the sentence is about.
+            name: (n, S) which of ``names`` the sentence is about.
             words: what numbers in braces stand for, (n, S) tokens each.
             test: whether for the test.
 
@@ -114,6 +117,40 @@ def _pairs_for_test() -> Tensor:
 _FOR_TEST = _pairs_for_test()
 
 
+def named(links: Tensor, test: bool, generator: torch.Generator | None) -> Tensor:
+    """Names, all different, (n, P), so that those who stand in one sentence may: ``links`` (n, P, P) bool, i > j."""
+    n, many, _ = links.shape
+    forbidden = (~may_pair(test)).float()
+    name = torch.full((n, many), -1)
+    rows = torch.arange(n)
+    while len(rows):  # hardly ever twice
+        free = torch.ones(len(rows), len(NAMES), dtype=torch.bool)
+        picked = torch.zeros(len(rows), many, dtype=torch.long)
+        whole = torch.ones(len(rows), dtype=torch.bool)
+        linked = links[rows].float()
+        for i in range(many):
+            may = free & ((linked[:, i, None, :i] @ forbidden[picked[:, :i]]).squeeze(1) == 0)
+            whole &= may.any(1)
+            may |= ~may.any(1, keepdim=True)
+            picked[:, i] = torch.multinomial(may.float(), 1, generator=generator).squeeze(1)
+            free.scatter_(1, picked[:, i : i + 1], False)
+        name[rows] = picked
+        rows = rows[~whole]
+    return name
+
+
+def padded(sentences: Sequence[Tensor]) -> list[Tensor]:
+    """(n, S, width) tokens each, as wide as the widest."""
+    width = max(part.shape[2] for part in sentences)
+    return [F.pad(part, (0, width - part.shape[2])) for part in sentences]
+
+
+def chosen(kind: Tensor, sentences: Sequence[Tensor]) -> Tensor:
+    """Of each place the sentence of its kind: (n, S, width) tokens, of (n, S) kinds and (n, S, width) tokens a kind."""
+    every = torch.stack(padded(sentences))
+    return every.gather(0, kind[None, ..., None].expand_as(every[:1]))[0]
+
+
 def joined(sentences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
     """Sentences one after the other.
 
@@ -130,3 +167,23 @@ def joined(sentences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
     ids = flat.gather(1, places)[:, : int(ends[:, -1].max()) + 1]
     valid = ids != 0
     return ids, None if bool(valid.all()) else valid, ends
+
+
+def problems(ids: Tensor, valid: Tensor | None, places: Tensor, known: Tensor, questions: int) -> Batch:
+    """A batch of ``ids`` and ``valid``, of which something is known at some places.
+
+    Args:
+        places: (n, E) positions; the last ones are those of the questions, which alone have targets.
+        known: (n, E, S) what is known at each after 0, 1, ... steps, tokens or ``UNSCORED``.
+        questions: how many there are.
+    """
+    steps = torch.full((*ids.shape, known.shape[2]), UNSCORED)
+    steps.scatter_(1, places[..., None].expand_as(known), known)
+    targets = torch.full_like(ids, UNSCORED)
+    targets.scatter_(1, places[:, -questions:], known[:, -questions:, -1])
+    return Batch(ids, targets, valid, steps)
+
+
+def from_loop(due: Tensor, value: Tensor, n_steps: int) -> Tensor:
+    """(..., ``n_steps``) steps: ``UNSCORED`` before ``due`` of them, and then ``value``, (...) each."""
+    return torch.where(torch.arange(n_steps) < due[..., None], UNSCORED, value[..., None])

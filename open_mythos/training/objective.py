@@ -42,7 +42,8 @@ class Outcome:
     """The loss of a micro-batch and what went into it."""
 
     loss: Tensor  # scalar, to be differentiated
-    n_right: Tensor  # scored tokens that are right after the last loop, an integer
+    n_right: Tensor  # tokens asked for after the last loop that are right, an integer
+    n_asked: Tensor  # tokens asked for after the last loop: the scored ones, or those that are known by then
     n_loops: float  # loops run, mean over sequences
     parts: dict[str, Tensor]  # the terms of the loss, detached, before their weights
 
@@ -105,7 +106,8 @@ class Objective:
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         n_loops = plan.n_loops if short < 1 else plan.short_loops
         detached = {name: part.detach() for name, part in parts.items()}
-        return Outcome(loss, ran[0][1], float(n_loops.float().mean()), detached)
+        n_right, n_asked = ran[0][1].unbind()
+        return Outcome(loss, n_right, n_asked, float(n_loops.float().mean()), detached)
 
     def _first_state(self, model: OpenMythos, e: Tensor, ctx: Context, stale: Tensor) -> Tensor:
         h = model.first_state(e, ctx)
@@ -132,10 +134,10 @@ class _Run:
         self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid)
 
     def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over scored tokens, (4,) as ``TERMS``; tokens that are right; final states (B, T, dim), detached."""
+        """Sums over scored tokens, (4,) as ``TERMS``; tokens right and asked for, (2,); final states, detached."""
         cfg = self.cfg
         sums, change = self.e.new_zeros(3, dtype=torch.float32), self.e.new_zeros((), dtype=torch.float32)
-        n_right, final = change.long(), torch.empty_like(h, requires_grad=False)
+        hits, final = self.e.new_zeros(2, dtype=torch.long), torch.empty_like(h, requires_grad=False)
         damping = cfg.loops.damping if cfg.loops.gradient == "phantom" else 1.0
         schedule = Schedule(
             n_loops,
@@ -157,7 +159,8 @@ class _Run:
                 else:
                     found, right = self._loss_terms(*inputs)
                 is_end = (stage.left[supervised] == 0).to(right.device, non_blocking=True)
-                sums, n_right = sums + found, n_right + (right * is_end).sum()
+                asked = (due != UNSCORED).sum(1).to(right.device, non_blocking=True)
+                sums, hits = sums + found, hits + (torch.stack([right, asked]) * is_end).sum(1)
             if len(ends):
                 rows, before, after = stage.rows[ends], take(stage.before, ends), take(stage.after, ends)
                 if cfg.loss.fixed_point:
@@ -165,7 +168,7 @@ class _Run:
                     moved = moved / after.float().square().sum(-1).clamp(min=1e-12)
                     change = change + (moved.mean(1) * (take(self.targets, rows) != UNSCORED).sum(1)).sum()
                 final[rows.to(h.device, non_blocking=True)] = after.detach()
-        return torch.cat([sums, change.view(1)]), n_right, final
+        return torch.cat([sums, change.view(1)]), hits, final
 
     def _due(self, rows: Tensor, n_run: int, outcome: Tensor) -> Tensor:
         """What some rows should answer after ``n_run`` loops, (R, T)."""

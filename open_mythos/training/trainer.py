@@ -149,16 +149,17 @@ class Trainer:
                     outcome = self.objective(self.model, micro, plan[rows], n_scored)
                 outcome.loss.backward()
                 loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
-                seen.append(torch.stack([outcome.loss.detach(), outcome.n_right.float(), *outcome.parts.values()]))
+                numbers = outcome.loss.detach(), outcome.n_right.float(), outcome.n_asked.float()
+                seen.append(torch.stack([*numbers, *outcome.parts.values()]))
         distributed.add_up_gradients(self.model)
         total = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         norm, *sums = torch.cat([total.float().view(1), torch.stack(seen).sum(0)]).tolist()  # the one wait of a step
-        loops, loss, right, *terms = distributed.add_up([loops, *sums])
+        loops, loss, right, asked, *terms = distributed.add_up([loops, *sums])
         parts = dict(zip(outcome.parts, terms, strict=True))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:  # else all would become so
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, total)
-        return StepResult(loss, right / max(1, n_scored), loops, norm, batch.ids.numel(), not finite, parts)
+        return StepResult(loss, right / max(1, asked), loops, norm, batch.ids.numel(), not finite, parts)
 
     def check_going(self, result: StepResult) -> None:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""

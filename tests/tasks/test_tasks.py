@@ -46,6 +46,46 @@ GOLDEN: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
 ]
 SYNTHETIC = [name for name, *_ in GOLDEN]
+# The same for tasks in words, whose problems differ in length; only the answers.
+IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
+    (
+        "assignments",
+        {"sentences": 6},
+        2,
+        "the ball is with Walt . what Bruno has , Paul has . Emil has what Igor has . Ruth holds the drum . "
+        "Bruno has a book . the ring is with Igor . what is with Bruno ? what is with Walt ? what has Emil ? "
+        "what is with Ruth ? Paul has what ? what does Igor have ?",
+        "book ball ring drum book ring",
+    ),
+    (
+        "word_problems",
+        {"people": 7},
+        3,
+        "Bruno holds 0 coins . Liam holds 0 coins . Emil holds as many as Liam . Rita has as many coins as Liam and "
+        "Bruno together . Edna has 5 more coins than Emil . Ben holds as many as Edna . Oscar holds as many as both "
+        "Edna and Emil . how many coins has Oscar ?",
+        "5",
+    ),
+    (
+        "relations",
+        {"sentences": 12, "questions": 1},
+        2,
+        "Bruno has Cora as tenant . the tenant Cora has is Viola . the guide of Viola is Cora . the guide of Cora is "
+        "Bruno . the lawyer Bruno has is Ida . Cora is the lawyer of Viola . Ida is the tenant of Viola . the lawyer "
+        "of Ida is Viola . the guide of Bruno is Ida . the tenant of Ida is Bruno . the lawyer Cora has is Bruno . "
+        "Viola is the guide of Ida . now who is Viola 's tenant 's tenant ?",
+        "Bruno",
+    ),
+    (
+        "registers",
+        {"registers": 4},
+        3,
+        "let A have 4 . let C have 0 . put 0 in D . set B to 5 . add 6 to D if A is more than 2 . swap B and D . "
+        "take A from C . what is C ?",
+        "3",
+    ),
+]
+WORDS = [name for name, *_ in IN_WORDS]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -66,7 +106,29 @@ def test_the_first_problem_is_what_it_was(
     assert task.version == 1
 
 
-@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize(("name", "options", "difficulty", "problem", "answers"), IN_WORDS, ids=WORDS)
+def test_the_first_problem_in_words_is_what_it_was(
+    name: str, options: dict[str, Any], difficulty: int, problem: str, answers: str
+) -> None:
+    task = tasks.load(name, **options)
+    batch = task.batch(1, difficulty, seeded())
+    assert task.render(batch.ids[0].tolist()) == problem
+    assert task.render(batch.targets[batch.targets != UNSCORED].tolist()) == answers
+    assert task.version == 1
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_problems_in_words_of_mixed_difficulties_share_a_batch(name: str) -> None:
+    task = tasks.load(name)
+    batch = task.mixed([3, 1, 2], seeded())
+    assert batch.steps is not None and batch.steps.shape == (*batch.ids.shape, task.n_steps(3))
+    assert batch.ids.shape[1] <= task.length(3) and task.has_steps and 0 < task.chance < 1
+    answered = batch.targets != UNSCORED
+    assert answered.any(1).all() and torch.equal(batch.steps[..., -1][answered], batch.targets[answered])
+    assert batch.valid is not None and torch.equal(batch.valid, batch.ids != 0)
+
+
+@pytest.mark.parametrize("name", SYNTHETIC + WORDS)
 def test_a_seed_repeats_and_another_differs(name: str) -> None:
     task = tasks.load(name)
     first, again, other = (task.batch(8, task.least + 3, seeded(seed)) for seed in (5, 5, 6))
@@ -74,7 +136,7 @@ def test_a_seed_repeats_and_another_differs(name: str) -> None:
     assert not torch.equal(first.ids, other.ids)
 
 
-@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize("name", SYNTHETIC + WORDS)
 def test_without_a_generator_torchs_own_is_drawn_from(name: str) -> None:
     task = tasks.load(name)
     torch.manual_seed(3)
@@ -121,7 +183,7 @@ def test_mixed_difficulties_are_padded_on_the_right(name: str) -> None:
         assert torch.equal(targets[row, : lengths[row]], alone.targets[0])
 
 
-@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize("name", SYNTHETIC + WORDS)
 def test_difficulties_that_do_not_exist(name: str) -> None:
     task = tasks.load(name)
     wrong: list[Any] = [task.least - 1, 2.5, True, *([] if task.most is None else [task.most + 1])]

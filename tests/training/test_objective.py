@@ -295,3 +295,15 @@ def test_each_loop_may_be_trained_by_what_is_asked_of_itself_alone(model, solved
         h = after.detach()
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_loops", [1, 2, 3])
+def test_what_is_not_known_yet_is_not_asked_for_and_not_wrong(model, batch, n_loops):
+    """Tokens are known after 0, 1 and 2 steps, in turn: accuracy is over those that are known after the last loop."""
+    known = torch.arange(T) % 3
+    steps = torch.where(torch.arange(3) < known[:, None], UNSCORED, batch.targets[..., None])
+    cfg = config({"schedule": "fixed", "mean": float(n_loops)}, {"depth": "steps"})
+    result, _ = outcome(model, Batch(batch.ids, batch.targets, steps=steps), cfg)
+    due = batch.targets.masked_fill(known >= n_loops, UNSCORED)
+    right = model(batch.ids, n_loops=n_loops).argmax(-1) == due
+    assert (int(result.n_asked), int(result.n_right)) == (int((due != UNSCORED).sum()), int(right.sum()))

@@ -1,0 +1,196 @@
+"""Who is who to whom: questions of several hops over people and their relations, from the prompt or from memory."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from open_mythos.fields import choice, must, size
+from open_mythos.tasks.base import Batch, Task
+from open_mythos.tasks.english import (
+    ID,
+    NAMES,
+    RELATIONS,
+    VOCABULARY,
+    Patterns,
+    from_loop,
+    joined,
+    may_pair,
+    problems,
+)
+
+FACTS = Patterns(
+    "the {2} of {0} is {1} .", "{0} has {1} as {2} .", "{1} is the {2} of {0} .", "the {2} {0} has is {1} ."
+)
+ASKS = Patterns("who is {0}", "and who is {0}", "now who is {0}", "then who is {0}")
+
+_FIRST_NAME, _FIRST_RELATION = ID[NAMES[0]], ID[RELATIONS[0]]
+_FEWEST = 4  # people of a prompt
+_LONGEST = FACTS.codes.shape[1]
+_MOST = 2 * len(NAMES) // 3
+_PARTNERS = 2  # whom each person of a prompt may stand with in a sentence, at least, or relations would not matter
+
+
+@dataclass
+class Relations(Task):
+    """Facts such as ``the boss of Ana is Ben .``, in any order, and questions such as ``who is Ana 's boss 's cook ?``
+
+    That one has two hops, the difficulty. Each person has several relations and each relation is one of many people,
+    so that a hop needs both; the next person is never the one before the last. A question names its path from the
+    inside, so that a causal model can follow it word by word. The end of a fact knows whom and which relation it is
+    about after one loop. Each relation on the path then takes two more: one to take from the relation before it, which
+    just found it, who it is about, and one to find the fact of that person and relation; the first has its person in
+    the first loop, as facts do. So steps are, at the j-th relation, who that is, after 2 j loops, and at the question
+    mark the last of them, a loop later, which is the only target.
+
+    The facts are either in the prompt, or always the same and have to be learned: then the prompt is a question, and
+    those of one hop, all in training, are the facts. Names that stand together in a sentence of the held-out split,
+    names and patterns that do, and so all its sentences, are never together in training; neither are, where facts
+    have to be learned, a person and a path of two hops or more.
+
+    Attributes:
+        facts: ``"prompt"`` or ``"weights"``.
+        relations: of each person.
+        sentences: of a prompt with facts, the most: so many people as that is enough for.
+        min_sentences: the fewest; each batch of training draws a number of people between the two.
+        questions: of a prompt with facts, the most; no two about the same person.
+        people: of facts that have to be learned.
+        seed: draws facts that have to be learned.
+        split: ``"train"`` or ``"held_out"``.
+    """
+
+    name = "relations"
+    unit = "hops"
+    has_steps = True
+    vocab = VOCABULARY
+    facts: str = choice("prompt", "prompt", "weights")
+    relations: int = size(3, minimum=2, maximum=len(RELATIONS))
+    sentences: int = size(30)
+    min_sentences: int = size(12)
+    questions: int = size(4)
+    people: int = size(64, minimum=8, maximum=len(NAMES))
+    seed: int = size(0, minimum=0)
+    split: str = choice("train", "train", "held_out")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.facts == "prompt":
+            low, high, each = self.min_sentences, self.sentences, self.relations
+            must(high <= _MOST * each, f"sentences={high}; there are {len(NAMES)} names, enough for {_MOST * each}")
+            must(low <= high, f"min_sentences={low} is above sentences={high}; lower it or raise that")
+            least = _FEWEST * each
+            must(low >= least, f"min_sentences={low}; use at least {least}: {_FEWEST} people, {each} relations each")
+        self.chance = 1 / (self.people if self.facts == "weights" else self.sentences // self.relations)
+
+    def sized(self, size: float) -> Self:
+        return replace(self, sentences=self.min_sentences + int((self.sentences - self.min_sentences) * size))
+
+    def length(self, difficulty: int) -> int:
+        question = ASKS.codes.shape[1] + 2 * difficulty + 1
+        return question if self.facts == "weights" else self.sentences * _LONGEST + self.questions * question
+
+    def n_steps(self, difficulty: int) -> int:
+        return 2 * difficulty + 1
+
+    def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
+        test, said = self.split != "train", []
+        if self.facts == "weights":
+            name, of = (part.expand(n, *part.shape) for part in self._learned)
+            which = torch.arange(self.relations).expand(n, -1)
+            path, way = self._unseen(of, difficulty, test, generator)
+        else:
+            low, high = (count // self.relations for count in (self.min_sentences, self.sentences))
+            total = high if test else int(torch.randint(low, high + 1, (), generator=generator))
+            name, of = self._people(n, total, test, generator)
+            which = torch.rand(n, len(RELATIONS), generator=generator).argsort(1)[:, : self.relations]
+            said.append(self._said(name, of, which, test, generator))
+            asked = torch.rand(n, total, generator=generator).argsort(1)[:, : self.questions]
+            path, way = _walk(of, asked, difficulty, generator)
+        n_questions = path.shape[1]
+        words = _FIRST_RELATION + which.gather(1, path.flatten(1)).view_as(path)
+        people = name.gather(1, way.flatten(1)).view_as(way)
+        asks = ASKS.sentences(people[..., 0], [_FIRST_NAME + people[..., 0]], test, generator)
+        on_path = torch.stack([torch.full_like(words, ID["'s"]), words], 3).flatten(2)
+        said.append(torch.cat([asks, on_path, torch.full_like(words[..., :1], ID["?"])], 2))
+        ids, valid, ends = joined(said)
+        ends = ends[:, -n_questions:]
+        hops = torch.arange(1, difficulty + 1)
+        places = torch.cat([(ends[..., None] - 1 - 2 * (difficulty - hops)).flatten(1), ends], 1)
+        due = torch.cat([(2 * hops - 1).repeat(n_questions), torch.full((n_questions,), 2 * difficulty)])
+        known = _FIRST_NAME + torch.cat([people[..., 1:].flatten(1), people[..., -1]], 1)
+        known = from_loop(due.expand_as(known), known, 2 * difficulty + 1)
+        return problems(ids, valid, places, known, n_questions)
+
+    @cached_property
+    def _learned(self) -> tuple[Tensor, Tensor]:
+        """Which of ``NAMES`` people have, (people,), and who each one's relations are, (people, relations)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        of = torch.empty(self.people, self.relations, dtype=torch.long)
+        for i in range(self.relations):  # everybody is so of one
+            circle = torch.randperm(self.people, generator=generator)
+            of[circle, i] = circle.roll(1)
+        return torch.randperm(len(NAMES), generator=generator)[: self.people], of
+
+    def _unseen(self, of: Tensor, hops: int, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """One path for each problem, of this split: as :func:`_walk`."""
+        n, people, _ = of.shape
+        path, way = torch.empty(n, 1, hops, dtype=torch.long), torch.empty(n, 1, hops + 1, dtype=torch.long)
+        rows = torch.arange(n)
+        while len(rows):
+            asked = torch.randint(0, people, (len(rows), 1), generator=generator)
+            path[rows], way[rows] = _walk(of[rows], asked, hops, generator)
+            mixed = asked
+            for hop in path[rows].unbind(2):
+                mixed = (mixed * 12 + hop + 1) * 48271 % 2147483647
+            for_test = mixed.squeeze(1) // 64 % 4 == 0
+            rows = rows[(for_test != test) & (hops > 1)]
+        return path, way
+
+    def _people(self, n: int, people: int, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Names of people, (n, people), and who each one's relations are, (n, people, relations)."""
+        name, rows = torch.empty(n, people, dtype=torch.long), torch.arange(n)
+        while len(rows):
+            name[rows] = torch.rand(len(rows), len(NAMES), generator=generator).argsort(1)[:, :people]
+            partners = may_pair(test)[name[rows, :, None], name[rows, None]].sum(2)
+            rows = rows[partners.amin(1) < _PARTNERS]
+        may = may_pair(test)[name[:, :, None], name[:, None]]
+        of = torch.empty(n, people, self.relations, dtype=torch.long)
+        taken = torch.zeros(n, people, people)  # how often each has been somebody's
+        for i in range(people * self.relations):
+            who, which = i % people, i // people
+            # somebody new to them, if there is; of those, one of whom least has been said, or all would lead there
+            chance = torch.rand(n, people, generator=generator) - people * taken[:, who] * self.relations - taken.sum(1)
+            of[:, who, which] = one = chance.masked_fill(~may[:, who], -math.inf).argmax(1)
+            taken[torch.arange(n), who, one] += 1
+        return name, of
+
+    def _said(self, name: Tensor, of: Tensor, which: Tensor, test: bool, generator: torch.Generator | None) -> Tensor:
+        """The facts in any order, (n, people * relations, width)."""
+        whose = name[..., None].expand_as(of).flatten(1)
+        who = name.gather(1, of.flatten(1))
+        words = [_FIRST_NAME + whose, _FIRST_NAME + who, _FIRST_RELATION + which.repeat(1, name.shape[1])]
+        facts = FACTS.sentences(whose, words, test, generator)
+        order = torch.rand(who.shape, generator=generator).argsort(1)
+        return facts.gather(1, order[..., None].expand_as(facts))
+
+
+def _walk(of: Tensor, start: Tensor, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Random paths that do not turn back.
+
+    Args:
+        of: (n, people, R) who the relations of each person are.
+        start: (n, Q) the first people.
+
+    Returns:
+        Which relations they take, (n, Q, hops), and over whom, (n, Q, hops + 1).
+    """
+    path, way = [], [start, start]
+    for _ in range(hops):
+        onward = of.gather(1, way[-1][..., None].expand(-1, -1, of.shape[2]))
+        chance = torch.rand(onward.shape, generator=generator).masked_fill(onward == way[-2][..., None], -1)
+        path.append(chance.argmax(2))
+        way.append(onward.gather(2, path[-1][..., None]).squeeze(2))
+    return torch.stack(path, 2), torch.stack(way[1:], 2)

@@ -1,0 +1,215 @@
+"""How many coins somebody has, when most have so many more, fewer or as many as others: arithmetic in words."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.fields import choice, must, size
+from open_mythos.tasks.base import Batch, Task
+from open_mythos.tasks.english import (
+    ID,
+    NAMES,
+    NUMBERS,
+    VOCABULARY,
+    Patterns,
+    chosen,
+    from_loop,
+    joined,
+    named,
+    problems,
+)
+
+HAS = Patterns(
+    "{0} has {3} coins .", "{0} holds {3} coins .", "{0} keeps {3} coins .", "the number of coins that {0} has is {3} ."
+)
+MORE = Patterns(
+    "{0} has {3} more coins than {1} .", "{0} has as many coins as {1} and {3} more .", "{0} holds {3} more than {1} .",
+    "add {3} to what {1} has and it is what {0} has .",
+)  # fmt: skip
+FEWER = Patterns(
+    "{0} has {3} fewer coins than {1} .", "{0} has as many coins as {1} less {3} .", "{0} holds {3} fewer than {1} .",
+    "take {3} from what {1} has and it is what {0} has .",
+)  # fmt: skip
+TWICE = Patterns(
+    "{0} has twice as many coins as {1} .", "{0} has twice what {1} has .", "{0} holds twice the coins of {1} .",
+    "twice what {1} has is what {0} has .",
+)  # fmt: skip
+SAME = Patterns(
+    "{0} has as many coins as {1} .", "{0} has the same number of coins as {1} .", "{0} holds as many as {1} .",
+    "the number of coins that {1} has is what {0} has .",
+)  # fmt: skip
+BOTH = Patterns(
+    "{0} has as many coins as {1} and {2} together .", "{0} has the sum of what {1} and {2} have .",
+    "{0} holds as many as both {1} and {2} .", "what {1} and {2} have together is what {0} has .",
+)  # fmt: skip
+ASKS = Patterns(
+    "how many coins has {0} ?", "how many coins does {0} have ?", "{0} has how many coins ?",
+    "what is the number of coins that {0} has ?",
+)  # fmt: skip
+
+_KINDS = (HAS, MORE, FEWER, TWICE, SAME, BOTH)
+_OWN, _MORE, _FEWER, _TWICE, _SAME, _BOTH = range(6)
+_FIRST_NAME, _ZERO = ID[NAMES[0]], ID[NUMBERS[0]]
+_CONSTANTS = 2  # people, at least, whose number is said
+_OTHERS = 2  # people, at least, whom no question needs
+_ON = 0.7  # share of the operations that the very next one needs
+_TWO = 0.3  # share of the operations on two people, of those that could be on one
+_MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
+_LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
+
+
+@dataclass
+class WordProblems(Task):
+    """What people have depends on what others have, in a random graph; numbers count modulo ``modulus``.
+
+    ``Ana has 3 coins . Ben has 2 more coins than Ana . Cora has as many coins as Ana and Ben together . how many coins
+    has Cora ?`` is a problem of two operations: those that the person who is asked for and all before need. Each
+    sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end. Its
+    steps are the number that its person has, known after as many steps as the longest chain of operations to it; the
+    answer, the only target, is known a step later. No question needs all sentences.
+
+    Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
+    together in a sentence of the held-out split, names and patterns that do, and so all its sentences, are never
+    together in training.
+
+    Attributes:
+        people: of a problem, the most, four more than it can have operations.
+        min_people: the fewest; each batch of training draws a number between the two.
+        modulus: an odd number; twice of anything would be even otherwise.
+        split: ``"train"`` or ``"held_out"``.
+    """
+
+    name = "word_problems"
+    unit = "operations"
+    has_steps = True
+    vocab = VOCABULARY
+    people: int = size(16)
+    min_people: int = size(5, minimum=_CONSTANTS + _OTHERS + 1)
+    modulus: int = size(7, minimum=5, maximum=len(NUMBERS))
+    split: str = choice("train", "train", "held_out")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high, most = self.min_people, self.people, len(NAMES) // 3
+        must(high <= most, f"people={high}; there are {len(NAMES)} names, enough for {most}")
+        must(low <= high, f"min_people={low} is above people={high}; lower it or raise that")
+        must(self.modulus % 2 == 1, f"modulus={self.modulus} is even; use an odd one such as 7 or {len(NUMBERS)}")
+        self.chance = 1 / self.modulus
+        self.most = high - _CONSTANTS - _OTHERS
+
+    def sized(self, size: float) -> Self:
+        return replace(self, people=self.min_people + int((self.people - self.min_people) * size))
+
+    def length(self, difficulty: int) -> int:
+        return self.people * _LONGEST + ASKS.codes.shape[1]
+
+    def n_steps(self, difficulty: int) -> int:
+        return difficulty + 2
+
+    def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
+        test = self.split != "train"
+        low = self.people if test else max(self.min_people, difficulty + _CONSTANTS + _OTHERS)
+        total = int(torch.randint(low, self.people + 1, (), generator=generator))
+        source = self._graph(n, total, difficulty, generator)
+        depth, needs = _needed(source)
+        kind = torch.randint(_MORE, _SAME + 1, (n, total), generator=generator)
+        kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
+        number = torch.randint(2, self.modulus, (n, total), generator=generator)
+        own = torch.randint(0, self.modulus, (n, total), generator=generator)
+        number = torch.where(kind == _OWN, own, number)
+        value = self._values(source, kind, number)
+        right = (needs == difficulty) if test else needs * (needs <= difficulty)
+        asked = torch.multinomial(right.float(), 1, generator=generator)
+        order = _in_order(source, generator)
+        name, sources = self._named(source, test, generator)
+        words = [_FIRST_NAME + name, _FIRST_NAME + sources[..., 0], _FIRST_NAME + sources[..., 1], _ZERO + number]
+        facts = chosen(kind, [patterns.sentences(name, words, test, generator) for patterns in _KINDS])
+        facts = facts.gather(1, order[..., None].expand_as(facts))
+        person = name.gather(1, asked)
+        ids, valid, ends = joined([facts, ASKS.sentences(person, [_FIRST_NAME + person], test, generator)])
+        due = torch.cat([depth.gather(1, order), depth.gather(1, asked) + 1], 1)
+        known = torch.cat([value.gather(1, order), value.gather(1, asked)], 1)
+        return problems(ids, valid, ends, from_loop(due, _ZERO + known, difficulty + 2), 1)
+
+    def _graph(self, n: int, people: int, operations: int, generator: torch.Generator | None) -> Tensor:
+        """Whose numbers each one's is made of, (n, people, 2), -1 for nobody, who all come before.
+
+        First come people who have a number of their own, then so many ``operations``, of which the last needs all the
+        others, and then those whom it does not need.
+        """
+        spare = people - operations - _CONSTANTS - _OTHERS
+        first = _CONSTANTS + int(torch.randint(0, spare // 2 + 1, (), generator=generator))
+        last = first + operations - 1
+        source = torch.full((n, people, 2), -1)
+        rows = torch.arange(n)
+        for i in range(last - 1, first - 1, -1):  # who needs it: someone after it who is not made of two yet
+            chance = torch.rand(n, last - i, generator=generator)
+            chance[:, 0] += (torch.rand(n, generator=generator) < _ON) * 2.0
+            user = i + 1 + chance.masked_fill((source[:, i + 1 : last + 1] >= 0).all(2), -1).argmax(1)
+            source[rows, user, (source[rows, user, 0] >= 0).long()] = i
+        uses = F.one_hot(source.flatten(1) + 1, people + 1).sum(1)[:, 1:]
+        depth = torch.zeros(n, people, dtype=torch.long)
+        for i in range(first, people):
+            for slot in (0, 1):
+                may = (uses[:, :i] < _MOST_USES) & (depth[:, :i] < operations)
+                may &= torch.arange(i) != source[:, i, :1]
+                wanted = may.any(1) & (source[:, i, slot] < 0)
+                if slot == 1:
+                    wanted &= (torch.rand(n, generator=generator) < _TWO) & (source[:, i, 0] >= 0)
+                chance = torch.rand(n, i, generator=generator)
+                pick = chance.masked_fill(~may, -1).argmax(1)
+                source[:, i, slot] = torch.where(wanted, pick, source[:, i, slot])
+                uses[rows, pick] += wanted
+            reached = depth.gather(1, source[:, i].clamp(min=0)).masked_fill(source[:, i] < 0, -1)
+            depth[:, i] = reached.amax(1) + 1
+        return source
+
+    def _values(self, source: Tensor, kind: Tensor, number: Tensor) -> Tensor:
+        """How many each has, (n, people)."""
+        value = number.clone()
+        for i in range(source.shape[1]):
+            one, other = value.gather(1, source[:, i].clamp(min=0)).unbind(1)
+            c = number[:, i]
+            value[:, i] = torch.stack([c, one + c, one - c, 2 * one, one, one + other]).gather(0, kind[None, :, i])[0]
+            value[:, i] %= self.modulus
+        return value
+
+    def _named(self, source: Tensor, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Names of people, (n, people), and of their sources, (n, people, 2), in any order."""
+        swapped = torch.rand(source.shape[:2], generator=generator) < 0.5
+        source = source.where(~(swapped & (source[..., 1] >= 0))[..., None], source.flip(2))
+        made_of = F.one_hot(source + 1, source.shape[1] + 1)[..., 1:]
+        one, other = made_of.unbind(2)
+        together = one.mT @ other
+        name = named((one + other + together + together.mT).bool(), test, generator)
+        return name, name.gather(1, source.clamp(min=0).flatten(1)).view_as(source)
+
+
+def _needed(source: Tensor) -> tuple[Tensor, Tensor]:
+    """The most operations in a row, and the operations in all, that each needs, (n, people) each."""
+    n, people, _ = source.shape
+    needs = torch.zeros(n, people + 1, people, dtype=torch.bool)  # the last row for nobody
+    depth = torch.full((n, people + 1), -1)
+    for i in range(people):
+        of = source[:, i].masked_fill(source[:, i] < 0, people)
+        needs[:, i] = needs.gather(1, of[..., None].expand(-1, -1, people)).any(1)
+        needs[:, i, i] = source[:, i, 0] >= 0
+        depth[:, i] = depth.gather(1, of).amax(1) + 1
+    return depth[:, :people], needs[:, :people].sum(2)
+
+
+def _in_order(source: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A random order in which everybody comes after those whose numbers theirs are made of, (n, people)."""
+    n, people, _ = source.shape
+    said = torch.zeros(n, people + 1, dtype=torch.bool)
+    said[:, people] = True  # nobody
+    order = torch.empty(n, people, dtype=torch.long)
+    of = source.masked_fill(source < 0, people).flatten(1)
+    for i in range(people):
+        ready = said.gather(1, of).view(n, people, 2).all(2) & ~said[:, :people]
+        order[:, i] = torch.rand(n, people, generator=generator).masked_fill(~ready, -1).argmax(1)
+        said.scatter_(1, order[:, i : i + 1], True)
+    return order

@@ -1,0 +1,31 @@
+"""Reading what tasks in words say, without their generators."""
+
+import re
+from collections.abc import Callable, Sequence
+
+
+def sentences(task, ids) -> list[str]:
+    return [sentence.strip() for sentence in re.findall(r"[^.?]+[.?]", task.render(ids.tolist()))]
+
+
+def reader(kinds: Sequence) -> Callable:
+    """A function of a sentence: its kind, its pattern, and the words that {0}, {1}, ... stand for, or None.
+
+    It fails unless there is just one way to read the sentence.
+    """
+    ways = [(kind, pattern, _regex(pattern)) for kind in kinds for pattern in kind.patterns]
+
+    def read(sentence: str):
+        found = [(*way, match.groupdict()) for *way, regex in ways if (match := regex.fullmatch(sentence))]
+        assert len(found) == 1, (sentence, found)
+        kind, pattern, words = found[0]
+        return kind, pattern, [words.get(f"w{i}") for i in range(4)]
+
+    return read
+
+
+def _regex(pattern: str) -> re.Pattern:
+    escaped = re.escape(pattern)
+    for i in range(4):  # a word that comes twice is the same both times
+        escaped = escaped.replace(rf"\{{{i}\}}", rf"(?P<w{i}>\w+)", 1).replace(rf"\{{{i}\}}", f"(?P=w{i})")
+    return re.compile(escaped)

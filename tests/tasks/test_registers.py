@@ -1,0 +1,133 @@
+"""Programs in words: what their lines say is what the targets are, and the test never saw any of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from sentences import reader, sentences
+
+from open_mythos import tasks
+from open_mythos.tasks import UNSCORED
+from open_mythos.tasks.english import REGISTERS, encode
+from open_mythos.tasks.registers import ADD, ASKS, IF, SET, SUBTRACT, SWAP
+
+read = reader((SET, ADD, SUBTRACT, SWAP, IF, ASKS))
+
+
+def problems(n=16, difficulty=3, seed=0, **options):
+    task = tasks.load("registers", **options)
+    return task, task.batch(n, difficulty, torch.Generator().manual_seed(seed))
+
+
+def executed(kind, words, holds, depth, modulus) -> str:
+    """Run a line; the register that its end tells of."""
+    to, other, limit, new = words
+    operand = holds.get(other, int(other) if other and other.isdigit() else None)
+    needs = {SET: [other], SWAP: [to, other]}.get(kind, [to, other])
+    after = 1 + max((depth[register] for register in needs if register in holds), default=-1)
+    if kind is SWAP:
+        holds[to], holds[other] = holds[other], holds[to]
+        depth[other] = after
+    elif kind is IF:
+        holds[to] = (holds[to] + int(new) * (operand > int(limit))) % modulus
+    else:
+        holds[to] = {SET: operand, ADD: holds.get(to, 0) + operand, SUBTRACT: holds.get(to, 0) - operand}[kind]
+        holds[to] %= modulus
+    depth[to] = after
+    return to
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "options"),
+    [
+        (1, {}), (6, {"registers": 8}), (12, {"split": "held_out", "modulus": 23}), (24, {}),
+        (32, {"split": "held_out", "registers": 4}),
+    ],
+)  # fmt: skip
+def test_targets_and_steps_are_what_the_lines_do(difficulty, options):
+    task, batch = problems(12, difficulty, **options)
+    assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
+    assert batch.ids.shape[1] <= task.length(difficulty)
+    for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
+        holds, depth, told = {}, {}, sentences(task, ids)
+        expected = torch.full_like(steps, UNSCORED)
+        ends = [place for place, word in enumerate(ids.tolist()) if word in encode(". ?")]
+        for line, (place, sentence) in enumerate(zip(ends, told, strict=True)):
+            kind, _, words = read(sentence)
+            if kind is ASKS:
+                due, value = depth[words[0]] + 1, holds[words[0]]
+                assert targets[place] == encode(str(value))[0]
+            else:
+                assert line >= task.registers or (kind is SET and words[1].isdigit())
+                to = executed(kind, words, holds, depth, task.modulus)
+                due, value = depth[to], holds[to]
+            expected[place, due:] = encode(str(value))[0]
+        assert set(holds) == set(REGISTERS[: task.registers]) and len(told) == task.registers + difficulty + 1
+        assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
+
+
+def test_nothing_of_the_test_was_in_training():
+    seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
+    for split, (pairs, uses, texts) in seen.items():
+        for seed in range(2):
+            task, batch = problems(64, 24, seed, split=split, registers=8)
+            for ids in batch.ids:
+                for sentence in sentences(task, ids):
+                    _, pattern, (to, other, *_) = read(sentence)
+                    uses.add((pattern, to))
+                    texts.add(sentence)
+                    if other and other in REGISTERS:
+                        pairs.add(frozenset((to, other)))
+    (pairs, uses, texts), (test_pairs, test_uses, test_texts) = seen.values()
+    assert not pairs & test_pairs and not uses & test_uses and not texts & test_texts
+    assert len(pairs) == 16 and len(test_pairs) == 12 and len(uses) == 3 * len(test_uses) == 3 * 8 * 6
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("difficulty", [6, 12])
+def test_no_number_can_be_guessed_from_the_words(split, difficulty):
+    """The most frequent number, the last, one for all, and what the register that is asked for was set to at first or
+    last named with: chance is .143."""
+    right, asked_for, n = Counter(), Counter(), 0
+    for seed in range(2):
+        task, batch = problems(200, difficulty, seed, split=split)
+        for ids, targets in zip(batch.ids, batch.targets, strict=True):
+            answer, told = task.vocab[targets.max()], sentences(task, ids)
+            numbers = [word for word in task.render(ids.tolist()).split() if word.isdigit()]
+            asked = read(told[-1])[2][0]
+            with_it = [words for _, _, words in map(read, told[:-1]) if words[0] == asked]
+            guesses = {
+                "most": Counter(numbers).most_common(1)[0][0], "last": numbers[-1], "constant": "0",
+                "start": with_it[0][1], "with": [w for words in with_it for w in words if w and w.isdigit()][-1],
+            }  # fmt: skip
+            n += 1
+            asked_for[asked] += 1
+            right.update(guess for guess, number in guesses.items() if number == answer)
+    assert max(right.values()) < 0.25 * n, right
+    assert max(asked_for.values()) < 0.3 * n
+
+
+def test_programs_grow_with_their_size():
+    task = tasks.load("registers", lines=12)
+    assert [task.sized(size).most for size in (0, 0.5, 1)] == [1, 6, 12]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"registers": 3}, "registers=3 is too small; use an int of at least 4 and at most 8"),
+    ({"registers": 9}, "registers=9 is too large"),
+    ({"modulus": 24}, "modulus=24 is too large"),
+    ({"lines": 0}, "lines=0 is too small"),
+    ({"split": "test"}, "split='test'"),
+])  # fmt: skip
+def test_options_that_cannot_be_say_what_can(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tasks.load("registers", **options)
+
+
+@pytest.mark.parametrize("difficulty", [0, 33])
+def test_lines_that_cannot_be_are_refused(difficulty):
+    with pytest.raises(ValueError, match=rf"difficulty={difficulty}; registers counts lines, from 1 to 32"):
+        problems(2, difficulty)

@@ -1,0 +1,172 @@
+"""Questions over people and relations: what the facts say is what the targets are, and the test never saw any of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from sentences import reader, sentences
+
+from open_mythos import tasks
+from open_mythos.tasks import UNSCORED
+from open_mythos.tasks.english import NAMES, RELATIONS, encode
+from open_mythos.tasks.relations import ASKS, FACTS
+
+read = reader((FACTS,))
+
+
+def problems(n=16, difficulty=3, **options):
+    task = tasks.load("relations", **options)
+    return task, task.batch(n, difficulty, torch.Generator().manual_seed(0))
+
+
+def question(sentence: str) -> tuple[str, str, list[str]]:
+    """Pattern, person and path."""
+    (asks,) = (pattern for pattern in ASKS.patterns if sentence.startswith(pattern.removesuffix("{0}")))
+    name, *path = sentence.removeprefix(asks.removesuffix("{0}")).removesuffix(" ?").split(" 's ")
+    return asks, name, path
+
+
+def learned(task) -> dict[tuple[str, str], str]:
+    """The facts behind questions of one hop, all of them."""
+    facts = {}
+    for seed in range(6):
+        batch = task.batch(200, 1, torch.Generator().manual_seed(seed))
+        for ids, targets in zip(batch.ids, batch.targets, strict=True):
+            _, name, path = question(sentences(task, ids)[0])
+            who = task.vocab[targets.max()]
+            assert facts.setdefault((name, path[0]), who) == who != name
+    return facts
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "options"),
+    [
+        (1, {}), (3, {}), (2, {"sentences": 12}), (6, {"split": "held_out"}),
+        (6, {"relations": 5, "min_sentences": 20, "split": "held_out"}), (2, {"sentences": 12, "split": "held_out"}),
+        (3, {"facts": "weights"}), (6, {"facts": "weights", "split": "held_out", "people": 20, "seed": 4}),
+    ],
+)  # fmt: skip
+def test_targets_and_steps_are_what_the_facts_say(difficulty, options):
+    task, batch = problems(12, difficulty, **options)
+    from_memory = learned(tasks.load("relations", **options)) if task.facts == "weights" else None
+    if from_memory:
+        assert len(from_memory) == task.people * task.relations
+        assert len({who for (_, which), who in from_memory.items() if which == "boss"}) == task.people
+    assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
+    assert batch.ids.shape[1] <= task.length(difficulty)
+    for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
+        facts, asked_for, told = from_memory or {}, set(), sentences(task, ids)
+        expected = torch.full_like(steps, UNSCORED)
+        ends = (ids == encode("?")[0]).nonzero().flatten().tolist()
+        for sentence in told:
+            if sentence.endswith("."):
+                _, _, (name, who, which, _) = read(sentence)
+                assert (name, which) not in facts and name != who
+                facts[name, which] = who
+                continue
+            _, name, path = question(sentence)
+            end, way = ends.pop(0), [name]
+            for i, which in enumerate(path):
+                way.append(facts[way[-1], which])
+                place = end - 1 - 2 * (difficulty - 1 - i)
+                assert task.vocab[ids[place]] == which
+                expected[place, 2 * i + 1 :] = encode(way[-1])[0]
+            expected[end, 2 * difficulty :] = encode(way[-1])[0]
+            assert targets[end] == encode(way[-1])[0] and len(path) == difficulty
+            assert all(one != other for one, other in zip(way, way[2:], strict=False)) and name not in asked_for
+            asked_for.add(name)
+        assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == len(asked_for)
+        if not from_memory:
+            people = {name for name, _ in facts}
+            assert len(facts) == len(people) * task.relations and set(facts.values()) <= people
+            assert all(len({facts[p, r] for q, r in facts if q == p}) > 1 for p in people)
+            assert len(asked_for) == min(4, len(people))
+        else:
+            assert len(told) == 1
+
+
+def test_nothing_of_the_test_was_in_training():
+    seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
+    for split, (pairs, uses, texts) in seen.items():
+        for difficulty in (1, 2, 4):
+            task, batch = problems(48, difficulty, split=split)
+            for ids in batch.ids:
+                for sentence in sentences(task, ids):
+                    if sentence.endswith("."):
+                        _, pattern, (name, who, *_) = read(sentence)
+                        pairs.add(frozenset((name, who)))
+                    else:
+                        pattern, name, _ = question(sentence)
+                    uses.add((pattern, name))
+                    texts.add(sentence)
+    for train, held_out in zip(*seen.values(), strict=True):
+        assert len(train) > 100 and len(held_out) > 100 and not train & held_out
+
+
+@pytest.mark.parametrize("hops", [2, 4])
+def test_paths_of_two_hops_from_memory_are_held_out(hops):
+    paths = []
+    for split in ("train", "held_out"):
+        task, batch = problems(400, hops, facts="weights", split=split, people=16)
+        paths.append({(name, *path) for name, path in (question(sentences(task, ids)[0])[1:] for ids in batch.ids)})
+    assert min(map(len, paths)) > 30 and not paths[0] & paths[1]
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("hops", [2, 3])
+def test_no_name_can_be_guessed_from_the_words(split, hops):
+    """The one said most often, the last one, the one who is asked about, the person's own facts, those of the last
+    relation: among ten people."""
+    right, shares, n = Counter(), [], 0
+    task, batch = problems(100, hops, split=split, min_sentences=30)
+    for ids, targets in zip(batch.ids, batch.targets, strict=True):
+        told = sentences(task, ids)
+        facts = [read(sentence)[2][:3] for sentence in told if sentence.endswith(".")]
+        objects = Counter(who for _, who, _ in facts)
+        answers = [task.vocab[i] for i in targets if i != UNSCORED]
+        asked = [question(sentence)[1:] for sentence in told if sentence.endswith("?")]
+        for answer, (name, path) in zip(answers, asked, strict=True):
+            guesses = {
+                "most": objects.most_common(1)[0][0], "last": facts[-1][1], "asked": name,
+                "own": next(who for whose, who, _ in facts if whose == name),
+                "own, last relation": next(who for whose, who, which in facts if (whose, which) == (name, path[-1])),
+                "last relation": Counter(who for _, who, which in facts if which == path[-1]).most_common(1)[0][0],
+            }  # fmt: skip
+            n += 1
+            right.update(guess for guess, who in guesses.items() if who == answer)
+        steps = [next(who for whose, who, which in facts if (whose, which) == (name, path[0])) for name, path in asked]
+        shares.append(Counter(steps).most_common(1)[0][1] / len(steps))
+    assert max(right.values()) < 0.25 * n, right
+    assert sum(shares) / len(shares) < 0.5  # of four questions, at most two lead to the same next person, mostly
+
+
+def test_prompts_have_as_many_facts_as_was_said():
+    task = tasks.load("relations", sentences=24, min_sentences=18)
+    batches = [task.batch(1, 2, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    counts = {task.render(batch.ids[0].tolist()).count(".") for batch in batches}
+    assert counts == {18, 21, 24}
+    assert task.render(task.held_out().batch(1, 2).ids[0].tolist()).count(".") == 24
+    assert task.sized(0).sentences == 18 and task.sized(1).sentences == 24
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"sentences": 193}, f"sentences=193; there are {len(NAMES)} names, enough for 192"),
+    ({"min_sentences": 40}, "min_sentences=40 is above sentences=30; lower it or raise that"),
+    ({"min_sentences": 11}, "min_sentences=11; use at least 12: 4 people, 3 relations each"),
+    ({"relations": 1}, "relations=1 is too small"),
+    ({"relations": 13}, f"relations=13 is too large; use an int of at least 2 and at most {len(RELATIONS)}"),
+    ({"people": 97}, "people=97 is too large"),
+    ({"facts": "memory"}, "facts='memory'"),
+    ({"split": "test"}, "split='test'"),
+])  # fmt: skip
+def test_options_that_cannot_be_say_what_can(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tasks.load("relations", **options)
+
+
+def test_less_than_a_hop_is_refused():
+    with pytest.raises(ValueError, match=r"difficulty=0; relations counts hops, from 1 up"):
+        problems(2, 0)

@@ -1,0 +1,140 @@
+"""Arithmetic in words: what the sentences say is what the targets are, and the test never saw any of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from sentences import reader, sentences
+
+from open_mythos import tasks
+from open_mythos.tasks import UNSCORED
+from open_mythos.tasks.english import NAMES, encode
+from open_mythos.tasks.word_problems import ASKS, BOTH, FEWER, HAS, MORE, SAME, TWICE
+
+MADE = {
+    HAS: lambda c, *_: c,
+    MORE: lambda c, one, *_: one + c,
+    FEWER: lambda c, one, *_: one - c,
+    TWICE: lambda c, one, *_: 2 * one,
+    SAME: lambda c, one, *_: one,
+    BOTH: lambda c, one, other, *_: one + other,
+}
+
+
+read = reader((*MADE, ASKS))
+
+
+def problems(n=16, difficulty=3, seed=0, **options):
+    task = tasks.load("word_problems", **options)
+    return task, task.batch(n, difficulty, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "options"),
+    [
+        (1, {}), (6, {}), (12, {}), (1, {"split": "held_out"}), (6, {"split": "held_out", "modulus": 23}),
+        (12, {"split": "held_out"}), (28, {"people": 32, "split": "held_out"}),
+    ],
+)  # fmt: skip
+def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
+    task, batch = problems(6, difficulty, **options)
+    assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
+    assert batch.ids.shape[1] <= task.length(difficulty)
+    asked_for = set()
+    for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
+        value, depth, needs = {}, {}, {}
+        expected = torch.full_like(steps, UNSCORED)
+        ends = [place for place, word in enumerate(ids.tolist()) if word in encode(". ?")]
+        for place, sentence in zip(ends, sentences(task, ids), strict=True):
+            kind, _, (name, *sources, number) = read(sentence)
+            if kind is ASKS:
+                due, now = depth[name] + 1, value[name]
+                asked_for.add(len(needs[name]))
+                assert set(value) - needs[name] and targets[place] == encode(str(now))[0]
+            else:
+                sources = [source for source in sources if source]  # of earlier sentences, or a KeyError
+                value[name] = MADE[kind](int(number or 0), *[value[s] for s in sources], 0, 0) % task.modulus
+                due = depth[name] = 1 + max((depth[s] for s in sources), default=-1)
+                needs[name] = {name, *(p for s in sources for p in needs[s])} if sources else set()
+                now = value[name]
+            expected[place, due:] = encode(str(now))[0]
+        assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
+    assert max(asked_for) == difficulty and (task.split == "train" or asked_for == {difficulty})
+
+
+def test_nothing_of_the_test_was_in_training():
+    seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
+    for split, (pairs, uses, texts) in seen.items():
+        for difficulty in (1, 4, 12):
+            task, batch = problems(32, difficulty, split=split)
+            for ids in batch.ids:
+                for sentence in sentences(task, ids):
+                    _, pattern, words = read(sentence)
+                    names = {word for word in words[:3] if word}
+                    uses.add((pattern, words[0]))
+                    texts.add(sentence)
+                    pairs |= {frozenset((a, b)) for a in names for b in names if a < b}
+    for train, held_out in zip(*seen.values(), strict=True):
+        assert len(train) > 100 and len(held_out) > 100 and not train & held_out
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_no_number_can_be_guessed_from_the_words(split):
+    """The most frequent number, the first, the last and that of the one who is asked for: chance is .143."""
+    right, kinds, n = Counter(), Counter(), 0
+    for seed in range(2):
+        task, batch = problems(150, 6, seed, split=split)
+        for ids, targets in zip(batch.ids, batch.targets, strict=True):
+            answer, told = task.vocab[targets.max()], sentences(task, ids)
+            numbers = [word for word in task.render(ids.tolist()).split() if word.isdigit()]
+            asked = read(told[-1])[2][0]
+            kind, _, words = next(found for found in map(read, told) if found[2][0] == asked)
+            guesses = {
+                "most": Counter(numbers).most_common(1)[0][0], "first": numbers[0], "last": numbers[-1],
+                "constant": "2", "own": words[3], "sum": str(sum(map(int, numbers)) % 7),
+            }  # fmt: skip
+            n += 1
+            kinds[kind] += 1
+            right.update(guess for guess, number in guesses.items() if number == answer)
+    assert HAS not in kinds and min(kinds.values()) > n / 20, kinds
+    assert max(right.values()) < 0.2 * n, right
+
+
+def test_people_who_are_asked_for_do_not_share_what_they_are_made_of():
+    """Of all sources of a prompt, the most mentioned person is not the one that sentences mostly need."""
+    task, batch = problems(64, 6)
+    shares = []
+    for ids in batch.ids:
+        sources = Counter(name for told in sentences(task, ids) for name in read(told)[2][1:3] if name)
+        shares.append(max(sources.values()) / sources.total())
+    assert sum(shares) / len(shares) < 0.25
+
+
+def test_problems_have_as_many_people_as_was_said():
+    task = tasks.load("word_problems", people=9, min_people=7)
+    counts = {len(sentences(task, task.batch(1, 2, torch.Generator().manual_seed(s)).ids[0])) for s in range(30)}
+    assert counts == {8, 9, 10}  # and the question
+    assert len(sentences(task, task.held_out().batch(1, 2).ids[0])) == 10
+    assert task.sized(0).people == 7 and task.sized(1).people == 9
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"people": 33}, f"people=33; there are {len(NAMES)} names, enough for 32"),
+    ({"min_people": 20}, "min_people=20 is above people=16; lower it or raise that"),
+    ({"min_people": 4}, "min_people=4 is too small"),
+    ({"modulus": 8}, "modulus=8 is even; use an odd one such as 7 or 23"),
+    ({"modulus": 25}, "modulus=25 is too large"),
+    ({"split": "test"}, "split='test'"),
+])  # fmt: skip
+def test_options_that_cannot_be_say_what_can(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tasks.load("word_problems", **options)
+
+
+@pytest.mark.parametrize("difficulty", [0, 13])
+def test_operations_that_cannot_be_are_refused(difficulty):
+    with pytest.raises(ValueError, match=rf"difficulty={difficulty}; word_problems counts operations, from 1 to 12"):
+        problems(2, difficulty)
