@@ -237,15 +237,15 @@ def _in_words(
 ) -> TrainConfig:  # fmt: skip
     """The common config of tasks in words: a step of the solution a loop, first at two loops on small problems.
 
-    Two heads tell a hundred names apart better than four of half the width. With this theta two pairs of channels turn,
-    one within a sentence and one within a prompt, and the others stand: no angle is new in a longer prompt.
+    Two heads tell a hundred names apart better than four of half the width. With this theta two pairs of channels turn
+    within a sentence, and most others stand, so that a name is found at any distance.
     """
     cfg = _reasoner(
         task, difficulties, loops=loops, steps=1500, window=8, local_share=0.5, prelude=2, lr=2e-3, options=options,
         gate=gate, evaluation=evaluation,
     )  # fmt: skip
     cfg.model.n_heads = cfg.model.n_kv_heads = 2
-    cfg.model.rope_theta = 1e24
+    cfg.model.rope_theta = 1e16
     cfg.task.growth, cfg.loss.depth = 0.8, "steps"
     cfg.loops = LoopConfig("by_steps", minimum=1, maximum=loops, gradient="each")
     return cfg
