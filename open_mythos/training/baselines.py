@@ -88,6 +88,15 @@ def _widened(config: str, loops: int, context: int) -> str:
     return wide(steps, fed).to_json()
 
 
+def stretched(model: OpenMythos, factor: float) -> OpenMythos:
+    """``model`` with rotary wavelengths beyond ``cfg.rope_context`` stretched by ``factor``, to read longer prompts."""
+    if factor == 1:
+        return model
+    made = type(model)(replace(model.cfg, rope_factor=factor))
+    made.load_state_dict(model.state_dict())
+    return made.to(next(model.parameters()).device).train(model.training)
+
+
 def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
     """Give ``model`` the weights of ``cfg.start``.
 

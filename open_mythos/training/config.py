@@ -151,6 +151,9 @@ class TrainConfig(Checked):
     kind: str = choice("looped", "looped", *ONE_PASS, *UNTIED)
     # a model whose weights are trained further, as `mythos eval` finds it; `model` is then its config. "": new weights
     start: str = text("")
+    # rope_factor of the model that is saved: it reads prompts so many times longer than those it was trained on, whose
+    # length in tokens is model.rope_context
+    stretch: float = real(1.0, 1.0)
     steps: int = size(1000, maximum=10**9)
     batch_size: int = size(64)  # sequences of one optimizer step
     accumulate: int = size(1)  # micro-batches that a step is split into
@@ -182,6 +185,9 @@ class TrainConfig(Checked):
         steps, recurrence, size, parts = self.gate.steps, self.model.recurrence, self.batch_size, self.accumulate
         own = f"that of recurrence={recurrence!r} learns with the model; use gate.steps=0"
         must(steps == 0 or recurrence == "injected", f"gate.steps={steps} teaches a gate after the fact, and {own}")
+        stretched = self.model.rope_factor
+        twice = f"stretch={self.stretch:g} sets model.rope_factor after training, and it is {stretched:g}; use 1 for it"
+        must(self.stretch == 1 or stretched == 1, twice)
         undivided = f"batch_size={size} does not divide by accumulate={parts}; use a multiple of {parts}"
         must(size % parts == 0, undivided)
         low, high = self.task.min_difficulty, self.task.max_difficulty

@@ -18,7 +18,7 @@ from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Task
 from open_mythos.tasks.text import Text
-from open_mythos.training import checkpoints, distributed, runs
+from open_mythos.training import baselines, checkpoints, distributed, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import ROUNDS, train_gate
 from open_mythos.training.loggers import Logger, Record, open_loggers
@@ -265,7 +265,7 @@ def stages(cfg: TrainConfig) -> int:
 
 def finish(trainer: Trainer, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
     """Take the EMA weights, train the halting gate, save the model and its tokenizer, evaluate."""
-    model = trainer.averaged()
+    model = baselines.stretched(trainer.averaged(), cfg.stretch)
     if cfg.kind == "looped" and cfg.gate.steps > 0:
         begin("halting gate")
         generator = torch.Generator().manual_seed(1000 * cfg.seed + GATE_SEED)

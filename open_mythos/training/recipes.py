@@ -238,7 +238,8 @@ def _in_words(
     """The common config of tasks in words: a step of the solution a loop, first at two loops on small problems.
 
     Two heads tell a hundred names apart better than four of half the width. With this theta two pairs of channels turn
-    within a sentence, and most others stand, so that a name is found at any distance.
+    within a sentence, and most others stand, so that a name is found at any distance: up to the trained ones, and twice
+    as far once the slow ones are stretched.
     """
     cfg = _reasoner(
         task, difficulties, loops=loops, steps=1500, window=8, local_share=0.5, prelude=2, lr=2e-3, options=options,
@@ -246,6 +247,7 @@ def _in_words(
     )  # fmt: skip
     cfg.model.n_heads = cfg.model.n_kv_heads = 2
     cfg.model.rope_theta = 1e16
+    cfg.model.rope_context, cfg.stretch = 200, 2.0
     cfg.task.growth, cfg.loss.depth = 0.8, "steps"
     cfg.loops = LoopConfig("by_steps", minimum=1, maximum=loops, gradient="each")
     return cfg

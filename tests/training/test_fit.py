@@ -238,3 +238,17 @@ def test_a_run_that_is_not_finite_ends_with_its_metrics_written(
     with pytest.raises(TrainingError, match="2 steps in a row were not finite, up to step 5"):
         fit(tiny_run("max_bad_steps=2"), tmp_path, watch=quiet())
     assert [line["loss"] is None for line in metrics(tmp_path)] == [False] * 3 + [True] * 2
+
+
+def test_a_saved_model_reads_longer_prompts_if_it_is_stretched(tmp_path: Path) -> None:
+    plain, stretched = (
+        fit(tiny_run(f"stretch={factor}", "model.rope_context=4"), tmp_path / factor) for factor in "12"
+    )
+    a, b = OpenMythos.from_pretrained(plain), OpenMythos.from_pretrained(stretched)
+    assert (a.cfg.rope_factor, b.cfg.rope_factor) == (1.0, 2.0)
+    for name, weight in a.state_dict().items():
+        assert torch.equal(weight, b.state_dict()[name]), name
+    with pytest.raises(
+        ValueError, match=r"stretch=2 sets model\.rope_factor after training, and it is 3; use 1 for it"
+    ):
+        tiny_run("stretch=2", "model.rope_factor=3")
