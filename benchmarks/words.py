@@ -2,8 +2,8 @@
 
     python benchmarks/words.py [--seeds 0 1 2] [--examples 256] [--out benchmarks/results/words.json]
 
-Runs are kept in runs/words; one that has ended is not run again, one that was stopped goes on. One after the other, each
-with all threads: about a quarter of an hour on two cores.
+Runs are kept in runs/words; one that has ended is not run again, one that was stopped goes on. One after the other,
+each with all threads: about a quarter of an hour each on two cores.
 """
 
 import argparse
