@@ -100,7 +100,6 @@ class Patterns:
         return torch.where(codes < 0, slots.gather(2, (-1 - codes).clamp(min=0)), codes)
 
 
-@torch.no_grad()
 def may_pair(test: bool) -> Tensor:
     """(names, names) bool, symmetric: which two may stand in one sentence of the test, or of training."""
     return _FOR_TEST if test else ~_FOR_TEST & ~torch.eye(len(NAMES), dtype=torch.bool)
