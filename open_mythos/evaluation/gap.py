@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from open_mythos.evaluation.grid import T95, mean_interval
+from open_mythos.evaluation.grid import mean_interval, t_quantile
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
         return None
     low = high = None
     if len(found) > 1:
-        low, high = map(float, mean_interval(found, T95[min(len(found) - 1, len(T95)) - 1]))
+        low, high = map(float, mean_interval(found, t_quantile(len(found))))
     return OverSeeds(float(found.mean()), float(found.min()), low, high, len(found))
 
 

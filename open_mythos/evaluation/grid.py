@@ -177,12 +177,17 @@ class Spread(NamedTuple):
     high: Tensor
 
 
+def t_quantile(n: int) -> float:
+    """Student's t for the 95% interval of the mean of ``n`` values."""
+    return T95[min(n - 1, len(T95)) - 1]
+
+
 def student_interval(values: Tensor, most: float = 1.0) -> tuple[Tensor, Tensor]:
     """95% interval of the mean of few values in the last axis, such as one per seed; one either way for a single one.
 
     The interval ends at 0 and at ``most``.
     """
-    low, high = mean_interval(values, T95[min(values.shape[-1] - 1, len(T95)) - 1])
+    low, high = mean_interval(values, t_quantile(values.shape[-1]))
     return low.clamp(min=0), high.clamp(max=most)
 
 

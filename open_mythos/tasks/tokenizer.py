@@ -190,9 +190,7 @@ def load(directory: str | Path) -> Tokenizer:
     must(path.is_file(), f"{path} is missing, so nothing says how text becomes tokens")
     try:
         text = files.read_text(files.own(path))
-        model = files.parse_json(text, str(path), {"model": {"vocab": (dict, list), "merges?": (list, type(None))}})[
-            "model"
-        ]
+        model = files.parse_json(text, str(path), _SHAPE)["model"]
         if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
         end, config = END if END in model["vocab"] else None, path.with_name("tokenizer_config.json")

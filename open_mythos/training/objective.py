@@ -126,8 +126,7 @@ class _Run:
 
     def __init__(self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None) -> None:
         self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
-        # one pass has no place for steps: what it is asked for is the answer
-        self.steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind not in ONE_PASS else None
+        self.steps = steps_asked(batch, cfg)
         if teacher is not None:
             with torch.no_grad():
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
@@ -225,9 +224,14 @@ def draw_loops(
     return drawn.clamp(low, high).to(torch.int64).expand(n)
 
 
+def steps_asked(batch: Batch, cfg: TrainConfig) -> Tensor | None:
+    """The steps that loops are asked for, (n, T, S); None where it is the answer alone, as of one pass."""
+    return batch.steps if cfg.loss.depth == "steps" and cfg.kind not in ONE_PASS else None
+
+
 def n_supervised(batch: Batch, cfg: TrainConfig) -> int:
     """Positions of a step that are asked for something: those with an answer, or with steps where these are asked."""
-    steps = batch.steps if cfg.loss.depth == "steps" and cfg.kind not in ONE_PASS else None
+    steps = steps_asked(batch, cfg)
     return int(((batch.targets if steps is None else steps[..., -1]) != UNSCORED).sum())
 
 

@@ -275,10 +275,8 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
     if isinstance(task, Text) and task.separate:
         given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
         must(low == high, f"{given}, but rows of text have one length; {fix}")
-    for key, value, instead in (
-        ("loss.depth", cfg.loss.depth, "uniform"), ("loops.schedule", cfg.loops.schedule, "uniform"),
-    ):  # fmt: skip
-        unknown = f"{key}={value!r} asks for the steps of a solution, which {task.name} does not know; use {instead!r}"
+    for key, value in (("loss.depth", cfg.loss.depth), ("loops.schedule", cfg.loops.schedule)):
+        unknown = f"{key}={value!r} asks for the steps of a solution, which {task.name} does not know; use 'uniform'"
         must(task.has_steps or value not in ("steps", "by_steps"), unknown)
     check_room(cfg, task)
     difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
