@@ -56,6 +56,7 @@ _FIRST_NAME, _ZERO = ID[NAMES[0]], ID[NUMBERS[0]]
 _CONSTANTS = 2  # people, at least, whose number is said
 _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
+_SIZES = (0.42, 0.5, 0.58, 0.66)
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
@@ -99,9 +100,13 @@ class WordProblems(Task):
         must(self.modulus % 2 == 1, f"modulus={self.modulus} is even; use an odd one such as 7 or {len(NUMBERS)}")
         self.chance = 1 / self.modulus
         self.most = high - _CONSTANTS - _OTHERS
+        self._kinds, self._two = torch.tensor([_MORE, _FEWER, _TWICE, _SAME]), _TWO
 
     def sized(self, size: float) -> Self:
-        return replace(self, people=self.min_people + int((self.people - self.min_people) * size))
+        task = replace(self, people=self.min_people + int((self.people - self.min_people) * size))
+        n = 1 + sum(size > s for s in _SIZES)
+        task._kinds, task._two = torch.tensor([_SAME, _TWICE, _MORE, _FEWER][:min(n,4)]), _TWO if n > 4 else 0.0
+        return task
 
     def length(self, difficulty: int) -> int:
         return self.people * _LONGEST + ASKS.codes.shape[1]
@@ -115,7 +120,7 @@ class WordProblems(Task):
         total = int(torch.randint(low, self.people + 1, (), generator=generator))
         source = self._graph(n, total, difficulty, generator)
         depth, needs = _needed(source)
-        kind = torch.randint(_MORE, _SAME + 1, (n, total), generator=generator)
+        kind = self._kinds[torch.randint(0, len(self._kinds), (n, total), generator=generator)]
         kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
         number = torch.randint(2, self.modulus, (n, total), generator=generator)
         own = torch.randint(0, self.modulus, (n, total), generator=generator)
@@ -132,7 +137,12 @@ class WordProblems(Task):
         ids, valid, ends = joined([facts, ASKS.sentences(person, [_FIRST_NAME + person], test, generator)])
         due = torch.cat([depth.gather(1, order), depth.gather(1, asked) + 1], 1)
         known = torch.cat([value.gather(1, order), value.gather(1, asked)], 1)
-        return problems(ids, valid, ends, from_loop(due, _ZERO + known, difficulty + 2), 1)
+        of = source.clamp(min=0).flatten(1)
+        later = depth.gather(1, of).view_as(source).masked_fill(source < 0, -1).argmax(2, keepdim=True)
+        awaited = torch.cat([sources.gather(2, later).squeeze(2).gather(1, order), person], 1)
+        steps = torch.arange(difficulty + 2) < due[..., None]
+        known = torch.where(steps, _FIRST_NAME + awaited[..., None], _ZERO + known[..., None])
+        return problems(ids, valid, ends, known, 1)
 
     def _graph(self, n: int, people: int, operations: int, generator: torch.Generator | None) -> Tensor:
         """Whose numbers each one's is made of, (n, people, 2), -1 for nobody, who all come before.
@@ -158,14 +168,15 @@ class WordProblems(Task):
                 may &= torch.arange(i) != source[:, i, :1]
                 wanted = may.any(1) & (source[:, i, slot] < 0)
                 if slot == 1:
-                    wanted &= (torch.rand(n, generator=generator) < _TWO) & (source[:, i, 0] >= 0)
+                    wanted &= (torch.rand(n, generator=generator) < self._two) & (source[:, i, 0] >= 0)
                 chance = torch.rand(n, i, generator=generator)
                 pick = chance.masked_fill(~may, -1).argmax(1)
                 source[:, i, slot] = torch.where(wanted, pick, source[:, i, slot])
                 uses[rows, pick] += wanted
             reached = depth.gather(1, source[:, i].clamp(min=0)).masked_fill(source[:, i] < 0, -1)
             depth[:, i] = reached.amax(1) + 1
-        return source
+        swapped = (torch.rand(n, people, generator=generator) < 0.5) & (source[..., 1] >= 0)
+        return source.where(~swapped[..., None], source.flip(2))
 
     def _values(self, source: Tensor, kind: Tensor, number: Tensor) -> Tensor:
         """How many each has, (n, people)."""
@@ -178,9 +189,7 @@ class WordProblems(Task):
         return value
 
     def _named(self, source: Tensor, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Names of people, (n, people), and of their sources, (n, people, 2), in any order."""
-        swapped = torch.rand(source.shape[:2], generator=generator) < 0.5
-        source = source.where(~(swapped & (source[..., 1] >= 0))[..., None], source.flip(2))
+        """Names of people, (n, people), and of their sources, (n, people, 2)."""
         made_of = F.one_hot(source + 1, source.shape[1] + 1)[..., 1:]
         one, other = made_of.unbind(2)
         together = one.mT @ other
