@@ -42,7 +42,7 @@ def parsed(source: str) -> list[tuple[str, Fraction]]:
 
 def joined(texts: Iterable[tuple[str, Fraction]]) -> str:
     """What :func:`parsed` reads."""
-    named = [(name, str(float(weight))) for name, weight in texts]
+    named = [(name, f"{float(weight):.12g}") for name, weight in texts]
     return named[0][0] if len(named) == 1 else ",".join(f"{name}:{weight}" for name, weight in named)
 
 

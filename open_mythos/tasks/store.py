@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
     Held out is one document in 16, decided by its content, or the last if that leaves none.
 
     Args:
-        source, max_bytes: see :func:`open_mythos.tasks.corpus.stream`.
+        source, max_bytes: see :func:`open_mythos.tasks.corpus.stream`; tokens are taken whole.
         kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; one that ends documents.
 
     Raises:
@@ -132,7 +133,6 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
     from open_mythos.tasks.filling import fill
 
     if is_store(source := os.path.expanduser(source)):
-        must(max_bytes == 0, f"max_bytes={max_bytes} is for text, and {source} holds tokens; use 0")
         return _of_kind(opened(Path(source)), kind)
     file = Path(kind, tokenizer.FILE)
     said = files.read_text(file) if file.is_file() else kind
@@ -185,10 +185,8 @@ def opened(folder: Path, read_through: int = READ_THROUGH) -> Store:
         parts[name] = total(shards)
     if sum(part.tokens for part in parts.values()) * width <= read_through:
         for name in PARTS:
-            crc = 0
-            for shard in index[name]:
-                crc = checksum(folder / shard.file, crc)
-                must(crc == shard.crc32, f"{folder / shard.file} is damaged: its checksum is another one; {_AGAIN}")
+            for before, shard in pairwise([Shard(), *index[name]]):
+                check_content(folder, shard, before)
     return Store(folder, made, tokens, parts)
 
 
@@ -214,6 +212,12 @@ def total(parts: Sequence[Part]) -> Part:
 def identity(made: Tokenizer) -> str:
     """What tells tokenizers apart."""
     return hashlib.blake2b(made.to_json().encode(), digest_size=12).hexdigest()
+
+
+def check_content(folder: Path, shard: Shard, before: Part) -> None:
+    """ValueError if the checksum of a shard, behind the one ``before`` it, is not what the index says."""
+    path = folder / shard.file
+    must(checksum(path, before.crc32) == shard.crc32, f"{path} is damaged: its checksum is another one; {_AGAIN}")
 
 
 def checksum(path: Path, crc: int = 0) -> int:

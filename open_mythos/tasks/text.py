@@ -17,7 +17,7 @@ from open_mythos.fields import choice, flag, must, size, text
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.corpus import documents, held_out
 from open_mythos.tasks.mixture import Deal, parsed
-from open_mythos.tasks.store import PARTS, Part, Store, Tokens, tokenised, total
+from open_mythos.tasks.store import PARTS, Part, Store, Tokens, is_store, tokenised, total
 from open_mythos.tasks.tokenizer import Tokenizer, tokenizer
 
 
@@ -58,6 +58,8 @@ class Text(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.store: Store | None = None
+        one = len(parsed(self.source)) == 1 and not is_store(self.source)
+        must(one or self.separate, f"source={self.source!r} is read in rows of separate documents; use separate=true")
         if self.separate:
             self._weights = dict(parsed(self.source))
             stores = _opened(self._weights, self.tokenizer, self.max_bytes)
