@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import lcm
@@ -61,7 +61,7 @@ class Deal:
     weights: Sequence[Fraction]
     n_rows: Sequence[int]
     shares: list[int] = field(init=False)  # places of each text, of `sum(shares)`
-    _orders: dict[int, tuple[int, Tensor]] = field(init=False, default_factory=dict)
+    _kept: dict[int, tuple[int, Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         whole = sum(self.weights)
@@ -83,22 +83,29 @@ class Deal:
     def seen(self, places: int, seed: int) -> list[int]:
         """How many rows of each text are in the first so many places."""
         block, rest = divmod(places, sum(self.shares))
-        dealt = self._block(block, seed)[:rest]
-        return [block * share + int((dealt == text).sum()) for text, share in enumerate(self.shares)]
+        texts = self._block(block, seed)[0][:rest]
+        return [block * share + int((texts == text).sum()) for text, share in enumerate(self.shares)]
 
     def _dealt(self, place: int, seed: int) -> tuple[int, int]:
         """The text at a place, and how often it was there before."""
         if len(self.shares) == 1:
             return 0, place
         block, at = divmod(place, sum(self.shares))
-        dealt = self._block(block, seed)
-        text = int(dealt[at])
-        return text, block * self.shares[text] + int((dealt[:at] == text).sum())
+        texts, before = self._block(block, seed)
+        text = int(texts[at])
+        return text, block * self.shares[text] + int(before[at])
 
     def _block(self, block: int, seed: int) -> Tensor:
-        """The texts of so many places."""
-        texts = torch.arange(len(self.shares)).repeat_interleave(torch.tensor(self.shares))
-        return texts[self._order(MOST_SOURCES, block, seed, len(texts))]
+        """The texts of so many places, and how often each was there before in these: (2, N)."""
+
+        def make(order: Tensor) -> Tensor:
+            texts = torch.arange(len(self.shares)).repeat_interleave(torch.tensor(self.shares))[order]
+            before = torch.empty_like(texts)
+            for text, share in enumerate(self.shares):
+                before[texts == text] = torch.arange(share)
+            return torch.stack([texts, before])
+
+        return self._drawn(MOST_SOURCES, block, seed, sum(self.shares), make)
 
     def _row(self, text: int, nth: int, seed: int) -> int:
         """The ``nth`` row that a text gives.
@@ -110,14 +117,14 @@ class Deal:
         n_strides = -(-n // ORDERED)
         size, longer = divmod(n, n_strides)  # the first ones have a row more
         stride, at = divmod(at, size + 1) if at < longer * (size + 1) else divmod(at - longer, size)
-        order = self._order(text, epoch * n_strides + stride, seed, size + (stride < longer))
+        order = self._drawn(text, epoch * n_strides + stride, seed, size + (stride < longer), Tensor.int)
         return stride + n_strides * int(order[at])
 
-    def _order(self, what: int, number: int, seed: int, n: int) -> Tensor:
-        """A random order of ``n``, int32. The last one of each ``what`` is kept, as places come in turn."""
-        key = ((seed << 32) + (what << 24) + number) % (1 << 64)
-        kept = self._orders.get(what)
+    def _drawn(self, what: int, number: int, seed: int, n: int, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``make`` makes of a random order of ``n``. Of each ``what`` the last is kept, as places come in turn."""
+        # the generator takes 32 bits: a text that is alone, and seed 0, have those of the number
+        key = (number + 0x9E3779B1 * seed + 0x85EBCA77 * what) % (1 << 32)
+        kept = self._kept.get(what)
         if kept is None or kept[0] != key:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(key))
-            kept = self._orders[what] = key, order.int()
+            kept = self._kept[what] = key, make(torch.randperm(n, generator=torch.Generator().manual_seed(key)))
         return kept[1]
