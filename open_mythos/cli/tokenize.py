@@ -63,7 +63,7 @@ def tokenize(
             if any(half.glob("*.bin")):
                 log(f"stopped; what is done is in {half}, and the same command goes on from there")
             elif isinstance(error, ValueError | ImportError):
-                shutil.rmtree(half)
+                shutil.rmtree(half, ignore_errors=True)
             raise
         seconds = time.perf_counter() - begun
     os.replace(half, out)

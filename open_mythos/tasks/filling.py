@@ -74,8 +74,9 @@ def fill(
         while _write_shard(folder, index, batches, tell):
             write_index(folder, index)
     for name in PARTS:
-        few = f"source={','.join(sources)!r} has too few documents for a {name} part; use more text"
-        must(total(index[name]).documents > 0, few)
+        if not total(index[name]).documents:
+            shutil.rmtree(folder)  # which would end in the same way again
+            raise ValueError(f"source={','.join(sources)!r} has too few documents for a {name} part; use more text")
     return before
 
 
