@@ -10,6 +10,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _write_shard(folder: Path, index: dict[str, Any], batches: Iterator[Encoded]
 
 
 def _encoded(documents: Iterator[str], folder: Path, eos: int, workers: int) -> Generator[Encoded]:
-    """Batches of documents in order, tokenised by so many processes, each a batch ahead."""
+    """Batches of documents in order, tokenised by so many processes."""
     batches = _batches(documents)
     if not workers:
         encode = _encoder(folder, eos)
@@ -147,7 +148,7 @@ def _encoded(documents: Iterator[str], folder: Path, eos: int, workers: int) -> 
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     context.set_forkserver_preload([__name__])  # imported once, for all of them
     with contextlib.ExitStack() as stack:
-        pipes, busy = list[Connection](), deque[Connection]()
+        free, busy, done = deque[Any](), dict[Any, int](), dict[int, Encoded]()
         for _ in range(workers):
             mine, others = context.Pipe()
             process = context.Process(target=_work, args=(others, folder, eos), daemon=True)
@@ -155,19 +156,22 @@ def _encoded(documents: Iterator[str], folder: Path, eos: int, workers: int) -> 
             others.close()
             stack.callback(process.join)
             stack.callback(mine.close)  # which ends it
-            pipes.append(mine)
-        for i, batch in enumerate(batches):
-            pipe = pipes[i % workers]
-            found = _answer(busy.popleft()) if len(busy) == workers else None
-            _send(pipe, batch)
-            busy.append(pipe)
-            if found is not None:
-                yield found
-        while busy:
-            yield _answer(busy.popleft())
+            free.append(mine)
+        sent, given, batch = 0, 0, next(batches, None)
+        while batch is not None or busy:
+            while batch is not None and free and sent < given + 4 * workers:  # a slow one does not hold up the others
+                pipe = free.popleft()
+                _send(pipe, batch)
+                busy[pipe], sent, batch = sent, sent + 1, next(batches, None)
+            for pipe in connection.wait(busy):
+                done[busy.pop(pipe)] = _answer(pipe)
+                free.append(pipe)
+            while given in done:
+                yield done.pop(given)
+                given += 1
 
 
-def _answer(pipe: Connection) -> Encoded:
+def _answer(pipe: Any) -> Encoded:
     try:
         found = pipe.recv()
     except (EOFError, OSError):
