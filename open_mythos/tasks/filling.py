@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import chain, islice
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -19,8 +21,9 @@ import numpy as np
 
 from open_mythos import files
 from open_mythos.fields import must
-from open_mythos.tasks import corpus, tokenizer
-from open_mythos.tasks.store import PARTS, Shard, checksum, identity, read_index, total, write_index
+from open_mythos.install import cache_dir
+from open_mythos.tasks import corpus, store, tokenizer
+from open_mythos.tasks.store import AGAIN, PARTS, Part, Shard, Store, checksum, identity, is_store, read_index, total
 from open_mythos.tasks.tokenizer import Tokenizer
 
 SHARD = 1 << 26  # tokens of both parts after which a shard ends
@@ -29,6 +32,43 @@ _AT_ONCE = 1 << 20  # characters that are tokenised together
 
 Encoded = list[tuple[str, np.ndarray, int]]
 """Of each document its part, its tokens with the end, and its bytes."""
+
+
+def tokenised(source: str, kind: str, max_bytes: int) -> Store:
+    """The tokens of a text, from disk if they are there; if ``source`` is a folder of tokens, these.
+
+    Held out is one document in 16, decided by its content, or the last if that leaves none.
+
+    Args:
+        source, max_bytes: see :func:`open_mythos.tasks.corpus.stream`; tokens are taken whole.
+        kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; one that ends documents.
+
+    Raises:
+        ValueError: for a source without two documents, or a tokenizer without a token for their end.
+        ImportError: naming the extra to install, if a source or tokenizer needs a package that is not there.
+        OSError: if there is no room.
+    """
+    if is_store(source := os.path.expanduser(source)):
+        return _of_kind(store.opened(Path(source)), kind)
+    file = Path(kind, tokenizer.FILE)
+    said = files.read_text(file) if file.is_file() else kind
+    key = [2, source, corpus.state(source), said, max_bytes]
+    home = cache_dir() / "text" / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
+    try:
+        _adopt(home)
+        return store.opened(home)
+    except (OSError, ValueError):  # it is not there, or damaged
+        shutil.rmtree(home, ignore_errors=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        # Made under another name, and moved when whole: nobody sees half of it, and of two makers one wins.
+        with tempfile.TemporaryDirectory(dir=home.parent, prefix="making-", ignore_cleanup_errors=True) as making:
+            try:
+                fill(Path(making, "tokens"), [source], kind, max_bytes)
+            except OSError as error:
+                raise error if error.filename else OSError(error.errno, error.strerror, str(home)) from error
+            with contextlib.suppress(OSError):  # it is there: the other maker was first
+                Path(making, "tokens").rename(home)
+    return store.opened(home)
 
 
 def fill(
@@ -73,12 +113,37 @@ def fill(
     batches = _encoded(islice(texts, done.documents, None), folder, index["eos"], workers)
     with contextlib.closing(batches):
         while _write_shard(folder, index, batches, tell):
-            write_index(folder, index)
+            store.write_index(folder, index)
     for name in PARTS:
         if not total(index[name]).documents:
             shutil.rmtree(folder)  # which would end in the same way again
             raise ValueError(f"source={','.join(sources)!r} has too few documents for a {name} part; use more text")
     return before
+
+
+def _of_kind(found: Store, kind: str) -> Store:
+    """``found``, if it is of the tokenizer called ``kind``."""
+    if files.real(Path(kind)) != files.real(found.folder):
+        known = not kind.startswith("bpe:") and identity(tokenizer.tokenizer(kind, (), ends=True))
+        other = f"{found.folder} holds tokens of another tokenizer than {kind!r}; use tokenizer={found.folder}"
+        must(known == identity(found.tokenizer), f"{other}, or {AGAIN}")
+    return found
+
+
+def _adopt(home: Path) -> None:
+    """Give a folder of earlier versions, of one file a part and ``index.json``, an index of today."""
+    if is_store(home) or not (home / "index.json").is_file():
+        return
+    names = [field.name for field in fields(Part)]
+    old, made = (
+        files.read_json(home / "index.json", {name: dict.fromkeys(names, int) for name in PARTS}),
+        tokenizer.load(home),
+    )
+    must(made.eos is not None, f"{home} does not say what ends documents")
+    store.write_index(home, {
+        "from": "", "tokenizer": identity(made), "eos": made.eos, "dtype": made.dtype.__name__,
+        **{part: [Shard(**{name: old[part][name] for name in names}, file=f"{part}.bin")] for part in PARTS},
+    })  # fmt: skip
 
 
 def _left(folder: Path, made_from: str) -> dict[str, Any] | None:
@@ -99,7 +164,7 @@ def _write_shard(folder: Path, index: dict[str, Any], batches: Iterator[Encoded]
     """
     end = np.array([index["eos"]], index["dtype"])
     before = {name: total(index[name]) for name in PARTS}
-    number = max(len(index[name]) for name in PARTS)
+    number = 1 + max((int(shard.file[-9:-4]) for name in PARTS for shard in index[name]), default=-1)
     now = {name: Shard(file=f"{name}-{number:05d}.bin") for name in PARTS}
     nobody_yet, waiting = before["held_out"].documents == 0, list[tuple[np.ndarray, int]]()
 

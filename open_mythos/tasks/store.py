@@ -6,13 +6,9 @@ cut into shards is of no account. Folders are made by :func:`open_mythos.tasks.f
 where it is told to, and for a text that is trained on in ``text`` of :func:`open_mythos.install.cache_dir`.
 """
 
-import contextlib
 import hashlib
-import json
 import mmap
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,8 +21,7 @@ import numpy as np
 
 from open_mythos import files
 from open_mythos.fields import must
-from open_mythos.install import cache_dir
-from open_mythos.tasks import corpus, tokenizer
+from open_mythos.tasks import tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
 PARTS = ("train", "held_out")
@@ -34,7 +29,7 @@ INDEX = "tokens.json"
 READ_THROUGH = 1 << 30  # bytes of tokens up to which opening compares checksums, and not only sizes
 _MAPPED = 64  # shards at a time, of any number
 _AT_ONCE = 1 << 20
-_AGAIN = "tokenise the text again (mythos tokenize)"
+AGAIN = "tokenise the text again (mythos tokenize)"
 
 
 @dataclass
@@ -116,45 +111,6 @@ def is_store(folder: str | Path) -> bool:
     return Path(folder, INDEX).is_file()
 
 
-def tokenised(source: str, kind: str, max_bytes: int) -> Store:
-    """The tokens of a text, from disk if they are there; if ``source`` is a folder of tokens, these.
-
-    Held out is one document in 16, decided by its content, or the last if that leaves none.
-
-    Args:
-        source, max_bytes: see :func:`open_mythos.tasks.corpus.stream`; tokens are taken whole.
-        kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; one that ends documents.
-
-    Raises:
-        ValueError: for a source without two documents, or a tokenizer without a token for their end.
-        ImportError: naming the extra to install, if a source or tokenizer needs a package that is not there.
-        OSError: if there is no room.
-    """
-    from open_mythos.tasks.filling import fill
-
-    if is_store(source := os.path.expanduser(source)):
-        return _of_kind(opened(Path(source)), kind)
-    file = Path(kind, tokenizer.FILE)
-    said = files.read_text(file) if file.is_file() else kind
-    key = [2, source, corpus.state(source), said, max_bytes]
-    home = cache_dir() / "text" / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
-    try:
-        _adopt(home)
-        return opened(home)
-    except (OSError, ValueError):  # it is not there, or damaged
-        shutil.rmtree(home, ignore_errors=True)
-        home.parent.mkdir(parents=True, exist_ok=True)
-        # Made under another name, and moved when whole: nobody sees half of it, and of two makers one wins.
-        with tempfile.TemporaryDirectory(dir=home.parent, prefix="making-", ignore_cleanup_errors=True) as making:
-            try:
-                fill(Path(making, "tokens"), [source], kind, max_bytes)
-            except OSError as error:
-                raise error if error.filename else OSError(error.errno, error.strerror, str(home)) from error
-            with contextlib.suppress(OSError):  # it is there: the other maker was first
-                Path(making, "tokens").rename(home)
-    return opened(home)
-
-
 def opened(folder: Path, read_through: int = READ_THROUGH) -> Store:
     """The tokens in a folder.
 
@@ -167,12 +123,12 @@ def opened(folder: Path, read_through: int = READ_THROUGH) -> Store:
     """
     where = folder / INDEX
     index, made = read_index(folder), tokenizer.load(folder)
-    other = f"{folder / tokenizer.FILE} is not the tokenizer of the tokens beside it; put that back, or {_AGAIN}"
+    other = f"{folder / tokenizer.FILE} is not the tokenizer of the tokens beside it; put that back, or {AGAIN}"
     must(identity(made) == index["tokenizer"], other)
     known = 0 <= index["eos"] < len(made.pieces) and made.dtype.__name__ == index["dtype"]
     must(
         known,
-        f"{where} has eos={index['eos']} and dtype={index['dtype']!r:.20}, and its tokenizer others; {_AGAIN}",
+        f"{where} has eos={index['eos']} and dtype={index['dtype']!r:.20}, and its tokenizer others; {AGAIN}",
     )
     made.eos = index["eos"]
     width, tokens, parts = np.dtype(made.dtype).itemsize, dict[str, Tokens](), dict[str, Part]()
@@ -217,7 +173,7 @@ def identity(made: Tokenizer) -> str:
 def check_content(folder: Path, shard: Shard, before: Part) -> None:
     """ValueError if the checksum of a shard, behind the one ``before`` it, is not what the index says."""
     path = folder / shard.file
-    must(checksum(path, before.crc32) == shard.crc32, f"{path} is damaged: its checksum is another one; {_AGAIN}")
+    must(checksum(path, before.crc32) == shard.crc32, f"{path} is damaged: its checksum is another one; {AGAIN}")
 
 
 def checksum(path: Path, crc: int = 0) -> int:
@@ -229,25 +185,4 @@ def checksum(path: Path, crc: int = 0) -> int:
 
 
 def _check_size(path: Path, found: int, expected: int) -> None:
-    must(found == expected, f"{path} has {found:,} bytes and should have {expected:,}: it is torn; {_AGAIN}")
-
-
-def _of_kind(store: Store, kind: str) -> Store:
-    """``store``, if it is of the tokenizer called ``kind``."""
-    if files.real(Path(kind)) != files.real(store.folder):
-        known = not kind.startswith("bpe:") and identity(tokenizer.tokenizer(kind, (), ends=True))
-        other = f"{store.folder} holds tokens of another tokenizer than {kind!r}; use tokenizer={store.folder}"
-        must(known == identity(store.tokenizer), f"{other}, or {_AGAIN}")
-    return store
-
-
-def _adopt(home: Path) -> None:
-    """Give a folder of earlier versions, of one file a part and ``index.json``, an index of today."""
-    if is_store(home) or not (home / "index.json").is_file():
-        return
-    old, made = files.read_json(home / "index.json", dict.fromkeys(PARTS, dict)), tokenizer.load(home)
-    must(made.eos is not None, f"{home} does not say what ends documents")
-    write_index(home, {
-        "from": "", "tokenizer": identity(made), "eos": made.eos, "dtype": made.dtype.__name__,
-        **{name: [Shard(**old[name], file=f"{name}.bin")] for name in PARTS},
-    })  # fmt: skip
+    must(found == expected, f"{path} has {found:,} bytes and should have {expected:,}: it is torn; {AGAIN}")

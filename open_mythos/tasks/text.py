@@ -16,8 +16,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from open_mythos.fields import choice, flag, must, size, text
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.corpus import documents, held_out
+from open_mythos.tasks.filling import tokenised
 from open_mythos.tasks.mixture import Deal, parsed
-from open_mythos.tasks.store import PARTS, Part, Store, Tokens, is_store, tokenised, total
+from open_mythos.tasks.store import PARTS, Part, Store, Tokens, is_store, total
 from open_mythos.tasks.tokenizer import Tokenizer, tokenizer
 
 

@@ -44,6 +44,9 @@ def rows_ahead(task: Text, cfg: TrainConfig, device: torch.device) -> Ahead | No
         places = range(step * n, (step + 1) * n)
         batch = task.rows(places[first : first + share], length, cfg.seed)
         batch = replace(batch, n_scored=task.n_scored(places, length, cfg.seed))
-        return batch.map(lambda part: part.pin_memory()) if device.type == "cuda" else batch
+        if device.type != "cuda":
+            return batch
+        with torch.cuda.device(device):  # that of this thread would be the first one
+            return batch.map(lambda part: part.pin_memory())
 
     return Ahead(make)

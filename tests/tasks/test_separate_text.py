@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from open_mythos.tasks import UNSCORED, Batch, corpus, pad
 from open_mythos.tasks import text as text_module
 from open_mythos.tasks.corpus import held_out
-from open_mythos.tasks.store import tokenised
+from open_mythos.tasks.filling import tokenised
 from open_mythos.tasks.text import Rows, Text
 from open_mythos.tasks.tokenizer import Tokenizer
 

@@ -13,7 +13,8 @@ import pytest
 
 from open_mythos import install
 from open_mythos.tasks import corpus, filling, store
-from open_mythos.tasks.store import INDEX, Tokens, opened, tokenised
+from open_mythos.tasks.filling import tokenised
+from open_mythos.tasks.store import INDEX, Tokens, opened
 from open_mythos.tasks.text import Text
 from open_mythos.tasks.tokenizer import Tokenizer
 
