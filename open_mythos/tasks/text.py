@@ -91,7 +91,7 @@ class Text(Task):
         """Rows of ``length`` tokens that the split makes, of each source the last of which may not be full."""
         return sum(self._deal(length).n_rows)
 
-    def rows(self, which: Iterable[int], length: int, seed: int = 0) -> Batch:
+    def rows(self, which: Iterable[int], length: int, seed: int = 0, share: slice | None = None) -> Batch:
         """Rows of an endless sequence: every row of the split, in a random order, then again in another.
 
         A row begins where the last one in the text ended, so that each token of the split is a target once in every
@@ -102,14 +102,13 @@ class Text(Task):
             which: places in the sequence, which depends on nothing else: processes may each take their own places.
             length: tokens of a row.
             seed: of the orders.
+            share: of these places those whose rows are read; ``n_scored`` is then of all.
         """
         starts, ends = self._spans(which, length, seed)
-        return self._windows(starts, length, ends)
-
-    def n_scored(self, which: Iterable[int], length: int, seed: int = 0) -> int:
-        """How many tokens of these rows are targets. None is read."""
-        starts, ends = self._spans(which, length, seed)
-        return int((ends - starts - 1).clamp(max=length).sum())
+        if share is None:
+            return self._windows(starts, length, ends)
+        n_scored = int((ends - starts - 1).clamp(max=length).sum())
+        return replace(self._windows(starts[share], length, ends[share]), n_scored=n_scored)
 
     def seen(self, rows: int, length: int, seed: int = 0) -> list[tuple[str, int, float]]:
         """Of each source: its name, and how many tokens and epochs of it are in the first so many rows."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 
@@ -41,9 +40,7 @@ def rows_ahead(task: Text, cfg: TrainConfig, device: torch.device) -> Ahead | No
     first = share * distributed.rank()
 
     def make(step: int) -> Batch:
-        places = range(step * n, (step + 1) * n)
-        batch = task.rows(places[first : first + share], length, cfg.seed)
-        batch = replace(batch, n_scored=task.n_scored(places, length, cfg.seed))
+        batch = task.rows(range(step * n, (step + 1) * n), length, cfg.seed, slice(first, first + share))
         if device.type != "cuda":
             return batch
         with torch.cuda.device(device):  # that of this thread would be the first one
