@@ -31,20 +31,23 @@ class Batch:
         steps: (n, T, S) int64, what is known after 0, 1, ... S - 1 steps of the solution, at last the answer, or
             ``UNSCORED``; ``loss.depth="steps"`` supervises loop k with what is known after k - 1 steps. None for a
             task that does not say.
+        n_scored: of one process's share of a larger batch, the tokens with a target in all of that; else None.
     """
 
     ids: Tensor
     targets: Tensor
     valid: Tensor | None = None
     steps: Tensor | None = None
+    n_scored: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.ids, self.targets, self.valid))
 
     def map(self, select: Callable[[Tensor], Tensor]) -> "Batch":
         """``select`` of every tensor that is there."""
-        parts = (self.ids, self.targets, self.valid, self.steps)
-        return Batch(*(None if part is None else select(part) for part in parts))  # type: ignore[arg-type]
+        names = ("ids", "targets", "valid", "steps")
+        parts = {name: part for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, **{name: select(part) for name, part in parts.items()})  # type: ignore[arg-type]
 
 
 class Score(NamedTuple):

@@ -87,6 +87,10 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
             if is_main:
                 cfg.save(run / runs.RUN_CONFIG)
             train(trainer, meter, run, watch, stop)
+            if isinstance(trainer.task, Text) and trainer.task.store is not None:
+                seen = trainer.task.seen(cfg.steps * cfg.batch_size, cfg.task.max_difficulty, cfg.seed)
+                for name, tokens, epochs in seen if len(seen) > 1 else ():
+                    watch.log(f"{name}: {tokens:,} tokens seen, {epochs:.3g} epochs")
         if is_main:
             finish(trainer, cfg, run, watch.begin)
     return run / runs.MODEL

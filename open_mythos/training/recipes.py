@@ -7,7 +7,8 @@ from open_mythos import tasks
 from open_mythos.checkpoint import CONFIG_FILE
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must, nearest
-from open_mythos.tasks import tokenizer
+from open_mythos.tasks import mixture, tokenizer
+from open_mythos.tasks.store import is_store
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
 from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
@@ -217,8 +218,14 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     # absolute paths, so that the run can be resumed from any directory
     cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
     if cfg.task.name == Text.name:
-        for key in cfg.task.options.keys() & {"source", "tokenizer"}:
-            cfg.task.options[key] = runs.everywhere(str(cfg.task.options[key]))
+        options = cfg.task.options
+        if "source" in options:
+            texts = [(runs.everywhere(name), weight) for name, weight in mixture.parsed(str(options["source"]))]
+            options["source"] = mixture.joined(texts)
+            if is_store(texts[0][0]):
+                options.setdefault("tokenizer", texts[0][0])
+        if "tokenizer" in options:
+            options["tokenizer"] = runs.everywhere(str(options["tokenizer"]))
     if not given.keys() & {"model.vocab_size", "start"}:
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
