@@ -24,12 +24,16 @@ Messages = list[dict[str, str]]
 """As chat templates take them: ``{"role": "user" or "assistant", "content": text}`` each."""
 Template = Callable[[Messages], list[int]]
 """From messages, the last a user's, to the tokens that a reply should follow."""
+SURE = 0.5
+"""How probable an answer has to be, of a model that is asked questions, or its reply begins with ``UNSURE``."""
+UNSURE = "I am not sure: "
 
 
 class Conversation:
     """What was said, and what the model says next.
 
-    Without a ``template`` a reply is simply how the text goes on: all turns so far, each on a line of its own.
+    Without a ``template`` a reply is simply how the text goes on: all turns so far, each on a line of its own. Of a
+    model whose tokenizer has a mark that asks, what does not end in it is kept and gets no reply.
 
     Args:
         model: computes as in eval mode, whatever its own is.
@@ -60,7 +64,7 @@ class Conversation:
             f"the tokenizer has {len(tokenizer.pieces)} tokens and the model {model.cfg.vocab_size}, so they do not "
             f"belong together; use the tokenizer that the model was trained with",
         )
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.model, self.tokenizer, self.template = model, tokenizer, template or tokenizer.template
         self._engine: Engine | None = None
         self._held = list[int]()  # the tokens whose rows the cache holds
         self.sampling, self.exit, self.generator = sampling or Sampling(), exit, generator
@@ -71,6 +75,7 @@ class Conversation:
         """Forget what was said."""
         self.messages: Messages = []
         self.ids: list[int] = []  # the whole text, the last reply included
+        self.n_replied = 0  # tokens of that
         self._forget_cache()
 
     @property
@@ -123,13 +128,24 @@ class Conversation:
         must(len(self.ids) > 0, "there is nothing to go on from; say something")
         reply = {"role": "assistant", "content": ""}
         self.messages.append(reply)
+        self.n_replied, asks = 0, self.tokenizer.asks
+        if asks is not None and self.ids[-1] != asks:
+            return
+        if asks is not None and self.tokenizer.eos is None:
+            max_new_tokens = min(max_new_tokens, 1)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for _ in range(max_new_tokens):
-            token = int(self.sampling.draw(self._logits(), self.generator))
-            if token == self.tokenizer.eos:
+            logits = self._logits()
+            token = int(self.sampling.draw(logits, self.generator))
+            if token == self.tokenizer.eos and (asks is None or self.n_replied):
                 break
             self.ids.append(token)
-            if text := decoder.decode(self._piece(token)):
+            text = decoder.decode(self._piece(token))
+            if asks is not None:  # a token is a word
+                unsure = self.n_replied == 0 and logits[0].float().softmax(-1)[token] < SURE
+                text = (UNSURE if unsure else " " if self.n_replied else "") + text
+            self.n_replied += 1
+            if text:
                 reply["content"] += text
                 yield text
         if text := decoder.decode(b"", final=True):
@@ -138,8 +154,10 @@ class Conversation:
 
     @checked
     @torch.no_grad()
-    def trace(self, n: int = 8) -> tuple[list[int], list[list[tuple[int, float]]]]:
+    def trace(self, n: int | None = None) -> tuple[list[int], list[list[tuple[int, float]]]]:
         """What the model would have said after each loop where the last ``n`` tokens of the text stand.
+
+        ``n`` is 8 if left out; of a model that is asked questions, the tokens of its answer.
 
         Returns:
             These tokens, n or as many as there are; and for each loop the likeliest token at each place and its
@@ -148,6 +166,8 @@ class Conversation:
         Raises:
             ValueError: if nothing was said.
         """
+        if n is None:
+            n = 8 if self.tokenizer.asks is None else max(1, self.n_replied)
         must(n >= 1, f"n={n}; use at least 1")
         must(len(self.ids) > 1, "there is nothing to trace yet; say something first")
         n = min(n, len(self.ids) - 1)

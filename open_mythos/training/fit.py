@@ -17,7 +17,10 @@ from open_mythos.evaluation.token_kinds import bits_by_kind
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Task
+from open_mythos.tasks.english import VOCABULARY
 from open_mythos.tasks.text import Text
+from open_mythos.tasks.tokenizer import WordLevel
+from open_mythos.tasks.words import Words
 from open_mythos.training import baselines, checkpoints, distributed, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import ROUNDS, train_gate
@@ -273,6 +276,8 @@ def finish(trainer: Trainer, cfg: TrainConfig, run: Path, begin: Callable[[str],
     directory = runs.save_model(model, cfg, run)
     if isinstance(trainer.task, Text):
         trainer.task.save_tokenizer(directory)
+    elif trainer.task.vocab is VOCABULARY:
+        WordLevel(VOCABULARY, ends=isinstance(trainer.task, Words)).save(directory)
     measure(model, trainer.task, cfg, run, begin)
 
 
