@@ -65,7 +65,7 @@ def chat(
     talk = Conversation(loaded, tokenizer, loops, sampling, leave, template, generator)
     how = "chats" if talk.template else "goes on with your text; it was not taught to answer"
     if tokenizer.asks is not None:
-        how = "answers questions about what you say: Ana has what Ben has. Ben keeps a key. What does Ana have?"
+        how = 'answers questions, as in "Ana has what Ben has. Ben keeps a key. What does Ana have?"'
     console.print(f"{model}: {talk.n_loops} loops. It {how}. /help", style="dim")
     for line in lines():
         if not line.startswith("/"):

@@ -129,25 +129,26 @@ class Conversation:
         reply = {"role": "assistant", "content": ""}
         self.messages.append(reply)
         self.n_replied, asks = 0, self.tokenizer.asks
-        if asks is not None and self.ids[-1] != asks:
-            return
-        if asks is not None and self.tokenizer.eos is None:
-            max_new_tokens = min(max_new_tokens, 1)
+        if asks is not None:
+            is_asked, has_end = self.ids[-1] == asks, self.tokenizer.eos is not None
+            max_new_tokens = max_new_tokens if is_asked and has_end else min(max_new_tokens, int(is_asked))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for _ in range(max_new_tokens):
             logits = self._logits()
             token = int(self.sampling.draw(logits, self.generator))
-            if token == self.tokenizer.eos and (asks is None or self.n_replied):
+            is_end = token == self.tokenizer.eos
+            if is_end and (asks is None or self.n_replied):
                 break
             self.ids.append(token)
             text = decoder.decode(self._piece(token))
-            if asks is not None:  # a token is a word
-                unsure = self.n_replied == 0 and logits[0].float().softmax(-1)[token] < SURE
-                text = (UNSURE if unsure else " " if self.n_replied else "") + text
+            if asks is not None:
+                text = self._worded(text, float(logits[0].float().softmax(-1)[token]))
             self.n_replied += 1
             if text:
                 reply["content"] += text
                 yield text
+            if is_end:
+                break
         if text := decoder.decode(b"", final=True):
             reply["content"] += text
             yield text
@@ -180,6 +181,12 @@ class Conversation:
                 probability, token = logits.float().softmax(-1).max(-1)
                 by_loop.append(list(zip(token.tolist(), probability.tolist(), strict=True)))
         return self.ids[-n:], by_loop
+
+    def _worded(self, word: str, probability: float) -> str:
+        """A word of an answer, with what goes before it; of an answer that ends before it begins, that too."""
+        if self.n_replied:
+            return " " + word
+        return (UNSURE if probability < SURE else "") + word if word else UNSURE + "I have no answer"
 
     def _piece(self, token: int) -> bytes:
         # A model may have more tokens than its tokenizer, so that their number is round.

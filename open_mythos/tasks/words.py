@@ -1,6 +1,7 @@
 """The tasks in words together, for one model that answers all their questions and ends."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -82,6 +83,9 @@ class Words(Task):
         """The difficulty of a part's problems."""
         level = math.ceil(difficulty * _SCALE.get(part.name, 1))
         return level if part.most is None else min(level, part.most)
+
+    def by_kind(self, difficulties: Sequence[int]) -> list[tuple[Task, list[int]]]:
+        return [(part, sorted({self.level(part, each) for each in difficulties})) for part in self.parts]
 
     def length(self, difficulty: int) -> int:
         return 1 + max(part.length(self.level(part, difficulty)) for part in self.parts)
