@@ -25,7 +25,8 @@ Messages = list[dict[str, str]]
 Template = Callable[[Messages], list[int]]
 """From messages, the last a user's, to the tokens that a reply should follow."""
 SURE = 0.5
-"""How probable an answer has to be, of a model that is asked questions, or its reply begins with ``UNSURE``."""
+"""How probable each word of an answer has to be, of a model that is asked questions, or it ends there: if it is the
+first one, after ``UNSURE``."""
 UNSURE = "I am not sure: "
 
 
@@ -142,7 +143,8 @@ class Conversation:
             self.ids.append(token)
             text = decoder.decode(self._piece(token))
             if asks is not None:
-                text = self._worded(text, float(logits[0].float().softmax(-1)[token]))
+                is_end |= float(logits[0].float().softmax(-1)[token]) < SURE
+                text = self._worded(text, is_end)
             self.n_replied += 1
             if text:
                 reply["content"] += text
@@ -158,7 +160,7 @@ class Conversation:
     def trace(self, n: int | None = None) -> tuple[list[int], list[list[tuple[int, float]]]]:
         """What the model would have said after each loop where the last ``n`` tokens of the text stand.
 
-        ``n`` is 8 if left out; of a model that is asked questions, the tokens of its answer.
+        ``n`` is 8 if left out; of a model that is asked questions, it is then the question mark's place alone.
 
         Returns:
             These tokens, n or as many as there are; and for each loop the likeliest token at each place and its
@@ -167,8 +169,8 @@ class Conversation:
         Raises:
             ValueError: if nothing was said.
         """
-        if n is None:
-            n = 8 if self.tokenizer.asks is None else max(1, self.n_replied)
+        is_answer = n is None and self.tokenizer.asks is not None
+        n = max(1, self.n_replied) if is_answer else 8 if n is None else n
         must(n >= 1, f"n={n}; use at least 1")
         must(len(self.ids) > 1, "there is nothing to trace yet; say something first")
         n = min(n, len(self.ids) - 1)
@@ -179,14 +181,12 @@ class Conversation:
             for state in model.recurrent.iterate(first, e, ctx, self.n_loops, self.exit, readout):
                 logits = model.head(model.decode(state.h, ctx)[0, -n:])
                 probability, token = logits.float().softmax(-1).max(-1)
-                by_loop.append(list(zip(token.tolist(), probability.tolist(), strict=True)))
-        return self.ids[-n:], by_loop
+                by_loop.append(list(zip(token.tolist(), probability.tolist(), strict=True))[: 1 if is_answer else n])
+        return self.ids[-n:][: 1 if is_answer else n], by_loop
 
-    def _worded(self, word: str, probability: float) -> str:
-        """A word of an answer, with what goes before it; of an answer that ends before it begins, that too."""
-        if self.n_replied:
-            return " " + word
-        return (UNSURE if probability < SURE else "") + word if word else UNSURE + "I have no answer"
+    def _worded(self, word: str, is_unsure: bool) -> str:
+        """A word of an answer with what stands before it; "" is an answer that ends before it begins."""
+        return (" " if self.n_replied else UNSURE if is_unsure else "") + (word or "I have no answer")
 
     def _piece(self, token: int) -> bytes:
         # A model may have more tokens than its tokenizer, so that their number is round.
