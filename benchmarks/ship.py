@@ -38,7 +38,7 @@ NAMES = {
     "words-tiny": "words",
 }
 EXAMPLES = 32
-CARD, FIGURES = "README.md", "figures.json"
+CARD, FIGURES, KINDS = "README.md", "figures.json", "kinds.json"
 MOST_BYTES = {"words-tiny": 6_000_000}  # of weights; of others 1 MB
 
 
@@ -73,8 +73,8 @@ def of_problems(name: str, model: OpenMythos, task: tasks.Task, cfg: TrainConfig
         depth_grid(model, part, levels, loops, EXAMPLES) for part, levels in task.by_kind(cfg.evaluation.difficulties)
     ]
     if kinds:
-        figures = grid.to_dict() | {"kinds": [kind.to_dict() for kind in kinds]}
-        return figures, words_card(name, cfg, [grid, *kinds], lost, model)
+        (SHIPPED / name / KINDS).write_text(json.dumps([kind.to_dict() for kind in kinds], indent=1) + "\n")
+        return grid.to_dict(), words_card(name, cfg, [grid, *kinds], lost, model)
     return grid.to_dict(), card(name, cfg, grid, lost, count(model))
 
 
@@ -236,7 +236,7 @@ ran, on average. Against running all {first.loops[-1]} loops, the gate loses at 
 {tables}
 
 Measure it again with `mythos eval {name} --exit gate --examples {first.examples}`; the figures above, in full, are in
-`figures.json`.
+`figures.json` and `kinds.json`.
 
 ## How it was made
 
