@@ -111,6 +111,10 @@ class Task(Checked, ABC):
         """The same task with smaller problems: the smallest at 0, those that it has at 1; itself unless overridden."""
         return self
 
+    def by_kind(self, difficulties: Sequence[int]) -> "list[tuple[Task, list[int]]]":
+        """The tasks that this one is made of, with their difficulties of its ``difficulties``; none for most."""
+        return []
+
     @abstractmethod
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         """``n`` problems of one difficulty, drawn from ``generator`` (torch's default one if None).

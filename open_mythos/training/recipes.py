@@ -104,6 +104,14 @@ def word_problems() -> TrainConfig:
     )  # fmt: skip
 
 
+def words() -> TrainConfig:
+    """All tasks in words by one model, which says its answers and ends: trained on up to 6 steps, tested on 12."""
+    return _in_words(
+        "words", range(1, 7), loops=16, gate=(12, 32), dim=128, heads=4, window=16,
+        evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
+    )  # fmt: skip
+
+
 def reasoning_gym() -> TrainConfig:
     """Any generator of reasoning-gym (task.options.generator=...), as bytes."""
     return _reasoner(
@@ -169,7 +177,7 @@ def debug() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
     parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, assignments, word_problems,
-    reasoning_gym, text, heal, demo, debug,
+    words, reasoning_gym, text, heal, demo, debug,
 )}  # fmt: skip
 
 
@@ -240,7 +248,7 @@ _SHORTHANDS = {
 
 def _in_words(
     task: str, difficulties: range, *, loops: int, evaluation: EvalConfig, gate: tuple[int, int],
-    options: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None, dim: int = 64, heads: int = 2, window: int = 8,
 ) -> TrainConfig:  # fmt: skip
     """The common config of tasks in words: a step of the solution a loop, first at two loops on small problems.
 
@@ -249,10 +257,10 @@ def _in_words(
     as far once the slow ones are stretched.
     """
     cfg = _reasoner(
-        task, difficulties, loops=loops, steps=1500, window=8, local_share=0.5, prelude=2, lr=2e-3, options=options,
-        gate=gate, evaluation=evaluation,
+        task, difficulties, loops=loops, steps=1500, window=window, local_share=0.5, prelude=2, lr=2e-3,
+        options=options, dim=dim, gate=gate, evaluation=evaluation,
     )  # fmt: skip
-    cfg.model.n_heads = cfg.model.n_kv_heads = 2
+    cfg.model.n_heads = cfg.model.n_kv_heads = heads
     cfg.model.rope_theta = 1e16
     cfg.model.rope_context, cfg.stretch = 200, 2.0
     cfg.task.growth, cfg.loss.depth = 0.8, "steps"
