@@ -236,6 +236,8 @@ def steps_asked(batch: Batch, cfg: TrainConfig) -> Tensor | None:
 
 def n_supervised(batch: Batch, cfg: TrainConfig) -> int:
     """Positions of a step that are asked for something: those with an answer, or with steps where these are asked."""
+    if batch.n_scored is not None:
+        return batch.n_scored
     steps = steps_asked(batch, cfg)
     return int(((batch.targets if steps is None else steps[..., -1]) != UNSCORED).sum())
 

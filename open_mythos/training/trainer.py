@@ -19,6 +19,7 @@ from open_mythos.ops.dispatch import use_tf32
 from open_mythos.tasks import Batch, Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
+from open_mythos.training.ahead import rows_ahead
 from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.training.config import ONE_PASS, TrainConfig
 from open_mythos.training.growth import Growth
@@ -81,6 +82,7 @@ class Trainer:
         self.model.to(self.device).train()
         if cfg.compile:
             baselines.compile_blocks(self.model, cfg)
+        self.ahead = rows_ahead(self.task, cfg, self.device) if isinstance(self.task, Text) else None
         self.objective = Objective(cfg, baselines.load_teacher(cfg, self.device))
         self.optimizer = Optimizer(self.model, cfg.optim)
         self.ema = EMA(self.model, cfg.optim.ema)
@@ -117,12 +119,12 @@ class Trainer:
     def draw(self) -> Batch:
         """The next batch of all processes: problems of one difficulty, drawn between the least and the greatest.
 
-        Text of separate documents is not drawn but gone through, each batch decided by the number of the step.
+        Text of separate documents is not drawn but gone through, each batch decided by the number of the step; of it
+        there are only the rows of this process.
         """
         cfg = self.cfg.task
-        if isinstance(self.task, Text) and self.task.separate:
-            first = self.step_number * self.cfg.batch_size
-            return self.task.rows(range(first, first + self.cfg.batch_size), cfg.max_difficulty, self.cfg.seed)
+        if self.ahead is not None:
+            return self.ahead(self.step_number)
         task, hardest = (self.task, cfg.max_difficulty) if self.growth is None else self.growth.of(self.task, cfg)
         difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
         return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
@@ -140,11 +142,12 @@ class Trainer:
         self.optimizer.zero_grad()
         share = cfg.batch_size // distributed.world_size()  # rows of this process
         size, first = share // cfg.accumulate, share * distributed.rank()
+        elsewhere = first if len(batch.ids) == share else 0  # rows before those of this process, if not in the batch
         loops, seen = 0.0, list[Tensor]()
         with distributed.counting_together(self.model):
             for start in range(first, first + share, size):
                 rows = slice(start, start + size)
-                micro = _move(batch, rows, self.device)
+                micro = _move(batch, slice(start - elsewhere, start - elsewhere + size), self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                     outcome = self.objective(self.model, micro, plan[rows], n_scored)
                 outcome.loss.backward()
@@ -159,7 +162,7 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:  # else all would become so
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, total)
-        return StepResult(loss, right / max(1, asked), loops, norm, batch.ids.numel(), not finite, parts)
+        return StepResult(loss, right / max(1, asked), loops, norm, cfg.batch_size * length, not finite, parts)
 
     def check_going(self, result: StepResult) -> None:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""

@@ -48,6 +48,7 @@ OUTS = {  # commands that write, up to where
     "export": ["export", "run"],
     "convert": ["convert", "binary.bin"],
     "retrofit": ["retrofit", "folder", "--out"],
+    "tokenize": ["tokenize", "stdlib", "--max-bytes", "9999", "--out"],
 }
 NAMES = [
     "nowhere", "folder", "file.txt", "empty.json", "binary.bin", "loop", "dangling", "no such name", "-dash", "./-dash",
@@ -67,6 +68,7 @@ THEIRS = {
     "train-gate": ["config.json", "model.safetensors", "tokenizer.json", "training.json"],
     "convert": ["config.json", "model.safetensors", "tokenizer.json"],
     "export": ["anything"],
+    "tokenize": ["anything", "tokens.json"],
 }  # fmt: skip
 SPOILT = [
     b"", b"\x00\xff\x80" * 99, b"[]", b"3", b"null", b"{}", b'{"grids": 3}', b"[" * 100_000, b"\xff\xfe{}",
