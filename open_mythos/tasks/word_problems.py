@@ -56,8 +56,9 @@ _FIRST_NAME, _ZERO = ID[NAMES[0]], ID[NUMBERS[0]]
 _CONSTANTS = 2  # people, at least, whose number is said
 _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
-_SIZES = (0.42, 0.5, 0.58, 0.66)
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
+# as problems grow (Task.sized): from which size sentences of one more kind are told
+_FROM = {_SAME: -1.0, _TWICE: 0.42, _MORE: 0.5, _FEWER: 0.58, _BOTH: 0.66}
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
@@ -69,8 +70,9 @@ class WordProblems(Task):
     ``Ana has 3 coins . Ben has 2 more coins than Ana . Cora has as many coins as Ana and Ben together . how many coins
     has Cora ?`` is a problem of two operations: those that the person who is asked for and all before need. Each
     sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end. Its
-    steps are the number that its person has, known after as many steps as the longest chain of operations to it; the
-    answer, the only target, is known a step later. No question needs all sentences.
+    steps are the number that its person has, known after as many steps as the longest chain of operations to it, and
+    until then whom it waits for: of two people the one whose number is known later. The answer, the only target, is
+    known a step after its person's number. No question needs all sentences.
 
     Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
     together in a sentence of the held-out split, names and patterns that do, and so all its sentences, are never
@@ -100,12 +102,11 @@ class WordProblems(Task):
         must(self.modulus % 2 == 1, f"modulus={self.modulus} is even; use an odd one such as 7 or {len(NUMBERS)}")
         self.chance = 1 / self.modulus
         self.most = high - _CONSTANTS - _OTHERS
-        self._kinds, self._two = torch.tensor([_MORE, _FEWER, _TWICE, _SAME]), _TWO
+        self._size = 1.0
 
     def sized(self, size: float) -> Self:
         task = replace(self, people=self.min_people + int((self.people - self.min_people) * size))
-        n = 1 + sum(size > s for s in _SIZES)
-        task._kinds, task._two = torch.tensor([_SAME, _TWICE, _MORE, _FEWER][:min(n,4)]), _TWO if n > 4 else 0.0
+        task._size = size
         return task
 
     def length(self, difficulty: int) -> int:
@@ -120,7 +121,8 @@ class WordProblems(Task):
         total = int(torch.randint(low, self.people + 1, (), generator=generator))
         source = self._graph(n, total, difficulty, generator)
         depth, needs = _needed(source)
-        kind = self._kinds[torch.randint(0, len(self._kinds), (n, total), generator=generator)]
+        may = torch.tensor([told for told, size in _FROM.items() if size < self._size and told != _BOTH])
+        kind = may[torch.randint(0, len(may), (n, total), generator=generator)]
         kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
         number = torch.randint(2, self.modulus, (n, total), generator=generator)
         own = torch.randint(0, self.modulus, (n, total), generator=generator)
@@ -155,9 +157,11 @@ class WordProblems(Task):
         last = first + operations - 1
         source = torch.full((n, people, 2), -1)
         rows = torch.arange(n)
+        by_two = _FROM[_BOTH] < self._size  # else each operation needs the one before it alone
+        on, two = (_ON, _TWO) if by_two else (1.0, 0.0)
         for i in range(last - 1, first - 1, -1):  # who needs it: someone after it who is not made of two yet
             chance = torch.rand(n, last - i, generator=generator)
-            chance[:, 0] += (torch.rand(n, generator=generator) < _ON) * 2.0
+            chance[:, 0] += (torch.rand(n, generator=generator) < on) * 2.0
             user = i + 1 + chance.masked_fill((source[:, i + 1 : last + 1] >= 0).all(2), -1).argmax(1)
             source[rows, user, (source[rows, user, 0] >= 0).long()] = i
         uses = F.one_hot(source.flatten(1) + 1, people + 1).sum(1)[:, 1:]
@@ -168,7 +172,7 @@ class WordProblems(Task):
                 may &= torch.arange(i) != source[:, i, :1]
                 wanted = may.any(1) & (source[:, i, slot] < 0)
                 if slot == 1:
-                    wanted &= (torch.rand(n, generator=generator) < self._two) & (source[:, i, 0] >= 0)
+                    wanted &= (torch.rand(n, generator=generator) < two) & (source[:, i, 0] >= 0)
                 chance = torch.rand(n, i, generator=generator)
                 pick = chance.masked_fill(~may, -1).argmax(1)
                 source[:, i, slot] = torch.where(wanted, pick, source[:, i, slot])
