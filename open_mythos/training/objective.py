@@ -19,8 +19,7 @@ from open_mythos.training.config import ONE_PASS, LoopConfig, LossConfig, TrainC
 
 TERMS = ("cross_entropy", "z", "distillation", "change")
 _TRIM_EVERY = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
-_DEEPER, _DEEP_GRAD = 3, 2  # of `loops.deep`: times the most loops that are added; loops with gradient
-_MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.chunk`` says otherwise
+MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.chunk`` says otherwise
 
 
 @dataclass
@@ -66,10 +65,9 @@ class Objective:
     ) -> Plan:
         """Draw what chance decides about optimizer step ``step``.
 
-        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; at ``most`` so many loops, if problems
-        have not grown to their full size yet.
+        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; at ``most`` so many loops.
         """
-        is_grown, most = most is None, most or self.cfg.loops.maximum
+        most = most or self.cfg.loops.maximum
         loops, progress = self.cfg.loops, step / self.cfg.steps
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         if self.cfg.kind != "looped":  # the baselines have one depth, and gradient through all of it
@@ -82,9 +80,6 @@ class Objective:
         stale = torch.rand(n, generator=generator)
         stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
         n_grad = n_loops.clamp(max={"all": most, "each": most, "one_step": 1}.get(loops.gradient, loops.grad_loops))
-        if is_grown and loops.deep and torch.rand((), generator=generator) < loops.deep:
-            n_loops = n_loops + torch.randint(0, _DEEPER * most + 1, (1,), generator=generator)
-            n_grad = n_loops.clamp(max=_DEEP_GRAD)
         return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, outcome)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
@@ -196,7 +191,7 @@ class _Run:
             x, asked, weight, row = x[scored], asked[scored], weight[scored], row[scored]
             theirs = None if theirs is None else theirs[scored]
         teacher = None if self.teacher is None or theirs is None else (self.teacher.head, theirs)
-        chunk = self.cfg.loss.chunk or max(1, _MAX_LOGITS // self.model.cfg.vocab_size)
+        chunk = self.cfg.loss.chunk or max(1, MAX_LOGITS // self.model.cfg.vocab_size)
         sums, hits = readout(self.model.head, x, asked, weight, chunk, teacher)
         return sums, row.new_zeros(len(targets)).index_add(0, row, hits.long())
 

@@ -137,7 +137,7 @@ class Trainer:
         cfg = self.cfg
         n_scored = n_supervised(batch, cfg)
         length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
-        most = None if self.growth is None or self.growth.size == 1 else self.growth.most_loops(cfg.loops)
+        most = None if self.growth is None else self.growth.most_loops(cfg.loops)
         plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, most)
         self.optimizer.zero_grad()
         share = cfg.batch_size // distributed.world_size()  # rows of this process
