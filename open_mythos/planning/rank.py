@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from open_mythos.checkpoint import without_storage
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.nn.attention import Attention, LatentUp, MLAttention
+from open_mythos.nn.attention import Attention, GQAttention, LatentUp
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.training.objective import MAX_LOGITS, readout
 from open_mythos.training.optim import decays
@@ -72,32 +72,45 @@ class Pieces:
     loss_tokens: int
 
 
-def local_model(config: str, tensor: int, expert: int) -> OpenMythos:
-    """The model of one GPU, on the meta device: its share of every matrix and of the experts, rounded up.
+def shared(model: OpenMythos) -> dict[str, dict[int, str]]:
+    """Which dimensions of which parameters are divided, by name: over ``tensor``, or over ``expert``.
 
-    Heads, feed-forwards, embedding and head are divided by ``tensor``, experts by ``expert`` and their width by
-    ``tensor``; norms, routers and the way into MLA's latents are everywhere.
+    Heads, feed-forwards, embedding and head over ``tensor``, as are the widths of experts, which themselves are over
+    ``expert``; norms, routers and the way into MLA's latents are everywhere.
     """
-    model = without_storage(OpenMythos, MythosConfig.from_json(config))
-    for module in model.modules():
-        if isinstance(module, Attention):
-            names = ("n_heads", "n_kv_heads", "n_local_heads")
-            for owner in (module, *(part for part in module.children() if isinstance(part, LatentUp))):
-                vars(owner).update({name: -(-vars(owner)[name] // tensor) for name in names if name in vars(owner)})
-        if isinstance(module, Attention | Expert):
-            for name, part in module.named_children():
-                if isinstance(part, nn.Linear) and name in _COLUMNS + _ROWS:
-                    _shrink(part, "weight", 1 if name in _ROWS else 0, tensor)
-                elif name in ("k_conv", "v_conv") and not isinstance(module, MLAttention):
-                    _shrink(part, "taps", 1, tensor)
+    found: dict[str, dict[int, str]] = {"embed.weight": {0: "tensor"}, "head.weight": {0: "tensor"}}
+    for path, module in model.named_modules():
         if isinstance(module, MoEFFN):
-            for name, dim, parts in (("gate_up", 0, expert), ("down", 0, expert), ("gate_up", 1, tensor)):
-                _shrink(module, name, dim, parts)
-            _shrink(module, "down", 2, tensor)
-    for owner in (model.embed, model.head):
-        _shrink(owner, "weight", 0, tensor)
+            found |= {f"{path}.gate_up": {0: "expert", 1: "tensor"}, f"{path}.down": {0: "expert", 2: "tensor"}}
+        if isinstance(module, Attention | Expert):
+            names = [name for name, part in module.named_children() if isinstance(part, nn.Linear)]
+            found |= {f"{path}.{name}.weight": {0: "tensor"} for name in names if name in _COLUMNS}
+            found |= {f"{path}.{name}.weight": {1: "tensor"} for name in names if name in _ROWS}
+        if isinstance(module, GQAttention):
+            found |= {f"{path}.{name}.taps": {1: "tensor"} for name in ("k_conv", "v_conv")}
+    return found
+
+
+def local_shape(shape: torch.Size, divided: dict[int, str], tensor: int, expert: int) -> list[int]:
+    """Of one GPU's share of a parameter, rounded up."""
+    parts = {"tensor": tensor, "expert": expert}
+    return [-(-size // parts[divided[dim]]) if dim in divided else size for dim, size in enumerate(shape)]
+
+
+def local_model(config: str, tensor: int, expert: int) -> OpenMythos:
+    """The model of one GPU, on the meta device; ``tensor`` divides its heads."""
+    model = without_storage(OpenMythos, MythosConfig.from_json(config))
+    divided, n = shared(model), tensor
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        local = torch.empty(local_shape(parameter.shape, divided.get(name, {}), n, expert), device="meta")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(local))
     if model.cfg.tied_head:
         model.head.weight = model.embed.weight
+    for module in model.modules():
+        for name in ("n_heads", "n_kv_heads", "n_local_heads") if isinstance(module, Attention | LatentUp) else ():
+            if name in vars(module):
+                setattr(module, name, -(-getattr(module, name) // n))
     return model
 
 
@@ -105,21 +118,31 @@ def local_model(config: str, tensor: int, expert: int) -> OpenMythos:
 def units(config: str, tensor: int = 1, expert: int = 1) -> list[Unit]:
     """What is gathered and reduced together: each block of prelude and coda, the core, its experts, and the rest.
 
-    Of the model of one GPU, as :func:`local_model`.
+    Of one GPU, as :func:`local_model`.
     """
-    model = local_model(config, tensor, expert)
-    routed = {id(p) for m in model.modules() if isinstance(m, MoEFFN) for p in (m.gate_up, m.down)}
     found: dict[str, list[int]] = {}
+    for unit, shape, divided, is_muon in _parameters(config):
+        numel = math.prod(local_shape(shape, divided, tensor, expert))
+        sizes = found.setdefault(unit, [0, 0])
+        sizes[0] += numel
+        sizes[1] += numel * is_muon
+    return [Unit(name, *sizes, is_routed=name == "experts") for name, sizes in found.items()]
+
+
+@lru_cache(maxsize=4)
+def _parameters(config: str) -> list[tuple[str, torch.Size, dict[int, str], bool]]:
+    """Of each: its unit, shape, divided dimensions, and whether it is one that Muon takes."""
+    model = without_storage(OpenMythos, MythosConfig.from_json(config))
+    divided, found = shared(model), []
     for name, parameter in model.named_parameters():
         first, _, rest = name.partition(".")
-        unit = "experts" if id(parameter) in routed else "core" if first == "recurrent" else "root"
+        unit = "core" if first == "recurrent" else "root"
+        unit = "experts" if "expert" in divided.get(name, {}).values() else unit
         unit = f"{first}.{rest.partition('.')[0]}" if first in ("prelude", "coda") else unit
         in_block = first in ("prelude", "coda") or name.startswith("recurrent.block.")
         is_muon = in_block and parameter.ndim == 2 and decays(name, parameter)
-        sizes = found.setdefault(unit, [0, 0])
-        sizes[0] += parameter.numel()
-        sizes[1] += parameter.numel() * is_muon
-    return [Unit(name, *sizes, is_routed=name == "experts") for name, sizes in found.items()]
+        found.append((unit, parameter.shape, divided.get(name, {}), is_muon))
+    return found
 
 
 def tensor_degrees(cfg: MythosConfig) -> list[int]:
@@ -216,9 +239,3 @@ def _store(model: nn.Module, dtype: torch.dtype) -> None:
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
-
-def _shrink(owner: nn.Module, name: str, dim: int, parts: int) -> None:
-    """This GPU's share of a parameter along one dimension, rounded up."""
-    shape = list(getattr(owner, name).shape)
-    shape[dim] = -(-shape[dim] // parts)
-    setattr(owner, name, nn.Parameter(torch.empty(shape, device="meta")))

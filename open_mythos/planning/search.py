@@ -1,0 +1,129 @@
+"""The fastest layout that fits, and what would have to change where none does."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from open_mythos.fields import must
+from open_mythos.planning.job import Degrees, Job, Layout
+from open_mythos.planning.rank import tensor_degrees
+from open_mythos.planning.sheet import Sheet
+
+_MOST_GPUS = 1 << 16
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        best: the fastest sheet that fits; None if none does.
+        least: the one that takes least memory.
+        sharded: the one that takes least of those without expert and tensor parallelism, if there are any: FSDP alone.
+        n_layouts: how many were looked at.
+    """
+
+    best: Sheet | None
+    least: Sheet
+    sharded: Sheet | None
+    n_layouts: int
+
+
+def search(job: Job) -> Found:
+    """Look at every layout of the job's GPUs.
+
+    Raises:
+        ValueError: if degrees that were asked for do not divide what they share, or the batch cannot be shared.
+    """
+    sheets = [Sheet(job, layout) for layout in layouts(job)]
+    fitting = [sheet for sheet in sheets if sheet.memory.total <= job.room]
+    alone = [sheet for sheet in sheets if sheet.layout.expert == sheet.layout.tensor == 1]
+
+    def size(sheet: Sheet) -> float:
+        return sheet.memory.total
+
+    best = min(fitting, key=lambda sheet: (sheet.step_seconds, size(sheet)), default=None)
+    return Found(best, min(sheets, key=size), min(alone, key=size, default=None), len(sheets))
+
+
+def layouts(job: Job) -> list[Layout]:
+    """All layouts, each a way to divide the GPUs and the batch.
+
+    Raises:
+        ValueError: as :func:`search`.
+    """
+    cfg, asked, gpus = job.cfg, job.settings.parallel, job.gpus
+    heads, experts = tensor_degrees(cfg), max(1, cfg.n_experts)
+    degrees = {name: value for name, value in asked.to_dict().items() if value}
+    for name, value in degrees.items():
+        if name != "expert":
+            must(gpus % value == 0, f"parallel.{name}={value} does not divide --gpus {gpus}; use a divisor of {gpus}")
+    known = ", ".join(map(str, heads))
+    must(asked.tensor in (0, *heads), f"parallel.tensor={asked.tensor} does not divide the heads; use one of {known}")
+    what = f"{experts} experts" if cfg.n_experts else "no experts"
+    must(
+        experts % (asked.expert or 1) == 0,
+        f"parallel.expert={asked.expert}, and the model has {what}; use a divisor of {experts}",
+    )
+    found = [layout for shares in _shares(job) for layout in _batches(job, shares)]
+    if not found:
+        said = " ".join(f"parallel.{name}={value}" for name, value in degrees.items())
+        n, by = job.batch_size, min((s.replicate * s.shard for s in _shares(job)), default=0)
+        must(
+            by == 0,
+            f"batch_size={n} cannot be shared by {by} GPUs that read rows of their own; use a multiple of {by}",
+        )
+        raise ValueError(
+            f"{said or 'no layout'} divides --gpus {gpus}: replicate * shard * tensor are all GPUs, and expert divides "
+            f"shard and {what}; leave one of them out"
+        )
+    return found
+
+
+def _shares(job: Job) -> Iterator[Layout]:
+    asked, gpus = job.settings.parallel, job.gpus
+    experts = _divisors(max(1, job.cfg.n_experts))
+    for tensor in tensor_degrees(job.cfg):
+        for shard in _divisors(gpus // tensor) if gpus % tensor == 0 else ():
+            replicate = gpus // tensor // shard
+            for expert in (degree for degree in experts if shard % degree == 0):
+                own = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
+                if all(getattr(asked, name) in (0, value) for name, value in own.items()):
+                    yield Layout(**own)
+
+
+def _batches(job: Job, shares: Layout) -> Iterator[Layout]:
+    readers = shares.replicate * shares.shard
+    own, recompute = job.batch_size // readers, job.settings.checkpoint_loops
+    if job.batch_size % readers:
+        return
+    for rows in _divisors(own):
+        if rows & (rows - 1) == 0 or rows == own:
+            for again in (False, True):
+                if recompute in ("", str(again).lower()):
+                    yield replace(shares, rows=rows, accumulate=own // rows, recompute=again)
+
+
+def would_fit(job: Job) -> str:
+    """What to change in a job that does not fit: the degrees that were asked for, the GPUs, or their memory."""
+    asked, said = job.settings.parallel, []
+
+    def tried(gpus: int, degrees: Degrees) -> Sheet | None:
+        try:
+            return search(replace(job, gpus=gpus, settings=replace(job.settings, parallel=degrees))).best
+        except ValueError:  # a batch that so many cannot share
+            return None
+
+    if any(asked.to_dict().values()) and (best := tried(job.gpus, Degrees())):
+        said.append(" ".join(best.layout.settings[:4]))
+    wider, gpus = Degrees(expert=asked.expert, tensor=asked.tensor), job.gpus
+    while (gpus := gpus * 2) <= _MOST_GPUS:
+        if tried(gpus, wider):
+            said.append(f"--gpus {gpus}")
+            break
+    least = search(job).least.memory.total / job.settings.usable / 1e9
+    return " or ".join([*said, f"--memory {least:.3g}" if least < 10 else f"--memory {math.ceil(least)}"])
+
+
+def _divisors(n: int) -> list[int]:
+    return [degree for degree in range(1, n + 1) if n % degree == 0]
