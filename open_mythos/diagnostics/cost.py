@@ -83,7 +83,7 @@ def flops_of_prompt(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
 def flops_per_trained_token(
     cfg: MythosConfig, n_loops: float, n_tokens: int, n_grad: float | None = None, recompute: bool = False
 ) -> float:
-    """As :func:`flops_per_prompt_token`, for a step of training with gradient through the last ``n_grad`` loops, or all.
+    """As :func:`flops_per_prompt_token`, for a step of training with gradient through ``n_grad`` of the loops, or all.
 
     The backward pass counts twice the forward pass, and ``recompute`` one forward pass more of the loops that have
     gradient. The halting gate, which no loop of training asks, is left out, and so is what exploration for the gate and

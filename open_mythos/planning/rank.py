@@ -126,7 +126,7 @@ def units(config: str, tensor: int = 1, expert: int = 1) -> list[Unit]:
         sizes = found.setdefault(unit, [0, 0])
         sizes[0] += numel
         sizes[1] += numel * is_muon
-    return [Unit(name, *sizes, is_routed=name == "experts") for name, sizes in found.items()]
+    return [Unit(name, numel, n_muon, name == "experts") for name, (numel, n_muon) in found.items()]
 
 
 @lru_cache(maxsize=4)
@@ -163,7 +163,8 @@ def pieces(config: str, tensor: int, length: int, dtype: torch.dtype) -> Pieces:
         return whole
     divided, share = measured(config, most, length, dtype), (1 - 1 / tensor) / (1 - 1 / most)
     parts = (getattr(whole, name).toward(getattr(divided, name), share) for name in ("ends", "block", "loop", "loss"))
-    return Pieces(*parts, loss_tokens=whole.loss_tokens)
+    ends, block, loop, loss = parts
+    return Pieces(ends, block, loop, loss, whole.loss_tokens)
 
 
 @lru_cache(maxsize=16)
@@ -238,4 +239,3 @@ def _store(model: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-

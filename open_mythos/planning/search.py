@@ -1,5 +1,6 @@
 """The fastest layout that fits, and what would have to change where none does."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -87,9 +88,9 @@ def _shares(job: Job) -> Iterator[Layout]:
         for shard in _divisors(gpus // tensor) if gpus % tensor == 0 else ():
             replicate = gpus // tensor // shard
             for expert in (degree for degree in experts if shard % degree == 0):
-                own = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
-                if all(getattr(asked, name) in (0, value) for name, value in own.items()):
-                    yield Layout(**own)
+                layout = Layout(replicate, shard, expert, tensor)
+                if all(value in (0, getattr(layout, name)) for name, value in asked.to_dict().items()):
+                    yield layout
 
 
 def _batches(job: Job, shares: Layout) -> Iterator[Layout]:
@@ -104,24 +105,17 @@ def _batches(job: Job, shares: Layout) -> Iterator[Layout]:
                     yield replace(shares, rows=rows, accumulate=own // rows, recompute=again)
 
 
-def would_fit(job: Job) -> str:
-    """What to change in a job that does not fit: the degrees that were asked for, the GPUs, or their memory."""
-    asked, said = job.settings.parallel, []
-
-    def tried(gpus: int, degrees: Degrees) -> Sheet | None:
-        try:
-            return search(replace(job, gpus=gpus, settings=replace(job.settings, parallel=degrees))).best
-        except ValueError:  # a batch that so many cannot share
-            return None
-
-    if any(asked.to_dict().values()) and (best := tried(job.gpus, Degrees())):
-        said.append(" ".join(best.layout.settings[:4]))
-    wider, gpus = Degrees(expert=asked.expert, tensor=asked.tensor), job.gpus
-    while (gpus := gpus * 2) <= _MOST_GPUS:
-        if tried(gpus, wider):
-            said.append(f"--gpus {gpus}")
-            break
-    least = search(job).least.memory.total / job.settings.usable / 1e9
+def would_fit(job: Job, found: Found) -> str:
+    """What to change in a job that does not fit: the fewest GPUs that share it, with their degrees, or more memory."""
+    said = list[str]()
+    free, gpus = replace(job.settings, parallel=Degrees()), job.gpus
+    while not said and gpus <= _MOST_GPUS:
+        with contextlib.suppress(ValueError):  # a batch that so many cannot share
+            if best := search(replace(job, gpus=gpus, settings=free)).best:
+                degrees = " ".join(best.layout.settings[:4])
+                said = [f"--gpus {gpus} {degrees}" if gpus > job.gpus else degrees]
+        gpus *= 2
+    least = found.least.memory.total / job.settings.usable / 1e9
     return " or ".join([*said, f"--memory {least:.3g}" if least < 10 else f"--memory {math.ceil(least)}"])
 
 

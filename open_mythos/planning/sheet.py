@@ -154,9 +154,9 @@ class Sheet:
 
     def link(self, group: str, size: int) -> Link:
         """What joins the GPUs of a group: neighbours share tensors, then experts, then shards, then copies."""
-        layout = self.layout
-        apart = {"tensor": 1, "expert": layout.tensor, "shard": layout.tensor, "replicate": layout.tensor * layout.shard}
-        return self.job.links[apart[group] * size > self.job.settings.node]
+        tensor, copy = self.layout.tensor, self.layout.tensor * self.layout.shard
+        apart = {"tensor": 1, "expert": tensor, "shard": tensor, "replicate": copy}[group]
+        return self.job.links[apart * size > self.job.settings.node]
 
     def seconds(self, one: Collective) -> float:
         """Of all calls of a collective: a latency a hop, and bytes over the link's rate (Thakur et al. 2005)."""
