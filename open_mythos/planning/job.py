@@ -17,8 +17,8 @@ class Degrees(Checked):
 
     replicate: int = size(0, minimum=0)  # copies of the model, over which gradients are summed
     shard: int = size(0, minimum=0)  # GPUs that share parameters, gradients and optimizer state (FSDP)
-    expert: int = size(0, minimum=0)  # of these, GPUs that keep different experts, and exchange tokens
-    tensor: int = size(0, minimum=0)  # GPUs that share each matrix, and compute the same tokens
+    expert: int = size(0, minimum=0)  # GPUs that keep different experts, and exchange tokens
+    tensor: int = size(0, minimum=0)  # GPUs that share each feed-forward, and compute the same tokens
 
 
 @dataclass
@@ -65,6 +65,16 @@ class Layout:
     @property
     def gpus(self) -> int:
         return self.replicate * self.shard * self.tensor
+
+    @property
+    def slices(self) -> int:
+        """GPUs that share the same experts, where fewer share experts than share the rest."""
+        return max(1, self.shard // self.expert)
+
+    @property
+    def copies(self) -> int:
+        """GPUs that hold the same of the experts, besides a tensor group."""
+        return self.replicate * self.shard // self.slices // self.expert
 
     @property
     def settings(self) -> list[str]:
@@ -140,9 +150,13 @@ class Job:
         return self.settings.grad_loops or self.loops
 
     @property
+    def is_bf16(self) -> bool:
+        return self.settings.precision == "bf16"
+
+    @property
     def number(self) -> int:
-        """Bytes of a number that is computed with: of gathered weights and activations."""
-        return 2 if self.settings.precision == "bf16" else 4
+        """Bytes of a number that is computed with."""
+        return 2 if self.is_bf16 else 4
 
     @property
     def batch_size(self) -> int:

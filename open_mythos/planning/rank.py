@@ -16,25 +16,28 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from open_mythos.checkpoint import without_storage
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.nn.attention import Attention, GQAttention, LatentUp
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.training.objective import MAX_LOGITS, readout
 from open_mythos.training.optim import decays
 
-_COLUMNS, _ROWS = ("wq", "wk", "wv", "q_up", "kv_up", "gate", "up"), ("wo", "down")
+_MEASURED = 16  # a degree of tensor parallelism, beside 1, at which pieces are measured
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered and reduced together: how many, and of them those that Muon takes.
+    """Parameters that are gathered and reduced together, as :mod:`open_mythos.training.parallel` divides a model.
 
-    ``is_routed`` are routed experts, which expert parallelism spreads; a GPU holds its share of them only.
+    Attributes:
+        name: of the block, or of the part of it.
+        numel: on one GPU, before they are sharded; ``n_muon`` of them Muon's, ``n_routed`` of routed experts.
+        is_routed: whether these have been divided by expert parallelism.
     """
 
     name: str
     numel: int
     n_muon: int
-    is_routed: bool = False
+    n_routed: int
+    is_routed: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Of a row of tokens: what is around the blocks, a block of prelude or coda, a loop; the loss of ``loss_tokens``.
+    """Of a row of tokens: what is around the blocks, a block of prelude or coda, a loop; the loss of ``loss_tokens``;
+    and the bytes of a state between loops.
 
     Gradients of routed experts, which depend on how many a GPU has, are not among what a loop needs.
     """
@@ -70,149 +74,148 @@ class Pieces:
     loop: Piece
     loss: Piece
     loss_tokens: int
+    state: float
 
 
-def shared(model: OpenMythos) -> dict[str, dict[int, str]]:
-    """Which dimensions of which parameters are divided, by name: over ``tensor``, or over ``expert``.
-
-    Heads, feed-forwards, embedding and head over ``tensor``, as are the widths of experts, which themselves are over
-    ``expert``; norms, routers and the way into MLA's latents are everywhere.
+def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
+    """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor``,
+    routed experts over ``expert``; all else is everywhere.
     """
-    found: dict[str, dict[int, str]] = {"embed.weight": {0: "tensor"}, "head.weight": {0: "tensor"}}
+    found: dict[str, dict[int, str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, MoEFFN):
-            found |= {f"{path}.gate_up": {0: "expert", 1: "tensor"}, f"{path}.down": {0: "expert", 2: "tensor"}}
-        if isinstance(module, Attention | Expert):
-            names = [name for name, part in module.named_children() if isinstance(part, nn.Linear)]
-            found |= {f"{path}.{name}.weight": {0: "tensor"} for name in names if name in _COLUMNS}
-            found |= {f"{path}.{name}.weight": {1: "tensor"} for name in names if name in _ROWS}
-        if isinstance(module, GQAttention):
-            found |= {f"{path}.{name}.taps": {1: "tensor"} for name in ("k_conv", "v_conv")}
+            found |= {f"{path}.{name}": {0: "expert"} for name in ("gate_up", "down")}
+        elif isinstance(module, Expert):
+            found |= {f"{path}.{name}.weight": {dim: "tensor"} for name, dim in (("gate", 0), ("up", 0), ("down", 1))}
     return found
 
 
-def local_shape(shape: torch.Size, divided: dict[int, str], tensor: int, expert: int) -> list[int]:
+def local_shape(shape: torch.Size, dims: dict[int, str], tensor: int, expert: int) -> list[int]:
     """Of one GPU's share of a parameter, rounded up."""
     parts = {"tensor": tensor, "expert": expert}
-    return [-(-size // parts[divided[dim]]) if dim in divided else size for dim, size in enumerate(shape)]
-
-
-def local_model(config: str, tensor: int, expert: int) -> OpenMythos:
-    """The model of one GPU, on the meta device; ``tensor`` divides its heads."""
-    model = without_storage(OpenMythos, MythosConfig.from_json(config))
-    divided, n = shared(model), tensor
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        local = torch.empty(local_shape(parameter.shape, divided.get(name, {}), n, expert), device="meta")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(local))
-    if model.cfg.tied_head:
-        model.head.weight = model.embed.weight
-    for module in model.modules():
-        for name in ("n_heads", "n_kv_heads", "n_local_heads") if isinstance(module, Attention | LatentUp) else ():
-            if name in vars(module):
-                setattr(module, name, -(-getattr(module, name) // n))
-    return model
+    return [-(-size // parts[dims[dim]]) if dim in dims else size for dim, size in enumerate(shape)]
 
 
 @lru_cache(maxsize=256)
-def units(config: str, tensor: int = 1, expert: int = 1) -> list[Unit]:
-    """What is gathered and reduced together: each block of prelude and coda, the core, its experts, and the rest.
+def units(config: str, tensor: int = 1, expert: int = 1, slices: int = 1) -> list[Unit]:
+    """Every block and what is left, and of blocks whose experts are divided, these apart.
 
-    Of one GPU, as :func:`local_model`.
+    Where ``slices`` GPUs share the same experts, so are router and shared experts.
     """
     found: dict[str, list[int]] = {}
-    for unit, shape, divided, is_muon in _parameters(config):
-        numel = math.prod(local_shape(shape, divided, tensor, expert))
-        sizes = found.setdefault(unit, [0, 0])
-        sizes[0] += numel
-        sizes[1] += numel * is_muon
-    return [Unit(name, numel, n_muon, name == "experts") for name, (numel, n_muon) in found.items()]
+    for name, shape, dims, is_muon in _parameters(config):
+        first, _, rest = name.partition(".")
+        unit, is_routed = "root", "expert" in dims.values()
+        if first in ("prelude", "coda") or name.startswith("recurrent.block."):
+            own = first in ("prelude", "coda") or rest.split(".")[1].isdigit()
+            unit = ".".join(name.split(".")[: 2 + (own and first == "recurrent")])
+            part = name.removeprefix(f"{unit}.ffn.").partition(".")[0]
+            if expert > 1 and is_routed:
+                unit += ".ffn"
+            elif expert > 1 and slices > 1 and first == "recurrent" and part in ("router", "shared"):
+                unit += f".ffn.{part}"
+        numel = math.prod(local_shape(shape, dims, tensor, expert))
+        sizes = found.setdefault(unit, [0, 0, 0])
+        for i, share in enumerate((1, is_muon, is_routed)):
+            sizes[i] += numel * share
+    return [Unit(name, *sizes, is_routed=expert > 1 and name.endswith(".ffn")) for name, sizes in found.items()]
 
 
 @lru_cache(maxsize=4)
 def _parameters(config: str) -> list[tuple[str, torch.Size, dict[int, str], bool]]:
-    """Of each: its unit, shape, divided dimensions, and whether it is one that Muon takes."""
+    """Of each: its name, shape and divided dimensions, and whether it is one that Muon takes."""
     model = without_storage(OpenMythos, MythosConfig.from_json(config))
-    divided, found = shared(model), []
+    dims, found = divided(model), []
     for name, parameter in model.named_parameters():
-        first, _, rest = name.partition(".")
-        unit = "core" if first == "recurrent" else "root"
-        unit = "experts" if "expert" in divided.get(name, {}).values() else unit
-        unit = f"{first}.{rest.partition('.')[0]}" if first in ("prelude", "coda") else unit
-        in_block = first in ("prelude", "coda") or name.startswith("recurrent.block.")
+        in_block = name.startswith(("prelude.", "coda.", "recurrent.block."))
         is_muon = in_block and parameter.ndim == 2 and decays(name, parameter)
-        found.append((unit, parameter.shape, divided.get(name, {}), is_muon))
+        found.append((name, parameter.shape, dims.get(name, {}), is_muon))
     return found
 
 
 def tensor_degrees(cfg: MythosConfig) -> list[int]:
-    """Degrees of tensor parallelism that divide the heads."""
-    heads = math.gcd(cfg.n_heads, cfg.n_kv_heads) if cfg.attn_type == "gqa" else cfg.n_heads
-    return [degree for degree in range(1, heads + 1) if heads % degree == 0]
+    """Degrees of tensor parallelism: those that divide every feed-forward."""
+    widths = [cfg.ffn_dim] if cfg.prelude_layers + cfg.coda_layers or not cfg.n_experts else []
+    widths += [cfg.shared_dim] if cfg.n_experts and cfg.n_shared_experts else []
+    common = math.gcd(*widths)
+    return [degree for degree in range(1, min(common, 1024) + 1) if common % degree == 0] or [1]
 
 
 @lru_cache(maxsize=64)
-def pieces(config: str, tensor: int, length: int, dtype: torch.dtype) -> Pieces:
+def pieces(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
     """What the parts of a step keep and need for one row of ``length`` tokens, on one of ``tensor`` GPUs.
 
-    Of a width that is divided by n, what is kept is ``a + b / n``; measured whole, and divided as far as heads allow.
+    Of a width that is divided by n, what is kept is ``a + b / n``; measured twice.
     """
-    most = tensor_degrees(MythosConfig.from_json(config))[-1]
-    whole = measured(config, 1, length, dtype)
+    whole = measured(config, 1, length, is_bf16)
     if tensor == 1:
         return whole
-    divided, share = measured(config, most, length, dtype), (1 - 1 / tensor) / (1 - 1 / most)
-    parts = (getattr(whole, name).toward(getattr(divided, name), share) for name in ("ends", "block", "loop", "loss"))
+    other, share = measured(config, _MEASURED, length, is_bf16), (1 - 1 / tensor) / (1 - 1 / _MEASURED)
+    parts = (getattr(whole, name).toward(getattr(other, name), share) for name in ("ends", "block", "loop", "loss"))
     ends, block, loop, loss = parts
-    return Pieces(ends, block, loop, loss, whole.loss_tokens)
+    return Pieces(ends, block, loop, loss, whole.loss_tokens, whole.state)
 
 
 @lru_cache(maxsize=16)
-def measured(config: str, tensor: int, length: int, dtype: torch.dtype) -> Pieces:
-    """:func:`pieces` of a model whose heads ``tensor`` divides, by the kernels of a CPU.
-
-    Its norms and attention keep more than the fused ones of a GPU do, so for that it is an upper bound.
-    """
-    n_experts = MythosConfig.from_json(config).n_experts
-    model = local_model(config, tensor, max(1, n_experts // 2)).train()  # of one expert alone, no tokens are grouped
+def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
+    """:func:`pieces`, by the kernels of a CPU: for a GPU, whose norms and attention keep less, an upper bound."""
+    cfg = MythosConfig.from_json(config)
+    model = without_storage(OpenMythos, cfg).train()
+    dims = divided(model)
     core, n_loss = model.recurrent, max(1, min(length, MAX_LOGITS // model.cfg.vocab_size))
-    blocks = [*model.coda, *model.prelude]
-    del model.prelude[:], model.coda[:]
-    with FakeTensorMode(), _Live() as live:
-        for module in (model, *blocks[:1]):
-            _store(module, dtype)
-        if model.cfg.tied_head:
+    few = max(1, cfg.n_experts // 2)  # of one expert alone, no tokens are grouped
+    with FakeTensorMode(), _Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
+        for name, parameter in list(model.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            stored = nn.Parameter(torch.empty(local_shape(parameter.shape, dims.get(name, {}), tensor, few)))
+            setattr(model.get_submodule(owner), leaf, stored)
+            stored.grad = torch.empty_like(stored)
+            live.weights[stored.untyped_storage()] = None
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+        if cfg.tied_head:
             model.head.weight = model.embed.weight
+        blocks = [*model.coda, *model.prelude]
+        del model.prelude[:], model.coda[:]
         ids = torch.zeros(1, length, dtype=torch.int64)
         e, ctx = model.encode(ids)
-        h, held, x = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), (e, core.prepare(e), e[0, :n_loss]))
+        given = model.first_state(e, ctx), core.prepare(e), e[0, :n_loss]
+        h, held, x = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), given)
         targets, weights = torch.zeros(n_loss, dtype=torch.int64), torch.ones(n_loss)
-        core.step(h, held, 0, ctx)  # makes masks, which all loops share
+        state = core.step(h, held, 0, ctx)  # makes masks, which all loops share
         return Pieces(
-            live.piece([], lambda: model.decode(core.prepare(model.encode(ids)[0]).injected, ctx)),
-            live.piece(blocks[:1], lambda: blocks[0](h, ctx)) if blocks else Piece(0, 0, 0),
+            live.piece([], lambda: model.decode(model.first_state(model.encode(ids)[0], ctx), ctx)),
+            live.piece(blocks[:1], lambda: blocks[0](held.e, ctx)) if blocks else Piece(0, 0, 0),
             live.piece([core], lambda: core.step(h, held, 0, ctx)),
             live.piece([model.head], lambda: readout(model.head, x, targets, weights, n_loss)[0].sum()),
             n_loss,
+            state.nbytes,
         )
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of tensors that operators made inside and that still live, and the most that did."""
+    """Bytes of tensors that operators made inside and that still live, and the most that did.
+
+    Copies of ``weights``, such as autocast makes, are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak = 0
         self.known = weakref.WeakKeyDictionary[Any, None]()
+        self.weights = weakref.WeakKeyDictionary[Any, None]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        is_copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self.weights
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self.known:
                 self.known[storage] = None
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._free, storage.nbytes())
+                if not is_copy:
+                    self.bytes += storage.nbytes()
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self._free, storage.nbytes())
         return out
 
     def _free(self, size: int) -> None:
@@ -227,15 +230,3 @@ class _Live(TorchDispatchMode):
         working = self.peak - before - kept
         largest = max((p.nbytes for module in modules for p in module.parameters()), default=0)
         return Piece(kept, working, min(working, 2 * largest))  # the product, and the product times its scale
-
-
-def _store(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give parameters, in ``dtype`` and with gradients, and buffers tensors of the mode around."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                stored = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
-                module._parameters[name], stored.grad = stored, torch.empty_like(stored)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -54,13 +54,14 @@ def layouts(job: Job) -> list[Layout]:
         ValueError: as :func:`search`.
     """
     cfg, asked, gpus = job.cfg, job.settings.parallel, job.gpus
-    heads, experts = tensor_degrees(cfg), max(1, cfg.n_experts)
+    widths, experts = tensor_degrees(cfg), max(1, cfg.n_experts)
     degrees = {name: value for name, value in asked.to_dict().items() if value}
     for name, value in degrees.items():
         if name != "expert":
             must(gpus % value == 0, f"parallel.{name}={value} does not divide --gpus {gpus}; use a divisor of {gpus}")
-    known = ", ".join(map(str, heads))
-    must(asked.tensor in (0, *heads), f"parallel.tensor={asked.tensor} does not divide the heads; use one of {known}")
+    known = ", ".join(map(str, widths))
+    said = f"parallel.tensor={asked.tensor} does not divide every feed-forward"
+    must(asked.tensor in (0, *widths), f"{said}; use one of {known}")
     what = f"{experts} experts" if cfg.n_experts else "no experts"
     must(
         experts % (asked.expert or 1) == 0,
@@ -76,7 +77,7 @@ def layouts(job: Job) -> list[Layout]:
         )
         raise ValueError(
             f"{said or 'no layout'} divides --gpus {gpus}: replicate * shard * tensor are all GPUs, and expert divides "
-            f"shard and {what}; leave one of them out"
+            f"shard, or is a multiple of it; leave one of them out"
         )
     return found
 
@@ -87,7 +88,8 @@ def _shares(job: Job) -> Iterator[Layout]:
     for tensor in tensor_degrees(job.cfg):
         for shard in _divisors(gpus // tensor) if gpus % tensor == 0 else ():
             replicate = gpus // tensor // shard
-            for expert in (degree for degree in experts if shard % degree == 0):
+            n = replicate * shard
+            for expert in (e for e in experts if n % e == 0 and (shard % e == 0 or e % shard == 0)):
                 layout = Layout(replicate, shard, expert, tensor)
                 if all(value in (0, getattr(layout, name)) for name, value in asked.to_dict().items()):
                     yield layout

@@ -1,33 +1,34 @@
 """What a layout takes on every GPU: bytes by kind, collectives, and the time of a step with what bounds it.
 
-Assumed of a run: every unit is gathered once a step and stays until its gradient has been reduced, once, whatever the
-number of loops, of their recomputations and of micro-batches; weights, gradients and moments are float32, and what is
-gathered and computed with is in the job's precision. Experts are chosen evenly.
+As :mod:`open_mythos.training.parallel` runs it: a unit that several GPUs share is gathered once a step, in float32, and
+stays until its gradient has been reduced, once, whatever the number of loops, of their recomputations and of
+micro-batches. In bfloat16, autocast copies weights: those of experts in every loop, others once. Experts are taken to
+be chosen evenly.
 """
 
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 
-import torch
-
 from open_mythos.config import MythosConfig
 from open_mythos.diagnostics import flops_per_trained_token
+from open_mythos.diagnostics.cost import FLOPS_PER_MULTIPLY_ADD
 from open_mythos.planning.hardware import Link
 from open_mythos.planning.job import Job, Layout
 from open_mythos.planning.rank import Pieces, Unit, pieces, units
 from open_mythos.training.objective import MAX_LOGITS
 
-_MASTER = 4  # bytes of a float32
+_FLOAT32 = 4  # bytes: of parameters, of gradients, of moments, and of what is gathered and reduced
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one GPU at the peak of a step, by kind."""
 
-    parameters: float  # float32, this GPU's share
+    parameters: float  # this GPU's share
     moments: float  # of the optimizer
     average: float  # averaged weights (EMA)
-    gathered: float  # whole weights of all units, in the precision that is computed with
+    gathered: float  # whole units
+    copies: float  # of weights, in bfloat16
     gradients: float  # whole ones until they are reduced, the buffer of a reduction, this GPU's share
     activations: float  # kept for the backward pass
     dispatch: float  # tokens on their way to experts of other GPUs, and back
@@ -35,7 +36,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Collective:
 
     Attributes:
         kind: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``.
-        group: the axis, ``shard``, ``replicate``, ``expert`` or ``tensor``.
-        of: the unit that is moved, or ``tokens``.
+        group: who takes part: those that differ in ``shard``, ``replicate``, ``expert``, ``tensor`` alone; of experts
+            that are divided, ``slices`` share the same, and ``copies`` hold what others hold too.
+        of: the unit that is moved, ``gradients`` of all that is not sharded, or ``tokens``.
         count: calls a step.
-        bytes: of one call, whole: what all_gather makes, what the others take, on one GPU.
+        bytes: of one call on one GPU: what all_gather makes, what the others take.
         size: GPUs of the group.
     """
 
@@ -68,16 +70,15 @@ class Sheet:
 
     @cached_property
     def units(self) -> list[Unit]:
-        return units(self.job.config, self.layout.tensor, self.layout.expert)
+        return units(self.job.config, self.layout.tensor, self.layout.expert, self.layout.slices)
 
     @cached_property
     def pieces(self) -> Pieces:
-        dtype = torch.bfloat16 if self.job.number == 2 else torch.float32
-        return pieces(self.job.config, self.layout.tensor, self.job.length, dtype)
+        return pieces(self.job.config, self.layout.tensor, self.job.length, self.job.is_bf16)
 
     def sharers(self, unit: Unit) -> int:
         """How many GPUs share what is there of a unit."""
-        return self.layout.shard // self.layout.expert if unit.is_routed else self.layout.shard
+        return self.layout.slices if unit.is_routed else self.layout.shard
 
     @property
     def tokens(self) -> int:
@@ -86,39 +87,40 @@ class Sheet:
 
     @cached_property
     def memory(self) -> Memory:
-        """Bytes of one GPU when most of it is in use: at the loss, in the loops' backward pass, or at a reduction."""
-        job, layout = self.job, self.layout
-        share = sum(unit.numel / self.sharers(unit) for unit in self.units)
-        muon = sum(unit.n_muon / self.sharers(unit) for unit in self.units) if job.settings.optimizer == "muon" else 0
-        whole = job.number * sum(unit.numel for unit in self.units)
-        held = _MASTER / job.number * whole if layout.accumulate > 1 else 0.0  # summed over micro-batches, unsharded
-        in_core = [unit for unit in self.units if unit.name in ("core", "experts", "root")]
-        core = job.number * sum(unit.numel for unit in in_core)
-        largest = max(in_core, key=lambda unit: unit.numel)
-        before, loops, loop, coda = self.activations
-        at_once = min(self.tokens, max(1, MAX_LOGITS // job.cfg.vocab_size)) / self.pieces.loss_tokens
-        routed = sum(unit.numel for unit in self.units if unit.is_routed) / max(1, job.cfg.core_layers)
-        working = self.pieces.loop.needs(layout.rows) + job.number * routed * 2 / 3
-        reduction = _MASTER * (largest.numel + largest.numel / self.sharers(largest))
-        loss = at_once * self.pieces.loss.kept, 0.0, at_once * self.pieces.loss.working
-        moments = [  # gradients, activations, what travels, what is needed for a moment
-            (held, before + loops + coda + loss[0], *loss[1:]),
-            (held or core, before + loops + (loop if layout.recompute else -loop), self.dispatch_bytes, working),
-            (held + (0 if held else core) + reduction, before, 0.0, 0.0),
-            (held + _MASTER * share, 0.0, 0.0, 0.0),
+        """When most is in use: at the loss, in the backward pass of a loop, at a reduction, or after the last."""
+        job, layout, one, again = self.job, self.layout, self.pieces, self.layout.recompute
+        share = _FLOAT32 * sum(unit.numel / self.sharers(unit) for unit in self.units)
+        muon = _FLOAT32 * sum(unit.n_muon / self.sharers(unit) for unit in self.units)
+        held = _FLOAT32 * sum(unit.numel for unit in self.units) if layout.accumulate > 1 else 0.0
+        late = [unit for unit in self.units if not unit.name.startswith(("prelude", "coda"))]
+        grads = max(held, _FLOAT32 * sum(unit.numel for unit in late))
+        whole = {unit: _FLOAT32 * unit.numel for unit in self.units if self.sharers(unit) > 1}
+        largest = max((unit for unit in late if unit in whole), key=whole.__getitem__, default=None)
+        buffer = whole.get(largest, 0)
+        reduced = 0 if largest is None else buffer + buffer / self.sharers(largest)
+        copies = 2 * job.is_bf16 * sum(unit.numel - unit.n_routed for unit in self.units)
+        early = 2 * job.is_bf16 * sum(u.numel - u.n_routed for u in self.units if not u.name.startswith("coda"))
+        routed = 2 * job.is_bf16 * sum(unit.n_routed for unit in self.units)  # in each loop
+        of_layer = sum(unit.n_routed for unit in self.units) / max(1, job.cfg.core_layers)
+        gradient = (_FLOAT32 + 2 * job.is_bf16) * of_layer * 2 / 3  # of gate and up, whose copies are gone by then
+        loop, state = layout.rows * one.loop.kept, layout.rows * one.state
+        before = layout.rows * (one.ends.kept + job.cfg.prelude_layers * one.block.kept)
+        coda = layout.rows * job.cfg.coda_layers * one.block.kept
+        n, at_once = job.grad_loops, min(self.tokens, max(1, MAX_LOGITS // job.cfg.vocab_size)) / one.loss_tokens
+        kept, kept_routed = (before + n * state, 0) if again else (before + n * loop, n * routed)
+        working, travelling = one.loop.needs(layout.rows), self.dispatch_bytes
+        left = kept + loop if again else kept - loop, 0 if again else kept_routed - routed
+        moments = [  # copies, gradients, activations, what travels, what is needed for a moment
+            (copies + kept_routed, held, kept, travelling, buffer),  # the last gathered, until the next is
+            (copies + kept_routed, held, kept + coda + at_once * one.loss.kept, 0.0, at_once * one.loss.working),
+            (early + kept_routed, held, kept + loop * again, travelling, working + gradient),
+            (early + left[1], grads, left[0], travelling, working + gradient),
+            (early, grads + reduced, before, 0.0, 0.0),
+            (0.0, held + share, 0.0, 0.0, 0.0),
         ]
-        peak = max(moments, key=sum)
-        ema = _MASTER * share if job.settings.ema else 0.0
-        return Memory(_MASTER * share, _MASTER * (2 * share - muon), ema, whole, *peak)
-
-    @cached_property
-    def activations(self) -> tuple[float, float, float, float]:
-        """Bytes that are kept: before the loops, of all loops, of one that keeps all, and by the coda."""
-        job, rows, one = self.job, self.layout.rows, self.pieces
-        loop, state = rows * one.loop.kept, self.tokens * job.cfg.dim * job.number
-        before = rows * (one.ends.kept + job.cfg.prelude_layers * one.block.kept)
-        loops = job.grad_loops * (state if self.layout.recompute else loop)
-        return before, loops, loop, rows * job.cfg.coda_layers * one.block.kept
+        moment = max(moments, key=sum)
+        ema, adam = share * job.settings.ema, 2 * share - muon * (job.settings.optimizer == "muon")
+        return Memory(share, adam, ema, sum(whole.values()), *moment)
 
     @property
     def dispatch_bytes(self) -> float:
@@ -132,77 +134,89 @@ class Sheet:
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """All of a step but those of a few bytes: norms, counts, the loss."""
+        """All of a step but those of a few bytes: norms, counts of tokens, the loss."""
         job, layout, cfg = self.job, self.layout, self.job.cfg
-        found = []
+        found, left = [], dict[str, float]()
         for unit in self.units:
-            n, last = self.sharers(unit), _MASTER * unit.numel / self.sharers(unit)
+            shards, copies = ("slices", "copies") if unit.is_routed else ("shard", "replicate")
+            n, n_copies, size = self.sharers(unit), getattr(layout, copies), _FLOAT32 * unit.numel
             if n > 1:
-                found.append(Collective("all_gather", "shard", unit.name, 1, job.number * unit.numel, n))
-                found.append(Collective("reduce_scatter", "shard", unit.name, 1, _MASTER * unit.numel, n))
-            if layout.replicate > 1:
-                found.append(Collective("all_reduce", "replicate", unit.name, 1, last, layout.replicate))
+                found.append(Collective("all_gather", shards, unit.name, 1, size, n))
+                found.append(Collective("reduce_scatter", shards, unit.name, 1, size, n))
+                if n_copies > 1:
+                    found.append(Collective("all_reduce", copies, unit.name, 1, size / n, n_copies))
+            elif n_copies > 1:
+                left[copies] = left.get(copies, 0) + size
+        for group, size in left.items():
+            found.append(Collective("all_reduce", group, "gradients", 1, size, getattr(layout, group)))
         passes = job.loops + job.grad_loops * (1 + layout.recompute)  # forward, backward, recomputation
         n = layout.accumulate * cfg.core_layers * passes
-        if layout.expert > 1 and cfg.n_experts:
+        if layout.expert > 1:
             found.append(Collective("all_to_all", "expert", "tokens", 2 * n, self.exchanged, layout.expert))
         if layout.tensor > 1:
-            blocks = 2 * layout.accumulate * (cfg.prelude_layers + cfg.coda_layers)
+            n = n if cfg.n_shared_experts or not cfg.n_experts else 0
+            n += 2 * layout.accumulate * (cfg.prelude_layers + cfg.coda_layers)
             size = self.tokens * cfg.dim * job.number
-            found.append(Collective("all_reduce", "tensor", "tokens", 2 * (n + blocks), size, layout.tensor))
+            found.append(Collective("all_reduce", "tensor", "tokens", n, size, layout.tensor))
         return found
 
     def link(self, group: str, size: int) -> Link:
         """What joins the GPUs of a group: neighbours share tensors, then experts, then shards, then copies."""
-        tensor, copy = self.layout.tensor, self.layout.tensor * self.layout.shard
-        apart = {"tensor": 1, "expert": tensor, "shard": tensor, "replicate": copy}[group]
-        return self.job.links[apart * size > self.job.settings.node]
+        tensor, layout = self.layout.tensor, self.layout
+        experts = tensor * layout.expert
+        apart = {"shard": tensor, "replicate": tensor * layout.shard, "expert": tensor, "tensor": 1,
+                 "slices": experts, "copies": experts * layout.slices}  # fmt: skip
+        return self.job.links[apart[group] * size > self.job.settings.node]
 
     def seconds(self, one: Collective) -> float:
-        """Of all calls of a collective: a latency a hop, and bytes over the link's rate (Thakur et al. 2005)."""
-        link, hops = self.link(one.group, one.size), one.size - 1
-        trips = 2 if one.kind == "all_reduce" else 1
-        latency = link.latency * (hops.bit_length() if one.kind != "all_to_all" else min(hops, 8))
-        return one.count * trips * (latency + hops / one.size * one.bytes / link.rate)
+        """Of all calls of a collective: latencies of a tree, and bytes over the link's rate (Thakur et al. 2005)."""
+        link, trips = self.link(one.group, one.size), 2 if one.kind == "all_reduce" else 1
+        moved = (one.size - 1) / one.size * one.bytes
+        return one.count * trips * (link.latency * (one.size - 1).bit_length() + moved / link.rate)
 
     @cached_property
     def flops(self) -> float:
-        """Operations of a step on one GPU."""
+        """Operations of a step on one GPU. Of what a tensor group computes, only feed-forwards are divided."""
         job, layout = self.job, self.layout
-        each = _flops(job.config, job.loops, job.length, job.grad_loops, layout.recompute)
-        return each * job.batch_size * job.length / job.gpus
+        passes = job.loops + job.grad_loops * (2 + layout.recompute)
+        saved = 0
+        if layout.tensor > 1:
+            alone = units(job.config, 1, layout.expert, layout.slices)
+            for whole, part in zip(alone, self.units, strict=True):
+                uses = passes if whole.name.startswith("recurrent") else 3
+                saved += FLOPS_PER_MULTIPLY_ADD * (whole.numel - part.numel) * uses
+        each = _flops(job.config, job.loops, job.length, job.grad_loops, layout.recompute) - saved
+        return each * job.batch_size * job.length / (layout.replicate * layout.shard)
 
     @cached_property
     def traffic(self) -> float:
         """Bytes of its memory that a GPU reads and writes in a step: weights at each use, activations, the update."""
         job, layout, one = self.job, self.layout, self.pieces
-        weights = {unit.name: job.number * unit.numel for unit in self.units}
-        core = weights["core"] + weights.get("experts", 0)
         passes = job.loops + job.grad_loops * (2 + layout.recompute)
-        outside = sum(weights.values()) - core
+        weights = sum(
+            u.numel * job.number * (passes if u.name.startswith("recurrent") else 3) for u in self.units
+        ) + job.is_bf16 * sum(u.n_routed for u in self.units) * passes * (_FLOAT32 + 2)  # fmt: skip
         n_blocks = job.cfg.prelude_layers + job.cfg.coda_layers
-        kept = layout.rows * (one.ends.kept + n_blocks * one.block.kept)
-        kept += self.tokens / one.loss_tokens * one.loss.kept + layout.rows * job.grad_loops * one.loop.kept
-        # written and read, and read and written once more as gradients of about the same size
+        kept = layout.rows * (one.ends.kept + n_blocks * one.block.kept + job.grad_loops * one.loop.kept)
+        kept += self.tokens / one.loss_tokens * one.loss.kept
+        # written and read, and once more as gradients of about the same size
         activations = 4 * kept + 2 * layout.rows * one.loop.kept * (passes - 3 * job.grad_loops)
-        state = 4 if job.settings.ema else 3
-        share = _MASTER * sum(unit.numel / self.sharers(unit) for unit in self.units)
-        return layout.accumulate * (passes * core + 3 * outside + activations) + (2 * state + 1) * share
+        share = _FLOAT32 * sum(unit.numel / self.sharers(unit) for unit in self.units)
+        update = share * (7 + 2 * job.settings.ema)  # weights, two moments, average: both ways; gradients read
+        return layout.accumulate * (weights + activations) + update
 
     @cached_property
     def times(self) -> dict[str, float]:
         """Seconds of a step that products, memory and the interconnect would take alone; of this last, what is waited
         for: units travel while prelude and coda compute, and tokens do not.
         """
-        job = self.job
-        compute = self.flops / (job.device.flops / (1 if job.number == 2 else 2) * job.settings.efficiency)
+        job, n_blocks = self.job, self.job.cfg.prelude_layers + self.job.cfg.coda_layers
+        compute = self.flops / (job.device.flops / (1 if job.is_bf16 else 2) * job.settings.efficiency)
         memory = self.traffic / job.device.bandwidth
         units = sum(self.seconds(one) for one in self.collectives if one.of != "tokens")
         tokens = sum(self.seconds(one) for one in self.collectives if one.of == "tokens")
-        outside = (job.cfg.prelude_layers + job.cfg.coda_layers) / (
-            job.cfg.prelude_layers + job.cfg.coda_layers + job.loops * job.cfg.core_layers
-        )
-        hidden = min(units, outside * max(compute, memory) / self.layout.accumulate)
+        outside = n_blocks / (n_blocks + job.loops * job.cfg.core_layers) / self.layout.accumulate
+        hidden = min(units, outside * max(compute, memory))
         return {"compute": compute, "memory bandwidth": memory, "interconnect": tokens + units - hidden}
 
     @cached_property
