@@ -54,7 +54,7 @@ def plan(
     job = Job(cfg, gpus, settings, 1e9 * (memory or 0), interconnect, parameters(cfg).total)
     found = search(job)
     if found.best is None:
-        raise ValueError(f"{refusal(variant, found)}; use {would_fit(job, found)}")
+        raise ValueError(f"{refusal(variant, found)}; use {would_fit(job)}")
     bill = None if n_tokens is None else costs(found.best, n_tokens, price)
     if json:
         print(json_text.dumps(as_data(variant, found.best, found, bill)))
@@ -129,7 +129,7 @@ def refusal(name: str, found: "Found") -> str:
     least, job = found.least, found.least.job
     most = max(asdict(least.memory).items(), key=lambda kind: kind[1])
     said = (
-        f"{name} does not fit {job.gpus} GPUs of {si(job.device.memory, 'B')}, of which {job.settings.usable:.0%} are "
+        f"{name} does not fit {job.gpus} x {si(job.device.memory, 'B')}, of which {job.settings.usable:.0%} are "
         f"counted on: of {found.n_layouts} layouts the smallest takes {si(least.memory.total, 'B')} of each, "
         f"{si(most[1], 'B')} of it {most[0]}"
     )
@@ -140,9 +140,9 @@ def refusal(name: str, found: "Found") -> str:
 def sharded_alone(found: "Found") -> str:
     """What FSDP alone would take, where that does not fit."""
     sheet = found.sharded
-    if sheet is None or sheet.memory.total <= sheet.job.room:
+    if sheet is None or sheet.layout.shard == 1 or sheet.memory.total <= sheet.job.room:
         return ""
-    block = sum(unit.numel for unit in sheet.units if unit.name in ("core", "experts"))
+    block = sum(unit.numel for unit in sheet.units if unit.name.startswith("recurrent"))
     whole = sum(unit.numel for unit in sheet.units)
     return (
         f"FSDP alone (expert=1, tensor=1) takes {si(sheet.memory.total, 'B')} of each GPU, however many there are: it "

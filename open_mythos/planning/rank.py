@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.training.objective import MAX_LOGITS, readout
 from open_mythos.training.optim import decays
 
-_MEASURED = 16  # a degree of tensor parallelism, beside 1, at which pieces are measured
+_MOST_TENSOR = 256
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Pieces:
 
 
 def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
-    """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor``,
-    routed experts over ``expert``; all else is everywhere.
+    """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor`` if
+    that divides their width, routed experts over ``expert``; all else is everywhere.
     """
     found: dict[str, dict[int, str]] = {}
     for path, module in model.named_modules():
@@ -91,9 +91,10 @@ def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
 
 
 def local_shape(shape: torch.Size, dims: dict[int, str], tensor: int, expert: int) -> list[int]:
-    """Of one GPU's share of a parameter, rounded up."""
+    """Of one GPU's share of a parameter."""
     parts = {"tensor": tensor, "expert": expert}
-    return [-(-size // parts[dims[dim]]) if dim in dims else size for dim, size in enumerate(shape)]
+    by = [parts[dims[dim]] if dim in dims else 1 for dim in range(len(shape))]
+    return [size if size % n else size // n for size, n in zip(shape, by, strict=True)]
 
 
 @lru_cache(maxsize=256)
@@ -118,7 +119,10 @@ def units(config: str, tensor: int = 1, expert: int = 1, slices: int = 1) -> lis
         sizes = found.setdefault(unit, [0, 0, 0])
         for i, share in enumerate((1, is_muon, is_routed)):
             sizes[i] += numel * share
-    return [Unit(name, *sizes, is_routed=expert > 1 and name.endswith(".ffn")) for name, sizes in found.items()]
+    return [
+        Unit(name, numel, n_muon, n_routed, expert > 1 and name.endswith(".ffn"))
+        for name, (numel, n_muon, n_routed) in found.items()
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -134,11 +138,9 @@ def _parameters(config: str) -> list[tuple[str, torch.Size, dict[int, str], bool
 
 
 def tensor_degrees(cfg: MythosConfig) -> list[int]:
-    """Degrees of tensor parallelism: those that divide every feed-forward."""
-    widths = [cfg.ffn_dim] if cfg.prelude_layers + cfg.coda_layers or not cfg.n_experts else []
-    widths += [cfg.shared_dim] if cfg.n_experts and cfg.n_shared_experts else []
-    common = math.gcd(*widths)
-    return [degree for degree in range(1, min(common, 1024) + 1) if common % degree == 0] or [1]
+    """Degrees of tensor parallelism: those that divide the feed-forward of the core that all tokens pass."""
+    width = cfg.shared_dim if cfg.n_experts else cfg.ffn_dim
+    return [degree for degree in range(1, min(width, _MOST_TENSOR) + 1) if width % degree == 0] or [1]
 
 
 @lru_cache(maxsize=64)
@@ -147,13 +149,13 @@ def pieces(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
 
     Of a width that is divided by n, what is kept is ``a + b / n``; measured twice.
     """
-    whole = measured(config, 1, length, is_bf16)
+    whole, cfg = measured(config, 1, length, is_bf16), MythosConfig.from_json(config)
     if tensor == 1:
         return whole
-    other, share = measured(config, _MEASURED, length, is_bf16), (1 - 1 / tensor) / (1 - 1 / _MEASURED)
-    parts = (getattr(whole, name).toward(getattr(other, name), share) for name in ("ends", "block", "loop", "loss"))
-    ends, block, loop, loss = parts
-    return Pieces(ends, block, loop, loss, whole.loss_tokens, whole.state)
+    other = measured(config, 2, length, is_bf16)
+    share = 2 * (1 - 1 / tensor)
+    block = whole.block.toward(other.block, share * (cfg.ffn_dim % tensor == 0))
+    return replace(whole, block=block, loop=whole.loop.toward(other.loop, share))
 
 
 @lru_cache(maxsize=16)
@@ -167,7 +169,10 @@ def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
     with FakeTensorMode(), _Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
         for name, parameter in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            stored = nn.Parameter(torch.empty(local_shape(parameter.shape, dims.get(name, {}), tensor, few)))
+            shape, parts = list(parameter.shape), {"tensor": tensor, "expert": few}
+            for dim, group in dims.get(name, {}).items():
+                shape[dim] = -(-shape[dim] // parts[group])
+            stored = nn.Parameter(torch.empty(shape))
             setattr(model.get_submodule(owner), leaf, stored)
             stored.grad = torch.empty_like(stored)
             live.weights[stored.untyped_storage()] = None

@@ -1,6 +1,5 @@
 """The fastest layout that fits, and what would have to change where none does."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +10,7 @@ from open_mythos.planning.job import Degrees, Job, Layout
 from open_mythos.planning.rank import tensor_degrees
 from open_mythos.planning.sheet import Sheet
 
-_MOST_GPUS = 1 << 16
+_MOST_GPUS, _MOST_ROWS = 1 << 16, 1 << 10
 
 
 class Found(NamedTuple):
@@ -30,13 +29,13 @@ class Found(NamedTuple):
     n_layouts: int
 
 
-def search(job: Job) -> Found:
-    """Look at every layout of the job's GPUs.
+def search(job: Job, most_rows: int = _MOST_ROWS) -> Found:
+    """Look at every layout of the job's GPUs, with at most so many rows in a micro-batch.
 
     Raises:
         ValueError: if degrees that were asked for do not divide what they share, or the batch cannot be shared.
     """
-    sheets = [Sheet(job, layout) for layout in layouts(job)]
+    sheets = [Sheet(job, layout) for layout in layouts(job, most_rows)]
     fitting = [sheet for sheet in sheets if sheet.memory.total <= job.room]
     alone = [sheet for sheet in sheets if sheet.layout.expert == sheet.layout.tensor == 1]
 
@@ -47,7 +46,7 @@ def search(job: Job) -> Found:
     return Found(best, min(sheets, key=size), min(alone, key=size, default=None), len(sheets))
 
 
-def layouts(job: Job) -> list[Layout]:
+def layouts(job: Job, most_rows: int = _MOST_ROWS) -> list[Layout]:
     """All layouts, each a way to divide the GPUs and the batch.
 
     Raises:
@@ -60,14 +59,14 @@ def layouts(job: Job) -> list[Layout]:
         if name != "expert":
             must(gpus % value == 0, f"parallel.{name}={value} does not divide --gpus {gpus}; use a divisor of {gpus}")
     known = ", ".join(map(str, widths))
-    said = f"parallel.tensor={asked.tensor} does not divide every feed-forward"
+    said = f"parallel.tensor={asked.tensor} does not divide the core's feed-forward"
     must(asked.tensor in (0, *widths), f"{said}; use one of {known}")
     what = f"{experts} experts" if cfg.n_experts else "no experts"
     must(
         experts % (asked.expert or 1) == 0,
         f"parallel.expert={asked.expert}, and the model has {what}; use a divisor of {experts}",
     )
-    found = [layout for shares in _shares(job) for layout in _batches(job, shares)]
+    found = [layout for shares in _shares(job) for layout in _batches(job, shares, most_rows)]
     if not found:
         said = " ".join(f"parallel.{name}={value}" for name, value in degrees.items())
         n, by = job.batch_size, min((s.replicate * s.shard for s in _shares(job)), default=0)
@@ -91,34 +90,45 @@ def _shares(job: Job) -> Iterator[Layout]:
             n = replicate * shard
             for expert in (e for e in experts if n % e == 0 and (shard % e == 0 or e % shard == 0)):
                 layout = Layout(replicate, shard, expert, tensor)
+                if expert > 1 and (2 * job.cfg.expert_dim % layout.slices or job.cfg.dim % layout.slices):
+                    continue  # GPUs with the same experts divide each
                 if all(value in (0, getattr(layout, name)) for name, value in asked.to_dict().items()):
                     yield layout
 
 
-def _batches(job: Job, shares: Layout) -> Iterator[Layout]:
+def _batches(job: Job, shares: Layout, most_rows: int) -> Iterator[Layout]:
     readers = shares.replicate * shares.shard
     own, recompute = job.batch_size // readers, job.settings.checkpoint_loops
     if job.batch_size % readers:
         return
     for rows in _divisors(own):
-        if rows & (rows - 1) == 0 or rows == own:
+        if rows <= most_rows and (rows & (rows - 1) == 0 or rows == own):
             for again in (False, True):
                 if recompute in ("", str(again).lower()):
                     yield replace(shares, rows=rows, accumulate=own // rows, recompute=again)
 
 
-def would_fit(job: Job, found: Found) -> str:
-    """What to change in a job that does not fit: the fewest GPUs that share it, with their degrees, or more memory."""
-    said = list[str]()
-    free, gpus = replace(job.settings, parallel=Degrees()), job.gpus
-    while not said and gpus <= _MOST_GPUS:
-        with contextlib.suppress(ValueError):  # a batch that so many cannot share
-            if best := search(replace(job, gpus=gpus, settings=free)).best:
-                degrees = " ".join(best.layout.settings[:4])
-                said = [f"--gpus {gpus} {degrees}" if gpus > job.gpus else degrees]
-        gpus *= 2
-    least = found.least.memory.total / job.settings.usable / 1e9
-    return " or ".join([*said, f"--memory {least:.3g}" if least < 10 else f"--memory {math.ceil(least)}"])
+def would_fit(job: Job) -> str:
+    """What to change in a job that does not fit: its layout, the fewest GPUs that share it, or their memory."""
+    frugal = replace(job.settings, parallel=Degrees(), checkpoint_loops="true", batch_size=0)
+    here, gpus = search(job, most_rows=1), job.gpus
+    free = found = search(replace(job, settings=frugal), most_rows=1)
+    while found.best is None and gpus < _MOST_GPUS:
+        gpus = min(2 * gpus, _MOST_GPUS)
+        found = search(replace(job, gpus=gpus, settings=frugal), most_rows=1)
+    more = f"--gpus {gpus} " if gpus > job.gpus else ""
+    if found.best is not None:
+        return f"{more}{_degrees(found.best)} or {_memory(here.least)} as it is"
+    return f"{_memory(free.least)} {_degrees(free.least)} or {more}{_memory(found.least)} {_degrees(found.least)}"
+
+
+def _degrees(sheet: Sheet) -> str:
+    return " ".join([*sheet.layout.settings[:4], *sheet.layout.settings[5:]])
+
+
+def _memory(sheet: Sheet) -> str:
+    needed = sheet.memory.total / sheet.job.settings.usable / 1e9
+    return f"--memory {needed:.3g}" if needed < 10 else f"--memory {math.ceil(needed)}"
 
 
 def _divisors(n: int) -> list[int]:

@@ -6,7 +6,7 @@ micro-batches. In bfloat16, autocast copies weights: those of experts in every l
 be chosen evenly.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from open_mythos.config import MythosConfig
@@ -96,7 +96,7 @@ class Sheet:
         grads = max(held, _FLOAT32 * sum(unit.numel for unit in late))
         whole = {unit: _FLOAT32 * unit.numel for unit in self.units if self.sharers(unit) > 1}
         largest = max((unit for unit in late if unit in whole), key=whole.__getitem__, default=None)
-        buffer = whole.get(largest, 0)
+        buffer = 0 if largest is None else whole[largest]
         reduced = 0 if largest is None else buffer + buffer / self.sharers(largest)
         copies = 2 * job.is_bf16 * sum(unit.numel - unit.n_routed for unit in self.units)
         early = 2 * job.is_bf16 * sum(u.numel - u.n_routed for u in self.units if not u.name.startswith("coda"))
@@ -147,8 +147,8 @@ class Sheet:
                     found.append(Collective("all_reduce", copies, unit.name, 1, size / n, n_copies))
             elif n_copies > 1:
                 left[copies] = left.get(copies, 0) + size
-        for group, size in left.items():
-            found.append(Collective("all_reduce", group, "gradients", 1, size, getattr(layout, group)))
+        for group, total in left.items():
+            found.append(Collective("all_reduce", group, "gradients", 1, total, getattr(layout, group)))
         passes = job.loops + job.grad_loops * (1 + layout.recompute)  # forward, backward, recomputation
         n = layout.accumulate * cfg.core_layers * passes
         if layout.expert > 1:
@@ -156,8 +156,8 @@ class Sheet:
         if layout.tensor > 1:
             n = n if cfg.n_shared_experts or not cfg.n_experts else 0
             n += 2 * layout.accumulate * (cfg.prelude_layers + cfg.coda_layers)
-            size = self.tokens * cfg.dim * job.number
-            found.append(Collective("all_reduce", "tensor", "tokens", n, size, layout.tensor))
+            rows = self.tokens * cfg.dim * job.number
+            found.append(Collective("all_reduce", "tensor", "tokens", n, rows, layout.tensor))
         return found
 
     def link(self, group: str, size: int) -> Link:
@@ -179,7 +179,7 @@ class Sheet:
         """Operations of a step on one GPU. Of what a tensor group computes, only feed-forwards are divided."""
         job, layout = self.job, self.layout
         passes = job.loops + job.grad_loops * (2 + layout.recompute)
-        saved = 0
+        saved = 0.0
         if layout.tensor > 1:
             alone = units(job.config, 1, layout.expert, layout.slices)
             for whole, part in zip(alone, self.units, strict=True):
