@@ -111,15 +111,19 @@ def _batches(job: Job, shares: Layout, most_rows: int) -> Iterator[Layout]:
 def would_fit(job: Job) -> str:
     """What to change in a job that does not fit: its layout, the fewest GPUs that share it, or their memory."""
     frugal = replace(job.settings, parallel=Degrees(), checkpoint_loops="true", batch_size=0)
-    here, gpus = search(job, most_rows=1), job.gpus
-    free = found = search(replace(job, settings=frugal), most_rows=1)
-    while found.best is None and gpus < _MOST_GPUS:
-        gpus = min(2 * gpus, _MOST_GPUS)
+    here = search(job, most_rows=1)
+    free = search(replace(job, settings=frugal), most_rows=1)
+    if free.best is not None:
+        return f"{_degrees(free.best)} or {_memory(here.least)} as it is"
+    doubled = [job.gpus << i for i in range(1, _MOST_GPUS.bit_length()) if job.gpus << i <= _MOST_GPUS]
+    for gpus in [*doubled[-1:], *doubled]:  # where the most do not do, fewer do not either
         found = search(replace(job, gpus=gpus, settings=frugal), most_rows=1)
-    more = f"--gpus {gpus} " if gpus > job.gpus else ""
-    if found.best is not None:
-        return f"{more}{_degrees(found.best)} or {_memory(here.least)} as it is"
-    return f"{_memory(free.least)} {_degrees(free.least)} or {more}{_memory(found.least)} {_degrees(found.least)}"
+        if found.best is None and gpus == doubled[-1]:
+            more = f"--gpus {gpus} {_memory(found.least)} {_degrees(found.least)}"
+            return f"{_memory(free.least)} {_degrees(free.least)} or {more}"
+        if found.best is not None and (gpus < doubled[-1] or len(doubled) == 1):
+            return f"--gpus {gpus} {_degrees(found.best)} or {_memory(here.least)} as it is"
+    return f"{_memory(free.least)} {_degrees(free.least)}"
 
 
 def _degrees(sheet: Sheet) -> str:

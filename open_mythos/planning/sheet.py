@@ -102,7 +102,9 @@ class Sheet:
         early = 2 * job.is_bf16 * sum(u.numel - u.n_routed for u in self.units if not u.name.startswith("coda"))
         routed = 2 * job.is_bf16 * sum(unit.n_routed for unit in self.units)  # in each loop
         of_layer = sum(unit.n_routed for unit in self.units) / max(1, job.cfg.core_layers)
-        gradient = (_FLOAT32 + 2 * job.is_bf16) * of_layer * 2 / 3  # of gate and up, whose copies are gone by then
+        # of gate and up, by when their copies and what experts computed are gone
+        gone = self.tokens * job.cfg.n_experts_per_tok * (3 * job.cfg.expert_dim + job.cfg.dim) * job.number
+        gradient = max(0, (_FLOAT32 + 2 * job.is_bf16) * of_layer * 2 / 3 - gone)
         loop, state = layout.rows * one.loop.kept, layout.rows * one.state
         before = layout.rows * (one.ends.kept + job.cfg.prelude_layers * one.block.kept)
         coda = layout.rows * job.cfg.coda_layers * one.block.kept

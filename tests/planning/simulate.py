@@ -39,8 +39,9 @@ class Step(nn.Module):
 
 
 def peak(cfg: MythosConfig, world: int, rows: int, length: int, loops: int, recompute: bool) -> int:
-    """Bytes of one of ``world`` processes when most are in use, as torch's FSDPMemTracker counts them: a step in
-    bfloat16 by autocast and an update by AdamW, without averaged weights.
+    """Bytes of one of ``world`` processes when most are in use, as torch's FSDPMemTracker counts them.
+
+    A step in bfloat16 by autocast, beside the moments of AdamW, without averaged weights.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
@@ -53,27 +54,16 @@ def peak(cfg: MythosConfig, world: int, rows: int, length: int, loops: int, reco
             for unit in units:
                 fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
                 unit.set_reshard_after_backward(False, recurse=False)
-            optimizer = torch.optim.AdamW(step.parameters())
-            for parameter in step.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()  # makes the moments
-            optimizer.zero_grad()
+            moments = [torch.zeros_like(p.to_local()) for p in step.parameters() for _ in range(2)]
             ids = torch.zeros(rows, length, dtype=torch.int64)
-            tracker = FSDPMemTracker(step, optimizer)
-            tracker.track_external(*_moments(optimizer))
+            tracker = FSDPMemTracker(step)
+            tracker.track_external(*moments)
             with tracker:
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = step(ids)
                 loss.backward()
-                for unit in units:
-                    unit.reshard()
-                optimizer.step()
             (found,) = tracker.get_tracker_snapshot("peak").values()
             return found["Total"]
     finally:
         dist.destroy_process_group()
 
-
-def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    return [getattr(value, "_local_tensor", value) for value in states]
