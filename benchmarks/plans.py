@@ -24,12 +24,12 @@ PLANNED = [  # variant, GPUs, GB of each, settings
     ("10b", 64, 80, "device=h100"),
     ("50b", 256, 141, "device=h200"),
     ("100b", 256, 141, "device=h200"),
-    ("500b", 1024, 180, "device=b200"),
+    ("500b", 4096, 180, "device=b200"),
     ("1t", 2048, 180, "device=b200"),
 ]
 COLUMNS = [
-    "`mythos plan`", "replicate x shard x tensor, expert", "micro-batches x rows, loops", "GB of a GPU", "FSDP alone, GB",
-    "step, s", "tokens/s", "bound by",
+    "`mythos plan`", "replicate x shard x tensor, expert", "micro-batches x rows, loops", "GB of a GPU",
+    "FSDP alone, GB", "step, s", "tokens/s", "bound by",
 ]  # fmt: skip
 
 

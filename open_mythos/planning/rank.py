@@ -29,7 +29,8 @@ class Unit:
 
     Attributes:
         name: of the block, or of the part of it.
-        numel: on one GPU, before they are sharded; ``n_muon`` of them Muon's, ``n_routed`` of routed experts.
+        numel: on one GPU, before they are sharded; of them ``n_muon`` Muon's, ``n_routed`` of routed experts, and
+            ``n_core`` of blocks that run in every loop.
         is_routed: whether these have been divided by expert parallelism.
     """
 
@@ -37,6 +38,7 @@ class Unit:
     numel: int
     n_muon: int
     n_routed: int
+    n_core: int
     is_routed: bool
 
 
@@ -78,8 +80,8 @@ class Pieces:
 
 
 def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
-    """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor`` if
-    that divides their width, routed experts over ``expert``; all else is everywhere.
+    """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor``,
+    routed experts over ``expert``; all else is everywhere.
     """
     found: dict[str, dict[int, str]] = {}
     for path, module in model.named_modules():
@@ -91,37 +93,36 @@ def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
 
 
 def local_shape(shape: torch.Size, dims: dict[int, str], tensor: int, expert: int) -> list[int]:
-    """Of one GPU's share of a parameter."""
+    """Of one GPU's share of a parameter, rounded up."""
     parts = {"tensor": tensor, "expert": expert}
-    by = [parts[dims[dim]] if dim in dims else 1 for dim in range(len(shape))]
-    return [size if size % n else size // n for size, n in zip(shape, by, strict=True)]
+    return [-(-size // parts[dims[dim]]) if dim in dims else size for dim, size in enumerate(shape)]
 
 
 @lru_cache(maxsize=256)
 def units(config: str, tensor: int = 1, expert: int = 1, slices: int = 1) -> list[Unit]:
-    """Every block and what is left, and of blocks whose experts are divided, these apart.
+    """Every block and what is left; of a model whose experts are divided, these, and all else as one.
 
-    Where ``slices`` GPUs share the same experts, so are router and shared experts.
+    Where ``slices`` GPUs share the same experts, routers and shared experts are units too.
     """
     found: dict[str, list[int]] = {}
     for name, shape, dims, is_muon in _parameters(config):
-        first, _, rest = name.partition(".")
-        unit, is_routed = "root", "expert" in dims.values()
-        if first in ("prelude", "coda") or name.startswith("recurrent.block."):
-            own = first in ("prelude", "coda") or rest.split(".")[1].isdigit()
-            unit = ".".join(name.split(".")[: 2 + (own and first == "recurrent")])
-            part = name.removeprefix(f"{unit}.ffn.").partition(".")[0]
-            if expert > 1 and is_routed:
-                unit += ".ffn"
-            elif expert > 1 and slices > 1 and first == "recurrent" and part in ("router", "shared"):
-                unit += f".ffn.{part}"
+        words, is_routed, is_core = name.split("."), "expert" in dims.values(), name.startswith("recurrent.block.")
+        unit = "root"
+        if expert > 1 and ".ffn." in name and is_core:
+            ffn, _, part = name.partition(".ffn.")
+            if is_routed:
+                unit = f"{ffn}.ffn"
+            elif slices > 1:
+                unit = f"{ffn}.ffn.{part.partition('.')[0]}"
+        elif expert == 1 and (is_core or words[0] in ("prelude", "coda")):
+            unit = ".".join(words[: 3 if is_core and words[2].isdigit() else 2])
         numel = math.prod(local_shape(shape, dims, tensor, expert))
-        sizes = found.setdefault(unit, [0, 0, 0])
-        for i, share in enumerate((1, is_muon, is_routed)):
-            sizes[i] += numel * share
+        sizes = found.setdefault(unit, [0, 0, 0, 0])
+        for i, counts in enumerate((True, is_muon, is_routed, is_core)):
+            sizes[i] += numel * counts
     return [
-        Unit(name, numel, n_muon, n_routed, expert > 1 and name.endswith(".ffn"))
-        for name, (numel, n_muon, n_routed) in found.items()
+        Unit(name, numel, n_muon, n_routed, n_core, expert > 1 and name.endswith(".ffn"))
+        for name, (numel, n_muon, n_routed, n_core) in found.items()
     ]
 
 
@@ -138,9 +139,10 @@ def _parameters(config: str) -> list[tuple[str, torch.Size, dict[int, str], bool
 
 
 def tensor_degrees(cfg: MythosConfig) -> list[int]:
-    """Degrees of tensor parallelism: those that divide the feed-forward of the core that all tokens pass."""
-    width = cfg.shared_dim if cfg.n_experts else cfg.ffn_dim
-    return [degree for degree in range(1, min(width, _MOST_TENSOR) + 1) if width % degree == 0] or [1]
+    """Degrees of tensor parallelism: those that divide every feed-forward that all tokens pass."""
+    widths = [cfg.ffn_dim] * (cfg.prelude_layers + cfg.coda_layers > 0 or not cfg.n_experts)
+    common = math.gcd(*widths, cfg.shared_dim if cfg.n_experts else 0)
+    return [degree for degree in range(1, min(common, _MOST_TENSOR) + 1) if common % degree == 0] or [1]
 
 
 @lru_cache(maxsize=64)
@@ -149,13 +151,11 @@ def pieces(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
 
     Of a width that is divided by n, what is kept is ``a + b / n``; measured twice.
     """
-    whole, cfg = measured(config, 1, length, is_bf16), MythosConfig.from_json(config)
+    whole = measured(config, 1, length, is_bf16)
     if tensor == 1:
         return whole
-    other = measured(config, 2, length, is_bf16)
-    share = 2 * (1 - 1 / tensor)
-    block = whole.block.toward(other.block, share * (cfg.ffn_dim % tensor == 0))
-    return replace(whole, block=block, loop=whole.loop.toward(other.loop, share))
+    other, share = measured(config, 2, length, is_bf16), 2 * (1 - 1 / tensor)
+    return replace(whole, block=whole.block.toward(other.block, share), loop=whole.loop.toward(other.loop, share))
 
 
 @lru_cache(maxsize=16)
@@ -169,9 +169,7 @@ def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
     with FakeTensorMode(), _Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
         for name, parameter in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            shape, parts = list(parameter.shape), {"tensor": tensor, "expert": few}
-            for dim, group in dims.get(name, {}).items():
-                shape[dim] = -(-shape[dim] // parts[group])
+            shape = local_shape(parameter.shape, dims.get(name, {}), tensor, few)
             stored = nn.Parameter(torch.empty(shape))
             setattr(model.get_submodule(owner), leaf, stored)
             stored.grad = torch.empty_like(stored)

@@ -59,7 +59,7 @@ def layouts(job: Job, most_rows: int = _MOST_ROWS) -> list[Layout]:
         if name != "expert":
             must(gpus % value == 0, f"parallel.{name}={value} does not divide --gpus {gpus}; use a divisor of {gpus}")
     known = ", ".join(map(str, widths))
-    said = f"parallel.tensor={asked.tensor} does not divide the core's feed-forward"
+    said = f"parallel.tensor={asked.tensor} does not divide every feed-forward"
     must(asked.tensor in (0, *widths), f"{said}; use one of {known}")
     what = f"{experts} experts" if cfg.n_experts else "no experts"
     must(
@@ -90,8 +90,10 @@ def _shares(job: Job) -> Iterator[Layout]:
             n = replicate * shard
             for expert in (e for e in experts if n % e == 0 and (shard % e == 0 or e % shard == 0)):
                 layout = Layout(replicate, shard, expert, tensor)
-                if expert > 1 and (2 * job.cfg.expert_dim % layout.slices or job.cfg.dim % layout.slices):
-                    continue  # GPUs with the same experts divide each
+                slices = layout.slices if expert > 1 else 1
+                divides = 2 * job.cfg.expert_dim % slices == 0 and job.cfg.dim % slices == 0
+                if not divides or (tensor > 1 and job.cfg.dim % shard):
+                    continue  # what a GPU's share of a matrix is sharded along
                 if all(value in (0, getattr(layout, name)) for name, value in asked.to_dict().items()):
                     yield layout
 

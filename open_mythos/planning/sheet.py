@@ -1,8 +1,8 @@
 """What a layout takes on every GPU: bytes by kind, collectives, and the time of a step with what bounds it.
 
 As :mod:`open_mythos.training.parallel` runs it: a unit that several GPUs share is gathered once a step, in float32, and
-stays until its gradient has been reduced, once, whatever the number of loops, of their recomputations and of
-micro-batches. In bfloat16, autocast copies weights: those of experts in every loop, others once. Experts are taken to
+stays to its end; its gradient is reduced once a micro-batch, whatever the number of loops and of their recomputations.
+In bfloat16, autocast copies weights: those of experts in every loop, others once. Experts are taken to
 be chosen evenly.
 """
 
@@ -47,7 +47,7 @@ class Collective:
         kind: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``.
         group: who takes part: those that differ in ``shard``, ``replicate``, ``expert``, ``tensor`` alone; of experts
             that are divided, ``slices`` share the same, and ``copies`` hold what others hold too.
-        of: the unit that is moved, ``gradients`` of all that is not sharded, or ``tokens``.
+        of: the unit that is moved, ``gradients`` of all that is not sharded, ``tokens``, or their ``counts``.
         count: calls a step.
         bytes: of one call on one GPU: what all_gather makes, what the others take.
         size: GPUs of the group.
@@ -91,13 +91,14 @@ class Sheet:
         job, layout, one, again = self.job, self.layout, self.pieces, self.layout.recompute
         share = _FLOAT32 * sum(unit.numel / self.sharers(unit) for unit in self.units)
         muon = _FLOAT32 * sum(unit.n_muon / self.sharers(unit) for unit in self.units)
-        held = _FLOAT32 * sum(unit.numel for unit in self.units) if layout.accumulate > 1 else 0.0
         late = [unit for unit in self.units if not unit.name.startswith(("prelude", "coda"))]
-        grads = max(held, _FLOAT32 * sum(unit.numel for unit in late))
         whole = {unit: _FLOAT32 * unit.numel for unit in self.units if self.sharers(unit) > 1}
         largest = max((unit for unit in late if unit in whole), key=whole.__getitem__, default=None)
         buffer = 0 if largest is None else whole[largest]
         reduced = 0 if largest is None else buffer + buffer / self.sharers(largest)
+        own = _FLOAT32 * sum(unit.numel for unit in self.units if unit not in whole)
+        earlier = share if layout.accumulate > 1 else 0.0  # gradients of earlier micro-batches
+        grads = sum(whole[unit] for unit in late if unit in whole) + max(own, earlier)
         copies = 2 * job.is_bf16 * sum(unit.numel - unit.n_routed for unit in self.units)
         early = 2 * job.is_bf16 * sum(u.numel - u.n_routed for u in self.units if not u.name.startswith("coda"))
         routed = 2 * job.is_bf16 * sum(unit.n_routed for unit in self.units)  # in each loop
@@ -113,12 +114,12 @@ class Sheet:
         working, travelling = one.loop.needs(layout.rows), self.dispatch_bytes
         left = kept + loop if again else kept - loop, 0 if again else kept_routed - routed
         moments = [  # copies, gradients, activations, what travels, what is needed for a moment
-            (copies + kept_routed, held, kept, travelling, buffer),  # the last gathered, until the next is
-            (copies + kept_routed, held, kept + coda + at_once * one.loss.kept, 0.0, at_once * one.loss.working),
-            (early + kept_routed, held, kept + loop * again, travelling, working + gradient),
+            (copies + kept_routed, earlier, kept, travelling, buffer),  # the last gathered, until the next is
+            (copies + kept_routed, earlier, kept + coda + at_once * one.loss.kept, 0.0, at_once * one.loss.working),
+            (early + kept_routed, earlier, kept + loop * again, travelling, working + gradient),
             (early + left[1], grads, left[0], travelling, working + gradient),
             (early, grads + reduced, before, 0.0, 0.0),
-            (0.0, held + share, 0.0, 0.0, 0.0),
+            (0.0, share, 0.0, 0.0, 0.0),
         ]
         moment = max(moments, key=sum)
         ema, adam = share * job.settings.ema, 2 * share - muon * (job.settings.optimizer == "muon")
@@ -136,7 +137,7 @@ class Sheet:
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """All of a step but those of a few bytes: norms, counts of tokens, the loss."""
+        """All of a step but those of a few bytes that end it: the norm, the experts' load, the loss."""
         job, layout, cfg = self.job, self.layout, self.job.cfg
         found, left = [], dict[str, float]()
         for unit in self.units:
@@ -144,9 +145,9 @@ class Sheet:
             n, n_copies, size = self.sharers(unit), getattr(layout, copies), _FLOAT32 * unit.numel
             if n > 1:
                 found.append(Collective("all_gather", shards, unit.name, 1, size, n))
-                found.append(Collective("reduce_scatter", shards, unit.name, 1, size, n))
+                found.append(Collective("reduce_scatter", shards, unit.name, layout.accumulate, size, n))
                 if n_copies > 1:
-                    found.append(Collective("all_reduce", copies, unit.name, 1, size / n, n_copies))
+                    found.append(Collective("all_reduce", copies, unit.name, layout.accumulate, size / n, n_copies))
             elif n_copies > 1:
                 left[copies] = left.get(copies, 0) + size
         for group, total in left.items():
@@ -154,6 +155,8 @@ class Sheet:
         passes = job.loops + job.grad_loops * (1 + layout.recompute)  # forward, backward, recomputation
         n = layout.accumulate * cfg.core_layers * passes
         if layout.expert > 1:
+            forward = n - layout.accumulate * cfg.core_layers * job.grad_loops
+            found.append(Collective("all_to_all", "expert", "counts", forward, 8 * cfg.n_experts, layout.expert))
             found.append(Collective("all_to_all", "expert", "tokens", 2 * n, self.exchanged, layout.expert))
         if layout.tensor > 1:
             n = n if cfg.n_shared_experts or not cfg.n_experts else 0
@@ -185,8 +188,8 @@ class Sheet:
         if layout.tensor > 1:
             alone = units(job.config, 1, layout.expert, layout.slices)
             for whole, part in zip(alone, self.units, strict=True):
-                uses = passes if whole.name.startswith("recurrent") else 3
-                saved += FLOPS_PER_MULTIPLY_ADD * (whole.numel - part.numel) * uses
+                core = whole.n_core - part.n_core
+                saved += FLOPS_PER_MULTIPLY_ADD * (passes * core + 3 * (whole.numel - part.numel - core))
         each = _flops(job.config, job.loops, job.length, job.grad_loops, layout.recompute) - saved
         return each * job.batch_size * job.length / (layout.replicate * layout.shard)
 
@@ -195,9 +198,8 @@ class Sheet:
         """Bytes of its memory that a GPU reads and writes in a step: weights at each use, activations, the update."""
         job, layout, one = self.job, self.layout, self.pieces
         passes = job.loops + job.grad_loops * (2 + layout.recompute)
-        weights = sum(
-            u.numel * job.number * (passes if u.name.startswith("recurrent") else 3) for u in self.units
-        ) + job.is_bf16 * sum(u.n_routed for u in self.units) * passes * (_FLOAT32 + 2)  # fmt: skip
+        weights = job.number * sum(u.n_core * passes + (u.numel - u.n_core) * 3 for u in self.units)
+        weights += job.is_bf16 * sum(u.n_routed for u in self.units) * passes * (_FLOAT32 + 2)
         n_blocks = job.cfg.prelude_layers + job.cfg.coda_layers
         kept = layout.rows * (one.ends.kept + n_blocks * one.block.kept + job.grad_loops * one.loop.kept)
         kept += self.tokens / one.loss_tokens * one.loss.kept
@@ -214,9 +216,9 @@ class Sheet:
         """
         job, n_blocks = self.job, self.job.cfg.prelude_layers + self.job.cfg.coda_layers
         compute = self.flops / (job.device.flops / (1 if job.is_bf16 else 2) * job.settings.efficiency)
-        memory = self.traffic / job.device.bandwidth
-        units = sum(self.seconds(one) for one in self.collectives if one.of != "tokens")
-        tokens = sum(self.seconds(one) for one in self.collectives if one.of == "tokens")
+        memory, waited = self.traffic / job.device.bandwidth, ("expert", "tensor")
+        units = sum(self.seconds(one) for one in self.collectives if one.group not in waited)
+        tokens = sum(self.seconds(one) for one in self.collectives if one.group in waited)
         outside = n_blocks / (n_blocks + job.loops * job.cfg.core_layers) / self.layout.accumulate
         hidden = min(units, outside * max(compute, memory))
         return {"compute": compute, "memory bandwidth": memory, "interconnect": tokens + units - hidden}

@@ -66,4 +66,3 @@ def peak(cfg: MythosConfig, world: int, rows: int, length: int, loops: int, reco
             return found["Total"]
     finally:
         dist.destroy_process_group()
-

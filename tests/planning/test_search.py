@@ -23,7 +23,7 @@ def test_layouts_divide_gpus_batch_and_experts() -> None:
     found = layouts(job(cfg, 12, batch_size=24, length=8))
     assert len(found) == len(set(found)) > 50
     for layout in found:
-        assert layout.gpus == 12 and 24 == layout.replicate * layout.shard * layout.rows * layout.accumulate
+        assert layout.gpus == 12 and layout.replicate * layout.shard * layout.rows * layout.accumulate == 24
         assert layout.expert * layout.slices * layout.copies == layout.replicate * layout.shard
         assert 4 % layout.expert == 0 and cfg.shared_dim % layout.tensor == 0
     fixed = layouts(job(cfg, 12, batch_size=24, length=8, parallel=Degrees(expert=2), checkpoint_loops="true"))
@@ -59,7 +59,7 @@ def test_sharding_alone_cannot_train_the_largest_and_it_is_said_what_would() -> 
     [
         (dict(parallel=Degrees(shard=5)), "parallel.shard=5 does not divide --gpus 8; use a divisor of 8"),
         (dict(parallel=Degrees(expert=3)), "parallel.expert=3, and the model has 4 experts; use a divisor of 4"),
-        (dict(parallel=Degrees(tensor=16)), "does not divide the core's feed-forward; use one of 1, 2, 3"),
+        (dict(parallel=Degrees(tensor=16)), "does not divide every feed-forward; use one of 1"),
         (dict(batch_size=4, parallel=Degrees(tensor=1)), "cannot be shared by 8 GPUs that read rows of their own"),
         (dict(parallel=Degrees(replicate=4, shard=4)), "parallel.replicate=4 parallel.shard=4 divides --gpus 8"),
         (dict(length=10**6), "length=1000000 is more than model.max_seq_len"),

@@ -52,24 +52,27 @@ def test_units_hold_all_parameters_and_are_blocks() -> None:
     assert not any(unit.is_routed for unit in found)
     apart = units(config, 1, 2, 2)
     routed = [unit for unit in apart if unit.is_routed]
-    assert [unit.name for unit in routed] == ["recurrent.block.0.ffn", "recurrent.block.1.ffn"]
+    ffns = ["recurrent.block.0.ffn", "recurrent.block.1.ffn"]
+    assert [unit.name for unit in routed] == ffns
     model = without_storage(OpenMythos, cfg)
     ffn: Any = model.recurrent.layers[0].ffn
     assert routed[0].numel == routed[0].n_routed == (ffn.gate_up.numel() + ffn.down.numel()) // 2
-    assert {"recurrent.block.0.ffn.router", "recurrent.block.0.ffn.shared"} <= {unit.name for unit in apart}
+    others = {"root", *(f"{name}.{part}" for name in ffns for part in ("router", "shared"))}
+    assert {unit.name for unit in apart} == {*ffns, *others}
+    assert {unit.name for unit in units(config, 1, 2)} == {"root", *ffns}
     assert sum(unit.numel for unit in apart) == total - sum(unit.numel for unit in routed)
+    core = sum(p.numel() for p in model.recurrent.block.parameters())
+    assert sum(unit.n_core for unit in found) == core == sum(u.n_core + u.n_routed for u in apart)
 
 
-def test_tensor_parallelism_divides_feed_forwards_whose_width_it_divides() -> None:
+def test_tensor_parallelism_divides_feed_forwards() -> None:
     cfg = tiny_config(dense_dim=18, expert_dim=12, n_experts_per_tok=2, n_shared_experts=1)
-    assert tensor_degrees(cfg) == [1, 2, 3, 4, 6, 8, 12, 24]
-    whole, halves, quarters = (units(cfg.to_json(), degree) for degree in (1, 2, 4))
-    sizes = [[unit.numel for unit in found] for found in (whole, halves, quarters)]
-    dense, shared = 3 * cfg.dim * 18, 3 * cfg.dim * 24
-    names = [unit.name for unit in whole]
-    prelude, core = names.index("prelude.0"), names.index("recurrent.block")
-    assert [size[prelude] - sizes[0][prelude] for size in sizes] == [0, -dense // 2, 0]
-    assert [size[core] - sizes[0][core] for size in sizes] == [0, -shared // 2, -shared * 3 // 4]
+    assert tensor_degrees(cfg) == [1, 2, 3, 6]
+    assert tensor_degrees(replace(cfg, prelude_layers=0, coda_layers=0)) == [1, 2, 3, 4, 6, 8, 12, 24]
+    whole, thirds = units(cfg.to_json()), units(cfg.to_json(), 3)
+    saved = {a.name: a.numel - b.numel for a, b in zip(whole, thirds, strict=True)}
+    dense, shared = 3 * cfg.dim * 18 * 2 // 3, 3 * cfg.dim * 24 * 2 // 3
+    assert saved == {"root": 0, "prelude.0": dense, "recurrent.block": shared, "coda.0": dense}
 
 
 def test_what_is_kept_of_a_width_in_three_is_as_measured_of_one_and_two() -> None:
@@ -99,7 +102,7 @@ def test_units_are_gathered_and_reduced_once_whatever_the_loops(loops: int, reco
     total, n_units = parameters(cfg).total, len(units(cfg.to_json()))
     for kind, share in (("all_gather", 1), ("reduce_scatter", 1), ("all_reduce", 4)):
         ours = [one for one in found if one.kind == kind]
-        assert len(ours) == n_units and {one.count for one in ours} == {1}
+        assert len(ours) == n_units and {one.count for one in ours} == {1 if kind == "all_gather" else 3}
         assert sum(one.bytes for one in ours) == 4 * total / share
     assert len(found) == 3 * n_units
 
@@ -110,12 +113,15 @@ def test_tokens_are_exchanged_twice_a_loop_and_twice_back() -> None:
     (tokens,) = [
         one
         for one in sheet(cfg, 2, layout, loops=5, grad_loops=3, length=8, batch_size=6, precision="fp32").collectives
-        if one.kind == "all_to_all"
+        if one.of == "tokens"
     ]
     assert tokens.count == 2 * 5 + 2 * 3 and tokens.size == 2
     assert tokens.bytes == 3 * 8 * cfg.n_experts_per_tok * cfg.dim * 4
     again = sheet(cfg, 2, replace(layout, recompute=True), loops=5, grad_loops=3, length=8, batch_size=6)
-    assert [one.count for one in again.collectives if one.kind == "all_to_all"] == [2 * 5 + 4 * 3]
+    assert {one.of: one.count for one in again.collectives if one.group == "expert"} == {
+        "tokens": 2 * 5 + 4 * 3,
+        "counts": 5 + 3,
+    }
 
 
 def test_what_is_not_sharded_is_summed_in_one_call_a_group() -> None:
