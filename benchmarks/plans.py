@@ -23,7 +23,7 @@ PLANNED = [  # variant, GPUs, GB of each, settings
     ("3b", 8, 80, "device=h100"),
     ("10b", 64, 80, "device=h100"),
     ("50b", 256, 141, "device=h200"),
-    ("100b", 256, 141, "device=h200"),
+    ("100b", 512, 141, "device=h200"),
     ("500b", 4096, 180, "device=b200"),
     ("1t", 2048, 180, "device=b200"),
 ]
