@@ -95,7 +95,7 @@ class LoopBlock(nn.Module):
             u = u + self.lora(e.e, loop, (e.low_rank, e.scales))
         h = self.norm(u)
         if self.training and self.cfg.state_noise and not is_evaluating():
-            h = h + _without_padding(self.cfg.state_noise * torch.randn_like(h), ctx)
+            h = h + _without_padding(self.cfg.state_noise * ctx.noise(h, step_slot(loop, ctx)), ctx)
         return h
 
     def _with_loop_index(self, x: Tensor, loop: int | Tensor, ctx: Context) -> Tensor:

@@ -25,8 +25,8 @@ from open_mythos.training.growth import Growth
 from open_mythos.training.objective import Objective, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
 
-# streams of random numbers beside torch's own, which draws weights, dropout and noise
-_DATA, _LOOPS, _RANKS = 1, 2, 500
+# streams of random numbers beside torch's own, which draws weights, and those of rows, which draw dropout and noise
+_DATA, _LOOPS = 1, 2
 _FOURFOLD, _PROBLEM = 4, 16  # weights, gradients, two moments; bytes of a token and its answer
 
 
@@ -90,8 +90,6 @@ class Trainer:
         self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
-        if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
-            torch.manual_seed(1000 * cfg.seed + _RANKS + distributed.rank())
 
     def step(self) -> StepResult:
         """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite."""
@@ -140,6 +138,7 @@ class Trainer:
         self.optimizer.zero_grad()
         share = cfg.batch_size // distributed.world_size()  # rows of this process
         size, first = share // cfg.accumulate, share * distributed.rank()
+        torch.manual_seed(hash((cfg.seed, self.step_number, first)))  # for modules that are not this library's
         loops, seen = 0.0, list[Tensor]()
         with distributed.counting_together(self.model):
             for start in range(first, first + share, size):
@@ -208,7 +207,8 @@ class Trainer:
 
         To be called by all processes; each is given the state of all.
         """
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        own = self.objective.left
+        left = distributed.gathered([list(own), torch.stack(list(own.values())).cpu()] if own else [[], own])
         return {
             "config": self.cfg.to_dict(),
             "step": self.step_number,
@@ -221,19 +221,16 @@ class Trainer:
             "text": self.task.fingerprint() if isinstance(self.task, Text) else None,
             "data": self.data_rng.get_state(),
             "loops": self.loops_rng.get_state(),
-            "processes": distributed.gathered(
-                {"carried": self._carried(), "torch": torch.get_rng_state(), "cuda": cuda}
-            ),
+            "buffers": self._carried()["buffers"],
+            "left": {row: state for rows, states in left for row, state in zip(rows, states, strict=True)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where the trainer that gave ``state`` was, one of the same config.
 
         Raises:
-            ValueError: if the text is another than it was, or the processes are more or fewer than there were.
+            ValueError: if the text is another than it was.
         """
-        n, there = len(state["processes"]), distributed.world_size()
-        must(n == there, f"the checkpoint is of {n} processes and there are {there}; start as many as there were")
         if isinstance(self.task, Text):
             changed = f"the text at source={self.task.source!r} is not what it was when the checkpoint was made"
             must(state["text"] == self.task.fingerprint(), f"{changed}; bring that back, or start a new run")
@@ -246,22 +243,20 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.data_rng.set_state(state["data"])
         self.loops_rng.set_state(state["loops"])
-        own = state["processes"][distributed.rank()]
-        self._restore(own["carried"])
-        torch.set_rng_state(own["torch"])
-        if self.device.type == "cuda" and own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], self.device)
+        if "processes" in state:  # of earlier versions, whose rows had other noise, and started from any row's state
+            state = state["processes"][0]["carried"] | {"left": {}}
+        self._restore({"buffers": state["buffers"], "left": state["left"]})
 
     def _carried(self) -> dict[str, Any]:
         """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return {"buffers": buffers, "objective": {"left": self.objective.left}}
+        return {"buffers": buffers, "left": self.objective.left}
 
     def _restore(self, carried: dict[str, Any]) -> None:
         for name, buffer in carried["buffers"].items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(owner), leaf, buffer.to(self.device))
-        self.objective.left = carried["objective"]["left"]
+        self.objective.left = carried["left"]
 
 
 def check_fit(cfg: TrainConfig, task: Task) -> None:
