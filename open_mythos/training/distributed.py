@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from open_mythos.nn.feed_forward import MoEFFN
 
 _PATIENCE = timedelta(hours=12)  # process 0 may have a long corpus to read before the others
 
@@ -81,37 +78,6 @@ def add_up(numbers: list[float]) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def add_up_gradients(model: nn.Module) -> None:
-    """Each parameter's gradient becomes the sum over all processes; none where none has any."""
-    if world_size() == 1:
-        return
-    parameters = list(model.parameters())
-    has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    dist.all_reduce(has)
-    used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-    for p in used:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten() for p in used if p.grad is not None])
-    dist.all_reduce(flat)
-    for p, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
-        p.grad = part.view_as(p)
-
-
-@contextmanager
-def counting_together(model: nn.Module) -> Iterator[None]:
-    """What experts are chosen for inside counts for all processes, and for one optimizer step."""
-    experts = [module for module in model.modules() if isinstance(module, MoEFFN)]
-    if world_size() == 1:
-        yield
-        return
-    before: list[Tensor] = [module.expert_load.clone() for module in experts]
-    yield
-    for module, load in zip(experts, before, strict=True):
-        module.expert_load -= load
-        dist.all_reduce(module.expert_load)
-        module.expert_load += load
 
 
 def gathered(mine: Any) -> list[Any]:
