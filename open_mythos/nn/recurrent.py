@@ -259,7 +259,7 @@ class Loops(nn.Module):
         No sequence waits for another: a loop computes the rows that still run, and nothing else.
         """
         assert int(schedule.n_loops.min()) >= 1 and int(schedule.n_grad.min()) >= 1
-        last, damping = int(schedule.n_loops.max()), schedule.damping
+        last, damping = schedule.last, schedule.damping
         if self.lora is not None:  # whose scales this run trains, so that they have to be read
             self.lora.trained_loops.clamp_(min=last)
         loop_input = self.prepare(e)

@@ -35,9 +35,15 @@ class Plan:
     outcome: Tensor  # whether it is asked for the answer alone, and not for the steps to it
     row: Tensor  # its number in the batch of all processes
     keys: Tensor | None  # what decides its noise, of a model that has any
+    among: "Plan | None" = None  # of all rows that run in lock-step with these
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
+
+    def schedules(self, progressive: float) -> list[tuple[Tensor, Tensor]]:
+        """Loops, and those with gradient, of each run of the loop: the short one has ``progressive`` of the weight."""
+        whole, short = (self.n_loops, self.n_grad), (self.short_loops, self.short_grad)
+        return [whole] * (progressive < 1) + [short] * (progressive > 0)
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Objective:
 
     def __init__(self, cfg: TrainConfig, teacher: OpenMythos | None = None) -> None:
         self.cfg, self.teacher = cfg, teacher
+        self.short = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0  # weight of the second run
         self.left = dict[int, Tensor]()  # the state that each row of the last step ended with, (T, dim)
 
     def plan(
@@ -95,10 +102,11 @@ class Objective:
         """
         cfg = self.cfg.loss
         run = _Run(model, batch, self.cfg, self.teacher, plan.keys)
-        short = cfg.progressive if cfg.depth == "progressive" else 0.0
+        short = self.short
         h = self._first_state(model, run.e, run.ctx, plan)
-        ran = [run(h, plan.n_loops, plan.n_grad, plan.outcome)] if short < 1 else []
-        ran += [run(h, plan.short_loops, plan.short_grad, plan.outcome)] if short > 0 else []
+        schedules = plan.schedules(short)
+        among = [None] * len(schedules) if plan.among is None else plan.among.schedules(short)
+        ran = [run(h, *loops, plan.outcome, others) for loops, others in zip(schedules, among, strict=True)]
         if self.cfg.loops.stale:
             self.left = self.left | dict(zip(plan.row.tolist(), ran[0][2], strict=True))
         shares = [share for share in (1 - short, short) if share > 0]
@@ -109,7 +117,7 @@ class Objective:
         distill = cfg.distill if self.teacher is not None else 0.0
         weights = {"cross_entropy": 1 - distill, "z": cfg.z, "distillation": distill, "change": cfg.fixed_point}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        n_loops = plan.n_loops if short < 1 else plan.short_loops
+        n_loops = schedules[0][0]
         detached = {name: part.detach() for name, part in parts.items()}
         n_right, n_asked = ran[0][1].unbind()
         return Outcome(loss, n_right, n_asked, float(n_loops.float().mean()), detached)
@@ -140,7 +148,9 @@ class _Run:
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
         self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid, keys=keys)
 
-    def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over scored tokens, (4,) as ``TERMS``; tokens right and asked for, (2,); final states, detached."""
         cfg = self.cfg
         sums, change = self.e.new_zeros(3, dtype=torch.float32), self.e.new_zeros((), dtype=torch.float32)
@@ -153,8 +163,11 @@ class _Run:
             cfg.checkpoint_loops,
             lambda h, loop: h if loop % _TRIM_EVERY else give_back_here(h),
             cfg.loops.gradient == "each" and cfg.kind == "looped",
+            among,
         )
         for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
+            if len(stage.rows) == 0:  # others run this loop, and its backward pass too
+                sums = sums + 0 * stage.after.sum()
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
             supervised, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
             if len(supervised):

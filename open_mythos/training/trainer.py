@@ -149,9 +149,9 @@ class Trainer:
         with self.parallel.counting():
             for start in range(first, first + share, size):
                 rows = slice(start, start + size)
-                micro, is_last = _move(batch, rows, self.device), start + size == first + share
+                micro = _move(batch, rows, self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                    outcome = self.parallel.run(micro, plan[rows], n_scored, is_last)
+                    outcome = self.parallel.run(micro, plan, rows, n_scored)
                 outcome.loss.backward()
                 loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
                 numbers = outcome.loss.detach(), outcome.n_right.float(), outcome.n_asked.float()

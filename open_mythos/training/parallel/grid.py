@@ -53,7 +53,9 @@ class Grid:
             return
         versions = distributed.gathered(torch.__version__)
         other = next((i for i, version in enumerate(versions) if version != versions[0]), 0)
-        said = f"process {other} has torch {versions[other]} and process 0 {versions[0]}; install one version everywhere"
+        said = (
+            f"process {other} has torch {versions[other]} and process 0 {versions[0]}; install one version everywhere"
+        )
         must(not other, said)
         copies = self.n_data // self.slices // self.expert
         dense, sparse = ("replicate", "shard", "tensor"), ("copies", "slices", "expert", "tensor")
@@ -70,8 +72,7 @@ class Grid:
         mesh = self.dense if self.dense is not None and name in (self.dense.mesh_dim_names or ()) else self.sparse
         return None if mesh is None or mesh[name].size() == 1 else mesh.get_group(name)
 
-    def rows(self, n: int, first: int, count: int, data: range | None = None) -> torch.Tensor:
-        """Of ``n`` rows of a step: from the ``first`` of its own rows on, ``count`` of this process, or of others."""
-        of = range(self.data, self.data + 1) if data is None else data
-        share = n // self.n_data
-        return torch.cat([torch.arange(i * share + first, i * share + first + count) for i in of])
+    def beside(self, rows: slice, n: int) -> torch.Tensor:
+        """Which of the ``n`` rows of a step the processes with the same experts run, while this one runs ``rows``."""
+        share, first = n // self.n_data, -(self.data % self.expert)
+        return torch.cat([torch.arange(rows.start, rows.stop) + (first + i) * share for i in range(self.expert)])

@@ -56,6 +56,10 @@ class Parallel:
         self.step, self.units = Step(model, objective), list[Any]()
         self.is_alone = grid.dense is None
         cuts: Cuts = {}
+        if grid.expert * grid.tensor > 1:
+            from open_mythos.training.parallel.divide import divide
+
+            cuts = divide(model, grid)
         if grid.shard > 1:  # what one process does not need takes a second to import
             from open_mythos.training.parallel.shard import shard
 
@@ -68,12 +72,19 @@ class Parallel:
             self.pieces = pieces(model, grid, cuts)
             self.held = {name: piece.held for name, piece in self.pieces.items()}
 
-    def run(self, batch: Batch, plan: Plan, n_scored: int, is_last: bool) -> Outcome:
-        """The loss of a micro-batch; gradients are added up in the backward pass of the ``is_last`` of a step."""
-        for unit in self.units[-1:]:  # the root, and all inside
-            unit.set_requires_gradient_sync(is_last)
-            unit.set_is_last_backward(is_last)
-        return Outcome(**self.step(batch, plan, n_scored))
+    def run(self, batch: Batch, plan: Plan, rows: slice, n_scored: int) -> Outcome:
+        """The loss of a micro-batch, these ``rows`` of the step's ``plan``.
+
+        FSDP adds up its gradients in its backward pass, those of each micro-batch: it reduces what it finds after any
+        call of a block, so that gradients which wait for the next micro-batch would be reduced within it, unfinished.
+        """
+        own = plan[rows]
+        if self.grid.expert > 1:
+            own.among = plan[self.grid.beside(rows, self.cfg.batch_size)]
+        if (lora := self.model.recurrent.lora) is not None:  # which is as deep as the deepest row of any process
+            for loops, _ in plan.schedules(self.step.objective.short):
+                lora.trained_loops.clamp_(min=int(loops.max()))
+        return Outcome(**self.step(batch, own, n_scored))
 
     @contextmanager
     def counting(self) -> Iterator[None]:
