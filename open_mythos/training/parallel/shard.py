@@ -15,8 +15,12 @@ from open_mythos.training.parallel.pieces import Cuts
 def shard(step: nn.Module, model: nn.Module, grid: Grid, cuts: Cuts) -> list[Any]:
     """Have FSDP divide ``model``, which ``step`` calls: its blocks are units, and what is left is one.
 
-    A unit stays whole from its first use to the end of the step, however often it is called or computed again. Experts
-    that a part of the processes share are a unit on a mesh of their own.
+    A unit stays whole from its first use to the end of the step, however often it is called or computed again.
+
+    With experts that are exchanged in every loop, all but these is one unit, gathered before the first loop and reduced
+    after the last: a process whose rows are done reads them while others still loop, and would wait for these in a
+    gather of the coda, while they wait for it in an exchange. Experts that some of the processes share are units on a
+    mesh of their own.
 
     Returns:
         The units.
@@ -40,7 +44,7 @@ def shard(step: nn.Module, model: nn.Module, grid: Grid, cuts: Cuts) -> list[Any
         has_copies = grid.sparse["copies"].size() > 1
         own = grid.sparse["copies", "slices"] if has_copies else grid.sparse["slices"]
         units.append(fully_shard(ffn, mesh=own, **options))
-    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    blocks = [] if grid.expert > 1 else [module for module in model.modules() if isinstance(module, TransformerBlock)]
     units += [fully_shard(module, mesh=mesh, ignored_params=ignored, **options) for module in (*blocks, step)]
     for unit in units:
         assert isinstance(unit, FSDPModule)
