@@ -1,8 +1,10 @@
 """Several processes that train one model, as ``torchrun`` starts them, or one, for which nothing here does anything."""
 
 import os
+import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -57,18 +59,40 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """What is inside is done by process 0, then by the others, who find what it left."""
-    if rank() > 0:
-        wait()
-    yield
-    if rank() == 0:
-        wait()
+    """What is inside is done by process 0, then by the others, who find what it left, or end with it if it fails."""
+    if rank() > 0 and add_up([0.0])[0]:
+        raise SystemExit(2)  # it says why
+    failed = 1.0
+    try:
+        yield
+        failed = 0.0
+    finally:
+        if rank() == 0:
+            add_up([failed])
 
 
 def wait() -> None:
     """Until all processes are here."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(()))
+
+
+def said_by_others(error: BaseException, patience: float = 2.0) -> str:
+    """If a collective has failed, which one, and whom it waited for; "" for other errors.
+
+    Processes that wait fail as well, and say so within ``patience`` seconds of each other.
+    """
+    calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "distributed_c10d" in frame.filename]
+    if not calls or not dist.is_initialized():
+        return ""
+    missing = "others"
+    with suppress(RuntimeError):  # nobody keeps the store any more
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"waited/{rank()}", "")
+        time.sleep(patience)
+        lost = [str(i) for i in range(world_size()) if not store.check([f"waited/{i}"])]
+        missing = f"process {', '.join(lost)}" if lost else missing
+    return f"process {rank()} waited for {missing} in {calls[-1]}"
 
 
 def add_up(numbers: list[float]) -> list[float]:

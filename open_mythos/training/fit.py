@@ -99,7 +99,7 @@ def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
         with stop.telling(watch.log, lambda: left(run, watch)):
             yield
     except TrainingError as error:
-        raise TrainingError(f"{error}; {left(run, watch)}") from error
+        raise type(error)(f"{error}; {left(run, watch)}") from error
     except (MemoryError, RuntimeError) as error:  # PyTorch has its own for a GPU, and none for the rest
         text = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:

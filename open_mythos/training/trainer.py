@@ -35,6 +35,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, and what to change."""
 
 
+class Lost(TrainingError):
+    """Another process does not come; the message names it, and what it was waited for in."""
+
+
 @dataclass
 class StepResult:
     """What one step did."""
@@ -100,7 +104,14 @@ class Trainer:
         """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite."""
         batch = self.draw()
         before = self._carried()
-        result = self.forward_backward(batch)
+        try:
+            result = self.forward_backward(batch)
+        except RuntimeError as error:
+            if said := distributed.said_by_others(error):
+                patience = f"parallel.timeout={self.cfg.parallel.timeout:g}"
+                fix = f"see what ended or holds it, and raise {patience} if it is slow"
+                raise Lost(f"{said}, in step {self.step_number + 1} ({error}); {fix}") from error
+            raise
         self.step_number += 1
         if result.skipped:
             self._restore(before)
@@ -185,8 +196,9 @@ class Trainer:
     def gauges(self) -> dict[str, float | None]:
         """State of the run: learning rate, largest decay of the loop's linear part, evenness of the experts' load.
 
-        To be called by all processes. ``expert_balance`` is the least used expert's share of tokens times the number of experts, over the last step:
-        1 when all are used alike, 0 when one is not used. ``size`` is how far problems have grown, 0 to 1.
+        To be called by all processes. ``expert_balance`` is the least used expert's share of tokens times the number of
+        experts, over the last step: 1 when all are used alike, 0 when one is not used. ``size`` is how far problems
+        have grown, 0 to 1.
         """
         decays = list[float]()
         for path, module in self.model.named_modules():

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from open_mythos.fields import must
-from open_mythos.nn.feed_forward import MoEFFN
+from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.training.parallel.experts import Dispatch
 from open_mythos.training.parallel.grid import Grid
 from open_mythos.training.parallel.pieces import Cuts
+from open_mythos.training.parallel.tensor import add_parts
 
 
 def divide(model: nn.Module, grid: Grid) -> Cuts:
@@ -33,6 +34,18 @@ def divide(model: nn.Module, grid: Grid) -> Cuts:
             cuts[f"{path}.{name}"] = {"expert": 0}
         ffn.engine = Dispatch(group)
     must(group is None or bool(layers), f"parallel.expert={grid.expert}, and the model has no routed experts; use 1")
+    group = grid.group("tensor")
+    for path, module in model.named_modules() if group is not None else ():
+        if isinstance(module, Expert):
+            assert group is not None
+            dim, width = module.gate.weight.shape[1], module.gate.weight.shape[0]
+            said = f"parallel.tensor={grid.tensor} and parallel.shard={grid.shard} do not divide a feed-forward of"
+            fits = width % grid.tensor == 0 and dim % grid.shard == 0
+            must(fits, f"{said} {width} hidden units and model.dim={dim} ({path}); use divisors of these")
+            for name, axis in (("gate", 0), ("up", 0), ("down", 1)):
+                _keep(getattr(module, name), "weight", axis, torch.distributed.get_rank(group), grid.tensor)
+                cuts[f"{path}.{name}.weight"] = {"tensor": axis}
+            add_parts(module, group)
     return cuts
 
 

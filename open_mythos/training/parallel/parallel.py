@@ -171,7 +171,7 @@ class Parallel:
 
 
 def _is_idle(name: str, cfg: TrainConfig, plan: Plan) -> bool:
-    """Whether a step leaves out the parameter: the gate that learns afterwards, or a block of a loop not yet reached."""
+    """Whether a step leaves the parameter out: that of a gate that learns afterwards, or of a loop not yet reached."""
     _, *path = name.split(".")
     if path[:1] == ["act"]:
         return cfg.model.recurrence == "injected" or cfg.kind != "looped"

@@ -54,7 +54,7 @@ class Piece:
         return found.full_tensor() if isinstance(found, DTensor) else found
 
     def gathered(self, held: Tensor) -> Tensor:
-        """As :meth:`whole`, but what had to be gathered is on the CPU, and of the first process alone; others: empty."""
+        """As :meth:`whole`, but what had to be gathered is on the CPU of the first process, and empty elsewhere."""
         if self.mesh is None:
             return held.detach()
         whole = self.whole(held.detach())
@@ -70,7 +70,7 @@ class Piece:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """After a backward pass, give ``held`` its gradient, and the memory to which FSDP may have moved the weights."""
+        """After a backward pass, give ``held`` its gradient, and the memory where FSDP has the weights now."""
         if isinstance(self.parameter, DTensor):
             gradient = self.parameter.grad
             self.held.data = self.parameter.to_local()
