@@ -265,7 +265,10 @@ class Trainer:
         self.loops_rng.set_state(state["loops"])
         if "processes" in state:  # of earlier versions, whose rows had other noise, and started from any row's state
             state = state["processes"][0]["carried"] | {"left": {}}
-        self._restore({"buffers": state["buffers"], "left": state["left"]})
+        share, data = self.cfg.batch_size // self.parallel.grid.n_data, self.parallel.grid.data
+        own = range(share * data, share * (data + 1))  # what other processes left is theirs
+        left = {row: ended for row, ended in state["left"].items() if row in own}
+        self._restore({"buffers": state["buffers"], "left": left})
 
     def _carried(self) -> dict[str, Any]:
         """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""

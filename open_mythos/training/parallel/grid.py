@@ -24,7 +24,7 @@ class Grid:
             share the rest.
         n_data, data: processes with rows of their own, and which of these this one is.
         dense, sparse: meshes ``(replicate, shard, tensor)`` and, for experts, ``(copies, slices, expert, tensor)``;
-            None of one process.
+            None of one process, and of experts that are not divided.
 
     Raises:
         ValueError: for sizes that do not make up the number of processes.
@@ -57,13 +57,14 @@ class Grid:
             f"process {other} has torch {versions[other]} and process 0 {versions[0]}; install one version everywhere"
         )
         must(not other, said)
-        copies = self.n_data // self.slices // self.expert
-        dense, sparse = ("replicate", "shard", "tensor"), ("copies", "slices", "expert", "tensor")
-        shape = self.replicate, self.shard, self.tensor
-        self.dense = init_device_mesh(device.type, shape, mesh_dim_names=dense)
-        shape = copies, self.slices, self.expert, self.tensor  # type: ignore[assignment]
-        self.sparse = init_device_mesh(device.type, shape, mesh_dim_names=sparse)
-        groups = [None, *self.dense.get_all_groups(), *self.sparse.get_all_groups()]
+        names, shape = ("replicate", "shard", "tensor"), (self.replicate, self.shard, self.tensor)
+        self.dense = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        groups = [None, *self.dense.get_all_groups()]
+        if self.expert > 1:
+            of_experts = self.n_data // self.slices // self.expert, self.slices, self.expert, self.tensor
+            names_of_experts = "copies", "slices", "expert", "tensor"
+            self.sparse = init_device_mesh(device.type, of_experts, mesh_dim_names=names_of_experts)
+            groups += self.sparse.get_all_groups()
         for group in groups:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 

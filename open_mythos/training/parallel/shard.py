@@ -25,7 +25,7 @@ def shard(step: nn.Module, model: nn.Module, grid: Grid, cuts: Cuts) -> list[Any
     Returns:
         The units.
     """
-    assert grid.dense is not None and grid.sparse is not None
+    assert grid.dense is not None
     by_parameter = {parameter: cuts[name] for name, parameter in model.named_parameters() if name in cuts}
 
     def divided_along(parameter: nn.Parameter) -> Shard:
@@ -37,7 +37,7 @@ def shard(step: nn.Module, model: nn.Module, grid: Grid, cuts: Cuts) -> list[Any
     units: list[Any] = []
     ignored = set[nn.Parameter]()
     for ffn in experts(model) if grid.expert > 1 else ():
-        if grid.slices == 1:  # each process has its own experts, whole
+        if grid.sparse is None or grid.slices == 1:  # each process has its own experts, whole
             ignored |= {ffn.gate_up, ffn.down}
             continue
         units += [fully_shard(part, mesh=mesh, **options) for part in (ffn.router, ffn.shared) if part is not None]

@@ -21,47 +21,44 @@ LAYOUTS = {
 }
 EACH, MUON, MLA = "loops.per=sequence", "optim.optimizer=muon", "model.attn_type=mla"
 AGAIN, UNEVEN = "checkpoint_loops=true", ("loops.per=sequence", "loops.maximum=6", "loops.schedule=lognormal")
-# by layout: what else is set
+# by layout: processes, steps, and what else is set
 CHOSEN = {
-    "FSDP + EP 2": (EACH, AGAIN, MUON),
-    "HSDP": (MLA, "model.dropout=0.1", "model.state_noise=0.1", "accumulate=2"),
-    "EP 4": (*UNEVEN, "loss.depth=uniform"),
-    "TP 2": (EACH, MUON, "model.dense_dim=24"),
+    "FSDP + EP 2": (4, STEPS, (EACH, AGAIN, MUON)),
+    "HSDP": (4, 3, (MLA, "model.dropout=0.1", "model.state_noise=0.1")),
+    "EP 4": (4, 6, (*UNEVEN, "loss.depth=uniform")),
+    "TP 2": (2, 3, (EACH, MUON, "accumulate=2", "model.dense_dim=24")),
 }
-N_PLANS = 12
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """All that is run, in few groups of processes: they take longer to start than to train."""
-    steps = {name: N_PLANS if name == "EP 4" else STEPS for name in CHOSEN}
-    alone = [["trained", steps[name], *settings] for name, settings in CHOSEN.items()]
-    four = [["trained", steps[name], *LAYOUTS[name], *settings] for name, settings in CHOSEN.items()]
-    loops = [f"loops.{key}={n}" for n in (3,) for key in ("mean", "maximum")]
-    fixed = ["loops.schedule=fixed", *loops, "loops.gradient=all", "loops.stale=0"]
-    two = [
-        ["between", STEPS, "parallel.shard=2", "parallel.expert=2", *CHOSEN["FSDP + EP 2"]],
-        ["collectives", "parallel.shard=2", *fixed],
-        ["collectives", "parallel.shard=2", AGAIN, "loss.depth=uniform", *fixed],
-        ["collectives", "parallel.expert=2", *fixed],
-        ["bypassed", "parallel.shard=2"],
-        ["abandoned", "parallel.shard=2"],
-    ]
-    folder = tmp_path_factory.mktemp("found")
-    one, many, pair = launch(folder, [(1, alone), (4, four), (2, two)])
-    named = {("one", name): result for name, result in zip(CHOSEN, one, strict=True)}
-    named |= {("four", name): result for name, result in zip(CHOSEN, many, strict=True)}
-    keys = "between", "sharded", "again", "exchanged", "bypassed", "abandoned"
-    return named | dict(zip(keys, pair, strict=True))
+    fixed = ["loops.schedule=fixed", "loops.mean=3", "loops.gradient=all", "loops.stale=0"]
+    jobs: dict[tuple[Any, ...], list[Any]] = {}
+    for name, (n, steps, settings) in CHOSEN.items():
+        jobs[1, name] = ["trained", steps, *settings]
+        jobs[n, name] = ["trained", steps, *(LAYOUTS[name] if n == 4 else ["parallel.tensor=2"]), *settings]
+    jobs |= {
+        (2, "between"): ["between", STEPS, "parallel.shard=2", "parallel.expert=2", *CHOSEN["FSDP + EP 2"][2]],
+        (2, "sharded"): ["collectives", "parallel.shard=2", *fixed],
+        (2, "again"): ["collectives", "parallel.shard=2", AGAIN, "loss.depth=uniform", *fixed],
+        (2, "exchanged"): ["collectives", "parallel.expert=2", *fixed],
+        (2, "bypassed"): ["bypassed", "parallel.shard=2"],
+        (2, "abandoned"): ["abandoned", "parallel.shard=2"],
+    }
+    names = {n: [key for key in jobs if key[0] == n] for n in (1, 4, 2)}
+    results = launch(tmp_path_factory.mktemp("found"), [(n, [jobs[key] for key in keys]) for n, keys in names.items()])
+    keys = itertools.chain(*names.values())
+    return dict(zip((key if key[1] in CHOSEN else key[1] for key in keys), itertools.chain(*results), strict=True))
 
 
 @pytest.mark.parametrize("layout", CHOSEN)
-def test_four_processes_make_the_steps_of_one(found: dict[Any, Any], layout: str) -> None:
-    assert_same(found["four", layout], found["one", layout])
+def test_several_processes_make_the_steps_of_one(found: dict[Any, Any], layout: str) -> None:
+    assert_same(found[CHOSEN[layout][0], layout], found[1, layout])
 
 
 def test_two_that_have_gone_on_from_a_state_make_the_steps_of_one(found: dict[Any, Any]) -> None:
-    whole, half = found["one", "FSDP + EP 2"], found["between"]
+    whole, half = found[1, "FSDP + EP 2"], found["between"]
     assert_same(half, whole | {"steps": whole["steps"][STEPS // 2 :]})
 
 
@@ -87,18 +84,34 @@ def test_a_process_that_does_not_come_is_named(found: dict[Any, Any]) -> None:
 
 
 TABLE = list(itertools.product(("loops.schedule=fixed", EACH), ((), (AGAIN,)), ((), (MLA,)), ((), (MUON,))))
+GROUPS = [
+    (1, [()]),
+    (2, [("parallel.shard=2",), ("parallel.expert=2",), ("parallel.tensor=2",)]),
+    (4, list(LAYOUTS.values())),
+]
 
 
-@pytest.mark.skipif(not LONG, reason="112 runs; OPEN_MYTHOS_LONG=1")
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
+    """By settings, what each layout of ``GROUPS`` makes of them."""
+    jobs = [(n, list(itertools.product(TABLE, layouts))) for n, layouts in GROUPS]
+    options = {case: [case[0], "loops.mean=3", "model.dense_dim=24", *itertools.chain(*case[1:])] for case in TABLE}
+    groups = [(n, [["trained", STEPS, *layout, *options[case]] for case, layout in pairs]) for n, pairs in jobs]
+    results = launch(tmp_path_factory.mktemp("table"), groups, timeout=6000)
+    found: dict[Any, list[Any]] = {case: [] for case in TABLE}
+    for (case, _), result in zip(
+        itertools.chain(*(pairs for _, pairs in jobs)), itertools.chain(*results), strict=True
+    ):
+        found[case].append(result)
+    return found
+
+
+@pytest.mark.skipif(not LONG, reason="144 runs; OPEN_MYTHOS_LONG=1")
 @pytest.mark.parametrize("settings", TABLE, ids=str)
-def test_every_layout_makes_the_steps_of_one_process(settings: tuple[Any, ...], tmp_path: Path) -> None:
-    loops, *rest = settings
-    options = [loops, "loops.mean=3", "model.dense_dim=24", *itertools.chain(*rest)]
-    two = [["parallel.shard=2"], ["parallel.expert=2"], ["parallel.tensor=2"]]
-    groups = [(1, [[]]), (2, two), (4, list(map(list, LAYOUTS.values())))]
-    jobs = [(n, [["trained", STEPS, *layout, *options] for layout in layouts]) for n, layouts in groups]
-    (one,), *others = launch(tmp_path, jobs, timeout=1500)
-    for result in itertools.chain(*others):
+def test_every_layout_makes_the_steps_of_one_process(table: dict[Any, list[Any]], settings: tuple[Any, ...]) -> None:
+    one, *others = table[settings]
+    assert len(others) == 8
+    for result in others:
         assert_same(result, one)
 
 
