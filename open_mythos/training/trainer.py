@@ -77,10 +77,10 @@ class Trainer:
         use_tf32(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        grid = Grid(cfg.parallel)
+        grid = Grid(cfg)
         with distributed.first_process_first():
             self.task = tasks.load(cfg.task.name, **cfg.task.options)
-        check_fit(cfg, self.task, grid)
+        check_fit(cfg, self.task)
         grid.connect(self.device, cfg.parallel.timeout)
         torch.manual_seed(cfg.seed)
         self.model = baselines.build(cfg)
@@ -282,13 +282,10 @@ class Trainer:
         self.objective.left = carried["left"]
 
 
-def check_fit(cfg: TrainConfig, task: Task, grid: Grid) -> None:
+def check_fit(cfg: TrainConfig, task: Task) -> None:
     """Raise ValueError, with a fix, for settings that would fail at the first step or in the final evaluation."""
     n, known = task.vocab_size, cfg.model.vocab_size
     must(n <= known, f"model.vocab_size={known}, but {cfg.task.name} has {n} tokens; use model.vocab_size={n}")
-    n, batch_size, parts = grid.n_data, cfg.batch_size, cfg.accumulate
-    parted = f"batch_size={batch_size} in accumulate={parts} parts"
-    must(batch_size // parts % n == 0, f"{parted} does not divide among {n} processes; use a multiple of {n * parts}")
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     if isinstance(task, Text) and task.separate:
         given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from open_mythos.fields import must
 from open_mythos.training import distributed
-from open_mythos.training.config import ParallelConfig
+from open_mythos.training.config import TrainConfig
 
 
 class Grid:
@@ -27,11 +27,11 @@ class Grid:
             None of one process, and of experts that are not divided.
 
     Raises:
-        ValueError: for sizes that do not make up the number of processes.
+        ValueError: for sizes that do not make up the number of processes, or a batch that they cannot share.
     """
 
-    def __init__(self, cfg: ParallelConfig) -> None:
-        n = distributed.world_size()
+    def __init__(self, run: TrainConfig) -> None:
+        n, cfg = distributed.world_size(), run.parallel
         self.shard, self.expert, self.tensor = cfg.shard, cfg.expert, cfg.tensor
         parts = f"parallel.shard={cfg.shard} x parallel.tensor={cfg.tensor}"
         one = cfg.shard * cfg.tensor
@@ -43,6 +43,12 @@ class Grid:
         low, high = sorted((self.expert, self.shard))
         said = f"parallel.expert={self.expert} does not divide {self.n_data} processes, parallel.shard={self.shard}"
         must(self.n_data % self.expert == 0 and high % low == 0, f"{said} of them; use a divisor of both")
+        parted, parts = (
+            f"batch_size={run.batch_size} in accumulate={run.accumulate} parts",
+            run.accumulate * self.n_data,
+        )
+        fix = f"use a multiple of {parts}"
+        must(run.batch_size % parts == 0, f"{parted} does not divide among {self.n_data} processes; {fix}")
         self.slices = max(1, self.shard // self.expert)
         self.dense: DeviceMesh | None = None
         self.sparse: DeviceMesh | None = None

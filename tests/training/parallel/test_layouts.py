@@ -84,11 +84,8 @@ def test_a_process_that_does_not_come_is_named(found: dict[Any, Any]) -> None:
 
 
 TABLE = list(itertools.product(("loops.schedule=fixed", EACH), ((), (AGAIN,)), ((), (MLA,)), ((), (MUON,))))
-GROUPS = [
-    (1, [()]),
-    (2, [("parallel.shard=2",), ("parallel.expert=2",), ("parallel.tensor=2",)]),
-    (4, list(LAYOUTS.values())),
-]
+PAIRS = [("parallel.shard=2",), ("parallel.expert=2",), ("parallel.tensor=2",)]
+GROUPS = [(1, [()]), (2, PAIRS), (4, list(LAYOUTS.values()))]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +96,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
     groups = [(n, [["trained", STEPS, *layout, *options[case]] for case, layout in pairs]) for n, pairs in jobs]
     results = launch(tmp_path_factory.mktemp("table"), groups, timeout=6000)
     found: dict[Any, list[Any]] = {case: [] for case in TABLE}
-    for (case, _), result in zip(
-        itertools.chain(*(pairs for _, pairs in jobs)), itertools.chain(*results), strict=True
-    ):
-        found[case].append(result)
+    for (_, pairs), group in zip(jobs, results, strict=True):
+        for (case, _), result in zip(pairs, group, strict=True):
+            found[case].append(result)
     return found
 
 
