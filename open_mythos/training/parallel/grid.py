@@ -43,12 +43,9 @@ class Grid:
         low, high = sorted((self.expert, self.shard))
         said = f"parallel.expert={self.expert} does not divide {self.n_data} processes, parallel.shard={self.shard}"
         must(self.n_data % self.expert == 0 and high % low == 0, f"{said} of them; use a divisor of both")
-        parted, parts = (
-            f"batch_size={run.batch_size} in accumulate={run.accumulate} parts",
-            run.accumulate * self.n_data,
-        )
-        fix = f"use a multiple of {parts}"
-        must(run.batch_size % parts == 0, f"{parted} does not divide among {self.n_data} processes; {fix}")
+        shares = run.accumulate * self.n_data
+        said = f"batch_size={run.batch_size} in accumulate={run.accumulate} parts does not divide among {self.n_data}"
+        must(run.batch_size % shares == 0, f"{said} processes; use a multiple of {shares}")
         self.slices = max(1, self.shard // self.expert)
         self.dense: DeviceMesh | None = None
         self.sparse: DeviceMesh | None = None
