@@ -43,9 +43,9 @@ class Dispatch:
         rows_RD = _Exchange.apply(x_ND.to(dtype)[order_P // K], there, here, self.group)
         expert_R = torch.arange(E, device=x_ND.device).repeat(self.size).repeat_interleave(received)
         ones_R1 = torch.ones(len(rows_RD), 1, dtype=weights_NK.dtype, device=x_ND.device)
-        out_RD = swiglu_experts(rows_RD, gate_up_E2FD, down_EDF, expert_R.unsqueeze(1), ones_R1, scales)
+        out_RD = swiglu_experts(rows_RD, gate_up_E2FD, down_EDF, expert_R.unsqueeze(1), ones_R1, (scales[0], 1.0))
         out_PD = _Exchange.apply(out_RD, here, there, self.group)
-        out_PD = out_PD * weights_NK.to(dtype).flatten()[order_P].unsqueeze(1)
+        out_PD = out_PD * (weights_NK * scales[1]).to(dtype).flatten()[order_P].unsqueeze(1)
         to_ND = torch.zeros_like(x_ND, dtype=dtype) if to_ND is None else to_ND
         return to_ND.index_add(0, order_P // K, out_PD.to(to_ND.dtype))
 
