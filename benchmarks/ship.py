@@ -23,7 +23,7 @@ from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.models import TRAINING_FILE, load_model, model_dir
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TrainConfig
-from open_mythos.training.fit import GATE_SEED
+from open_mythos.training.fit import GATE_SEED, save_tokenizer
 from open_mythos.training.gate import train_gate
 
 RUNS = Path(__file__).parent.parent / "runs" / "reasoners"
@@ -35,10 +35,11 @@ NAMES = {
     "addition-tiny": "addition",
     "permutations-tiny": "permutations",
     "text-tiny": "text",
+    "words-tiny": "words",
 }
 EXAMPLES = 32
-CARD, FIGURES = "README.md", "figures.json"
-MOST_BYTES = 1_000_000
+CARD, FIGURES, KINDS = "README.md", "figures.json", "kinds.json"
+MOST_BYTES = {"words-tiny": 6_000_000}  # of weights; of others 1 MB
 
 
 def ship(name: str, run: Path) -> Path:
@@ -53,9 +54,8 @@ def ship(name: str, run: Path) -> Path:
         model.to(torch.bfloat16)
     model.save_pretrained(target)
     cfg.save(target / TRAINING_FILE)
-    if isinstance(task, Text):
-        task.save_tokenizer(target)
-    assert (target / WEIGHTS_FILE).stat().st_size <= MOST_BYTES
+    save_tokenizer(task, target)
+    assert (target / WEIGHTS_FILE).stat().st_size <= MOST_BYTES.get(name, 1_000_000)
     figures, text = of_text(name, model, task, cfg) if isinstance(task, Text) else of_problems(name, model, task, cfg)
     (target / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     (target / CARD).write_text(text)
@@ -65,9 +65,16 @@ def ship(name: str, run: Path) -> Path:
 def of_problems(name: str, model: OpenMythos, task: tasks.Task, cfg: TrainConfig) -> tuple[dict[str, Any], str]:
     """Accuracy by difficulty and loops, and the card that shows it."""
     loops = [n for n in cfg.evaluation.loops if n <= 256]
+    task = task.held_out()
     grid = depth_grid(model, task, cfg.evaluation.difficulties, loops, EXAMPLES)
     most = depth_grid(model, task, grid.difficulties, loops[-1:], EXAMPLES, halting=False)
     lost = float((most.accuracy - grid.accuracy[:, -1:]).max())
+    kinds = [
+        depth_grid(model, part, levels, loops, EXAMPLES) for part, levels in task.by_kind(cfg.evaluation.difficulties)
+    ]
+    if kinds:
+        (SHIPPED / name / KINDS).write_text(json.dumps([kind.to_dict() for kind in kinds], indent=1) + "\n")
+        return grid.to_dict(), words_card(name, cfg, [grid, *kinds], lost, model)
     return grid.to_dict(), card(name, cfg, grid, lost, count(model))
 
 
@@ -140,10 +147,7 @@ def card(name: str, cfg: TrainConfig, grid: DepthGrid, lost: float, n_parameters
     """A model card in Markdown, of a reasoner whose gate loses so much accuracy against running the most loops."""
     trained = f"{cfg.task.min_difficulty} to {cfg.task.max_difficulty} {grid.unit}"
     heads = " | ".join(f"{n} {grid.unit}" for n in grid.difficulties)
-    rows = [
-        f"| {n} | " + " | ".join(f"{accuracy:.4f} ({used:.1f})" for accuracy, used in zip(a, u, strict=True)) + " |"
-        for n, a, u in zip(grid.loops, grid.accuracy.T.tolist(), grid.loops_used.T.tolist(), strict=True)
-    ]
+    rows = rows_of(grid)
     made = f"mythos train {cfg.recipe} seed={cfg.seed}"
     options = "".join(f", {key}={json.dumps(value)}" for key, value in cfg.task.options.items())
     return f"""---
@@ -190,6 +194,68 @@ before training; `benchmarks/results/reasoners.json` has three seeds and both ba
 
 It knows this one task, in this task's own tokens. Beyond the difficulties above nothing was measured.
 """
+
+
+def words_card(name: str, cfg: TrainConfig, grids: list[DepthGrid], lost: float, model: OpenMythos) -> str:
+    """A model card in Markdown, of a model that answers questions in words; grids of all its tasks and of each."""
+    tables = "\n\n".join(
+        f"### {grid.task.replace('_', ' ')}\n\n| loops, at most | "
+        + " | ".join(f"{n} {grid.unit}" for n in grid.difficulties)
+        + f" |\n|---|{'---|' * len(grid.difficulties)}\n"
+        + "\n".join(rows_of(grid))
+        + f"\n\nGuessing gets {grid.chance:.3f}."
+        for grid in grids
+    )
+    weights, first = SHIPPED / name / WEIGHTS_FILE, grids[0]
+    return f"""---
+license: mit
+library_name: open_mythos
+tags: [recurrent-depth, {", ".join(grid.task for grid in grids)}]
+---
+
+# {name}
+
+A recurrent-depth transformer of {count(model):,} parameters ({weights.stat().st_size / 1e6:.1f} MB) that answers
+questions about what it is told, in a vocabulary of {cfg.model.vocab_size} words. The same weights,
+run for more loops, take more steps.
+
+```
+$ mythos chat {name}
+> Ana has what Ben has. Ben keeps a key. What does Ana have?
+> /trace
+> /loops 1
+```
+
+## Accuracy by kind, difficulty and loops
+
+Share of answers that are right, mean over {first.examples} new problems of each difficulty (seed {first.seed}), whose
+sentences and pairs of names were never in training, with the halting gate on; in brackets the loops that a position
+ran, on average. Against running all {first.loops[-1]} loops, the gate loses at most {max(lost, 0):.4f}. Trained on
+{cfg.task.min_difficulty} to {cfg.task.max_difficulty} {first.unit}, at up to {cfg.loops.maximum} loops.
+
+{tables}
+
+Measure it again with `mythos eval {name} --exit gate --examples {first.examples}`; the figures above, in full, are in
+`figures.json` and `kinds.json`.
+
+## How it was made
+
+`mythos train {cfg.recipe} seed={cfg.seed}`: {cfg.steps} steps of {cfg.batch_size} problems; all settings are in
+`training.json`.
+
+## Limits
+
+It knows the sentences of its four tasks, and no other English; a sentence unlike them may get a sure answer that is
+wrong. Beyond the difficulties above nothing was measured.
+"""
+
+
+def rows_of(grid: DepthGrid) -> list[str]:
+    """Rows of a table: of each number of loops the accuracies, and the loops that a position ran."""
+    return [
+        f"| {n} | " + " | ".join(f"{accuracy:.4f} ({used:.1f})" for accuracy, used in zip(a, u, strict=True)) + " |"
+        for n, a, u in zip(grid.loops, grid.accuracy.T.tolist(), grid.loops_used.T.tolist(), strict=True)
+    ]
 
 
 def main() -> None:

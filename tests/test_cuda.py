@@ -114,3 +114,14 @@ def test_a_training_step_waits_for_the_gpu_once(accumulate, precision):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
+
+
+def test_rows_of_text_wait_in_pinned_memory(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"run for {i} loops\n" * 9)
+    trainer = Trainer(tiny_run(
+        "task.name=text", f"task.options.source={tmp_path}", "task.options.separate=true", "task.min_difficulty=8",
+        "task.max_difficulty=8", "evaluation.difficulties=8", "model.vocab_size=257", "device=cuda",
+    ))  # fmt: skip
+    batch = trainer.draw()
+    assert batch.ids.is_pinned() and batch.targets.is_pinned() and trainer.step().loss > 0

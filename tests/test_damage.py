@@ -23,7 +23,7 @@ from open_mythos import OpenMythos, weights
 from open_mythos.generation.native import build
 from open_mythos.models import card_of, tokenizer_of
 from open_mythos.report.data import _baselines
-from open_mythos.tasks import store
+from open_mythos.tasks import filling, store, tokenizer
 from open_mythos.training import checkpoints, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import load_evaluation
@@ -61,17 +61,17 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Callable
     shutil.copytree(sharded, words)
     (words / "one.safetensors").rename(words / "model.safetensors")
     (words / "model.safetensors.index.json").unlink()
-    store.tokenizer.Tokenizer(ends=True).save(words)
+    tokenizer.Tokenizer(ends=True).save(words)
     (words / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}}')
     text = here / "texts"
     text.mkdir()
     for i in range(20):
         (text / f"{i}.txt").write_text(f"the same weights, {i} loops\n" * 9)
     cached = here / "cached"
-    store._make(cached, f"{text}/*.txt", "bytes", 1 << 20)
+    filling.fill(cached, [f"{text}/*.txt"], "bytes", 1 << 20)
 
     def corpus() -> Any:
-        return {name: tokens.tolist() for name, tokens in store._opened(cached).tokens.items()}
+        return {name: list(tokens) for name, tokens in store.opened(cached).tokens.items()}
 
     def state() -> Any:
         found = checkpoints.load(checkpoint)
@@ -92,9 +92,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Callable
         run / "metrics.jsonl": (lambda: read_metrics(run / runs.METRICS), True),
         run / "evaluation.json": (lambda: load_evaluation(run).to_dict(), True),  # type: ignore[union-attr]
         run / "compare.json": (lambda: _baselines(run), True),
-        cached / "train.bin": (corpus, False),
-        cached / "held_out.bin": (corpus, False),
-        cached / "index.json": (corpus, False),
+        cached / "train-00000.bin": (corpus, False),
+        cached / "held_out-00000.bin": (corpus, False),
+        cached / store.INDEX: (corpus, False),
         cached / "tokenizer.json": (corpus, False),
     }
 

@@ -25,13 +25,14 @@ def figures(name: str) -> DepthGrid:
 def test_there_are_some_and_each_is_small():
     assert {"parity-tiny", "chain-sum-tiny", "p-hop-tiny", TEXT} <= set(shipped())
     for name in shipped():
-        assert (SHIPPED / name / "model.safetensors").stat().st_size <= 1_000_000
+        most = {"words-tiny": 6_000_000}.get(name, 1_000_000)
+        assert (SHIPPED / name / "model.safetensors").stat().st_size <= most
 
 
 @pytest.mark.parametrize("name", REASONERS)
 def test_the_card_measured_again(name):
     claimed, cfg = figures(name), training_config(name)
-    task = tasks.load(cfg.task.name, **cfg.task.options)
+    task = tasks.load(cfg.task.name, **cfg.task.options).held_out()
     assert task.version == claimed.version, "the task has changed: measure the card again with benchmarks/ship.py"
     model = OpenMythos.from_pretrained(name)
     found = depth_grid(model, task, claimed.difficulties, claimed.loops, claimed.examples, claimed.seed)

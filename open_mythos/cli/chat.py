@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /loops N        think for N loops from now on; the same weights, deeper
-/trace [N]      the likeliest token after each loop, where the last N tokens stand (8)
+/trace [N]      the likeliest token after each loop, where the last N tokens stand (8; or at the question mark)
 /temperature T  0 takes the likeliest token
 /reset          forget what was said
 /help           this
@@ -32,7 +32,9 @@ def chat(
     model: Annotated[str, typer.Argument(help="A run, a model's directory, or a shipped model such as text-tiny.")],
     loops: Annotated[int | None, typer.Option(min=1, help="For every token; the model's own if left out.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 takes the likeliest token; 0.8, or 0 of a model that is asked.")
+    ] = None,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = 50,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens of this probability.")] = None,
     exit: Annotated[
@@ -56,9 +58,14 @@ def chat(
         loaded.float()  # which a CPU does faster than half precision
     generator = torch.Generator(at)
     _ = generator.seed() if seed is None else generator.manual_seed(seed)
+    if temperature is None:
+        temperature = 0.8 if tokenizer.asks is None else 0.0
     sampling, leave = Sampling(temperature, top_k or None, top_p), None if exit is None else parse(exit)
-    talk = Conversation(loaded, tokenizer, loops, sampling, leave, template_of(model_dir(model)), generator)
+    template = tokenizer.template or template_of(model_dir(model))
+    talk = Conversation(loaded, tokenizer, loops, sampling, leave, template, generator)
     how = "chats" if talk.template else "goes on with your text; it was not taught to answer"
+    if tokenizer.asks is not None:
+        how = 'answers questions, as in "Ana has what Ben has. Ben keeps a key. What does Ana have?"'
     console.print(f"{model}: {talk.n_loops} loops. It {how}. /help", style="dim")
     for line in lines():
         if not line.startswith("/"):
@@ -128,6 +135,9 @@ def answer(talk: "Conversation", line: str, max_tokens: int) -> None:
     except ValueError as error:
         console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
         return
+    if talk.tokenizer.asks is not None and started is None:
+        console.print("noted; ask a question, which ends in ?", style="dim")
+        return
     print(flush=True)
     if started is not None and (new := len(talk.ids) - n_before) > 1 and sys.stdout.isatty():
         speed = new / (time.perf_counter() - started)
@@ -155,7 +165,7 @@ def command(talk: "Conversation", line: str) -> None:
                 talk.reset()
                 console.print("forgotten", style="dim")
             case "/trace", [] | [_]:
-                show_trace(talk, int(values[0]) if values else 8)
+                show_trace(talk, int(values[0]) if values else None)
             case "/help", []:
                 console.print(HELP)
             case "/loops" | "/temperature" | "/reset" | "/trace" | "/help", _:
@@ -168,7 +178,7 @@ def command(talk: "Conversation", line: str) -> None:
         console.print(Text(f"{line}: {reason}; see /help", style="red"), soft_wrap=True)
 
 
-def show_trace(talk: "Conversation", n: int) -> None:
+def show_trace(talk: "Conversation", n: int | None) -> None:
     """A row for each loop, a column for each of the last tokens; bold from where it stays."""
     said, loops = talk.trace(n)
 
@@ -176,7 +186,8 @@ def show_trace(talk: "Conversation", n: int) -> None:
         known = token < len(talk.tokenizer.pieces)
         if token == talk.tokenizer.eos:
             return "<eos>"
-        return repr(talk.tokenizer.decode([token]))[1:-1].replace(" ", "␣") if known else f"<{token}>"
+        piece = talk.tokenizer.pieces[token].decode("utf-8", "replace") if known else f"<{token}>"
+        return repr(piece)[1:-1].replace(" ", "␣")
 
     grid = table("the likeliest token after each loop, and its probability", "loop", *map(word, said))
     for loop, row in enumerate(loops):

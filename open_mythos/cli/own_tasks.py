@@ -9,7 +9,7 @@ from rich.text import Text as Cell
 from open_mythos import files, plots, tasks
 from open_mythos.cli.console import console, note, picture, progress, si, table
 from open_mythos.config import MythosConfig
-from open_mythos.evaluation.grid import combine
+from open_mythos.evaluation.grid import DepthGrid, combine
 from open_mythos.evaluation.metrics import OVERTHINKING_FACTOR
 from open_mythos.evaluation.summary import FILE, Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import text_scores
@@ -131,10 +131,24 @@ def show_cost(exit: str, loops: int, unit: str, costs: list[tuple[int, str, str,
 
 
 def show_grid(evaluation: Evaluation, trained: int) -> None:
-    """A column per difficulty, those up to ``trained`` marked, the best accuracies bold; and what an exit costs."""
-    grid, mean = evaluation.grids[0], combine(evaluation.grids)["accuracy"].mean
+    """A column per difficulty, those up to ``trained`` marked, the best accuracies bold; then the kinds of problems of
+    which the task is made, and what an exit costs."""
+    grid = evaluation.grids[0]
+    show_accuracy(evaluation.grids, trained)
+    for kind in evaluation.kinds:
+        show_accuracy([kind], 0)
+    if grid.exit is not None:
+        costs = [
+            (cost["difficulty"], share(cost["all_loops"]), share(cost["accuracy"]), cost["lost"], cost["loops_used"])
+            for cost in evaluation.metrics["exit"]
+        ]
+        show_cost(grid.exit, grid.loops[-1], grid.unit, costs)
+
+
+def show_accuracy(grids: list[DepthGrid], trained: int) -> None:
+    grid, mean = grids[0], combine(grids)["accuracy"].mean
     rule = "no early exit" if grid.exit is None else f"exit {grid.exit}"
-    n_problems = grid.examples * len(evaluation.grids)
+    n_problems = grid.examples * len(grids)
     names = [f"{n} {grid.unit}" + (" (trained)" if n <= trained else "") for n in grid.difficulties]
     title = f"{grid.task}: accuracy by loops, {rule}, {n_problems} problems each, guessing {share(grid.chance)}"
     rows, best = table(title, "loops", *names), [share(accuracy) for accuracy in mean.amax(1).tolist()]
@@ -142,12 +156,6 @@ def show_grid(evaluation: Evaluation, trained: int) -> None:
         cells = (Cell(share(x), "bold" if share(x) == top else "") for x, top in zip(column, best, strict=True))
         rows.add_row(str(count), *cells)
     console.print(rows)
-    if grid.exit is not None:
-        costs = [
-            (cost["difficulty"], share(cost["all_loops"]), share(cost["accuracy"]), cost["lost"], cost["loops_used"])
-            for cost in evaluation.metrics["exit"]
-        ]
-        show_cost(grid.exit, grid.loops[-1], grid.unit, costs)
 
 
 def show_halting(evaluation: Evaluation) -> None:

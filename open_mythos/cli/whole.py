@@ -1,6 +1,8 @@
 """Whether the files of a model or a run are whole, for ``mythos doctor PATH``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from open_mythos.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.models import CARD, CONFIG_FILE, MODEL, SHIPPED, TOKENIZER_FILES, TRAINING_FILE, load_model, model_dir
-from open_mythos.tasks import tokenizer
+from open_mythos.tasks import store, tokenizer
 from open_mythos.training import checkpoints, compare, fit, loggers, runs
 from open_mythos.training.config import TrainConfig
 
@@ -21,16 +23,40 @@ def examine(source: str) -> Iterator[tuple[Path, bool, str]]:
         ValueError: if ``source`` is no model and no run.
     """
     run = Path(source) if Path(source).exists() else SHIPPED / source
+    if store.is_store(run):
+        yield from _examined(_of_tokens(run))
+        return
     if not (run / runs.RUN_CONFIG).is_file() and not (run / MODEL).is_dir():
         run = model_dir(source)
     inner = run / MODEL if (run / MODEL).is_dir() else run
     checks = [*(_of_run(run) if inner != run or (run / runs.CHECKPOINTS).is_dir() else ()), *_of_model(inner)]
+    yield from _examined(checks)
+
+
+def _examined(checks: Iterable[tuple[Path, Callable[[Path], str]]]) -> Iterator[tuple[Path, bool, str]]:
     for path, check in checks:
         if path.exists() or path.is_symlink():
             try:
                 yield path, True, check(files.own(path))
             except (ValueError, OSError, ImportError) as error:
                 yield path, False, " ".join(str(error).split())
+
+
+def _of_tokens(folder: Path) -> Iterator[tuple[Path, Callable[[Path], str]]]:
+    yield folder / store.INDEX, lambda path: f"{len(store.opened(folder, 0).tokens['train']):,} tokens to train on"
+    yield folder / tokenizer.FILE, lambda path: f"{len(tokenizer.load(folder).pieces)} tokens"
+    try:
+        index = store.read_index(folder)
+    except (OSError, ValueError):  # it has been said above
+        return
+    for name in store.PARTS:
+        for before, shard in pairwise([store.Shard(), *index[name]]):
+            yield folder / shard.file, partial(_shard, shard, before)
+
+
+def _shard(shard: store.Shard, before: store.Shard, path: Path) -> str:
+    store.check_content(path.parent, shard, before)
+    return f"{shard.tokens:,} tokens, as their checksum says"
 
 
 def _of_model(directory: Path) -> Iterator[tuple[Path, Callable[[Path], str]]]:

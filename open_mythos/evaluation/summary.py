@@ -1,7 +1,7 @@
 """The full evaluation of a model on a task, and its file."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ _COST = {"difficulty": int, "all_loops": float, "accuracy": float, "lost": float
 _MATCHED = {"difficulty": int, "halting": {"*": [_POINT]}}
 _SHAPE = {
     "grids": [dict],
+    "kinds?": [dict],
     "metrics": {
         "exit?": ([_COST], type(None)), "halting?": (_SAVED, type(None)), "compute_matched?": (_MATCHED, type(None)),
     },
@@ -45,10 +46,12 @@ class Evaluation:
             the grids costs at their most loops, against all loops on the same problems; None without one.
             ``"halting"`` and ``"compute_matched"``: from ``fixed_vs_halting``, with that exit or the gate, and
             ``compute_matched`` of :mod:`open_mythos.evaluation.metrics`; None without halting.
+        kinds: of a task made of several, a grid of each, for the first seed.
     """
 
     grids: list[DepthGrid]
     metrics: dict[str, Any]
+    kinds: list[DepthGrid] = field(default_factory=list)
 
     def exit_in_words(self) -> str:
         """The exit of the grids, and the most accuracy that it loses against running all loops."""
@@ -65,7 +68,9 @@ class Evaluation:
             name: {key: value.tolist() for key, value in spread._asdict().items()}
             for name, spread in combine(self.grids).items()
         }
-        return {"grids": [grid.to_dict() for grid in self.grids], "combined": combined, "metrics": self.metrics}
+        kinds = {"kinds": [grid.to_dict() for grid in self.kinds]} if self.kinds else {}
+        grids = [grid.to_dict() for grid in self.grids]
+        return {"grids": grids, "combined": combined, "metrics": self.metrics, **kinds}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], name: str = "the evaluation") -> Self:
@@ -76,8 +81,11 @@ class Evaluation:
         """
         files.shaped(data, _SHAPE, name)
         must(len(data["grids"]) > 0, f"{name}: grids is empty; measure again")
-        grids = [DepthGrid.from_dict(grid, f"{name}: grids[{i}]") for i, grid in enumerate(data["grids"])]
-        return cls(grids, data["metrics"])
+        grids, kinds = (
+            [DepthGrid.from_dict(grid, f"{name}: {key}[{i}]") for i, grid in enumerate(data.get(key, []))]
+            for key in ("grids", "kinds")
+        )
+        return cls(grids, data["metrics"], kinds)
 
     def save(self, directory: str | Path) -> Path:
         """Write ``evaluation.json`` into ``directory``, created if missing, and return its path."""
@@ -160,7 +168,11 @@ def evaluate(
                 for threshold, curve in halting.items()
             },
         }
-    return Evaluation(grids, metrics)
+    kinds = [
+        depth_grid(model, part, levels, loops, examples, seed, False, None, exit)
+        for part, levels in task.by_kind(difficulties)
+    ]
+    return Evaluation(grids, metrics, kinds)
 
 
 def _costs(full: Sequence[DepthGrid], grids: Sequence[DepthGrid]) -> list[dict[str, float]]:

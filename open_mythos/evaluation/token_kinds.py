@@ -41,7 +41,7 @@ def bytes_by_kind(task: Text, batch: Batch) -> Tensor:
     ``batch`` are windows of the task, in the order of the text, which says whether one begins inside of a string.
     """
     pieces, is_python = task._tokenizer.pieces, task.source == "stdlib" or task.source.endswith(".py")
-    text = b"".join(pieces[token] for token in task.tokens.tolist())
+    text = b"".join(map(pieces.__getitem__, task.tokens))
     lexed, known, found, at = _lexed(text, is_python), torch.eye(len(KINDS)), [], 0
     for first, targets in zip(batch.ids[:, 0].tolist(), batch.targets.tolist(), strict=True):
         words = [pieces[first], *(b"" if token == UNSCORED else pieces[token] for token in targets)]

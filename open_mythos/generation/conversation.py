@@ -24,12 +24,17 @@ Messages = list[dict[str, str]]
 """As chat templates take them: ``{"role": "user" or "assistant", "content": text}`` each."""
 Template = Callable[[Messages], list[int]]
 """From messages, the last a user's, to the tokens that a reply should follow."""
+SURE = 0.5
+"""How probable each word of an answer has to be, of a model that is asked questions, or it ends there: if it is the
+first one, after ``UNSURE``."""
+UNSURE = "I am not sure: "
 
 
 class Conversation:
     """What was said, and what the model says next.
 
-    Without a ``template`` a reply is simply how the text goes on: all turns so far, each on a line of its own.
+    Without a ``template`` a reply is simply how the text goes on: all turns so far, each on a line of its own. Of a
+    model whose tokenizer has a mark that asks, what does not end in it is kept and gets no reply.
 
     Args:
         model: computes as in eval mode, whatever its own is.
@@ -60,7 +65,7 @@ class Conversation:
             f"the tokenizer has {len(tokenizer.pieces)} tokens and the model {model.cfg.vocab_size}, so they do not "
             f"belong together; use the tokenizer that the model was trained with",
         )
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.model, self.tokenizer, self.template = model, tokenizer, template or tokenizer.template
         self._engine: Engine | None = None
         self._held = list[int]()  # the tokens whose rows the cache holds
         self.sampling, self.exit, self.generator = sampling or Sampling(), exit, generator
@@ -71,6 +76,7 @@ class Conversation:
         """Forget what was said."""
         self.messages: Messages = []
         self.ids: list[int] = []  # the whole text, the last reply included
+        self.n_replied = 0  # tokens of that
         self._forget_cache()
 
     @property
@@ -123,23 +129,38 @@ class Conversation:
         must(len(self.ids) > 0, "there is nothing to go on from; say something")
         reply = {"role": "assistant", "content": ""}
         self.messages.append(reply)
+        self.n_replied, asks = 0, self.tokenizer.asks
+        if asks is not None:
+            is_asked, has_end = self.ids[-1] == asks, self.tokenizer.eos is not None
+            max_new_tokens = max_new_tokens if is_asked and has_end else min(max_new_tokens, int(is_asked))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for _ in range(max_new_tokens):
-            token = int(self.sampling.draw(self._logits(), self.generator))
-            if token == self.tokenizer.eos:
+            logits = self._logits()
+            token = int(self.sampling.draw(logits, self.generator))
+            is_end = token == self.tokenizer.eos
+            if is_end and (asks is None or self.n_replied):
                 break
             self.ids.append(token)
-            if text := decoder.decode(self._piece(token)):
+            text = decoder.decode(self._piece(token))
+            if asks is not None:
+                is_end |= float(logits[0].float().softmax(-1)[token]) < SURE
+                text = self._worded(text, is_end)
+            self.n_replied += 1
+            if text:
                 reply["content"] += text
                 yield text
+            if is_end:
+                break
         if text := decoder.decode(b"", final=True):
             reply["content"] += text
             yield text
 
     @checked
     @torch.no_grad()
-    def trace(self, n: int = 8) -> tuple[list[int], list[list[tuple[int, float]]]]:
+    def trace(self, n: int | None = None) -> tuple[list[int], list[list[tuple[int, float]]]]:
         """What the model would have said after each loop where the last ``n`` tokens of the text stand.
+
+        ``n`` is 8 if left out; of a model that is asked questions, it is then the question mark's place alone.
 
         Returns:
             These tokens, n or as many as there are; and for each loop the likeliest token at each place and its
@@ -148,6 +169,8 @@ class Conversation:
         Raises:
             ValueError: if nothing was said.
         """
+        is_answer = n is None and self.tokenizer.asks is not None
+        n = max(1, self.n_replied) if is_answer else 8 if n is None else n
         must(n >= 1, f"n={n}; use at least 1")
         must(len(self.ids) > 1, "there is nothing to trace yet; say something first")
         n = min(n, len(self.ids) - 1)
@@ -158,8 +181,12 @@ class Conversation:
             for state in model.recurrent.iterate(first, e, ctx, self.n_loops, self.exit, readout):
                 logits = model.head(model.decode(state.h, ctx)[0, -n:])
                 probability, token = logits.float().softmax(-1).max(-1)
-                by_loop.append(list(zip(token.tolist(), probability.tolist(), strict=True)))
-        return self.ids[-n:], by_loop
+                by_loop.append(list(zip(token.tolist(), probability.tolist(), strict=True))[: 1 if is_answer else n])
+        return self.ids[-n:][: 1 if is_answer else n], by_loop
+
+    def _worded(self, word: str, is_unsure: bool) -> str:
+        """A word of an answer with what stands before it; "" is an answer that ends before it begins."""
+        return (" " if self.n_replied else UNSURE if is_unsure else "") + (word or "I have no answer")
 
     def _piece(self, token: int) -> bytes:
         # A model may have more tokens than its tokenizer, so that their number is round.

@@ -12,7 +12,7 @@ __all__ = ["NAMES", "UNSCORED", "Batch", "Score", "Task", "load", "pad"]
 
 NAMES = (
     "parity", "prefix_sums", "chain_sum", "p_hop", "addition", "permutations", "maze", "mini_sudoku",
-    "assignments", "word_problems", "relations", "registers", "reasoning_gym", "text",
+    "assignments", "word_problems", "relations", "registers", "words", "reasoning_gym", "text",
 )  # fmt: skip
 """Names that :func:`load` accepts. Each is a module of this package, with a class of the same name in CamelCase."""
 

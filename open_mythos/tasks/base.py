@@ -31,20 +31,23 @@ class Batch:
         steps: (n, T, S) int64, what is known after 0, 1, ... S - 1 steps of the solution, at last the answer, or
             ``UNSCORED``; ``loss.depth="steps"`` supervises loop k with what is known after k - 1 steps. None for a
             task that does not say.
+        n_scored: of one process's share of a larger batch, the tokens with a target in all of that; else None.
     """
 
     ids: Tensor
     targets: Tensor
     valid: Tensor | None = None
     steps: Tensor | None = None
+    n_scored: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.ids, self.targets, self.valid))
 
     def map(self, select: Callable[[Tensor], Tensor]) -> "Batch":
         """``select`` of every tensor that is there."""
-        parts = (self.ids, self.targets, self.valid, self.steps)
-        return Batch(*(None if part is None else select(part) for part in parts))  # type: ignore[arg-type]
+        names = ("ids", "targets", "valid", "steps")
+        parts = {name: part for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, **{name: select(part) for name, part in parts.items()})  # type: ignore[arg-type]
 
 
 class Score(NamedTuple):
@@ -107,6 +110,10 @@ class Task(Checked, ABC):
     def sized(self, size: float) -> Self:
         """The same task with smaller problems: the smallest at 0, those that it has at 1; itself unless overridden."""
         return self
+
+    def by_kind(self, difficulties: Sequence[int]) -> "list[tuple[Task, list[int]]]":
+        """The tasks that this one is made of, with their difficulties of its ``difficulties``; none for most."""
+        return []
 
     @abstractmethod
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:

@@ -74,6 +74,13 @@ def state(source: str) -> list[Any]:
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(name)]
 
 
+def size(source: str, max_bytes: int) -> int:
+    """About how many bytes :func:`stream` gives."""
+    paths = _library_modules() if source == "stdlib" else [] if source.startswith("hf:") else _files(source)
+    there = sum(path.stat().st_size for path in paths) if paths else STREAMED
+    return min(there, max_bytes or there)
+
+
 def held_out(document: str) -> bool:
     """Whether a document is kept from training: one in 16, decided by its own content and so never by what stands
     beside it."""

@@ -1,35 +1,43 @@
-"""Tokens of a corpus on disk, in ``text`` of :func:`open_mythos.install.cache_dir`.
+"""Tokens of text in a folder: shards that every process maps and none holds, and an index that says what they are.
 
-Made once and memory-mapped after. A part's file is an ``<eos>``, then each document and its ``<eos>``, little-endian.
+``tokens.json`` names the shards of each part in order, with their documents, bytes, tokens and checksums, and the
+tokenizer that lies beside it. A part is an ``<eos>``, then each document and its ``<eos>``, little-endian; where it is
+cut into shards is of no account. Folders are made by :func:`open_mythos.tasks.filling.fill`: for ``mythos tokenize``
+where it is told to, and for a text that is trained on in ``text`` of :func:`open_mythos.install.cache_dir`.
 """
 
-import contextlib
 import hashlib
-import json
-import shutil
-import tempfile
+import mmap
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from open_mythos import files
 from open_mythos.fields import must
-from open_mythos.install import cache_dir
-from open_mythos.tasks import corpus, tokenizer
+from open_mythos.tasks import tokenizer
 from open_mythos.tasks.tokenizer import Tokenizer
 
 PARTS = ("train", "held_out")
-_VERSION = 2
-_TRAINED_ON = 1 << 24  # bytes of text that a tokenizer is trained on
-_AT_ONCE = 1 << 20  # characters that are tokenised together
+INDEX = "tokens.json"
+READ_THROUGH = 1 << 30  # bytes of tokens up to which opening compares checksums, and not only sizes
+_MAPPED = 64  # shards at a time, of any number
+_AT_ONCE = 1 << 20
+AGAIN = "tokenise the text again (mythos tokenize)"
 
 
 @dataclass
 class Part:
-    """Of one part of a corpus: its documents, their bytes, its tokens (each ``<eos>`` included), and their CRC-32."""
+    """What there is of a text: documents, their bytes, their tokens (each ``<eos>`` included), and a CRC-32.
+
+    The checksum of a shard is that of its part up to the shard's end, and so that of the last one is the part's.
+    """
 
     documents: int = 0
     bytes: int = 0
@@ -38,114 +46,143 @@ class Part:
 
 
 @dataclass
-class Store:
-    """A tokenised corpus: its tokenizer, and for each of ``PARTS`` the tokens, (N,), and what they are."""
+class Shard(Part):
+    """A file of a part."""
 
+    file: str = ""
+
+
+class Tokens:
+    """Tokens in several files, one after the other, read like an array (N,): by slices, and by arrays of places.
+
+    A process maps the files that it reads, and lets go of what it has read: only the system's cache, which all share,
+    holds it.
+
+    Args:
+        shards: files, and how many tokens each has.
+        dtype: of a token.
+    """
+
+    def __init__(self, shards: Sequence[tuple[Path, int]], dtype: Any) -> None:
+        self.shards, self.dtype = [(path, n) for path, n in shards if n], np.dtype(dtype).newbyteorder("<")
+        self._ends = np.cumsum([0, *(n for _, n in self.shards)])
+        self._map = lru_cache(_MAPPED)(self._mapped)
+
+    def __reduce__(self) -> Any:
+        return Tokens, (self.shards, self.dtype)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, len(self), _AT_ONCE):
+            yield from self[start : start + _AT_ONCE].tolist()
+
+    def __getitem__(self, where: slice | np.ndarray) -> np.ndarray:
+        if isinstance(where, slice):
+            where = np.arange(*where.indices(len(self)))
+        found, shards = np.empty(where.shape, self.dtype), np.searchsorted(self._ends, where, "right") - 1
+        for i in np.unique(shards):
+            mapped, here = self._map(int(i)), shards == i
+            found[here] = np.frombuffer(mapped, self.dtype)[where[here] - self._ends[i]]
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+        return found
+
+    def _mapped(self, i: int) -> mmap.mmap:
+        path, n = self.shards[i]
+        with files.opened(path) as file:
+            _check_size(path, os.fstat(file.fileno()).st_size, n * self.dtype.itemsize)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@dataclass
+class Store:
+    """A tokenised text: where it lies, its tokenizer, and of each of ``PARTS`` the tokens, (N,), and what they are."""
+
+    folder: Path
     tokenizer: Tokenizer
-    tokens: dict[str, np.ndarray]
+    tokens: dict[str, Tokens]
     parts: dict[str, Part]
 
 
-def tokenised(source: str, kind: str, max_bytes: int) -> Store:
-    """The tokens of a corpus, from disk if they are there.
+def is_store(folder: str | Path) -> bool:
+    """Whether tokens lie there, and no text."""
+    return Path(folder, INDEX).is_file()
 
-    Held out is one document in 16, decided by its content, or the last if that leaves none.
 
-    Args:
-        source, max_bytes: see :func:`open_mythos.tasks.corpus.stream`.
-        kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; one that ends documents.
+def opened(folder: Path, read_through: int = READ_THROUGH) -> Store:
+    """The tokens in a folder.
+
+    Sizes of all shards are compared with the index, and where there are at most ``read_through`` bytes checksums too.
 
     Raises:
-        ValueError: for a source without two documents, or a tokenizer without a token for their end.
-        ImportError: naming the extra to install, if a source or tokenizer needs a package that is not there.
-        OSError: if there is no room.
+        ValueError: naming the file, for a shard that is torn or damaged, or lies elsewhere, another tokenizer than that
+            of the tokens, or an index that is none.
+        FileNotFoundError: for a shard that is missing.
     """
-    file = Path(kind, tokenizer.FILE)
-    said = files.read_text(file) if file.is_file() else kind
-    key = [_VERSION, source, corpus.state(source), said, max_bytes]
-    home = cache_dir() / "text" / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
-    try:
-        return _opened(home)
-    except (OSError, ValueError):  # it is not there, or damaged
-        shutil.rmtree(home, ignore_errors=True)
-        home.parent.mkdir(parents=True, exist_ok=True)
-        # Made under another name, and moved when whole: nobody sees half of it, and of two makers one wins.
-        with tempfile.TemporaryDirectory(dir=home.parent, prefix="making-", ignore_cleanup_errors=True) as making:
-            try:
-                _make(Path(making, "tokens"), source, kind, max_bytes)
-            except OSError as error:
-                raise error if error.filename else OSError(error.errno, error.strerror, str(home)) from error
-            with contextlib.suppress(OSError):  # it is there: the other maker was first
-                Path(making, "tokens").rename(home)
-    return _opened(home)
-
-
-def _opened(home: Path) -> Store:
-    """What :func:`_make` has made; ValueError or OSError if it is not there as it was made."""
-    index = files.read_json(home / "index.json", {name: {field.name: int for field in fields(Part)} for name in PARTS})
-    made, parts = tokenizer.load(home), {name: Part(**index[name]) for name in PARTS}
-    tokens: dict[str, np.ndarray] = {name: np.memmap(home / f"{name}.bin", made.dtype, "r") for name in PARTS}
-    for name, part in parts.items():
-        found = 0
-        for start in range(0, len(tokens[name]), _AT_ONCE):
-            found = zlib.crc32(tokens[name][start : start + _AT_ONCE].data, found)
-        must(found == part.crc32, f"{home / name}.bin is damaged")
-    return Store(made, tokens, parts)
-
-
-def _make(home: Path, source: str, kind: str, max_bytes: int) -> None:
-    made = tokenizer.tokenizer(kind, _to_train_on(source, max_bytes), ends=True)
-    must(made.eos is not None, f"tokenizer={kind!r} has no token that ends documents; name it <eos>, or eos_token")
-    home.mkdir()
-    end, parts, waiting = np.array([made.eos], made.dtype), {name: Part() for name in PARTS}, None
-
-    def write(name: str, tokens: np.ndarray, document: str | None = None) -> None:
-        content, part = tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(), parts[name]
-        opened[name].write(content)
-        part.tokens += len(tokens)
-        part.crc32 = zlib.crc32(content, part.crc32)
-        if document is not None:
-            part.documents += 1
-            part.bytes += len(document.encode())
-
-    with contextlib.ExitStack() as stack:
-        opened = {name: stack.enter_context((home / f"{name}.bin").open("wb")) for name in PARTS}
+    where = folder / INDEX
+    index, made = read_index(folder), tokenizer.load(folder)
+    other = f"{folder / tokenizer.FILE} is not the tokenizer of the tokens beside it; put that back, or {AGAIN}"
+    must(identity(made) == index["tokenizer"], other)
+    known = 0 <= index["eos"] < len(made.pieces) and made.dtype.__name__ == index["dtype"]
+    must(
+        known,
+        f"{where} has eos={index['eos']} and dtype={index['dtype']!r:.20}, and its tokenizer others; {AGAIN}",
+    )
+    made.eos = index["eos"]
+    width, tokens, parts = np.dtype(made.dtype).itemsize, dict[str, Tokens](), dict[str, Part]()
+    for name in PARTS:
+        shards = index[name]
+        paths = [files.inside(folder, shard.file, str(where)) for shard in shards]
+        for path, shard in zip(paths, shards, strict=True):
+            _check_size(path, path.stat().st_size, shard.tokens * width)
+        tokens[name] = Tokens([(path, shard.tokens) for path, shard in zip(paths, shards, strict=True)], made.dtype)
+        parts[name] = total(shards)
+    if sum(part.tokens for part in parts.values()) * width <= read_through:
         for name in PARTS:
-            write(name, end)
-        for documents in _batches(corpus.stream(source, max_bytes)):
-            for document, tokens in zip(documents, made.encode_each(documents), strict=True):
-                ended = np.concatenate([tokens, end])
-                if corpus.held_out(document):
-                    write("held_out", ended, document)
-                    continue
-                if waiting is not None:
-                    write("train", *waiting)
-                waiting = ended, document  # the last is held out if no other is
-        if waiting is not None:
-            write("train" if parts["held_out"].documents else "held_out", *waiting)
-    for name, part in parts.items():
-        must(part.documents > 0, f"source={source!r} has too few documents for a {name} part; use more text")
-    made.save(home)
-    files.write_json(home / "index.json", {name: asdict(part) for name, part in parts.items()})
+            for before, shard in pairwise([Shard(), *index[name]]):
+                check_content(folder, shard, before)
+    return Store(folder, made, tokens, parts)
 
 
-def _to_train_on(source: str, max_bytes: int) -> Iterator[str]:
-    left = _TRAINED_ON
-    for document in corpus.stream(source, max_bytes):
-        if not corpus.held_out(document):
-            yield document
-            left -= len(document)
-            if left <= 0:
-                return
+def read_index(folder: Path) -> dict[str, Any]:
+    """What lies in a folder; its shards by part."""
+    shard = {field.name: field.type for field in fields(Shard)}
+    shape = {"from": str, "tokenizer": str, "eos": int, "dtype": str, **{name: [shard] for name in PARTS}}
+    index: dict[str, Any] = files.read_json(folder / INDEX, shape)
+    return index | {name: [Shard(**{key: one[key] for key in shard}) for one in index[name]] for name in PARTS}
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = list[str](), 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= _AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write what :func:`read_index` reads, whole or not at all."""
+    files.write_json(folder / INDEX, index | {name: [asdict(shard) for shard in index[name]] for name in PARTS})
+
+
+def total(parts: Sequence[Part]) -> Part:
+    """Several, one after the other, with the checksum of the last."""
+    sums = {name: sum(getattr(part, name) for part in parts) for name in ("documents", "bytes", "tokens")}
+    return Part(**sums, crc32=parts[-1].crc32 if parts else 0)
+
+
+def identity(made: Tokenizer) -> str:
+    """What tells tokenizers apart."""
+    return hashlib.blake2b(made.to_json().encode(), digest_size=12).hexdigest()
+
+
+def check_content(folder: Path, shard: Shard, before: Part) -> None:
+    """ValueError if the checksum of a shard, behind the one ``before`` it, is not what the index says."""
+    path = folder / shard.file
+    must(checksum(path, before.crc32) == shard.crc32, f"{path} is damaged: its checksum is another one; {AGAIN}")
+
+
+def checksum(path: Path, crc: int = 0) -> int:
+    """The CRC-32 of a file's content behind what ``crc`` is of."""
+    with files.opened(path) as file:
+        while content := file.read(_AT_ONCE):
+            crc = zlib.crc32(content, crc)
+    return crc
+
+
+def _check_size(path: Path, found: int, expected: int) -> None:
+    must(found == expected, f"{path} has {found:,} bytes and should have {expected:,}: it is torn; {AGAIN}")

@@ -3,8 +3,9 @@
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from open_mythos.fields import choice, flag, must, size, text
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.corpus import documents, held_out
-from open_mythos.tasks.store import Store, tokenised
+from open_mythos.tasks.filling import tokenised
+from open_mythos.tasks.mixture import Deal, parsed
+from open_mythos.tasks.store import PARTS, Part, Store, Tokens, is_store, total
 from open_mythos.tasks.tokenizer import Tokenizer, tokenizer
 
 
@@ -31,11 +34,14 @@ class Text(Task):
 
     With ``separate``, an ``<eos>`` stands before each document and is what follows its last token; tokens see nothing
     of other documents, which ``Batch.valid`` numbers. The tokens then lie on disk (:mod:`open_mythos.tasks.store`), and
-    are gone through row by row (:meth:`rows`). Without, documents follow each other without a mark between.
+    are gone through row by row (:meth:`rows`). ``source`` may then also be a folder of such tokens, whose tokenizer is
+    the folder too, and several sources with weights (:func:`~open_mythos.tasks.mixture.parsed`); one that ``"bpe:N"``
+    is trained on is the first. Without, documents follow each other without a mark between.
 
     Attributes:
         eos: the token that ends a document, None without ``separate``.
-        tokens: all of the split, (N,) uint16 or uint32; with ``separate``, an ``<eos>`` around each document.
+        tokens: all of the split, (N,) uint16 or uint32; with ``separate``, an ``<eos>`` around each document, in files
+            (:class:`~open_mythos.tasks.store.Tokens`), one source after the other.
 
     Raises:
         ValueError: for a source without text or a split without documents.
@@ -53,13 +59,22 @@ class Text(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.store: Store | None = None
+        one = len(parsed(self.source)) == 1 and not is_store(self.source)
+        must(one or self.separate, f"source={self.source!r} is read in rows of separate documents; use separate=true")
         if self.separate:
-            self.store = tokenised(self.source, self.tokenizer, self.max_bytes)
-            self._tokenizer, tokens = self.store.tokenizer, self.store.tokens
+            self._weights = dict(parsed(self.source))
+            stores = _opened(self._weights, self.tokenizer, self.max_bytes)
+            self.store = _together(stores)
+            self._tokenizer, sizes = self.store.tokenizer, [len(store.tokens[self.split]) for store in stores]
+            self.tokens: np.ndarray | Tokens = self.store.tokens[self.split]
         else:
             self._tokenizer, tokens = _tokens(self.source, self.tokenizer, self.max_bytes)
+            self.tokens, self._weights = tokens[self.split], {self.source: Fraction(1)}
+            sizes = [len(self.tokens)]
+        # where each source begins in the tokens, and where the last one ends
+        self._edges = np.cumsum([0, *sizes]).tolist()
         self.eos = self._tokenizer.eos if self.separate else None
-        self.tokens = tokens[self.split]
+        self._deals = dict[int, Deal]()
         if len(self.tokens) < 2:
             raise ValueError(f"source={self.source!r} has too few documents for a {self.split} part; use more text")
         self.most = None if self.separate else len(self.tokens) - 1  # a row that is not full is padded
@@ -73,24 +88,50 @@ class Text(Task):
         return self._windows(torch.randint(0, last, (n,), generator=generator), difficulty)
 
     def n_rows(self, length: int) -> int:
-        """Rows of ``length`` tokens that the split makes, the last of which may not be full."""
-        return -(-(len(self.tokens) - 1) // length)
+        """Rows of ``length`` tokens that the split makes, of each source the last of which may not be full."""
+        return sum(self._deal(length).n_rows)
 
-    def rows(self, which: Iterable[int], length: int, seed: int = 0) -> Batch:
+    def rows(self, which: Iterable[int], length: int, seed: int = 0, share: slice | None = None) -> Batch:
         """Rows of an endless sequence: every row of the split, in a random order, then again in another.
 
         A row begins where the last one in the text ended, so that each token of the split is a target once in every
-        ``n_rows(length)`` rows: first tokens of documents, what follows a cut, and ends too.
+        ``n_rows(length)`` rows: first tokens of documents, what follows a cut, and ends too. Of several sources each
+        has its share of any thousand rows or so, and goes through its own rows in this way.
 
         Args:
             which: places in the sequence, which depends on nothing else: processes may each take their own places.
             length: tokens of a row.
             seed: of the orders.
+            share: of these places those whose rows are read; ``n_scored`` is then of all.
         """
+        starts, ends = self._spans(which, length, seed)
+        if share is None:
+            return self._windows(starts, length, ends)
+        n_scored = int((ends - starts - 1).clamp(max=length).sum())
+        return replace(self._windows(starts[share], length, ends[share]), n_scored=n_scored)
+
+    def seen(self, rows: int, length: int, seed: int = 0) -> list[tuple[str, int, float]]:
+        """Of each source: its name, and how many tokens and epochs of it are in the first so many rows."""
+        found, deal = [], self._deal(length)
+        for i, (name, n) in enumerate(zip(self._weights, deal.seen(rows, seed), strict=True)):
+            epochs, rest = divmod(n, deal.n_rows[i])
+            tokens = self._edges[i + 1] - self._edges[i] - 1
+            found.append((name, epochs * tokens + min(tokens, rest * length), n / deal.n_rows[i]))
+        return found
+
+    def _deal(self, length: int) -> Deal:
+        """Which row of which source is at which place, by length."""
         self.check(length)
-        n = self.n_rows(length)
-        rows = [int(_order(seed, place // n, n)[place % n]) for place in which]
-        return self._windows(torch.tensor(rows, dtype=torch.int64) * length, length)
+        if length not in self._deals:
+            n_rows = [-((start + 1 - end) // length) for start, end in pairwise(self._edges)]
+            self._deals[length] = Deal(list(self._weights.values()), n_rows)
+        return self._deals[length]
+
+    def _spans(self, which: Iterable[int], length: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Where rows start, and where their sources end, (n,) each."""
+        found = list(self._deal(length).find(which, seed))
+        starts = [self._edges[text] + row * length for text, row in found]
+        return torch.tensor(starts, dtype=torch.int64), torch.tensor([self._edges[text + 1] for text, _ in found])
 
     def windows(self, length: int, n: int) -> Batch:
         """``n`` windows of ``length`` tokens, evenly spaced over the split and always the same, to evaluate on.
@@ -139,11 +180,12 @@ class Text(Task):
 
     def fingerprint(self) -> int:
         """A number that another text does not have."""
-        return zlib.crc32(self.tokens.tobytes()) if self.store is None else self.store.parts[self.split].crc32
+        return zlib.crc32(self.tokens[:].tobytes()) if self.store is None else self.store.parts[self.split].crc32
 
-    def _windows(self, starts: Tensor, length: int) -> Batch:
-        where, end = starts[:, None] + torch.arange(length + 1), len(self.tokens)
-        tokens = torch.from_numpy(self.tokens[where.clamp(max=end - 1).numpy()].astype(np.int64))
+    def _windows(self, starts: Tensor, length: int, ends: Tensor | None = None) -> Batch:
+        where = starts[:, None] + torch.arange(length + 1)
+        end = torch.tensor([[len(self.tokens)]]) if ends is None else ends[:, None]
+        tokens = torch.from_numpy(self.tokens[torch.minimum(where, end - 1).numpy()].astype(np.int64))
         ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.eos is None:
             return Batch(ids, targets)
@@ -196,9 +238,26 @@ class Rows(IterableDataset[Batch]):
             yield self.task.rows(places[self.rank :: self.world_size], self.length, self.seed)
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, n: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+def _opened(sources: Iterable[str], kind: str, max_bytes: int) -> list[Store]:
+    """Each source, all in the tokens of one tokenizer."""
+    found = list[Store]()
+    for source in sources:
+        found.append(tokenised(source, kind, max_bytes))
+        kind = str(found[0].folder) if kind.startswith("bpe:") else kind
+    return found
+
+
+def _together(stores: list[Store]) -> Store:
+    """Several sources, one after the other."""
+    first = stores[0]
+    if len(stores) == 1:
+        return first
+    tokens, parts = dict[str, Tokens](), dict[str, Part]()
+    for name in PARTS:
+        tokens[name] = Tokens([shard for store in stores for shard in store.tokens[name].shards], first.tokenizer.dtype)
+        parts[name] = total([store.parts[name] for store in stores])
+        parts[name].crc32 = zlib.crc32(repr([store.parts[name].crc32 for store in stores]).encode())
+    return Store(first.folder, first.tokenizer, tokens, parts)
 
 
 @lru_cache(maxsize=4)

@@ -1,10 +1,13 @@
-"""Lossless tokenizers: bytes, byte-pair encodings trained on the spot, and any byte-level one saved as tokenizer.json.
+"""Tokenizers: bytes, byte-pair encodings trained on the spot, and any byte-level one saved as tokenizer.json, which are
+lossless; and words of a fixed vocabulary.
 
 All are written as the ``tokenizer.json`` of Hugging Face's ``tokenizers``, which is needed for any but bytes.
 """
 
+import difflib
 import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +24,17 @@ MOST_TOKENS = 1 << 16  # of a tokenizer that is trained here
 MOST_IDS = 1 << 22  # of any
 _SHAPE = {"model": {"vocab": (dict, list), "merges?": (list, type(None))}}
 END, PADDING = "<eos>", "<pad>"  # names of token 0: it ends documents, or it only fills up rows
+CONFIG, TEMPLATE, END_OF_ANSWER = "tokenizer_config.json", "chat_template.jinja", "<end>"
+_WORD = r"'s(?!\w)|\w+|[^\w\s]"
+_FIRST = re.compile(r"(?:^|(?<=[.?] ))[a-z]")  # letters of sentences
+_APOSTROPHE = {"type": "Replace", "pattern": {"String": "\u2019"}, "content": "'"}
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_FACTS_AND_QUESTION = """\
+{%- set said = messages | selectattr("role", "equalto", "user") | map(attribute="content") | join(" ") | trim -%}
+{%- for sentence in said.replace("?", "?|").replace(".", ".|").split("|") if sentence -%}
+{%- if loop.last or not sentence.endswith("?") %}{{ sentence }}{% endif -%}
+{%- endfor -%}
+"""
 
 
 @checked
@@ -33,7 +47,12 @@ class Tokenizer:
     Attributes:
         pieces: the bytes that each token stands for; none for token 0.
         eos: the token that ends a document, and that no text holds; None if there is none.
+        asks: the token after which a model answers, and nowhere else; None if it goes on after any.
+        template: how a conversation becomes tokens, of a model that is asked; None if it is simply gone on with.
     """
+
+    asks: int | None = None
+    template: Callable[[list[dict[str, str]]], list[int]] | None = None
 
     def __init__(self, ends: bool = False) -> None:
         self.pieces = [b"", *(bytes([b]) for b in range(256))]
@@ -131,6 +150,87 @@ class BytePairs(Tokenizer):
         return self._text
 
 
+@checked
+class WordLevel(Tokenizer):
+    """Words and marks of a fixed vocabulary, whatever letters of them are capital. A question mark asks for an answer.
+
+    Words that differ in capitals only, such as the article a and a register A, are told apart by them.
+
+    Args:
+        words: by token, ``<pad>`` and ``<end>`` first.
+        ends: whether ``<end>`` follows an answer; else an answer is one word.
+    """
+
+    def __init__(self, words: Sequence[str], ends: bool = False) -> None:
+        must(tuple(words[:2]) == (PADDING, END_OF_ANSWER), f"its words should begin with {PADDING}, {END_OF_ANSWER}")
+        self.words, self.pieces = tuple(words), [b"", b"", *(word.encode() for word in words[2:])]
+        self.eos = 1 if ends else None
+        self._exact = {word: i for i, word in enumerate(words) if i > 1}
+        self._folded = {word.lower(): i for word, i in self._exact.items()}
+        must("?" in self._exact and "." in self._exact, "it has no token for . or ?, so nothing can be asked")
+        self.asks, self.template = self._exact["?"], self._prompt
+
+    @checked
+    def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array([self._token(word) for word in _words(text)], self.dtype) for text in texts]
+
+    def _token(self, word: str) -> int:
+        found = self._exact.get(word, self._folded.get(word.lower()))
+        if found is None:
+            near = difflib.get_close_matches(word.lower(), self._folded, 1, 0)[0]
+            raise ValueError(f"there is no word {word!r} here; the nearest is {self.words[self._folded[near]]!r}")
+        return found
+
+    @checked
+    def decode(self, ids: Iterable[int]) -> str:
+        said = " ".join(self.words[i] for i in check_tokens(ids, len(self.pieces)) if i > 1)
+        return _FIRST.sub(lambda found: found[0].upper(), re.sub(r" (?=[.,:?]|'s)", "", said))
+
+    @checked
+    def save(self, directory: str | Path) -> None:
+        """Write ``tokenizer.json``, and beside it the two files that a conversation in ``transformers`` needs."""
+        super().save(directory)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": PADDING,
+            "clean_up_tokenization_spaces": False,
+        }
+        config |= {"eos_token": END_OF_ANSWER} if self.eos else {}
+        files.write_json(Path(directory, CONFIG), config)
+        files.write(Path(directory, TEMPLATE), _FACTS_AND_QUESTION)
+
+    def to_json(self) -> str:
+        alike = {word for word, i in self._exact.items() if self._folded[word.lower()] != i}
+        alike |= {self.words[self._folded[word.lower()]] for word in alike}
+        folded = [
+            {"type": "Replace", "pattern": {"Regex": rf"(?<!\w)(?i:{word})(?!\w)"}, "content": word}
+            for word in self._exact
+            if word.isalpha() and word not in alike
+        ]
+        names = [{"id": i, "content": name, "special": True, **_PLAIN} for i, name in enumerate(self.words[:2])]
+        return json.dumps({
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": names,
+            "normalizer": {"type": "Sequence", "normalizers": [_APOSTROPHE, *folded]},
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": _WORD}, "behavior": "Removed", "invert": True},
+            "post_processor": None, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+            "model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": {w: i for i, w in enumerate(self.words)}},
+        }, ensure_ascii=False)  # fmt: skip
+
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """What the user said, without questions but the last: these were never followed by more in training."""
+        sentences, sentence = list[list[int]](), list[int]()
+        for message in messages:
+            if message["role"] == "user":
+                for token in self.encode([message["content"]]).tolist():
+                    sentence.append(token)
+                    if token in (self.asks, self._exact["."]):
+                        sentences.append(sentence)
+                        sentence = []
+                must(not sentence, "end each sentence with . or ?, or nobody knows what is a fact and what is asked")
+        last = len(sentences) - 1
+        return [token for i, one in enumerate(sentences) if i == last or one[-1] != self.asks for token in one]
+
+
 def check_tokens(ids: Iterable[int], n: int) -> list[int]:
     """``ids`` as a list; ValueError for one that is no integer in [0, n)."""
     found = list(ids)
@@ -141,6 +241,10 @@ def check_tokens(ids: Iterable[int], n: int) -> list[int]:
             known = False
         must(known, f"{i!r:.40} of ids is no token; those of this vocabulary are 0 to {n - 1}")
     return found
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(_WORD, text.replace("\u2019", "'"))
 
 
 def _contents(texts: Sequence[str]) -> list[bytes]:
@@ -191,15 +295,18 @@ def load(directory: str | Path) -> Tokenizer:
     try:
         text = files.read_text(files.own(path))
         model = files.parse_json(text, str(path), _SHAPE)["model"]
+        config = path.with_name(CONFIG)
+        said = files.read_json(files.own(config), {"eos_token?": (str, dict, type(None))}) if config.is_file() else {}
+        end = said.get("eos_token")
+        if model.get("type") == "WordLevel" and END_OF_ANSWER in (vocab := model["vocab"]):
+            words = sorted(vocab, key=vocab.__getitem__)
+            must([vocab[word] for word in words] == list(range(len(words))), "its tokens are not 0, 1, 2 and so on")
+            return WordLevel(words, end is not None)
         if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
-        end, config = END if END in model["vocab"] else None, path.with_name("tokenizer_config.json")
-        if end is None and config.is_file():
-            end = files.read_json(files.own(config), {"eos_token?": (str, dict, type(None))}).get("eos_token")
-            end = (
-                files.shaped(end, {"content": str}, f"{config}: eos_token")["content"] if isinstance(end, dict) else end
-            )
-        return BytePairs(text, end)
+        if isinstance(end, dict):
+            end = files.shaped(end, {"content": str}, f"{config}: eos_token")["content"]
+        return BytePairs(text, END if END in model["vocab"] else end)
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
@@ -208,11 +315,10 @@ def load(directory: str | Path) -> Tokenizer:
 
 def _as_json(first: str, names: Sequence[str], merges: Sequence[Any]) -> str:
     """A tokenizer.json of byte-level pieces ``names``, numbered from 1 on; token 0 is called ``first``."""
-    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return json.dumps({
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": 0, "content": first, **special}],
+        "added_tokens": [{"id": 0, "content": first, "special": True, **_PLAIN}],
         "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {name: i for i, name in enumerate([first, *names])}, "merges": merges},
     }, ensure_ascii=False)  # fmt: skip

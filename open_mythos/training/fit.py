@@ -17,7 +17,10 @@ from open_mythos.evaluation.token_kinds import bits_by_kind
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Task
+from open_mythos.tasks.english import VOCABULARY
 from open_mythos.tasks.text import Text
+from open_mythos.tasks.tokenizer import WordLevel
+from open_mythos.tasks.words import Words
 from open_mythos.training import baselines, checkpoints, distributed, runs
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import ROUNDS, train_gate
@@ -87,6 +90,10 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
                 cfg.save(run / runs.RUN_CONFIG)
             train(trainer, meter, run, watch, stop)
             model = trainer.averaged()
+            if isinstance(trainer.task, Text) and trainer.task.store is not None:
+                seen = trainer.task.seen(cfg.steps * cfg.batch_size, cfg.task.max_difficulty, cfg.seed)
+                for name, tokens, epochs in seen if len(seen) > 1 else ():
+                    watch.log(f"{name}: {tokens:,} tokens seen, {epochs:.3g} epochs")
         if is_main:
             finish(model, trainer.task, cfg, run, watch.begin)
     return run / runs.MODEL
@@ -271,9 +278,16 @@ def finish(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Ca
         generator = torch.Generator().manual_seed(1000 * cfg.seed + GATE_SEED)
         train_gate(model, task, cfg.gate, cfg.task.min_difficulty, cfg.hardest_for_gate, generator, begin)
     directory = runs.save_model(model, cfg, run)
+    save_tokenizer(task, directory)
+    measure(model, task, cfg, run, begin)
+
+
+def save_tokenizer(task: Task, directory: Path) -> None:
+    """Write what a model of text or of words reads and writes with beside it."""
     if isinstance(task, Text):
         task.save_tokenizer(directory)
-    measure(model, task, cfg, run, begin)
+    elif task.vocab is VOCABULARY:
+        WordLevel(VOCABULARY, ends=isinstance(task, Words)).save(directory)
 
 
 def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:

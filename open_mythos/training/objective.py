@@ -20,7 +20,7 @@ from open_mythos.training.config import ONE_PASS, LoopConfig, LossConfig, TrainC
 
 TERMS = ("cross_entropy", "z", "distillation", "change")
 _TRIM_EVERY = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
-_MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.chunk`` says otherwise
+MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.chunk`` says otherwise
 
 
 @dataclass
@@ -212,7 +212,7 @@ class _Run:
             x, asked, weight, row = x[scored], asked[scored], weight[scored], row[scored]
             theirs = None if theirs is None else theirs[scored]
         teacher = None if self.teacher is None or theirs is None else (self.teacher.head, theirs)
-        chunk = self.cfg.loss.chunk or max(1, _MAX_LOGITS // self.model.cfg.vocab_size)
+        chunk = self.cfg.loss.chunk or max(1, MAX_LOGITS // self.model.cfg.vocab_size)
         sums, hits = readout(self.model.head, x, asked, weight, chunk, teacher)
         return sums, row.new_zeros(len(targets)).index_add(0, row, hits.long())
 
@@ -252,6 +252,8 @@ def steps_asked(batch: Batch, cfg: TrainConfig) -> Tensor | None:
 
 def n_supervised(batch: Batch, cfg: TrainConfig) -> int:
     """Positions of a step that are asked for something: those with an answer, or with steps where these are asked."""
+    if batch.n_scored is not None:
+        return batch.n_scored
     steps = steps_asked(batch, cfg)
     return int(((batch.targets if steps is None else steps[..., -1]) != UNSCORED).sum())
 

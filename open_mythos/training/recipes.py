@@ -7,7 +7,8 @@ from open_mythos import tasks
 from open_mythos.checkpoint import CONFIG_FILE
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must, nearest
-from open_mythos.tasks import tokenizer
+from open_mythos.tasks import mixture, tokenizer
+from open_mythos.tasks.store import is_store
 from open_mythos.tasks.text import Text
 from open_mythos.training import runs
 from open_mythos.training.config import EvalConfig, GateConfig, LoopConfig, OptimConfig, TaskConfig, TrainConfig
@@ -103,6 +104,14 @@ def word_problems() -> TrainConfig:
     )  # fmt: skip
 
 
+def words() -> TrainConfig:
+    """All tasks in words by one model, which says its answers and ends: trained on up to 6 steps, tested on 12."""
+    return _in_words(
+        "words", range(1, 7), loops=16, gate=(12, 32), dim=128, heads=4, window=16,
+        evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
+    )  # fmt: skip
+
+
 def reasoning_gym() -> TrainConfig:
     """Any generator of reasoning-gym (task.options.generator=...), as bytes."""
     return _reasoner(
@@ -168,7 +177,7 @@ def debug() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
     parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, assignments, word_problems,
-    reasoning_gym, text, heal, demo, debug,
+    words, reasoning_gym, text, heal, demo, debug,
 )}  # fmt: skip
 
 
@@ -217,8 +226,14 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     # absolute paths, so that the run can be resumed from any directory
     cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
     if cfg.task.name == Text.name:
-        for key in cfg.task.options.keys() & {"source", "tokenizer"}:
-            cfg.task.options[key] = runs.everywhere(str(cfg.task.options[key]))
+        options = cfg.task.options
+        if "source" in options:
+            texts = [(runs.everywhere(name), weight) for name, weight in mixture.parsed(str(options["source"]))]
+            options["source"] = mixture.joined(texts)
+            if is_store(texts[0][0]):
+                options.setdefault("tokenizer", texts[0][0])
+        if "tokenizer" in options:
+            options["tokenizer"] = runs.everywhere(str(options["tokenizer"]))
     if not given.keys() & {"model.vocab_size", "start"}:
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
@@ -233,7 +248,7 @@ _SHORTHANDS = {
 
 def _in_words(
     task: str, difficulties: range, *, loops: int, evaluation: EvalConfig, gate: tuple[int, int],
-    options: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None, dim: int = 64, heads: int = 2, window: int = 8,
 ) -> TrainConfig:  # fmt: skip
     """The common config of tasks in words: a step of the solution a loop, first at two loops on small problems.
 
@@ -242,10 +257,10 @@ def _in_words(
     as far once the slow ones are stretched.
     """
     cfg = _reasoner(
-        task, difficulties, loops=loops, steps=1500, window=8, local_share=0.5, prelude=2, lr=2e-3, options=options,
-        gate=gate, evaluation=evaluation,
+        task, difficulties, loops=loops, steps=1500, window=window, local_share=0.5, prelude=2, lr=2e-3,
+        options=options, dim=dim, gate=gate, evaluation=evaluation,
     )  # fmt: skip
-    cfg.model.n_heads = cfg.model.n_kv_heads = 2
+    cfg.model.n_heads = cfg.model.n_kv_heads = heads
     cfg.model.rope_theta = 1e16
     cfg.model.rope_context, cfg.stretch = 200, 2.0
     cfg.task.growth, cfg.loss.depth = 0.8, "steps"

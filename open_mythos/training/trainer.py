@@ -18,6 +18,7 @@ from open_mythos.ops.dispatch import use_tf32
 from open_mythos.tasks import Batch, Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
+from open_mythos.training.ahead import rows_ahead
 from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.training.config import ONE_PASS, TrainConfig
 from open_mythos.training.growth import Growth
@@ -89,6 +90,8 @@ class Trainer:
         self.model.to(self.device).train()
         if cfg.compile:
             baselines.compile_blocks(self.model, cfg)
+        self.rows = grid.share(cfg.batch_size)  # of this process
+        self.ahead = rows_ahead(self.task, cfg, self.device, self.rows) if isinstance(self.task, Text) else None
         self.objective = Objective(cfg, baselines.load_teacher(cfg, self.device))
         self.parallel = Parallel(self.model, self.objective, cfg, grid)
         self.optimizer = Optimizer(self.model, cfg.optim, self.parallel.pieces)
@@ -131,12 +134,12 @@ class Trainer:
     def draw(self) -> Batch:
         """The next batch of all processes: problems of one difficulty, drawn between the least and the greatest.
 
-        Text of separate documents is not drawn but gone through, each batch decided by the number of the step.
+        Text of separate documents is not drawn but gone through, each batch decided by the number of the step; of it
+        there are only the rows of this process.
         """
         cfg = self.cfg.task
-        if isinstance(self.task, Text) and self.task.separate:
-            first = self.step_number * self.cfg.batch_size
-            return self.task.rows(range(first, first + self.cfg.batch_size), cfg.max_difficulty, self.cfg.seed)
+        if self.ahead is not None:
+            return self.ahead(self.step_number)
         task, hardest = (self.task, cfg.max_difficulty) if self.growth is None else self.growth.of(self.task, cfg)
         difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
         return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
@@ -152,15 +155,15 @@ class Trainer:
         most = None if self.growth is None else self.growth.most_loops(cfg.loops)
         plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, most)
         self.parallel.step.zero_grad()
-        grid = self.parallel.grid
-        share = cfg.batch_size // grid.n_data  # rows of this process
-        size, first = share // cfg.accumulate, share * grid.data
+        first, end = self.rows.start, self.rows.stop
+        size = (end - first) // cfg.accumulate
+        elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows before those of this process, if not in it
         torch.manual_seed(hash((cfg.seed, self.step_number, first)))  # for modules that are not this library's
         loops, seen = 0.0, list[Tensor]()
         with self.parallel.counting():
-            for start in range(first, first + share, size):
+            for start in range(first, end, size):
                 rows = slice(start, start + size)
-                micro = _move(batch, rows, self.device)
+                micro = _move(batch, slice(start - elsewhere, start - elsewhere + size), self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                     outcome = self.parallel.run(micro, plan, rows, n_scored)
                 outcome.loss.backward()
@@ -172,7 +175,7 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:  # else all would become so
             self.parallel.clip(norm)
-        return StepResult(loss, right / max(1, asked), loops, norm, batch.ids.numel(), not finite, parts)
+        return StepResult(loss, right / max(1, asked), loops, norm, cfg.batch_size * length, not finite, parts)
 
     def check_going(self, result: StepResult) -> None:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""
@@ -265,9 +268,8 @@ class Trainer:
         self.loops_rng.set_state(state["loops"])
         if "processes" in state:  # of earlier versions, whose rows had other noise, and started from any row's state
             state = state["processes"][0]["carried"] | {"left": {}}
-        share, data = self.cfg.batch_size // self.parallel.grid.n_data, self.parallel.grid.data
-        own = range(share * data, share * (data + 1))  # what other processes left is theirs
-        left = {row: ended for row, ended in state["left"].items() if row in own}
+        mine = range(self.rows.start, self.rows.stop)  # what other processes left is theirs
+        left = {row: ended for row, ended in state["left"].items() if row in mine}
         self._restore({"buffers": state["buffers"], "left": left})
 
     def _carried(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from open_mythos.models import SHIPPED
 ALL = os.environ.get("BAD_INPUT") == "all"
 SOURCES = {  # commands that read a model, and what goes before and after its name
     "info": ([], []),
+    "plan": ([], ["--gpus", "1"]),
     "diagnose": ([], ["--loops", "1"]),
     "eval": ([], ["--difficulties", "2", "--loops", "1", "--examples", "1"]),
     "report": ([], ["--difficulty", "2", "--loops", "1"]),
@@ -48,6 +49,7 @@ OUTS = {  # commands that write, up to where
     "export": ["export", "run"],
     "convert": ["convert", "binary.bin"],
     "retrofit": ["retrofit", "folder", "--out"],
+    "tokenize": ["tokenize", "stdlib", "--max-bytes", "9999", "--out"],
 }
 NAMES = [
     "nowhere", "folder", "file.txt", "empty.json", "binary.bin", "loop", "dangling", "no such name", "-dash", "./-dash",
@@ -67,6 +69,7 @@ THEIRS = {
     "train-gate": ["config.json", "model.safetensors", "tokenizer.json", "training.json"],
     "convert": ["config.json", "model.safetensors", "tokenizer.json"],
     "export": ["anything"],
+    "tokenize": ["anything", "tokens.json"],
 }  # fmt: skip
 SPOILT = [
     b"", b"\x00\xff\x80" * 99, b"[]", b"3", b"null", b"{}", b'{"grids": 3}', b"[" * 100_000, b"\xff\xfe{}",

@@ -14,6 +14,9 @@ from open_mythos.cli import app
 from open_mythos.cli.chat import shown, template_of
 from open_mythos.generation.conversation import Conversation
 from open_mythos.tasks.tokenizer import Tokenizer
+from open_mythos.training.config import TrainConfig
+from open_mythos.training.fit import fit
+from open_mythos.training.recipes import configured
 
 
 def chat(said: str, *arguments: object) -> Result:
@@ -91,3 +94,24 @@ def test_a_chat_template_beside_the_model_is_used(tmp_path: Path) -> None:
     assert template is not None
     ids = template([{"role": "user", "content": "hi"}])
     assert Tokenizer().decode(ids) == "[user] hi\n[assistant] "
+
+
+def test_a_run_in_words_is_asked_and_says_what_it_does_not_know(tmp_path: Path) -> None:
+    run = fit(in_words(), tmp_path / "run")
+    facts, others = "Ana has what Ben has.\nBen keeps a key. What does Ana have?\n", "Ben rides.\nwhat has\n"
+    done = chat(f"{facts}/trace\n/loops 2\n/trace 3\n{others}", run)
+    text = " ".join(done.output.split())
+    assert done.exit_code == 0 and "It answers questions, as in" in text, done.output
+    assert text.count("noted; ask a question") == 1 and "I am not sure: " in text
+    rows = re.findall(r"^│ (\d+) +│(.*)│$", done.output, re.MULTILINE)
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "1", "2"], "a row a loop"
+    assert [row[1].count("│") for row in rows] == [0, 0, 0, 0, 2, 2], (
+        "the question's place alone, unless asked for more"
+    )
+    assert "there is no word 'rides' here; the nearest is 'writes'" in text and "end each sentence with . or ?" in text
+
+
+def in_words() -> TrainConfig:
+    changes = "steps=2", "batch_size=4", "model.dim=16", "gate.steps=0", "model.max_loop_iters=4", "loops.maximum=4"
+    evaluated = "evaluation.examples=4", "evaluation.difficulties=1,2", "evaluation.loops=1,2"
+    return configured("words", [*changes, *evaluated])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from counting import Copy, Counting
-from helpers import tiny_config
+from helpers import tiny_config, tiny_model
 
+from open_mythos import tasks
 from open_mythos.evaluation import Evaluation, evaluate
 from open_mythos.evaluation.summary import FILE, n_steps
 from open_mythos.nn.exits import Gate, StateChange
@@ -95,3 +98,14 @@ def test_a_file_that_is_something_else(content: str, tmp_path) -> None:
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ValueError, match=FILE):
         Evaluation.load(tmp_path)
+
+
+def test_a_task_of_several_is_measured_by_kind(tmp_path: Path) -> None:
+    task = tasks.load("words", split="held_out", weights={"relations": 1, "registers": 1})
+    model = tiny_model(vocab_size=task.vocab_size, max_seq_len=512, halting=False)
+    found = evaluate(model, task, [1, 2], [1, 2], examples=4)
+    assert [(grid.task, grid.difficulties) for grid in found.kinds] == [("relations", [1]), ("registers", [2, 4])]
+    assert all(grid.options["split"] == "held_out" for grid in found.kinds)
+    found.save(tmp_path)
+    again = Evaluation.load(tmp_path)
+    assert again.to_dict() == found.to_dict() and len(again.kinds) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from open_mythos import KVCache
 from open_mythos.generation.conversation import Conversation, Messages
 from open_mythos.generation.sampling import Sampling
 from open_mythos.nn.exits import PredictionKL
-from open_mythos.tasks.tokenizer import Tokenizer
+from open_mythos.tasks import english
+from open_mythos.tasks.english import ID, VOCABULARY
+from open_mythos.tasks.tokenizer import Tokenizer, WordLevel
 
 GREEDY = Sampling(temperature=0)
 
@@ -132,3 +135,46 @@ def test_a_tokenizer_that_does_not_fit() -> None:
         ValueError, match="the tokenizer has 257 tokens and the model 23, so they do not belong together"
     ):
         Conversation(tiny_model(), Tokenizer())
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *answers: tuple[str, float], ends: bool = True) -> Conversation:
+    """A conversation in words whose model says these, each as probable as said."""
+    model, said = tiny_model(vocab_size=len(VOCABULARY), max_seq_len=128, halting=False), iter(answers)
+    talk = Conversation(model, WordLevel(VOCABULARY, ends), 3, GREEDY)
+
+    def logits() -> torch.Tensor:
+        word, probability = next(said)
+        rest = (1 - probability) / (len(VOCABULARY) - 1)
+        return torch.full((1, len(VOCABULARY)), rest).index_fill(1, torch.tensor([ID[word]]), probability).log()
+
+    monkeypatch.setattr(talk, "_logits", logits)
+    return talk
+
+
+def test_a_question_is_answered_from_all_facts_up_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = asked(monkeypatch, ("key", 0.9), ("<end>", 0.9), ("Ben", 0.4), ("5", 0.9), ("7", 0.9), ("8", 0.4))
+    assert list(talk.reply("Ana has what Ben has.")) == [], "a fact is kept, and gets no reply"
+    assert "".join(talk.reply("Ben keeps a key. What does Ana have?")) == "key"
+    assert talk.ids == english.encode("Ana has what Ben has . Ben keeps a key . what does Ana have ? key")
+    assert "".join(talk.reply("Who is Ben?")) == "I am not sure: Ben"
+    assert "".join(talk.reply("What has Ben?")) == "5 7 8", "no word follows one that is not sure"
+    assert talk.ids == english.encode("Ana has what Ben has . Ben keeps a key . what has Ben ? 5 7 8")
+    said, loops = talk.trace()
+    assert said == english.encode("5") and [len(row) for row in loops] == [1, 1, 1], "at the question mark"
+    assert [row[0] for row in talk.trace(3)[1]] == [row[0] for row in loops]
+
+
+def test_without_an_end_an_answer_is_a_word_and_an_end_alone_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "".join(asked(monkeypatch, ("key", 0.9), ends=False).reply("what has Ana?")) == "key"
+    talk = asked(monkeypatch, ("<end>", 0.9))
+    assert "".join(talk.reply("what has Ana?")) == "I am not sure: I have no answer"
+    assert talk.trace()[0] == [ID["<end>"]], "at the question mark"
+
+
+def test_what_is_no_sentence_of_known_words_is_refused_and_nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = asked(monkeypatch, ("key", 0.9), ("<end>", 0.9))
+    list(talk.reply("Ana has a key."))
+    for said, message in (("Ana has a kay.", "'kay' here; the nearest is 'key'"), ("what has Ana", "with . or ?")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            list(talk.reply(said))
+    assert "".join(talk.reply("what has Ana?")) == "key" and len(talk.messages) == 4

@@ -86,6 +86,7 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
 ]
 WORDS = [name for name, *_ in IN_WORDS]
+EVERY = [*SYNTHETIC, *WORDS, "words"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -128,7 +129,7 @@ def test_problems_in_words_of_mixed_difficulties_share_a_batch(name: str) -> Non
     assert batch.valid is not None and torch.equal(batch.valid, batch.ids != 0)
 
 
-@pytest.mark.parametrize("name", SYNTHETIC + WORDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_seed_repeats_and_another_differs(name: str) -> None:
     task = tasks.load(name)
     first, again, other = (task.batch(8, task.least + 3, seeded(seed)) for seed in (5, 5, 6))
@@ -136,7 +137,7 @@ def test_a_seed_repeats_and_another_differs(name: str) -> None:
     assert not torch.equal(first.ids, other.ids)
 
 
-@pytest.mark.parametrize("name", SYNTHETIC + WORDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_without_a_generator_torchs_own_is_drawn_from(name: str) -> None:
     task = tasks.load(name)
     torch.manual_seed(3)
@@ -183,7 +184,7 @@ def test_mixed_difficulties_are_padded_on_the_right(name: str) -> None:
         assert torch.equal(targets[row, : lengths[row]], alone.targets[0])
 
 
-@pytest.mark.parametrize("name", SYNTHETIC + WORDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_difficulties_that_do_not_exist(name: str) -> None:
     task = tasks.load(name)
     wrong: list[Any] = [task.least - 1, 2.5, True, *([] if task.most is None else [task.most + 1])]

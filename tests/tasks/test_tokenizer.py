@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_mythos.tasks.tokenizer import Tokenizer, load, tokenizer
+from open_mythos.tasks import english
+from open_mythos.tasks.english import VOCABULARY
+from open_mythos.tasks.tokenizer import Tokenizer, WordLevel, load, tokenizer
 
 CORPUS = ["for x in range(10):\n    print(x)\n" * 20, "\tnaïve «text» <pad>\n" * 5]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
@@ -142,3 +145,78 @@ def test_wide_vocabularies_need_wide_numbers() -> None:
     assert made.encode(["a"]).dtype == made.encode([]).dtype == np.uint16
     made.pieces = made.pieces * 300
     assert made.dtype == np.uint32
+
+
+def of_words(ends: bool = True) -> WordLevel:
+    return WordLevel(VOCABULARY, ends)
+
+
+def spelt(ids: Sequence[int]) -> str:
+    return " ".join(VOCABULARY[i] for i in ids)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("Who has Ana's key?", "who has Ana 's key ?"),
+    ("ana’s BOSS is ben, or 5.", "Ana 's boss is Ben , or 5 ."),
+    ("Set A to 3. Will has a coin.\n What is in A?", "set A to 3 . Will has a coin . what is in A ?"),
+])  # fmt: skip
+def test_words_are_found_however_they_are_typed(text: str, words: str) -> None:
+    assert spelt(of_words().encode([text])) == words
+
+
+def test_words_become_sentences() -> None:
+    words = of_words()
+    ids = english.encode("who has Ana 's key ? Ben , if it is 5 . now who is Ana 's boss 's cook ?")
+    said = "Who has Ana's key? Ben, if it is 5. Now who is Ana's boss's cook?"
+    assert words.decode([*ids, 1, 0]) == said and words.encode([said]).tolist() == ids
+
+
+@pytest.mark.parametrize(("word", "near"), [("bicycle", "uncle"), ("Anna", "Ana"), ("<end>", "?"), ("42", "4")])
+def test_a_word_that_is_not_known_is_named_with_the_nearest(word: str, near: str) -> None:
+    with pytest.raises(ValueError, match=r"there is no word .* here; the nearest is '") as error:
+        of_words().encode([f"Ana has a {word}."])
+    assert repr(word if word.isalnum() else "<") in str(error.value)
+    assert not word.isalnum() or repr(near) in str(error.value)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_words_come_back_from_their_file_and_others_read_it(tmp_path: Path, ends: bool) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words, text = of_words(ends), "WHO has Ana’s key? Set A to 5: ben, Will has a coin."
+    words.save(tmp_path)
+    again = load(tmp_path)
+    assert isinstance(again, WordLevel) and again.words == VOCABULARY
+    assert (again.eos, again.asks) == (1 if ends else None, VOCABULARY.index("?"))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = words.encode([text]).tolist()
+    assert theirs.encode(text).ids == ids and theirs.decode(english.encode("Ana 's key .")) == "Ana's key."
+    with pytest.raises(Exception, match="Missing"):
+        theirs.encode("Ana rides.")
+    (tmp_path / "tokenizer.json").write_text(words.to_json().replace('"key": ', '"key": 9'))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: its tokens are not 0, 1, 2 and so on"):
+        load(tmp_path)
+
+
+def test_a_conversation_is_all_facts_and_the_last_question_in_transformers_too(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    said = [
+        ("user", "Ana has what Ben has. Who is Ben's boss? Ben keeps a key."), ("assistant", ""),
+        ("user", "what has Ben?"), ("assistant", "key"), ("user", "Ben likes Cora. What does Ana have?"),
+    ]  # fmt: skip
+    messages = [{"role": role, "content": content} for role, content in said]
+    words = of_words()
+    expected = "Ana has what Ben has . Ben keeps a key . Ben likes Cora . what does Ana have ?"
+    assert words.template is not None and spelt(words.template(messages)) == expected
+    words.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert spelt(ids) == expected and theirs.eos_token == "<end>"
+    with pytest.raises(ValueError, match=r"end each sentence with \. or \?"):
+        words.template([{"role": "user", "content": "What does Ana have"}])
+
+
+def test_words_without_their_marks_are_refused() -> None:
+    with pytest.raises(ValueError, match="should begin with <pad>, <end>"):
+        WordLevel(["a", "b"])
+    with pytest.raises(ValueError, match=r"no token for \. or \?"):
+        WordLevel(["<pad>", "<end>", "a"])

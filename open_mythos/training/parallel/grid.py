@@ -76,6 +76,11 @@ class Grid:
         mesh = self.dense if self.dense is not None and name in (self.dense.mesh_dim_names or ()) else self.sparse
         return None if mesh is None or mesh[name].size() == 1 else mesh.get_group(name)
 
+    def share(self, n: int) -> slice:
+        """Which of the ``n`` rows of a step this process runs."""
+        share = n // self.n_data
+        return slice(share * self.data, share * (self.data + 1))
+
     def beside(self, rows: slice, n: int) -> torch.Tensor:
         """Which of the ``n`` rows of a step the processes with the same experts run, while this one runs ``rows``."""
         share, first = n // self.n_data, -(self.data % self.expert)

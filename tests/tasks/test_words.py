@@ -1,0 +1,112 @@
+"""All tasks in words in one: whose problems they are, how hard, and how they end."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from open_mythos import tasks
+from open_mythos.tasks import UNSCORED
+from open_mythos.tasks.english import END, ID, encode
+
+MARKS = {"coins": "word_problems", "'s": "relations", "what": "assignments"}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def kind_of(sentence: str) -> str:
+    """Which task a problem is of, by its question."""
+    asks = sentence.removesuffix(" ?").split(" . ")[-1].split()
+    if any(len(word) == 1 and word.isupper() for word in asks):
+        return "registers"
+    return next((kind for mark, kind in MARKS.items() if mark in asks), "relations")
+
+
+def test_a_batch_of_training_is_of_one_task_and_each_is_drawn():
+    task, drawn = tasks.load("words"), set()
+    for seed in range(16):
+        batch = task.batch(2, 2, seeded(seed))
+        (kind,) = {kind_of(task.render(ids.tolist())) for ids in batch.ids}
+        drawn.add(kind)
+    assert drawn == {"assignments", "word_problems", "relations", "registers"}
+
+
+def test_weights_say_which_are_drawn_and_how_often():
+    task = tasks.load("words", weights={"registers": 9, "relations": 1})
+    drawn = [kind_of(task.render(task.batch(1, 2, seeded(seed)).ids[0].tolist())) for seed in range(30)]
+    assert set(drawn) == {"registers", "relations"} and drawn.count("registers") > 20
+
+
+def test_a_batch_held_out_has_problems_of_all_in_turn():
+    task = tasks.load("words").held_out()
+    kinds = [kind_of(task.render(ids.tolist())) for ids in task.batch(10, 2, seeded()).ids]
+    assert sorted(map(kinds.count, set(kinds))) == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_last_question_of_training_is_answered_and_ends(seed):
+    task = tasks.load("words")
+    batch, ended = task.batch(8, 3, seeded(seed)), 0
+    for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
+        last = int((ids != 0).sum()) - 1
+        if ids[last] == ID["?"]:  # of assignments, where fewer questions count than of others
+            assert targets[last] == UNSCORED
+            continue
+        ended += 1
+        assert ids[last - 1] == ID["?"] and targets[last - 1] == ids[last]
+        assert targets[last] == ID[END] and set(steps[last].tolist()) == {ID[END]}
+    assert ended >= 4 and torch.equal(batch.valid if batch.valid is not None else batch.ids > 0, batch.ids != 0)
+    held_out = task.held_out().batch(8, 3, seeded(seed))
+    assert not (held_out.targets == ID[END]).any()
+
+
+@pytest.mark.parametrize(("difficulty", "levels"), [(1, [1, 1, 1, 2]), (5, [5, 5, 3, 10]), (12, [12, 12, 6, 24])])
+def test_difficulty_is_handed_to_each_task(difficulty, levels):
+    task = tasks.load("words").held_out()
+    assert [task.level(part, difficulty) for part in task.parts] == levels
+    batch = task.batch(4, difficulty, seeded())
+    assert batch.steps.shape[2] == task.n_steps(difficulty) == 2 * difficulty + 2
+    for ids in batch.ids:
+        told = task.render(ids.tolist())
+        if kind_of(told) == "relations":
+            assert told.count("'s") >= levels[2]
+        elif kind_of(told) == "registers":
+            assert len(re.findall(r" \.", told)) == 5 + levels[3]
+
+
+def test_problems_grow_with_their_size():
+    task = tasks.load("words")
+    small = task.sized(0)
+    assert small.most == task.most == 12 and [small.level(part, 12) for part in small.parts] == [2, 1, 6, 1]
+    for seed in range(8):
+        assert small.batch(2, 12, seeded(seed)).ids.shape[1] < task.batch(2, 12, seeded(seed)).ids.shape[1]
+
+
+def test_a_task_with_settings_is_made_with_them():
+    task = tasks.load("words", weights={"word_problems": 1}, settings={"word_problems": {"people": 20, "modulus": 23}})
+    assert task.most == 16 and task.chance == 1 / 23
+    assert tasks.load("words", **task.to_dict()) == task
+    assert encode("22")[0] in torch.cat([task.batch(40, 4, seeded(seed)).ids.flatten() for seed in range(3)])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"weights": {"relation": 1}}, "'relation' is no task in words; did you mean 'relations'?"),
+    ({"weights": {"relations": 0}}, "weights: relations=0; use a number above 0, or leave relations out"),
+    ({"settings": {"maze": {}}}, "'maze' is no task in words; known are assignments, word_problems"),
+    ({"settings": {"relations": 3}}, "settings: relations=3 are no options"),
+    ({"settings": {"relations": {"hops": 3}}}, "settings: relations has no option 'hops'; it has facts, relations,"),
+    ({"settings": {"registers": {"modulus": 24}}}, "modulus=24 is too large"),
+    ({"split": "test"}, "split='test'"),
+])  # fmt: skip
+def test_options_that_cannot_be_say_what_can(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tasks.load("words", **options)
+
+
+def test_steps_that_not_all_tasks_can_make_are_refused():
+    with pytest.raises(ValueError, match="difficulty=13; words counts steps, from 1 to 12"):
+        tasks.load("words").batch(2, 13)
