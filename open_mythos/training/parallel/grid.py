@@ -52,7 +52,7 @@ class Grid:
 
     def connect(self, device: torch.device, timeout: float) -> None:
         """Make the groups; from now on a process that waits for others for ``timeout`` seconds fails."""
-        if distributed.world_size() == 1:
+        if distributed.world_size() == 1 or not dist.is_initialized():
             return
         versions = distributed.gathered(torch.__version__)
         other = next((i for i, version in enumerate(versions) if version != versions[0]), 0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from open_mythos.model import OpenMythos
 from open_mythos.nn.auxiliary import experts
 from open_mythos.tasks import Batch
+from open_mythos.training import distributed
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective, Outcome, Plan
 from open_mythos.training.parallel.grid import Grid
@@ -54,7 +55,7 @@ class Parallel:
     def __init__(self, model: OpenMythos, objective: Objective, cfg: TrainConfig, grid: Grid) -> None:
         self.model, self.cfg, self.grid = model, cfg, grid
         self.step, self.units = Step(model, objective), list[Any]()
-        self.is_alone = grid.dense is None
+        self.is_alone = distributed.world_size() == 1
         cuts: Cuts = {}
         if grid.expert * grid.tensor > 1:
             from open_mythos.training.parallel.divide import divide

@@ -48,6 +48,7 @@ def test_layouts_that_do_not_divide(sizes: dict[str, int], message: str, monkeyp
 
 def test_versions_of_torch_that_differ_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     made = grid(monkeypatch, 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "gathered", lambda mine: [mine, "2.11.0"])
     with pytest.raises(ValueError, match=r"process 1 has torch 2\.11\.0 and process 0 .*; install one version"):
         made.connect(torch.device("cpu"), 60)
@@ -61,6 +62,7 @@ def test_nobody_waits_for_a_first_process_that_has_failed(monkeypatch: pytest.Mo
         return [1.0]
 
     monkeypatch.setattr(distributed, "add_up", add_up)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(OSError, match="no corpus"), distributed.first_process_first():
         raise OSError("no corpus")
     assert said == [1.0]
