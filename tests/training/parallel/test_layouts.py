@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launch import assert_same, launch
+from tiny import tiny_run
+
+from open_mythos.planning.job import Job, Layout, Settings
+from open_mythos.planning.sheet import Sheet
 
 LONG = bool(os.environ.get("OPEN_MYTHOS_LONG"))
 STEPS = 5
@@ -72,6 +77,28 @@ def test_a_unit_is_gathered_once_and_reduced_once(found: dict[Any, Any], case: s
 
 def test_a_loop_exchanges_numbers_rows_and_results_once_and_gradients_back(found: dict[Any, Any]) -> None:
     assert found["exchanged"]["alltoall_base"] == 3 * (3 + 2)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        ("sharded", Layout(shard=2, rows=4)), ("again", Layout(shard=2, rows=4, recompute=True)),
+        ("exchanged", Layout(replicate=2, expert=2, rows=4)),
+    ],
+)  # fmt: skip
+def test_collectives_are_those_of_the_plan(found: dict[Any, Any], case: str, layout: Layout) -> None:
+    counts, cfg = found[case], tiny_run()
+    settings = Settings(precision="fp32", length=counts["length"], batch_size=cfg.batch_size, loops=3)
+    planned, numbers = Counter[str](), Counter[str]()
+    for one in Sheet(Job(cfg.model, 2, settings), layout).collectives:
+        name = {"all_gather": "allgather_base", "all_to_all": "alltoall_base"}.get(one.kind, f"{one.kind}_base")
+        planned[name] += one.count
+        numbers[name] += one.count * int(one.bytes / 4) if one.kind != "all_to_all" else 0
+    del planned["all_reduce_base"]  # together with the few numbers that end a step
+    for name, count in planned.items():
+        assert counts[name] == count, name
+        # shards of a matrix whose rows do not divide are filled up; a gate that is not trained has no gradient
+        assert name == "alltoall_base" or counts["numbers"][name] == pytest.approx(numbers[name], rel=0.05)
 
 
 def test_a_lost_gradient_is_an_error(found: dict[Any, Any]) -> None:

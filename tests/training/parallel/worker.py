@@ -22,6 +22,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.fsdp
 from tiny import tiny_run
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos.ops import experts
@@ -61,26 +62,30 @@ def between(steps: int, *overrides: str) -> dict[str, Any]:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts them."""
+    """Counts them, and the numbers that they hand round."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
-            self.found[function._schema.name.split("::")[1].strip("_")] += 1
+            name = function._schema.name.split("::")[1].strip("_")
+            self.found[name] += 1
+            self.numbers[name] += max(x.numel() for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
         return function(*args, **(kwargs or {}))
 
 
-def collectives(*overrides: str) -> dict[str, int]:
-    """Of forward and backward pass of the second step, and how many units there are."""
+def collectives(*overrides: str) -> dict[str, Any]:
+    """Of forward and backward pass of the second step, and how many units there are, and how long a row is."""
     trainer = made(*overrides)
     trainer.step()
     batch = trainer.draw()
     with Collectives() as mode:
         trainer.forward_backward(batch)
-    return dict(mode.found) | {"units": len(trainer.parallel.units)}
+    own = {"units": len(trainer.parallel.units), "length": batch.ids.shape[1], "numbers": dict(mode.numbers)}
+    return dict(mode.found) | own
 
 
 class Past(torch.nn.Module):
