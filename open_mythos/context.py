@@ -10,6 +10,7 @@ from torch import Tensor
 
 from open_mythos.cache import Cache, KVCache, Slot
 from open_mythos.dict_cache import as_cache
+from open_mythos.ops import draws
 from open_mythos.ops.attention import AttentionMask, as_mask
 from open_mythos.ops.dispatch import is_traced
 from open_mythos.ops.rope import rope_rows, rope_table
@@ -25,6 +26,7 @@ class Context:
         cache: holds the tokens before these, and gets these.
         active: the positions that still run, where others have halted (:class:`~open_mythos.nn.active.ActiveTokens`).
         constants: what layers have computed once for all loops of a run; None outside of one, and to keep nothing.
+        keys: (B,) int64, what decides the noise of each row; None for torch's own random numbers.
     """
 
     rotary: Tensor
@@ -32,6 +34,7 @@ class Context:
     cache: Cache | None = None
     active: Any = None
     constants: dict[Any, Any] | None = None
+    keys: Tensor | None = None
 
     @staticmethod
     def of(
@@ -48,10 +51,22 @@ class Context:
 
     def rows(self, which: slice | Tensor) -> Context:
         """The context of some rows of the batch."""
+        keys = None if self.keys is None else self.keys[which]
         if self.mask.is_same_for_all:
-            return self
+            return self if keys is None else replace(self, keys=keys)
         per_row = self.rotary.ndim == (3 if self.rotary.is_complex() else 4) and len(self.rotary) > 1
-        return replace(self, rotary=self.rotary[which] if per_row else self.rotary, mask=self.mask.rows(which))
+        rotary = self.rotary[which] if per_row else self.rotary
+        return replace(self, rotary=rotary, mask=self.mask.rows(which), keys=keys)
+
+    def noise(self, like: Tensor, slot: Slot) -> Tensor:
+        """Normal noise for the rows of ``like`` (B, T, dim)."""
+        return torch.randn_like(like) if self.keys is None else draws.normal(self.keys, site(slot) + 2, like)
+
+
+def site(slot: Slot) -> int:
+    """A number for the layer and loop that a row draws at, see :mod:`open_mythos.ops.draws`; two more are its own."""
+    part, loop = ("prelude", "core", "coda").index(slot.part), 0 if slot.loop is None else slot.loop + 1
+    return 3 * (part + 3 * (slot.layer + loop * 1024))  # more layers than a part has
 
 
 def as_context(

@@ -134,6 +134,7 @@ class OpenMythos(Generates):
     def encode(
         self, input_ids: Tensor, cache: Cache | None = None, start_pos: int | None = None,
         attention_mask: Tensor | None = None, n_loops: int = 1, positions: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Context]:  # fmt: skip
         """Check the input and run the prelude.
 
@@ -141,6 +142,7 @@ class OpenMythos(Generates):
             input_ids: (B, T), or what ``model.embed`` makes of them, (B, T, dim).
             cache, start_pos, attention_mask, n_loops: as :meth:`forward`.
             positions: (B or 1, T) integers for rotary embedding; counted from each row's first real token if None.
+            keys: (B,) int64, what decides the noise of each row (:mod:`open_mythos.ops.draws`).
 
         Returns:
             The encoded input e (B, T, dim), and the context of its tokens.
@@ -170,16 +172,17 @@ class OpenMythos(Generates):
                 self.cfg.causal, "a cache is for causal models, and this one was built with causal=False; leave it out"
             )
             cache.valid = valid
-        return self.encode_at(input_ids, positions, mask, cache)
+        return self.encode_at(input_ids, positions, mask, cache, keys)
 
     def encode_at(
-        self, input_ids: Tensor, positions: Tensor, mask: AttentionMask, cache: Cache | None = None
-    ) -> tuple[Tensor, Context]:
+        self, input_ids: Tensor, positions: Tensor, mask: AttentionMask, cache: Cache | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Context]:  # fmt: skip
         """:meth:`encode` of tokens whose ``positions`` (T,) or (B, T) and mask are known to fit."""
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = mask.without_padding(x)
-        ctx = Context.of(positions, self._rope, mask, cache, self.recurrent.is_compiled)
+        ctx = replace(Context.of(positions, self._rope, mask, cache, self.recurrent.is_compiled), keys=keys)
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, cache_key=Slot("prelude", layer))
         return self.input_norm(x), ctx
@@ -189,7 +192,7 @@ class OpenMythos(Generates):
         if self.cfg.state_init == "input":
             return self.recurrent.begin(e)
         if self.cfg.state_init == "noise" and self.training and not is_evaluating():
-            return ctx.mask.without_padding(torch.randn_like(e))
+            return ctx.mask.without_padding(ctx.noise(e, Slot("prelude")))
         return self.recurrent.begin(torch.zeros_like(e))
 
     def decode(self, h: Tensor, ctx: Context, loop: int | None = None, last: int | None = None) -> Tensor:

@@ -26,6 +26,7 @@ LAYERS = [
     {"models", "reference", "seq2seq", "diagnostics"},
     {"evaluation"},
     {"training"},
+    {"planning"},
     {"integrations"},
     {"report"},
     {"cli"},

@@ -5,6 +5,7 @@ Text comes from files and users: nothing in it is markup, wherever it is printed
 
 import itertools
 import math
+import os
 import re
 import shlex
 import time
@@ -28,9 +29,10 @@ _errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
 _TO_TYPE = "\ue000", "\ue001"  # stand around a line to type, which is printed bold
 
 
-def fail(message: str) -> NoReturn:
-    """Print one red line to stderr and exit with a usage error."""
-    _errors.print(Text(f"error: {message}", style="red"), soft_wrap=True)
+def fail(message: str, everywhere: bool = False) -> NoReturn:
+    """Print one red line to stderr and exit with a usage error; of several processes, the first prints, or all do."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+        _errors.print(Text(f"error: {message}", style="red"), soft_wrap=True)
     raise typer.Exit(2)
 
 

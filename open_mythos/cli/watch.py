@@ -12,7 +12,7 @@ from open_mythos.training import distributed
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import Watch, stages
 from open_mythos.training.loggers import Record
-from open_mythos.training.trainer import TrainingError
+from open_mythos.training.trainer import Lost, TrainingError
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def watching(cfg: TrainConfig, again: str = "") -> Iterator[Watch]:
         try:
             yield Watch(record, log, begin, again)
         except TrainingError as error:
-            fail(str(error))
+            fail(str(error), everywhere=isinstance(error, Lost))
 
 
 def live_line(numbers: Record, steps: int) -> str:

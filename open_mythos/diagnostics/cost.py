@@ -80,16 +80,20 @@ def flops_of_prompt(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
     return n_tokens * flops_per_prompt_token(cfg, n_loops, n_tokens) - FLOPS_PER_MULTIPLY_ADD * saved
 
 
-def flops_per_trained_token(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
-    """As :func:`flops_per_prompt_token`, for a step of training with gradient through all loops.
+def flops_per_trained_token(
+    cfg: MythosConfig, n_loops: float, n_tokens: int, n_grad: float | None = None, recompute: bool = False
+) -> float:
+    """As :func:`flops_per_prompt_token`, for a step of training with gradient through ``n_grad`` of the loops, or all.
 
-    The backward pass counts twice the forward pass. The halting gate, which no loop of training asks, is left out,
-    and so is what recomputation, exploration for the gate and warm starts add.
+    The backward pass counts twice the forward pass, and ``recompute`` one forward pass more of the loops that have
+    gradient. The halting gate, which no loop of training asks, is left out, and so is what exploration for the gate and
+    warm starts add.
     """
     idle = cfg.halting and cfg.recurrence == "injected"  # a mixture asks its gate in training too
-    gate = n_loops * _matrices(_without_storage(cfg).recurrent.act) if idle else 0
-    forward = _forward(cfg, n_loops, *_mean_context(cfg, n_tokens), absorbed=False) - gate
-    return 3 * FLOPS_PER_MULTIPLY_ADD * forward
+    gate = _matrices(_without_storage(cfg).recurrent.act) if idle else 0
+    outside, one = (_forward(cfg, n, *_mean_context(cfg, n_tokens), absorbed=False) for n in (0, 1))
+    loop, n_grad = one - outside - gate, n_loops if n_grad is None else n_grad
+    return FLOPS_PER_MULTIPLY_ADD * (3 * outside + (n_loops + (2 + recompute) * n_grad) * loop)
 
 
 def bytes_per_decoding_step(

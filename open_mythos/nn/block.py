@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from open_mythos.cache import KVCache, Slot
 from open_mythos.config import MythosConfig
-from open_mythos.context import Context
+from open_mythos.context import Context, site
 from open_mythos.nn.attention import GQAttention, MLAttention
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.linear import RMSNorm
 from open_mythos.nn.modes import is_evaluating
 from open_mythos.ops.attention import AttentionMask
+from open_mythos.ops.draws import uniform
 
 
 class Dropout(nn.Dropout):
@@ -20,8 +21,11 @@ class Dropout(nn.Dropout):
 
     is_stopped = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, self.training and not is_evaluating(), self.inplace)
+    def forward(self, x: Tensor, keys: Tensor | None = None, site: int = 0) -> Tensor:
+        """``x`` (B, ...), some of it zero: which, the ``keys`` of its rows decide, or torch's own random numbers."""
+        if keys is None or not self.training or is_evaluating():
+            return F.dropout(x, self.p, self.training and not is_evaluating(), self.inplace)
+        return x * (uniform(keys, site, x) >= self.p) / (1 - self.p)
 
 
 class TransformerBlock(nn.Module):
@@ -52,8 +56,10 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:  # fmt: skip
         """(B, T, dim) -> (B, T or last, dim); arguments as :meth:`Attention.forward`."""
         attended = self.attn(self.attn_norm(x), freqs, mask, kv_cache, cache_key, last)
-        x = (x if last is None else x[:, -last:]) + self.dropout(attended)
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        keys = freqs.keys if isinstance(freqs, Context) and self.dropout.p else None
+        at = 0 if keys is None or isinstance(cache_key, str) else site(cache_key)
+        x = (x if last is None else x[:, -last:]) + self.dropout(attended, keys, at)
+        return x + self.dropout(self.ffn(self.ffn_norm(x)), keys, at + 1)
 
 
 class CoreBlocks(nn.ModuleList):

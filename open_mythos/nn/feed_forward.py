@@ -54,6 +54,7 @@ class MoEFFN(nn.Module):
         router_bias: (n_experts,) float32 buffer; stays float32 under ``.to(dtype)``.
         expert_load: (n_experts,) int64 buffer, tokens since the last balance.
         topk: experts per token.
+        engine: what runs the chosen experts, with the arguments of :func:`~open_mythos.ops.experts.swiglu_experts`.
     """
 
     router_bias: Tensor
@@ -71,6 +72,7 @@ class MoEFFN(nn.Module):
         self.register_buffer("expert_load", torch.zeros(cfg.n_experts, dtype=torch.int64))
         self.gate_up_scale = fan_in_scale(cfg.dim, 1.0, cfg.weight_std)
         self.down_scale = fan_in_scale(cfg.expert_dim, residual_gain(cfg.core_layers), cfg.weight_std)
+        self.engine: Callable[..., Tensor] = swiglu_experts
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -101,7 +103,7 @@ class MoEFFN(nn.Module):
         """The chosen experts (N, topk) of tokens (N, dim), mixed by ``weights``, and the shared ones: (N, dim)."""
         shared = None if self.shared is None else self.shared(tokens)
         scales = self.gate_up_scale, self.down_scale
-        return swiglu_experts(tokens, self.gate_up, self.down, chosen, weights, scales, shared)
+        return self.engine(tokens, self.gate_up, self.down, chosen, weights, scales, shared)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
         """Keep the bias in float32: steps of 1e-2 are lost in a bfloat16 sum."""

@@ -33,10 +33,13 @@ class LTIInjection(nn.Module):
         self.raw_A = nn.Parameter(torch.full((dim,), decay))
         self.B = nn.Parameter(torch.full((dim,), gain))
 
-    def get_A(self) -> Tensor:
-        """The decay of each channel: (dim,), strictly inside (0, 1). Its maximum is the spectral radius."""
+    def get_A(self, raw_A: Tensor | None = None) -> Tensor:
+        """The decay of each channel: (dim,), strictly inside (0, 1). Its maximum is the spectral radius.
+
+        ``raw_A``, if given, is read in place of the parameter.
+        """
         width = 1.0 - 2 * self.margin
-        phase = torch.remainder(self.raw_A.float() - self.margin, 2 * width)
+        phase = torch.remainder((self.raw_A if raw_A is None else raw_A).float() - self.margin, 2 * width)
         folded = torch.where(phase <= width, phase, 2 * width - phase)
         return (self.margin + folded).to(self.raw_A.dtype)
 

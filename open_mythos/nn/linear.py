@@ -76,7 +76,7 @@ def scaled_linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
         return F.linear(x, weight_OI) * scale
     ignored = weight_OI.detach()[:1, 0]  # beta is 0
     out_NO = torch.addmm(ignored, x.reshape(-1, x.shape[-1]), weight_OI.t(), beta=0, alpha=scale)
-    return out_NO.view(*x.shape[:-1], -1)
+    return out_NO.view(*x.shape[:-1], len(weight_OI))
 
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class LoopBlock(nn.Module):
             u = u + self.lora(e.e, loop, (e.low_rank, e.scales))
         h = self.norm(u)
         if self.training and self.cfg.state_noise and not is_evaluating():
-            h = h + _without_padding(self.cfg.state_noise * torch.randn_like(h), ctx)
+            h = h + _without_padding(self.cfg.state_noise * ctx.noise(h, step_slot(loop, ctx)), ctx)
         return h
 
     def _with_loop_index(self, x: Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
@@ -259,7 +259,7 @@ class Loops(nn.Module):
         No sequence waits for another: a loop computes the rows that still run, and nothing else.
         """
         assert int(schedule.n_loops.min()) >= 1 and int(schedule.n_grad.min()) >= 1
-        last, damping = int(schedule.n_loops.max()), schedule.damping
+        last, damping = schedule.last, schedule.damping
         if self.lora is not None:  # whose scales this run trains, so that they have to be read
             self.lora.trained_loops.clamp_(min=last)
         loop_input = self.prepare(e)

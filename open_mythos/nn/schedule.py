@@ -20,6 +20,8 @@ class Schedule:
         around: called on the state before a loop that is recomputed, with the loop's number, and on the last one.
         detach: every loop with gradient starts from a state without one, so that what is asked of a loop trains this
             loop alone, and what all of them read.
+        among: the loops and the loops with gradient, (n,) each, of all sequences that run in lock-step with these, some
+            of them elsewhere: while any of them runs a loop, these do, be it none of them. None: these alone.
     """
 
     n_loops: Tensor
@@ -28,13 +30,26 @@ class Schedule:
     recompute: bool = False
     around: Callable[[Tensor, int], Tensor] = lambda h, loop: h
     detach: bool = False
+    among: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def last(self) -> int:
+        """Loops until all are done."""
+        return int((self.n_loops if self.among is None else self.among[0]).max())
 
     def groups(self, loop: int) -> Iterator[tuple[Tensor, bool]]:
         """(R,) sequences that run a loop together, on the CPU; first those without gradient, then those with."""
-        running, without = loop < self.n_loops, loop < self.n_loops - self.n_grad
-        for rows, with_grad in ((without, False), (running & ~without, True)):
-            if len(rows := rows.nonzero().squeeze(1)):
-                yield rows, with_grad
+        mine = _running(loop, self.n_loops, self.n_grad)
+        anyones = mine if self.among is None else _running(loop, *self.among)
+        for rows, others, with_grad in zip(mine, anyones, (False, True), strict=True):
+            if others.any():
+                yield rows.nonzero().squeeze(1), with_grad
+
+
+def _running(loop: int, n_loops: Tensor, n_grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Which sequences run a loop without gradient, and which with."""
+    without = loop < n_loops - n_grad
+    return without, (loop < n_loops) & ~without
 
 
 class Stage(NamedTuple):

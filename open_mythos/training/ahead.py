@@ -7,7 +7,6 @@ import torch
 
 from open_mythos.tasks import Batch
 from open_mythos.tasks.text import Text
-from open_mythos.training import distributed
 from open_mythos.training.config import TrainConfig
 
 
@@ -28,19 +27,17 @@ class Ahead:
         return found
 
 
-def rows_ahead(task: Text, cfg: TrainConfig, device: torch.device) -> Ahead | None:
-    """The rows of this process in the batch of each step, in pinned memory where there is a GPU.
+def rows_ahead(task: Text, cfg: TrainConfig, device: torch.device, mine: slice) -> Ahead | None:
+    """The rows of this process, ``mine``, in the batch of each step, in pinned memory where there is a GPU.
 
     None for text that is drawn and not gone through.
     """
     if not task.separate:
         return None
     n, length = cfg.batch_size, cfg.task.max_difficulty
-    share = n // distributed.world_size()
-    first = share * distributed.rank()
 
     def make(step: int) -> Batch:
-        batch = task.rows(range(step * n, (step + 1) * n), length, cfg.seed, slice(first, first + share))
+        batch = task.rows(range(step * n, (step + 1) * n), length, cfg.seed, mine)
         if device.type != "cuda":
             return batch
         with torch.cuda.device(device):  # that of this thread would be the first one

@@ -134,6 +134,17 @@ class EvalConfig(Checked):
 
 
 @dataclass
+class ParallelConfig(Checked):
+    """How a model and its batches are laid out over the processes that ``torchrun`` starts; see docs/scale.md."""
+
+    replicate: int = size(0, minimum=0)  # groups that hold the whole model each; 0: as many as there are processes for
+    shard: int = size(1)  # processes that divide weights, gradients and optimizer states (FSDP2)
+    expert: int = size(1)  # processes that divide the routed experts, and send them each other's tokens
+    tensor: int = size(1)  # processes that divide each dense feed-forward and the shared experts, and run the same rows
+    timeout: float = real(600.0, 0.0, low_open=True)  # seconds that a process waits for the others in a step
+
+
+@dataclass
 class TrainConfig(Checked):
     """A whole run. Recipes (:mod:`open_mythos.training.recipes`) are functions that return one."""
 
@@ -144,6 +155,7 @@ class TrainConfig(Checked):
     loss: LossConfig = part(LossConfig)
     optim: OptimConfig = part(OptimConfig)
     gate: GateConfig = part(GateConfig)
+    parallel: ParallelConfig = part(ParallelConfig)
     evaluation: EvalConfig = part(EvalConfig)
     # looped: the model itself. The baselines that every claim stands beside, at r = loops.trained: single: the same
     # weights, one loop. wide: one loop of a model so wide that it takes the operations of r loops. unrolled: r blocks,

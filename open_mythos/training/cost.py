@@ -152,8 +152,7 @@ def flops_per_step(cfg: TrainConfig) -> float:
         difficulty = int(torch.randint(low, high + 1, (), generator=generator))
         length, step = task.length(difficulty), draw * cfg.steps // _N_DRAWS
         plan = objective.plan(step, cfg.batch_size, length, generator, task.n_steps(difficulty))
-        passes = [(plan.n_loops, plan.n_grad)] if progressive < 1 else []
-        passes += [(plan.short_loops, plan.short_grad)] if progressive > 0 else []
+        passes = plan.schedules(progressive)
         outside, readout, loop = parts((length + 1) // 2)
         loops = sum(float((n_loops + (grad_cost - 1) * n_grad).float().mean()) for n_loops, n_grad in passes)
         if cfg.loss.supervises_every_loop:

@@ -1,16 +1,15 @@
 """Several processes that train one model, as ``torchrun`` starts them, or one, for which nothing here does anything."""
 
 import os
+import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from open_mythos.nn.feed_forward import MoEFFN
 
 _PATIENCE = timedelta(hours=12)  # process 0 may have a long corpus to read before the others
 
@@ -60,18 +59,43 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """What is inside is done by process 0, then by the others, who find what it left."""
-    if rank() > 0:
-        wait()
-    yield
-    if rank() == 0:
-        wait()
+    """What is inside is done by process 0, then by the others, who find what it left, or end with it if it fails."""
+    if not dist.is_initialized():
+        yield
+        return
+    if rank() > 0 and add_up([0.0])[0]:
+        raise SystemExit(2)  # it says why
+    failed = 1.0
+    try:
+        yield
+        failed = 0.0
+    finally:
+        if rank() == 0:
+            add_up([failed])
 
 
 def wait() -> None:
     """Until all processes are here."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(()))
+
+
+def said_by_others(error: BaseException, patience: float = 2.0) -> str:
+    """If a collective has failed, which one, and whom it waited for; "" for other errors.
+
+    Processes that wait fail as well, and say so within ``patience`` seconds of each other.
+    """
+    calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "distributed_c10d" in frame.filename]
+    if not calls or not dist.is_initialized():
+        return ""
+    missing = "others"
+    with suppress(RuntimeError):  # nobody keeps the store any more
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"waited/{rank()}", "")
+        time.sleep(patience)
+        lost = [str(i) for i in range(world_size()) if not store.check([f"waited/{i}"])]
+        missing = f"process {', '.join(lost)}" if lost else missing
+    return f"process {rank()} waited for {missing} in {calls[-1]}"
 
 
 def add_up(numbers: list[float]) -> list[float]:
@@ -81,37 +105,6 @@ def add_up(numbers: list[float]) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def add_up_gradients(model: nn.Module) -> None:
-    """Each parameter's gradient becomes the sum over all processes; none where none has any."""
-    if world_size() == 1:
-        return
-    parameters = list(model.parameters())
-    has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    dist.all_reduce(has)
-    used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-    for p in used:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten() for p in used if p.grad is not None])
-    dist.all_reduce(flat)
-    for p, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
-        p.grad = part.view_as(p)
-
-
-@contextmanager
-def counting_together(model: nn.Module) -> Iterator[None]:
-    """What experts are chosen for inside counts for all processes, and for one optimizer step."""
-    experts = [module for module in model.modules() if isinstance(module, MoEFFN)]
-    if world_size() == 1:
-        yield
-        return
-    before: list[Tensor] = [module.expert_load.clone() for module in experts]
-    yield
-    for module, load in zip(experts, before, strict=True):
-        module.expert_load -= load
-        dist.all_reduce(module.expert_load)
-        module.expert_load += load
 
 
 def gathered(mine: Any) -> list[Any]:

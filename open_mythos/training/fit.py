@@ -30,7 +30,7 @@ from open_mythos.training.owner import owned
 from open_mythos.training.stopping import Stop
 from open_mythos.training.trainer import StepResult, Trainer, TrainingError
 
-# Settings that may change on resume, besides those of the evaluation: they do not affect the weights.
+# Settings that may change on resume, besides those of evaluation and layout: they do not affect the weights.
 RESUMABLE_CHANGES = ("device", "compile", "log_every", "save_every", "keep", "max_bad_steps", "loggers")
 GATE_SEED = 3
 MEANS = ("loss", "accuracy", "loops", "grad_norm")
@@ -79,8 +79,7 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
     with Stop() as stop, owned(run, watch.log) if is_main else nullcontext(), telling(run, watch, stop):
         with distributed.processes():
             state = find_state(cfg, run, resume, watch.log)
-            with distributed.first_process_first():
-                trainer, meter = Trainer(cfg), Meter()
+            trainer, meter = Trainer(cfg), Meter()
             if state is not None:
                 trainer.load_state_dict(state["trainer"])
                 meter = Meter(**state["meter"])
@@ -90,12 +89,13 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
             if is_main:
                 cfg.save(run / runs.RUN_CONFIG)
             train(trainer, meter, run, watch, stop)
+            model = trainer.averaged()
             if isinstance(trainer.task, Text) and trainer.task.store is not None:
                 seen = trainer.task.seen(cfg.steps * cfg.batch_size, cfg.task.max_difficulty, cfg.seed)
                 for name, tokens, epochs in seen if len(seen) > 1 else ():
                     watch.log(f"{name}: {tokens:,} tokens seen, {epochs:.3g} epochs")
         if is_main:
-            finish(trainer, cfg, run, watch.begin)
+            finish(model, trainer.task, cfg, run, watch.begin)
     return run / runs.MODEL
 
 
@@ -106,7 +106,7 @@ def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
         with stop.telling(watch.log, lambda: left(run, watch)):
             yield
     except TrainingError as error:
-        raise TrainingError(f"{error}; {left(run, watch)}") from error
+        raise type(error)(f"{error}; {left(run, watch)}") from error
     except (MemoryError, RuntimeError) as error:  # PyTorch has its own for a GPU, and none for the rest
         text = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
@@ -160,7 +160,7 @@ def check_same(old: TrainConfig, new: TrainConfig, where: Path) -> None:
     differing = ", ".join(
         f"{key} was {a!r} and is {b!r}"
         for key, (a, b) in differences(old, new).items()
-        if key not in RESUMABLE_CHANGES and not key.startswith("evaluation.")
+        if key not in RESUMABLE_CHANGES and not key.startswith(("evaluation.", "parallel."))
     )
     must(not differing, f"{where} is of a run with other settings: {differing}; use the same, or another --out")
 
@@ -270,16 +270,16 @@ def stages(cfg: TrainConfig) -> int:
     return gate + (1 if cfg.task.name == Text.name else n_steps(cfg.evaluation.difficulties, [0]))
 
 
-def finish(trainer: Trainer, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
-    """Take the EMA weights, train the halting gate, save the model and its tokenizer, evaluate."""
-    model = baselines.stretched(trainer.averaged(), cfg.stretch)
+def finish(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
+    """With the averaged weights: train the halting gate, save the model and its tokenizer, evaluate."""
+    model = baselines.stretched(model, cfg.stretch)
     if cfg.kind == "looped" and cfg.gate.steps > 0:
         begin("halting gate")
         generator = torch.Generator().manual_seed(1000 * cfg.seed + GATE_SEED)
-        train_gate(model, trainer.task, cfg.gate, cfg.task.min_difficulty, cfg.hardest_for_gate, generator, begin)
+        train_gate(model, task, cfg.gate, cfg.task.min_difficulty, cfg.hardest_for_gate, generator, begin)
     directory = runs.save_model(model, cfg, run)
-    save_tokenizer(trainer.task, directory)
-    measure(model, trainer.task, cfg, run, begin)
+    save_tokenizer(task, directory)
+    measure(model, task, cfg, run, begin)
 
 
 def save_tokenizer(task: Task, directory: Path) -> None:

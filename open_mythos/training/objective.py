@@ -1,7 +1,7 @@
 """What a training step minimises: where it starts, how deep it runs, and at which depths it is asked."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -13,6 +13,7 @@ from open_mythos.context import Context
 from open_mythos.model import OpenMythos
 from open_mythos.nn.schedule import Schedule, Stage, take
 from open_mythos.ops.dispatch import shapes_follow_values
+from open_mythos.ops.draws import row_keys
 from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.training.allocator import give_back_here
 from open_mythos.training.config import ONE_PASS, LoopConfig, LossConfig, TrainConfig
@@ -30,11 +31,19 @@ class Plan:
     n_grad: Tensor  # how many of its loops, the last ones, have gradient
     short_loops: Tensor  # the same for the second run of the progressive loss
     short_grad: Tensor
-    stale: Tensor  # which of the states left by the last step it starts from, in [0, 1); -1: its own first state
+    stale: Tensor  # whether it starts from the state that its row of the last step left, of another problem
     outcome: Tensor  # whether it is asked for the answer alone, and not for the steps to it
+    row: Tensor  # its number in the batch of all processes
+    keys: Tensor | None  # what decides its noise, of a model that has any
+    among: "Plan | None" = None  # of all rows that run in lock-step with these
 
-    def __getitem__(self, rows: slice) -> Self:
-        return type(self)(*(numbers[rows] for numbers in vars(self).values()))
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
+
+    def schedules(self, progressive: float) -> list[tuple[Tensor, Tensor]]:
+        """Loops, and those with gradient, of each run of the loop: the short one has ``progressive`` of the weight."""
+        whole, short = (self.n_loops, self.n_grad), (self.short_loops, self.short_grad)
+        return [whole] * (progressive < 1) + [short] * (progressive > 0)
 
 
 @dataclass
@@ -58,7 +67,8 @@ class Objective:
 
     def __init__(self, cfg: TrainConfig, teacher: OpenMythos | None = None) -> None:
         self.cfg, self.teacher = cfg, teacher
-        self.left: Tensor | None = None  # final states of the last micro-batch, (n, T, dim)
+        self.short = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0  # weight of the second run
+        self.left = dict[int, Tensor]()  # the state that each row of the last step ended with, (T, dim)
 
     def plan(
         self, step: int, n: int, length: int, generator: torch.Generator, n_steps: int = 1, most: int | None = None
@@ -70,17 +80,19 @@ class Objective:
         most = most or self.cfg.loops.maximum
         loops, progress = self.cfg.loops, step / self.cfg.steps
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
+        model = self.cfg.model
+        is_noisy = model.dropout or model.state_noise or model.state_init == "noise"
+        each = outcome, torch.arange(n), row_keys(self.cfg.seed, step, n) if is_noisy else None
         if self.cfg.kind != "looped":  # the baselines have one depth, and gradient through all of it
             n_loops = torch.full((n,), min(self.cfg.depths[0], most))
-            return Plan(n_loops, n_loops, n_loops, n_loops, torch.full((n,), -1.0), outcome)
+            return Plan(n_loops, n_loops, n_loops, n_loops, torch.zeros(n, dtype=torch.bool), *each)
         n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
         no_grad = torch.randint(0, loops.maximum, (1,), generator=generator)
         with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
-        stale = torch.rand(n, generator=generator)
-        stale[torch.rand(n, generator=generator) >= loops.stale] = -1.0
+        stale = torch.rand(2, n, generator=generator)[1] < loops.stale  # two numbers a row, as earlier versions drew
         n_grad = n_loops.clamp(max={"all": most, "each": most, "one_step": 1}.get(loops.gradient, loops.grad_loops))
-        return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, outcome)
+        return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, *each)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
         """The loss of a micro-batch, by its rows of the step's plan.
@@ -89,13 +101,14 @@ class Objective:
         step: the losses of its micro-batches, each a sum over this number, add up to the step's.
         """
         cfg = self.cfg.loss
-        run = _Run(model, batch, self.cfg, self.teacher)
-        short = cfg.progressive if cfg.depth == "progressive" else 0.0
-        h = self._first_state(model, run.e, run.ctx, plan.stale)
-        ran = [run(h, plan.n_loops, plan.n_grad, plan.outcome)] if short < 1 else []
-        ran += [run(h, plan.short_loops, plan.short_grad, plan.outcome)] if short > 0 else []
+        run = _Run(model, batch, self.cfg, self.teacher, plan.keys)
+        short = self.short
+        h = self._first_state(model, run.e, run.ctx, plan)
+        schedules = plan.schedules(short)
+        among = [None] * len(schedules) if plan.among is None else plan.among.schedules(short)
+        ran = [run(h, *loops, plan.outcome, others) for loops, others in zip(schedules, among, strict=True)]
         if self.cfg.loops.stale:
-            self.left = ran[0][2]
+            self.left = self.left | dict(zip(plan.row.tolist(), ran[0][2], strict=True))
         shares = [share for share in (1 - short, short) if share > 0]
         sums = torch.stack([share * sums for share, (sums, _, _) in zip(shares, ran, strict=True)]).sum(0)
         parts = dict(zip(TERMS, sums / n_scored, strict=True))
@@ -104,17 +117,18 @@ class Objective:
         distill = cfg.distill if self.teacher is not None else 0.0
         weights = {"cross_entropy": 1 - distill, "z": cfg.z, "distillation": distill, "change": cfg.fixed_point}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        n_loops = plan.n_loops if short < 1 else plan.short_loops
+        n_loops = schedules[0][0]
         detached = {name: part.detach() for name, part in parts.items()}
         n_right, n_asked = ran[0][1].unbind()
         return Outcome(loss, n_right, n_asked, float(n_loops.float().mean()), detached)
 
-    def _first_state(self, model: OpenMythos, e: Tensor, ctx: Context, stale: Tensor) -> Tensor:
+    def _first_state(self, model: OpenMythos, e: Tensor, ctx: Context, plan: Plan) -> Tensor:
         h = model.first_state(e, ctx)
-        rows = (stale >= 0).nonzero().squeeze(1)  # on the CPU
-        if self.left is None or len(rows) == 0:
+        pairs = enumerate(zip(plan.row.tolist(), plan.stale.tolist(), strict=True))
+        left = {i: self.left[row] for i, (row, is_stale) in pairs if is_stale and row in self.left}
+        if not left:
             return h
-        picked = self.left.to(e.device, h.dtype)[(stale[rows] * len(self.left)).long().to(e.device, non_blocking=True)]
+        picked, rows = torch.stack(list(left.values())).to(e.device, h.dtype), torch.tensor(list(left))
         T = min(h.shape[1], picked.shape[1])
         h = h.clone()
         h[rows.to(e.device, non_blocking=True), :T] = picked[:, :T]
@@ -124,15 +138,19 @@ class Objective:
 class _Run:
     """Runs of the loop over one encoded batch."""
 
-    def __init__(self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None) -> None:
+    def __init__(
+        self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None, keys: Tensor | None
+    ) -> None:
         self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
         self.steps = steps_asked(batch, cfg)
         if teacher is not None:
             with torch.no_grad():
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
-        self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid)
+        self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid, keys=keys)
 
-    def __call__(self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over scored tokens, (4,) as ``TERMS``; tokens right and asked for, (2,); final states, detached."""
         cfg = self.cfg
         sums, change = self.e.new_zeros(3, dtype=torch.float32), self.e.new_zeros((), dtype=torch.float32)
@@ -145,8 +163,11 @@ class _Run:
             cfg.checkpoint_loops,
             lambda h, loop: h if loop % _TRIM_EVERY else give_back_here(h),
             cfg.loops.gradient == "each" and cfg.kind == "looped",
+            among,
         )
         for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
+            if len(stage.rows) == 0:  # others run this loop, and its backward pass too
+                sums = sums + 0 * stage.after.sum()
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
             supervised, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
             if len(supervised):

@@ -1,13 +1,19 @@
 """Optimizers, parameter groups, learning-rate schedules and EMA."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.training.config import OptimConfig
+
+if TYPE_CHECKING:
+    from open_mythos.training.parallel.pieces import Piece
 
 # Router, halting gate, convolution taps, LoRA scales. Vectors (norms, the injection's A and B) do not decay either.
 NO_DECAY = frozenset({"router", "act", "taps", "scale"})
@@ -27,12 +33,14 @@ class Optimizer:
     AdamW.
     """
 
-    def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
+    def __init__(self, model: nn.Module, cfg: OptimConfig, pieces: Mapping[str, Piece] | None = None) -> None:
         blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, TransformerBlock)]
-        inside = {f"{path}.{name}": p for path, block in blocks for name, p in block.named_parameters()}
+        inside = {f"{path}.{name}" for path, block in blocks for name, _ in block.named_parameters()}
+        self.pieces = pieces or {}
+        held = dict(model.named_parameters()) | {name: piece.held for name, piece in self.pieces.items()}
         is_muon = cfg.optimizer == "muon"
-        matrices = {name: p for name, p in inside.items() if is_muon and p.ndim == 2 and decays(name, p)}
-        rest = {name: p for name, p in model.named_parameters() if name not in matrices}
+        matrices = {n: p for n, p in held.items() if is_muon and n in inside and p.ndim == 2 and decays(n, p)}
+        rest = {name: p for name, p in held.items() if name not in matrices}
         groups = [
             {"params": [p for name, p in rest.items() if decays(name, p)], "weight_decay": cfg.weight_decay},
             {"params": [p for name, p in rest.items() if not decays(name, p)], "weight_decay": 0.0},
@@ -41,8 +49,16 @@ class Optimizer:
         adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if matrices:
-            rates: dict[str, Any] = {"lr": cfg.muon_lr, "weight_decay": cfg.weight_decay}
-            self.parts.append(torch.optim.Muon(matrices.values(), **rates, adjust_lr_fn="match_rms_adamw"))
+            options: dict[str, Any] = {"lr": cfg.muon_lr, "weight_decay": cfg.weight_decay}
+            options["adjust_lr_fn"] = "match_rms_adamw"
+            if any(name in self.pieces and self.pieces[name].mesh is not None for name in matrices):
+                from open_mythos.training.parallel.muon import PiecewiseMuon
+
+                self.parts.append(PiecewiseMuon([self.pieces[name] for name in matrices], **options))
+            else:
+                self.parts.append(torch.optim.Muon(matrices.values(), **options))
+        named = {p: name for name, p in held.items()}
+        self.names = [[named[p] for group in part.param_groups for p in group["params"]] for part in self.parts]
         for group in self._groups():
             group["full_lr"] = group["lr"]
 
@@ -60,11 +76,22 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """Of whole parameters, see :meth:`Piece.gathered`; to be called by all processes."""
+        return {"parts": [self._mapped(i, part.state_dict(), "gathered") for i, part in enumerate(self.parts)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+        for i, (part, saved) in enumerate(zip(self.parts, state["parts"], strict=True)):
+            part.load_state_dict(self._mapped(i, saved, "part"))
+
+    def _mapped(self, i: int, state: dict[str, Any], way: str) -> dict[str, Any]:
+        """The state of a part with its tensors made whole or in pieces, but for counts of steps."""
+
+        def mapped(index: int, value: Any) -> Any:
+            piece = self.pieces.get(self.names[i][index])
+            return getattr(piece, way)(value) if piece and isinstance(value, Tensor) and value.ndim else value
+
+        moved = {index: {k: mapped(index, v) for k, v in own.items()} for index, own in state["state"].items()}
+        return state | {"state": moved}
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
@@ -86,34 +113,19 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, the weights that a run saves.
+    """Exponential moving average of a model's parameters, or of their pieces: the weights that a run saves.
 
     The decay of the n-th update (from 0) is ``min(decay, (n + 1) / (n + 10))``, so that the initial weights are
     forgotten quickly; with ``decay`` 0 the average is the parameters themselves.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
         self.updates = 0
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        torch._foreach_lerp_([self.average[name] for name in names], parameters, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
         self.updates += 1
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite ``model``'s parameters with the average."""
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.average[name])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-        for name, average in self.average.items():
-            average.copy_(state["average"][name])

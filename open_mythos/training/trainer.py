@@ -1,13 +1,12 @@
 """One run's state, and the step that moves it on. Files and screens are elsewhere."""
 
-import copy
 import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from open_mythos import tasks
 from open_mythos.diagnostics import parameters
@@ -25,14 +24,20 @@ from open_mythos.training.config import ONE_PASS, TrainConfig
 from open_mythos.training.growth import Growth
 from open_mythos.training.objective import Objective, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
+from open_mythos.training.parallel.grid import Grid
+from open_mythos.training.parallel.parallel import Parallel
 
-# streams of random numbers beside torch's own, which draws weights, dropout and noise
-_DATA, _LOOPS, _RANKS = 1, 2, 500
+# streams of random numbers beside torch's own, which draws weights, and those of rows, which draw dropout and noise
+_DATA, _LOOPS = 1, 2
 _FOURFOLD, _PROBLEM = 4, 16  # weights, gradients, two moments; bytes of a token and its answer
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, and what to change."""
+
+
+class Lost(TrainingError):
+    """Another process does not come; the message names it, and what it was waited for in."""
 
 
 @dataclass
@@ -73,8 +78,11 @@ class Trainer:
         use_tf32(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.task = tasks.load(cfg.task.name, **cfg.task.options)
+        grid = Grid(cfg)
+        with distributed.first_process_first():
+            self.task = tasks.load(cfg.task.name, **cfg.task.options)
         check_fit(cfg, self.task)
+        grid.connect(self.device, cfg.parallel.timeout)
         torch.manual_seed(cfg.seed)
         self.model = baselines.build(cfg)
         if cfg.start:
@@ -82,24 +90,31 @@ class Trainer:
         self.model.to(self.device).train()
         if cfg.compile:
             baselines.compile_blocks(self.model, cfg)
-        self.ahead = rows_ahead(self.task, cfg, self.device) if isinstance(self.task, Text) else None
+        self.rows = grid.share(cfg.batch_size)  # of this process
+        self.ahead = rows_ahead(self.task, cfg, self.device, self.rows) if isinstance(self.task, Text) else None
         self.objective = Objective(cfg, baselines.load_teacher(cfg, self.device))
-        self.optimizer = Optimizer(self.model, cfg.optim)
-        self.ema = EMA(self.model, cfg.optim.ema)
+        self.parallel = Parallel(self.model, self.objective, cfg, grid)
+        self.optimizer = Optimizer(self.model, cfg.optim, self.parallel.pieces)
+        self.ema = EMA(self.parallel.held, cfg.optim.ema)
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
         # what one pass can do of the smallest problems may never be enough: it sees all sizes from the start
         self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
-        if distributed.rank():  # the same weights everywhere, but dropout and noise of its own
-            torch.manual_seed(1000 * cfg.seed + _RANKS + distributed.rank())
 
     def step(self) -> StepResult:
         """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite."""
         batch = self.draw()
         before = self._carried()
-        result = self.forward_backward(batch)
+        try:
+            result = self.forward_backward(batch)
+        except RuntimeError as error:
+            if said := distributed.said_by_others(error):
+                patience = f"parallel.timeout={self.cfg.parallel.timeout:g}"
+                fix = f"see what ended or holds it, and raise {patience} if it is slow"
+                raise Lost(f"{said}, in step {self.step_number + 1} ({error}); {fix}") from error
+            raise
         self.step_number += 1
         if result.skipped:
             self._restore(before)
@@ -113,7 +128,7 @@ class Trainer:
         self.optimizer.step()
         self.expert_load = [module.expert_load.clone() for module in experts(self.model)]
         balance(self.model)
-        self.ema.update(self.model)
+        self.ema.update()
         return result
 
     def draw(self) -> Batch:
@@ -139,29 +154,27 @@ class Trainer:
         length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
         most = None if self.growth is None else self.growth.most_loops(cfg.loops)
         plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, most)
-        self.optimizer.zero_grad()
-        share = cfg.batch_size // distributed.world_size()  # rows of this process
-        size, first = share // cfg.accumulate, share * distributed.rank()
-        elsewhere = first if len(batch.ids) == share else 0  # rows before those of this process, if not in the batch
+        self.parallel.step.zero_grad()
+        first, end = self.rows.start, self.rows.stop
+        size = (end - first) // cfg.accumulate
+        elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows before those of this process, if not in it
+        torch.manual_seed(hash((cfg.seed, self.step_number, first)))  # for modules that are not this library's
         loops, seen = 0.0, list[Tensor]()
-        with distributed.counting_together(self.model):
-            for start in range(first, first + share, size):
+        with self.parallel.counting():
+            for start in range(first, end, size):
                 rows = slice(start, start + size)
                 micro = _move(batch, slice(start - elsewhere, start - elsewhere + size), self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                    outcome = self.objective(self.model, micro, plan[rows], n_scored)
+                    outcome = self.parallel.run(micro, plan, rows, n_scored)
                 outcome.loss.backward()
                 loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
                 numbers = outcome.loss.detach(), outcome.n_right.float(), outcome.n_asked.float()
                 seen.append(torch.stack([*numbers, *outcome.parts.values()]))
-        distributed.add_up_gradients(self.model)
-        total = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        norm, *sums = torch.cat([total.float().view(1), torch.stack(seen).sum(0)]).tolist()  # the one wait of a step
-        loops, loss, right, asked, *terms = distributed.add_up([loops, *sums])
+        norm, (loops, loss, right, asked, *terms) = self.parallel.add_up(torch.stack(seen).sum(0), loops, plan)
         parts = dict(zip(outcome.parts, terms, strict=True))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:  # else all would become so
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, total)
+            self.parallel.clip(norm)
         return StepResult(loss, right / max(1, asked), loops, norm, cfg.batch_size * length, not finite, parts)
 
     def check_going(self, result: StepResult) -> None:
@@ -176,7 +189,7 @@ class Trainer:
     def _not_finite(self) -> str:
         """Which weights, or else gradients, are not finite, the first ones by name."""
         for kind in ("weights", "gradients"):
-            tensors = {name: p if kind == "weights" else p.grad for name, p in self.model.named_parameters()}
+            tensors = {name: p if kind == "weights" else p.grad for name, p in self.parallel.held.items()}
             names = [name for name, tensor in tensors.items() if tensor is not None and not tensor.isfinite().all()]
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -186,11 +199,14 @@ class Trainer:
     def gauges(self) -> dict[str, float | None]:
         """State of the run: learning rate, largest decay of the loop's linear part, evenness of the experts' load.
 
-        ``expert_balance`` is the least used expert's share of tokens times the number of experts, over the last step:
-        1 when all are used alike, 0 when one is not used. ``size`` is how far problems have grown, 0 to 1.
+        To be called by all processes. ``expert_balance`` is the least used expert's share of tokens times the number of
+        experts, over the last step: 1 when all are used alike, 0 when one is not used. ``size`` is how far problems
+        have grown, 0 to 1.
         """
-        modules = list(self.model.modules())
-        decays = [float(module.get_A().detach().max()) for module in modules if isinstance(module, LTIInjection)]
+        decays = list[float]()
+        for path, module in self.model.named_modules():
+            if isinstance(module, LTIInjection):
+                decays.append(float(module.get_A(self.parallel.whole(f"{path}.raw_A")).max()))
         loads = [load.float() for load in self.expert_load]
         balance = [float(len(load) * load.min() / load.sum()) for load in loads if load.sum() > 0]
         return {
@@ -201,42 +217,42 @@ class Trainer:
         }
 
     def averaged(self) -> OpenMythos:
-        """A copy of the model with the averaged weights, in eval mode: what a run keeps."""
-        model = copy.deepcopy(self.model)
-        self.ema.copy_to(model)
+        """A copy of the model with the averaged weights, in eval mode: what a run keeps; called by all processes."""
+        state = self.parallel.model_state(self.ema.average)
+        model = baselines.counted(self.cfg)
+        if distributed.rank() == 0:  # others have no more than their pieces
+            model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         return model.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, ``config`` among them. The tensors are the trainer's own: each step moves them.
 
-        To be called by all processes; each is given the state of all.
+        To be called by all processes; the first is given all of it, where weights are divided, and others parts.
         """
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        own = self.objective.left
+        left = distributed.gathered([list(own), torch.stack(list(own.values())).cpu()] if own else [[], own])
         return {
             "config": self.cfg.to_dict(),
             "step": self.step_number,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "expert_load": self.expert_load,
             "growth": None if self.growth is None else vars(self.growth),
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            "model": self.parallel.model_state(self.parallel.held),
+            "ema": {"updates": self.ema.updates, "average": self.parallel.gathered(self.ema.average)},
             "optimizer": self.optimizer.state_dict(),
             "text": self.task.fingerprint() if isinstance(self.task, Text) else None,
             "data": self.data_rng.get_state(),
             "loops": self.loops_rng.get_state(),
-            "processes": distributed.gathered(
-                {"carried": self._carried(), "torch": torch.get_rng_state(), "cuda": cuda}
-            ),
+            "buffers": self._carried()["buffers"],
+            "left": {row: state for rows, states in left for row, state in zip(rows, states, strict=True)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where the trainer that gave ``state`` was, one of the same config.
 
         Raises:
-            ValueError: if the text is another than it was, or the processes are more or fewer than there were.
+            ValueError: if the text is another than it was.
         """
-        n, there = len(state["processes"]), distributed.world_size()
-        must(n == there, f"the checkpoint is of {n} processes and there are {there}; start as many as there were")
         if isinstance(self.task, Text):
             changed = f"the text at source={self.task.source!r} is not what it was when the checkpoint was made"
             must(state["text"] == self.task.fingerprint(), f"{changed}; bring that back, or start a new run")
@@ -244,36 +260,34 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.expert_load = state.get("expert_load", [])  # which earlier versions did not keep
         self.growth = Growth(**state["growth"]) if state.get("growth") else None
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
+        self.parallel.load(self.parallel.held, state["model"])
+        self.parallel.load(self.ema.average, state["ema"]["average"])
+        self.ema.updates = state["ema"]["updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.data_rng.set_state(state["data"])
         self.loops_rng.set_state(state["loops"])
-        own = state["processes"][distributed.rank()]
-        self._restore(own["carried"])
-        torch.set_rng_state(own["torch"])
-        if self.device.type == "cuda" and own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], self.device)
+        if "processes" in state:  # of earlier versions, whose rows had other noise, and started from any row's state
+            state = state["processes"][0]["carried"] | {"left": {}}
+        mine = range(self.rows.start, self.rows.stop)  # what other processes left is theirs
+        left = {row: ended for row, ended in state["left"].items() if row in mine}
+        self._restore({"buffers": state["buffers"], "left": left})
 
     def _carried(self) -> dict[str, Any]:
         """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return {"buffers": buffers, "objective": {"left": self.objective.left}}
+        return {"buffers": buffers, "left": self.objective.left}
 
     def _restore(self, carried: dict[str, Any]) -> None:
         for name, buffer in carried["buffers"].items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(owner), leaf, buffer.to(self.device))
-        self.objective.left = carried["objective"]["left"]
+        self.objective.left = carried["left"]
 
 
 def check_fit(cfg: TrainConfig, task: Task) -> None:
     """Raise ValueError, with a fix, for settings that would fail at the first step or in the final evaluation."""
     n, known = task.vocab_size, cfg.model.vocab_size
     must(n <= known, f"model.vocab_size={known}, but {cfg.task.name} has {n} tokens; use model.vocab_size={n}")
-    n, batch_size, parts = distributed.world_size(), cfg.batch_size, cfg.accumulate
-    parted = f"batch_size={batch_size} in accumulate={parts} parts"
-    must(batch_size // parts % n == 0, f"{parted} does not divide among {n} processes; use a multiple of {n * parts}")
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     if isinstance(task, Text) and task.separate:
         given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"

@@ -23,6 +23,7 @@ from open_mythos.models import SHIPPED
 ALL = os.environ.get("BAD_INPUT") == "all"
 SOURCES = {  # commands that read a model, and what goes before and after its name
     "info": ([], []),
+    "plan": ([], ["--gpus", "1"]),
     "diagnose": ([], ["--loops", "1"]),
     "eval": ([], ["--difficulties", "2", "--loops", "1", "--examples", "1"]),
     "report": ([], ["--difficulty", "2", "--loops", "1"]),

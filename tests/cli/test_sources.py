@@ -16,6 +16,7 @@ from open_mythos.report import data
 
 COMMANDS = {
     "info": (),
+    "plan": ("--gpus", "1"),
     "diagnose": (),
     "bench": ("--only", "prefill", "--tokens", "8", "--seconds", "0"),
     "eval": ("--difficulties", "8", "--loops", "1", "--examples", "2"),

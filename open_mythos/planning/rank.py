@@ -1,0 +1,235 @@
+"""What one GPU of a layout holds and keeps, read off the model itself: its blocks run on tensors without storage."""
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from open_mythos.checkpoint import without_storage
+from open_mythos.config import MythosConfig
+from open_mythos.model import OpenMythos
+from open_mythos.nn.feed_forward import Expert, MoEFFN
+from open_mythos.training.objective import MAX_LOGITS, readout
+from open_mythos.training.optim import decays
+
+_MOST_TENSOR = 256
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered and reduced together, as :mod:`open_mythos.training.parallel` divides a model.
+
+    Attributes:
+        name: of the block, or of the part of it.
+        numel: on one GPU, before they are sharded; of them ``n_muon`` Muon's, ``n_routed`` of routed experts, and
+            ``n_core`` of blocks that run in every loop.
+        is_routed: whether these have been divided by expert parallelism.
+    """
+
+    name: str
+    numel: int
+    n_muon: int
+    n_routed: int
+    n_core: int
+    is_routed: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes that a part of a step keeps for its backward pass, and needs beside these while that runs.
+
+    ``weights`` of the latter are gradients of weights on their way, and do not grow with tokens.
+    """
+
+    kept: float
+    working: float
+    weights: float
+
+    def toward(self, other: "Piece", share: float) -> "Piece":
+        """The mean of the two, in which ``other`` has this share."""
+        mean = (a + share * (b - a) for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        return Piece(*mean)
+
+    def needs(self, rows: float) -> float:
+        """Bytes beside what so many rows keep."""
+        return self.weights + rows * (self.working - self.weights)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Of a row of tokens: what is around the blocks, a block of prelude or coda, a loop; the loss of ``loss_tokens``;
+    and the bytes of a state between loops.
+
+    Gradients of routed experts, which depend on how many a GPU has, are not among what a loop needs.
+    """
+
+    ends: Piece
+    block: Piece
+    loop: Piece
+    loss: Piece
+    loss_tokens: int
+    state: float
+
+
+def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
+    """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor``,
+    routed experts over ``expert``; all else is everywhere.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, MoEFFN):
+            found |= {f"{path}.{name}": {0: "expert"} for name in ("gate_up", "down")}
+        elif isinstance(module, Expert):
+            found |= {f"{path}.{name}.weight": {dim: "tensor"} for name, dim in (("gate", 0), ("up", 0), ("down", 1))}
+    return found
+
+
+def local_shape(shape: torch.Size, dims: dict[int, str], tensor: int, expert: int) -> list[int]:
+    """Of one GPU's share of a parameter, rounded up."""
+    parts = {"tensor": tensor, "expert": expert}
+    return [-(-size // parts[dims[dim]]) if dim in dims else size for dim, size in enumerate(shape)]
+
+
+@lru_cache(maxsize=256)
+def units(config: str, tensor: int = 1, expert: int = 1, slices: int = 1) -> list[Unit]:
+    """Every block and what is left; of a model whose experts are divided, these, and all else as one.
+
+    Where ``slices`` GPUs share the same experts, routers and shared experts are units too.
+    """
+    found: dict[str, list[int]] = {}
+    for name, shape, dims, is_muon in _parameters(config):
+        words, is_routed, is_core = name.split("."), "expert" in dims.values(), name.startswith("recurrent.block.")
+        unit = "root"
+        if expert > 1 and ".ffn." in name and is_core:
+            ffn, _, part = name.partition(".ffn.")
+            if is_routed:
+                unit = f"{ffn}.ffn"
+            elif slices > 1:
+                unit = f"{ffn}.ffn.{part.partition('.')[0]}"
+        elif expert == 1 and (is_core or words[0] in ("prelude", "coda")):
+            unit = ".".join(words[: 3 if is_core and words[2].isdigit() else 2])
+        numel = math.prod(local_shape(shape, dims, tensor, expert))
+        sizes = found.setdefault(unit, [0, 0, 0, 0])
+        for i, counts in enumerate((True, is_muon, is_routed, is_core)):
+            sizes[i] += numel * counts
+    return [
+        Unit(name, numel, n_muon, n_routed, n_core, expert > 1 and name.endswith(".ffn"))
+        for name, (numel, n_muon, n_routed, n_core) in found.items()
+    ]
+
+
+@lru_cache(maxsize=4)
+def _parameters(config: str) -> list[tuple[str, torch.Size, dict[int, str], bool]]:
+    """Of each: its name, shape and divided dimensions, and whether it is one that Muon takes."""
+    model = without_storage(OpenMythos, MythosConfig.from_json(config))
+    dims, found = divided(model), []
+    for name, parameter in model.named_parameters():
+        in_block = name.startswith(("prelude.", "coda.", "recurrent.block."))
+        is_muon = in_block and parameter.ndim == 2 and decays(name, parameter)
+        found.append((name, parameter.shape, dims.get(name, {}), is_muon))
+    return found
+
+
+def tensor_degrees(cfg: MythosConfig) -> list[int]:
+    """Degrees of tensor parallelism: those that divide every feed-forward that all tokens pass."""
+    widths = [cfg.ffn_dim] * (cfg.prelude_layers + cfg.coda_layers > 0 or not cfg.n_experts)
+    common = math.gcd(*widths, cfg.shared_dim if cfg.n_experts else 0)
+    return [degree for degree in range(1, min(common, _MOST_TENSOR) + 1) if common % degree == 0] or [1]
+
+
+@lru_cache(maxsize=64)
+def pieces(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
+    """What the parts of a step keep and need for one row of ``length`` tokens, on one of ``tensor`` GPUs.
+
+    Of a width that is divided by n, what is kept is ``a + b / n``; measured twice.
+    """
+    whole = measured(config, 1, length, is_bf16)
+    if tensor == 1:
+        return whole
+    other, share = measured(config, 2, length, is_bf16), 2 * (1 - 1 / tensor)
+    return replace(whole, block=whole.block.toward(other.block, share), loop=whole.loop.toward(other.loop, share))
+
+
+@lru_cache(maxsize=16)
+def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
+    """:func:`pieces`, by the kernels of a CPU: for a GPU, whose norms and attention keep less, an upper bound."""
+    cfg = MythosConfig.from_json(config)
+    model = without_storage(OpenMythos, cfg).train()
+    dims = divided(model)
+    core, n_loss = model.recurrent, max(1, min(length, MAX_LOGITS // model.cfg.vocab_size))
+    few = max(1, cfg.n_experts // 2)  # of one expert alone, no tokens are grouped
+    with FakeTensorMode(), _Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
+        for name, parameter in list(model.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            shape = local_shape(parameter.shape, dims.get(name, {}), tensor, few)
+            stored = nn.Parameter(torch.empty(shape))
+            setattr(model.get_submodule(owner), leaf, stored)
+            stored.grad = torch.empty_like(stored)
+            live.weights[stored.untyped_storage()] = None
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+        if cfg.tied_head:
+            model.head.weight = model.embed.weight
+        blocks = [*model.coda, *model.prelude]
+        del model.prelude[:], model.coda[:]
+        ids = torch.zeros(1, length, dtype=torch.int64)
+        e, ctx = model.encode(ids)
+        given = model.first_state(e, ctx), core.prepare(e), e[0, :n_loss]
+        h, held, x = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), given)
+        targets, weights = torch.zeros(n_loss, dtype=torch.int64), torch.ones(n_loss)
+        state = core.step(h, held, 0, ctx)  # makes masks, which all loops share
+        return Pieces(
+            live.piece([], lambda: model.decode(model.first_state(model.encode(ids)[0], ctx), ctx)),
+            live.piece(blocks[:1], lambda: blocks[0](held.e, ctx)) if blocks else Piece(0, 0, 0),
+            live.piece([core], lambda: core.step(h, held, 0, ctx)),
+            live.piece([model.head], lambda: readout(model.head, x, targets, weights, n_loss)[0].sum()),
+            n_loss,
+            state.nbytes,
+        )
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of tensors that operators made inside and that still live, and the most that did.
+
+    Copies of ``weights``, such as autocast makes, are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known = weakref.WeakKeyDictionary[Any, None]()
+        self.weights = weakref.WeakKeyDictionary[Any, None]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self.weights
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self.known:
+                self.known[storage] = None
+                if not is_copy:
+                    self.bytes += storage.nbytes()
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        return out
+
+    def _free(self, size: int) -> None:
+        self.bytes -= size
+
+    def piece(self, modules: list[nn.Module], work: Callable[[], Tensor]) -> Piece:
+        """What ``work`` keeps and needs, with the parameters of these modules."""
+        before = self.bytes
+        out = work()
+        kept, self.peak = self.bytes - before, self.bytes
+        out.backward(torch.empty_like(out))
+        working = self.peak - before - kept
+        largest = max((p.nbytes for module in modules for p in module.parameters()), default=0)
+        return Piece(kept, working, min(working, 2 * largest))  # the product, and the product times its scale

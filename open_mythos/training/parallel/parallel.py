@@ -1,0 +1,179 @@
+"""A training step of several processes: what each runs of it, and what they add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from open_mythos.model import OpenMythos
+from open_mythos.nn.auxiliary import experts
+from open_mythos.tasks import Batch
+from open_mythos.training import distributed
+from open_mythos.training.config import TrainConfig
+from open_mythos.training.objective import Objective, Outcome, Plan
+from open_mythos.training.parallel.grid import Grid
+
+if TYPE_CHECKING:
+    from open_mythos.training.parallel.pieces import Cuts, Piece
+
+
+class Step(nn.Module):
+    """The loss of a micro-batch as one module, whose call begins and ends with what FSDP has to do.
+
+    Args:
+        model, objective: as of the trainer.
+    """
+
+    def __init__(self, model: OpenMythos, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch, plan: Plan, n_scored: int) -> dict[str, Any]:
+        """The fields of an :class:`Outcome`: FSDP looks for tensors in a dictionary, and in no class."""
+        return dict(vars(self.objective(self.model, batch, plan, n_scored)))
+
+
+class Parallel:
+    """What this process holds and runs of a model that several train, or one.
+
+    Args:
+        model, objective: as of the trainer; the model as :func:`open_mythos.training.parallel.divide.divide` left it.
+        cfg: of the run.
+        grid: that is connected.
+
+    Attributes:
+        held: what is held of each parameter, by name, as optimizer and average know it.
+        pieces: how this is a part of the whole; empty for one process, which holds all.
+    """
+
+    def __init__(self, model: OpenMythos, objective: Objective, cfg: TrainConfig, grid: Grid) -> None:
+        self.model, self.cfg, self.grid = model, cfg, grid
+        self.step, self.units = Step(model, objective), list[Any]()
+        self.is_alone = distributed.world_size() == 1
+        cuts: Cuts = {}
+        if grid.expert * grid.tensor > 1:
+            from open_mythos.training.parallel.divide import divide
+
+            cuts = divide(model, grid)
+        if grid.shard > 1:  # what one process does not need takes a second to import
+            from open_mythos.training.parallel.shard import shard
+
+            self.units = shard(self.step, model, grid, cuts)
+        self.held: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.pieces: dict[str, Piece] = {}
+        if not self.is_alone:
+            from open_mythos.training.parallel.pieces import pieces
+
+            self.pieces = pieces(model, grid, cuts)
+            self.held = {name: piece.held for name, piece in self.pieces.items()}
+
+    def run(self, batch: Batch, plan: Plan, rows: slice, n_scored: int) -> Outcome:
+        """The loss of a micro-batch, these ``rows`` of the step's ``plan``.
+
+        FSDP adds up its gradients in its backward pass, those of each micro-batch: it reduces what it finds after any
+        call of a block, so that gradients which wait for the next micro-batch would be reduced within it, unfinished.
+        """
+        own = plan[rows]
+        if self.grid.expert > 1:
+            own.among = plan[self.grid.beside(rows, self.cfg.batch_size)]
+        if (lora := self.model.recurrent.lora) is not None:  # which is as deep as the deepest row of any process
+            for loops, _ in plan.schedules(self.step.objective.short):
+                lora.trained_loops.clamp_(min=int(loops.max()))
+        return Outcome(**self.step(batch, own, n_scored))
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """What experts are chosen for inside counts for all processes, and for one optimizer step."""
+        layers = [] if self.is_alone else experts(self.model)
+        before = [layer.expert_load.clone() for layer in layers]
+        yield
+        for layer, load in zip(layers, before, strict=True):
+            layer.expert_load -= load
+            dist.all_reduce(layer.expert_load)
+            layer.expert_load.div_(self.grid.tensor, rounding_mode="floor").add_(load)
+
+    def add_up(self, numbers: Tensor, loops: float, plan: Plan) -> tuple[float, list[float]]:
+        """After the last backward pass: gradients of the whole step, in ``held``, their norm, and sums of ``numbers``.
+
+        Nothing waits for a GPU before. Numbers are sums over this process's rows, ``loops`` among them.
+        """
+        for unit in self.units:
+            unit.reshard()
+        if not self.is_alone:
+            self._check_gradients(plan)
+            self._add_up_gradients()
+        for piece in self.pieces.values():
+            piece.follow()
+        by_copies: dict[int, list[Tensor]] = {}
+        for name, held in self.held.items():
+            if held.grad is not None:
+                by_copies.setdefault(self.pieces[name].copies if self.pieces else 1, []).append(held.grad)
+        squares = [nn.utils.get_total_norm(group).double() ** 2 / copies for copies, group in by_copies.items()]
+        square, *sums = torch.cat([torch.stack(squares).sum().view(1), numbers.double()]).tolist()
+        total = [square, *(number / self.grid.tensor for number in (loops, *sums))]
+        if not self.is_alone:
+            both = torch.tensor(total, dtype=torch.float64)
+            dist.all_reduce(both)
+            total = both.tolist()
+        norm = math.sqrt(total[0]) if math.isfinite(total[0]) else math.nan
+        return norm, total[1:]
+
+    def clip(self, norm: float) -> None:
+        """Scale gradients whose norm, of all of them together, is ``norm``, to at most ``cfg.optim.clip``."""
+        nn.utils.clip_grads_with_norm_(self.held.values(), self.cfg.optim.clip, torch.tensor(norm))
+
+    def whole(self, name: str) -> Tensor:
+        """All of a parameter; to be called by all processes."""
+        return (self.pieces[name].whole(self.held[name]) if self.pieces else self.held[name]).detach()
+
+    def gathered(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`Piece.gathered` of what is divided as the parameters are, by name."""
+        return {n: self.pieces[n].gathered(part) if self.pieces else part.detach() for n, part in held.items()}
+
+    def model_state(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's ``state_dict()`` with these for parameters, :meth:`gathered`."""
+        found = dict(self.model.named_buffers()) | self.gathered(held)
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - found.keys()
+        return found | {name: found["embed.weight"] for name in tied}
+
+    @torch.no_grad()
+    def load(self, held: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        """Give ``held`` what this process is to hold of ``whole``."""
+        for name, tensor in held.items():
+            tensor.copy_(self.pieces[name].part(whole[name]) if self.pieces else whole[name])
+
+    def _check_gradients(self, plan: Plan) -> None:
+        """An error where FSDP has lost a gradient: a parameter that took part, and has none."""
+        for name, piece in self.pieces.items() if self.units else ():
+            if piece.parameter.grad is None and not _is_idle(name, self.cfg, plan):
+                raise RuntimeError(f"{name} took part in the step and has no gradient: it was gathered outside of FSDP")
+
+    def _add_up_gradients(self) -> None:
+        """Where FSDP does not: each gradient becomes the sum over its group; none where none has any."""
+        by_group: dict[Any, list[nn.Parameter]] = {}
+        for piece in self.pieces.values():
+            if piece.group is not None:
+                by_group.setdefault(piece.group, []).append(piece.parameter)
+        for group, parameters in by_group.items():
+            has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+            dist.all_reduce(has, group=group)
+            used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=group)
+            for p, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
+                p.grad = part.view_as(p)
+
+
+def _is_idle(name: str, cfg: TrainConfig, plan: Plan) -> bool:
+    """Whether a step leaves the parameter out: that of a gate that learns afterwards, or of a loop not yet reached."""
+    _, *path = name.split(".")
+    if path[:1] == ["act"]:
+        return cfg.model.recurrence == "injected" or cfg.kind != "looped"
+    return path[:1] == ["blocks"] and int(path[1]) >= int(plan.n_loops.max())

@@ -1,0 +1,103 @@
+"""What one process holds of each parameter, and how the whole is made of the pieces."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from open_mythos.training import distributed
+from open_mythos.training.parallel.grid import Grid
+
+Cuts = dict[str, dict[str, int]]
+"""By parameter: along which of its axes each dimension of the grid divides it, beside FSDP."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What this process holds of one parameter.
+
+    Attributes:
+        parameter: as the model has it; FSDP makes it a ``DTensor``.
+        held: the same memory as a plain tensor, which optimizer and average know.
+        shape: of the whole.
+        mesh, placements: how the whole is divided; None and empty where every process holds all of it.
+        copies: processes that hold the same.
+        group: processes whose gradients are to be added up, where FSDP does not do it.
+    """
+
+    parameter: nn.Parameter
+    held: nn.Parameter
+    shape: torch.Size
+    mesh: DeviceMesh | None = None
+    placements: tuple[Shard, ...] = ()
+    copies: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def as_dtensor(self, held: Tensor) -> DTensor | Tensor:
+        """A tensor that is divided as the parameter is, as one of the whole; itself where all of it is here."""
+        if self.mesh is None:
+            return held
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            held, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def whole(self, held: Tensor) -> Tensor:
+        """All of a tensor that is divided as the parameter is; to be called by all processes that share it."""
+        found = self.as_dtensor(held)
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+    def gathered(self, held: Tensor) -> Tensor:
+        """As :meth:`whole`, but what had to be gathered is on the CPU of the first process, and empty elsewhere."""
+        if self.mesh is None:
+            return held.detach()
+        whole = self.whole(held.detach())
+        return whole.cpu() if distributed.rank() == 0 else whole.new_empty(0)
+
+    @torch.no_grad()
+    def part(self, whole: Tensor) -> Tensor:
+        """What this process holds of ``whole``, which every process has."""
+        if self.mesh is None:
+            return whole
+        given = whole.to(self.held.device)
+        return distribute_tensor(given, self.mesh, self.placements, src_data_rank=None).to_local()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After a backward pass, give ``held`` its gradient, and the memory where FSDP has the weights now."""
+        if isinstance(self.parameter, DTensor):
+            gradient = self.parameter.grad
+            self.held.data = self.parameter.to_local()
+            self.held.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def pieces(model: nn.Module, grid: Grid, cuts: Cuts) -> dict[str, Piece]:
+    """By name, what this process holds of each parameter of a model that has been divided."""
+    return {name: _piece(parameter, grid, cuts.get(name, {})) for name, parameter in model.named_parameters()}
+
+
+def _piece(parameter: nn.Parameter, grid: Grid, cut: Mapping[str, int]) -> Piece:
+    is_expert, by_fsdp = "expert" in cut, isinstance(parameter, DTensor)
+    mesh = grid.sparse if is_expert else grid.dense
+    if mesh is None:
+        return Piece(parameter, parameter, parameter.shape)
+    dims, held = dict(cut), parameter
+    if isinstance(parameter, DTensor):
+        with torch.no_grad():
+            held = nn.Parameter(parameter.to_local())
+        by = next(placement for placement in parameter.placements if isinstance(placement, Shard))
+        dims["slices" if is_expert else "shard"] = by.dim
+    names = [name for name in mesh.mesh_dim_names or () if name in dims and mesh[name].size() > 1]
+    shape = list(parameter.shape)
+    for name, dim in cut.items():
+        shape[dim] *= mesh[name].size()
+    copies = distributed.world_size() // prod(mesh[name].size() for name in names)
+    group = None if by_fsdp else grid.group("copies" if is_expert else "replicate")
+    own, placements = (mesh[tuple(names)], tuple(Shard(dims[name]) for name in names)) if names else (None, ())
+    return Piece(parameter, held, torch.Size(shape), own, placements, copies, group)

@@ -1,0 +1,27 @@
+"""What a row draws is its own: it depends on its key and on what it draws for, and on nothing beside it."""
+
+import torch
+
+from open_mythos.ops.draws import normal, row_keys, uniform
+
+
+def test_a_row_draws_the_same_wherever_it_is():
+    keys, like = row_keys(0, 3, 6), torch.empty(6, 4, 5)
+    whole = uniform(keys, 7, like)
+    assert torch.equal(whole[2:4], uniform(keys[2:4], 7, like[2:4]))
+    assert uniform(keys[:0], 7, like[:0]).shape == (0, 4, 5)
+    other = [uniform(keys, 8, like), uniform(row_keys(0, 4, 6), 7, like), uniform(row_keys(1, 3, 6), 7, like)]
+    assert all((whole != x).float().mean() > 0.99 for x in other)
+    assert len(torch.cat([whole, *other]).unique()) > 0.99 * 4 * whole.numel()
+
+
+def test_numbers_are_uniform_and_normal():
+    like = torch.empty(64, 4096)
+    flat = uniform(row_keys(5, 0, 64), 0, like)
+    assert flat.min() > 0 and flat.max() < 1
+    counts = torch.histc(flat, 16) / flat.numel()
+    assert (counts * 16 - 1).abs().max() < 0.03
+    rows = (flat - 0.5) * 12**0.5
+    assert (rows @ rows.t() / 4096 - torch.eye(64)).abs().max() < 0.08  # rows know nothing of each other
+    x = normal(row_keys(5, 0, 64), 0, like)
+    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs((x**4).mean() - 3) < 0.1

@@ -1,0 +1,179 @@
+"""Forks processes that train tiny models: python worker.py FOLDER < groups, each [processes, [[function, ...], ...]].
+
+What each function returns in process 0, or the error in any, is in FOLDER/found.pt, by group and job.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.distributed.fsdp
+from tiny import tiny_run
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from open_mythos.ops import experts
+from open_mythos.training.trainer import Lost, Trainer
+
+FOLDER = Path()
+PATIENCE = 60  # seconds that processes wait for each other: a hang is an error
+
+
+def made(*overrides: str) -> Trainer:
+    return Trainer(tiny_run(f"parallel.timeout={PATIENCE}", *overrides))
+
+
+def trained(steps: int, *overrides: str, start: str = "", end: str = "") -> dict[str, Any]:
+    """Of so many steps, gone on from what is in ``start``: numbers of each, and whole weights and averages after."""
+    trainer = made(*overrides)
+    if start:
+        trainer.load_state_dict(torch.load(FOLDER / start))
+    results = [trainer.step() for _ in range(steps)]
+    assert not any(result.skipped for result in results)
+    state = trainer.state_dict()
+    if end and dist.get_rank() == 0:
+        torch.save(state, FOLDER / end)
+    return {
+        "steps": [[r.loss, r.grad_norm, r.loops, r.accuracy, *r.parts.values()] for r in results],
+        "weights": state["model"] | {f"average.{name}": x for name, x in state["ema"]["average"].items()},
+        "load": trainer.expert_load,
+        "size": trainer.gauges()["spectral_radius"],
+    }
+
+
+def between(steps: int, *overrides: str) -> dict[str, Any]:
+    """As :func:`trained`, in two halves, the second by a trainer that has loaded the first's state."""
+    trained(steps // 2, *overrides, end="half")
+    dist.barrier()
+    return trained(steps - steps // 2, *overrides, start="half")
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them, and the numbers that they hand round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = function._schema.name.split("::")[1].strip("_")
+            self.found[name] += 1
+            self.numbers[name] += max(x.numel() for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(*overrides: str) -> dict[str, Any]:
+    """Of forward and backward pass of the second step, and how many units there are, and how long a row is."""
+    trainer = made(*overrides)
+    trainer.step()
+    batch = trainer.draw()
+    with Collectives() as mode:
+        trainer.forward_backward(batch)
+    own = {"units": len(trainer.parallel.units), "length": batch.ids.shape[1], "numbers": dict(mode.numbers)}
+    return dict(mode.found) | own
+
+
+class Past(torch.nn.Module):
+    """A block's forward, without what stands around its call."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.hidden = [block]
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        self.hidden[0].unshard()
+        return self.hidden[0].forward(*args, **options)
+
+
+def bypassed(*overrides: str) -> str:
+    """What is said where a block is gathered by hand, and called past FSDP's hooks."""
+    trainer = made(*overrides)
+    trainer.model.recurrent.block = Past(trainer.model.recurrent.block)
+    try:
+        trainer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def abandoned(*overrides: str) -> str:
+    """What the first of two processes says when the other does not come to the second step."""
+    trainer = made(*overrides, "parallel.timeout=3")
+    trainer.step()
+    if dist.get_rank() == 1:
+        time.sleep(8)
+        os._exit(0)
+    try:
+        trainer.step()
+    except Lost as error:
+        return str(error)
+    return ""
+
+
+def seconds(rows: int, *overrides: str) -> float:
+    """Of a routed layer's forward and backward pass over ``rows`` tokens, the median."""
+    trainer = made(*overrides)
+    ffn, times = trainer.model.recurrent.block.ffn, []
+    dim = trainer.cfg.model.dim
+    for _ in range(9):
+        x = torch.randn(rows, dim, requires_grad=True)
+        start = time.perf_counter()
+        ffn(x).sum().backward()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[4]
+
+
+def run(rank: int, world: int, jobs: list[Any], name: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    experts.MAX_GATHERED = 0  # a second way to the same numbers, for a token or two
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    store, patience = f"file://{FOLDER / name}.store", timedelta(seconds=PATIENCE)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
+    found: list[Any] = []
+    for function, *args in jobs:
+        start = time.perf_counter(), time.process_time()
+        try:
+            found.append(globals()[function](*args))
+            if rank == 0 and os.environ.get("TIMED"):
+                took = time.perf_counter() - start[0], time.process_time() - start[1]
+                print(world, function, *args, [round(x, 2) for x in took], file=sys.stderr, flush=True)
+        except Exception:
+            found.append(f"process {rank}: {traceback.format_exc()}")
+            break
+    if rank == 0 or len(found) < len(jobs):
+        torch.save(found, FOLDER / f"{name}.{rank}")
+    os._exit(0)  # taking gloo down hangs now and then on a busy machine, and is not what is tested
+
+
+def main() -> None:
+    fork, found = multiprocessing.get_context("fork"), []
+    for i, (world, jobs) in enumerate(json.load(sys.stdin)):
+        processes = [fork.Process(target=run, args=(rank, world, jobs, f"group{i}")) for rank in range(world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        found.append([torch.load(path, weights_only=False) for path in sorted(FOLDER.glob(f"group{i}.[0-9]"))])
+    torch.save(found, FOLDER / "found.pt")
+
+
+if __name__ == "__main__":
+    FOLDER = Path(sys.argv[1])
+    main()
