@@ -113,10 +113,12 @@ def word_problems() -> TrainConfig:
 
 def words() -> TrainConfig:
     """All tasks in words by one model, which says its answers and ends: trained on up to 6 steps, tested on 12."""
-    return _in_words(
+    cfg = _in_words(
         "words", range(1, 7), loops=16, gate=(12, 32), dim=128, heads=4, window=16,
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
+    cfg.model.coda_layers, cfg.loops.gradient, cfg.optim.lr = 1, "all", 1.2e-3  # as word problems need
+    return cfg
 
 
 def reasoning_gym() -> TrainConfig:
