@@ -57,6 +57,8 @@ _CONSTANTS = 2  # people, at least, whose number is said
 _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
+# as problems grow (Task.sized): from which size sentences of one more kind are told
+_FROM = {_SAME: -1.0, _TWICE: 0.42, _MORE: 0.5, _FEWER: 0.58, _BOTH: 0.66}
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
@@ -68,8 +70,9 @@ class WordProblems(Task):
     ``Ana has 3 coins . Ben has 2 more coins than Ana . Cora has as many coins as Ana and Ben together . how many coins
     has Cora ?`` is a problem of two operations: those that the person who is asked for and all before need. Each
     sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end. Its
-    steps are the number that its person has, known after as many steps as the longest chain of operations to it; the
-    answer, the only target, is known a step later. No question needs all sentences.
+    steps are the number that its person has, known after as many steps as the longest chain of operations to it, and
+    until then whom it waits for: of two people the one whose number is known later. The answer, the only target, is
+    known a step after its person's number. No question needs all sentences.
 
     Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
     together in a sentence of the held-out split, names and patterns that do, and so all its sentences, are never
@@ -99,9 +102,12 @@ class WordProblems(Task):
         must(self.modulus % 2 == 1, f"modulus={self.modulus} is even; use an odd one such as 7 or {len(NUMBERS)}")
         self.chance = 1 / self.modulus
         self.most = high - _CONSTANTS - _OTHERS
+        self._size = 1.0
 
     def sized(self, size: float) -> Self:
-        return replace(self, people=self.min_people + int((self.people - self.min_people) * size))
+        task = replace(self, people=self.min_people + int((self.people - self.min_people) * size))
+        task._size = size
+        return task
 
     def length(self, difficulty: int) -> int:
         return self.people * _LONGEST + ASKS.codes.shape[1]
@@ -115,7 +121,8 @@ class WordProblems(Task):
         total = int(torch.randint(low, self.people + 1, (), generator=generator))
         source = self._graph(n, total, difficulty, generator)
         depth, needs = _needed(source)
-        kind = torch.randint(_MORE, _SAME + 1, (n, total), generator=generator)
+        may = torch.tensor([told for told, size in _FROM.items() if size < self._size and told != _BOTH])
+        kind = may[torch.randint(0, len(may), (n, total), generator=generator)]
         kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
         number = torch.randint(2, self.modulus, (n, total), generator=generator)
         own = torch.randint(0, self.modulus, (n, total), generator=generator)
@@ -132,7 +139,12 @@ class WordProblems(Task):
         ids, valid, ends = joined([facts, ASKS.sentences(person, [_FIRST_NAME + person], test, generator)])
         due = torch.cat([depth.gather(1, order), depth.gather(1, asked) + 1], 1)
         known = torch.cat([value.gather(1, order), value.gather(1, asked)], 1)
-        return problems(ids, valid, ends, from_loop(due, _ZERO + known, difficulty + 2), 1)
+        of = source.clamp(min=0).flatten(1)
+        later = depth.gather(1, of).view_as(source).masked_fill(source < 0, -1).argmax(2, keepdim=True)
+        awaited = torch.cat([sources.gather(2, later).squeeze(2).gather(1, order), person], 1)
+        steps = torch.arange(difficulty + 2) < due[..., None]
+        known = torch.where(steps, _FIRST_NAME + awaited[..., None], _ZERO + known[..., None])
+        return problems(ids, valid, ends, known, 1)
 
     def _graph(self, n: int, people: int, operations: int, generator: torch.Generator | None) -> Tensor:
         """Whose numbers each one's is made of, (n, people, 2), -1 for nobody, who all come before.
@@ -145,9 +157,11 @@ class WordProblems(Task):
         last = first + operations - 1
         source = torch.full((n, people, 2), -1)
         rows = torch.arange(n)
+        by_two = _FROM[_BOTH] < self._size  # else each operation needs the one before it alone
+        on, two = (_ON, _TWO) if by_two else (1.0, 0.0)
         for i in range(last - 1, first - 1, -1):  # who needs it: someone after it who is not made of two yet
             chance = torch.rand(n, last - i, generator=generator)
-            chance[:, 0] += (torch.rand(n, generator=generator) < _ON) * 2.0
+            chance[:, 0] += (torch.rand(n, generator=generator) < on) * 2.0
             user = i + 1 + chance.masked_fill((source[:, i + 1 : last + 1] >= 0).all(2), -1).argmax(1)
             source[rows, user, (source[rows, user, 0] >= 0).long()] = i
         uses = F.one_hot(source.flatten(1) + 1, people + 1).sum(1)[:, 1:]
@@ -158,14 +172,15 @@ class WordProblems(Task):
                 may &= torch.arange(i) != source[:, i, :1]
                 wanted = may.any(1) & (source[:, i, slot] < 0)
                 if slot == 1:
-                    wanted &= (torch.rand(n, generator=generator) < _TWO) & (source[:, i, 0] >= 0)
+                    wanted &= (torch.rand(n, generator=generator) < two) & (source[:, i, 0] >= 0)
                 chance = torch.rand(n, i, generator=generator)
                 pick = chance.masked_fill(~may, -1).argmax(1)
                 source[:, i, slot] = torch.where(wanted, pick, source[:, i, slot])
                 uses[rows, pick] += wanted
             reached = depth.gather(1, source[:, i].clamp(min=0)).masked_fill(source[:, i] < 0, -1)
             depth[:, i] = reached.amax(1) + 1
-        return source
+        swapped = (torch.rand(n, people, generator=generator) < 0.5) & (source[..., 1] >= 0)
+        return source.where(~swapped[..., None], source.flip(2))
 
     def _values(self, source: Tensor, kind: Tensor, number: Tensor) -> Tensor:
         """How many each has, (n, people)."""
@@ -178,9 +193,7 @@ class WordProblems(Task):
         return value
 
     def _named(self, source: Tensor, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Names of people, (n, people), and of their sources, (n, people, 2), in any order."""
-        swapped = torch.rand(source.shape[:2], generator=generator) < 0.5
-        source = source.where(~(swapped & (source[..., 1] >= 0))[..., None], source.flip(2))
+        """Names of people, (n, people), and of their sources, (n, people, 2)."""
         made_of = F.one_hot(source + 1, source.shape[1] + 1)[..., 1:]
         one, other = made_of.unbind(2)
         together = one.mT @ other

@@ -40,7 +40,7 @@ def problems(n=16, difficulty=3, seed=0, **options):
     ],
 )  # fmt: skip
 def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
-    task, batch = problems(6, difficulty, **options)
+    task, batch = problems(24, difficulty, **options)
     assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
     assert batch.ids.shape[1] <= task.length(difficulty)
     asked_for = set()
@@ -51,7 +51,7 @@ def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
         for place, sentence in zip(ends, sentences(task, ids), strict=True):
             kind, _, (name, *sources, number) = read(sentence)
             if kind is ASKS:
-                due, now = depth[name] + 1, value[name]
+                due, now, awaited = depth[name] + 1, value[name], name
                 asked_for.add(len(needs[name]))
                 assert set(value) - needs[name] and targets[place] == encode(str(now))[0]
             else:
@@ -59,7 +59,8 @@ def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
                 value[name] = MADE[kind](int(number or 0), *[value[s] for s in sources], 0, 0) % task.modulus
                 due = depth[name] = 1 + max((depth[s] for s in sources), default=-1)
                 needs[name] = {name, *(p for s in sources for p in needs[s])} if sources else set()
-                now = value[name]
+                now, awaited = value[name], max(sources, key=lambda s: depth[s], default=name)
+            expected[place, :due] = encode(awaited)[0]
             expected[place, due:] = encode(str(now))[0]
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
     assert max(asked_for) == difficulty and (task.split == "train" or asked_for == {difficulty})
@@ -119,6 +120,16 @@ def test_problems_have_as_many_people_as_was_said():
     assert counts == {8, 9, 10}  # and the question
     assert len(sentences(task, task.held_out().batch(1, 2).ids[0])) == 10
     assert task.sized(0).people == 7 and task.sized(1).people == 9
+
+
+def test_sentences_of_small_problems_say_as_many_as_somebody_and_other_kinds_come_as_they_grow():
+    task, kinds = tasks.load("word_problems", people=9, min_people=7), []
+    for size in (0.0, 0.45, 0.55, 0.6, 1.0):
+        small = task.sized(size)
+        batch = small.batch(64, 3, torch.Generator().manual_seed(0))
+        kinds.append({read(sentence)[0] for ids in batch.ids for sentence in sentences(small, ids)})
+    assert kinds[0] == {HAS, SAME, ASKS} and kinds[-1] == {HAS, SAME, TWICE, MORE, FEWER, BOTH, ASKS}
+    assert kinds[1] == kinds[0] | {TWICE} and kinds[2] == kinds[1] | {MORE} and kinds[3] == kinds[2] | {FEWER}
 
 
 @pytest.mark.parametrize(("options", "message"), [
