@@ -16,7 +16,6 @@ from open_mythos.tasks.english import (
     VOCABULARY,
     Patterns,
     chosen,
-    from_loop,
     joined,
     named,
     problems,

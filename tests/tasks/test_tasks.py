@@ -52,19 +52,19 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "assignments",
         {"sentences": 6},
         2,
-        "the ball is with Walt . what Bruno has , Paul has . Emil has what Igor has . Ruth holds the drum . "
-        "Bruno has a book . the ring is with Igor . what is with Bruno ? what is with Walt ? what has Emil ? "
-        "what is with Ruth ? Paul has what ? what does Igor have ?",
+        "Walt keeps a ball . Ruth gets a drum . Emil has what Igor has . Paul copies Bruno . Bruno gets a book . "
+        "the ring is with Igor . what does Bruno have ? now what has Walt ? Emil keeps what ? what does Ruth have ? "
+        "now what has Paul ? what does Igor have ?",
         "book ball ring drum book ring",
     ),
     (
         "word_problems",
         {"people": 7},
         3,
-        "Bruno holds 0 coins . Liam holds 0 coins . Emil holds as many as Liam . Rita has as many coins as Liam and "
-        "Bruno together . Edna has 5 more coins than Emil . Ben holds as many as Edna . Oscar holds as many as both "
-        "Edna and Emil . how many coins has Oscar ?",
-        "5",
+        "Bruno holds 4 coins . Liam holds 3 coins . Rita has as many coins as Bruno and Liam together . "
+        "Emil holds 5 more than Liam . Edna has as many coins as Emil less 4 . Oscar holds as many as both Emil and "
+        "Edna . Ben has as many coins as Edna and 4 more . Edna has how many coins ?",
+        "4",
     ),
     (
         "relations",
