@@ -57,7 +57,7 @@ _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
 # as problems grow (Task.sized): from which size sentences of one more kind are told
-_FROM = {_SAME: -1.0, _TWICE: 0.42, _MORE: 0.5, _FEWER: 0.58, _BOTH: 0.66}
+_FROM = {_SAME: -1.0, _TWICE: 0.02, _MORE: 0.06, _FEWER: 0.1, _BOTH: 0.3}
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
