@@ -23,22 +23,10 @@ from open_mythos.tasks.english import (
     problems,
 )
 
-COPIES = Patterns(
-    "{0} has what {1} has .", "{0} copies {1} .", "what {1} has , {0} has .", "{0} is like {1} .",
-    "{0} holds whatever {1} holds .", "{0} has the same as {1} .", "{0} matches {1} .", "as {1} has , so has {0} .",
-)  # fmt: skip
-HAS = Patterns(
-    "{0} has a {1} .", "{0} holds the {1} .", "the {1} is with {0} .", "{0} keeps a {1} .",
-    "the {1} is what {0} has .", "there {0} has the {1} .", "{0} gets a {1} .", "see the {1} of {0} .",
-)  # fmt: skip
-KNOWS = Patterns(
-    "{0} likes {1} .", "{0} lives near {1} .", "{0} is older than {1} .", "{1} knows {0} .",
-    "{0} trusts {1} .", "{1} sees {0} .", "{0} stands with {1} .", "{0} looks to {1} .",
-)  # fmt: skip
-ASKS = Patterns(
-    "what does {0} have ?", "{0} has what ?", "what has {0} ?", "what is with {0} ?",
-    "what does {0} hold ?", "{0} keeps what ?", "now what has {0} ?", "what is it {0} has ?",
-)  # fmt: skip
+COPIES = Patterns("{0} has what {1} has .", "{0} copies {1} .", "what {1} has , {0} has .", "{0} is like {1} .")
+HAS = Patterns("{0} has a {1} .", "{0} holds the {1} .", "the {1} is with {0} .", "{0} keeps a {1} .")
+KNOWS = Patterns("{0} likes {1} .", "{0} lives near {1} .", "{0} is older than {1} .", "{1} knows {0} .")
+ASKS = Patterns("what does {0} have ?", "{0} has what ?", "what has {0} ?", "what is with {0} ?")
 
 _FIRST_NAME, _FIRST_THING = ID[NAMES[0]], ID[THINGS[0]]
 _OTHERS = 4  # sentences, at least, that no question needs: half of them are of things that others have

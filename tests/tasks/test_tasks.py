@@ -52,9 +52,9 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "assignments",
         {"sentences": 6},
         2,
-        "Walt keeps a ball . Ruth gets a drum . Emil has what Igor has . Paul copies Bruno . Bruno gets a book . "
-        "the ring is with Igor . what does Bruno have ? now what has Walt ? Emil keeps what ? what does Ruth have ? "
-        "now what has Paul ? what does Igor have ?",
+        "the ball is with Walt . what Bruno has , Paul has . Emil has what Igor has . Ruth holds the drum . "
+        "Bruno has a book . the ring is with Igor . what is with Bruno ? what is with Walt ? what has Emil ? "
+        "what is with Ruth ? Paul has what ? what does Igor have ?",
         "book ball ring drum book ring",
     ),
     (
