@@ -1,12 +1,13 @@
 """What all tests of commands share."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import pytest
 
 from open_mythos.training import recipes
-from open_mythos.training.config import EvalConfig
+from open_mythos.training.config import EvalConfig, TrainConfig
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -15,5 +16,10 @@ def quick_demo() -> Iterator[None]:
     whole = recipes.RECIPES["demo"]
     with pytest.MonkeyPatch.context() as patch:
         quick = EvalConfig([24, 48, 96], [1, 4, 8], 8)
-        patch.setitem(recipes.RECIPES, "demo", lambda: dataclasses.replace(whole(), evaluation=quick))
+
+        @functools.wraps(whole)  # tests of recipes may come in between
+        def demo() -> TrainConfig:
+            return dataclasses.replace(whole(), evaluation=quick)
+
+        patch.setitem(recipes.RECIPES, "demo", demo)
         yield
