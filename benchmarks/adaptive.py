@@ -86,7 +86,7 @@ CASES = {
 def quality(model: OpenMythos, case: Case, batch: Batch, exit: Exit | None) -> tuple[float, float]:
     """Accuracy, or bits per byte, and the loops that a position ran, at ``case.loops`` or where the exit stops."""
     task, right, nats, ran, n = case.made(), 0.0, 0.0, 0.0, 0
-    with measuring(model, halting=False):
+    with measuring(model, halting=False) as model:
         for part in chunks(batch, torch.device("cpu")):
             (reading,) = readings(model, part.ids, [case.loops], part.valid, exit=exit)
             ran += float(reading.used.sum())

@@ -97,7 +97,8 @@ def race(model: OpenMythos, n_loops: int, batch: Batch, exit: Exit, rounds: int,
     real = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     answers = {}
-    with measuring(model, halting=False):
+    model.cfg.halting = False
+    with measuring(model):
         by_operations(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n_loops, exit)  # warm
         for _ in range(rounds):
             for way, run in ways.items():

@@ -106,10 +106,10 @@ def budget() -> dict[str, Any]:
         problems = task.batch(128, difficulty, torch.Generator().manual_seed(0))
         assert problems.valid is None
         scored = problems.targets != UNSCORED
-        with measuring(model, halting=False):
+        with measuring(model, halting=False) as still:
             for slots in SLOTS:
                 held = KVCache(slots)
-                answers = fed(model, problems.ids, loops, held, 1).argmax(-1)
+                answers = fed(still, problems.ids, loops, held, 1).argmax(-1)
                 rows.append({
                     "model": name, "loops": loops, "chunk": 1, "slots": slots,
                     "bytes_per_token": held.nbytes / problems.ids.numel(),
@@ -265,8 +265,8 @@ def solved(name: str, change: Callable[[OpenMythos], OpenMythos]) -> dict[str, A
     problems = tasks.load(trained.name, **trained.options).batch(
         PROBLEMS_EACH, difficulty, torch.Generator().manual_seed(0)
     )
-    with measuring(model, halting=False):
-        right = (model(problems.ids, loops, attention_mask=problems.valid).argmax(-1) == problems.targets).float()
+    with measuring(model, halting=False) as still:
+        right = (still(problems.ids, loops, attention_mask=problems.valid).argmax(-1) == problems.targets).float()
     return {"loops": loops, "difficulty": difficulty, "accuracy": float(right[problems.targets != UNSCORED].mean())}
 
 

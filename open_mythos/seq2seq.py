@@ -113,11 +113,15 @@ class Seq2Seq(nn.Module):
             options: of :meth:`OpenMythos.generate`: sampling, ``eos_token_id``, ``draft``, ``engine``, …
 
         Raises:
-            ValueError: for input, options or lengths that do not fit.
+            ValueError: for input, options or lengths that do not fit, before anything is encoded.
         """
+        check_ids(source, "source")
+        unknown = self.decoder.embed.weight.new_zeros(1).expand(*source.shape, self.decoder.cfg.dim)
+        decoding = dict(max_new_tokens=max_new_tokens, n_loops=n_loops, attention_mask=source_mask, **options)
+        self.decoder.stream(unknown, **decoding)  # judges all before anything is encoded
         with torch.no_grad():
             prefix = evaluating(self.encoder, self.encode, source, encoder_loops, source_mask)
-        return self.decoder.generate(prefix, max_new_tokens, n_loops, attention_mask=source_mask, **options)
+        return self.decoder.generate(prefix, **decoding)
 
     @checked
     def save_pretrained(self, directory: str | Path) -> None:

@@ -133,6 +133,17 @@ def test_input_that_does_not_fit(source, target, mask, message):
         MODELS["gqa"].loss(source, target, source_mask=mask)
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"max_new_tokens": 40}, "max_seq_len=32"), ({"n_loops": 0}, "n_loops=0"), ({"engine": "fastest"}, "engine"),
+    ({"eos_token_id": 17}, "eos_token_id=17"), ({"draft": Draft(9, 2), "n_loops": 4}, "draft"),
+])  # fmt: skip
+def test_what_the_decoder_refuses_is_refused_before_the_source_is_encoded(monkeypatch, options, message):
+    model = MODELS["gqa"]
+    monkeypatch.setattr(model.encoder, "hidden", lambda *args, **given: pytest.fail("it was encoded"))
+    with pytest.raises(ValueError, match=message):
+        model.generate(SOURCE, **{"max_new_tokens": 4, **options})
+
+
 def test_a_target_fills_the_decoder_to_its_last_position():
     model = MODELS["gqa"]
     assert model(tokens(1, 29), tokens(1, 4, high=17)).shape == (1, 4, 17)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,20 +36,27 @@ class Reading(NamedTuple):
 
 
 @contextmanager
-def measuring(model: OpenMythos, halting: bool | None = None, act_threshold: float | None = None) -> Iterator[None]:
-    """Eval mode without gradients inside, with other ``cfg.halting`` and ``cfg.act_threshold`` unless they are None.
+def measuring(
+    model: OpenMythos, halting: bool | None = None, act_threshold: float | None = None
+) -> Iterator[OpenMythos]:
+    """Eval mode without gradients inside, and the model with another ``cfg.halting`` and ``cfg.act_threshold``.
 
-    Modules keep their modes. The config is put back after: where one of the two is given, the model is not for others.
+    What is given is the model itself where both are None, and else one of the same modules, with a config of its own.
+    ``model`` keeps its modes and its config, so that other threads may go on using it.
     """
-    cfg = model.cfg
-    before = cfg.halting, cfg.act_threshold
-    cfg.halting = before[0] if halting is None else halting
-    cfg.act_threshold = before[1] if act_threshold is None else act_threshold
-    try:
-        with eval_mode(model), torch.no_grad():
-            yield
-    finally:
-        cfg.halting, cfg.act_threshold = before
+    changed = {"halting": halting, "act_threshold": act_threshold}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    with eval_mode(model), torch.no_grad():
+        yield _with(model, changed) if changed else model
+
+
+def _with(model: OpenMythos, changed: dict[str, Any]) -> OpenMythos:
+    other, core, cfg = copy(model), copy(model.recurrent), copy(model.cfg)
+    for name, value in changed.items():
+        setattr(cfg, name, value)
+    other.cfg = core.cfg = cfg
+    other._modules = model._modules | {"recurrent": core}
+    return other
 
 
 def readings(
@@ -62,7 +70,7 @@ def readings(
     """The model after each of ``loops``, in rising order, from one run; use it inside :func:`measuring`.
 
     Args:
-        model, loops: what is run, and the numbers of loops to read at.
+        model, loops: what is run, as that gives it, and the numbers of loops to read at.
         ids, valid: (B, T) tokens, and bool, False at padding; None where there is none.
         start: the state before the first loop, of the encoded input (B, T, dim) and its context; None: the model's own.
         exit: when a position stops looping; with None, when the gate says so if ``cfg.halting``, else never.

@@ -102,7 +102,7 @@ def depth_grid(
     the same ones.
 
     Args:
-        model: computes as in eval mode, on its device, and keeps its own; config is restored.
+        model: computes as in eval mode, on its device, and keeps its own, and its config.
         task, difficulties, examples, seed: give the problems, ``examples`` of each difficulty.
         loops: numbers of loops to evaluate.
         halting: overrides ``cfg.halting`` unless None.
@@ -114,7 +114,7 @@ def depth_grid(
     """
     check_fit(model, task, difficulties, examples)
     scores = []
-    with measuring(model, halting):
+    with measuring(model, halting) as model:
         rule = model.recurrent.choose_exit(exit)
         for difficulty in difficulties:
             if progress is not None:

@@ -73,7 +73,7 @@ def settle_rate(
     check_fit(model, task, [difficulty], examples)
     problems = task.batch(examples, difficulty, torch.Generator().manual_seed(seed))
     converged = positions = 0
-    with measuring(model, halting=False):
+    with measuring(model, halting=False) as model:
         for part in chunks(problems, device_of(model)):
             valid = torch.ones_like(part.ids, dtype=torch.bool) if part.valid is None else part.valid.bool()
             before, after = readings(model, part.ids, [loops - 1, loops], part.valid)
@@ -107,7 +107,7 @@ def initial_state_gap(
         "noise": lambda e, ctx: ctx.mask.without_padding(torch.randn(e.shape, generator=generator).to(e)),
     }
     accuracy, differing, n_scored = dict.fromkeys(starts, 0.0), dict.fromkeys(starts, 0), 0
-    with measuring(model, halting=False):
+    with measuring(model, halting=False) as model:
         for part in chunks(problems, device_of(model)):
             scored, own = part.targets != UNSCORED, None
             n_scored += int(scored.sum())
@@ -163,7 +163,7 @@ def accuracy_and_loops(
     model: OpenMythos, task: Task, problems: Batch, loops: int, halting: bool, exit: Exit | None = None
 ) -> tuple[float, float]:
     """Share of answers right, mean over problems, and loops that a position ran, mean over positions."""
-    with measuring(model, halting):
+    with measuring(model, halting) as model:
         scores = score_by_loops(model, task, problems, [loops], exit)
     return float(scores.tokens.mean()), float(scores.loops_used)
 
@@ -193,8 +193,8 @@ def compute_matched(
     """
 
     def curve(halting: bool, threshold: float) -> list[Point]:
-        with measuring(model, act_threshold=threshold):
-            grid = depth_grid(model, task, [difficulty], loops, examples, seed, halting)
+        with measuring(model, act_threshold=threshold) as changed:
+            grid = depth_grid(changed, task, [difficulty], loops, examples, seed, halting)
         context = (task.length(difficulty) + 1) // 2  # mean over the tokens
         rows = zip(grid.accuracy[0].tolist(), grid.loops_used[0].tolist(), strict=True)
         return [Point(flops_per_token(model.cfg, used, context), accuracy, used) for accuracy, used in rows]

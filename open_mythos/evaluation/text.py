@@ -41,7 +41,7 @@ def text_scores(
     check_fit(model, task, [length], windows)
     batch, nats = task.windows(length, windows), dict.fromkeys(sorted(set(loops)), 0.0)
     used = dict.fromkeys(nats, 0.0)
-    with measuring(model, halting=False):
+    with measuring(model, halting=False) as model:
         for part in chunks(batch, device_of(model)):
             for reading in readings(model, part.ids, nats, part.valid, exit=exit):
                 nats[reading.loops] += float(F.cross_entropy(

@@ -88,7 +88,7 @@ def bits_by_kind(
     batch = task.windows(length, windows)
     counts = bytes_by_kind(task, batch)
     nats, total, done = torch.zeros(len(KINDS), dtype=torch.float64), counts.double().sum((0, 1)), 0
-    with measuring(model, halting=False):
+    with measuring(model, halting=False) as model:
         for part in chunks(batch, device_of(model)):
             (reading,) = readings(model, part.ids, [loops], part.valid)
             logits, targets = reading.logits.flatten(0, 1).float(), part.targets.flatten()

@@ -106,19 +106,19 @@ def examples(
     ``n_loops``. ``generator`` chooses the states to keep, and ``batch`` is on the model's device.
     """
     found = []
-    with measuring(model, halting=False):
+    with measuring(model, halting=False) as model:
         e, ctx = model.encode(batch.ids, attention_mask=batch.valid)
 
-        def run() -> list[LoopState]:
+        def run(model: OpenMythos) -> list[LoopState]:
             return list(model.recurrent.iterate(model.first_state(e, ctx), e, ctx, n_loops))
 
         def predict(h: Tensor) -> Tensor:
             return model.head(model.decode(h, ctx)).float().log_softmax(-1)
 
-        runs = [run()]
+        runs = [run(model)]
         if closed:
-            with measuring(model, halting=True):
-                runs.append(run())
+            with measuring(model, halting=True) as gated:
+                runs.append(run(gated))
         end = runs[0][-1].h
         final = predict(end)
         supervised = batch.targets != UNSCORED

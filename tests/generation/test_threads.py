@@ -12,9 +12,10 @@ import torch
 from helpers import tiny_model, tokens
 from torch import Tensor, nn
 
-from open_mythos import KVCache, OpenMythos
+from open_mythos import KVCache, OpenMythos, tasks
 from open_mythos.diagnostics import loop_gain, trace
-from open_mythos.evaluation.depth import accuracy_by_loops
+from open_mythos.evaluation.depth import accuracy_by_loops, measuring
+from open_mythos.evaluation.grid import depth_grid
 from open_mythos.generation.conversation import Conversation
 from open_mythos.generation.sampling import Sampling
 from open_mythos.generation.speculative import Draft
@@ -155,6 +156,22 @@ def test_a_training_step_is_undisturbed_by_measuring_beside_it_and_so_is_what_is
         assert again[2][0] == expected[2][0]
         torch.testing.assert_close(again[2][1:], expected[2][1:])  # which may be rounded otherwise beside others
     assert len(found) >= 3
+
+
+def test_a_model_answers_as_ever_while_it_is_evaluated_with_another_exit_beside() -> None:
+    model, ids, task = tiny_model(halting=True, act_threshold=0.5, vocab_size=257), tokens(2, 9), tasks.load("parity")
+    with torch.no_grad():
+        alone = model(ids, 6)
+        model.cfg.halting = False
+        assert (model(ids, 6) - alone).abs().max() > 1e-4
+        model.cfg.halting = True
+        expected = depth_grid(model, task, [8], [1, 6], 4, halting=False).accuracy
+        with measuring(model, halting=False) as still, measuring(still, act_threshold=0.9) as other:
+            assert (model.cfg.halting, model.cfg.act_threshold) == (True, 0.5)
+            assert (other.cfg.halting, other.cfg.act_threshold) == (False, 0.9)
+            torch.testing.assert_close(model(ids, 6), alone, rtol=0, atol=0)  # as another thread would ask
+            assert torch.equal(depth_grid(model, task, [8], [1, 6], 4, halting=False).accuracy, expected)
+            torch.testing.assert_close(model(ids, 6), alone, rtol=0, atol=0)
 
 
 def test_what_only_its_own_mode_would_stop_is_refused() -> None:
