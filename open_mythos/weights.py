@@ -19,7 +19,8 @@ from open_mythos import files
 
 CHECKSUM = "open_mythos.checksum"
 _WIDTH = 521  # 8-byte words; odd, so that what changes places by pages, sectors or rows stands in another column
-_BLOCK = 512 * _WIDTH * 8  # bytes that are copied and summed together, while they are in a cache
+_ROW = 8 * _WIDTH  # bytes
+_BLOCK = 512 * _ROW  # bytes that are copied and summed together, while they are in a cache
 
 
 class CheckpointError(ValueError):
@@ -142,7 +143,11 @@ def _sums(tensor: Tensor, to: Tensor | None = None) -> bytes:
         block = target[start : start + _BLOCK]
         if to is not None:
             block.copy_(source[start : start + _BLOCK])
-        if len(block) < _BLOCK or block.storage_offset() % 8:
-            block = F.pad(block, (0, -len(block) % (8 * _WIDTH))).clone()
-        sums.append(block.view(torch.int64).view(-1, _WIDTH).sum(0).numpy().tobytes())
+        if block.storage_offset() % 8:
+            block = block.clone()
+        whole = len(block) // _ROW * _ROW
+        columns = block[:whole].view(torch.int64).view(-1, _WIDTH).sum(0)
+        if whole < len(block):
+            columns += F.pad(block[whole:], (0, whole + _ROW - len(block))).view(torch.int64)
+        sums.append(columns.numpy().tobytes())
     return b"".join(sums)
