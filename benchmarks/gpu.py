@@ -1,11 +1,15 @@
-"""What the library reaches on a GPU, in ten minutes at most, unattended.
+"""What the library reaches on a GPU, in ten minutes, unattended; on a machine without one, what a CPU can show of it.
 
-    python benchmarks/gpu.py [--minutes 9] [--only NAME ...] [--out benchmarks/results/gpu.json]
-    python benchmarks/gpu.py --tiny --device cpu        all of it at toy sizes, to see that it runs
+    python benchmarks/gpu.py [--minutes 10] [--only NAME ...] [--out benchmarks/results/gpu.json]
+    python benchmarks/gpu.py --device cpu [--tiny]
 
-Results are written after every part, so that a cut loses nothing; a part that fails leaves its traceback in its place
-and the rest goes on. Training should reach 40% of the measured bfloat16 matrix-product rate, decoding 60% of the
-measured memory rate. (Called gpu and not cuda, since torch imports a package of that name.)
+Parts, in this order: the same numbers as on the CPU; training a looped mixture of experts of the 100M class beside a
+Llama of equal operations; its attention kernels; launches, graph breaks and waits of a step; memory beside the plan;
+decoding by captured graphs; operators. Results are written after every part, so that a cut loses nothing; a part that
+fails leaves its traceback in its place and the rest goes on. The exit code is 1 if a part failed or a bar was missed.
+
+On a CPU nothing of speed is judged. Steps at toy sizes show graph breaks and the CPU's kernels; steps at full size, on
+a device that is not there (benchmarks/pretend.py), what they would launch, wait for, choose and hold.
 """
 
 import argparse
@@ -15,106 +19,233 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gpu_ops
 import torch
+import torch.nn.functional as F
 from gpu_ops import Found
+from gpu_train import Training, attention_kernels, pretended
+from pretend import NAME, Pretend
+from rich.console import Console
+from rich.table import Table
 
 from open_mythos import MythosConfig, OpenMythos
-from open_mythos.diagnostics import parameters
-from open_mythos.diagnostics.machine import describe, matmul_rate, read_rate
-from open_mythos.diagnostics.speed import decode_speed, train_speed
+from open_mythos.diagnostics.machine import copy_rate, describe, matmul_rate, read_rate
+from open_mythos.diagnostics.speed import decode_speed
 from open_mythos.generation.engine import Depth
 from open_mythos.generation.engines import check_engine
+from open_mythos.generation.graph import GraphEngine
 from open_mythos.ops.dispatch import use_tf32
-from open_mythos.training.recipes import configured
-from open_mythos.training.trainer import Trainer
+from open_mythos.planning.hardware import DEVICES
 from open_mythos.variants import variant
 
 ROOT = Path(__file__).parent.parent
-BARS = {"train": 0.40, "decode": 0.60}
-SMALL = ("batch_size=8", "model.dim=64", "task.max_difficulty=8", "loops.per=sequence", "loops.maximum=4")
+CPU = torch.device("cpu")
+ROWS, TOKENS, CONTEXT = 32, 1024, 1024  # of a step; tokens that decoding sees
+SECONDS = {"train": 25.0, "decode": 4.0}  # of ten minutes, each; compiling takes most of the rest
+PEAK, BESIDE_LLAMA, BANDWIDTH = 0.40, 1.0, 0.60  # bars: shares, and a ratio
+CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}  # relative to the largest number
+PLANNED = 1.1  # of the plan's bytes, at most
+WAITS = 1  # of a step: its numbers are read at its end
 
 
 class Bench:
-    """Sizes and device, and what has been measured so far.
+    """Device, sizes, and what has been measured so far.
 
     Args:
-        device: cuda, or cpu to see that everything runs.
-        tiny: toy sizes.
+        device: cuda or cpu.
+        tiny: toy sizes everywhere, to see that all of it runs.
+        scale: of the time that is measured for.
     """
 
-    def __init__(self, device: torch.device, tiny: bool) -> None:
-        self.device, self.tiny = device, tiny
+    def __init__(self, device: torch.device, tiny: bool = False, scale: float = 1.0) -> None:
+        self.device, self.tiny, self.scale, self.is_gpu = device, tiny, scale, device.type == "cuda"
         self.results: dict[str, Found] = {}
+        self.trainings: dict[tuple[str, str], Training] = {}
         use_tf32(device)
-        self.seconds = 0.0 if tiny else 6.0
+
+    def seconds(self, work: str) -> float:
+        return self.scale * SECONDS[work] if self.is_gpu else 0.0
+
+    def training(self, name: str, device: torch.device | None = None) -> Training:
+        """Of the model of this name, made once: of full size on a GPU, be it one that is not there."""
+        device = device or self.device
+        small = self.tiny or device.type == "cpu"
+        if (name, device.type) not in self.trainings:
+            rows, tokens = (4, 96) if small else (ROWS, TOKENS)
+            made = Training(models(small)[name], device, rows, tokens, use_llama=not self.tiny)
+            self.trainings[name, device.type] = made
+        return self.trainings[name, device.type]
+
+    def pretended(self, name: str) -> tuple[Training, Pretend, Found]:
+        """A step on a GPU that is not there, for all parts that ask for it."""
+        key = f"pretended {name}"
+        if key not in vars(self):
+            with Pretend():
+                training = self.training(name, torch.device(NAME, 0))
+                _ = training.trainer
+            vars(self)[key] = training, *pretended(training)
+        return vars(self)[key]
+
+    # -- parts
 
     def machine(self) -> Found:
-        """The rates that the others are shares of."""
-        if self.tiny:
-            return {"matmul_flops_per_second": 1e11, "read_bytes_per_second": 1e10, "invented": True}
-        matmul, read = matmul_rate(torch.bfloat16, self.device, 5.0), read_rate(self.device)
-        return {"matmul_flops_per_second": matmul, "read_bytes_per_second": read}
-
-    def train(self, cfg: MythosConfig, compiled: bool) -> Found:
-        """bfloat16 autocast, blocks compiled one by one, fused AdamW; the batch is halved until it fits."""
-        batch, tokens = (2, 16) if self.tiny else (32, 1024)
-        while True:
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            torch.manual_seed(0)
-            model = OpenMythos(cfg).to(self.device)
-            if compiled:
-                for block in (*model.prelude, model.recurrent.block, *model.coda):
-                    block.compile(backend=gpu_ops.compiler(self.device))
-            try:
-                found = train_speed(model, batch, tokens, cfg.max_loop_iters, torch.bfloat16, self.seconds)
-                break
-            except torch.cuda.OutOfMemoryError:
-                if batch == 1:
-                    raise
-            del model
-            torch.cuda.empty_cache()
-            batch //= 2
-        share = found.flops_per_second / self.results["machine"]["matmul_flops_per_second"]
-        return asdict(found) | {
-            "tokens_per_second": found.tokens_per_second, "share": share, "bar": BARS["train"],
-            "parameters": asdict(parameters(cfg)),
-            "peak_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
+        """The rates that the others are shares of: as the maker says, where the device is known, else as measured."""
+        if not self.is_gpu:
+            return {"not judged": "speed, on a CPU"}
+        name = torch.cuda.get_device_name(self.device).lower().replace(" ", "")
+        known = next((made for key, made in DEVICES.items() if key in name), None)
+        found = {
+            "matmul_flops_per_second": matmul_rate(torch.bfloat16, self.device, 5.0),
+            "read_bytes_per_second": read_rate(self.device), "copied_bytes_per_second": copy_rate(self.device),
         }  # fmt: skip
+        peak = known.flops if known else found["matmul_flops_per_second"]
+        fastest = max(found["read_bytes_per_second"], found["copied_bytes_per_second"])
+        return found | {"peak_flops_per_second": peak, "catalogue": known and asdict(known), "bandwidth": fastest}
 
-    def decode(self, cfg: MythosConfig, batch: int, engine: str) -> Found:
-        """New tokens in bfloat16, by the engine of this name."""
-        torch.manual_seed(0)
-        model = OpenMythos(cfg).to(self.device, torch.bfloat16).eval()
+    def parity(self) -> Found:
+        """Logits and gradients beside those of the CPU in float32: in float32 without TF32, and in bfloat16."""
+        found: Found = {}
+        for kind, cfg in models(tiny=True).items():
+            torch.manual_seed(0)
+            model, ids = OpenMythos(cfg), torch.randint(cfg.vocab_size, (3, 40))
+            expected = outcome(model, ids, CPU, "float32")
+            for dtype in CLOSE:
+                pairs = zip(outcome(model, ids, self.device, dtype), expected, strict=True)
+                found[f"{kind}, {dtype}"] = max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
+        of_dtype = {dtype: max(v for name, v in found.items() if dtype in name) for dtype in CLOSE}
+        bars = [at_most(f"differs from the CPU in {dtype}", of_dtype[dtype], most) for dtype, most in CLOSE.items()]
+        return found | {"bars": bars}
+
+    def train(self, name: str) -> Found:
+        """Tokens a second beside a Llama's, and the share of the device's peak."""
+        found = self.training(name).speed(self.seconds("train"))
+        if not self.is_gpu:
+            return found
+        share = found["flops_per_second"] / self.results["machine"]["peak_flops_per_second"]
+        ratio = found["ratio"]
+        bars = [at_least("share of the peak", share, PEAK), at_least("tokens/s over Llama's", ratio, BESIDE_LLAMA)]
+        return found | {"share": share, "bars": bars}
+
+    def attention(self, name: str) -> Found:
+        """Which kernels attention takes in a step: none that writes all scores, and flash, cuDNN's or Flex's."""
+        training = self.training(name)
+        names = training.profiled()
+        if self.is_gpu:
+            found: Found = attention_kernels(names)
+            bars = [at_least("fused attention kernels a step", sum(found.values()), training.n_attentions)]
+        else:
+            pretending, gpu, _ = self.pretended(name)
+            flash = sum(n for key, n in names.items() if key == "aten::_scaled_dot_product_flash_attention_for_cpu")
+            found, taken = {"flash, on this CPU": flash} | gpu.kernels, sum(gpu.kernels.values())
+            bars = [
+                at_least("flash attention on this CPU", flash, training.n_attentions),
+                at_least("attention by fused kernels", taken - gpu.kernels["math"], pretending.n_attentions),
+                at_most("attention by the math kernel", gpu.kernels["math"], 0),
+            ]
+        return found | {"bars": [*bars, at_least("flash, cuDNN or Flex among them", sum(map(found.get, found)), 1)]}
+
+    def step(self, name: str) -> Found:
+        """Launches of a step and of each loop in it, graph breaks and waits for the device."""
+        from torch._dynamo.utils import counters
+
+        training = self.training(name)
+        _ = training.trainer
+        found: Found = {"graph_breaks": sum(counters["graph_break"].values()), "why": dict(counters["graph_break"])}
+        graphs = counters["stats"]["unique_graphs"]
+        if self.is_gpu:
+            n = training.cfg.max_loop_iters
+            launches = [sum(training.at_loops(loops, training.profiled).values()) for loops in (n // 2, n)]
+            waits = waited(training.trainer.step)
+            found |= {"launches": launches[1], "launches_a_loop": (launches[1] - launches[0]) / (n - n // 2)}
+        else:
+            training.trainer.step()
+            _, gpu, launched = self.pretended(name)
+            found, waits = found | launched | {"not compiled": dict(gpu.launches)}, gpu.waits
+        again = counters["stats"]["unique_graphs"] - graphs
+        bars = [at_most("graph breaks", found["graph_breaks"], 0), at_most("compiled again", again, 0)]
+        return found | {"waits": waits, "bars": [*bars, at_most("waits for the device a step", len(waits), WAITS)]}
+
+    def memory(self, name: str) -> Found:
+        """The most bytes of a step beside those of the plan."""
+        training, peak = self.training(name), None
+        if self.is_gpu:
+            _ = training.trainer
+            peak = training.peak
+        else:
+            training, gpu, _ = self.pretended(name)
+            peak = gpu.peak
+        planned = training.plan().memory
+        share = (peak or 0) / planned.total
+        found = {"rows": training.rows, "peak_bytes": peak, "planned_bytes": planned.total, "plan": asdict(planned)}
+        return found | {"share_of_plan": share, "bars": [at_most("bytes over the plan's", share, PLANNED)]}
+
+    def decode(self, name: str, batch: int, engine: str) -> Found:
+        """New tokens in bfloat16; without a GPU, what a token of the graph engine would launch and wait for."""
+        cfg = models(self.tiny)[name] if name in models(False) else LARGE[name](self.tiny)
+        if not self.is_gpu:
+            return self.token(cfg, batch) if engine == "graph" else {"skipped": "for a GPU"}
+        with self.device:
+            torch.manual_seed(0)
+            model = OpenMythos(cfg).to(torch.bfloat16).eval()
         if (why := why_not(engine, model, Depth(cfg.max_loop_iters))) is not None:
             return {"skipped": why}
-        found = decode_speed(model, batch, 16 if self.tiny else 1024, cfg.max_loop_iters, self.seconds, engine)
-        share = (found.bytes_per_second or 0.0) / self.results["machine"]["read_bytes_per_second"]
-        return asdict(found) | {"tokens_per_second": found.tokens_per_second, "share": share, "bar": BARS["decode"]}
+        found = decode_speed(model, batch, CONTEXT, cfg.max_loop_iters, self.seconds("decode"), engine)
+        share = (found.bytes_per_second or 0.0) / self.results["machine"]["bandwidth"]
+        bars = [at_least("share of bandwidth", share, BANDWIDTH)] if (engine, batch) == ("graph", 1) else []
+        return asdict(found) | {"tokens_per_second": found.tokens_per_second, "share": share, "bars": bars}
 
-    def waits(self) -> Found:
-        """How often a step of the Trainer makes the host wait for the device, by micro-batches: once, however many."""
-        found: Found = {}
-        for parts in (1, 4):
-            trainer = Trainer(configured("parity", [f"device={self.device.type}", f"accumulate={parts}", *SMALL]))
-            trainer.step()  # what is made once may wait
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                if self.device.type == "cuda":
-                    torch.cuda.set_sync_debug_mode("warn")
-                try:
-                    trainer.step()
-                finally:
-                    if self.device.type == "cuda":
-                        torch.cuda.set_sync_debug_mode("default")
-            messages = [str(warning.message) for warning in caught]
-            found[f"{parts} micro-batches"] = sum("synchronizing" in message for message in messages)
-        return found
+    def token(self, cfg: MythosConfig, batch: int) -> Found:
+        """What :class:`GraphEngine` computes for a token, on a GPU that is not there."""
+        found = []
+        with Pretend() as gpu, torch.inference_mode():
+            with torch.device("meta"):
+                model = OpenMythos(cfg)
+            model = model.to(torch.bfloat16).to_empty(device=NAME).eval()
+            token = torch.zeros(batch, 1, dtype=torch.int64).to(NAME)
+            for loops in (cfg.max_loop_iters // 2, cfg.max_loop_iters):
+                engine = GraphEngine(model, Depth(loops))
+                engine.extend(token.expand(-1, 16 if self.tiny else CONTEXT))
+                engine.step(token)
+                gpu.reset()
+                engine.step(token)
+                found.append(sum(gpu.launches.values()))
+        each = (found[1] - found[0]) / (cfg.max_loop_iters - cfg.max_loop_iters // 2)
+        counts = {"launches": found[1], "launches_a_loop": each, "attention": dict(gpu.kernels), "waits": gpu.waits}
+        bars = [at_most("waits for the device a token", len(gpu.waits), 0)]
+        return counts | {"bars": [*bars, at_most("attention by the math kernel", gpu.kernels["math"], 0)]}
+
+
+def outcome(model: OpenMythos, ids: torch.Tensor, device: torch.device, dtype: str) -> list[torch.Tensor]:
+    """Logits and gradients in float32 on the CPU, computed elsewhere."""
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    model, ids = model.to(device).eval(), ids.to(device)
+    model.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model(ids[:, :-1], 3)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss.backward()
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    found = [x.detach().float().cpu() for x in (logits, gradients)]
+    model.to(CPU)
+    return found
+
+
+def waited(step: Callable[[], Any]) -> list[str]:
+    """Where a step made the host wait for the device."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing" in str(one.message)]
 
 
 def why_not(engine: str, model: OpenMythos, depth: Depth) -> str | None:
@@ -125,81 +256,138 @@ def why_not(engine: str, model: OpenMythos, depth: Depth) -> str | None:
     return None
 
 
+def at_least(what: str, value: float, bar: float) -> Found:
+    return {"what": what, "value": value, "bar": f">= {bar:g}", "is_met": bool(value >= bar)}
+
+
+def at_most(what: str, value: float, bar: float) -> Found:
+    return {"what": what, "value": value, "bar": f"<= {bar:g}", "is_met": bool(value <= bar)}
+
+
+# -- models
+
+
 def models(tiny: bool) -> dict[str, MythosConfig]:
-    """About 0.1B parameters: sparse with latent attention, and dense with grouped queries."""
-    dense = MythosConfig(
-        vocab_size=32000, dim=1024, n_heads=16, n_kv_heads=4, max_loop_iters=8, prelude_layers=2, coda_layers=2,
-        attn_type="gqa", n_experts=1, n_experts_per_tok=1, n_shared_experts=0, expert_dim=4096,
+    """Looped mixtures of experts of about 0.1B parameters: many small experts behind latent attention, as the variant
+    100m has them; and a few wide ones behind grouped queries.
+    """
+    wide = MythosConfig(
+        vocab_size=32000, dim=1024, n_heads=16, n_kv_heads=4, max_seq_len=2048, max_loop_iters=8, prelude_layers=1,
+        coda_layers=1, attn_type="gqa", n_experts=8, n_shared_experts=1, n_experts_per_tok=2, expert_dim=1536,
+        lora_rank=8,
     )  # fmt: skip
-    found = {"gqa-dense": dense, "mla-moe": variant("100m")}
-    if tiny:
-        small = dict(vocab_size=97, dim=64, n_heads=4, n_kv_heads=2, max_loop_iters=2, expert_dim=32, lora_rank=4)
-        latent = dict(kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
-        found = {name: MythosConfig(**vars(cfg) | small | latent) for name, cfg in found.items()}
-    for cfg in found.values():
-        cfg.halting = False
-    return found
+    found = {"mla-moe": variant("100m"), "gqa-moe": wide}
+    return {name: without_gate(toy(cfg) if tiny else cfg) for name, cfg in found.items()}
+
+
+def large(tiny: bool) -> MythosConfig:
+    """3B parameters in three wide dense blocks, which no cache of a processor holds."""
+    cfg = MythosConfig(
+        vocab_size=32000, dim=8192, n_heads=64, n_kv_heads=8, max_seq_len=2048, max_loop_iters=4, prelude_layers=1,
+        coda_layers=1, attn_type="gqa", n_experts=0, n_experts_per_tok=1, n_shared_experts=0, dense_dim=28672,
+        lora_rank=0,
+    )  # fmt: skip
+    return without_gate(replace(toy(cfg), dense_dim=64) if tiny else cfg)
+
+
+LARGE = {"1b": lambda tiny: without_gate(toy(variant("1b")) if tiny else variant("1b")), "3b-dense": large}
+
+
+def toy(cfg: MythosConfig) -> MythosConfig:
+    small = dict(vocab_size=97, dim=64, n_heads=4, n_kv_heads=2, max_loop_iters=2, expert_dim=32, lora_rank=4)
+    latent = dict(kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
+    few = dict(n_experts=min(4, cfg.n_experts), n_experts_per_tok=min(2, cfg.n_experts_per_tok))
+    return MythosConfig(**vars(cfg) | small | latent | few)
+
+
+def without_gate(cfg: MythosConfig) -> MythosConfig:
+    return replace(cfg, halting=False, warm_start=False)
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], Found]]:
     """What is measured, by name, the most important first; each needs what ``machine`` found."""
-    made: dict[str, Callable[[], Found]] = {}
-    sizes, rows = models(bench.tiny), (1, 2) if bench.tiny else (1, 32)
-    for name, cfg in sizes.items():
-        made[f"train {name}"] = partial(bench.train, cfg, compiled=True)
-    for name, cfg in sizes.items():
-        for batch in rows:
-            for engine in ("graph", "fused", "modules"):
-                made[f"decode {engine} {name}, batch {batch}"] = partial(bench.decode, cfg, batch, engine)
-    made["waits"] = bench.waits
+    made: dict[str, Callable[[], Found]] = {"parity": bench.parity}
+    for name in models(bench.tiny):
+        for part in (bench.train, bench.attention, bench.step, bench.memory):
+            made[f"{part.__name__} {name}"] = partial(part, name)
+        made[f"end {name}"] = partial(end, bench, name)
+    for name in (*models(bench.tiny), *LARGE):
+        made[f"decode graph {name}, batch 1"] = partial(bench.decode, name, 1, "graph")
+    for name in models(bench.tiny):
+        made[f"decode graph {name}, batch 32"] = partial(bench.decode, name, 32, "graph")
+        made[f"decode fused {name}, batch 1"] = partial(bench.decode, name, 1, "fused")
     for n_experts in (4, 8) if bench.tiny else (32, 256):
-        made[f"experts {n_experts}"] = partial(gpu_ops.experts, bench.device, n_experts, bench.tiny)
+        made[f"experts {n_experts}"] = partial(gpu_ops.experts, bench.device, n_experts, not bench.is_gpu)
     for kind in ("gqa", "mla"):
         for work in ("train", "decode"):
-            made[f"attention {kind} {work}"] = partial(gpu_ops.attention, bench.device, kind, work, bench.tiny)
-    for name, cfg in sizes.items():
-        made[f"train {name}, not compiled"] = partial(bench.train, cfg, compiled=False)
+            made[f"kernels {kind} {work}"] = partial(gpu_ops.attention, bench.device, kind, work, not bench.is_gpu)
     return made
+
+
+def end(bench: Bench, name: str) -> Found:
+    """Leave the memory of a model's parts to the next."""
+    for key in [key for key in bench.trainings if key[0] == name]:
+        del bench.trainings[key]
+    vars(bench).pop(f"pretended {name}", None)
+    if bench.is_gpu:
+        torch.cuda.empty_cache()
+    return {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes and invented rates")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which no part is begun")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes in all parts")
+    parser.add_argument("--minutes", type=float, default=10.0, help="after which no part is begun")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="parts whose name begins so")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; --device cpu --tiny shows that the script runs")
-    bench = Bench(torch.device(args.device), args.tiny)
-    begun, failed = time.perf_counter(), False
-    wanted = {name: part for name, part in parts(bench).items() if name.startswith(tuple(args.only))}
+        parser.error("torch sees no CUDA device; use --device cpu")
+    bench, begun = Bench(torch.device(args.device), args.tiny, args.minutes / 10), time.perf_counter()
+    console = Console()
+    wanted = {name: part for name, part in parts(bench).items() if name.startswith(("end", *args.only))}
+    conditions = describe(bench.device) | {"tiny": args.tiny, "dtype": "bfloat16 autocast over float32"}
     for name, part in {"machine": bench.machine, **wanted}.items():
         started = time.perf_counter()
         try:
             late = started - begun > 60 * args.minutes
             found = {"skipped": f"{args.minutes:g} minutes are over"} if late else part()
         except Exception:
-            found, failed = {"failed": traceback.format_exc()}, True
+            found = {"failed": traceback.format_exc()}
         bench.results[name] = found | {"took": time.perf_counter() - started}
-        torch.cuda.empty_cache()
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        conditions = describe(bench.device) | {"tiny": args.tiny}
         args.out.write_text(json.dumps({"conditions": conditions, "results": bench.results}, indent=1) + "\n")
-        print(f"{name}: {summary(found)}", flush=True)
-    print(f"Results: {args.out}")
-    sys.exit(failed)
+        if not name.startswith("end"):
+            console.print(f"{name}: {summary(found)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(table(bench.results))
+    missed = [name for name, found in bench.results.items() if "failed" in found or not are_met(found)]
+    console.print(f"Results: {args.out}" + (f"; failed or missed: {', '.join(missed)}" if missed else ""))
+    sys.exit(bool(missed))
+
+
+def are_met(found: Found) -> bool:
+    return all(bar["is_met"] for bar in found.get("bars", []))
+
+
+def table(results: dict[str, Found]) -> Table:
+    """Every bar, and whether it was reached."""
+    made = Table("part", "what", "found", "bar", "")
+    for name, found in results.items():
+        for bar in found.get("bars", []):
+            made.add_row(name, bar["what"], f"{bar['value']:.3g}", bar["bar"], "" if bar["is_met"] else "missed")
+        if "failed" in found:
+            made.add_row(name, "failed", "", "", "missed")
+    return made
 
 
 def summary(found: Found) -> str:
     """One line about a part."""
-    if "share" in found:
-        return f"{found['tokens_per_second']:,.0f} tokens/s, {found['share']:.0%} (bar {found['bar']:.0%})"
     if "failed" in found:
         return found["failed"].splitlines()[-1]
-    values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in found.items()}
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+    speed = [f"{found['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in found else []
+    plain = {k: v for k, v in found.items() if isinstance(v, int | float | str) and k != "tokens_per_second"}
+    return ", ".join(speed + [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()])
 
 
 if __name__ == "__main__":

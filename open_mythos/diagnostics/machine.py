@@ -61,13 +61,31 @@ def read_rate(device: torch.device, seconds: float = 1.0) -> float:
     return x.nbytes / min(repeat(x.sum, device, seconds))
 
 
+@torch.no_grad()
+def copy_rate(device: torch.device, seconds: float = 1.0) -> float:
+    """As :func:`read_rate`, bytes that are read and written while a vector is copied to another."""
+    x = torch.ones(_READ_BYTES[device.type] // 4, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / min(repeat(partial(y.copy_, x), device, seconds))
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Conditions of a measurement: what ran it, on how many threads, with which vectors, and which versions."""
     found = {"device": device.type, "name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
-        found["name"] = torch.cuda.get_device_name(device)
+        found["name"], found["cuda"] = torch.cuda.get_device_name(device), torch.version.cuda
+        found["driver"] = _driver()
     return found | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def _driver() -> str | None:
+    """NVIDIA's driver's version, where its tool says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def cpu_name() -> str:

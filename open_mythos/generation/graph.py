@@ -12,6 +12,8 @@ from open_mythos.generation.engine import Depth, ModuleEngine
 from open_mythos.generation.fused import fuse, why_not_fused
 from open_mythos.interface import Model
 from open_mythos.ops.attention import AttentionMask
+from open_mythos.ops.dispatch import grouping_waits
+from open_mythos.ops.experts import MAX_GATHERED
 
 
 def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
@@ -59,7 +61,7 @@ class FixedCache:
 
 
 class GraphEngine(ModuleEngine):
-    """:class:`ModuleEngine` whose single tokens are replayed from a graph.
+    """:class:`ModuleEngine` whose single tokens are replayed from a graph, unless the host has to wait within one.
 
     Args:
         model, depth, room: as :class:`ModuleEngine`.
@@ -109,7 +111,7 @@ class GraphEngine(ModuleEngine):
         if valid is not None:
             self._valid = torch.nn.functional.pad(valid, (0, capacity - valid.shape[1]), value=True)
             self._padding = (~valid).sum(1, keepdim=True)
-        if tokens.device.type != "cuda":
+        if tokens.device.type != "cuda" or self._waits(len(tokens)):
             return
         self._at.fill_(self.cache.length)
         stream = torch.cuda.Stream()
@@ -120,6 +122,12 @@ class GraphEngine(ModuleEngine):
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._compute()
+
+    def _waits(self, rows: int) -> bool:
+        """Whether the host waits for the device within a token, which nothing that is captured may do."""
+        cfg = self.model.cfg
+        is_grouped = cfg.n_experts > 1 and rows * cfg.n_experts_per_tok > MAX_GATHERED
+        return is_grouped and grouping_waits(self.model.embed.weight)
 
     def _compute(self) -> None:
         """One token of each row, at ``_at``, from fixed inputs into fixed outputs; writes nothing but its own rows."""

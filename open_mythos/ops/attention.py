@@ -300,6 +300,8 @@ def _sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: fl
     Dv = v.shape[-1]
     if Dv < D:  # the kernels that keep no T x S scores want one width
         v = F.pad(v, (0, D - Dv))
+    if bias is not None and q.shape[2] != k.shape[2] and q.device.type != "cpu":
+        return _ungrouped(q, k, v, bias, scale)[..., :Dv]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -310,6 +312,22 @@ def _sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: fl
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)[..., :Dv]
+
+
+def _ungrouped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Grouped heads as others: of a GPU's kernels that take a bias and keep no T x S scores, none knows groups.
+
+    One query of all heads of a group is as many queries of one head, for which nothing moves.
+    """
+    (B, T, H, _), G = q.shape, k.shape[2]
+    if T > 1:
+        k, v = (x.unsqueeze(3).expand(-1, -1, -1, H // G, -1).flatten(2, 3) for x in (k, v))
+    else:
+        q = q.view(B, G, H // G, -1).transpose(1, 2)
+        bias = bias if bias.shape[1] == 1 else bias.view(len(bias), G, H // G, -1)
+    parts = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*parts, attn_mask=bias, is_causal=False, scale=scale)
+    return out.transpose(1, 2) if T > 1 else out.reshape(B, 1, H, -1)
 
 
 def _attend_window(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, window: int) -> Tensor:

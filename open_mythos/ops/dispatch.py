@@ -47,6 +47,14 @@ def is_plain_inference(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and not autocasts(x.device) and not is_traced()
 
 
+def grouping_waits(x: Tensor) -> bool:
+    """Whether grouped products of ``x`` are one a group, whose sizes the host waits for: on a GPU, all but those in
+    bfloat16 of compute capability 9 and 10 (PyTorch 2.13).
+    """
+    is_cuda = x.device.type == "cuda"
+    return is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device)[0] not in (9, 10))
+
+
 def use_tf32(device: torch.device) -> None:
     """Let float32 products on CUDA use TF32: tensor cores need it, and neither training nor inference suffers."""
     if device.type == "cuda":

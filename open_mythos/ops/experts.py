@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.dispatch import compute_dtype
+from open_mythos.ops.dispatch import compute_dtype, grouping_waits
 
 MAX_GATHERED = 8  # choices up to which reading their experts' matrices out of the whole costs less than sorting
+# Bytes of these up to which it does so on a GPU too, where sorting takes some fifteen launches more. An estimate: copies
+# are written and read, and a launch takes as long as some MB of that.
+_GATHERED_BYTES = 2**26
 _ALIGN = 16  # bytes; F.grouped_mm wants every stride to be a multiple of this
 
 
@@ -46,7 +49,7 @@ def swiglu_experts(
         act_NF = _swiglu(hidden_N2F) * (weights_NK * scales[1]).to(hidden_N2F.dtype)
         out_ND = F.linear(act_NF, down_EDF.flatten(0, 1))
         return out_ND if to_ND is None else out_ND + to_ND
-    if 0 < N * K <= MAX_GATHERED and not x_ND.requires_grad:
+    if _are_gathered(x_ND, N * K, gate_up_E2FD[0].nbytes * 3 / 2):
         return _gathered(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, scales, to_ND)
     dtype = compute_dtype(x_ND)
     gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)
@@ -59,6 +62,13 @@ def swiglu_experts(
     out_PD = grouped_mm(_swiglu(hidden_P2F) * weight_P1, down_EDF.transpose(1, 2), ends_E)
     to_ND = torch.zeros_like(x_ND) if to_ND is None else to_ND
     return to_ND.index_add(0, token_P, out_PD.to(to_ND.dtype))
+
+
+def _are_gathered(x_ND: Tensor, n_choices: int, expert_bytes: float) -> bool:
+    """Whether the matrices of the chosen experts are copied out of the whole."""
+    if x_ND.requires_grad or not 0 < n_choices <= MAX_GATHERED:
+        return False
+    return x_ND.device.type == "cpu" or n_choices * expert_bytes <= _GATHERED_BYTES or grouping_waits(x_ND)
 
 
 def _swiglu(hidden_P2F: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -166,7 +166,7 @@ def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
     dims = divided(model)
     core, n_loss = model.recurrent, max(1, min(length, MAX_LOGITS // model.cfg.vocab_size))
     few = max(1, cfg.n_experts // 2)  # of one expert alone, no tokens are grouped
-    with FakeTensorMode(), _Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
+    with FakeTensorMode(), Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
         for name, parameter in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             shape = local_shape(parameter.shape, dims.get(name, {}), tensor, few)
@@ -197,7 +197,7 @@ def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
         )
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Bytes of tensors that operators made inside and that still live, and the most that did.
 
     Copies of ``weights``, such as autocast makes, are not counted.
@@ -212,14 +212,18 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         is_copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self.weights
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self.known:
+        self.record((x for x in tree_leaves(out) if isinstance(x, Tensor)), not is_copy)
+        return out
+
+    def record(self, tensors: Iterable[Tensor], is_counted: bool = True) -> None:
+        """Tensors that an operator returned; storage that is known is not counted again."""
+        for x in tensors:
+            if (storage := x.untyped_storage()) not in self.known:
                 self.known[storage] = None
-                if not is_copy:
+                if is_counted:
                     self.bytes += storage.nbytes()
                     self.peak = max(self.peak, self.bytes)
                     weakref.finalize(storage, self._free, storage.nbytes())
-        return out
 
     def _free(self, size: int) -> None:
         self.bytes -= size

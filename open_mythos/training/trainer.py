@@ -330,7 +330,7 @@ def memory() -> float:
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:
     """Rows of a batch, on their way to ``device``. The mask stays: looking at it there would wait for the device."""
-    is_gpu = device.type == "cuda"
+    is_gpu = device.type != "cpu"
 
     def move(part: Tensor) -> Tensor:
         return (part[rows].pin_memory() if is_gpu else part[rows]).to(device, non_blocking=is_gpu)

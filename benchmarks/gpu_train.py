@@ -1,0 +1,240 @@
+"""Training for benchmarks/gpu.py: a looped model by the library's own Trainer, and a plain Llama of equal operations.
+
+Both take bfloat16 autocast over float32 weights, the same batch, loss, fused AdamW, clipping and averaged weights, and
+are compiled block by block.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import torch
+from gpu_ops import Found, compiler
+from pretend import NAME, Pretend
+from speed_cases import llama_config, llama_flops
+from torch import Tensor, nn
+
+from open_mythos import MythosConfig
+from open_mythos.diagnostics import flops_per_trained_token, parameters
+from open_mythos.diagnostics.machine import repeat, synchronize
+from open_mythos.model import PlainMythos
+from open_mythos.nn.block import TransformerBlock
+from open_mythos.planning.job import Job, Layout, Settings
+from open_mythos.planning.sheet import Sheet
+from open_mythos.tasks import Batch
+from open_mythos.training.config import LoopConfig, TaskConfig, TrainConfig
+from open_mythos.training.objective import MAX_LOGITS, readout
+from open_mythos.training.optim import EMA, Optimizer
+from open_mythos.training.trainer import Trainer
+
+FUSED = {  # kernels of attention that keep no T x S scores, by what their names have in them; forward ones
+    "cudnn": r"cudnn.*(sdpa|fprop|flash)(?!.*bprop)", "flash": r"flash_fwd|flash.*fprop",
+    "efficient": r"fmha_cutlassF|_scaled_dot_product_efficient_attention$", "flex": r"flex_attention|tem_fused_flex",
+}  # fmt: skip
+
+
+class Training:
+    """A looped model and a Llama beside it, made when they are first asked for.
+
+    Args:
+        cfg: of the looped model, trained at ``max_loop_iters`` loops with gradient through all.
+        device: "pretend" too, for the looped model.
+        rows, tokens: of a step. On a GPU rows are halved until a step fits.
+        use_llama: transformers' own, where it is installed; else this library's plain stack, as deep and wide.
+    """
+
+    def __init__(
+        self, cfg: MythosConfig, device: torch.device, rows: int, tokens: int, use_llama: bool = True
+    ) -> None:
+        self.cfg, self.device, self.rows, self.tokens, self.use_llama = cfg, device, rows, tokens, use_llama
+        self.peak: int | None = None
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """After its first steps; where the device counts its memory, ``peak`` is that of one more."""
+        while True:
+            try:
+                trainer = self._made()
+                for _ in range(3):
+                    trainer.step()
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    trainer.step()
+                    self.peak = torch.cuda.max_memory_allocated()
+                return trainer
+            except torch.cuda.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+            trainer = None
+            torch.cuda.empty_cache()
+            self.rows //= 2
+
+    def _made(self) -> Trainer:
+        n = self.cfg.max_loop_iters
+        loops = LoopConfig("fixed", mean=float(n), maximum=n, gradient="all")
+        one_length = TaskConfig(min_difficulty=8, max_difficulty=8)  # whatever it is, as batches are made here
+        how = {"precision": "bf16", "device": str(self.device), "compile": self.device.type == "cuda"}
+        trainer = Trainer(TrainConfig(model=self.cfg, task=one_length, loops=loops, batch_size=self.rows, **how))
+        if self.device.type == "cpu":
+            compile_all(trainer.model, TransformerBlock, self.device)
+        if self.device.type == NAME:
+            for group in trainer.optimizer.parts[0].param_groups:
+                group |= {"fused": True, "foreach": False}
+        batch = Batch(self.ids[:, :-1], self.ids[:, 1:])
+        trainer.draw = lambda: batch  # type: ignore[method-assign]
+        return trainer
+
+    @property
+    def ids(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.cfg.vocab_size, (self.rows, self.tokens + 1), generator=generator)
+
+    @property
+    def flops_per_token(self) -> float:
+        return flops_per_trained_token(self.cfg, self.cfg.max_loop_iters, self.tokens)
+
+    @cached_property
+    def llama_shape(self) -> dict[str, Any]:
+        """Of equal operations, its feed-forward rounded to a width that tensor cores like."""
+        shape = llama_config(asdict(self.cfg), self.cfg.max_loop_iters, self.tokens, training=True)
+        multiple = 64 if shape["intermediate_size"] > 640 else 8
+        return shape | {"intermediate_size": multiple * round(shape["intermediate_size"] / multiple)}
+
+    def llama_step(self) -> tuple[str, Callable[[], float]]:
+        """What is beside ours, and a step of it, which returns its loss."""
+        torch.manual_seed(0)
+        name, model, read, head, layer = self._llama()
+        model.to(self.device).train()
+        compile_all(model, layer, self.device)
+        cfg = self.trainer.cfg
+        optimizer, average = Optimizer(model, cfg.optim), EMA(dict(model.named_parameters()), cfg.optim.ema)
+        ids, chunk = self.ids.to(self.device), MAX_LOGITS // self.cfg.vocab_size
+        weights = torch.full((self.rows * self.tokens,), 1 / self.rows / self.tokens, device=self.device)
+
+        def step() -> float:
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16):
+                x = read(ids[:, :-1]).flatten(0, 1)
+                loss = readout(head, x, ids[:, 1:].flatten(), weights, chunk)[0][0]
+            loss.backward()
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            found, size = torch.stack([loss.detach(), norm]).tolist()
+            if size > cfg.optim.clip:
+                torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], cfg.optim.clip / size)
+            optimizer.step()
+            average.update()
+            return found
+
+        return name, step
+
+    def _llama(self) -> tuple[str, nn.Module, Callable[[Tensor], Tensor], nn.Module, type[nn.Module]]:
+        shape = self.llama_shape
+        try:
+            if not self.use_llama:
+                raise ImportError
+            import transformers
+            from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+        except ImportError:
+            outside = self.cfg.prelude_layers + self.cfg.coda_layers
+            plain = replace(
+                self.cfg, attn_type="gqa", n_experts=0, n_shared_experts=0, dense_dim=shape["intermediate_size"],
+                lora_rank=0, conv_taps=0, local_window=0, max_loop_iters=shape["num_hidden_layers"] - outside,
+            )  # fmt: skip
+            ours = PlainMythos(plain)
+            return "plain stack of this library", ours, lambda ids: ours.hidden(ids), ours.head, TransformerBlock
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, attn_implementation="sdpa"))
+        read = lambda ids: model.model(ids, use_cache=False).last_hidden_state  # noqa: E731
+        return f"Llama of transformers {transformers.__version__}", model, read, model.lm_head, LlamaDecoderLayer
+
+    # -- what is measured
+
+    def speed(self, seconds: float) -> Found:
+        """Tokens a second of both sides, in turns, and what the compiler did meanwhile."""
+        from torch._dynamo.utils import counters
+
+        trainer, (name, llama) = self.trainer, self.llama_step()
+        for _ in range(3):
+            last = llama()
+        breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+        times: dict[str, list[float]] = {"ours": [], "llama": []}
+
+        def turn() -> None:
+            for side, step in (("ours", trainer.step), ("llama", llama)):
+                times[side] += repeat(step, self.device, 0.0)
+
+        repeat(turn, self.device, seconds, warm_up=0)
+        n = self.rows * self.tokens
+        ours, theirs = (n / median(found) for found in times.values())
+        share = llama_flops(self.llama_shape, (self.tokens + 1) / 2) * 3 / self.flops_per_token
+        return {
+            "beside": name, "rows": self.rows, "tokens": self.tokens, "loops": self.cfg.max_loop_iters,
+            "parameters": asdict(parameters(self.cfg)), "tokens_per_second": ours, "llama_tokens_per_second": theirs,
+            "ratio": ours / theirs, "llama_operations": share, "llama": self.llama_shape, "llama_loss": last,
+            "flops_per_token": self.flops_per_token, "flops_per_second": ours * self.flops_per_token,
+            "graph_breaks": breaks, "graphs": graphs, "seconds": times,
+            "compiled_while_timed": counters["stats"]["unique_graphs"] - graphs,
+        }  # fmt: skip
+
+    def at_loops(self, n: int, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns while the trainer runs so many loops."""
+        loops = self.trainer.cfg.loops
+        before, loops.mean = loops.mean, float(n)
+        try:
+            return work()
+        finally:
+            loops.mean = before
+
+    def profiled(self) -> Counter[str]:
+        """Kernels of a step by name, as a profiler sees them: of a GPU those that ran there, of a CPU operators."""
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        is_gpu = self.device.type == "cuda"
+        with profile(activities=list(ProfilerActivity) if is_gpu else [ProfilerActivity.CPU]) as seen:
+            self.trainer.step()
+            synchronize(self.device)
+        where = DeviceType.CUDA if is_gpu else DeviceType.CPU
+        return Counter(event.name for event in seen.events() if event.device_type == where)
+
+    @property
+    def n_attentions(self) -> int:
+        """Calls of a kernel in a forward pass: local heads have one of their own."""
+        cfg = self.cfg
+        in_loop = cfg.core_layers * (2 if 0 < cfg.n_local_heads < cfg.n_heads else 1)
+        return cfg.prelude_layers + cfg.coda_layers + cfg.max_loop_iters * in_loop
+
+    def plan(self) -> Sheet:
+        """What ``mythos plan`` says of the same step."""
+        cfg = self.cfg
+        job = Settings(batch_size=self.rows, length=self.tokens, loops=cfg.max_loop_iters, checkpoint_loops="false")
+        return Sheet(Job(cfg, 1, job, n_parameters=parameters(cfg).total), Layout(rows=self.rows))
+
+
+def pretended(training: Training) -> tuple[Pretend, dict[str, Any]]:
+    """A step on a GPU that is not there, the second; and what it launched at all of its loops, and for each."""
+    with Pretend() as gpu:
+        seen = []
+        for n in (training.cfg.max_loop_iters // 2, training.cfg.max_loop_iters):
+            gpu.reset()
+            training.at_loops(n, training.trainer.step)
+            seen.append(sum(gpu.launches.values()))
+    each = (seen[1] - seen[0]) / (training.cfg.max_loop_iters - training.cfg.max_loop_iters // 2)
+    return gpu, {"launches": seen[1], "launches_a_loop": each}
+
+
+def attention_kernels(names: Counter[str]) -> dict[str, int]:
+    """How often each of the forward kernels ran."""
+    found = {kind: sum(n for name, n in names.items() if re.search(of, name)) for kind, of in FUSED.items()}
+    found["flash"] -= sum(n for name, n in names.items() if re.search(FUSED["cudnn"], name) and "flash" in name)
+    return {kind: n for kind, n in found.items() if n > 0}
+
+
+def compile_all(model: nn.Module, kind: type[nn.Module], device: torch.device) -> None:
+    """As the trainer compiles blocks whose shapes do not change."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.compile(backend=compiler(device))
