@@ -1,5 +1,6 @@
 """Operators of benchmarks/gpu.py, timed against each other in bfloat16: attention kernels, and ways to run experts."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -103,6 +104,8 @@ def milliseconds(work: Callable[[], Any], device: torch.device, tiny: bool) -> f
 
 def milliseconds_or_why(work: Callable[[], Any], device: torch.device, tiny: bool) -> float | str:
     try:
-        return milliseconds(work, device, tiny)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what cannot run says why more than once
+            return milliseconds(work, device, tiny)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return str(error).strip().splitlines()[0][:120]

@@ -43,7 +43,7 @@ class Training:
     Args:
         cfg: of the looped model, trained at ``max_loop_iters`` loops with gradient through all.
         device: "pretend" too, for the looped model.
-        rows, tokens: of a step. On a GPU rows are halved until a step fits.
+        rows, tokens: of a step.
         use_llama: transformers' own, where it is installed; else this library's plain stack, as deep and wide.
     """
 
@@ -56,22 +56,14 @@ class Training:
     @cached_property
     def trainer(self) -> Trainer:
         """After its first steps; where the device counts its memory, ``peak`` is that of one more."""
-        while True:
-            try:
-                trainer = self._made()
-                for _ in range(3):
-                    trainer.step()
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    trainer.step()
-                    self.peak = torch.cuda.max_memory_allocated()
-                return trainer
-            except torch.cuda.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-            trainer = None
-            torch.cuda.empty_cache()
-            self.rows //= 2
+        trainer = self._made()
+        for _ in range(1 if self.device.type == NAME else 3):
+            trainer.step()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            trainer.step()
+            self.peak = torch.cuda.max_memory_allocated()
+        return trainer
 
     def _made(self) -> Trainer:
         n = self.cfg.max_loop_iters
@@ -194,18 +186,19 @@ class Training:
         from torch.profiler import ProfilerActivity, profile
 
         is_gpu = self.device.type == "cuda"
-        with profile(activities=list(ProfilerActivity) if is_gpu else [ProfilerActivity.CPU]) as seen:
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
+        with profile(activities=kinds) as seen:
             self.trainer.step()
             synchronize(self.device)
         where = DeviceType.CUDA if is_gpu else DeviceType.CPU
-        return Counter(event.name for event in seen.events() if event.device_type == where)
+        ran = (event for event in seen.events() if event.device_type == where and not event.is_user_annotation)
+        return Counter(event.name for event in ran)
 
     @property
-    def n_attentions(self) -> int:
-        """Calls of a kernel in a forward pass: local heads have one of their own."""
-        cfg = self.cfg
-        in_loop = cfg.core_layers * (2 if 0 < cfg.n_local_heads < cfg.n_heads else 1)
-        return cfg.prelude_layers + cfg.coda_layers + cfg.max_loop_iters * in_loop
+    def n_attentions(self) -> tuple[int, int]:
+        """Calls of a kernel in a forward pass: by heads that see all, and by local heads, which have one of their own."""
+        cfg, in_loops = self.cfg, self.cfg.max_loop_iters * self.cfg.core_layers
+        return cfg.prelude_layers + cfg.coda_layers + in_loops, in_loops * (0 < cfg.n_local_heads < cfg.n_heads)
 
     def plan(self) -> Sheet:
         """What ``mythos plan`` says of the same step."""

@@ -32,8 +32,11 @@ class _Backend(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
-def _register() -> None:
-    """Tell PyTorch of the device, once in a process, and how autocast treats what runs there."""
+def register() -> None:
+    """Tell PyTorch of the device, and how autocast treats what runs there.
+
+    Once in a process, before its first backward pass, which looks what devices there are.
+    """
     if _registered:
         return
     backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
@@ -69,7 +72,7 @@ class Pretend(Live):
     """
 
     def __init__(self) -> None:
-        _register()
+        register()
         super().__init__()
         self.launches, self.kernels = Counter[str](), Counter[str]()
         self.waits = list[str]()
