@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import gpu_ops
 import torch
 import torch.nn.functional as F
 from gpu_ops import Found
-from gpu_train import Training, attention_kernels, pretended
+from gpu_train import LARGE, Training, attention_kernels, models
 from pretend import NAME, Pretend, register
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +42,6 @@ from open_mythos.generation.engines import check_engine
 from open_mythos.generation.graph import GraphEngine
 from open_mythos.ops.dispatch import use_tf32
 from open_mythos.planning.hardware import DEVICES
-from open_mythos.variants import variant
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -51,7 +50,7 @@ SECONDS = {"train": 25.0, "decode": 4.0}  # of ten minutes, each; compiling take
 PEAK, BESIDE_LLAMA, BANDWIDTH = 0.40, 1.0, 0.60  # bars: shares, and a ratio
 CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}  # norm of what differs, relative
 PLANNED = 1.1  # of the plan's bytes, at most
-WAITS = 1  # of a step: its numbers are read at its end
+WAITED, WAITS = "waits for the device a step", 1  # its numbers are read at its end
 
 
 class Bench:
@@ -82,16 +81,6 @@ class Bench:
             made = Training(models(small)[name], device, rows, tokens, use_llama=not self.tiny)
             self.trainings[name, device.type] = made
         return self.trainings[name, device.type]
-
-    def pretended(self, name: str) -> tuple[Training, Pretend, Found]:
-        """A step on a GPU that is not there, for all parts that ask for it."""
-        key = f"pretended {name}"
-        if key not in vars(self):
-            with Pretend():
-                training = self.training(name, torch.device(NAME, 0))
-                _ = training.trainer
-            vars(self)[key] = training, *pretended(training)
-        return vars(self)[key]
 
     # -- parts
 
@@ -153,50 +142,52 @@ class Bench:
             fused = at_least("fused kernels a forward pass", sum(found.values()), n_full + n_local)
             return found | {"bars": [at_least("by cuDNN, flash or Flex", full, n_full), fused]}
         flash = names["aten::_scaled_dot_product_flash_attention_for_cpu"]
-        pretending, gpu, _ = self.pretended(name)
-        there, elsewhere = gpu.kernels, pretending.n_attentions
-        bars = [
-            at_least("by flash attention, on this CPU", flash, n_full + n_local),
-            at_least("by flash attention, on a GPU", there["flash"], elsewhere[0]),
-            at_least("by fused kernels, on a GPU", there["flash"] + there["efficient"], sum(elsewhere)),
-            at_most("by the math kernel, on a GPU", there["math"], 0),
-        ]
-        return {"on this CPU": {"flash": flash}, "on a GPU": dict(there), "bars": bars}
+        return {"flash": flash, "bars": [at_least("by flash attention for CPUs", flash, n_full + n_local)]}
 
     def step(self, name: str) -> Found:
-        """Launches of a step and of each loop in it, graph breaks and waits for the device."""
+        """Graph breaks, and on a GPU launches of a step and of each loop in it, and waits for the device."""
         from torch._dynamo.utils import counters
 
         training = self.training(name)
         _ = training.trainer
-        found: Found = {"graph_breaks": sum(counters["graph_break"].values()), "why": dict(counters["graph_break"])}
-        graphs = counters["stats"]["unique_graphs"]
+        breaks, graphs = dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
+        found: Found = {"graph_breaks": sum(breaks.values()), "why": breaks}
         if self.is_gpu:
-            n = training.cfg.max_loop_iters
-            launches = [sum(training.at_loops(loops, training.profiled).values()) for loops in (n // 2, n)]
-            waits = waited(training.trainer.step)
-            found |= {"launches": launches[1], "launches_a_loop": (launches[1] - launches[0]) / (n - n // 2)}
+            found |= training.launched(lambda: sum(training.profiled().values()))
+            found["waits"] = waited(training.trainer.step)
         else:
             training.trainer.step()
-            _, gpu, launched = self.pretended(name)
-            found, waits = found | launched | {"not compiled": dict(gpu.launches)}, gpu.waits
         again = counters["stats"]["unique_graphs"] - graphs
         bars = [at_most("graph breaks", found["graph_breaks"], 0), at_most("compiled again", again, 0)]
-        return found | {"waits": waits, "bars": [*bars, at_most("waits for the device a step", len(waits), WAITS)]}
+        return found | {"bars": bars + [at_most(WAITED, len(found["waits"]), WAITS)] * self.is_gpu}
 
     def memory(self, name: str) -> Found:
         """The most bytes of a step beside those of the plan."""
-        training, peak = self.training(name), None
-        if self.is_gpu:
-            _ = training.trainer
-            peak = training.peak
-        else:
-            training, gpu, _ = self.pretended(name)
-            peak = gpu.peak
-        planned = training.plan().memory
-        share = (peak or 0) / planned.total
-        found = {"rows": training.rows, "peak_bytes": peak, "planned_bytes": planned.total, "plan": asdict(planned)}
-        return found | {"share_of_plan": share, "bars": [at_most("bytes over the plan's", share, PLANNED)]}
+        training = self.training(name)
+        _ = training.trainer
+        return beside_plan(training, training.peak)
+
+    def pretended(self, name: str) -> Found:
+        """A step of full size, not compiled, on a GPU that is not there: launches, waits, attention, bytes."""
+        with Pretend() as gpu:
+            training = self.training(name, torch.device(NAME, 0))
+            step = training.trainer.step
+
+            def launches() -> int:
+                gpu.reset()
+                step()
+                return sum(gpu.launches.values())
+
+            found = training.launched(launches) | {"waits": gpu.waits, "attention": dict(gpu.kernels)}
+        kernels, (n_full, n_local) = gpu.kernels, training.n_attentions
+        beside = beside_plan(training, gpu.peak)
+        bars = [
+            at_most(WAITED, len(gpu.waits), WAITS),
+            at_least("attention by flash", kernels["flash"], n_full),
+            at_least("attention by fused kernels", kernels["flash"] + kernels["efficient"], n_full + n_local),
+            at_most("attention by the math kernel", kernels["math"], 0),
+        ]
+        return found | beside | {"operators": dict(gpu.launches), "bars": bars + beside["bars"]}
 
     def decode(self, name: str, batch: int, engine: str) -> Found:
         """New tokens in bfloat16; without a GPU, what a token of the graph engine would launch and wait for."""
@@ -232,6 +223,14 @@ class Bench:
         counts = {"launches": found[1], "launches_a_loop": each, "attention": dict(gpu.kernels), "waits": gpu.waits}
         bars = [at_most("waits for the device a token", len(gpu.waits), 0)]
         return counts | {"bars": [*bars, at_most("attention by the math kernel", gpu.kernels["math"], 0)]}
+
+
+def beside_plan(training: Training, peak: int | None) -> Found:
+    """The most bytes of a step, and those that ``mythos plan`` says."""
+    planned = training.plan().memory
+    share = (peak or 0) / planned.total
+    found = {"rows": training.rows, "peak_bytes": peak, "planned_bytes": planned.total, "plan": asdict(planned)}
+    return found | {"share_of_plan": share, "bars": [at_most("bytes over the plan's", share, PLANNED)]}
 
 
 def outcome(model: OpenMythos, ids: torch.Tensor, device: torch.device, dtype: str) -> list[torch.Tensor]:
@@ -278,51 +277,14 @@ def at_most(what: str, value: float, bar: float) -> Found:
     return {"what": what, "value": value, "bar": f"<= {bar:g}", "is_met": bool(value <= bar)}
 
 
-# -- models
-
-
-def models(tiny: bool) -> dict[str, MythosConfig]:
-    """Looped mixtures of experts of about 0.1B parameters: many small experts behind latent attention, as the variant
-    100m has them; and a few wide ones behind grouped queries.
-    """
-    wide = MythosConfig(
-        vocab_size=32000, dim=1024, n_heads=16, n_kv_heads=4, max_seq_len=2048, max_loop_iters=8, prelude_layers=1,
-        coda_layers=1, attn_type="gqa", n_experts=8, n_shared_experts=1, n_experts_per_tok=2, expert_dim=1536,
-        lora_rank=8,
-    )  # fmt: skip
-    found = {"mla-moe": variant("100m"), "gqa-moe": wide}
-    return {name: without_gate(toy(cfg) if tiny else cfg) for name, cfg in found.items()}
-
-
-def large(tiny: bool) -> MythosConfig:
-    """3B parameters in three wide dense blocks, which no cache of a processor holds."""
-    cfg = MythosConfig(
-        vocab_size=32000, dim=8192, n_heads=64, n_kv_heads=8, max_seq_len=2048, max_loop_iters=4, prelude_layers=1,
-        coda_layers=1, attn_type="gqa", n_experts=0, n_experts_per_tok=1, n_shared_experts=0, dense_dim=28672,
-        lora_rank=0,
-    )  # fmt: skip
-    return without_gate(replace(toy(cfg), dense_dim=64) if tiny else cfg)
-
-
-LARGE = {"1b": lambda tiny: without_gate(toy(variant("1b")) if tiny else variant("1b")), "3b-dense": large}
-
-
-def toy(cfg: MythosConfig) -> MythosConfig:
-    small = dict(vocab_size=97, dim=64, n_heads=4, n_kv_heads=2, max_loop_iters=2, expert_dim=32, lora_rank=4)
-    latent = dict(kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
-    few = dict(n_experts=min(4, cfg.n_experts), n_experts_per_tok=min(2, cfg.n_experts_per_tok))
-    return MythosConfig(**vars(cfg) | small | latent | few)
-
-
-def without_gate(cfg: MythosConfig) -> MythosConfig:
-    return replace(cfg, halting=False, warm_start=False)
+# -- parts in order
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], Found]]:
     """What is measured, by name, the most important first; each needs what ``machine`` found."""
     made: dict[str, Callable[[], Found]] = {"parity": bench.parity}
     for name in models(bench.tiny):
-        for part in (bench.train, bench.attention, bench.step, bench.memory):
+        for part in (bench.train, bench.attention, bench.step, bench.memory if bench.is_gpu else bench.pretended):
             made[f"{part.__name__} {name}"] = partial(part, name)
         made[f"end {name}"] = partial(end, bench, name)
     for name in (*models(bench.tiny), *LARGE):
@@ -352,7 +314,6 @@ def end(bench: Bench, name: str) -> Found:
     """Leave the memory of a model's parts to the next."""
     for key in [key for key in bench.trainings if key[0] == name]:
         del bench.trainings[key]
-    vars(bench).pop(f"pretended {name}", None)
     if bench.is_gpu:
         torch.cuda.empty_cache()
     return {}
@@ -388,8 +349,9 @@ def main() -> None:
             console.print(f"{name}: {summary(found)}", highlight=False, markup=False, soft_wrap=True)
     console.print(table(bench.results))
     missed = [name for name, found in bench.results.items() if "failed" in found or not are_met(found)]
-    console.print(f"Results: {args.out}" + (f"; failed or missed: {', '.join(missed)}" if missed else ""))
-    sys.exit(bool(missed))
+    ending = f"; failed or missed: {', '.join(missed)}" if missed else ""
+    console.print(f"Results: {args.out}{ending}", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(1 if missed else 0)
 
 
 def are_met(found: Found) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from gpu_ops import Found, compiler
-from pretend import NAME, Pretend
+from pretend import NAME
 from speed_cases import llama_config, llama_flops
 from torch import Tensor, nn
 
@@ -30,11 +30,49 @@ from open_mythos.training.config import LoopConfig, TaskConfig, TrainConfig
 from open_mythos.training.objective import MAX_LOGITS, readout
 from open_mythos.training.optim import EMA, Optimizer
 from open_mythos.training.trainer import Trainer
+from open_mythos.variants import variant
 
 FUSED = {  # kernels of attention that keep no T x S scores, by what their names have in them; forward ones
     "cudnn": r"cudnn.*(sdpa|fprop|flash)(?!.*bprop)", "flash": r"flash_fwd|flash.*fprop",
     "efficient": r"fmha_cutlassF|_scaled_dot_product_efficient_attention$", "flex": r"flex_attention|tem_fused_flex",
 }  # fmt: skip
+
+
+def models(tiny: bool) -> dict[str, MythosConfig]:
+    """Looped mixtures of experts of about 0.1B parameters: many small experts behind latent attention, as the variant
+    100m has them; and a few wide ones behind grouped queries.
+    """
+    wide = MythosConfig(
+        vocab_size=32000, dim=1024, n_heads=16, n_kv_heads=4, max_seq_len=2048, max_loop_iters=8, prelude_layers=1,
+        coda_layers=1, attn_type="gqa", n_experts=8, n_shared_experts=1, n_experts_per_tok=2, expert_dim=1536,
+        lora_rank=8,
+    )  # fmt: skip
+    found = {"mla-moe": variant("100m"), "gqa-moe": wide}
+    return {name: without_gate(toy(cfg) if tiny else cfg) for name, cfg in found.items()}
+
+
+def large(tiny: bool) -> MythosConfig:
+    """3B parameters in three wide dense blocks, which no cache of a processor holds."""
+    cfg = MythosConfig(
+        vocab_size=32000, dim=8192, n_heads=64, n_kv_heads=8, max_seq_len=2048, max_loop_iters=4, prelude_layers=1,
+        coda_layers=1, attn_type="gqa", n_experts=0, n_experts_per_tok=1, n_shared_experts=0, dense_dim=28672,
+        lora_rank=0,
+    )  # fmt: skip
+    return without_gate(replace(toy(cfg), dense_dim=64) if tiny else cfg)
+
+
+LARGE = {"1b": lambda tiny: without_gate(toy(variant("1b")) if tiny else variant("1b")), "3b-dense": large}
+
+
+def toy(cfg: MythosConfig) -> MythosConfig:
+    small = dict(vocab_size=97, dim=64, n_heads=4, n_kv_heads=2, max_loop_iters=2, expert_dim=32, lora_rank=4)
+    latent = dict(kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
+    few = dict(n_experts=min(4, cfg.n_experts), n_experts_per_tok=min(2, cfg.n_experts_per_tok))
+    return MythosConfig(**vars(cfg) | small | latent | few)
+
+
+def without_gate(cfg: MythosConfig) -> MythosConfig:
+    return replace(cfg, halting=False, warm_start=False)
 
 
 class Training:
@@ -47,9 +85,7 @@ class Training:
         use_llama: transformers' own, where it is installed; else this library's plain stack, as deep and wide.
     """
 
-    def __init__(
-        self, cfg: MythosConfig, device: torch.device, rows: int, tokens: int, use_llama: bool = True
-    ) -> None:
+    def __init__(self, cfg: MythosConfig, device: torch.device, rows: int, tokens: int, use_llama: bool = True) -> None:
         self.cfg, self.device, self.rows, self.tokens, self.use_llama = cfg, device, rows, tokens, use_llama
         self.peak: int | None = None
 
@@ -171,14 +207,13 @@ class Training:
             "compiled_while_timed": counters["stats"]["unique_graphs"] - graphs,
         }  # fmt: skip
 
-    def at_loops(self, n: int, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns while the trainer runs so many loops."""
-        loops = self.trainer.cfg.loops
-        before, loops.mean = loops.mean, float(n)
-        try:
-            return work()
-        finally:
-            loops.mean = before
+    def launched(self, count: Callable[[], int]) -> Found:
+        """What ``count`` says of a step at half the loops and then at all of them: at all, and for each loop."""
+        loops, most, found = self.trainer.cfg.loops, self.cfg.max_loop_iters, []
+        for n in (most // 2, most):
+            loops.mean = float(n)
+            found.append(count())
+        return {"launches": found[1], "launches_a_loop": (found[1] - found[0]) / (most - most // 2)}
 
     def profiled(self) -> Counter[str]:
         """Kernels of a step by name, as a profiler sees them: of a GPU those that ran there, of a CPU operators."""
@@ -196,7 +231,7 @@ class Training:
 
     @property
     def n_attentions(self) -> tuple[int, int]:
-        """Calls of a kernel in a forward pass: by heads that see all, and by local heads, which have one of their own."""
+        """Calls of a kernel in a forward pass: by heads that see all, and by local heads, which have their own."""
         cfg, in_loops = self.cfg, self.cfg.max_loop_iters * self.cfg.core_layers
         return cfg.prelude_layers + cfg.coda_layers + in_loops, in_loops * (0 < cfg.n_local_heads < cfg.n_heads)
 
@@ -205,18 +240,6 @@ class Training:
         cfg = self.cfg
         job = Settings(batch_size=self.rows, length=self.tokens, loops=cfg.max_loop_iters, checkpoint_loops="false")
         return Sheet(Job(cfg, 1, job, n_parameters=parameters(cfg).total), Layout(rows=self.rows))
-
-
-def pretended(training: Training) -> tuple[Pretend, dict[str, Any]]:
-    """A step on a GPU that is not there, the second; and what it launched at all of its loops, and for each."""
-    with Pretend() as gpu:
-        seen = []
-        for n in (training.cfg.max_loop_iters // 2, training.cfg.max_loop_iters):
-            gpu.reset()
-            training.at_loops(n, training.trainer.step)
-            seen.append(sum(gpu.launches.values()))
-    each = (seen[1] - seen[0]) / (training.cfg.max_loop_iters - training.cfg.max_loop_iters // 2)
-    return gpu, {"launches": seen[1], "launches_a_loop": each}
 
 
 def attention_kernels(names: Counter[str]) -> dict[str, int]:

@@ -323,8 +323,8 @@ def _ungrouped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> T
     if T > 1:
         k, v = (x.unsqueeze(3).expand(-1, -1, -1, H // G, -1).flatten(2, 3) for x in (k, v))
     else:
-        q = q.view(B, G, H // G, -1).transpose(1, 2)
-        bias = bias if bias.shape[1] == 1 else bias.view(len(bias), G, H // G, -1)
+        q = q.reshape(B, G, H // G, -1).transpose(1, 2)
+        bias = bias if bias.shape[1] == 1 else bias.reshape(len(bias), G, H // G, -1)
     parts = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*parts, attn_mask=bias, is_causal=False, scale=scale)
     return out.transpose(1, 2) if T > 1 else out.reshape(B, 1, H, -1)

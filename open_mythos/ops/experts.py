@@ -13,8 +13,8 @@ from torch import Tensor
 from open_mythos.ops.dispatch import compute_dtype, grouping_waits
 
 MAX_GATHERED = 8  # choices up to which reading their experts' matrices out of the whole costs less than sorting
-# Bytes of these up to which it does so on a GPU too, where sorting takes some fifteen launches more. An estimate: copies
-# are written and read, and a launch takes as long as some MB of that.
+# Bytes of these up to which it does so on a GPU too, where sorting takes some fifteen launches more. An estimate, as
+# copies are written and read: in the time of a launch, some MB.
 _GATHERED_BYTES = 2**26
 _ALIGN = 16  # bytes; F.grouped_mm wants every stride to be a multiple of this
 
@@ -49,7 +49,7 @@ def swiglu_experts(
         act_NF = _swiglu(hidden_N2F) * (weights_NK * scales[1]).to(hidden_N2F.dtype)
         out_ND = F.linear(act_NF, down_EDF.flatten(0, 1))
         return out_ND if to_ND is None else out_ND + to_ND
-    if _are_gathered(x_ND, N * K, gate_up_E2FD[0].nbytes * 3 / 2):
+    if _are_gathered(x_ND, N * K, 1.5 * gate_up_E2FD.nbytes / E):
         return _gathered(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, scales, to_ND)
     dtype = compute_dtype(x_ND)
     gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)

@@ -24,6 +24,7 @@ def test_machine_rates_are_work_over_the_least_time(monkeypatch):
     assert machine.matmul_rate(torch.float32, CPU) == 2 * 4 * 4 * 4 / 2  # the last shape is no CPU's
     monkeypatch.setattr(machine, "_READ_BYTES", {"cpu": 64})
     assert machine.read_rate(CPU) == 32
+    assert machine.copy_rate(CPU) == 64  # read and written
 
 
 def test_conditions_say_what_ran_it():

@@ -5,7 +5,7 @@ import torch
 from helpers import ATTENTION, assert_near, left_padding
 
 from open_mythos import KVCache, MythosConfig, OpenMythos
-from open_mythos.generation import engines
+from open_mythos.generation import engines, graph
 from open_mythos.generation.engine import Depth, ModuleEngine
 from open_mythos.generation.engines import check_engine, make_engine
 from open_mythos.generation.fused import FusedBlock, fuse, why_not_fused
@@ -154,6 +154,15 @@ def test_a_graph_is_made_anew_when_its_buffers_have_grown_and_not_before(monkeyp
     for i in range(10, 40):
         engine.step(ids[:, i : i + 1])
     assert opened == [16, 32, 64]
+
+
+def test_what_waits_for_the_device_is_not_captured(monkeypatch):
+    """Grouped products wait on most GPUs, and are taken where rows choose more experts than are read one by one."""
+    engine = GraphEngine(a_model(), Depth(5))
+    assert not engine._waits(1000)
+    monkeypatch.setattr(graph, "grouping_waits", lambda x: True)
+    per_row = engine.model.cfg.n_experts_per_tok
+    assert engine._waits(graph.MAX_GATHERED // per_row + 1) and not engine._waits(graph.MAX_GATHERED // per_row)
 
 
 # -- which engine

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_near, left_padding
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -147,6 +148,24 @@ def test_two_kinds_of_heads_share_groups(T, S, window, n_local, padded):
 def test_rows_that_are_both_keys_and_values(T, S):
     """As of latents: one row for all heads."""
     check(torch.randn(2, T, 4, 7), torch.randn(2, S, 1, 7), AttentionMask(T, S), 3, 5, is_both=True)
+
+
+@pytest.mark.parametrize("heads", [1, 6], ids=["one bias", "a bias for each head"])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("G", [1, 2])
+def test_heads_in_groups_as_kernels_of_a_gpu_take_them(T, G, heads):
+    """With a bias these know no groups: what they are given says the same, and so do its gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 4, requires_grad=True) for n, h in ((T, 6), (7, G), (7, G)))
+    bias, found = torch.randn(2, heads, T, 7), []
+    plain = [x.transpose(1, 2) for x in (q, k, v)]
+    for out in (
+        attention_module._ungrouped(q, k, v, bias, 0.5),
+        F.scaled_dot_product_attention(*plain, attn_mask=bias, scale=0.5, enable_gqa=True).transpose(1, 2),
+    ):
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for ours, theirs in zip(*found, strict=True):
+        assert_near(ours, theirs)
 
 
 def test_documents_in_chunks():

@@ -52,6 +52,15 @@ def test_the_matrices_of_a_token_or_two_are_read_out_of_the_whole(N, K, gathered
     assert bool(calls) != gathered
 
 
+def test_a_gpu_reads_large_matrices_where_they_are(monkeypatch):
+    """Copies of them would be written and read once more, unless grouped products wait for the device."""
+    are_gathered, cpu, gpu = experts_module._are_gathered, torch.empty(1, 8), torch.empty(1, 8, device="meta")
+    assert are_gathered(cpu, 4, 2**26) and are_gathered(gpu, 4, 2**20) and not are_gathered(gpu, 4, 2**26)
+    assert not are_gathered(gpu, 9, 1) and not are_gathered(gpu.requires_grad_(), 4, 1)
+    monkeypatch.setattr(experts_module, "grouping_waits", lambda x: True)
+    assert are_gathered(torch.empty(1, 8, device="meta"), 4, 2**26)
+
+
 @pytest.mark.parametrize("N", [2, 9])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.005), (torch.float64, 1e-12)])
 def test_other_precisions(dtype, tolerance, N):

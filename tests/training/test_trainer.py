@@ -75,6 +75,16 @@ def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
+def test_a_gradient_above_the_greatest_norm_is_scaled_to_it_and_no_other_is_touched() -> None:
+    grads = {}
+    for clip in (1e-3, 1e3):
+        trainer = Trainer(tiny_run(f"optim.clip={clip}"))
+        before = trainer.step().grad_norm
+        grads[clip] = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        assert grads[clip].norm().item() == pytest.approx(min(clip, before), rel=1e-4) and before > 1e-3
+    torch.testing.assert_close(grads[1e-3] * before / 1e-3, grads[1e3], rtol=1e-4, atol=1e-7)
+
+
 def test_the_average_is_what_is_kept() -> None:
     trainer = Trainer(tiny_run("optim.ema=0.9"))
     for _ in range(3):
