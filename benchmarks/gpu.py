@@ -13,6 +13,7 @@ a device that is not there (benchmarks/pretend.py), what they would launch, wait
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,11 +61,12 @@ class Bench:
     Args:
         device: cuda or cpu.
         tiny: toy sizes everywhere, to see that all of it runs.
-        scale: of the time that is measured for.
+        minutes: after which no part is to be begun.
     """
 
-    def __init__(self, device: torch.device, tiny: bool = False, scale: float = 1.0) -> None:
-        self.device, self.tiny, self.scale, self.is_gpu = device, tiny, scale, device.type == "cuda"
+    def __init__(self, device: torch.device, tiny: bool = False, minutes: float = 10.0) -> None:
+        self.device, self.tiny, self.scale, self.is_gpu = device, tiny, minutes / 10, device.type == "cuda"
+        self.ends = time.perf_counter() + 60 * minutes
         self.results: dict[str, Found] = {}
         self.rows = ROWS
         self.trainings: dict[tuple[str, str], Training] = {}
@@ -152,14 +155,15 @@ class Bench:
         _ = training.trainer
         breaks, graphs = dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
         found: Found = {"graph_breaks": sum(breaks.values()), "why": breaks}
+        bars = [at_most("graph breaks", found["graph_breaks"], 0)]
         if self.is_gpu:
             found |= training.launched(lambda: sum(training.profiled().values()))
             found["waits"] = waited(training.trainer.step)
+            bars.append(at_most(WAITED, len(found["waits"]), WAITS))
         else:
             training.trainer.step()
         again = counters["stats"]["unique_graphs"] - graphs
-        bars = [at_most("graph breaks", found["graph_breaks"], 0), at_most("compiled again", again, 0)]
-        return found | {"bars": bars + [at_most(WAITED, len(found["waits"]), WAITS)] * self.is_gpu}
+        return found | {"bars": [*bars, at_most("compiled again", again, 0)]}
 
     def memory(self, name: str) -> Found:
         """The most bytes of a step beside those of the plan."""
@@ -174,6 +178,7 @@ class Bench:
             step = training.trainer.step
 
             def launches() -> int:
+                gc.collect()  # what an earlier step left in cycles
                 gpu.reset()
                 step()
                 return sum(gpu.launches.values())
@@ -299,14 +304,18 @@ def parts(bench: Bench) -> dict[str, Callable[[], Found]]:
             for work in ("train", "decode"):
                 made[f"kernels {kind} {work}"] = partial(gpu_ops.attention, bench.device, kind, work, bench.tiny)
     if bench.is_gpu:
-        made["tests"] = tests
+        made["tests"] = partial(tests, bench)
     return made
 
 
-def tests() -> Found:
-    """tests/test_cuda.py, all of it."""
+def tests(bench: Bench) -> Found:
+    """tests/test_cuda.py, all of it, or what there is time for."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "tests/test_cuda.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    left = max(30.0, bench.ends - time.perf_counter())
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"not done in the {left:.0f} s that were left"}
     return {"said": done.stdout[-3000:], "bars": [at_most("exit code of the tests", done.returncode, 0)]}
 
 
@@ -314,6 +323,7 @@ def end(bench: Bench, name: str) -> Found:
     """Leave the memory of a model's parts to the next."""
     for key in [key for key in bench.trainings if key[0] == name]:
         del bench.trainings[key]
+    gc.collect()
     if bench.is_gpu:
         torch.cuda.empty_cache()
     return {}
@@ -331,14 +341,15 @@ def main() -> None:
         parser.error("torch sees no CUDA device; use --device cpu")
     if args.device == "cpu":
         register()
-    bench, begun = Bench(torch.device(args.device), args.tiny, args.minutes / 10), time.perf_counter()
+    bench = Bench(torch.device(args.device), args.tiny, args.minutes)
     console = Console()
     wanted = {name: part for name, part in parts(bench).items() if name.startswith(("end", *args.only))}
-    conditions = describe(bench.device) | {"tiny": args.tiny, "dtype": "bfloat16 autocast over float32"}
+    conditions = describe(bench.device) | {"tiny": args.tiny, "date": date.today().isoformat()}
+    conditions["dtype"] = "training: bfloat16 autocast over float32 weights; decoding: bfloat16"
     for name, part in {"machine": bench.machine, **wanted}.items():
         started = time.perf_counter()
         try:
-            late = started - begun > 60 * args.minutes
+            late = started > bench.ends
             found = {"skipped": f"{args.minutes:g} minutes are over"} if late else part()
         except Exception:
             found = {"failed": traceback.format_exc()}

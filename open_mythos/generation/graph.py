@@ -27,25 +27,44 @@ def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
     return why_not_fused(model)
 
 
-class FixedSlot:
-    """A :class:`CacheSlot` whose buffers stay where they are, read whole, and written at a position in a tensor."""
+class Place:
+    """Where a token stands in buffers of fixed size; found once for all of them.
 
-    def __init__(self, slot: CacheSlot, at: Tensor) -> None:
+    Args:
+        at: (1,) its position, from which graphs are captured.
+    """
+
+    def __init__(self, at: Tensor) -> None:
+        self.at = at
+        self._in_rings = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]()
+
+    def in_ring(self, size: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """In a ring of so many tokens: (1,) its own, (n,) of those before it, (1, n, 1, 1) which of these are none."""
+        if (size, n) not in self._in_rings:
+            positions = self.at + torch.arange(-n, 1, device=self.at.device)
+            before, own = (positions % size).split([n, 1])
+            self._in_rings[size, n] = own, before, (positions[:n] < 0).view(1, n, 1, 1)
+        return self._in_rings[size, n]
+
+
+class FixedSlot:
+    """A :class:`CacheSlot` whose buffers stay where they are, read whole, and written at a place in a tensor."""
+
+    def __init__(self, slot: CacheSlot, place: Place) -> None:
         assert slot._rows is not None
-        self._rows, self._ring, self._at = slot._rows, slot._raw, at
+        self._rows, self._ring, self._place = slot._rows, slot._raw, place
 
     def raw_before(self, at: int, n: int) -> Tensor | None:
         if self._ring is None or n == 0:
             return None
-        positions = self._at + torch.arange(-n, 0, device=self._at.device)
-        raw = self._ring.index_select(1, positions % self._ring.shape[1])
-        return raw.masked_fill((positions < 0).view(1, n, 1, 1), 0)
+        _, before, is_none = self._place.in_ring(self._ring.shape[1], n)
+        return self._ring.index_select(1, before).masked_fill(is_none, 0)
 
     def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
-        self._rows.index_copy_(1, self._at, rows)
+        self._rows.index_copy_(1, self._place.at, rows)
         if raw is not None:
             assert self._ring is not None
-            self._ring.index_copy_(1, self._at % self._ring.shape[1], raw)
+            self._ring.index_copy_(1, self._place.in_ring(self._ring.shape[1], n_raw)[0], raw)
         return self._rows
 
 
@@ -53,10 +72,10 @@ class FixedCache:
     """All slots of a :class:`KVCache` as :class:`FixedSlot`, for one token of each row."""
 
     def __init__(self, cache: KVCache, at: Tensor) -> None:
-        self.cache_loops, self._cache, self._at = cache.cache_loops, cache, at
+        self.cache_loops, self._cache, self._place = cache.cache_loops, cache, Place(at)
 
     def open(self, slot: Slot | str, at: int, n_raw: int) -> tuple[FixedSlot, Tensor | None]:
-        held = FixedSlot(self._cache.slot(slot), self._at)
+        held = FixedSlot(self._cache.slot(slot), self._place)
         return held, held.raw_before(at, n_raw)
 
 
