@@ -325,8 +325,8 @@ def _ungrouped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> T
     else:
         q = q.reshape(B, G, H // G, -1).transpose(1, 2)
         bias = bias if bias.shape[1] == 1 else bias.reshape(len(bias), G, H // G, -1)
-    parts = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*parts, attn_mask=bias, is_causal=False, scale=scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=False, scale=scale)
     return out.transpose(1, 2) if T > 1 else out.reshape(B, 1, H, -1)
 
 
