@@ -27,11 +27,6 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_
 _registered: list[Any] = []
 
 
-class _Backend(backend_registration._DummyBackendModule):
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-
 def register() -> None:
     """Tell PyTorch of the device, and how autocast treats what runs there.
 
@@ -39,7 +34,9 @@ def register() -> None:
     """
     if _registered:
         return
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
+    backend = backend_registration._DummyBackendModule()
+    backend.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend)
     rest, ours = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in CAST:
