@@ -56,8 +56,8 @@ _CONSTANTS = 2  # people, at least, whose number is said
 _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
-# as problems grow (Task.sized): from which size sentences of one more kind are told
-_FROM = {_SAME: -1.0, _TWICE: 0.02, _MORE: 0.06, _FEWER: 0.1, _BOTH: 0.3}
+# as problems grow (Task.sized): above which size sentences of more kinds are told
+_FROM = {_SAME: -1.0, _TWICE: 0.14, _MORE: 0.18, _FEWER: 0.18, _BOTH: 0.34}
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 

@@ -6,7 +6,6 @@ from open_mythos.tasks import Task
 from open_mythos.training.config import LoopConfig, TaskConfig
 
 _STRIDE = 0.04  # of the way from the smallest to the full size
-_ALL_LOOPS = 0.4  # size at which all loops are run
 _FEWEST_LOOPS = 2
 _MEMORY = 0.95  # of the mean over the last steps
 _LEAST = 15  # steps at one size
@@ -36,7 +35,7 @@ class Growth:
 
     def most_loops(self, cfg: LoopConfig) -> int:
         """How many loops a step runs at most, yet."""
-        more = int((cfg.maximum - _FEWEST_LOOPS) * min(1.0, self.size / _ALL_LOOPS))
+        more = int((cfg.maximum - _FEWEST_LOOPS) * min(1.0, self.size / cfg.grown))
         return min(cfg.maximum, _FEWEST_LOOPS + more)
 
     def add(self, accuracy: float, enough: float) -> None:

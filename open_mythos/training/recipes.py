@@ -100,14 +100,16 @@ def word_problems() -> TrainConfig:
     """How many coins somebody has, by sums in sentences, modulo 7: trained on 6 operations, tested on 12.
 
     What a sentence has calculated is read by others, so gradient flows through all loops: by itself no loop would leave
-    a number where the next one finds it.
+    a number where the next one finds it. Neither would one before a coda, which can calculate the last step by itself.
+    And each kind of sentence is mastered before there are more, with few loops: what two loops of a model have to do at
+    a time, and cannot, they never come to do.
     """
     cfg = _in_words(
         "word_problems", range(1, 7), loops=9, gate=(9, 24), dim=96, heads=3, window=16, options={"min_people": 8},
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 8, 12, 16, 32, 64], 128),
     )  # fmt: skip
-    cfg.model.local_share, cfg.model.coda_layers, cfg.model.expert_dim = 0.33, 1, 256  # one local head of three
-    cfg.loops.gradient, cfg.optim.lr = "all", 1.2e-3
+    cfg.model.local_share, cfg.model.expert_dim = 0.33, 256  # one local head of three
+    cfg.task.growth, cfg.loops.grown, cfg.loops.gradient, cfg.optim.lr = 0.95, 0.8, "all", 1.2e-3
     return cfg
 
 

@@ -124,12 +124,12 @@ def test_problems_have_as_many_people_as_was_said():
 
 def test_sentences_of_small_problems_say_as_many_as_somebody_and_other_kinds_come_as_they_grow():
     task, kinds = tasks.load("word_problems", people=9, min_people=7), []
-    for size in (0.0, 0.04, 0.08, 0.2, 1.0):
+    for size in (0.12, 0.16, 0.2, 1.0):
         small = task.sized(size)
         batch = small.batch(64, 3, torch.Generator().manual_seed(0))
         kinds.append({read(sentence)[0] for ids in batch.ids for sentence in sentences(small, ids)})
     assert kinds[0] == {HAS, SAME, ASKS} and kinds[-1] == {HAS, SAME, TWICE, MORE, FEWER, BOTH, ASKS}
-    assert kinds[1] == kinds[0] | {TWICE} and kinds[2] == kinds[1] | {MORE} and kinds[3] == kinds[2] | {FEWER}
+    assert kinds[1] == kinds[0] | {TWICE} and kinds[2] == kinds[1] | {MORE, FEWER}
 
 
 @pytest.mark.parametrize(("options", "message"), [

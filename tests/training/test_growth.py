@@ -28,6 +28,8 @@ def test_the_smallest_problems_have_the_fewest_sentences_and_two_loops():
     grown = {size: (*Growth(size).of(task, cfg), Growth(size).most_loops(loops)) for size in (0.0, 0.2, 0.5, 1.0)}
     found = {size: (small.sentences, hardest, n) for size, (small, hardest, n) in grown.items()}
     assert found == {0.0: (8, 4, 2), 0.2: (12, 6, 5), 0.5: (20, 6, 8), 1.0: (32, 6, 8)}
+    later = LoopConfig("by_steps", maximum=8, grown=0.8)
+    assert [Growth(size).most_loops(later) for size in (0.0, 0.2, 0.5, 0.8)] == [2, 3, 5, 8]
 
 
 def test_a_trainer_starts_small_and_goes_on_at_the_size_that_was_reached():
