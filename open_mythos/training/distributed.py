@@ -107,10 +107,15 @@ def add_up(numbers: list[float]) -> list[float]:
     return total.tolist()
 
 
-def gathered(mine: Any) -> list[Any]:
+def gathered(mine: Any, group: Any = None) -> list[Any]:
     """What each process has, in the order of their numbers."""
     if world_size() == 1:
         return [mine]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group)
     return found
+
+
+def background() -> Any:
+    """A group of all processes for a thread of each, beside what they do meanwhile; None of one process."""
+    return None if world_size() == 1 else dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos.ops import experts
+from open_mythos.training import checkpoints
 from open_mythos.training.trainer import Lost, Trainer
 
 FOLDER = Path()
@@ -40,15 +42,15 @@ def trained(steps: int, *overrides: str, start: str = "", end: str = "") -> dict
     """Of so many steps, gone on from what is in ``start``: numbers of each, and whole weights and averages after."""
     trainer = made(*overrides)
     if start:
-        trainer.load_state_dict(torch.load(FOLDER / start))
+        trainer.load_state_dict(newest(start))
     results = [trainer.step() for _ in range(steps)]
     assert not any(result.skipped for result in results)
-    state = trainer.state_dict()
-    if end and dist.get_rank() == 0:
-        torch.save(state, FOLDER / end)
+    if end:
+        checkpoints.save(FOLDER / end, steps, trainer.state_dict(), None)
+    averages = trainer.parallel.gathered(trainer.ema.average)
     return {
         "steps": [[r.loss, r.grad_norm, r.loops, r.accuracy, *r.parts.values()] for r in results],
-        "weights": state["model"] | {f"average.{name}": x for name, x in state["ema"]["average"].items()},
+        "weights": trainer.parallel.gathered(trainer.parallel.held) | {f"average.{n}": x for n, x in averages.items()},
         "load": trainer.expert_load,
         "size": trainer.gauges()["spectral_radius"],
     }
@@ -57,8 +59,50 @@ def trained(steps: int, *overrides: str, start: str = "", end: str = "") -> dict
 def between(steps: int, *overrides: str) -> dict[str, Any]:
     """As :func:`trained`, in two halves, the second by a trainer that has loaded the first's state."""
     trained(steps // 2, *overrides, end="half")
-    dist.barrier()
     return trained(steps - steps // 2, *overrides, start="half")
+
+
+def newest(folder: str) -> dict[str, Any]:
+    found = checkpoints.newest(FOLDER / folder, print)
+    assert found is not None
+    return found[1]
+
+
+def saved(steps: int, more: int, folder: str, *overrides: str) -> list[float]:
+    """Losses of the steps after those whose state is written, while they are made, to ``folder``."""
+    trainer, saving = made(*overrides), checkpoints.Saving(FOLDER / folder)
+    for _ in range(steps):
+        trainer.step()
+    saving.begin(steps, trainer.state_dict(), None)
+    losses = [trainer.step().loss for _ in range(more)]
+    saving.end()
+    return losses
+
+
+def loaded(more: int, folder: str, *overrides: str) -> dict[str, Any]:
+    """Of a trainer that goes on from ``folder``: what of its state is not bit for bit what was saved; its losses."""
+    trainer, again = made(*overrides), f"{folder}-{dist.get_world_size()}-{'-'.join(overrides)}"
+    trainer.load_state_dict(newest(folder))
+    checkpoints.save(FOLDER / again, 1, trainer.state_dict(), None)
+    mine, expected = (dict(leaves(newest(name))) for name in (again, folder))
+    differing = sorted(mine.keys() ^ expected.keys())
+    differing += [name for name, value in expected.items() if name in mine and not same(value, mine[name])]
+    return {"differing": differing, "n": len(expected), "losses": [trainer.step().loss for _ in range(more)]}
+
+
+def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            if key != "config":
+                yield from leaves(value, f"{name}/{key}")
+    else:
+        yield name, state[()] if isinstance(state, checkpoints.Stored) else state
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
 
 
 class Collectives(TorchDispatchMode):
