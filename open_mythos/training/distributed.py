@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -50,11 +51,35 @@ def processes() -> Iterator[None]:
         yield
         return
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    own: dict[str, Any] = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        own = {"store": _fresh_store(), "rank": rank(), "world_size": world_size()}
+    dist.init_process_group(backend, timeout=_PATIENCE, **own)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store() -> dist.Store:
+    """The store of torchrun, under a name that processes have agreed on since they were started.
+
+    It outlives them, and what is in it from before a restart would be read as if it were new: addresses of processes
+    that are dead (pytorch issues 135712, 167288). The first process says the name under a word of each other one.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
+    name = uuid.uuid4().hex
+    if rank() > 0:
+        store.set(f"word/{rank()}", name)
+        name = store.get(name).decode()
+        store.set(f"{name}/{rank()}", "")
+    missing = list(range(1, world_size())) if rank() == 0 else []
+    while missing := [i for i in missing if not store.check([f"{name}/{i}"])]:
+        for i in missing:
+            if store.check([f"word/{i}"]):  # or an old one, which nobody waits for
+                store.set(store.get(f"word/{i}").decode(), name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def test_torchrun_is_stopped_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    saved = tmp_path / "stopped/checkpoints/step_00000006"
+    saved = tmp_path / "stopped/checkpoints/step_00000007"  # step 6 had ended, and the next one's end tells all
     assert f"stopped by SIGTERM; {saved} is saved; go on from it with mythos again" in done.stdout.splitlines()
     assert f"resuming from {saved}" in done.stdout.splitlines()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
