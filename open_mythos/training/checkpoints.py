@@ -39,6 +39,7 @@ _MANIFEST = {"files": {STATE_FILE: _LISTED, "*": _LISTED}, "seconds?": float}
 _INDEX = [{"path": [(str, int)], "shape": [int], "at": [{"file": str, "start": [int], "size": [int]}]}]
 _PIECES = "pieces"  # of a state: the index of what was divided
 _PREFIX, _PARTIAL = "step_", ".partial"
+_UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError)
 _CHUNK = 1 << 22  # bytes that are read at a time
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class Stored:
     """
 
     def __init__(self, folder: Path, path: list[str | int], shape: list[int], at: list[dict[str, Any]]) -> None:
-        self.name, self.shape, self.ndim = _name(path), torch.Size(shape), len(shape)
+        self.name, self.shape, self.ndim = _name(tuple(path)), torch.Size(shape), len(shape)
         self.at = [(files.inside(folder, one["file"], str(folder)), one["start"], one["size"]) for one in at]
 
     def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
@@ -83,9 +84,13 @@ class Stored:
             with weights.opened(path) as file:
                 inside = tuple(slice(r.start - s, r.stop - s) for r, s in zip(both, start, strict=True))
                 part = file.get_slice(self.name)[inside] if inside else file.get_tensor(self.name)
-            found.append((tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(both, wanted)), part))
+            found.append(
+                (tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(both, wanted, strict=True)), part)
+            )
         if sum(part.numel() for _, part in found) != prod(map(len, wanted)):
-            raise CheckpointError(f"{self.name} is not whole in {', '.join(sorted({str(path) for path, *_ in self.at}))}")
+            raise CheckpointError(
+                f"{self.name} is not whole in {', '.join(sorted({str(path) for path, *_ in self.at}))}"
+            )
         whole = torch.empty([len(w) for w in wanted], dtype=found[0][1].dtype if found else None)
         for place, part in found:
             whole[place] = part
@@ -190,8 +195,8 @@ def _rotate(final: Path, keep: int | None, hours: float) -> None:
 class Saving:
     """The checkpoints that a run writes: of one process at once, of several in the background.
 
-    A step waits for the copy of what its process holds. One checkpoint is written at a time, and the next one waits for
-    it. To be made, and called, by all processes.
+    There a step waits only for the copy of what its process holds. One checkpoint is written at a time, and the next
+    one waits for it. To be made, and called, by all processes.
 
     Args:
         directory: of the checkpoints.
@@ -221,9 +226,9 @@ class Saving:
         """Whether nothing is being written."""
         return self._thread is None or not self._thread.is_alive()
 
-    def _save(self, *args: Any) -> None:
+    def _save(self, step: int, state: dict[str, Any], keep: int | None, hours: float) -> None:
         try:
-            save(self.directory, *args, self.group)
+            save(self.directory, step, state, keep, hours, self.group)
         except BaseException as error:
             self._error = error
 
@@ -274,14 +279,14 @@ def _load(checkpoint: Path) -> dict[str, Any]:
         index = state.pop(_PIECES, []) if isinstance(state, dict) else []
         for one in files.shaped(index, _INDEX, _PIECES):
             *outer, last = one["path"]
+            if unknown := {piece["file"] for piece in one["at"]} - listed.keys():
+                raise CheckpointError(f"it names {', '.join(sorted(unknown))}, which {manifest} does not")
             node = state
             for key in outer:
                 node = node[key]
             node[last] = Stored(checkpoint, **one)
         return state
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-    except zipfile.BadZipFile as error:
+    except (*_UNREADABLE, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -27,7 +28,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos.ops import experts
-from open_mythos.training import checkpoints
+from open_mythos.training import checkpoints, distributed
+from open_mythos.training.fit import Watch, fit
 from open_mythos.training.trainer import Lost, Trainer
 
 FOLDER = Path()
@@ -84,7 +86,8 @@ def loaded(more: int, folder: str, *overrides: str) -> dict[str, Any]:
     trainer, again = made(*overrides), f"{folder}-{dist.get_world_size()}-{'-'.join(overrides)}"
     trainer.load_state_dict(newest(folder))
     checkpoints.save(FOLDER / again, 1, trainer.state_dict(), None)
-    mine, expected = (dict(leaves(newest(name))) for name in (again, folder))
+    states = [newest(name) for name in (again, folder)]
+    mine, expected = (dict(leaves(state) if dist.get_rank() == 0 else ()) for state in states)
     differing = sorted(mine.keys() ^ expected.keys())
     differing += [name for name, value in expected.items() if name in mine and not same(value, mine[name])]
     return {"differing": differing, "n": len(expected), "losses": [trainer.step().loss for _ in range(more)]}
@@ -103,6 +106,29 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     return bool(one == other)
+
+
+def stopped(folder: str, *overrides: str) -> list[Any]:
+    """The codes that both processes leave with, where the second is asked to stop while the third step is logged."""
+    processes, code = distributed.gathered(os.getpid()), None
+
+    def record(line: Any) -> None:
+        if line["step"] == 3:
+            os.kill(processes[1], signal.SIGHUP)
+
+    try:
+        fit(tiny_run(f"parallel.timeout={PATIENCE}", *overrides), FOLDER / folder, "auto", Watch(record, print))
+    except SystemExit as left:
+        code = left.code
+    return distributed.gathered(code)
+
+
+def slow(*overrides: str) -> list[Any]:
+    """What each of two processes has said of a step, in which the second was slow to draw its batch."""
+    trainer = made(*overrides)
+    if dist.get_rank() == 1:
+        trainer.draw = lambda draw=trainer.draw: (time.sleep(0.2), draw())[1]  # type: ignore[method-assign]
+    return [trainer.step(float(dist.get_rank())).heard for _ in range(3)][-1]
 
 
 class Collectives(TorchDispatchMode):
