@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,12 @@ def test_every_layout_goes_on_from_what_was_saved(tmp_path: Path, settings: tupl
     assert len(results) == 15
     for result in results:
         assert_gone_on(result, expected)
+
+
+@pytest.mark.skipif(not LONG, reason="50 moments; OPEN_MYTHOS_LONG=1")
+@pytest.mark.timeout(1800)
+def test_killed_in_a_save_the_checkpoint_before_or_the_new_one_loads(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("torn_saves.py")
+    done = subprocess.run([sys.executable, script, tmp_path, "50"], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
