@@ -219,10 +219,11 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
             asked = stop.is_asked()
             while trainer.step_number < cfg.steps and not asked:
                 start = time.perf_counter()
-                result = trainer.step(stop.asked)
-                meter.add(result, time.perf_counter() - start)
+                result = trainer.step(lambda: stop.asked)
+                took = time.perf_counter() - start
+                meter.add(result, took)
                 stop.hear(signal for signal, _ in result.heard)
-                if said := pace.add([seconds for _, seconds in result.heard], time.perf_counter() - start):
+                if said := pace.add([seconds for _, seconds in result.heard], took):
                     watch.log(said)
                 is_last = trainer.step_number == cfg.steps
                 if is_last or trainer.step_number % cfg.log_every == 0:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,10 +108,10 @@ class Trainer:
         self.expert_load = list[Tensor]()
         self._met = 0.0  # when the processes last had waited for each other
 
-    def step(self, say: float = 0.0) -> StepResult:
+    def step(self, say: Callable[[], float] = float) -> StepResult:
         """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite.
 
-        What this process has to ``say`` is known to all with the numbers of the step.
+        What this process has to ``say`` at its end is known to all with the numbers of the step.
         """
         batch = self.draw()
         before = self._carried()
@@ -151,7 +152,7 @@ class Trainer:
         difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
         return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
 
-    def forward_backward(self, batch: Batch, say: float = 0.0) -> StepResult:
+    def forward_backward(self, batch: Batch, say: Callable[[], float] = float) -> StepResult:
         """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
 
         Nothing waits for a GPU before the end, where the step's numbers are known all at once.
@@ -180,7 +181,7 @@ class Trainer:
                 seen.append(torch.stack([*numbers, *outcome.parts.values()]))
             if not self.parallel.waits_inside:
                 alone = time.perf_counter()
-        own = say, alone - (self._met or alone)
+        own = say(), alone - (self._met or alone)
         norm, sums, heard = self.parallel.add_up(torch.stack(seen).sum(0), loops, plan, own)
         self._met = time.perf_counter()
         loops, loss, right, asked, *terms = sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -127,15 +128,15 @@ class Parallel:
         squares = [nn.utils.get_total_norm(group).double() ** 2 / copies for copies, group in by_copies.items()]
         square, *sums = torch.cat([torch.stack(squares).sum().view(1), numbers.double()]).tolist()
         total = [square, *(number / self.grid.tensor for number in (loops, *sums))]
-        n, said = len(total), [0.0] * (2 * distributed.world_size())
-        said[2 * distributed.rank() : 2 * distributed.rank() + 2] = own
+        heard = [own]
         if not self.is_alone:
-            both = torch.tensor([*total, *said], dtype=torch.float64)
+            heard = [own if i == dist.get_rank() else (0.0, 0.0) for i in range(dist.get_world_size())]
+            both = torch.tensor([*total, *itertools.chain(*heard)], dtype=torch.float64)
             dist.all_reduce(both)
-            total = both.tolist()
-            total, said = total[:n], total[n:]
+            pairs = both[len(total) :].view(-1, 2).tolist()
+            total, heard = both[: len(total)].tolist(), [(said, seconds) for said, seconds in pairs]
         norm = math.sqrt(total[0]) if math.isfinite(total[0]) else math.nan
-        return norm, total[1:], list(zip(said[::2], said[1::2], strict=True))
+        return norm, total[1:], heard
 
     def clip(self, norm: float) -> None:
         """Scale gradients whose norm, of all of them together, is ``norm``, to at most ``cfg.optim.clip``."""

@@ -128,7 +128,7 @@ def slow(*overrides: str) -> list[Any]:
     trainer = made(*overrides)
     if dist.get_rank() == 1:
         trainer.draw = lambda draw=trainer.draw: (time.sleep(0.2), draw())[1]  # type: ignore[method-assign]
-    return [trainer.step(float(dist.get_rank())).heard for _ in range(3)][-1]
+    return [trainer.step(dist.get_rank).heard for _ in range(3)][-1]
 
 
 class Collectives(TorchDispatchMode):
