@@ -81,16 +81,13 @@ class Stored:
             both = [range(max(w.start, s), min(w.stop, s + n)) for w, s, n in zip(wanted, start, size, strict=True)]
             if not all(both):
                 continue
+            inside = tuple(slice(r.start - s, r.stop - s) for r, s in zip(both, start, strict=True))
+            place = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(both, wanted, strict=True))
             with weights.opened(path) as file:
-                inside = tuple(slice(r.start - s, r.stop - s) for r, s in zip(both, start, strict=True))
-                part = file.get_slice(self.name)[inside] if inside else file.get_tensor(self.name)
-            found.append(
-                (tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(both, wanted, strict=True)), part)
-            )
+                found.append((place, file.get_slice(self.name)[inside] if inside else file.get_tensor(self.name)))
         if sum(part.numel() for _, part in found) != prod(map(len, wanted)):
-            raise CheckpointError(
-                f"{self.name} is not whole in {', '.join(sorted({str(path) for path, *_ in self.at}))}"
-            )
+            where = ", ".join(sorted({str(path) for path, *_ in self.at}))
+            raise CheckpointError(f"{self.name} is not whole in {where}")
         whole = torch.empty([len(w) for w in wanted], dtype=found[0][1].dtype if found else None)
         for place, part in found:
             whole[place] = part

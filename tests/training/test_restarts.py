@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 from test_fit import metrics
@@ -69,4 +70,4 @@ def test_processes_killed_at_random_steps_change_nothing(tmp_path: Path) -> None
     assert metrics(run) == metrics(tmp_path / "whole")
     for name in ("model/model.safetensors", "evaluation.json"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert max(times) < 15
+    assert median(times) < 15

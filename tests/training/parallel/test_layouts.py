@@ -56,6 +56,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     elastic = ["batch_size=12", "model.n_experts=4", MUON]
     jobs[4, "saved"] = ["saved", 2, 2, "elastic", *LAYOUTS["FSDP + EP 2"], *elastic]
     jobs |= {(n, f"loaded by {n}"): ["loaded", 2, "elastic", *layout, *elastic] for n, layout in GONE_ON.items()}
+    jobs[1, "saved by one"] = ["saved", 2, 2, "alone", *elastic]
+    jobs[2, "loaded from one"] = ["loaded", 2, "alone", *GONE_ON[2], *elastic]
     jobs[2, "stopped"] = ["stopped", "stopped", "steps=9", "parallel.expert=2", "save_every=2"]
     jobs[2, "slow"] = ["slow", "parallel.shard=2"]
     jobs[2, "abandoned"] = ["abandoned", "parallel.shard=2"]  # the last: one of the two ends
@@ -121,6 +123,10 @@ def test_a_process_that_does_not_come_is_named(found: dict[Any, Any]) -> None:
 @pytest.mark.parametrize("n", GONE_ON)
 def test_what_four_saved_while_they_went_on_is_gone_on_with_by_any_number(found: dict[Any, Any], n: int) -> None:
     assert_gone_on(found[f"loaded by {n}"], found["saved"])
+
+
+def test_what_one_saved_is_gone_on_with_by_two(found: dict[Any, Any]) -> None:
+    assert_gone_on(found["loaded from one"], found["saved by one"])
 
 
 def test_all_leave_after_the_same_step_with_the_code_of_the_signal_that_one_was_sent(found: dict[Any, Any]) -> None:
