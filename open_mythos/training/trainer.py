@@ -118,7 +118,7 @@ class Trainer:
         try:
             result = self.forward_backward(batch, say)
         except RuntimeError as error:
-            if said := distributed.said_by_others(error):
+            if said := distributed.said_by_others(error, say):
                 patience = f"parallel.timeout={self.cfg.parallel.timeout:g}"
                 fix = f"see what ended or holds it, and raise {patience} if it is slow"
                 raise Lost(f"{said}, in step {self.step_number + 1} ({error}); {fix}") from error
