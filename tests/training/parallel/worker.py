@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -71,13 +72,18 @@ def newest(folder: str) -> dict[str, Any]:
 
 
 def saved(steps: int, more: int, folder: str, *overrides: str) -> list[float]:
-    """Losses of the steps after those whose state is written, while they are made, to ``folder``."""
+    """Losses of the steps after those whose state is to be written to ``folder``: several processes do it when all
+    steps are made."""
     trainer, saving = made(*overrides), checkpoints.Saving(FOLDER / folder)
     for _ in range(steps):
         trainer.step()
+    write, are_made = checkpoints.save, threading.Event()
+    checkpoints.save = lambda *args: (saving.group is None or are_made.wait(), write(*args))[1]
     saving.begin(steps, trainer.state_dict(), None)
     losses = [trainer.step().loss for _ in range(more)]
+    are_made.set()
     saving.end()
+    checkpoints.save = write
     return losses
 
 
