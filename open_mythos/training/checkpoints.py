@@ -86,8 +86,8 @@ class Stored:
             with weights.opened(path) as file:
                 found.append((place, file.get_slice(self.name)[inside] if inside else file.get_tensor(self.name)))
         if sum(part.numel() for _, part in found) != prod(map(len, wanted)):
-            where = ", ".join(sorted({str(path) for path, *_ in self.at}))
-            raise CheckpointError(f"{self.name} is not whole in {where}")
+            paths = ", ".join(sorted({str(path) for path, *_ in self.at}))
+            raise CheckpointError(f"{self.name} is not whole in {paths}")
         whole = torch.empty([len(w) for w in wanted], dtype=found[0][1].dtype if found else None)
         for place, part in found:
             whole[place] = part
