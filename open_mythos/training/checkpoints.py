@@ -118,8 +118,7 @@ def save(
     """
     final = directory / f"{_PREFIX}{step:08d}"
     partial, is_first = final.with_name(final.name + _PARTIAL), distributed.rank() == 0
-    parts: Parts = {}
-    plain = _apart(state, (), parts)
+    plain, parts = _apart(state)
     try:
         _together(lambda: _begin(partial) if is_first else None, group)
         written = _together(lambda: _write_pieces(partial, parts), group)
@@ -215,7 +214,8 @@ class Saving:
             self._save(step, state, keep, hours)
             return
         assert self.is_over
-        self._thread = threading.Thread(target=self._save, args=(step, _copied(state), keep, hours), daemon=True)
+        own = _mapped(state, _copied)
+        self._thread = threading.Thread(target=self._save, args=(step, own, keep, hours), daemon=True)
         self._thread.start()
 
     @property
@@ -336,25 +336,26 @@ def _together(work: Callable[[], T], group: Any) -> list[T]:
     return [result for result, _ in results]
 
 
-def _apart(value: Any, path: Place, parts: Parts) -> Any:
-    """``value`` without its parts, which are put into ``parts``."""
-    if isinstance(value, Part):
-        parts[path] = value
-        return None
-    if isinstance(value, dict):
-        return {key: _apart(one, (*path, key), parts) for key, one in value.items()}
-    return [_apart(one, (*path, i), parts) for i, one in enumerate(value)] if isinstance(value, list) else value
+def _apart(state: Any) -> tuple[Any, Parts]:
+    """A state with None for its parts, and these by where they were."""
+    parts: Parts = {}
+    return _mapped(state, lambda value, path: parts.update({path: value}) if isinstance(value, Part) else value), parts
 
 
-def _copied(value: Any) -> Any:
-    """``value`` with tensors of its own on the CPU, where they are to be written."""
-    if isinstance(value, Part):
-        return replace(value, held=value.held.detach().to("cpu", copy=True)) if value.is_mine else value
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+def _copied(value: Any, path: Place) -> Any:
+    """Tensors of its own on the CPU, for what this process writes."""
+    if isinstance(value, Part) and value.is_mine:
+        return replace(value, held=_copied(value.held, path))
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _mapped(value: Any, change: Callable[[Any, Place], Any], path: Place = ()) -> Any:
+    """Dicts and lists of what ``change`` makes of each value in ``value`` and of its path."""
     if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    return [_copied(one) for one in value] if isinstance(value, list) else value
+        return {key: _mapped(one, change, (*path, key)) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_mapped(one, change, (*path, i)) for i, one in enumerate(value)]
+    return change(value, path)
 
 
 def _name(path: Place) -> str:
