@@ -67,13 +67,13 @@ def files_of(path: Path) -> list[Path]:
 
 def shapes(path: Path) -> dict[str, torch.Size]:
     """Names and shapes in the header of a file; no tensor is read. Errors as :func:`read`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def has_checksum(path: Path) -> bool:
     """Whether :func:`read` has something to compare its tensors with. Errors as :func:`read`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return CHECKSUM in (file.metadata() or {})
 
 
@@ -84,7 +84,7 @@ def read(path: Path, verify: bool = True) -> dict[str, Tensor]:
         CheckpointError: naming it, if it is missing, truncated, damaged, or no safetensors file.
     """
     tensors, sums = dict[str, Tensor](), dict[str, bytes]()
-    with _opened(path) as file:
+    with opened(path) as file:
         expected = (file.metadata() or {}).get(CHECKSUM) if verify else None
         for name in file.keys():  # noqa: SIM118
             stored = file.get_tensor(name)
@@ -115,7 +115,8 @@ def check_archive(file: Path | BytesIO) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A file for safetensors to read; whatever fails inside is a CheckpointError that names it."""
     try:
         with safe_open(path, "pt") as file:
             yield file

@@ -52,7 +52,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Callable
     model = run / "model"
     (model / "README.md").write_text("---\nlicense: mit\n---\nA card.\n")
     (run / "compare.json").write_text(json.dumps(COMPARISON))
-    checkpoint = checkpoints.save(run / "checkpoints", 3, {"step": 3, "weights": torch.randn(500)}, keep=1)
+    held = {"step": 3, "weights": torch.randn(500), "part": checkpoints.Part(torch.randn(500), (500,), (0,), True)}
+    checkpoint = checkpoints.save(run / "checkpoints", 3, held, keep=1)
     tiny_model().save_pretrained(sharded)
     stored = weights.read(sharded / "model.safetensors")
     (sharded / "model.safetensors").rename(sharded / "one.safetensors")
@@ -75,7 +76,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Callable
 
     def state() -> Any:
         found = checkpoints.load(checkpoint)
-        return found["step"], found["weights"].tolist()
+        return found["step"], found["weights"].tolist(), found["part"][()].tolist()
 
     return {
         model / "model.safetensors": (lambda: tensors_of(OpenMythos.from_pretrained(model)), False),
@@ -87,6 +88,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Callable
         words / "tokenizer.json": (lambda: tokenizer_of(words).pieces, True),
         words / "tokenizer_config.json": (lambda: tokenizer_of(words).pieces, True),
         checkpoint / "state.pt": (state, False),
+        checkpoint / "pieces_00000.safetensors": (state, False),
         checkpoint / "manifest.json": (state, False),
         run / "config.json": (lambda: TrainConfig.load(run / runs.RUN_CONFIG).to_dict(), True),
         run / "metrics.jsonl": (lambda: read_metrics(run / runs.METRICS), True),

@@ -81,7 +81,7 @@ def test_shards_carry_theirs_and_files_without_one_load(tmp_path: Path) -> None:
 
 def test_shipped_models_have_one() -> None:
     for path in SHIPPED.glob("*/model.safetensors"):
-        with weights._opened(path) as file:
+        with weights.opened(path) as file:
             assert weights.CHECKSUM in file.metadata(), path
 
 

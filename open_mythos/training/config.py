@@ -177,7 +177,8 @@ class TrainConfig(Checked):
     checkpoint_loops: bool = flag(False)  # recompute each loop in the backward pass instead of keeping it
     log_every: int = size(10)  # steps
     save_every: int = size(200)  # steps
-    keep: int = size(2)  # checkpoints
+    keep: int = size(2)  # checkpoints, the newest
+    keep_hours: float = real(0.0, 0.0)  # and the first one of each so many hours of training; 0: of none
     max_bad_steps: int = size(10)  # non-finite steps in a row after which training stops
     loggers: str = text("")  # besides metrics.jsonl: tensorboard, trackio, wandb, separated by commas
 

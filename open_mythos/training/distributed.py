@@ -3,7 +3,8 @@
 import os
 import time
 import traceback
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -50,11 +51,35 @@ def processes() -> Iterator[None]:
         yield
         return
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    own: dict[str, Any] = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        own = {"store": _fresh_store(), "rank": rank(), "world_size": world_size()}
+    dist.init_process_group(backend, timeout=_PATIENCE, **own)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store() -> dist.Store:
+    """The store of torchrun, under a name that processes have agreed on since they were started.
+
+    It outlives them, and what is in it from before a restart would be read as if it were new: addresses of processes
+    that are dead (pytorch issues 135712, 167288). The first process says the name under a word of each other one.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
+    name = uuid.uuid4().hex
+    if rank() > 0:
+        store.set(f"word/{rank()}", name)
+        name = store.get(name).decode()
+        store.set(f"{name}/{rank()}", "")
+    missing = list(range(1, world_size())) if rank() == 0 else []
+    while missing := [i for i in missing if not store.check([f"{name}/{i}"])]:
+        for i in missing:
+            if store.check([f"word/{i}"]):  # or an old one, which nobody waits for
+                store.set(store.get(f"word/{i}").decode(), name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 @contextmanager
@@ -80,10 +105,10 @@ def wait() -> None:
         dist.all_reduce(torch.zeros(()))
 
 
-def said_by_others(error: BaseException, patience: float = 2.0) -> str:
+def said_by_others(error: BaseException, hurried: Callable[[], float] = float, patience: float = 2.0) -> str:
     """If a collective has failed, which one, and whom it waited for; "" for other errors.
 
-    Processes that wait fail as well, and say so within ``patience`` seconds of each other.
+    Processes that wait fail as well, and say so within ``patience`` seconds of each other; a quarter, if ``hurried``.
     """
     calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "distributed_c10d" in frame.filename]
     if not calls or not dist.is_initialized():
@@ -92,7 +117,9 @@ def said_by_others(error: BaseException, patience: float = 2.0) -> str:
     with suppress(RuntimeError):  # nobody keeps the store any more
         store = dist.distributed_c10d._get_default_store()
         store.set(f"waited/{rank()}", "")
-        time.sleep(patience)
+        start = time.monotonic()
+        while time.monotonic() - start < (patience / 4 if hurried() else patience):
+            time.sleep(0.05)
         lost = [str(i) for i in range(world_size()) if not store.check([f"waited/{i}"])]
         missing = f"process {', '.join(lost)}" if lost else missing
     return f"process {rank()} waited for {missing} in {calls[-1]}"
@@ -107,10 +134,15 @@ def add_up(numbers: list[float]) -> list[float]:
     return total.tolist()
 
 
-def gathered(mine: Any) -> list[Any]:
+def gathered(mine: Any, group: Any = None) -> list[Any]:
     """What each process has, in the order of their numbers."""
     if world_size() == 1:
         return [mine]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group)
     return found
+
+
+def background() -> Any:
+    """A group of all processes for a thread of each, beside what they do meanwhile; None of one process."""
+    return None if world_size() == 1 else dist.new_group(backend="gloo", timeout=_PATIENCE)

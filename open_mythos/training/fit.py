@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import SIGINT
@@ -22,16 +22,18 @@ from open_mythos.tasks.text import Text
 from open_mythos.tasks.tokenizer import WordLevel
 from open_mythos.tasks.words import Words
 from open_mythos.training import baselines, checkpoints, distributed, runs
+from open_mythos.training.checkpoints import Saving
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import ROUNDS, train_gate
 from open_mythos.training.loggers import Logger, Record, open_loggers
 from open_mythos.training.overrides import differences
 from open_mythos.training.owner import owned
+from open_mythos.training.parallel.pace import Pace
 from open_mythos.training.stopping import Stop
 from open_mythos.training.trainer import StepResult, Trainer, TrainingError
 
 # Settings that may change on resume, besides those of evaluation and layout: they do not affect the weights.
-RESUMABLE_CHANGES = ("device", "compile", "log_every", "save_every", "keep", "max_bad_steps", "loggers")
+RESUMABLE_CHANGES = ("device", "compile", "log_every", "save_every", "keep", "keep_hours", "max_bad_steps", "loggers")
 GATE_SEED = 3
 MEANS = ("loss", "accuracy", "loops", "grad_norm")
 
@@ -210,14 +212,19 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
     """
     cfg, is_due = trainer.cfg, False
     is_main = distributed.rank() == 0
+    saving, pace = Saving(run / runs.CHECKPOINTS), Pace()
     loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number, watch.log) if is_main else []
     try:
         with stop.held():
             asked = stop.is_asked()
             while trainer.step_number < cfg.steps and not asked:
                 start = time.perf_counter()
-                result = trainer.step()
-                meter.add(result, time.perf_counter() - start)
+                result = trainer.step(lambda: stop.asked)
+                took = time.perf_counter() - start
+                meter.add(result, took)
+                stop.hear(signal for signal, _ in result.heard)
+                if said := pace.add([seconds for _, seconds in result.heard], took):
+                    watch.log(said)
                 is_last = trainer.step_number == cfg.steps
                 if is_last or trainer.step_number % cfg.log_every == 0:
                     line = meter.record(trainer)
@@ -231,10 +238,15 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                         stop.asked = SIGINT
                 trainer.check_going(result)
                 is_due |= trainer.step_number % cfg.save_every == 0
-                asked = stop.is_asked()  # once a step: nobody leaves between two answers, unsaved
+                asked = stop.is_asked()
                 if is_last or asked or (is_due and not trainer.skipped_in_a_row):
-                    save(trainer, meter, run, watch.log)
+                    save(saving, trainer, meter, watch.log)
                     is_due = False
+            written(saving, cfg, watch.log)
+    except BaseException:
+        with suppress(Exception):  # what is being written may yet be there to go on from
+            saving.end(cfg.parallel.timeout)
+        raise
     finally:
         for logger in loggers:
             logger.close()
@@ -250,18 +262,24 @@ def log_line(logger: Logger, line: Record, is_last: bool, log: Callable[[str], N
         log(f"step {line['step']}: metrics not written ({error}); they will be with the next line")
 
 
-def save(trainer: Trainer, meter: Meter, run: Path, log: Callable[[str], None]) -> None:
-    """Write a checkpoint. A failure is logged and training continues, except for the last one."""
+def save(saving: Saving, trainer: Trainer, meter: Meter, log: Callable[[str], None]) -> None:
+    """Begin a checkpoint, once the last one is written."""
+    written(saving, trainer.cfg, log)
     state = {"trainer": trainer.state_dict(), "meter": asdict(meter)}
-    if distributed.rank() > 0:
-        return
     keep = None if trainer.skipped_in_a_row else trainer.cfg.keep  # the good ones, too
+    saving.begin(trainer.step_number, state, keep, trainer.cfg.keep_hours)
+    if saving.is_over:
+        written(saving, trainer.cfg, log)
+
+
+def written(saving: Saving, cfg: TrainConfig, log: Callable[[str], None]) -> None:
+    """Wait for a checkpoint. A failure is logged and training continues, except for the last one."""
     try:
-        checkpoints.save(run / runs.CHECKPOINTS, trainer.step_number, state, keep)
+        saving.end()
     except OSError as error:
-        if trainer.step_number == trainer.cfg.steps:
+        if saving.step == cfg.steps:
             raise OSError(f"the last checkpoint was not written ({error}); make room, then --resume auto") from error
-        log(f"step {trainer.step_number}: checkpoint not written ({error}); earlier ones are kept, training continues")
+        log(f"step {saving.step}: checkpoint not written ({error}); earlier ones are kept, training continues")
 
 
 def stages(cfg: TrainConfig) -> int:

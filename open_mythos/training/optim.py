@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from open_mythos.nn.block import TransformerBlock
 from open_mythos.training.config import OptimConfig
 
 if TYPE_CHECKING:
+    from open_mythos.training.checkpoints import Part, Stored
     from open_mythos.training.parallel.pieces import Piece
 
 # Router, halting gate, convolution taps, LoRA scales. Vectors (norms, the injection's A and B) do not decay either.
@@ -76,19 +77,25 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of whole parameters, see :meth:`Piece.gathered`; to be called by all processes."""
-        return {"parts": [self._mapped(i, part.state_dict(), "gathered") for i, part in enumerate(self.parts)]}
+        """With :meth:`Piece.shared` of what is divided."""
+
+        def shared(tensor: Tensor, piece: Piece | None) -> Tensor | Part:
+            return piece.shared(tensor) if piece else tensor
+
+        return {"parts": [self._mapped(i, part.state_dict(), shared) for i, part in enumerate(self.parts)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for i, (part, saved) in enumerate(zip(self.parts, state["parts"], strict=True)):
-            part.load_state_dict(self._mapped(i, saved, "part"))
+        def held(whole: Tensor | Stored, piece: Piece | None) -> Tensor:
+            return piece.part(whole) if piece else whole[()]
 
-    def _mapped(self, i: int, state: dict[str, Any], way: str) -> dict[str, Any]:
-        """The state of a part with its tensors made whole or in pieces, but for counts of steps."""
+        for i, (part, saved) in enumerate(zip(self.parts, state["parts"], strict=True)):
+            part.load_state_dict(self._mapped(i, saved, held))
+
+    def _mapped(self, i: int, state: dict[str, Any], way: Callable[[Any, Piece | None], Any]) -> dict[str, Any]:
+        """The state of a part with its tensors mapped, but for counts of steps."""
 
         def mapped(index: int, value: Any) -> Any:
-            piece = self.pieces.get(self.names[i][index])
-            return getattr(piece, way)(value) if piece and isinstance(value, Tensor) and value.ndim else value
+            return way(value, self.pieces.get(self.names[i][index])) if getattr(value, "ndim", 0) else value
 
         moved = {index: {k: mapped(index, v) for k, v in own.items()} for index, own in state["state"].items()}
         return state | {"state": moved}

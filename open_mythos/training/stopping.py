@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -22,10 +22,11 @@ class Stop:
 
     Attributes:
         asked: number of the signal, or 0.
+        agreed: of several processes, what one of them was asked, once all :meth:`hear` of it.
     """
 
     def __init__(self) -> None:
-        self.asked, self._holds, self._before = 0, False, dict[int, Any]()
+        self.asked, self.agreed, self._holds, self._before = 0, 0, False, dict[int, Any]()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -45,11 +46,14 @@ class Stop:
         if not self._holds:
             self.leave()
 
+    def hear(self, asked: Iterable[float]) -> None:
+        """What each process was asked, which all hear at once, so that all leave after the same step, with one code."""
+        self.agreed = self.agreed or next((int(number) for number in asked if number), 0)
+        self.asked = self.agreed or self.asked
+
     def is_asked(self) -> bool:
-        """Whether any of the processes was asked to stop; to be called by all of them."""
-        if distributed.add_up([float(self.asked > 0)])[0]:
-            self.asked = self.asked or signal.SIGTERM
-        return self.asked > 0
+        """Whether it is time to stop: of several processes, the same for all."""
+        return (self.asked if distributed.world_size() == 1 else self.agreed) > 0
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -59,7 +63,9 @@ class Stop:
             yield
         finally:
             self._holds = False
-        if self.asked:
+        if distributed.world_size() > 1:  # nobody goes on alone to what all are needed for
+            self.hear(distributed.gathered(self.asked))
+        if self.is_asked():
             self.leave()
 
     @contextlib.contextmanager

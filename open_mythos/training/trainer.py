@@ -2,7 +2,9 @@
 
 import math
 import os
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +53,8 @@ class StepResult:
     tokens: int  # that went in
     skipped: bool  # loss or gradient were not finite, and nothing was updated
     parts: dict[str, float]  # each term of the loss before its weight
+    # of each process: what it had to say, and the seconds from the end of one step in which it waited for no other
+    heard: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Trainer:
@@ -102,15 +106,19 @@ class Trainer:
         self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
+        self._met = 0.0  # when the processes last had waited for each other
 
-    def step(self) -> StepResult:
-        """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite."""
+    def step(self, say: Callable[[], float] = float) -> StepResult:
+        """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite.
+
+        What this process has to ``say`` at its end is known to all with the numbers of the step.
+        """
         batch = self.draw()
         before = self._carried()
         try:
-            result = self.forward_backward(batch)
+            result = self.forward_backward(batch, say)
         except RuntimeError as error:
-            if said := distributed.said_by_others(error):
+            if said := distributed.said_by_others(error, say):
                 patience = f"parallel.timeout={self.cfg.parallel.timeout:g}"
                 fix = f"see what ended or holds it, and raise {patience} if it is slow"
                 raise Lost(f"{said}, in step {self.step_number + 1} ({error}); {fix}") from error
@@ -144,7 +152,7 @@ class Trainer:
         difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
         return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
 
-    def forward_backward(self, batch: Batch) -> StepResult:
+    def forward_backward(self, batch: Batch, say: Callable[[], float] = float) -> StepResult:
         """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
 
         Nothing waits for a GPU before the end, where the step's numbers are known all at once.
@@ -160,6 +168,7 @@ class Trainer:
         elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows before those of this process, if not in it
         torch.manual_seed(hash((cfg.seed, self.step_number, first)))  # for modules that are not this library's
         loops, seen = 0.0, list[Tensor]()
+        alone = time.perf_counter()
         with self.parallel.counting():
             for start in range(first, end, size):
                 rows = slice(start, start + size)
@@ -170,12 +179,17 @@ class Trainer:
                 loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
                 numbers = outcome.loss.detach(), outcome.n_right.float(), outcome.n_asked.float()
                 seen.append(torch.stack([*numbers, *outcome.parts.values()]))
-        norm, (loops, loss, right, asked, *terms) = self.parallel.add_up(torch.stack(seen).sum(0), loops, plan)
+            if not self.parallel.waits_inside:
+                alone = time.perf_counter()
+        own = say(), alone - (self._met or alone)
+        norm, sums, heard = self.parallel.add_up(torch.stack(seen).sum(0), loops, plan, own)
+        self._met = time.perf_counter()
+        loops, loss, right, asked, *terms = sums
         parts = dict(zip(outcome.parts, terms, strict=True))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:  # else all would become so
             self.parallel.clip(norm)
-        return StepResult(loss, right / max(1, asked), loops, norm, cfg.batch_size * length, not finite, parts)
+        return StepResult(loss, right / max(1, asked), loops, norm, cfg.batch_size * length, not finite, parts, heard)
 
     def check_going(self, result: StepResult) -> None:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""
@@ -227,24 +241,22 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, ``config`` among them. The tensors are the trainer's own: each step moves them.
 
-        To be called by all processes; the first is given all of it, where weights are divided, and others parts.
+        Of several processes, each is given its :class:`~open_mythos.training.checkpoints.Part` of what they divide.
         """
-        own = self.objective.left
-        left = distributed.gathered([list(own), torch.stack(list(own.values())).cpu()] if own else [[], own])
         return {
             "config": self.cfg.to_dict(),
             "step": self.step_number,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "expert_load": self.expert_load,
             "growth": None if self.growth is None else vars(self.growth),
-            "model": self.parallel.model_state(self.parallel.held),
-            "ema": {"updates": self.ema.updates, "average": self.parallel.gathered(self.ema.average)},
+            "model": self.parallel.shared(self.parallel.held),
+            "ema": {"updates": self.ema.updates, "average": self.parallel.shared(self.ema.average)},
             "optimizer": self.optimizer.state_dict(),
             "text": self.task.fingerprint() if isinstance(self.task, Text) else None,
             "data": self.data_rng.get_state(),
             "loops": self.loops_rng.get_state(),
             "buffers": self._carried()["buffers"],
-            "left": {row: state for rows, states in left for row, state in zip(rows, states, strict=True)},
+            "left": self.parallel.of_rows(self.objective.left),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -269,7 +281,7 @@ class Trainer:
         if "processes" in state:  # of earlier versions, whose rows had other noise, and started from any row's state
             state = state["processes"][0]["carried"] | {"left": {}}
         mine = range(self.rows.start, self.rows.stop)  # what other processes left is theirs
-        left = {row: ended for row, ended in state["left"].items() if row in mine}
+        left = {row: ended[()] for row, ended in state["left"].items() if row in mine}
         self._restore({"buffers": state["buffers"], "left": left})
 
     def _carried(self) -> dict[str, Any]:

@@ -193,6 +193,12 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(tmp_path: Path
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_checkpoints_of_many_hours_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    fit(tiny_run("keep=1", "keep_hours=1e-9", "evaluation.loops=1"), tmp_path, watch=quiet())
+    names = sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["04", "08", "12"]
+
+
 def test_a_config_that_was_cut_short_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
     cfg, said = tiny_run("steps=4"), list[str]()
     fit(cfg, tmp_path, watch=quiet())

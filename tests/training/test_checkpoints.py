@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from open_mythos.checkpoint import CheckpointError
-from open_mythos.training import checkpoints
+from open_mythos.training import checkpoints, distributed
 
 
 def state(value: int) -> dict[str, Any]:
@@ -102,3 +104,140 @@ def test_nothing_but_data_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.pt cannot be read"):
         checkpoints.load(path)
     assert json.loads((path / "manifest.json").read_text())["step"] == 1
+
+
+# -- of several processes
+
+WHOLE = torch.arange(35.0).view(7, 5)
+ROWS = {2: ((0, 4), (4, 7)), 3: ((0, 3), (3, 6), (6, 7))}
+Run = Callable[[Callable[[int], Any]], list[Any]]
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """What a function of the rank returns, or raises, in each of two processes: threads, which exchange as those do."""
+    own, meeting, given = threading.local(), threading.Barrier(2), list[Any]([None, None])
+
+    def gathered(mine: Any, group: Any = None) -> list[Any]:
+        meeting.wait(20)
+        given[own.rank] = mine
+        meeting.wait(20)
+        found = list(given)
+        meeting.wait(20)
+        return found
+
+    def run(work: Callable[[int], Any]) -> list[Any]:
+        found: list[Any] = [None, None]
+
+        def one(rank: int) -> None:
+            own.rank = rank
+            try:
+                found[rank] = work(rank)
+            except Exception as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "gathered", gathered)
+            patch.setattr(distributed, "rank", lambda: own.rank)
+            patch.setattr(distributed, "world_size", lambda: 2)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return found
+
+    return run
+
+
+def divided(rank: int, value: int = 0, n: int = 2) -> dict[str, Any]:
+    """A state of which each process has some rows of one tensor, and the first all of another."""
+    first, end = ROWS[n][rank]
+    rows = checkpoints.Part(WHOLE[first:end] + value, (7, 5), (first, 0), True)
+    both = checkpoints.Part(WHOLE[0] + value, (5,), (0,), rank == 0)
+    return {
+        "step": value,
+        "list": [{"rows": rows}],
+        "both": both,
+        "row": {rank: checkpoints.Part(WHOLE[rank], (5,), (0,), True)},
+    }
+
+
+def saved(two: Run, folder: Path, value: int, keep: int = 2) -> Path:
+    paths = two(lambda rank: checkpoints.save(folder, value, divided(rank, value), keep))
+    assert paths[0] == paths[1]
+    return paths[0]
+
+
+def test_any_part_of_what_processes_divided_is_read_by_any_number(tmp_path: Path, two: Run) -> None:
+    path = saved(two, tmp_path, 1)
+    assert names(path) == ["manifest.json", "pieces_00000.safetensors", "pieces_00001.safetensors", "state.pt"]
+    for state in (checkpoints.load(path), *two(lambda rank: checkpoints.load(path))):
+        rows = state["list"][0]["rows"]
+        assert state["step"] == 1 and torch.equal(state["both"][()], WHOLE[0] + 1) and state["row"].keys() == {0, 1}
+        for first, end in ((0, 7), (3, 5), (5, 7), (4, 4)):
+            where = slice(first, end), slice(1, 3)
+            assert torch.equal(rows[where], WHOLE[where] + 1)
+        assert torch.equal(rows[()], WHOLE + 1) and torch.equal(state["row"][1][()], WHOLE[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, "pieces_00001.safetensors has .* bytes of the .* in its manifest"),
+        (flip_a_bit, "pieces_00001.safetensors is damaged: its checksum"),
+        (Path.unlink, "pieces_00001.safetensors cannot be read .No such file"),
+    ],
+)
+def test_a_piece_that_is_torn_or_missing_leads_all_to_the_checkpoint_before(
+    tmp_path: Path, two: Run, damage: Callable[[Path], None], message: str
+) -> None:
+    saved(two, tmp_path, 1)
+    damage(saved(two, tmp_path, 2) / "pieces_00001.safetensors")
+    said: list[str] = []
+    found = two(lambda rank: checkpoints.newest(tmp_path, said.append if rank == 0 else lambda message: None))
+    assert [state["step"] for _, state in found] == [1, 1]
+    (line,) = said
+    assert line.startswith("skipping checkpoint step_00000002: ")
+    with pytest.raises(CheckpointError, match=message):
+        raise CheckpointError(line)
+
+
+def test_a_disk_that_is_full_for_one_process_fails_all_and_leaves_the_checkpoint_before(
+    tmp_path: Path, two: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(two, tmp_path, 1)
+    write = checkpoints.weights.write
+
+    def full(path: Path, tensors: Any) -> None:
+        if path.name == "pieces_00001.safetensors":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoints.weights, "write", full)
+    for error in two(lambda rank: checkpoints.save(tmp_path, 2, divided(rank, 2), 1)):
+        assert isinstance(error, OSError) and "process 1: " in str(error) and "pieces_00001" in str(error)
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_tensor_that_is_not_whole_is_refused_before_room_is_made_for_it(tmp_path: Path) -> None:
+    part = checkpoints.Part(WHOLE, (1 << 50, 5), (0, 0), True)
+    state = checkpoints.load(checkpoints.save(tmp_path, 1, {"part": part}, 1))
+    with pytest.raises(CheckpointError, match=r"part is not whole in .*pieces_00000"):
+        state["part"][()]
+
+
+@pytest.mark.parametrize("file", ["../step_00000001/pieces_00000.safetensors", "other.safetensors"])
+def test_an_index_leads_only_to_files_of_the_folder_that_its_manifest_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    at = [{"file": file, "start": [0], "size": [5]}]
+    path = checkpoints.save(tmp_path, 1, {"pieces": [{"path": ["part"], "shape": [5], "at": at}]}, 1)
+    with pytest.raises(CheckpointError, match=r"state.pt cannot be read \(it names .*, which .*manifest.json does not"):
+        checkpoints.load(path)
+
+
+def test_the_newest_stay_and_the_first_of_each_so_many_hours(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        checkpoints.save(tmp_path, step, {"meter": {"seconds": 1800.0 * step}}, 2, hours=1.5)
+    assert [int(name[-2:]) for name in names(tmp_path)] == [1, 3, 6, 8, 9]

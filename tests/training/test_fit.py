@@ -49,8 +49,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def plain(state: Any) -> Any:
     """``state`` with lists for tensors, which == compares exactly."""
-    if isinstance(state, torch.Tensor):
-        return str(state.dtype), state.tolist()
+    if isinstance(state, torch.Tensor | checkpoints.Stored):
+        return str(state[()].dtype), state[()].tolist()
     if isinstance(state, dict):
         return {key: plain(value) for key, value in state.items()}
     return [plain(item) for item in state] if isinstance(state, list | tuple) else state

@@ -34,18 +34,22 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from open_mythos.training.fit import Watch, fit
 
-def train(run, asked):
+def train(run, asked, victims=()):
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    (run.parent / os.environ["RANK"]).write_text(str(os.getpid()))
     def record(line):
+        for victim in [who for who, step in victims[attempt:attempt + 1] if line["step"] == step]:
+            os.kill(int((run.parent / victim).read_text()), signal.SIGKILL)
         if line["step"] == asked:
             os.kill(os.getppid(), signal.SIGTERM)
             while not signal.getsignal(signal.SIGTERM).__self__.asked:
                 time.sleep(0.01)
     fit(tiny_run(), run, "auto", Watch(record, lambda said: print(said, flush=True), again="mythos again"))
 
-def launch(run, asked):
+def launch(run, asked, victims=()):
     config = LaunchConfig(1, 1, 2, run_id=run.name, start_method="fork", rdzv_endpoint="localhost:0",
-                          rdzv_backend="c10d", monitor_interval=0.1)
-    elastic_launch(config, train)(run, asked)
+                          rdzv_backend="c10d", monitor_interval=0.1, max_restarts=len(victims))
+    elastic_launch(config, train)(run, asked, victims)
 
 folder = Path(sys.argv[1])
 try:
@@ -54,6 +58,7 @@ except SignalException as error:
     assert error.sigval == signal.SIGTERM
 launch(folder / "stopped", 0)
 launch(folder / "whole", 0)
+launch(folder / "killed", 0, [("1", 6), ("0", 10)])
 """
 
 
@@ -171,18 +176,23 @@ def test_what_is_ignored_stays_so_and_other_threads_are_left_alone(monkeypatch: 
     thread.join()
 
 
-def test_torchrun_is_stopped_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Its own agent, which passes a signal on to two processes; forked, as they then need not import anything."""
+def test_torchrun_is_stopped_or_its_processes_killed_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Its own agent, which passes a signal on to two processes; forked, as they then need not import anything.
+
+    A restart for each that is killed: first the second process, then the first, which holds the lock.
+    """
     places = os.pathsep.join(str(Path(__file__).parents[i]) for i in range(3))
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHES, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    saved = tmp_path / "stopped/checkpoints/step_00000006"
+    saved = tmp_path / "stopped/checkpoints/step_00000007"  # step 6 had ended, and the next one's end tells all
     assert f"stopped by SIGTERM; {saved} is saved; go on from it with mythos again" in done.stdout.splitlines()
     assert f"resuming from {saved}" in done.stdout.splitlines()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert done.stdout.count("which has ended without a word: it is taken over") == 1
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.skipif(not LONG, reason="three starts of torchrun; OPEN_MYTHOS_LONG=1")

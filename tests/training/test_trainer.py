@@ -13,6 +13,16 @@ from open_mythos.training.objective import Objective, Outcome
 from open_mythos.training.trainer import Trainer, TrainingError
 
 
+def test_a_checkpoint_of_another_model_is_said_to_be() -> None:
+    trainer = Trainer(tiny_run())
+    state = trainer.state_dict()
+    for other, shape in (({}, "none"), ({"embed.weight": torch.zeros(1, 16)}, r"\(1, 16\)")):
+        with pytest.raises(
+            ValueError, match=rf"of another model: its embed.weight is {shape}, and \(3, 16\) is expected"
+        ):
+            trainer.load_state_dict(state | {"model": other})
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Make the loss of these steps (from 0) not a number."""
     plan, call, now = Objective.plan, Objective.__call__, [0]

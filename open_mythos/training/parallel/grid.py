@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from open_mythos import __version__
 from open_mythos.fields import must
 from open_mythos.training import distributed
 from open_mythos.training.config import TrainConfig
@@ -54,7 +55,7 @@ class Grid:
         """Make the groups; from now on a process that waits for others for ``timeout`` seconds fails."""
         if distributed.world_size() == 1 or not dist.is_initialized():
             return
-        versions = distributed.gathered(torch.__version__)
+        versions = distributed.gathered(f"{torch.__version__} and open_mythos {__version__}")
         other = next((i for i, version in enumerate(versions) if version != versions[0]), 0)
         said = (
             f"process {other} has torch {versions[other]} and process 0 {versions[0]}; install one version everywhere"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.nn.auxiliary import experts
 from open_mythos.tasks import Batch
 from open_mythos.training import distributed
+from open_mythos.training.checkpoints import Part, Stored
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.objective import Objective, Outcome, Plan
 from open_mythos.training.parallel.grid import Grid
@@ -98,10 +101,18 @@ class Parallel:
             dist.all_reduce(layer.expert_load)
             layer.expert_load.div_(self.grid.tensor, rounding_mode="floor").add_(load)
 
-    def add_up(self, numbers: Tensor, loops: float, plan: Plan) -> tuple[float, list[float]]:
-        """After the last backward pass: gradients of the whole step, in ``held``, their norm, and sums of ``numbers``.
+    @property
+    def waits_inside(self) -> bool:
+        """Whether processes wait for each other before a step's last backward pass has ended."""
+        return max(self.grid.shard, self.grid.expert, self.grid.tensor) > 1
 
-        Nothing waits for a GPU before. Numbers are sums over this process's rows, ``loops`` among them.
+    def add_up(
+        self, numbers: Tensor, loops: float, plan: Plan, own: tuple[float, float]
+    ) -> tuple[float, list[float], list[tuple[float, float]]]:
+        """After the last backward pass: gradients of the whole step, in ``held``, and their norm.
+
+        Nothing waits for a GPU before. Also the sums of ``numbers``, which are sums over this process's rows, ``loops``
+        among them; and each process's ``own`` two numbers.
         """
         for unit in self.units:
             unit.reshard()
@@ -117,12 +128,15 @@ class Parallel:
         squares = [nn.utils.get_total_norm(group).double() ** 2 / copies for copies, group in by_copies.items()]
         square, *sums = torch.cat([torch.stack(squares).sum().view(1), numbers.double()]).tolist()
         total = [square, *(number / self.grid.tensor for number in (loops, *sums))]
+        heard = [own]
         if not self.is_alone:
-            both = torch.tensor(total, dtype=torch.float64)
+            heard = [own if i == dist.get_rank() else (0.0, 0.0) for i in range(dist.get_world_size())]
+            both = torch.tensor([*total, *itertools.chain(*heard)], dtype=torch.float64)
             dist.all_reduce(both)
-            total = both.tolist()
+            pairs = both[len(total) :].view(-1, 2).tolist()
+            total, heard = both[: len(total)].tolist(), [(said, seconds) for said, seconds in pairs]
         norm = math.sqrt(total[0]) if math.isfinite(total[0]) else math.nan
-        return norm, total[1:]
+        return norm, total[1:], heard
 
     def clip(self, norm: float) -> None:
         """Scale gradients whose norm, of all of them together, is ``norm``, to at most ``cfg.optim.clip``."""
@@ -138,6 +152,17 @@ class Parallel:
         """:meth:`Piece.gathered` of what is divided as the parameters are, by name."""
         return {n: self.pieces[n].gathered(part) if self.pieces else part.detach() for n, part in held.items()}
 
+    def shared(self, held: Mapping[str, Tensor]) -> dict[str, Tensor | Part]:
+        """:meth:`Piece.shared`, by name; of one process the tensors themselves."""
+        return {n: self.pieces[n].shared(part) if self.pieces else part.detach() for n, part in held.items()}
+
+    def of_rows(self, states: Mapping[int, Tensor]) -> dict[int, Tensor | Part]:
+        """As :meth:`shared`, what there is of each row that this process runs."""
+        if not self.pieces:
+            return dict(states)
+        is_first = distributed.rank() % self.grid.tensor == 0
+        return {row: Part(one, tuple(one.shape), (0,) * one.ndim, is_first) for row, one in states.items()}
+
     def model_state(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's ``state_dict()`` with these for parameters, :meth:`gathered`."""
         found = dict(self.model.named_buffers()) | self.gathered(held)
@@ -145,10 +170,15 @@ class Parallel:
         return found | {name: found["embed.weight"] for name in tied}
 
     @torch.no_grad()
-    def load(self, held: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
-        """Give ``held`` what this process is to hold of ``whole``."""
+    def load(self, held: Mapping[str, Tensor], whole: Mapping[str, Tensor | Stored]) -> None:
+        """Give ``held`` what this process is to hold of ``whole``; ValueError for that of another model."""
         for name, tensor in held.items():
-            tensor.copy_(self.pieces[name].part(whole[name]) if self.pieces else whole[name])
+            came, expected = whole.get(name), self.pieces[name].shape if self.pieces else tensor.shape
+            shape = "none" if came is None else tuple(came.shape)
+            said = f"the checkpoint is of another model: its {name} is {shape}, and {tuple(expected)} is expected"
+            must(came is not None and came.shape == expected, f"{said}; go on with the model that it was made of")
+            assert came is not None
+            tensor.copy_(self.pieces[name].part(came) if self.pieces else came[()])
 
     def _check_gradients(self, plan: Plan) -> None:
         """An error where FSDP has lost a gradient: a parameter that took part, and has none."""

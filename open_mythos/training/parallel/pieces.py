@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from open_mythos.training import distributed
+from open_mythos.training.checkpoints import Part, Stored
 from open_mythos.training.parallel.grid import Grid
 
 Cuts = dict[str, dict[str, int]]
@@ -27,6 +28,7 @@ class Piece:
         shape: of the whole.
         mesh, placements: how the whole is divided; None and empty where every process holds all of it.
         copies: processes that hold the same.
+        is_first: whether this process is the first of these.
         group: processes whose gradients are to be added up, where FSDP does not do it.
     """
 
@@ -36,7 +38,24 @@ class Piece:
     mesh: DeviceMesh | None = None
     placements: tuple[Shard, ...] = ()
     copies: int = 1
+    is_first: bool = True
     group: dist.ProcessGroup | None = None
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where in the whole it lies; parts of an axis are those of :func:`torch.chunk`."""
+        ranges = [range(n) for n in self.shape]
+        for i, placement in enumerate(self.placements):
+            assert self.mesh is not None
+            whole, n, own = ranges[placement.dim], self.mesh.size(i), self.mesh.get_local_rank(i)
+            size = -(-len(whole) // n)
+            ranges[placement.dim] = whole[own * size : (own + 1) * size]
+        return tuple(slice(r.start, r.stop) for r in ranges)
+
+    def shared(self, held: Tensor) -> Part:
+        """A tensor that is divided as the parameter is, for a checkpoint."""
+        start = tuple(part.start for part in self.place)
+        return Part(held.detach(), tuple(self.shape), start, self.is_first)
 
     def as_dtensor(self, held: Tensor) -> DTensor | Tensor:
         """A tensor that is divided as the parameter is, as one of the whole; itself where all of it is here."""
@@ -60,13 +79,9 @@ class Piece:
         whole = self.whole(held.detach())
         return whole.cpu() if distributed.rank() == 0 else whole.new_empty(0)
 
-    @torch.no_grad()
-    def part(self, whole: Tensor) -> Tensor:
-        """What this process holds of ``whole``, which every process has."""
-        if self.mesh is None:
-            return whole
-        given = whole.to(self.held.device)
-        return distribute_tensor(given, self.mesh, self.placements, src_data_rank=None).to_local()
+    def part(self, whole: Tensor | Stored) -> Tensor:
+        """What this process holds of ``whole``, which every process has, or can read; copied if it is divided."""
+        return whole[()] if self.mesh is None else whole[self.place].to(self.held.device, copy=True)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -100,4 +115,5 @@ def _piece(parameter: nn.Parameter, grid: Grid, cut: Mapping[str, int]) -> Piece
     copies = distributed.world_size() // prod(mesh[name].size() for name in names)
     group = None if by_fsdp else grid.group("copies" if is_expert else "replicate")
     own, placements = (mesh[tuple(names)], tuple(Shard(dims[name]) for name in names)) if names else (None, ())
-    return Piece(parameter, held, torch.Size(shape), own, placements, copies, group)
+    is_first = all(mesh[name].get_local_rank() == 0 for name in mesh.mesh_dim_names or () if name not in names)
+    return Piece(parameter, held, torch.Size(shape), own, placements, copies, is_first, group)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 HERE = Path(__file__).parent
@@ -30,6 +31,13 @@ def launch(folder: Path, groups: list[tuple[int, list[Job]]], timeout: float = 2
         assert by_process and len(by_process[0]) == len(jobs), done.stderr
         results.append(by_process[0])
     return results
+
+
+def assert_gone_on(result: dict[str, Any], losses: list[float]) -> None:
+    """All of a state is bit for bit as it was saved: weights, averages, optimizers, rows to start from; and ``losses``
+    are those that follow."""
+    assert not result["differing"] and result["n"] > 100
+    assert result["losses"] == pytest.approx(losses, rel=1e-5)
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import assert_same, launch
+from launch import assert_gone_on, assert_same, launch
 from tiny import tiny_run
 
 from open_mythos.planning.job import Job, Layout, Settings
@@ -35,6 +35,9 @@ CHOSEN = {
 }
 
 
+GONE_ON = {4: ("parallel.expert=4",), 1: (), 2: ("parallel.shard=2", "parallel.expert=2"), 3: ("parallel.shard=3",)}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """All that is run, in few groups of processes: they take longer to start than to train."""
@@ -49,9 +52,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         (2, "again"): ["collectives", "parallel.shard=2", AGAIN, "loss.depth=uniform", *fixed],
         (2, "exchanged"): ["collectives", "parallel.expert=2", *fixed],
         (2, "bypassed"): ["bypassed", "parallel.shard=2"],
-        (2, "abandoned"): ["abandoned", "parallel.shard=2"],
     }
-    names = {n: [key for key in jobs if key[0] == n] for n in (1, 4, 2)}
+    elastic = ["batch_size=12", "model.n_experts=4", MUON]
+    jobs[4, "saved"] = ["saved", 2, 2, "elastic", *LAYOUTS["FSDP + EP 2"], *elastic]
+    jobs |= {(n, f"loaded by {n}"): ["loaded", 2, "elastic", *layout, *elastic] for n, layout in GONE_ON.items()}
+    jobs[1, "saved by one"] = ["saved", 2, 2, "alone", *elastic]
+    jobs[2, "loaded from one"] = ["loaded", 2, "alone", *GONE_ON[2], *elastic]
+    jobs[2, "stopped"] = ["stopped", "stopped", "steps=9", "parallel.expert=2", "save_every=2"]
+    jobs[2, "slow"] = ["slow", "parallel.shard=2"]
+    jobs[2, "abandoned"] = ["abandoned", "parallel.shard=2"]  # the last: one of the two ends
+    names = {n: [key for key in jobs if key[0] == n] for n in (4, 1, 2, 3)}
     results = launch(tmp_path_factory.mktemp("found"), [(n, [jobs[key] for key in keys]) for n, keys in names.items()])
     keys = itertools.chain(*names.values())
     return dict(zip((key if key[1] in CHOSEN else key[1] for key in keys), itertools.chain(*results), strict=True))
@@ -108,6 +118,24 @@ def test_a_lost_gradient_is_an_error(found: dict[Any, Any]) -> None:
 def test_a_process_that_does_not_come_is_named(found: dict[Any, Any]) -> None:
     said = found["abandoned"]
     assert "process 0 waited for process 1 in " in said and ", in step 2 (" in said and "parallel.timeout=3" in said
+
+
+@pytest.mark.parametrize("n", GONE_ON)
+def test_what_four_saved_while_they_went_on_is_gone_on_with_by_any_number(found: dict[Any, Any], n: int) -> None:
+    assert_gone_on(found[f"loaded by {n}"], found["saved"])
+
+
+def test_what_one_saved_is_gone_on_with_by_two(found: dict[Any, Any]) -> None:
+    assert_gone_on(found["loaded from one"], found["saved by one"])
+
+
+def test_all_leave_after_the_same_step_with_the_code_of_the_signal_that_one_was_sent(found: dict[Any, Any]) -> None:
+    assert found["stopped"] == [129, 129]
+
+
+def test_each_process_knows_how_long_the_others_were_busy_and_what_they_say(found: dict[Any, Any]) -> None:
+    (said, quick), (word, slow) = found["slow"]
+    assert (said, word) == (0, 1) and slow >= 0.2 and quick < slow - 0.1
 
 
 TABLE = list(itertools.product(("loops.schedule=fixed", EACH), ((), (AGAIN,)), ((), (MLA,)), ((), (MUON,))))

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos.ops import experts
+from open_mythos.training import checkpoints, distributed
+from open_mythos.training.fit import Watch, fit
 from open_mythos.training.trainer import Lost, Trainer
 
 FOLDER = Path()
@@ -40,15 +45,15 @@ def trained(steps: int, *overrides: str, start: str = "", end: str = "") -> dict
     """Of so many steps, gone on from what is in ``start``: numbers of each, and whole weights and averages after."""
     trainer = made(*overrides)
     if start:
-        trainer.load_state_dict(torch.load(FOLDER / start))
+        trainer.load_state_dict(newest(start))
     results = [trainer.step() for _ in range(steps)]
     assert not any(result.skipped for result in results)
-    state = trainer.state_dict()
-    if end and dist.get_rank() == 0:
-        torch.save(state, FOLDER / end)
+    if end:
+        checkpoints.save(FOLDER / end, steps, trainer.state_dict(), None)
+    averages = trainer.parallel.gathered(trainer.ema.average)
     return {
         "steps": [[r.loss, r.grad_norm, r.loops, r.accuracy, *r.parts.values()] for r in results],
-        "weights": state["model"] | {f"average.{name}": x for name, x in state["ema"]["average"].items()},
+        "weights": trainer.parallel.gathered(trainer.parallel.held) | {f"average.{n}": x for n, x in averages.items()},
         "load": trainer.expert_load,
         "size": trainer.gauges()["spectral_radius"],
     }
@@ -57,8 +62,79 @@ def trained(steps: int, *overrides: str, start: str = "", end: str = "") -> dict
 def between(steps: int, *overrides: str) -> dict[str, Any]:
     """As :func:`trained`, in two halves, the second by a trainer that has loaded the first's state."""
     trained(steps // 2, *overrides, end="half")
-    dist.barrier()
     return trained(steps - steps // 2, *overrides, start="half")
+
+
+def newest(folder: str) -> dict[str, Any]:
+    found = checkpoints.newest(FOLDER / folder, print)
+    assert found is not None
+    return found[1]
+
+
+def saved(steps: int, more: int, folder: str, *overrides: str) -> list[float]:
+    """Losses of the steps after those whose state is to be written to ``folder``: several processes do it when all
+    steps are made."""
+    trainer, saving = made(*overrides), checkpoints.Saving(FOLDER / folder)
+    for _ in range(steps):
+        trainer.step()
+    write, are_made = checkpoints.save, threading.Event()
+    checkpoints.save = lambda *args: (saving.group is None or are_made.wait(), write(*args))[1]
+    saving.begin(steps, trainer.state_dict(), None)
+    losses = [trainer.step().loss for _ in range(more)]
+    are_made.set()
+    saving.end()
+    checkpoints.save = write
+    return losses
+
+
+def loaded(more: int, folder: str, *overrides: str) -> dict[str, Any]:
+    """Of a trainer that goes on from ``folder``: what of its state is not bit for bit what was saved; its losses."""
+    trainer, again = made(*overrides), f"{folder}-{dist.get_world_size()}-{'-'.join(overrides)}"
+    trainer.load_state_dict(newest(folder))
+    checkpoints.save(FOLDER / again, 1, trainer.state_dict(), None)
+    states = [newest(name) for name in (again, folder)]
+    mine, expected = (dict(leaves(state) if dist.get_rank() == 0 else ()) for state in states)
+    differing = sorted(mine.keys() ^ expected.keys())
+    differing += [name for name, value in expected.items() if name in mine and not same(value, mine[name])]
+    return {"differing": differing, "n": len(expected), "losses": [trainer.step().loss for _ in range(more)]}
+
+
+def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            if key != "config":
+                yield from leaves(value, f"{name}/{key}")
+    else:
+        yield name, state[()] if isinstance(state, checkpoints.Stored) else state
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
+
+
+def stopped(folder: str, *overrides: str) -> list[Any]:
+    """The codes that both processes leave with, where the second is asked to stop while the third step is logged."""
+    processes, code = distributed.gathered(os.getpid()), None
+
+    def record(line: Any) -> None:
+        if line["step"] == 3:
+            os.kill(processes[1], signal.SIGHUP)
+
+    try:
+        fit(tiny_run(f"parallel.timeout={PATIENCE}", *overrides), FOLDER / folder, "auto", Watch(record, print))
+    except SystemExit as left:
+        code = left.code
+    return distributed.gathered(code)
+
+
+def slow(*overrides: str) -> list[Any]:
+    """What each of two processes has said of a step, in which the second was slow to draw its batch."""
+    trainer = made(*overrides)
+    if dist.get_rank() == 1:
+        trainer.draw = lambda draw=trainer.draw: (time.sleep(0.2), draw())[1]  # type: ignore[method-assign]
+    return [trainer.step(dist.get_rank).heard for _ in range(3)][-1]
 
 
 class Collectives(TorchDispatchMode):

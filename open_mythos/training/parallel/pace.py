@@ -1,0 +1,32 @@
+"""Whether one process keeps the others waiting."""
+
+from statistics import median_low
+
+WINDOW = 50  # steps that are looked at together
+_MUCH = 1.5  # times the median of all processes
+_FELT = 0.1  # share of the steps' time that it costs them at least
+
+
+class Pace:
+    """How long each process is busy in a step with what it waits for nobody in, summed over windows of steps."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, self.own = 0, 0.0, list[float]()
+
+    def add(self, own: list[float], seconds: float) -> str:
+        """Seconds that each process needed alone in a step, and that the step took.
+
+        Returns:
+            A warning that names the slowest process, if a window has ended in which it was much slower; or "".
+        """
+        self.own = [a + b for a, b in zip(self.own or [0.0] * len(own), own, strict=True)]
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        if self.steps < WINDOW:
+            return ""
+        slowest, usual, whole = max(self.own), median_low(self.own), self.seconds
+        said = (
+            f"process {self.own.index(slowest)} is slow: alone it needed {slowest:.3g} s of the last {WINDOW} steps' "
+            f"{whole:.3g} s, and the median of all {len(own)} is {usual:.3g} s; look at its machine"
+        )
+        self.__init__()  # type: ignore[misc]
+        return said if slowest > _MUCH * usual and slowest - usual > _FELT * whole else ""

@@ -1,0 +1,73 @@
+"""Processes that torchrun started are killed, and all go on: with no other losses, and soon."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+from test_fit import metrics
+
+LONG = bool(os.environ.get("OPEN_MYTHOS_LONG"))
+KILLS, STEPS = 20, 600
+WORDS = [
+    "train",
+    "debug",
+    f"steps={STEPS}",
+    "save_every=5",
+    "log_every=1",
+    "evaluation.loops=1",
+    "evaluation.examples=2",
+]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
+def lines(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def workers(agent: int) -> list[int]:
+    """Processes that an agent has started, by rank."""
+    found = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    said = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in found}
+    ranks = {int(word[5:]): int(pid) for pid, words in said.items() for word in words if word.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+@pytest.mark.skipif(not LONG, reason="20 restarts of torchrun; OPEN_MYTHOS_LONG=1")
+@pytest.mark.timeout(1800)
+def test_processes_killed_at_random_steps_change_nothing(tmp_path: Path) -> None:
+    draw, env, times = random.Random(0), {**os.environ, "OMP_NUM_THREADS": "1"}, list[float]()
+    command = [*TORCHRUN, f"--max-restarts={KILLS}", "--nproc-per-node=2", "-m", "open_mythos", *WORDS]
+    command += ["parallel.shard=2", "--resume", "auto", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], env=env, check=True, capture_output=True, timeout=600)
+    run = tmp_path / "run"
+    with (tmp_path / "said").open("w") as said:
+        agent = subprocess.Popen([*command, str(run)], env=env, stdout=said, stderr=said)
+        for kill in range(KILLS):
+            target = draw.randrange((kill + 1) * STEPS // (KILLS + 2), (kill + 2) * STEPS // (KILLS + 2))
+            while lines(run) < target:
+                assert agent.poll() is None, (tmp_path / "said").read_text()[-3000:]
+                time.sleep(0.005)
+            os.kill(draw.choice(workers(agent.pid)), signal.SIGKILL)
+            start = time.monotonic()
+            time.sleep(0.5)  # the other process may write a line yet
+            before = lines(run)
+            while (now := lines(run)) <= before:
+                assert agent.poll() is None, (tmp_path / "said").read_text()[-3000:]
+                before = now  # or less, when the lines after the checkpoint have gone
+                time.sleep(0.02)
+            times.append(time.monotonic() - start)
+        assert agent.wait(300) == 0, (tmp_path / "said").read_text()[-3000:]
+    print(f"{KILLS} kills; running again after {min(times):.1f} to {max(times):.1f} s, mean {sum(times) / KILLS:.1f} s")
+    assert metrics(run) == metrics(tmp_path / "whole")
+    for name in ("model/model.safetensors", "evaluation.json"):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert median(times) < 15
