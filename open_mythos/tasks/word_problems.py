@@ -70,8 +70,8 @@ class WordProblems(Task):
     has Cora ?`` is a problem of two operations: those that the person who is asked for and all before need. Each
     sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end. Its
     steps are the number that its person has, known after as many steps as the longest chain of operations to it, and
-    until then whom it waits for: of two people the one whose number is known later. The answer, the only target, is
-    known a step after its person's number. No question needs all sentences.
+    until then whom it waits for, of two people the first: which of them is known later it cannot know. The answer, the
+    only target, is known a step after its person's number. No question needs all sentences.
 
     Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
     together in a sentence of the held-out split, names and patterns that do, and so all its sentences, are never
@@ -138,9 +138,7 @@ class WordProblems(Task):
         ids, valid, ends = joined([facts, ASKS.sentences(person, [_FIRST_NAME + person], test, generator)])
         due = torch.cat([depth.gather(1, order), depth.gather(1, asked) + 1], 1)
         known = torch.cat([value.gather(1, order), value.gather(1, asked)], 1)
-        of = source.clamp(min=0).flatten(1)
-        later = depth.gather(1, of).view_as(source).masked_fill(source < 0, -1).argmax(2, keepdim=True)
-        awaited = torch.cat([sources.gather(2, later).squeeze(2).gather(1, order), person], 1)
+        awaited = torch.cat([sources[..., 0].gather(1, order), person], 1)
         steps = torch.arange(difficulty + 2) < due[..., None]
         known = torch.where(steps, _FIRST_NAME + awaited[..., None], _ZERO + known[..., None])
         return problems(ids, valid, ends, known, 1)

@@ -59,7 +59,7 @@ def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
                 value[name] = MADE[kind](int(number or 0), *[value[s] for s in sources], 0, 0) % task.modulus
                 due = depth[name] = 1 + max((depth[s] for s in sources), default=-1)
                 needs[name] = {name, *(p for s in sources for p in needs[s])} if sources else set()
-                now, awaited = value[name], max(sources, key=lambda s: depth[s], default=name)
+                now, awaited = value[name], sources[0] if sources else name
             expected[place, :due] = encode(awaited)[0]
             expected[place, due:] = encode(str(now))[0]
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
