@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import os
 import random
 import sys
@@ -33,13 +34,20 @@ class Interrupted(BaseException):
 
 
 def run_to(call: Callable[[], Any], last: int) -> tuple[bool, int]:
-    """Run ``call`` until it is to execute the package's line number ``last``; whether it was, and lines begun."""
-    n = [0]
+    """Run ``call`` until it is to execute the package's line number ``last``; whether it was, and lines begun.
+
+    Where a ``with`` is left does not count: Python looks for signals once ``__exit__`` was called, not before.
+    """
+    n, at = [0], dict[int, int]()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "_close":  # at collection
             return None
         if event == "line":
+            before, at[id(frame)] = at.get(id(frame), 0), frame.f_lineno
+            words = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split()
+            if before > frame.f_lineno and words[:1] == ["with"]:
+                return trace
             n[0] += 1
             if n[0] == last:
                 sys.settrace(None)

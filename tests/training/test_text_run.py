@@ -34,10 +34,10 @@ from open_mythos.training.trainer import Trainer
 
 torch.set_num_threads(1)
 cfg, run, step = TrainConfig.load(sys.argv[1]), Path(sys.argv[2]), Trainer.step
-def stopping(trainer):
+def stopping(trainer, *say):
     if trainer.step_number == 6:
         raise InterruptedError
-    return step(trainer)
+    return step(trainer, *say)
 with distributed.processes():
     Trainer.step = stopping
     with suppress(InterruptedError):
