@@ -105,14 +105,15 @@ def announce(message: str) -> None:
 
 
 @contextmanager
-def live(total: float, first: str = "") -> Iterator[Callable[..., None]]:
+def live(total: float, first: str = "", is_shown: bool = True) -> Iterator[Callable[..., None]]:
     """Show what is being done: a transient bar on a terminal's stderr, elsewhere a line every ``SILENCE`` seconds.
 
     Call the yielded function with what that is, and the ``completed`` and the ``total`` of the bar if they change.
+    Nothing is, unless ``is_shown``: of several processes, one shows what all are doing.
     """
     doing, started, over = first, time.monotonic(), Event()
     columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    bar = Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal)
+    bar = Progress(*columns, console=_errors, transient=True, disable=not (is_shown and _errors.is_terminal))
     shown = bar.add_task(first, total=total)
 
     def update(what: str, completed: float | None = None, total: float | None = None) -> None:
@@ -126,7 +127,7 @@ def live(total: float, first: str = "") -> Iterator[Callable[..., None]]:
                 said = Text(f"{doing} ({time.monotonic() - started:.0f} s)")
                 _errors.print(said, soft_wrap=True)
 
-    if not _errors.is_terminal:
+    if is_shown and not _errors.is_terminal:
         Thread(target=speak, daemon=True).start()
     try:
         with bar:

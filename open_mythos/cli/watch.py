@@ -21,7 +21,7 @@ def reading(overrides: list[str]) -> Iterator[None]:
     sources = [text for text in overrides if text.startswith("data=")]
     if sources and distributed.rank() == 0:
         log(f"reading {sources[-1]}")
-    with live(1, "reading" if distributed.rank() == 0 else ""):
+    with live(1, "reading", distributed.rank() == 0):
         yield
 
 
@@ -36,7 +36,7 @@ def watching(cfg: TrainConfig, again: str = "") -> Iterator[Watch]:
     ``again`` is the command that goes on with the run. A training that cannot go on is :func:`fail`'s.
     """
     n_stages, stage = stages(cfg), itertools.count(1)
-    with live(cfg.steps, "the first steps") as update:
+    with live(cfg.steps, "the first steps", distributed.rank() == 0) as update:
 
         def record(numbers: Record) -> None:
             update(live_line(numbers, cfg.steps), numbers["step"])

@@ -60,6 +60,9 @@ def test_nothing_is_silent_for_long(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert said.count("thinking [hard] (0 s)") >= 3
     time.sleep(0.1)
     assert not capsys.readouterr().err, "silent again when it is over"
+    with console.live(2, "what another process shows", is_shown=False):
+        time.sleep(0.2)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", [["train", "text", "data=hf:no/such-text"], ["retrofit", "no/such-model"]])
