@@ -134,10 +134,11 @@ def races(model: OpenMythos, case: Case, exit: Exit, rounds: int) -> dict[str, A
     batches = dict.fromkeys(("batch 1", f"batch {ROWS}"), case.problems(ROWS, 2))
     if case.sizes:
         batches["mixed"] = case.problems(ROWS, 2, mixed=True)
-    return {
-        name: adaptive_ways.race(model, case.loops, batch, exit, rounds, one_by_one=name == "batch 1")
-        for name, batch in batches.items()
-    }
+    with measuring(model, halting=False) as still:
+        return {
+            name: adaptive_ways.race(still, case.loops, batch, exit, rounds, one_by_one=name == "batch 1")
+            for name, batch in batches.items()
+        }
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from open_mythos import KVCache, OpenMythos
-from open_mythos.evaluation.depth import measuring
 from open_mythos.generation.depth_batching import DepthBatch
 from open_mythos.generation.engine import Depth
 from open_mythos.generation.engines import make_engine
@@ -80,6 +79,7 @@ def race(model: OpenMythos, n_loops: int, batch: Batch, exit: Exit, rounds: int,
     """Every way's tokens per second, times as fast as the fixed count, and share of answers that "plain" has otherwise.
 
     Args:
+        model: as :func:`measuring` gives it, without halting.
         one_by_one: rows after each other, not at once.
     """
     rows = 1 if one_by_one else len(batch.ids)
@@ -97,13 +97,11 @@ def race(model: OpenMythos, n_loops: int, batch: Batch, exit: Exit, rounds: int,
     real = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     answers = {}
-    model.cfg.halting = False
-    with measuring(model):
-        by_operations(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n_loops, exit)  # warm
-        for _ in range(rounds):
-            for way, run in ways.items():
-                took, answers[way] = run()
-                seconds[way].append(took)
+    by_operations(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n_loops, exit)  # warm
+    for _ in range(rounds):
+        for way, run in ways.items():
+            took, answers[way] = run()
+            seconds[way].append(took)
     found: dict[str, Any] = {"tokens_per_s": {way: int(real.sum()) / median(took) for way, took in seconds.items()}}
     found["speedup"] = {
         way: median(f / a for f, a in zip(seconds[beside], took, strict=True))

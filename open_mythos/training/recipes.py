@@ -119,7 +119,8 @@ def words() -> TrainConfig:
         "words", range(1, 7), loops=16, gate=(12, 32), dim=128, heads=4, window=16,
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
-    cfg.model.coda_layers, cfg.loops.gradient, cfg.optim.lr = 1, "all", 1.2e-3  # as word problems need
+    # as word problems need
+    cfg.task.growth, cfg.loops.grown, cfg.loops.gradient, cfg.optim.lr = 0.95, 0.8, "all", 1.2e-3
     return cfg
 
 

@@ -28,5 +28,5 @@ class Pace:
             f"process {self.own.index(slowest)} is slow: alone it needed {slowest:.3g} s of the last {WINDOW} steps' "
             f"{whole:.3g} s, and the median of all {len(own)} is {usual:.3g} s; look at its machine"
         )
-        self.__init__()  # type: ignore[misc]
+        self.steps, self.seconds, self.own = 0, 0.0, []
         return said if slowest > _MUCH * usual and slowest - usual > _FELT * whole else ""
