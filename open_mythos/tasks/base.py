@@ -115,6 +115,10 @@ class Task(Checked, ABC):
         """The tasks that this one is made of, with their difficulties of its ``difficulties``; none for most."""
         return []
 
+    def drawn(self, generator: torch.Generator | None = None) -> tuple[str, Self]:
+        """Which of the tasks that this one is made of the next batch of training is of: a name, and that alone."""
+        return self.name, self
+
     @abstractmethod
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         """``n`` problems of one difficulty, drawn from ``generator`` (torch's default one if None).

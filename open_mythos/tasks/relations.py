@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.fields import choice, must, size
-from open_mythos.tasks.base import Batch, Task
+from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.english import (
     ID,
     NAMES,
@@ -23,7 +23,7 @@ from open_mythos.tasks.english import (
 )
 
 FACTS = Patterns(
-    "the {2} of {0} is {1} .", "{0} has {1} as {2} .", "{1} is the {2} of {0} .", "the {2} {0} has is {1} ."
+    "the {2} of {0} is {1} .", "{0} 's {2} is {1} .", "{1} is the {2} of {0} .", "the {2} {0} has is {1} ."
 )
 ASKS = Patterns("who is {0}", "and who is {0}", "now who is {0}", "then who is {0}")
 
@@ -31,6 +31,8 @@ _FIRST_NAME, _FIRST_RELATION = ID[NAMES[0]], ID[RELATIONS[0]]
 _FEWEST = 4  # people of a prompt
 _LONGEST = FACTS.codes.shape[1]
 _MOST = 2 * len(NAMES) // 3
+_ONE_DECIDES = 0.5  # share of the prompts of training in which the person, or nearly the relation, decides
+_OTHERS = 8  # people of a prompt of two, who have no relations of their own
 _PARTNERS = 2  # whom each person of a prompt may stand with in a sentence, at least, or relations would not matter
 
 
@@ -40,11 +42,15 @@ class Relations(Task):
 
     That one has two hops, the difficulty. Each person has several relations and each relation is one of many people,
     so that a hop needs both; the next person is never the one before the last. A question names its path from the
-    inside, so that a causal model can follow it word by word. The end of a fact knows whom and which relation it is
-    about after one loop. Each relation on the path then takes two more: one to take from the relation before it, which
-    just found it, who it is about, and one to find the fact of that person and relation; the first has its person in
-    the first loop, as facts do. So steps are, at the j-th relation, who that is, after 2 j loops, and at the question
-    mark the last of them, a loop later, which is the only target.
+    inside, so that a causal model can follow it word by word. Each relation on the path takes two loops: one to take
+    from the word before it, which just found it, who it is about, and one to find the fact of that person and relation.
+    So steps are, at the person's name, the name; at the j-th relation, whom it is about, after 2 j loops, and who that
+    is, a loop later; and at the question mark the last of them, which is the only target, a loop later still. The end
+    of a fact says whom it names.
+
+    A fact is found by its person and its relation together, and matching one helps little as long as the other is not
+    matched. So half of training's prompts need one of the two: many people of one relation each, or two people of
+    many. Their questions have one hop.
 
     The facts are either in the prompt, or always the same and have to be learned: then the prompt is a question, and
     those of one hop, all in training, are the facts. Names that stand together in a sentence of the held-out split,
@@ -56,7 +62,7 @@ class Relations(Task):
         relations: of each person.
         sentences: of a prompt with facts, the most: so many people as that is enough for.
         min_sentences: the fewest; each batch of training draws a number of people between the two.
-        questions: of a prompt with facts, the most; no two about the same person.
+        questions: of a prompt with facts; no two about the same person, if there are enough people.
         people: of facts that have to be learned.
         seed: draws facts that have to be learned.
         split: ``"train"`` or ``"held_out"``.
@@ -93,7 +99,7 @@ class Relations(Task):
         return question if self.facts == "weights" else self.sentences * _LONGEST + self.questions * question
 
     def n_steps(self, difficulty: int) -> int:
-        return 2 * difficulty + 1
+        return 2 * difficulty + 2
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test, said = self.split != "train", []
@@ -102,27 +108,42 @@ class Relations(Task):
             which = torch.arange(self.relations).expand(n, -1)
             path, way = self._unseen(of, difficulty, test, generator)
         else:
-            low, high = (count // self.relations for count in (self.min_sentences, self.sentences))
-            total = high if test else int(torch.randint(low, high + 1, (), generator=generator))
-            name, of = self._people(n, total, test, generator)
-            which = torch.rand(n, len(RELATIONS), generator=generator).argsort(1)[:, : self.relations]
-            said.append(self._said(name, of, which, test, generator))
-            asked = torch.rand(n, total, generator=generator).argsort(1)[:, : self.questions]
+            low = self.sentences if test else self.min_sentences
+            total = int(torch.randint(low, self.sentences + 1, (), generator=generator))
+            each, owners, others = self.relations, total // self.relations, 0
+            if not test and torch.rand((), generator=generator) < _ONE_DECIDES:
+                difficulty, each, owners, others = 1, 1, total, 0
+                if torch.rand((), generator=generator) < 0.5:
+                    owners, each, others = 2, min(total // 2, len(RELATIONS)), _OTHERS
+            name, of = self._people(n, owners, each, others, test, generator)
+            which = torch.rand(n, len(RELATIONS), generator=generator).argsort(1)[:, :each]
+            facts, known = self._said(name, of, which, test, generator)
+            said.append(facts)
+            asked = torch.rand(n, max(owners, self.questions), generator=generator).argsort(1)[:, : self.questions]
+            asked %= owners
             path, way = _walk(of, asked, difficulty, generator)
-        n_questions = path.shape[1]
+        n_questions, n_steps = path.shape[1], self.n_steps(difficulty)
         words = _FIRST_RELATION + which.gather(1, path.flatten(1)).view_as(path)
         people = name.gather(1, way.flatten(1)).view_as(way)
         asks = ASKS.sentences(people[..., 0], [_FIRST_NAME + people[..., 0]], test, generator)
         on_path = torch.stack([torch.full_like(words, ID["'s"]), words], 3).flatten(2)
         said.append(torch.cat([asks, on_path, torch.full_like(words[..., :1], ID["?"])], 2))
         ids, valid, ends = joined(said)
-        ends = ends[:, -n_questions:]
-        hops = torch.arange(1, difficulty + 1)
-        places = torch.cat([(ends[..., None] - 1 - 2 * (difficulty - hops)).flatten(1), ends], 1)
-        due = torch.cat([(2 * hops - 1).repeat(n_questions), torch.full((n_questions,), 2 * difficulty)])
-        known = _FIRST_NAME + torch.cat([people[..., 1:].flatten(1), people[..., -1]], 1)
-        known = from_loop(due.expand_as(known), known, 2 * difficulty + 1)
-        return problems(ids, valid, places, known, n_questions)
+        ends, asked_at = ends.split([ends.shape[1] - n_questions, n_questions], 1)
+        # at the name and each relation of every question: who that is, and before whom it is about
+        hops = torch.arange(difficulty + 1)[:, None]
+        on_path, path = asked_at[:, None] - 1 - 2 * (difficulty - hops), _FIRST_NAME + people.mT
+        found = from_loop((2 * hops).expand_as(path), path, n_steps)
+        about = from_loop(
+            (2 * hops - 1).clamp(min=0).expand_as(path), torch.cat([path[:, :1], path[:, :-1]], 1), n_steps
+        )
+        answer = from_loop(torch.full_like(asked_at, n_steps - 1), path[:, -1], n_steps)
+        steps = torch.cat([found.where(found != UNSCORED, about).flatten(1, 2), answer], 1)
+        places = torch.cat([on_path.flatten(1), asked_at], 1)
+        if self.facts == "prompt":
+            places = torch.cat([ends, places], 1)
+            steps = torch.cat([known[..., None].expand(-1, -1, n_steps), steps], 1)
+        return problems(ids, valid, places, steps, n_questions)
 
     @cached_property
     def _learned(self) -> tuple[Tensor, Tensor]:
@@ -149,32 +170,37 @@ class Relations(Task):
             rows = rows[(for_test != test) & (hops > 1)]
         return path, way
 
-    def _people(self, n: int, people: int, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Names of people, (n, people), and who each one's relations are, (n, people, relations)."""
-        name, rows = torch.empty(n, people, dtype=torch.long), torch.arange(n)
+    def _people(
+        self, n: int, people: int, each: int, others: int, test: bool, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Names of people and ``others``, and who the relations of each of the former are, (n, people, each)."""
+        every = people + others
+        name, rows = torch.empty(n, every, dtype=torch.long), torch.arange(n)
         while len(rows):
-            name[rows] = torch.rand(len(rows), len(NAMES), generator=generator).argsort(1)[:, :people]
+            name[rows] = torch.rand(len(rows), len(NAMES), generator=generator).argsort(1)[:, :every]
             partners = may_pair(test)[name[rows, :, None], name[rows, None]].sum(2)
             rows = rows[partners.amin(1) < _PARTNERS]
         may = may_pair(test)[name[:, :, None], name[:, None]]
-        of = torch.empty(n, people, self.relations, dtype=torch.long)
-        taken = torch.zeros(n, people, people)  # how often each has been somebody's
-        for i in range(people * self.relations):
+        of = torch.empty(n, people, each, dtype=torch.long)
+        taken = torch.zeros(n, every, every)  # how often each has been somebody's
+        for i in range(people * each):
             who, which = i % people, i // people
             # somebody new to them, if there is; of those, one of whom least has been said, or all would lead there
-            chance = torch.rand(n, people, generator=generator) - people * taken[:, who] * self.relations - taken.sum(1)
+            chance = torch.rand(n, every, generator=generator) - every * taken[:, who] * each - taken.sum(1)
             of[:, who, which] = one = chance.masked_fill(~may[:, who], -math.inf).argmax(1)
             taken[torch.arange(n), who, one] += 1
         return name, of
 
-    def _said(self, name: Tensor, of: Tensor, which: Tensor, test: bool, generator: torch.Generator | None) -> Tensor:
-        """The facts in any order, (n, people * relations, width)."""
-        whose = name[..., None].expand_as(of).flatten(1)
+    def _said(
+        self, name: Tensor, of: Tensor, which: Tensor, test: bool, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """The facts in any order, (n, people * each, width), and whom each names, tokens (n, people * each)."""
+        whose = name[:, : of.shape[1], None].expand_as(of).flatten(1)
         who = name.gather(1, of.flatten(1))
-        words = [_FIRST_NAME + whose, _FIRST_NAME + who, _FIRST_RELATION + which.repeat(1, name.shape[1])]
+        words = [_FIRST_NAME + whose, _FIRST_NAME + who, _FIRST_RELATION + which.repeat(1, of.shape[1])]
         facts = FACTS.sentences(whose, words, test, generator)
         order = torch.rand(who.shape, generator=generator).argsort(1)
-        return facts.gather(1, order[..., None].expand_as(facts))
+        return facts.gather(1, order[..., None].expand_as(facts)), words[1].gather(1, order)
 
 
 def _walk(of: Tensor, start: Tensor, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.fields import choice, must, size
-from open_mythos.tasks.base import Batch, Task
+from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.english import (
     ID,
     NAMES,
@@ -18,7 +18,6 @@ from open_mythos.tasks.english import (
     chosen,
     joined,
     named,
-    problems,
 )
 
 HAS = Patterns(
@@ -56,8 +55,8 @@ _CONSTANTS = 2  # people, at least, whose number is said
 _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
-# as problems grow (Task.sized): above which size sentences of more kinds are told
-_FROM = {_SAME: -1.0, _TWICE: 0.14, _MORE: 0.18, _FEWER: 0.18, _BOTH: 0.34}
+_CHAINS = 0.2  # size of problems (Task.sized) from which what was calculated is needed by others
+_ALL_KINDS = 0.1  # size of problems (Task.sized) from which they are told; below, numbers are looked up and not changed
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
@@ -68,10 +67,14 @@ class WordProblems(Task):
 
     ``Ana has 3 coins . Ben has 2 more coins than Ana . Cora has as many coins as Ana and Ben together . how many coins
     has Cora ?`` is a problem of two operations: those that the person who is asked for and all before need. Each
-    sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end. Its
-    steps are the number that its person has, known after as many steps as the longest chain of operations to it, and
-    until then whom it waits for, of two people the first: which of them is known later it cannot know. The answer, the
-    only target, is known a step after its person's number. No question needs all sentences.
+    sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end.
+
+    Its steps are at its end, of the person whom it is about, and at the names of those whom it needs: whose number it
+    is, and then the number. That is known at an end after one loop if the sentence says it, at a name a loop after the
+    end of that person's sentence, and at an end a loop after the names that it needs, so an operation takes two loops:
+    one looks up numbers, each by its person's name, and one calculates with those that stand in the sentence. Asked
+    for the results alone, a model does not learn to add two numbers that it has not learned to find yet. The question
+    is about a name too, and the answer, the only target, is known a loop after that. No question needs all sentences.
 
     Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
     together in a sentence of the held-out split, names and patterns that do, and so all its sentences, are never
@@ -106,13 +109,14 @@ class WordProblems(Task):
     def sized(self, size: float) -> Self:
         task = replace(self, people=self.min_people + int((self.people - self.min_people) * size))
         task._size = size
+        task.most = task.most if size >= _CHAINS else 1
         return task
 
     def length(self, difficulty: int) -> int:
         return self.people * _LONGEST + ASKS.codes.shape[1]
 
     def n_steps(self, difficulty: int) -> int:
-        return difficulty + 2
+        return 2 * difficulty + 4
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
@@ -120,7 +124,7 @@ class WordProblems(Task):
         total = int(torch.randint(low, self.people + 1, (), generator=generator))
         source = self._graph(n, total, difficulty, generator)
         depth, needs = _needed(source)
-        may = torch.tensor([told for told, size in _FROM.items() if size < self._size and told != _BOTH])
+        may = torch.tensor([_MORE, _FEWER, _TWICE, _SAME] if self._size >= _ALL_KINDS else [_SAME])
         kind = may[torch.randint(0, len(may), (n, total), generator=generator)]
         kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
         number = torch.randint(2, self.modulus, (n, total), generator=generator)
@@ -136,12 +140,9 @@ class WordProblems(Task):
         facts = facts.gather(1, order[..., None].expand_as(facts))
         person = name.gather(1, asked)
         ids, valid, ends = joined([facts, ASKS.sentences(person, [_FIRST_NAME + person], test, generator)])
-        due = torch.cat([depth.gather(1, order), depth.gather(1, asked) + 1], 1)
-        known = torch.cat([value.gather(1, order), value.gather(1, asked)], 1)
-        awaited = torch.cat([sources[..., 0].gather(1, order), person], 1)
-        steps = torch.arange(difficulty + 2) < due[..., None]
-        known = torch.where(steps, _FIRST_NAME + awaited[..., None], _ZERO + known[..., None])
-        return problems(ids, valid, ends, known, 1)
+        steps = _steps(ids, ends, torch.cat([order, asked], 1), name, value, depth, self.n_steps(difficulty))
+        targets = torch.full_like(ids, UNSCORED).scatter_(1, ends[:, -1:], _ZERO + value.gather(1, asked))
+        return Batch(ids, targets, valid, steps)
 
     def _graph(self, n: int, people: int, operations: int, generator: torch.Generator | None) -> Tensor:
         """Whose numbers each one's is made of, (n, people, 2), -1 for nobody, who all come before.
@@ -154,7 +155,7 @@ class WordProblems(Task):
         last = first + operations - 1
         source = torch.full((n, people, 2), -1)
         rows = torch.arange(n)
-        by_two = _FROM[_BOTH] < self._size  # else each operation needs the one before it alone
+        by_two = self._size >= _ALL_KINDS  # else each operation needs the one before it alone
         on, two = (_ON, _TWO) if by_two else (1.0, 0.0)
         for i in range(last - 1, first - 1, -1):  # who needs it: someone after it who is not made of two yet
             chance = torch.rand(n, last - i, generator=generator)
@@ -196,6 +197,32 @@ class WordProblems(Task):
         together = one.mT @ other
         name = named((one + other + together + together.mT).bool(), test, generator)
         return name, name.gather(1, source.clamp(min=0).flatten(1)).view_as(source)
+
+
+def _steps(
+    ids: Tensor, ends: Tensor, about: Tensor, name: Tensor, value: Tensor, depth: Tensor, n_steps: int
+) -> Tensor:
+    """What is known after 0, 1, ... loops at ends of sentences and at the sources in them, (n, T, ``n_steps``).
+
+    Args:
+        ids, ends: (n, T) tokens, and the places of the last ones of sentences, (n, S), the question's at last.
+        about: whom each sentence is about, (n, S).
+        name, value, depth: of each person, (n, people); ``depth`` is the most operations in a row that it takes.
+    """
+    n, T = ids.shape
+    person = torch.zeros(n, len(NAMES), dtype=torch.long)
+    person.scatter_(1, name, torch.arange(name.shape[1]).expand_as(name))
+    sentence = torch.searchsorted(ends, torch.arange(T).repeat(n, 1)).clamp(max=ends.shape[1] - 1)
+    subject, asks = about.gather(1, sentence), sentence == ends.shape[1] - 1
+    is_name = (ids >= _FIRST_NAME) & (ids < _FIRST_NAME + len(NAMES))
+    named = person.gather(1, (ids - _FIRST_NAME).where(is_name, 0))
+    is_source = is_name & ((named != subject) | asks)
+    is_end = torch.zeros_like(is_name).scatter_(1, ends, True)
+    who = named.where(is_source, subject)
+    due = 2 * depth.gather(1, who) + torch.where(is_source, 2, torch.where(asks, 3, 1))
+    whose, number = (_FIRST_NAME + name).gather(1, who), (_ZERO + value).gather(1, who)
+    steps = torch.where(torch.arange(n_steps) < due[..., None], whose[..., None], number[..., None])
+    return steps.masked_fill(~(is_source | is_end)[..., None], UNSCORED)
 
 
 def _needed(source: Tensor) -> tuple[Tensor, Tensor]:

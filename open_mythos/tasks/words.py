@@ -93,9 +93,16 @@ class Words(Task):
     def n_steps(self, difficulty: int) -> int:
         return max(part.n_steps(self.level(part, difficulty)) for part in self.parts)
 
-    def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
+    def drawn(self, generator: torch.Generator | None = None) -> tuple[str, Self]:
+        name = self.parts[self._drawn(generator)].name
+        return name, replace(self, weights={name: 1.0})
+
+    def _drawn(self, generator: torch.Generator | None) -> int:
         weights = torch.tensor([float(self.weights.get(part.name, 1)) for part in self.parts])
-        first = int(torch.multinomial(weights, 1, generator=generator))
+        return int(torch.multinomial(weights, 1, generator=generator))
+
+    def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
+        first = self._drawn(generator)
         if self.split == "train":
             return _ended(self.parts[first].batch(n, self.level(self.parts[first], difficulty), generator))
         in_turn = [*self.parts[first:], *self.parts[:first]]

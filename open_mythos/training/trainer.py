@@ -103,7 +103,8 @@ class Trainer:
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
         # what one pass can do of the smallest problems may never be enough: it sees all sizes from the start
-        self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None
+        self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None  # of the last batch's task
+        self.growths = dict[str, Growth]()  # of every task that a batch was of, by name
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
         self._met = 0.0  # when the processes last had waited for each other
@@ -148,7 +149,11 @@ class Trainer:
         cfg = self.cfg.task
         if self.ahead is not None:
             return self.ahead(self.step_number)
-        task, hardest = (self.task, cfg.max_difficulty) if self.growth is None else self.growth.of(self.task, cfg)
+        task, hardest = self.task, cfg.max_difficulty
+        if self.growth is not None:
+            name, task = task.drawn(self.data_rng)
+            self.growth = self.growths.setdefault(name, Growth())
+            task, hardest = self.growth.of(task, cfg)
         difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
         return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
 
@@ -227,7 +232,7 @@ class Trainer:
             "lr": self.cfg.optim.lr * lr_factor(self.cfg.optim, max(0, self.step_number - 1), self.cfg.steps),
             "spectral_radius": max(decays, default=None),
             "expert_balance": min(balance, default=None),
-            "size": 1.0 if self.growth is None else self.growth.size,
+            "size": min((growth.size for growth in self.growths.values()), default=1.0),
         }
 
     def averaged(self) -> OpenMythos:
@@ -248,7 +253,7 @@ class Trainer:
             "step": self.step_number,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "expert_load": self.expert_load,
-            "growth": None if self.growth is None else vars(self.growth),
+            "growth": {name: vars(growth) for name, growth in self.growths.items()},
             "model": self.parallel.shared(self.parallel.held),
             "ema": {"updates": self.ema.updates, "average": self.parallel.shared(self.ema.average)},
             "optimizer": self.optimizer.state_dict(),
@@ -271,7 +276,10 @@ class Trainer:
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.expert_load = state.get("expert_load", [])  # which earlier versions did not keep
-        self.growth = Growth(**state["growth"]) if state.get("growth") else None
+        grown = state.get("growth") or {}
+        if "size" in grown:  # of one task, as earlier versions had it
+            grown = {self.task.name: grown}
+        self.growths = {name: Growth(**each) for name, each in grown.items()}
         self.parallel.load(self.parallel.held, state["model"])
         self.parallel.load(self.ema.average, state["ema"]["average"])
         self.ema.updates = state["ema"]["updates"]

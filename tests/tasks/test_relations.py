@@ -58,34 +58,50 @@ def test_targets_and_steps_are_what_the_facts_say(difficulty, options):
     assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
     assert batch.ids.shape[1] <= task.length(difficulty)
     for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
-        facts, asked_for, told = from_memory or {}, set(), sentences(task, ids)
+        facts, asked_for, told = from_memory or {}, list[str](), sentences(task, ids)
         expected = torch.full_like(steps, UNSCORED)
-        ends = (ids == encode("?")[0]).nonzero().flatten().tolist()
+        stops, ends = ((ids == encode(mark)[0]).nonzero().flatten().tolist() for mark in (".", "?"))
         for sentence in told:
             if sentence.endswith("."):
                 _, _, (name, who, which, _) = read(sentence)
                 assert (name, which) not in facts and name != who
                 facts[name, which] = who
+                expected[stops.pop(0)] = encode(who)[0]
                 continue
             _, name, path = question(sentence)
             end, way = ends.pop(0), [name]
-            for i, which in enumerate(path):
+            start = end - 2 * len(path) - 1
+            assert task.vocab[ids[start]] == name
+            for i, which in enumerate(path, 1):
                 way.append(facts[way[-1], which])
-                place = end - 1 - 2 * (difficulty - 1 - i)
-                assert task.vocab[ids[place]] == which
-                expected[place, 2 * i + 1 :] = encode(way[-1])[0]
-            expected[end, 2 * difficulty :] = encode(way[-1])[0]
-            assert targets[end] == encode(way[-1])[0] and len(path) == difficulty
-            assert all(one != other for one, other in zip(way, way[2:], strict=False)) and name not in asked_for
-            asked_for.add(name)
+                assert task.vocab[ids[start + 2 * i]] == which
+                expected[start + 2 * i, 2 * i - 1 :] = encode(way[i - 1])[0]
+                expected[start + 2 * i, 2 * i :] = encode(way[i])[0]
+            expected[start], expected[end, 2 * len(path) + 1 :] = encode(name)[0], encode(way[-1])[0]
+            assert targets[end] == encode(way[-1])[0] and len(path) in (1, difficulty)
+            assert len(path) == 1 or all(one != other for one, other in zip(way, way[2:], strict=False))
+            asked_for.append(name)
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == len(asked_for)
-        if not from_memory:
-            people = {name for name, _ in facts}
+        if from_memory:
+            assert len(told) == 1
+            continue
+        people = {name for name, _ in facts}
+        assert len(asked_for) == 4 and len(set(asked_for)) == min(4, len(people))
+        if len(path) == difficulty > 1 or task.split == "held_out":
             assert len(facts) == len(people) * task.relations and set(facts.values()) <= people
             assert all(len({facts[p, r] for q, r in facts if q == p}) > 1 for p in people)
-            assert len(asked_for) == min(4, len(people))
-        else:
-            assert len(told) == 1
+
+
+def test_in_half_of_the_prompts_of_training_the_person_or_nearly_the_relation_decides():
+    task, seen = tasks.load("relations"), Counter()
+    for seed in range(60):
+        ids = task.batch(1, 3, torch.Generator().manual_seed(seed)).ids[0]
+        told = sentences(task, ids)
+        facts = [read(sentence)[2] for sentence in told if sentence.endswith(".")]
+        people, which = {name for name, *_ in facts}, {which for _, _, which, _ in facts}
+        seen[min(len(people), 3), min(len(which), 4)] += 1
+        assert (len(question(told[-1])[2]) == 3) == (len(people) > 2 and len(which) == 3)
+    assert set(seen) == {(3, 1), (2, 4), (3, 3)} and 20 < seen[3, 3] < 40 and min(seen.values()) > 6
 
 
 def test_nothing_of_the_test_was_in_training():
@@ -147,7 +163,7 @@ def test_prompts_have_as_many_facts_as_was_said():
     task = tasks.load("relations", sentences=24, min_sentences=18)
     batches = [task.batch(1, 2, torch.Generator().manual_seed(seed)) for seed in range(20)]
     counts = {task.render(batch.ids[0].tolist()).count(".") for batch in batches}
-    assert counts == {18, 21, 24}
+    assert {18, 21, 24} <= counts <= set(range(18, 25))
     assert task.render(task.held_out().batch(1, 2).ids[0].tolist()).count(".") == 24
     assert task.sized(0).sentences == 18 and task.sized(1).sentences == 24
 

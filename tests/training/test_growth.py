@@ -7,6 +7,7 @@ from tiny import tiny_run
 from open_mythos import tasks
 from open_mythos.training.config import LoopConfig, TaskConfig
 from open_mythos.training.growth import Growth
+from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer
 
 
@@ -36,10 +37,25 @@ def test_a_trainer_starts_small_and_goes_on_at_the_size_that_was_reached():
     cfg = tiny_run("task.growth=0.9", "loops.minimum=3", "loops.maximum=5")
     trainer = Trainer(cfg)
     assert trainer.step().loops == 2 and trainer.gauges()["size"] == 0
-    trainer.growth = Growth(size=1.0, right=0.95, steps=3)
+    trainer.growths["parity"] = Growth(size=1.0, right=0.95, steps=3)
     again = Trainer(cfg)
     again.load_state_dict(trainer.state_dict())
-    assert again.growth == trainer.growth and again.step().loops >= 3
+    assert again.growths == trainer.growths and again.step().loops >= 3
+    older = trainer.state_dict() | {"growth": vars(trainer.growths["parity"])}  # of one task, with no name
+    again.load_state_dict(older)
+    assert again.growths == trainer.growths
+
+
+def test_each_of_several_tasks_grows_by_itself():
+    """One that is slow to learn neither holds up the others nor is overtaken by them."""
+    weights = {"assignments": 1, "registers": 1}
+    trainer = Trainer(configured("words", [f"task.options.weights={weights}", "batch_size=4"]))
+    trainer.growths["registers"] = Growth(size=1.0, right=1.0, steps=20)
+    drawn = set()
+    for _ in range(12):
+        trainer.draw()
+        drawn |= {(name, each.size) for name, each in trainer.growths.items() if each is trainer.growth}
+    assert drawn == {("assignments", 0.0), ("registers", 1.0)} and trainer.gauges()["size"] == 0
 
 
 def test_without_growth_all_loops_are_run_from_the_start():
