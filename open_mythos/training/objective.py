@@ -1,6 +1,7 @@
 """What a training step minimises: where it starts, how deep it runs, and at which depths it is asked."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos.context import Context
 from open_mythos.model import OpenMythos
-from open_mythos.nn.schedule import Schedule, Stage, take
+from open_mythos.nn.schedule import Among, Schedule, Stage, take
 from open_mythos.ops.dispatch import shapes_follow_values
 from open_mythos.ops.draws import row_keys
 from open_mythos.tasks.base import UNSCORED, Batch
@@ -36,6 +37,7 @@ class Plan:
     row: Tensor  # its number in the batch of all processes
     keys: Tensor | None  # what decides its noise, of a model that has any
     among: "Plan | None" = None  # of all rows that run in lock-step with these
+    meet: Callable[[Tensor, int], None] | None = None  # what is told which of them run a loop, as :class:`Among` says
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
@@ -105,7 +107,9 @@ class Objective:
         short = self.short
         h = self._first_state(model, run.e, run.ctx, plan)
         schedules = plan.schedules(short)
-        among = [None] * len(schedules) if plan.among is None else plan.among.schedules(short)
+        among = list[Among | None]([None] * len(schedules))
+        if plan.among is not None and plan.meet is not None:
+            among = [Among(*loops, plan.meet) for loops in plan.among.schedules(short)]
         ran = [run(h, *loops, plan.outcome, others) for loops, others in zip(schedules, among, strict=True)]
         if self.cfg.loops.stale:
             self.left = self.left | dict(zip(plan.row.tolist(), ran[0][2], strict=True))
@@ -149,7 +153,7 @@ class _Run:
         self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid, keys=keys)
 
     def __call__(
-        self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: tuple[Tensor, Tensor] | None = None
+        self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: Among | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over scored tokens, (4,) as ``TERMS``; tokens right and asked for, (2,); final states, detached."""
         cfg = self.cfg

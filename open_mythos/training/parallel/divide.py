@@ -22,8 +22,9 @@ def divide(model: nn.Module, grid: Grid) -> Cuts:
     cuts: Cuts = {}
     group = grid.group("expert")
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, MoEFFN)]
-    for path, ffn in layers if group is not None else ():
-        assert group is not None
+    dispatch = None if group is None else Dispatch(group)
+    for path, ffn in layers if dispatch is not None else ():
+        assert group is not None and dispatch is not None
         n, size, width = ffn.n_experts, grid.expert, ffn.down.shape[2]
         must(n % size == 0, f"parallel.expert={size} does not divide model.n_experts={n}; use a divisor of it")
         both, dim = grid.slices, ffn.down.shape[1]
@@ -32,7 +33,7 @@ def divide(model: nn.Module, grid: Grid) -> Cuts:
         for name in ("gate_up", "down"):
             _keep(ffn, name, 0, torch.distributed.get_rank(group), size)
             cuts[f"{path}.{name}"] = {"expert": 0}
-        ffn.engine = Dispatch(group)
+        ffn.engine = dispatch
     must(group is None or bool(layers), f"parallel.expert={grid.expert}, and the model has no routed experts; use 1")
     group = grid.group("tensor")
     for path, module in model.named_modules() if group is not None else ():
