@@ -50,7 +50,8 @@ class Collective:
         group: who takes part: those that differ in ``shard``, ``replicate``, ``expert``, ``tensor`` alone; of experts
             that are divided, ``slices`` share the same, and ``copies`` hold what others hold too.
         of: the unit that is moved, ``gradients`` of all that is not sharded, ``tokens``, ``their gradients``, what
-            experts make of them (``results``, and gradients of these), or their ``counts``.
+            experts make of them (``results``, and gradients of these), or their ``counts``; of a divided vocabulary
+            ``embeddings``, ``gradients of states``, and ``statistics`` of logits.
         count: calls a step.
         bytes: of one call on one GPU: what all_gather makes, what the others take.
         size: GPUs of the group.
@@ -187,7 +188,22 @@ class Sheet:
             n += 2 * layout.accumulate * (cfg.prelude_layers + cfg.coda_layers)
             rows = self.tokens * cfg.dim * job.number
             found.append(Collective("all_reduce", "tensor", "tokens", n, rows, layout.tensor))
+        if self.vocabulary > 1:
+            n, rows = layout.accumulate, self.tokens * cfg.dim
+            chunk = max(1, MAX_LOGITS // cfg.vocab_size)
+            parts = layout.accumulate * math.ceil(self.tokens / chunk)
+            again = parts * (1 + (self.tokens > chunk))  # computed again in the backward pass
+            for of, count, taken in (
+                ("embeddings", n, _FLOAT32 * rows), ("gradients of states", parts, n * job.number * rows / parts),
+                ("statistics", 3 * again, _FLOAT32 * 2 * self.tokens * n / parts),
+            ):  # fmt: skip
+                found.append(Collective("all_reduce", "tensor", of, count, taken, layout.tensor))
         return found
+
+    @property
+    def vocabulary(self) -> int:
+        """GPUs that share the vocabulary."""
+        return self.layout.tensor if self.job.cfg.vocab_size % self.layout.tensor == 0 else 1
 
     def link(self, group: str, size: int) -> Link:
         """What joins the GPUs of a group: neighbours share tensors, then experts, then shards, then copies."""
@@ -205,7 +221,7 @@ class Sheet:
 
     @cached_property
     def flops(self) -> float:
-        """Operations of a step on one GPU. Of what a tensor group computes, only feed-forwards are divided."""
+        """Operations of a step on one GPU. Of what a tensor group computes, feed-forwards and head are divided."""
         job, layout = self.job, self.layout
         passes = job.loops + job.grad_loops * (2 + layout.recompute)
         saved = 0.0
@@ -214,6 +230,9 @@ class Sheet:
             for whole, part in zip(alone, self.units, strict=True):
                 core = whole.n_core - part.n_core
                 saved += FLOPS_PER_MULTIPLY_ADD * (passes * core + 3 * (whole.numel - part.numel - core))
+            if not job.cfg.tied_head:  # embeddings are looked up
+                looked_up = job.cfg.vocab_size * job.cfg.dim * (1 - 1 / self.vocabulary)
+                saved -= FLOPS_PER_MULTIPLY_ADD * 3 * looked_up
         each = _flops(job.config, job.loops, job.length, job.grad_loops, layout.recompute) - saved
         return each * job.batch_size * job.length / (layout.replicate * layout.shard)
 

@@ -75,6 +75,18 @@ def test_tensor_parallelism_divides_feed_forwards() -> None:
     assert saved == {"root": 0, "prelude.0": dense, "recurrent.block": shared, "coda.0": dense}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensor_parallelism_divides_the_vocabulary_if_it_can(tied: bool) -> None:
+    cfg = tiny_config(dense_dim=18, expert_dim=12, n_shared_experts=1, vocab_size=24, tied_head=tied)
+    whole, thirds = (units(cfg.to_json(), tensor)[0] for tensor in (1, 3))
+    assert whole.name == "root" and whole.numel - thirds.numel == (2 - tied) * 24 * cfg.dim * 2 // 3
+    settings: dict[str, Any] = dict(length=8, batch_size=2, precision="fp32")
+    calls = {one.of: (one.count, one.bytes) for one in sheet(cfg, 3, Layout(tensor=3, rows=2), **settings).collectives}
+    states = 2 * 8 * cfg.dim * 4
+    assert calls["embeddings"] == calls["gradients of states"] == (1, states)
+    assert calls["statistics"] == (3, 2 * 2 * 8 * 4)
+
+
 def test_what_is_kept_of_a_width_in_three_is_as_measured_of_one_and_two() -> None:
     cfg = MythosConfig(**SHAPE | {"expert_dim": 384, "dense_dim": 768})
     from open_mythos.planning.rank import measured
@@ -148,6 +160,7 @@ def test_operations_are_those_of_the_cost_functions() -> None:
     assert one.flops * 4 == pytest.approx(flops_per_trained_token(cfg, 5, 64, 2) * 8 * 64)
     halves = sheet(cfg, 4, Layout(replicate=2, tensor=2, rows=4), length=64, batch_size=8, loops=5, grad_loops=2)
     divided = 6 * cfg.dim * (cfg.shared_dim * (5 + 2 * 2) + (cfg.ffn_dim // 2 * 2) * 3 * 2 * (cfg.ffn_dim % 2 == 0))
+    divided += 6 * cfg.dim * cfg.vocab_size  # the head, whether it is the embedding's or not
     assert halves.flops * 2 == pytest.approx(one.flops * 4 - divided / 2 * 8 * 64)
 
 
