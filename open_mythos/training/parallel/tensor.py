@@ -30,7 +30,7 @@ class Vocabulary:
     def __init__(self, embed: nn.Embedding, head: nn.Module, group: dist.ProcessGroup) -> None:
         self.group, self.n = group, len(embed.weight)
         self.first, self.embed = self.n * dist.get_rank(group), embed
-        embed.forward = self.look_up  # type: ignore[method-assign]
+        embed.forward = self.look_up  # type: ignore[assignment, method-assign]
         head.register_forward_pre_hook(lambda module, args: (_Given.apply(args[0], group), *args[1:]))
         head.statistics = self.statistics  # type: ignore[assignment]
 
