@@ -266,25 +266,27 @@ class Loops(nn.Module):
         no_grad_ctx = ctx if self.is_compiled else ctx.looping()
         grad_ctx = ctx if self.is_compiled or schedule.recompute else ctx.looping()
 
-        def step(h: Tensor, rows: Tensor, loop: int, ctx: Context) -> Tensor:
+        def step(h: Tensor, rows: Tensor, others: Tensor, loop: int, ctx: Context) -> Tensor:
+            if schedule.among is not None:
+                schedule.among.meet(others, h.shape[1])
             own = ctx if len(rows) == len(e) else ctx.rows(rows.to(e.device, non_blocking=True))
             return self.step(h, loop_input.map(lambda x: take(x, rows)), loop, own)
 
         for loop in range(last):
-            for rows, with_grad in schedule.groups(loop):
+            for rows, others, with_grad in schedule.groups(loop):
                 before = take(h, rows)
                 if not with_grad:
                     with torch.no_grad():
-                        after = step(before, rows, loop, no_grad_ctx)
+                        after = step(before, rows, others, loop, no_grad_ctx)
                     h = put(h, rows, after)  # with gradient: the other rows' graphs go on
                     continue
                 before = before.detach() if schedule.detach else before
                 if schedule.recompute:
-                    args = schedule.around(before, loop), rows, loop, grad_ctx
+                    args = schedule.around(before, loop), rows, others, loop, grad_ctx
                     after = checkpoint(step, *args, use_reentrant=False)
                     after = schedule.around(after, 0) if loop == last - 1 else after
                 else:
-                    after = step(before, rows, loop, grad_ctx)
+                    after = step(before, rows, others, loop, grad_ctx)
                 if damping < 1:
                     after = before + damping * (after - before)
                 h = put(h, rows, after)

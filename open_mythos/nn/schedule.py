@@ -7,6 +7,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Among(NamedTuple):
+    """All sequences that run in lock-step, some of them elsewhere: while any runs a loop, all processes do, be it none
+    of theirs.
+
+    Attributes:
+        n_loops, n_grad: (n,) of each, as in :class:`Schedule`.
+        meet: called before a loop is computed, or is again, with which of them run it, (n,), and their length.
+    """
+
+    n_loops: Tensor
+    n_grad: Tensor
+    meet: Callable[[Tensor, int], None]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How training runs the loops: each sequence for its own number, with gradient through the last ones.
@@ -20,8 +34,7 @@ class Schedule:
         around: called on the state before a loop that is recomputed, with the loop's number, and on the last one.
         detach: every loop with gradient starts from a state without one, so that what is asked of a loop trains this
             loop alone, and what all of them read.
-        among: the loops and the loops with gradient, (n,) each, of all sequences that run in lock-step with these, some
-            of them elsewhere: while any of them runs a loop, these do, be it none of them. None: these alone.
+        among: those that run in lock-step with these; None: these alone.
     """
 
     n_loops: Tensor
@@ -30,20 +43,23 @@ class Schedule:
     recompute: bool = False
     around: Callable[[Tensor, int], Tensor] = lambda h, loop: h
     detach: bool = False
-    among: tuple[Tensor, Tensor] | None = None
+    among: Among | None = None
 
     @property
     def last(self) -> int:
         """Loops until all are done."""
-        return int((self.n_loops if self.among is None else self.among[0]).max())
+        return int((self.n_loops if self.among is None else self.among.n_loops).max())
 
-    def groups(self, loop: int) -> Iterator[tuple[Tensor, bool]]:
-        """(R,) sequences that run a loop together, on the CPU; first those without gradient, then those with."""
+    def groups(self, loop: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """(R,) sequences that run a loop together, on the CPU; first those without gradient, then those with.
+
+        Beside them, (n,), whether each of ``among`` does.
+        """
         mine = _running(loop, self.n_loops, self.n_grad)
-        anyones = mine if self.among is None else _running(loop, *self.among)
+        anyones = mine if self.among is None else _running(loop, *self.among[:2])
         for rows, others, with_grad in zip(mine, anyones, (False, True), strict=True):
             if others.any():
-                yield rows.nonzero().squeeze(1), with_grad
+                yield rows.nonzero().squeeze(1), others, with_grad
 
 
 def _running(loop: int, n_loops: Tensor, n_grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,12 +51,22 @@ def swiglu_experts(
         return out_ND if to_ND is None else out_ND + to_ND
     if _are_gathered(x_ND, N * K, 1.5 * gate_up_E2FD.nbytes / E):
         return _gathered(x_ND, gate_up_E2FD, down_EDF, experts_NK, weights_NK, scales, to_ND)
-    dtype = compute_dtype(x_ND)
-    gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)
     order_P = experts_NK.flatten().argsort(stable=True)
-    token_P = order_P // K
     ends_E = torch.zeros(E, dtype=torch.int64, device=x_ND.device)
     ends_E = ends_E.scatter_add(0, experts_NK.flatten(), torch.ones_like(order_P)).cumsum(0).to(torch.int32)
+    return swiglu_sorted(x_ND, gate_up_E2FD, down_EDF, order_P, ends_E, weights_NK, scales, to_ND)
+
+
+def swiglu_sorted(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, order_P: Tensor, ends_E: Tensor, weights_NK: Tensor,
+    scales: tuple[float, float], to_ND: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`swiglu_experts`, of choices in the order of their experts, those of expert e up to ``ends_E[e]``.
+
+    ``order_P`` are places in (N, K), some or all of them.
+    """
+    dtype, token_P = compute_dtype(x_ND), order_P // weights_NK.shape[1]
+    gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)
     hidden_P2F = grouped_mm((x_ND * scales[0])[token_P], gate_up_E2FD.transpose(1, 2), ends_E)
     weight_P1 = (weights_NK * scales[1]).to(dtype).flatten()[order_P].unsqueeze(1)
     out_PD = grouped_mm(_swiglu(hidden_P2F) * weight_P1, down_EDF.transpose(1, 2), ends_E)

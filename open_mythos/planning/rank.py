@@ -81,9 +81,9 @@ class Pieces:
 
 def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
     """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor``,
-    routed experts over ``expert``; all else is everywhere.
+    and the vocabulary where that divides it; routed experts over ``expert``; all else is everywhere.
     """
-    found: dict[str, dict[int, str]] = {}
+    found: dict[str, dict[int, str]] = {f"{name}.weight": {0: "vocabulary"} for name in ("embed", "head")}
     for path, module in model.named_modules():
         if isinstance(module, MoEFFN):
             found |= {f"{path}.{name}": {0: "expert"} for name in ("gate_up", "down")}
@@ -94,7 +94,7 @@ def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
 
 def local_shape(shape: torch.Size, dims: dict[int, str], tensor: int, expert: int) -> list[int]:
     """Of one GPU's share of a parameter, rounded up."""
-    parts = {"tensor": tensor, "expert": expert}
+    parts = {"tensor": tensor, "expert": expert, "vocabulary": tensor if shape[0] % tensor == 0 else 1}
     return [-(-size // parts[dims[dim]]) if dim in dims else size for dim, size in enumerate(shape)]
 
 
@@ -155,7 +155,8 @@ def pieces(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
     if tensor == 1:
         return whole
     other, share = measured(config, 2, length, is_bf16), 2 * (1 - 1 / tensor)
-    return replace(whole, block=whole.block.toward(other.block, share), loop=whole.loop.toward(other.loop, share))
+    names = ["block", "loop"] + ["loss"] * (MythosConfig.from_json(config).vocab_size % tensor == 0)
+    return replace(whole, **{name: getattr(whole, name).toward(getattr(other, name), share) for name in names})
 
 
 @lru_cache(maxsize=16)

@@ -6,6 +6,7 @@ In bfloat16, autocast copies weights: those of experts in every loop, others onc
 be chosen evenly.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -16,6 +17,7 @@ from open_mythos.planning.hardware import Link
 from open_mythos.planning.job import Job, Layout
 from open_mythos.planning.rank import Pieces, Unit, pieces, units
 from open_mythos.training.objective import MAX_LOGITS
+from open_mythos.training.parallel.experts import goes_everywhere
 
 _FLOAT32 = 4  # bytes: of parameters, of gradients, of moments, and of what is gathered and reduced
 
@@ -47,7 +49,9 @@ class Collective:
         kind: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``.
         group: who takes part: those that differ in ``shard``, ``replicate``, ``expert``, ``tensor`` alone; of experts
             that are divided, ``slices`` share the same, and ``copies`` hold what others hold too.
-        of: the unit that is moved, ``gradients`` of all that is not sharded, ``tokens``, or their ``counts``.
+        of: the unit that is moved, ``gradients`` of all that is not sharded, ``tokens``, ``their gradients``, what
+            experts make of them (``results``, and gradients of these), or their ``counts``; of a divided vocabulary
+            ``embeddings``, ``gradients of states``, and ``statistics`` of logits.
         count: calls a step.
         bytes: of one call on one GPU: what all_gather makes, what the others take.
         size: GPUs of the group.
@@ -127,13 +131,28 @@ class Sheet:
 
     @property
     def dispatch_bytes(self) -> float:
-        """Of one loop: rows sent and received, and the same on the way back."""
-        return 4 * self.exchanged if self.layout.expert > 1 else 0.0
+        """Of one loop: rows sent and received, and the same of results."""
+        return 2 * self.travelling(self.sent) + 2 * self.travelling(self.reached, 0) if self.layout.expert > 1 else 0.0
+
+    def travelling(self, places: float, beside: int = 2) -> float:
+        """Bytes that one GPU hands to an all-to-all, if a token goes to so many GPUs.
+
+        ``beside`` it travel numbers of each of its experts: which it is, and its weight.
+        """
+        cfg = self.job.cfg
+        return self.tokens * places * (cfg.dim + beside * cfg.n_experts_per_tok) * self.job.number
 
     @property
-    def exchanged(self) -> float:
-        """Bytes that one GPU hands to an all-to-all: a row for each token and chosen expert."""
-        return self.tokens * self.job.cfg.n_experts_per_tok * self.job.cfg.dim * self.job.number
+    def reached(self) -> float:
+        """GPUs that have some of a token's experts."""
+        n, topk, size = self.job.cfg.n_experts, self.job.cfg.n_experts_per_tok, self.layout.expert
+        return size * (1 - math.comb(n - n // size, topk) / math.comb(n, topk))
+
+    @property
+    def sent(self) -> float:
+        """GPUs that a token is sent to."""
+        size = self.layout.expert
+        return size if goes_everywhere(size, self.job.cfg.n_experts_per_tok) else self.reached
 
     @cached_property
     def collectives(self) -> list[Collective]:
@@ -155,15 +174,36 @@ class Sheet:
         passes = job.loops + job.grad_loops * (1 + layout.recompute)  # forward, backward, recomputation
         n = layout.accumulate * cfg.core_layers * passes
         if layout.expert > 1:
-            forward = n - layout.accumulate * cfg.core_layers * job.grad_loops
-            found.append(Collective("all_to_all", "expert", "counts", forward, 8 * cfg.n_experts, layout.expert))
-            found.append(Collective("all_to_all", "expert", "tokens", 2 * n, self.exchanged, layout.expert))
+            size, back = layout.expert, layout.accumulate * cfg.core_layers * job.grad_loops
+            if not goes_everywhere(size, cfg.n_experts_per_tok):
+                found.append(Collective("all_to_all", "expert", "counts", n - back, 16 * size, size))
+            for of, count, taken in (
+                ("tokens", n - back, self.travelling(self.sent)),
+                ("their gradients", back, self.travelling(self.reached)),
+                ("results", n, self.travelling(self.reached, 0)),
+            ):
+                found.append(Collective("all_to_all", "expert", of, count, taken, size))
         if layout.tensor > 1:
             n = n if cfg.n_shared_experts or not cfg.n_experts else 0
             n += 2 * layout.accumulate * (cfg.prelude_layers + cfg.coda_layers)
             rows = self.tokens * cfg.dim * job.number
             found.append(Collective("all_reduce", "tensor", "tokens", n, rows, layout.tensor))
+        if self.vocabulary > 1:
+            n, rows = layout.accumulate, self.tokens * cfg.dim
+            chunk = max(1, MAX_LOGITS // cfg.vocab_size)
+            parts = layout.accumulate * math.ceil(self.tokens / chunk)
+            again = parts * (1 + (self.tokens > chunk))  # computed again in the backward pass
+            for of, count, taken in (
+                ("embeddings", n, _FLOAT32 * rows), ("gradients of states", parts, n * job.number * rows / parts),
+                ("statistics", 3 * again, _FLOAT32 * 2 * self.tokens * n / parts),
+            ):  # fmt: skip
+                found.append(Collective("all_reduce", "tensor", of, count, taken, layout.tensor))
         return found
+
+    @property
+    def vocabulary(self) -> int:
+        """GPUs that share the vocabulary."""
+        return self.layout.tensor if self.job.cfg.vocab_size % self.layout.tensor == 0 else 1
 
     def link(self, group: str, size: int) -> Link:
         """What joins the GPUs of a group: neighbours share tensors, then experts, then shards, then copies."""
@@ -181,7 +221,7 @@ class Sheet:
 
     @cached_property
     def flops(self) -> float:
-        """Operations of a step on one GPU. Of what a tensor group computes, only feed-forwards are divided."""
+        """Operations of a step on one GPU. Of what a tensor group computes, feed-forwards and head are divided."""
         job, layout = self.job, self.layout
         passes = job.loops + job.grad_loops * (2 + layout.recompute)
         saved = 0.0
@@ -190,6 +230,9 @@ class Sheet:
             for whole, part in zip(alone, self.units, strict=True):
                 core = whole.n_core - part.n_core
                 saved += FLOPS_PER_MULTIPLY_ADD * (passes * core + 3 * (whole.numel - part.numel - core))
+            if not job.cfg.tied_head:  # embeddings are looked up
+                looked_up = job.cfg.vocab_size * job.cfg.dim * (1 - 1 / self.vocabulary)
+                saved -= FLOPS_PER_MULTIPLY_ADD * 3 * looked_up
         each = _flops(job.config, job.loops, job.length, job.grad_loops, layout.recompute) - saved
         return each * job.batch_size * job.length / (layout.replicate * layout.shard)
 

@@ -1,6 +1,7 @@
 """What a training step minimises: where it starts, how deep it runs, and at which depths it is asked."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos.context import Context
 from open_mythos.model import OpenMythos
-from open_mythos.nn.schedule import Schedule, Stage, take
+from open_mythos.nn.schedule import Among, Schedule, Stage, take
 from open_mythos.ops.dispatch import shapes_follow_values
 from open_mythos.ops.draws import row_keys
 from open_mythos.tasks.base import UNSCORED, Batch
@@ -36,6 +37,7 @@ class Plan:
     row: Tensor  # its number in the batch of all processes
     keys: Tensor | None  # what decides its noise, of a model that has any
     among: "Plan | None" = None  # of all rows that run in lock-step with these
+    meet: Callable[[Tensor, int], None] | None = None  # what is told which of them run a loop, as :class:`Among` says
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
@@ -105,7 +107,9 @@ class Objective:
         short = self.short
         h = self._first_state(model, run.e, run.ctx, plan)
         schedules = plan.schedules(short)
-        among = [None] * len(schedules) if plan.among is None else plan.among.schedules(short)
+        among = list[Among | None]([None] * len(schedules))
+        if plan.among is not None and plan.meet is not None:
+            among = [Among(*loops, plan.meet) for loops in plan.among.schedules(short)]
         ran = [run(h, *loops, plan.outcome, others) for loops, others in zip(schedules, among, strict=True)]
         if self.cfg.loops.stale:
             self.left = self.left | dict(zip(plan.row.tolist(), ran[0][2], strict=True))
@@ -149,7 +153,7 @@ class _Run:
         self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid, keys=keys)
 
     def __call__(
-        self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: tuple[Tensor, Tensor] | None = None
+        self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: Among | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over scored tokens, (4,) as ``TERMS``; tokens right and asked for, (2,); final states, detached."""
         cfg = self.cfg
@@ -270,6 +274,17 @@ def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
     return 1.0 / n_grad if cfg.depth == "geometric" else (stage.left == 0).float()
 
 
+def statistics(logits: Tensor, targets: Tensor, theirs: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a loss needs of logits (N, vocab_size), (N,) each.
+
+    Log-partition, logit of the target, divergence from a teacher's log-probabilities, and the likeliest token.
+    """
+    log_partition, divergence = logits.logsumexp(-1), logits.new_zeros(len(logits))
+    if theirs is not None:
+        divergence = F.kl_div(logits - log_partition[:, None], theirs, reduction="none", log_target=True).sum(-1)
+    return log_partition, logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1), divergence, logits.argmax(-1)
+
+
 def readout(
     head: torch.nn.Module, x: Tensor, targets: Tensor, weights: Tensor, chunk: int = 0,
     teacher: tuple[torch.nn.Module, Tensor] | None = None,
@@ -283,22 +298,21 @@ def readout(
         teacher: its head and what it reads, (N, its dim).
 
     Returns:
-        Weighted sums, (3,) float32, of cross-entropy, of the squared log-partition and of the divergence from the
-        teacher's predictions (0 without one), and (N,) bool, whether the likeliest token is the target.
+        Weighted sums, (3,) of at least float32, of cross-entropy, of the squared log-partition and of the divergence
+        from the teacher's predictions (0 without one), and (N,) bool, whether the likeliest token is the target.
     """
     teacher_head, others = (None, []) if teacher is None else (teacher[0], [teacher[1]])
 
     def terms(x: Tensor, targets: Tensor, weights: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(x).float()
-        log_partition = logits.logsumexp(-1)
-        cross_entropy = log_partition - logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        divergence = torch.zeros_like(cross_entropy)
+        logits, theirs = head(x), None
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if teacher_head is not None:
             with torch.no_grad():
-                theirs = teacher_head(*others).float().log_softmax(-1)
-            divergence = F.kl_div(logits - log_partition[:, None], theirs, reduction="none", log_target=True).sum(-1)
-        sums = [(weights * term).sum() for term in (cross_entropy, log_partition.square(), divergence)]
-        return torch.stack(sums), logits.argmax(-1) == targets
+                theirs = teacher_head(*others).to(logits.dtype).log_softmax(-1)
+        of_all = getattr(head, "statistics", statistics)  # its own, of a head that several processes divide
+        log_partition, of_target, divergence, likeliest = of_all(logits, targets.clamp(min=0), theirs)
+        sums = [(weights * x).sum() for x in (log_partition - of_target, log_partition.square(), divergence)]
+        return torch.stack(sums), likeliest == targets
 
     inputs = x, targets, weights, *others
     if chunk == 0 or len(x) <= chunk:

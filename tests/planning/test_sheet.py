@@ -75,6 +75,18 @@ def test_tensor_parallelism_divides_feed_forwards() -> None:
     assert saved == {"root": 0, "prelude.0": dense, "recurrent.block": shared, "coda.0": dense}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensor_parallelism_divides_the_vocabulary_if_it_can(tied: bool) -> None:
+    cfg = tiny_config(dense_dim=18, expert_dim=12, n_shared_experts=1, vocab_size=24, tied_head=tied)
+    whole, thirds = (units(cfg.to_json(), tensor)[0] for tensor in (1, 3))
+    assert whole.name == "root" and whole.numel - thirds.numel == (2 - tied) * 24 * cfg.dim * 2 // 3
+    settings: dict[str, Any] = dict(length=8, batch_size=2, precision="fp32")
+    calls = {one.of: (one.count, one.bytes) for one in sheet(cfg, 3, Layout(tensor=3, rows=2), **settings).collectives}
+    states = 2 * 8 * cfg.dim * 4
+    assert calls["embeddings"] == calls["gradients of states"] == (1, states)
+    assert calls["statistics"] == (3, 2 * 2 * 8 * 4)
+
+
 def test_what_is_kept_of_a_width_in_three_is_as_measured_of_one_and_two() -> None:
     cfg = MythosConfig(**SHAPE | {"expert_dim": 384, "dense_dim": 768})
     from open_mythos.planning.rank import measured
@@ -107,21 +119,31 @@ def test_units_are_gathered_and_reduced_once_whatever_the_loops(loops: int, reco
     assert len(found) == 3 * n_units
 
 
+def exchanges(cfg: MythosConfig, layout: Layout) -> tuple[dict[str, int], dict[str, float]]:
+    """Of 24 tokens in five loops, three with gradient: calls of each all-to-all, and bytes of one."""
+    settings: dict[str, Any] = dict(loops=5, grad_loops=3, length=8, batch_size=3 * layout.replicate, precision="fp32")
+    found = [one for one in sheet(cfg, layout.gpus, layout, **settings).collectives if one.kind == "all_to_all"]
+    return {one.of: one.count for one in found}, {one.of: one.bytes for one in found}
+
+
 def test_tokens_are_exchanged_twice_a_loop_and_twice_back() -> None:
-    cfg = tiny_config("gqa")
+    cfg = tiny_config("gqa", n_experts=4, n_experts_per_tok=2)
     layout = Layout(replicate=2, expert=2, rows=3)
-    (tokens,) = [
-        one
-        for one in sheet(cfg, 2, layout, loops=5, grad_loops=3, length=8, batch_size=6, precision="fp32").collectives
-        if one.of == "tokens"
-    ]
-    assert tokens.count == 2 * 5 + 2 * 3 and tokens.size == 2
-    assert tokens.bytes == 3 * 8 * cfg.n_experts_per_tok * cfg.dim * 4
-    again = sheet(cfg, 2, replace(layout, recompute=True), loops=5, grad_loops=3, length=8, batch_size=6)
-    assert {one.of: one.count for one in again.collectives if one.group == "expert"} == {
-        "tokens": 2 * 5 + 4 * 3,
-        "counts": 5 + 3,
-    }
+    places = 2 - 2 / 6  # of six pairs of experts one is here and one is there
+    row, result = 24 * 4 * (cfg.dim + 2 * 2), 24 * 4 * cfg.dim
+    calls, bytes_of_one = exchanges(cfg, layout)
+    assert calls == {"tokens": 5, "their gradients": 3, "results": 5 + 3}
+    expected = {"tokens": 2 * row, "their gradients": places * row, "results": places * result}
+    assert bytes_of_one == pytest.approx(expected)
+    again, _ = exchanges(cfg, replace(layout, recompute=True))
+    assert again == {"tokens": 8, "their gradients": 3, "results": 11}
+
+
+def test_between_many_processes_tokens_go_where_their_experts_are_and_their_numbers_before() -> None:
+    cfg = tiny_config("gqa", n_experts=8, n_experts_per_tok=1)
+    calls, bytes_of_one = exchanges(cfg, Layout(replicate=4, expert=4, rows=3))
+    assert calls["counts"] == 5 and bytes_of_one["counts"] == 4 * 16
+    assert bytes_of_one["tokens"] == pytest.approx(24 * 4 * (cfg.dim + 2))
 
 
 def test_what_is_not_sharded_is_summed_in_one_call_a_group() -> None:
@@ -138,6 +160,7 @@ def test_operations_are_those_of_the_cost_functions() -> None:
     assert one.flops * 4 == pytest.approx(flops_per_trained_token(cfg, 5, 64, 2) * 8 * 64)
     halves = sheet(cfg, 4, Layout(replicate=2, tensor=2, rows=4), length=64, batch_size=8, loops=5, grad_loops=2)
     divided = 6 * cfg.dim * (cfg.shared_dim * (5 + 2 * 2) + (cfg.ffn_dim // 2 * 2) * 3 * 2 * (cfg.ffn_dim % 2 == 0))
+    divided += 6 * cfg.dim * cfg.vocab_size  # the head, whether it is the embedding's or not
     assert halves.flops * 2 == pytest.approx(one.flops * 4 - divided / 2 * 8 * 64)
 
 

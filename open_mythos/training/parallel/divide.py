@@ -1,4 +1,4 @@
-"""What of a model is divided among processes whatever FSDP does: routed experts, and wide feed-forwards."""
+"""What of a model is divided among processes whatever FSDP does: routed experts, wide feed-forwards, vocabulary."""
 
 from typing import Any
 
@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 from open_mythos.fields import must
+from open_mythos.model import OpenMythos
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.training.parallel.experts import Dispatch
 from open_mythos.training.parallel.grid import Grid
 from open_mythos.training.parallel.pieces import Cuts
-from open_mythos.training.parallel.tensor import add_parts
+from open_mythos.training.parallel.tensor import Vocabulary, add_parts
 
 
-def divide(model: nn.Module, grid: Grid) -> Cuts:
+def divide(model: OpenMythos, grid: Grid) -> Cuts:
     """Leave this process its part of ``model``, in place; which axes of which parameters were divided.
 
     Raises:
@@ -22,8 +23,9 @@ def divide(model: nn.Module, grid: Grid) -> Cuts:
     cuts: Cuts = {}
     group = grid.group("expert")
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, MoEFFN)]
-    for path, ffn in layers if group is not None else ():
-        assert group is not None
+    dispatch = None if group is None else Dispatch(group)
+    for path, ffn in layers if dispatch is not None else ():
+        assert group is not None and dispatch is not None
         n, size, width = ffn.n_experts, grid.expert, ffn.down.shape[2]
         must(n % size == 0, f"parallel.expert={size} does not divide model.n_experts={n}; use a divisor of it")
         both, dim = grid.slices, ffn.down.shape[1]
@@ -32,7 +34,7 @@ def divide(model: nn.Module, grid: Grid) -> Cuts:
         for name in ("gate_up", "down"):
             _keep(ffn, name, 0, torch.distributed.get_rank(group), size)
             cuts[f"{path}.{name}"] = {"expert": 0}
-        ffn.engine = Dispatch(group)
+        ffn.engine = dispatch
     must(group is None or bool(layers), f"parallel.expert={grid.expert}, and the model has no routed experts; use 1")
     group = grid.group("tensor")
     for path, module in model.named_modules() if group is not None else ():
@@ -46,6 +48,14 @@ def divide(model: nn.Module, grid: Grid) -> Cuts:
                 _keep(getattr(module, name), "weight", axis, torch.distributed.get_rank(group), grid.tensor)
                 cuts[f"{path}.{name}.weight"] = {"tensor": axis}
             add_parts(module, group)
+    embed, head = model.embed, model.head
+    if group is not None and embed.num_embeddings % grid.tensor == 0 and embed.embedding_dim % grid.shard == 0:
+        is_tied = head.weight is embed.weight
+        for module in (embed, head):
+            _keep(module, "weight", 0, torch.distributed.get_rank(group), grid.tensor)
+        head.weight = embed.weight if is_tied else head.weight
+        cuts |= {name: {"tensor": 0} for name in ("embed.weight", "head.weight")}
+        Vocabulary(embed, head, group)
     return cuts
 
 

@@ -1,6 +1,7 @@
 """Routed experts that several processes divide: tokens go to where their experts are, and what these say comes back.
 
-Shape letters as in :mod:`open_mythos.ops.experts`, and R rows that a process receives.
+Shape letters as in :mod:`open_mythos.ops.experts`, and S processes, Q rows that go to them, R rows that come from them,
+and C numbers of a row: a token, its weights, and its experts.
 """
 
 from __future__ import annotations
@@ -12,54 +13,101 @@ import torch.distributed as dist
 from torch import Tensor
 
 from open_mythos.ops.dispatch import compute_dtype
-from open_mythos.ops.experts import swiglu_experts
+from open_mythos.ops.experts import swiglu_sorted
+
+_SPENT = 2  # rows sent, as a multiple of tokens times experts of each, up to which their numbers are not asked for
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def goes_everywhere(n_processes: int, topk: int) -> bool:
+    """Whether each token goes to all processes, so that they know how many come: an exchange less, for some bytes."""
+    return n_processes <= _SPENT * topk
 
 
 class Dispatch:
     """In the place of :func:`~open_mythos.ops.experts.swiglu_experts`, where ``gate_up`` and ``down`` are a part of it.
 
-    Each call exchanges the numbers of rows, the rows, and the results: all processes of the group have to make it, also
-    with no token of their own, and as often forward and backward.
+    Each call exchanges rows and results, and between many processes the numbers of rows before: all of the group have
+    to make it, also with no token of their own, and as often forward and backward. A token goes once to a process,
+    however many of its experts are there, and what they say of it is added up there.
 
     Args:
         group: the processes; the first has the first experts, and so on.
+
+    Attributes:
+        tokens: that each of them comes with; None if all come with as many.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.size = group, dist.get_world_size(group)
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        self.tokens: list[int] | None = None
+
+    def meet(self, running: Tensor, length: int) -> None:
+        """Which rows run the next loop, (n,) on the CPU, those of the first process first, of ``length`` tokens."""
+        self.tokens = (running.view(self.size, -1).sum(1) * length).tolist()
 
     @torch.compiler.disable
     def __call__(
         self, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor,
         scales: tuple[float, float], to_ND: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        K, E, dtype = experts_NK.shape[1], len(down_EDF), compute_dtype(x_ND)
-        order_P = experts_NK.flatten().argsort(stable=True)
-        sent = torch.zeros(self.size * E, dtype=torch.int64, device=x_ND.device)
-        sent.scatter_add_(0, experts_NK.flatten(), torch.ones_like(order_P))
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        there, here = torch.stack([sent, received]).view(2, self.size, E).sum(2).tolist()  # the one wait for a GPU
-        rows_RD = _Exchange.apply(x_ND.to(dtype)[order_P // K], there, here, self.group)
-        expert_R = torch.arange(E, device=x_ND.device).repeat(self.size).repeat_interleave(received)
-        ones_R1 = torch.ones(len(rows_RD), 1, dtype=weights_NK.dtype, device=x_ND.device)
-        out_RD = swiglu_experts(rows_RD, gate_up_E2FD, down_EDF, expert_R.unsqueeze(1), ones_R1, (scales[0], 1.0))
-        out_PD = _Exchange.apply(out_RD, here, there, self.group)
-        out_PD = out_PD * (weights_NK * scales[1]).to(dtype).flatten()[order_P].unsqueeze(1)
+        (N, D), K, S, E, dtype = x_ND.shape, experts_NK.shape[1], self.size, len(down_EDF), compute_dtype(x_ND)
+        chosen_NS = experts_NK.new_zeros(N, S).scatter_add_(1, experts_NK // E, torch.ones_like(experts_NK))
+        ids_NK = experts_NK.to(_INTEGERS[dtype.itemsize]).view(dtype)
+        sent_NC = torch.cat([x_ND.to(dtype), (weights_NK * scales[1]).to(dtype), ids_NK], 1)
+        found_RC, there_S = None, (chosen_NS > 0).sum(0)
+        if goes_everywhere(S, K):
+            each = self.tokens or [N] * S
+            assert each[self.rank] == N
+            all_RC = self._exchange(sent_NC.detach().repeat(S, 1), [N] * S, each)
+            is_here_RK = _experts(all_RC[:, D + K :]) // E == self.rank
+            is_here_R = is_here_RK.any(1)
+            here_S, come_S = (torch.stack([one.sum() for one in x.split(each)]) for x in (is_here_R, is_here_RK))
+        else:
+            numbers_S2 = torch.stack([there_S, chosen_NS.sum(0)], 1)
+            here_S, come_S = self._exchange(numbers_S2, [1] * S, [1] * S).unbind(1)
+        there, here, come = torch.stack([there_S, here_S, come_S]).tolist()  # the one wait for a GPU
+        if goes_everywhere(S, K):
+            found_RC = all_RC[_first(is_here_R, sum(here))]
+        token_Q = _first((chosen_NS.t() > 0).flatten(), sum(there)) % max(1, N)
+        rows_RC = _Exchanged.apply(sent_NC.index_select(0, token_Q), there, here, self._exchange, found_RC)
+        rows_RD, weights_RK, ids_RK = rows_RC.split([D, K, K], 1)
+        expert_P = _experts(ids_RK.detach()).flatten() - self.rank * E
+        expert_P = expert_P.where((expert_P >= 0) & (expert_P < E), E)  # those of other processes to the end
+        ends_E = torch.zeros(E + 1, dtype=torch.int64, device=x_ND.device)
+        ends_E = ends_E.scatter_add_(0, expert_P, torch.ones_like(expert_P))[:E].cumsum(0).to(torch.int32)
+        order_P = expert_P.argsort(stable=True)[: sum(come)]
+        out_RD = swiglu_sorted(rows_RD, gate_up_E2FD, down_EDF, order_P, ends_E, weights_RK, (scales[0], 1.0))
+        out_QD = _Exchanged.apply(out_RD, here, there, self._exchange)
         to_ND = torch.zeros_like(x_ND, dtype=dtype) if to_ND is None else to_ND
-        return to_ND.index_add(0, order_P // K, out_PD.to(to_ND.dtype))
+        return to_ND.index_add(0, token_Q, out_QD.to(to_ND.dtype))
 
-
-class _Exchange(torch.autograd.Function):
-    """Rows for each process, ``there`` of them, against rows from each, ``here``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: list[int], here: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.back = here, there, group
+    def _exchange(self, x: Tensor, there: list[int], here: list[int]) -> Tensor:
+        """Rows for each process, ``there`` of them, against rows from each, ``here``."""
         found = x.new_empty(sum(here), x.shape[1])
-        dist.all_to_all_single(found, x.contiguous(), here, there, group)
+        dist.all_to_all_single(found, x.contiguous(), here, there, self.group)
         return found
 
+
+def _experts(ids_RK: Tensor) -> Tensor:
+    """Numbers of experts that travelled as bits of other numbers."""
+    return ids_RK.contiguous().view(_INTEGERS[ids_RK.dtype.itemsize]).long()
+
+
+def _first(is_true: Tensor, n: int) -> Tensor:
+    """Where the ``n`` true ones of a row are: ``nonzero``, which would wait for a GPU to know how many."""
+    return is_true.byte().argsort(descending=True, stable=True)[:n]
+
+
+class _Exchanged(torch.autograd.Function):
+    """``exchange(x, there, here)``, or what has come already; and its gradient, which goes the way back."""
+
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Exchange.apply(grad, *ctx.back), None, None, None
+    def forward(ctx: Any, x: Tensor, there: list[int], here: list[int], exchange: Any, found: Any = None) -> Tensor:
+        ctx.back = exchange, here, there
+        return exchange(x, there, here) if found is None else found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        exchange, here, there = ctx.back
+        return exchange(grad, here, there), None, None, None, None

@@ -84,7 +84,7 @@ class Parallel:
         """
         own = plan[rows]
         if self.grid.expert > 1:
-            own.among = plan[self.grid.beside(rows, self.cfg.batch_size)]
+            own.among, own.meet = plan[self.grid.beside(rows, self.cfg.batch_size)], experts(self.model)[0].engine.meet
         if (lora := self.model.recurrent.lora) is not None:  # which is as deep as the deepest row of any process
             for loops, _ in plan.schedules(self.step.objective.short):
                 lora.trained_loops.clamp_(min=int(loops.max()))

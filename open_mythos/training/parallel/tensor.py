@@ -1,4 +1,4 @@
-"""Feed-forwards that several processes divide: each has a part of the hidden units, and they add up what these say."""
+"""Feed-forwards and vocabularies that several processes divide: each has a part, and they add up what these say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -18,6 +19,46 @@ def add_parts(feed_forward: nn.Module, group: dist.ProcessGroup) -> None:
     feed_forward.register_forward_hook(lambda module, args, out: _Added.apply(out, group))
 
 
+class Vocabulary:
+    """The tokens of a vocabulary that this process has, of a group that runs the same rows; numbered from ``first``.
+
+    Args:
+        embed, head: with the rows of these tokens alone. Embeddings are then looked up as those of the whole; what the
+            head says is of these tokens, and :meth:`statistics` are those of all.
+    """
+
+    def __init__(self, embed: nn.Embedding, head: nn.Module, group: dist.ProcessGroup) -> None:
+        self.group, self.n = group, len(embed.weight)
+        self.first, self.embed = self.n * dist.get_rank(group), embed
+        embed.forward = self.look_up  # type: ignore[assignment, method-assign]
+        head.register_forward_pre_hook(lambda module, args: (_Given.apply(args[0], group), *args[1:]))
+        head.statistics = self.statistics  # type: ignore[assignment]
+
+    def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens stand here, any place for those that do not; and which do."""
+        own = ids - self.first
+        return own.clamp(0, self.n - 1), (own >= 0) & (own < self.n)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        own, is_here = self.place(ids)
+        return _Added.apply(F.embedding(own, self.embed.weight) * is_here.unsqueeze(-1), self.group)
+
+    def statistics(self, logits_NV: Tensor, targets_N: Tensor, theirs_NV: Tensor | None) -> tuple[Tensor, ...]:
+        """As :func:`open_mythos.training.objective.statistics`, of all tokens, from the logits of those here."""
+        (top_N, likeliest_N), (own_N, is_here_N) = logits_NV.detach().max(-1), self.place(targets_N)
+        most_N = _reduced(top_N, self.group, dist.ReduceOp.MAX)
+        of_target_N = logits_NV.gather(-1, own_N.unsqueeze(-1)).squeeze(-1) * is_here_N
+        parts = [(logits_NV - most_N.unsqueeze(-1)).exp().sum(-1), of_target_N]
+        if theirs_NV is not None:
+            theirs_NV = theirs_NV[:, self.first : self.first + self.n]
+            parts.append((theirs_NV.exp() * (theirs_NV - logits_NV)).sum(-1))
+        partition_N, of_target_N, *others = _Added.apply(torch.stack(parts), self.group)
+        log_partition_N = partition_N.log() + most_N
+        divergence_N = others[0] + log_partition_N if others else torch.zeros_like(of_target_N)
+        first_N = torch.where(top_N == most_N, likeliest_N + self.first, torch.iinfo(torch.int64).max)
+        return log_partition_N, of_target_N, divergence_N, _reduced(first_N, self.group, dist.ReduceOp.MIN)
+
+
 class _Given(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -26,20 +67,20 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.group), None
+        return _reduced(grad, ctx.group), None
 
 
 class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _sum(x, group)
+        return _reduced(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _reduced(x: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
+    dist.all_reduce(x, op, group=group)
     return x

@@ -26,15 +26,19 @@ LAYOUTS = {
 }
 EACH, MUON, MLA = "loops.per=sequence", "optim.optimizer=muon", "model.attn_type=mla"
 AGAIN, UNEVEN = "checkpoint_loops=true", ("loops.per=sequence", "loops.maximum=6", "loops.schedule=lognormal")
+WIDE = ("model.dense_dim=24", "model.vocab_size=4")  # which two can divide
+APART = (*WIDE, "model.tied_head=false")
 # by layout: processes, steps, and what else is set
 CHOSEN = {
     "FSDP + EP 2": (4, STEPS, (EACH, AGAIN, MUON)),
     "HSDP": (4, 3, (MLA, "model.dropout=0.1", "model.state_noise=0.1")),
     "EP 4": (4, 6, (*UNEVEN, "loss.depth=uniform")),
-    "TP 2": (2, 3, (EACH, MUON, "accumulate=2", "model.dense_dim=24")),
+    "TP 2": (2, 3, (EACH, MUON, "accumulate=2", *WIDE)),
+    "TP 2, the head by itself": (2, 3, (MLA, "loss.depth=uniform", "loss.chunk=3", "loss.z=0.1", *APART)),
 }
 
 
+DISPATCHED = [(2, "float32"), (2, "bfloat16"), (0, "float64")]
 GONE_ON = {4: ("parallel.expert=4",), 1: (), 2: ("parallel.shard=2", "parallel.expert=2"), 3: ("parallel.shard=3",)}
 
 
@@ -51,13 +55,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         (2, "sharded"): ["collectives", "parallel.shard=2", *fixed],
         (2, "again"): ["collectives", "parallel.shard=2", AGAIN, "loss.depth=uniform", *fixed],
         (2, "exchanged"): ["collectives", "parallel.expert=2", *fixed],
+        (2, "divided"): ["collectives", "parallel.tensor=2", *WIDE, *fixed],
+        **{(2, case): ["dispatched", *case] for case in DISPATCHED},
         (2, "bypassed"): ["bypassed", "parallel.shard=2"],
     }
-    elastic = ["batch_size=12", "model.n_experts=4", MUON]
+    elastic = ["batch_size=12", "model.n_experts=4", MUON, *WIDE]
     jobs[4, "saved"] = ["saved", 2, 2, "elastic", *LAYOUTS["FSDP + EP 2"], *elastic]
     jobs |= {(n, f"loaded by {n}"): ["loaded", 2, "elastic", *layout, *elastic] for n, layout in GONE_ON.items()}
     jobs[1, "saved by one"] = ["saved", 2, 2, "alone", *elastic]
     jobs[2, "loaded from one"] = ["loaded", 2, "alone", *GONE_ON[2], *elastic]
+    jobs[2, "loaded by tensor"] = ["loaded", 2, "alone", "parallel.tensor=2", *elastic]
     jobs[2, "stopped"] = ["stopped", "stopped", "steps=9", "parallel.expert=2", "save_every=2"]
     jobs[2, "slow"] = ["slow", "parallel.shard=2"]
     jobs[2, "abandoned"] = ["abandoned", "parallel.shard=2"]  # the last: one of the two ends
@@ -85,8 +92,14 @@ def test_a_unit_is_gathered_once_and_reduced_once(found: dict[Any, Any], case: s
     assert counts["allgather_base"] == counts["reduce_scatter_base"] == counts["units"]
 
 
-def test_a_loop_exchanges_numbers_rows_and_results_once_and_gradients_back(found: dict[Any, Any]) -> None:
-    assert found["exchanged"]["alltoall_base"] == 3 * (3 + 2)
+def test_a_loop_exchanges_rows_and_results_once_and_gradients_back(found: dict[Any, Any]) -> None:
+    assert found["exchanged"]["alltoall_base"] == 3 * (2 + 2)
+
+
+@pytest.mark.parametrize("case", DISPATCHED)
+def test_divided_experts_say_what_those_of_one_process_say(found: dict[Any, Any], case: tuple[int, str]) -> None:
+    """Whether their tokens' numbers are known or asked for, and whatever numbers their own travel as."""
+    assert found[case] < {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.02}[case[1]]
 
 
 @pytest.mark.parametrize(
@@ -97,18 +110,28 @@ def test_a_loop_exchanges_numbers_rows_and_results_once_and_gradients_back(found
     ],
 )  # fmt: skip
 def test_collectives_are_those_of_the_plan(found: dict[Any, Any], case: str, layout: Layout) -> None:
-    counts, cfg = found[case], tiny_run()
+    counts, cfg, rows = found[case], tiny_run(), 0
     settings = Settings(precision="fp32", length=counts["length"], batch_size=cfg.batch_size, loops=3)
     planned, numbers = Counter[str](), Counter[str]()
     for one in Sheet(Job(cfg.model, 2, settings), layout).collectives:
         name = {"all_gather": "allgather_base", "all_to_all": "alltoall_base"}.get(one.kind, f"{one.kind}_base")
         planned[name] += one.count
         numbers[name] += one.count * int(one.bytes / 4) if one.kind != "all_to_all" else 0
+        rows = int(one.bytes / 4) if one.of == "tokens" else rows
     del planned["all_reduce_base"]  # together with the few numbers that end a step
     for name, count in planned.items():
         assert counts[name] == count, name
         # shards of a matrix whose rows do not divide are filled up; a gate that is not trained has no gradient
         assert name == "alltoall_base" or counts["numbers"][name] == pytest.approx(numbers[name], rel=0.05)
+    assert counts["most"].get("alltoall_base", 0) == rows  # what comes back of them depends on what is chosen
+
+
+def test_tensor_parallelism_takes_the_sums_of_the_plan(found: dict[Any, Any]) -> None:
+    counts, cfg = found["divided"], tiny_run(*WIDE)
+    settings = Settings(precision="fp32", length=counts["length"], batch_size=cfg.batch_size, loops=3)
+    planned = Sheet(Job(cfg.model, 2, settings), Layout(tensor=2, rows=8)).collectives
+    assert {one.kind for one in planned} == {"all_reduce"}
+    assert counts["allreduce"] == sum(one.count for one in planned) + 2  # load of experts, and what ends a step
 
 
 def test_a_lost_gradient_is_an_error(found: dict[Any, Any]) -> None:
@@ -125,8 +148,9 @@ def test_what_four_saved_while_they_went_on_is_gone_on_with_by_any_number(found:
     assert_gone_on(found[f"loaded by {n}"], found["saved"])
 
 
-def test_what_one_saved_is_gone_on_with_by_two(found: dict[Any, Any]) -> None:
-    assert_gone_on(found["loaded from one"], found["saved by one"])
+@pytest.mark.parametrize("two", ["loaded from one", "loaded by tensor"])
+def test_what_one_saved_is_gone_on_with_by_two(found: dict[Any, Any], two: str) -> None:
+    assert_gone_on(found[two], found["saved by one"])
 
 
 def test_all_leave_after_the_same_step_with_the_code_of_the_signal_that_one_was_sent(found: dict[Any, Any]) -> None:
@@ -147,7 +171,7 @@ GROUPS = [(1, [()]), (2, PAIRS), (4, list(LAYOUTS.values()))]
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
     """By settings, what each layout of ``GROUPS`` makes of them."""
     jobs = [(n, list(itertools.product(TABLE, layouts))) for n, layouts in GROUPS]
-    options = {case: [case[0], "loops.mean=3", "model.dense_dim=24", *itertools.chain(*case[1:])] for case in TABLE}
+    options = {case: [case[0], "loops.mean=3", *WIDE, *itertools.chain(*case[1:])] for case in TABLE}
     groups = [(n, [["trained", STEPS, *layout, *options[case]] for case, layout in pairs]) for n, pairs in jobs]
     results = launch(tmp_path_factory.mktemp("table"), groups, timeout=6000)
     found: dict[Any, list[Any]] = {case: [] for case in TABLE}

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from open_mythos.ops import experts
 from open_mythos.training import checkpoints, distributed
 from open_mythos.training.fit import Watch, fit
+from open_mythos.training.parallel import experts as parallel_experts
 from open_mythos.training.trainer import Lost, Trainer
 
 FOLDER = Path()
@@ -143,13 +144,15 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
-        self.numbers: Counter[str] = Counter()
+        self.numbers, self.most = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
             name = function._schema.name.split("::")[1].strip("_")
             self.found[name] += 1
-            self.numbers[name] += max(x.numel() for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
+            numbers = max(x.numel() for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
+            self.numbers[name] += numbers
+            self.most[name] = max(self.most[name], numbers)
         return function(*args, **(kwargs or {}))
 
 
@@ -160,7 +163,8 @@ def collectives(*overrides: str) -> dict[str, Any]:
     batch = trainer.draw()
     with Collectives() as mode:
         trainer.forward_backward(batch)
-    own = {"units": len(trainer.parallel.units), "length": batch.ids.shape[1], "numbers": dict(mode.numbers)}
+    own = {"units": len(trainer.parallel.units), "length": batch.ids.shape[1]}
+    own |= {"numbers": dict(mode.numbers), "most": dict(mode.most)}
     return dict(mode.found) | own
 
 
@@ -212,6 +216,35 @@ def seconds(rows: int, *overrides: str) -> float:
         ffn(x).sum().backward()
         times.append(time.perf_counter() - start)
     return sorted(times)[4]
+
+
+def dispatched(spent: int, dtype: str) -> float:
+    """Of 600 divided experts, how far results and gradients are from those of one process, at most, relative to these.
+
+    The first process has 3 tokens, the second 5, then both none and 7; ``spent`` as in :mod:`.parallel.experts`.
+    """
+    parallel_experts._SPENT, rank, found = spent, dist.get_rank(), 0.0
+    torch.manual_seed(0)
+    for tokens in ([3, 5], [0, 7]):
+        mine = slice(tokens[0] * rank, tokens[0] + tokens[1] * rank)
+        x, gate_up, down, to = (torch.randn(*shape) for shape in ((sum(tokens), 8), (600, 8, 8), (600, 8, 4), (1, 8)))
+        chosen, weights = torch.rand(sum(tokens), 600).topk(3).indices, torch.rand(sum(tokens), 3)
+        here = slice(300 * rank, 300 * rank + 300)
+        both = [[x, gate_up, down, weights, to.repeat(sum(tokens), 1)]]
+        both += [[x[mine], gate_up[here], down[here], weights[mine], to.repeat(tokens[rank], 1)]]
+        whole, part = ([one.to(getattr(torch, dtype)).requires_grad_() for one in given] for given in both)
+        dispatch = parallel_experts.Dispatch(dist.group.WORLD)
+        dispatch.tokens = tokens
+        ran = [
+            engine(*given[:3], ids, given[3], (0.5, 2.0), given[4])
+            for engine, given, ids in ((experts.swiglu_experts, whole, chosen), (dispatch, part, chosen[mine]))
+        ]
+        grads = [torch.autograd.grad(out.square().sum(), given) for out, given in zip(ran, (whole, part), strict=True)]
+        places = mine, mine, here, here, mine, mine
+        for one, other, place in zip((ran[0], *grads[0]), (ran[1], *grads[1]), places, strict=True):
+            if other.numel():
+                found = max(found, float((one[place] - other).abs().max() / one.abs().max()))
+    return max(distributed.gathered(found))
 
 
 def run(rank: int, world: int, jobs: list[Any], name: str) -> None:
