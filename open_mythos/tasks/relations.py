@@ -69,6 +69,7 @@ class Relations(Task):
     """
 
     name = "relations"
+    version = 2
     unit = "hops"
     has_steps = True
     vocab = VOCABULARY

@@ -88,6 +88,7 @@ class WordProblems(Task):
     """
 
     name = "word_problems"
+    version = 2
     unit = "operations"
     has_steps = True
     vocab = VOCABULARY

@@ -103,7 +103,7 @@ def word_problems() -> TrainConfig:
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 8, 16, 22, 28, 64, 112], 128),
     )  # fmt: skip
     # four loops are enough for a new kind of sentence, and what more of them cannot do yet, they never come to do
-    cfg.task.growth, cfg.loops.grown = 0.97, 0.8
+    cfg.loops.grown = 0.8
     return cfg
 
 
@@ -122,8 +122,7 @@ def words() -> TrainConfig:
         options={"settings": {"word_problems": {"min_people": 8}, "relations": {"questions": 10}}},
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
-    cfg.model.expert_dim = 384
-    cfg.task.growth, cfg.loops.grown = 0.97, 0.8  # as word problems need
+    cfg.model.expert_dim, cfg.loops.grown = 384, 0.8  # as word problems need
     return cfg
 
 
@@ -291,7 +290,7 @@ def _read_by_others(task: str, difficulties: range, **settings: Any) -> TrainCon
     """
     cfg = _in_words(task, difficulties, window=16, **settings)
     cfg.model.expert_dim, cfg.batch_size = 256, 32
-    cfg.task.growth, cfg.loops.gradient, cfg.optim.lr = 0.95, "all", 1.2e-3
+    cfg.task.growth, cfg.loops.gradient, cfg.optim.lr = 0.95, "all", 1e-3
     return cfg
 
 
