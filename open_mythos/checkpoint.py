@@ -1,10 +1,9 @@
-"""Saving and loading a model as ``config.json`` and ``model.safetensors``. No pickle anywhere.
+"""Saving and loading a model as ``config.json`` and ``model.safetensors``, or several and an index. No pickle anywhere.
 
 A folder is the same whether written here or by ``save_pretrained`` of :mod:`open_mythos.integrations.hf`.
 """
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,31 +19,47 @@ Loaded = TypeVar("Loaded", bound=Model)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL = "model"  # the folder of a run that these lie in
-INDEX_FILE = "model.safetensors.index.json"  # instead of it, where weights are divided among several files
+INDEX_FILE = WEIGHTS_FILE + weights.INDEX  # instead of it, where weights are divided among several files
+SHARD = "50GB"  # of these, as large as one is; transformers has the same
 SHIPPED = Path(__file__).parent / "pretrained"
 MOST_LOOPS = 1 << 16
-_WRAPPED = "core."  # of names in files that transformers wrote
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")  # of the name of a file of weights that is one of several
+PREFIX = "core."  # of names in files that transformers wrote
 
 
-def save(model: Model, directory: str | Path) -> None:
+def save(model: Model, directory: str | Path, max_shard_size: int | str = SHARD) -> None:
     """Write the model's config and weights into ``directory``, made if need be.
 
     Each file is written beside its place and moved there whole, weights first.
 
+    Args:
+        model, directory: as above.
+        max_shard_size: of a file of weights, in bytes or as in "5GB"; more are divided among several, with an index.
+
     Raises:
         CheckpointError: for weights that a file of plain numbers cannot hold, as int8 ones.
+        ValueError: for a size that is none.
     """
     check_plain(model)
-    directory = Path(directory)
+    directory, most = Path(directory), weights.n_bytes(max_shard_size)
     directory.mkdir(parents=True, exist_ok=True)
-    left_out = ["head.weight"] if is_tied(model) else []
-    weights.write(
-        directory / WEIGHTS_FILE,
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out},
-    )
+    made = weights.write_divided(directory / WEIGHTS_FILE, stored(model), most)
     files.write_json(directory / CONFIG_FILE, config_file(model), indent=2)
-    # safetensors lets nobody else read what it writes
-    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
+    remove_earlier(directory, {path.name for path in made})
+
+
+def stored(model: Model) -> dict[str, Tensor]:
+    """What a file of its weights holds: a head that is the embedding is not in it."""
+    left_out = ["head.weight"] if is_tied(model) else []
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def remove_earlier(directory: Path, made: set[str]) -> None:
+    """Remove what an earlier save of these weights, whole or in parts, has left beside the files just ``made``."""
+    wholes = {_PART.sub("", name) for name in made if name.endswith(".safetensors")}
+    for file in directory.iterdir():
+        if file.name not in made and _PART.sub("", file.name).removesuffix(weights.INDEX) in wholes:
+            file.unlink()
 
 
 def check_plain(model: nn.Module) -> None:
@@ -123,10 +138,10 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
         cfg = MythosConfig.load(config_path)
     except ValueError as error:
         raise CheckpointError(f"not an open_mythos config: {error}") from error
-    parts = weights.files_of(weights_path)
-    shapes = {name.removeprefix(_WRAPPED): shape for part in parts for name, shape in weights.shapes(part).items()}
+    parts = weights.files_of(weights_path, verify)
+    shapes = {name.removeprefix(PREFIX): shape for part in parts for name, shape in weights.shapes(part).items()}
     model = _judged(cls, cfg, config_path, weights_path, shapes)
-    tensors = {name.removeprefix(_WRAPPED): t for part in parts for name, t in weights.read(part, verify).items()}
+    tensors = {name.removeprefix(PREFIX): t for part in parts for name, t in weights.read(part, verify).items()}
     model.to(tensors["embed.weight"].dtype)
     kinds = model.state_dict()  # what stays in float32 does so in every model
     tensors = {name: tensor.to(kinds[name].dtype) for name, tensor in tensors.items()}

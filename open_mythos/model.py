@@ -312,9 +312,9 @@ class OpenMythos(Generates):
     # -- files
 
     @checked
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``; see :func:`open_mythos.checkpoint.save`."""
-        checkpoint.save(self, directory)
+    def save_pretrained(self, directory: str | Path, max_shard_size: int | str = checkpoint.SHARD) -> None:
+        """Write ``config.json`` and ``model.safetensors``, or several; see :func:`open_mythos.checkpoint.save`."""
+        checkpoint.save(self, directory, max_shard_size)
 
     @classmethod
     @checked

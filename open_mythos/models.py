@@ -108,6 +108,11 @@ def card_of(source: str | Path) -> str:
 def save_model(model: OpenMythos, directory: str | Path, source: str | Path = "") -> None:
     """Write a model, with the tokenizer of the one found by ``source``, which it started from, if that has one."""
     model.save_pretrained(directory)
+    copy_tokenizer(source, Path(directory))
+
+
+def copy_tokenizer(source: str | Path, directory: Path) -> None:
+    """Write into ``directory`` the tokenizer of the model found by ``source``, if there is a source and it has one."""
     for name in TOKENIZER_FILES if source else ():
         if (found := model_dir(source) / name).is_file():
-            files.write(Path(directory, name), files.read_bytes(files.own(found)))
+            files.write(directory / name, files.read_bytes(files.own(found)))

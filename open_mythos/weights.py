@@ -2,22 +2,27 @@
 
 import hashlib
 import json
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
+from itertools import accumulate
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from open_mythos import files
 
 CHECKSUM = "open_mythos.checksum"
+INDEX = ".index.json"  # what a name ends in whose file says which others have the weights
 _WIDTH = 521  # 8-byte words; odd, so that what changes places by pages, sectors or rows stands in another column
 _ROW = 8 * _WIDTH  # bytes
 _BLOCK = 512 * _ROW  # bytes that are copied and summed together, while they are in a cache
@@ -27,34 +32,91 @@ class CheckpointError(ValueError):
     """A checkpoint file that is missing, damaged, or not one of ours; the message names it."""
 
 
-def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write contiguous ``tensors`` with their checksum; OSError, naming the file, if that cannot be done."""
-    metadata = {"format": "pt", CHECKSUM: _checksum({name: _sums(tensor) for name, tensor in tensors.items()})}
-    with files.replacing(path) as partial:
-        try:
-            save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # its way to say that the disk is full
-            raise OSError(str(error)) from error
-        _order(partial)
+def write(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write tensors with their checksum, each as it comes; OSError, naming the file, if that cannot be done.
+
+    Besides tensors there may be what has a ``shape`` and a ``dtype`` and gives the tensor where it is indexed with (),
+    as those on disk: no more than one is in memory at a time. Equal tensors are equal files.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so all are aligned
+    ends = list(accumulate((size_of(tensors[name]) for name in names), initial=0))
+    placed = {
+        name: {"dtype": _kind(tensors[name].dtype), "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        for name, start, end in zip(names, ends, ends[1:], strict=False)
+    }
+    with files.replacing(path) as partial, partial.open("wb") as file:
+        file.write(_header({}, placed))
+        sums = {name: _append(file, tensors[name]) for name in names}
+        file.seek(0)
+        file.write(_header(sums, placed))
 
 
-def _order(path: Path) -> None:
-    """Put the header's metadata in order, which safetensors shuffles: equal models are equal files."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+def _append(file: BinaryIO, of: Any) -> bytes:
+    tensor = of[()].detach().cpu().contiguous()
+    assert tensor.nbytes == size_of(of)
+    file.write(_bytes(tensor).numpy().data)
+    return _sums(tensor)
 
 
-def files_of(path: Path) -> list[Path]:
-    """``path``, or if it is an index, the files of its folder that it names; CheckpointError for one that is none."""
-    if not path.name.endswith(".index.json"):
+def size_of(tensor: Any) -> int:
+    """Bytes of what :func:`write` takes."""
+    return prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _header(sums: dict[str, bytes], placed: dict[str, Any]) -> bytes:
+    """What a file begins with; of the same length for any ``sums``."""
+    said = {"__metadata__": {"format": "pt", CHECKSUM: _checksum(sums)}, **placed}
+    content = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+    content = content.ljust(-(-len(content) // 8) * 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+@cache
+def _kind(dtype: torch.dtype) -> str:
+    """What safetensors calls it."""
+    return json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
+
+
+def write_divided(path: Path, tensors: Mapping[str, Any], most: int) -> list[Path]:
+    """As :func:`write`, to files of at most ``most`` bytes of tensors each, or of one that is larger.
+
+    Named, and listed in ``path.index.json``, as transformers does, unless one file at ``path`` has room for all. The
+    index, written last, knows the files' checksums: those of two savings are not taken for one.
+
+    Returns:
+        What was written.
+    """
+    parts, room = list[dict[str, Any]](), 0
+    for name, tensor in tensors.items():
+        size = size_of(tensor)
+        if not parts or size > room:
+            parts.append({})
+            room = most
+        parts[-1][name] = tensor
+        room -= size
+    if len(parts) == 1:
+        write(path, tensors)
+        return [path]
+    paths = [path.with_name(f"{path.stem}-{i:05d}-of-{len(parts):05d}{path.suffix}") for i in range(1, len(parts) + 1)]
+    for file, part in zip(paths, parts, strict=True):
+        write(file, part)
+    index = path.with_name(path.name + INDEX)
+    said = {"total_size": sum(map(size_of, tensors.values())), CHECKSUM: _of_files(paths)}
+    where = {name: file.name for file, part in zip(paths, parts, strict=True) for name in part}
+    files.write_json(index, {"metadata": said, "weight_map": dict(sorted(where.items()))})
+    return [*paths, index]
+
+
+def files_of(path: Path, verify: bool = True) -> list[Path]:
+    """``path``, or if it is an index, the files of its folder that it names; CheckpointError for one that is none.
+
+    With ``verify`` also for other files than it was written with, if it says what these were.
+    """
+    if not path.name.endswith(INDEX):
         return [path]
     try:
-        names = files.read_json(path, {"weight_map": {"*": str}})["weight_map"].values()
-        parts = {files.inside(path.parent, name, f"{path}: weight_map") for name in names}
+        index = files.read_json(path, {"weight_map": {"*": str}, "metadata?": {f"{CHECKSUM}?": str}})
+        parts = {files.inside(path.parent, name, f"{path}: weight_map") for name in index["weight_map"].values()}
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     if not parts or path in parts:
@@ -62,7 +124,29 @@ def files_of(path: Path) -> list[Path]:
     for part in parts:
         if not part.is_file():
             raise CheckpointError(f"{path}: weight_map names {part.name!r}, which is missing; copy it too")
+    expected = index.get("metadata", {}).get(CHECKSUM)
+    if verify and expected is not None and expected != _of_files(parts):
+        raise CheckpointError(
+            f"{path} was saved with other files than those beside it, such as {min(parts).name}; copy or save all again"
+        )
     return sorted(parts)
+
+
+def _of_files(paths: Iterable[Path]) -> str:
+    sums = dict[str, bytes]()
+    for path in paths:
+        with opened(path) as file:
+            sums[path.name] = (file.metadata() or {}).get(CHECKSUM, "").encode()
+    return _checksum(sums)
+
+
+def n_bytes(size: int | str) -> int:
+    """Bytes in a size, as transformers takes it: a number, or "5GB", "200MiB"; ValueError for anything else."""
+    found = re.fullmatch(r"(\d+)\s*(?:([KMGT])(I)?)?B?", str(size).upper())
+    n = 0 if found is None else int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+    if n == 0:
+        raise ValueError(f"{size!r} is no size of a file; use a number of bytes, or one as in 5GB or 200MiB")
+    return n
 
 
 def shapes(path: Path) -> dict[str, torch.Size]:
@@ -138,8 +222,8 @@ def _sums(tensor: Tensor, to: Tensor | None = None) -> bytes:
     changes places changes several. ``tensor`` is copied ``to`` on the way.
     """
     sums = [f"{tensor.dtype}{tuple(tensor.shape)};".encode()]
-    source = tensor.detach().cpu().reshape(-1).view(torch.uint8)
-    target = source if to is None else to.view(-1).view(torch.uint8)
+    source = _bytes(tensor)
+    target = source if to is None else _bytes(to)
     for start in range(0, len(source), _BLOCK):
         block = target[start : start + _BLOCK]
         if to is not None:
@@ -152,3 +236,8 @@ def _sums(tensor: Tensor, to: Tensor | None = None) -> bytes:
             columns += F.pad(block[whole:], (0, whole + _ROW - len(block))).view(torch.int64)
         sums.append(columns.numpy().tobytes())
     return b"".join(sums)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """(nbytes,) uint8, the memory of a contiguous tensor of the CPU."""
+    return tensor.view(-1).view(torch.uint8)

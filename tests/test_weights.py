@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,59 @@ def test_what_is_written_comes_back_and_others_read_it(tmp_path: Path) -> None:
     for found in (weights.read(tmp_path / "w.safetensors"), load_file(tmp_path / "w.safetensors")):
         assert found.keys() == TENSORS.keys()
         assert all(found[name].equal(TENSORS[name]) and found[name].dtype == TENSORS[name].dtype for name in found)
+
+
+def test_tensors_are_read_when_they_are_written_and_one_at_a_time(tmp_path: Path) -> None:
+    read = list[weakref.ref[torch.Tensor]]()
+
+    class Elsewhere:
+        shape, dtype = (100, 3), torch.float64
+
+        def __getitem__(self, where: tuple[()]) -> torch.Tensor:
+            assert not any(one() is not None for one in read)
+            tensor = torch.full(self.shape, float(len(read)), dtype=self.dtype)
+            read.append(weakref.ref(tensor.untyped_storage()))
+            return tensor
+
+    paths = weights.write_divided(tmp_path / "w.safetensors", {name: Elsewhere() for name in "abcdefg"}, 3 * 2400)
+    assert [len(weights.read(path)) for path in paths[:-1]] == [3, 3, 1] and len(read) == 7
+    assert weights.read(paths[1])["d"].eq(3).all()
+    assert len(weights.write_divided(tmp_path / "v.safetensors", dict.fromkeys("ab", torch.ones(99)), 50)) == 3
+
+
+def test_a_model_is_divided_by_size_and_of_earlier_files_none_stays(tmp_path: Path) -> None:
+    for seed, size in enumerate(("50KB", "1GB", 70_000)):
+        model = tiny_model(seed=seed)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        parts, others = sorted(tmp_path.glob("*.safetensors")), {"config.json", "model.safetensors.index.json"}
+        if size == "1GB":
+            assert [path.name for path in parts] == ["model.safetensors"]
+            others.remove("model.safetensors.index.json")
+        else:
+            assert parts[0].name == f"model-00001-of-{len(parts):05d}.safetensors" and len(parts) > 1
+        for path in parts:
+            assert weights.has_checksum(path)
+            assert sum(tensor.nbytes for tensor in weights.read(path).values()) <= weights.n_bytes(size)
+        assert {path.name for path in tmp_path.iterdir()} == {path.name for path in parts} | others
+        loaded = OpenMythos.from_pretrained(tmp_path).state_dict()
+        assert all(loaded[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", ["", "0", -1, "0.5GB", "5 dozen", "GB"])
+def test_what_is_no_size_is_refused(tmp_path: Path, size: int | str) -> None:
+    with pytest.raises(ValueError, match=r"is no size of a file; use a number of bytes, or one as in 5GB"):
+        tiny_model().save_pretrained(tmp_path / "m", max_shard_size=size)
+    assert not (tmp_path / "m").exists()
+
+
+def test_files_of_two_savings_are_not_taken_for_one_model(tmp_path: Path) -> None:
+    for seed, folder in enumerate("ab"):
+        tiny_model(seed=seed).save_pretrained(tmp_path / folder, max_shard_size="100KB")
+    part = sorted((tmp_path / "a").glob("*.safetensors"))[1].name
+    shutil.copy(tmp_path / "b" / part, tmp_path / "a" / part)
+    with pytest.raises(CheckpointError, match=r"index\.json was saved with other files than those beside it"):
+        OpenMythos.from_pretrained(tmp_path / "a")
+    OpenMythos.from_pretrained(tmp_path / "a", verify=False)
 
 
 def test_damage_is_refused_or_changes_nothing(tmp_path: Path) -> None:

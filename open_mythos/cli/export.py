@@ -10,8 +10,9 @@ from open_mythos.fields import must
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
+    model: Annotated[str, typer.Argument(help="A run, a checkpoint of one, a model's directory, or a shipped name.")],
     directory: Annotated[Path, typer.Argument(help="Output directory; new or empty.")],
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a file of weights, as in 5GB.")] = "50GB",
 ) -> None:
     """Export a model for transformers: weights, tokenizer, and source code that loads it without this package."""
     from open_mythos.files import is_partial
@@ -19,7 +20,7 @@ def export(
 
     is_free = not directory.exists() or (directory.is_dir() and all(map(is_partial, directory.iterdir())))
     must(is_free, f"{directory} exists and is not empty; choose another directory")
-    has_tokenizer = write(model, directory)
+    has_tokenizer = write(model, directory, max_shard_size)
     content = "weights, tokenizer and source" if has_tokenizer else "weights and source; the model has no tokenizer"
     note(
         f"Written: {directory} ({content})",

@@ -22,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,12 +68,19 @@ class Stored:
     """A tensor in pieces on disk. Indexed with a slice for each axis, or () for all, it gives that of it, on the CPU.
 
     Raises:
-        CheckpointError: if no piece has some of it.
+        CheckpointError: if no piece has some of it, or none is there.
     """
 
     def __init__(self, folder: Path, path: list[str | int], shape: list[int], at: list[dict[str, Any]]) -> None:
         self.name, self.shape, self.ndim = _name(tuple(path)), torch.Size(shape), len(shape)
         self.at = [(files.inside(folder, one["file"], str(folder)), one["start"], one["size"]) for one in at]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        if not self.at:
+            raise CheckpointError(f"no file has any of {self.name}")
+        with weights.opened(self.at[0][0]) as file:
+            return (file.get_slice(self.name)[:0] if self.ndim else file.get_tensor(self.name)).dtype
 
     def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
         wanted = [range(n)[part] for n, part in zip(self.shape, where or (slice(None),) * self.ndim, strict=True)]
@@ -144,7 +152,7 @@ def _write_pieces(partial: Path, parts: Parts) -> tuple[str, dict[str, int], lis
     if not mine:
         return "", {}, []
     file = partial / f"{_PIECES}_{distributed.rank():05d}.safetensors"
-    weights.write(file, {_name(path): part.held.contiguous() for path, part in mine.items()})
+    weights.write(file, {_name(path): part.held for path, part in mine.items()})
     places = [(path, list(part.shape), list(part.start), list(part.held.shape)) for path, part in mine.items()]
     return file.name, {"bytes": file.stat().st_size, "crc32": _checksum(file)}, places
 
@@ -240,17 +248,23 @@ class Saving:
             raise error
 
 
-def load(checkpoint: Path) -> dict[str, Any]:
+def is_one(directory: Path) -> bool:
+    """Whether it is a checkpoint, whole or damaged."""
+    return any((directory / file).is_file() for file in (STATE_FILE, MANIFEST_FILE))
+
+
+def load(checkpoint: Path, mapped: bool = False) -> dict[str, Any]:
     """The state that :func:`save` wrote, on the CPU, what was in parts as :class:`Stored`.
 
-    To be called by all processes: each compares its share of the files with their checksums, and they agree.
+    To be called by all processes: each compares its share of the files with their checksums, and they agree. If
+    ``mapped``, the other tensors are read from their file as they are used, too, which has to stay.
 
     Raises:
         CheckpointError: naming the file that is missing, truncated or damaged.
     """
     state, error = dict[str, Any](), None
     try:
-        state = _load(checkpoint)
+        state = _load(checkpoint, mapped)
     except CheckpointError as own:
         error = own
     if said := [one for one in distributed.gathered(error and str(error)) if one]:
@@ -258,7 +272,7 @@ def load(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _load(checkpoint: Path) -> dict[str, Any]:
+def _load(checkpoint: Path, mapped: bool) -> dict[str, Any]:
     manifest, path = checkpoint / MANIFEST_FILE, checkpoint / STATE_FILE
     try:
         listed = files.read_json(files.own(manifest), _MANIFEST)["files"]
@@ -272,7 +286,7 @@ def _load(checkpoint: Path) -> dict[str, Any]:
         _check(file, listed[file.name], file == path or is_mine)
     try:
         weights.check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         index = state.pop(_PIECES, []) if isinstance(state, dict) else []
         for one in files.shaped(index, _INDEX, _PIECES):
             *outer, last = one["path"]

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from open_mythos import files
+from open_mythos import files, tasks
+from open_mythos.checkpoint import stored
 from open_mythos.evaluation.summary import Evaluation, evaluate, n_steps
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.evaluation.token_kinds import bits_by_kind
 from open_mythos.fields import must
 from open_mythos.model import OpenMythos
+from open_mythos.models import copy_tokenizer
 from open_mythos.tasks import Task
 from open_mythos.tasks.english import VOCABULARY
 from open_mythos.tasks.text import Text
@@ -298,6 +300,35 @@ def finish(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Ca
     directory = runs.save_model(model, cfg, run)
     save_tokenizer(task, directory)
     measure(model, task, cfg, run, begin)
+
+
+def averaged(checkpoint: Path) -> tuple[OpenMythos, dict[str, Any], TrainConfig]:
+    """What a run would keep that had ended with ``checkpoint``, but that no gate is trained.
+
+    Returns:
+        The model, without storage; its averaged weights by name, as tensors or
+        :class:`~open_mythos.training.checkpoints.Stored`, which are read as they are used; and the config of the run.
+
+    Raises:
+        CheckpointError: for a damaged checkpoint.
+    """
+    state = checkpoints.load(checkpoint, mapped=True)["trainer"]
+    cfg = TrainConfig.from_dict(state["config"])
+    model = baselines.counted(cfg)
+    model.cfg.rope_factor = model.cfg.rope_factor if cfg.stretch == 1 else cfg.stretch  # as `finish` leaves it
+    old = state["processes"][0]["carried"] if "processes" in state else state  # of earlier versions
+    found = state["ema"]["average"] | old["buffers"]
+    for name, like in stored(model).items():
+        is_there = name in found and found[name].shape == like.shape
+        must(is_there, f"{checkpoint} is of another model than its config says: see its {name}; take another one")
+    return model, {name: found[name] for name in stored(model)}, cfg
+
+
+def save_beside(cfg: TrainConfig, directory: Path) -> None:
+    """Write what lies beside the model of a run: how it was trained, and its tokenizer."""
+    copy_tokenizer(cfg.start, directory)
+    save_tokenizer(tasks.load(cfg.task.name, **cfg.task.options), directory)
+    cfg.save(directory / runs.TRAINING_FILE)
 
 
 def save_tokenizer(task: Task, directory: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from open_mythos import files
-from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, is_tied, shipped
+from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, is_tied, remove_earlier, shipped
 from open_mythos.fields import must
 from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
@@ -37,7 +36,6 @@ _AUTO_MAP = {
 _LET_PASS = {"cache_position", "ignore_index", "num_items_in_batch", "shift_labels", "token_type_ids"}
 _AS_POSITIONS = {"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"}  # say the same
 _INSTEAD = {"exit": "model.core(…, exit=…)", "kv_cache": "cache", "n_loops": "num_loops", "start_pos": "position_ids"}
-_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")  # of the name of a file of weights that is one of several
 _LIVE = ("max_loop_iters", "max_seq_len", "halting", "act_threshold")  # config fields that may change at any time
 
 
@@ -173,7 +171,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             if self._auto_class is not None and self.write_code is not None:
                 type(self).write_code(partial)
             made = {file.name for file in partial.iterdir()}
-        _remove_earlier(Path(save_directory), made)
+        remove_earlier(Path(save_directory), made)
 
     # -- what tools ask for
 
@@ -263,14 +261,6 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             hidden_states=None if seen is None else tuple(seen),
             **{CACHE: cache},
         )
-
-
-def _remove_earlier(directory: Path, made: set[str]) -> None:
-    """Remove what an earlier save of these weights, whole or in parts, has left beside the files just ``made``."""
-    wholes = {_PART.sub("", name) for name in made if name.endswith(".safetensors")}
-    for file in directory.iterdir():
-        if file.name not in made and _PART.sub("", file.name).removesuffix(".index.json") in wholes:
-            file.unlink()
 
 
 def _tell_peft() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from open_mythos import files
+from open_mythos import files, weights
+from open_mythos.checkpoint import PREFIX, SHARD, WEIGHTS_FILE, remove_earlier, stored
 from open_mythos.fields import must
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.integrations.hf.modeling_open_mythos import OpenMythosForCausalLM
@@ -16,10 +17,20 @@ from open_mythos.integrations.hf.remote_code import needed
 from open_mythos.model import OpenMythos
 from open_mythos.models import TRAINING_FILE, load_model, model_dir
 from open_mythos.tasks import tokenizer
+from open_mythos.training import checkpoints
+from open_mythos.training.fit import averaged, save_beside
 
 
-def export(source: str | Path, directory: str | Path) -> bool:
-    """Write the model that :func:`~open_mythos.models.model_dir` finds by ``source`` into ``directory``.
+def export(source: str | Path, directory: str | Path, max_shard_size: int | str = SHARD) -> bool:
+    """Write a model into ``directory``.
+
+    Of a checkpoint the averaged weights are read from whichever files have them, one tensor at a time: no more is ever
+    in memory, however large the model.
+
+    Args:
+        source: what :func:`~open_mythos.models.model_dir` finds, or a checkpoint of a run.
+        directory: as above.
+        max_shard_size: as of :meth:`~open_mythos.OpenMythos.save_pretrained`.
 
     Returns:
         Whether it had a tokenizer, which then lies there too.
@@ -28,22 +39,34 @@ def export(source: str | Path, directory: str | Path) -> bool:
         ValueError: if there is no such model, or it is a baseline without a loop.
         OSError: if it cannot be written; nothing is left then that was not there.
     """
-    core = load_model(source)
+    most, cfg = weights.n_bytes(max_shard_size), None
+    if checkpoints.is_one(Path(source)):
+        core, tensors, cfg = averaged(Path(source))
+    else:
+        core = load_model(source)
+        tensors = stored(core)
     must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
-    n_bytes = sum(tensor.nbytes for tensor in core.state_dict().values()) + sum(map(len, needed().values()))
+    n_bytes = sum(map(weights.size_of, tensors.values())) + sum(map(len, needed().values()))
     with files.replacing_folder(directory, room=n_bytes) as partial:
         try:
-            return _write(core, source, partial)
+            if cfg is not None:
+                save_beside(cfg, partial)
+            has_tokenizer = _write(core, model_dir(source) if cfg is None else partial, partial)
+            named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
+            made = weights.write_divided(partial / WEIGHTS_FILE, named, most)
+            remove_earlier(partial, {path.name for path in made})
         except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
             if "os error" not in str(error):
                 raise
             raise OSError(str(error)) from error
+    return has_tokenizer
 
 
-def _write(core: OpenMythos, source: str | Path, directory: Path) -> bool:
-    has_tokenizer, ends = (model_dir(source) / tokenizer.FILE).is_file(), {}
+def _write(core: OpenMythos, home: Path, directory: Path) -> bool:
+    """Write all but the weights: what tells transformers of ``core``, and what lies beside it in ``home``."""
+    has_tokenizer, ends = (home / tokenizer.FILE).is_file(), {}
     if has_tokenizer:
-        words = load_tokenizer(model_dir(source), core.cfg.vocab_size)
+        words = load_tokenizer(home, core.cfg.vocab_size)
         words.save_pretrained(directory)
         ends = {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     before = OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class
@@ -51,10 +74,10 @@ def _write(core: OpenMythos, source: str | Path, directory: Path) -> bool:
         OpenMythosConfig.register_for_auto_class()
         OpenMythosForCausalLM.register_for_auto_class("AutoModelForCausalLM")
         lm = OpenMythosForCausalLM.wrap(core, **ends)
-        if (model_dir(source) / GENERATION_CONFIG_NAME).is_file():  # of a retrofit, which may have several ends
-            lm.generation_config = GenerationConfig.from_pretrained(model_dir(source))
-        lm.save_pretrained(directory)
-        if (trained := model_dir(source) / TRAINING_FILE).is_file():  # what eval, report and train-gate ask for
+        if (home / GENERATION_CONFIG_NAME).is_file():  # of a retrofit, which may have several ends
+            lm.generation_config = GenerationConfig.from_pretrained(home)
+        lm.save_pretrained(directory, state_dict={})
+        if (trained := home / TRAINING_FILE).is_file():  # what eval, report and train-gate ask for
             files.write(directory / TRAINING_FILE, files.read_bytes(trained))
     finally:
         OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
