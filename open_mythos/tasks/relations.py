@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.fields import choice, must, size
-from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.tasks.base import Batch, Task
 from open_mythos.tasks.english import (
     ID,
     NAMES,
@@ -42,11 +42,11 @@ class Relations(Task):
 
     That one has two hops, the difficulty. Each person has several relations and each relation is one of many people,
     so that a hop needs both; the next person is never the one before the last. A question names its path from the
-    inside, so that a causal model can follow it word by word. Each relation on the path takes two loops: one to take
-    from the word before it, which just found it, who it is about, and one to find the fact of that person and relation.
-    So steps are, at the person's name, the name; at the j-th relation, whom it is about, after 2 j loops, and who that
-    is, a loop later; and at the question mark the last of them, which is the only target, a loop later still. The end
-    of a fact says whom it names.
+    inside, so that a causal model can follow it word by word. Each relation on the path takes one loop of two layers:
+    to take from the word before it, which just found it, who it is about, and to find the fact of that person and
+    relation. So steps are, at the person's name, the name; at the j-th relation, who that is, after j loops more, and
+    at the first before that whom it is about; and at the question mark the last of them, which is the only target, a
+    loop later still. The end of a fact says whom it names.
 
     A fact is found by its person and its relation together, and matching one helps little as long as the other is not
     matched. So half of training's prompts need one of the two: many people of one relation each, or two people of
@@ -100,7 +100,7 @@ class Relations(Task):
         return question if self.facts == "weights" else self.sentences * _LONGEST + self.questions * question
 
     def n_steps(self, difficulty: int) -> int:
-        return 2 * difficulty + 2
+        return difficulty + 2
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test, said = self.split != "train", []
@@ -131,16 +131,13 @@ class Relations(Task):
         said.append(torch.cat([asks, on_path, torch.full_like(words[..., :1], ID["?"])], 2))
         ids, valid, ends = joined(said)
         ends, asked_at = ends.split([ends.shape[1] - n_questions, n_questions], 1)
-        # at the name and each relation of every question: who that is, and before whom it is about
+        # at the name and each relation of every question: who that is; at the first relation before whom it is about
         hops = torch.arange(difficulty + 1)[:, None]
         on_path, path = asked_at[:, None] - 1 - 2 * (difficulty - hops), _FIRST_NAME + people.mT
-        found = from_loop((2 * hops).expand_as(path), path, n_steps)
-        about = from_loop(
-            (2 * hops - 1).clamp(min=0).expand_as(path), torch.cat([path[:, :1], path[:, :-1]], 1), n_steps
-        )
+        found = from_loop(hops.expand_as(path), path, n_steps)
+        found[:, 1, :, 0] = path[:, 0]
         answer = from_loop(torch.full_like(asked_at, n_steps - 1), path[:, -1], n_steps)
-        steps = torch.cat([found.where(found != UNSCORED, about).flatten(1, 2), answer], 1)
-        places = torch.cat([on_path.flatten(1), asked_at], 1)
+        steps, places = torch.cat([found.flatten(1, 2), answer], 1), torch.cat([on_path.flatten(1), asked_at], 1)
         if self.facts == "prompt":
             places = torch.cat([ends, places], 1)
             steps = torch.cat([known[..., None].expand(-1, -1, n_steps), steps], 1)

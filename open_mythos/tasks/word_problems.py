@@ -70,11 +70,11 @@ class WordProblems(Task):
     sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end.
 
     Its steps are at its end, of the person whom it is about, and at the names of those whom it needs: whose number it
-    is, and then the number. That is known at an end after one loop if the sentence says it, at a name a loop after the
-    end of that person's sentence, and at an end a loop after the names that it needs, so an operation takes two loops:
-    one looks up numbers, each by its person's name, and one calculates with those that stand in the sentence. Asked
-    for the results alone, a model does not learn to add two numbers that it has not learned to find yet. The question
-    is about a name too, and the answer, the only target, is known a loop after that. No question needs all sentences.
+    is, and then the number. That is known at an end after one loop if the sentence says it, and a loop after the
+    numbers that it needs if not: in one loop names look up numbers, each by its person, and then the end calculates
+    with what stands in its sentence, which takes two layers. Asked for the results alone, a model does not learn to add
+    two numbers that it has not learned to find yet. The question is about a name too, and the answer, which is found
+    there a loop after that person's number, is the only target. No question needs all sentences.
 
     Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
     together in a sentence of the held-out split, names and patterns that do, and so all its sentences, are never
@@ -117,7 +117,7 @@ class WordProblems(Task):
         return self.people * _LONGEST + ASKS.codes.shape[1]
 
     def n_steps(self, difficulty: int) -> int:
-        return 2 * difficulty + 4
+        return difficulty + 3
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
@@ -220,7 +220,7 @@ def _steps(
     is_source = is_name & ((named != subject) | asks)
     is_end = torch.zeros_like(is_name).scatter_(1, ends, True)
     who = named.where(is_source, subject)
-    due = 2 * depth.gather(1, who) + torch.where(is_source, 2, torch.where(asks, 3, 1))
+    due = depth.gather(1, who) + torch.where(is_source | asks, 2, 1)
     whose, number = (_FIRST_NAME + name).gather(1, who), (_ZERO + value).gather(1, who)
     steps = torch.where(torch.arange(n_steps) < due[..., None], whose[..., None], number[..., None])
     return steps.masked_fill(~(is_source | is_end)[..., None], UNSCORED)

@@ -17,7 +17,7 @@ from open_mythos.tasks.relations import Relations
 from open_mythos.tasks.word_problems import WordProblems
 
 _KINDS: dict[str, Any] = {kind.name: kind for kind in (Assignments, WordProblems, Relations, Registers)}
-_SCALE = {"relations": 0.5, "registers": 2.0}  # of their difficulty to ours: a hop takes two loops, a line half of one
+_SCALE = {"relations": 0.5, "registers": 2.0}  # of their difficulty to ours
 
 
 @dataclass

@@ -75,9 +75,9 @@ def test_targets_and_steps_are_what_the_facts_say(difficulty, options):
             for i, which in enumerate(path, 1):
                 way.append(facts[way[-1], which])
                 assert task.vocab[ids[start + 2 * i]] == which
-                expected[start + 2 * i, 2 * i - 1 :] = encode(way[i - 1])[0]
-                expected[start + 2 * i, 2 * i :] = encode(way[i])[0]
-            expected[start], expected[end, 2 * len(path) + 1 :] = encode(name)[0], encode(way[-1])[0]
+                expected[start + 2 * i, i:] = encode(way[i])[0]
+            expected[start], expected[start + 2, 0] = encode(name)[0], encode(name)[0]
+            expected[end, len(path) + 1 :] = encode(way[-1])[0]
             assert targets[end] == encode(way[-1])[0] and len(path) in (1, difficulty)
             assert len(path) == 1 or all(one != other for one, other in zip(way, way[2:], strict=False))
             asked_for.append(name)
