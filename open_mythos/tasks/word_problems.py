@@ -88,7 +88,6 @@ class WordProblems(Task):
     """
 
     name = "word_problems"
-    version = 2
     unit = "operations"
     has_steps = True
     vocab = VOCABULARY
@@ -125,7 +124,7 @@ class WordProblems(Task):
         total = int(torch.randint(low, self.people + 1, (), generator=generator))
         source = self._graph(n, total, difficulty, generator)
         depth, needs = _needed(source)
-        may = torch.tensor([_MORE, _FEWER, _TWICE, _SAME] if self._size >= _ALL_KINDS else [_SAME])
+        may = torch.tensor([_SAME, _TWICE, _MORE, _FEWER] if self._size >= _ALL_KINDS else [_SAME])
         kind = may[torch.randint(0, len(may), (n, total), generator=generator)]
         kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
         number = torch.randint(2, self.modulus, (n, total), generator=generator)

@@ -70,11 +70,11 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "relations",
         {"sentences": 12, "questions": 1},
         2,
-        "Bruno has Cora as tenant . the tenant Cora has is Viola . the guide of Viola is Cora . the guide of Cora is "
-        "Bruno . the lawyer Bruno has is Ida . Cora is the lawyer of Viola . Ida is the tenant of Viola . the lawyer "
-        "of Ida is Viola . the guide of Bruno is Ida . the tenant of Ida is Bruno . the lawyer Cora has is Bruno . "
-        "Viola is the guide of Ida . now who is Viola 's tenant 's tenant ?",
-        "Bruno",
+        "the rival of Mark is Bert . Bert 's rival is Gail . Mark 's guide is Gail . Nina 's doctor is Gail . Nina is "
+        "the doctor of Bert . the rival of Nina is Gail . the guide Gail has is Nina . the doctor of Mark is Bert . the "
+        "doctor of Gail is Mark . the rival Gail has is Bert . Bert 's guide is Mark . the guide of Nina is Bert . and "
+        "who is Nina 's doctor 's rival ?",
+        "Bert",
     ),
     (
         "registers",
@@ -115,7 +115,7 @@ def test_the_first_problem_in_words_is_what_it_was(
     batch = task.batch(1, difficulty, seeded())
     assert task.render(batch.ids[0].tolist()) == problem
     assert task.render(batch.targets[batch.targets != UNSCORED].tolist()) == answers
-    assert task.version == 1
+    assert task.version == (2 if name == "relations" else 1)
 
 
 @pytest.mark.parametrize("name", WORDS)
