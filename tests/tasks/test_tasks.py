@@ -72,8 +72,8 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         2,
         "the rival of Mark is Bert . Bert 's rival is Gail . Mark 's guide is Gail . Nina 's doctor is Gail . Nina is "
         "the doctor of Bert . the rival of Nina is Gail . the guide Gail has is Nina . the doctor of Mark is Bert . "
-        "the doctor of Gail is Mark . the rival Gail has is Bert . Bert 's guide is Mark . the guide of Nina is Bert . and "
-        "who is Nina 's doctor 's rival ?",
+        "the doctor of Gail is Mark . the rival Gail has is Bert . Bert 's guide is Mark . the guide of Nina is Bert . "
+        "and who is Nina 's doctor 's rival ?",
         "Bert",
     ),
     (
