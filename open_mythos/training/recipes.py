@@ -287,7 +287,7 @@ def _read_by_others(task: str, difficulties: range, **settings: Any) -> TrainCon
 
     By itself no loop would leave it where the next one finds it, so gradient flows through all of them, at a lower
     rate. Neither would one before a coda, which can do the last step by itself. A loop has two layers: one finds what
-    the other needs, and both do the same in every loop, so that a loop more changes nothing.
+    the other needs, and neither has another thing to do in the next loop.
     """
     cfg = _in_words(task, difficulties, window=16, **settings)
     cfg.model.core_layers, cfg.model.expert_dim, cfg.batch_size = 2, 256, 32
