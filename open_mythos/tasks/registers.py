@@ -1,14 +1,14 @@
 """What a register holds at the end of a short program in words."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from open_mythos.fields import choice, size
-from open_mythos.tasks.base import Batch, Task
-from open_mythos.tasks.english import ID, NUMBERS, REGISTERS, VOCABULARY, Patterns, chosen, from_loop, joined, problems
+from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.tasks.english import ID, NUMBERS, REGISTERS, VOCABULARY, Patterns, chosen, joined
 
 
 def _lines(*patterns: str) -> Patterns:
@@ -20,7 +20,7 @@ ADD = _lines("add {1} to {0} .", "increase {0} by {1} .", "let {0} increase by {
 SUBTRACT = _lines(
     "subtract {1} from {0} .", "decrease {0} by {1} .", "take {1} from {0} .", "put {0} minus {1} in {0} ."
 )
-SWAP = _lines("swap {0} and {1} .", "swap {0} with {1} .", "let {0} and {1} swap .", "let {0} swap with {1} .")
+SWAP = _lines("{0} and {1} swap .", "let {0} and {1} swap .", "now {0} and {1} swap .", "{0} and {1} swap values .")
 IF = _lines(
     "if {1} is more than {2} , add {3} to {0} .", "add {3} to {0} if {1} is more than {2} .",
     "if {1} holds more than {2} , increase {0} by {3} .", "increase {0} by {3} if {1} holds more than {2} .",
@@ -30,7 +30,12 @@ ASKS = _lines("what is {0} ?", "what is in {0} ?", "what does {0} hold ?", "{0} 
 _KINDS = (SET, ADD, SUBTRACT, SWAP, IF)
 _SET, _SWAP = 0, 3
 _OFTEN = torch.tensor([1.0, 3.0, 3.0, 1.5, 1.5])  # how often lines are of each kind: few forget what was before
+_KEPT = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])  # those of kinds that change no number
 _PLAIN = 0.25  # share of the lines that set, add or subtract a number, not a register
+_FEW = 6  # lines of the smallest programs (Task.sized)
+_ALL_KINDS = 0.1  # size of programs (Task.sized) from which lines are of all kinds; below, they change no number
+_CHAINS = 0.2  # size of programs (Task.sized) from which lines read what depends on what others read
+_NEVER = -9  # after how many lines a register holds what it holds, if it was not set yet
 _FIRST, _ZERO = ID[REGISTERS[0]], ID[NUMBERS[0]]
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 _NUMBERS = torch.arange(len(REGISTERS))
@@ -38,15 +43,35 @@ _APART = (_NUMBERS[:, None] - _NUMBERS).abs()
 _FOR_TEST = _APART % 3 == 1
 
 
+class _Lines(NamedTuple):
+    """Lines, (n, L) each, with the two registers that each names, (n, L, 2): one that it writes, and one more.
+
+    Attributes:
+        named: the two; the other one need not be in the line.
+        held, since: what the two held before, and after how many lines, one after the other.
+        holds, due: what they hold then, and after how many lines.
+    """
+
+    named: Tensor
+    held: Tensor
+    since: Tensor
+    holds: Tensor
+    due: Tensor
+
+
 @dataclass
 class Registers(Task):
     """Lines that set, add, subtract or swap registers, or add if another one holds enough; all modulo ``modulus``.
 
-    ``set A to 3 . set C to 0 . set D to 1 . set B to 5 . add C to A . swap D and A . what is D ?`` is a problem of two
-    lines: those at the start, which set all registers, do not count, in no split. The steps at the end of a line are
-    what the register holds that it writes, the first one named if it swaps two. They are known after as many steps as
-    the longest chain of lines up to it, each of which reads what the one before it wrote. What the register holds
-    that is asked for, the only target, is known a step later.
+    ``set A to 3 . set C to 0 . set D to 1 . set B to 5 . add C to A . D and A swap . what is D ?`` is a problem of two
+    lines: those at the start, which set all registers, do not count, in no split.
+
+    Its steps are at every register that a line names: which it is, and then what it held before; and at the line's end:
+    which register it writes, and then what that holds now. A line that swaps writes two, and says the one that it names
+    last at the word ``swap``. What a line writes is known after one loop if it reads nothing, and a loop after what it
+    reads if it does: in one loop its registers look up, each by itself, what was last written to them, and then the end
+    calculates with what stands in its line, which takes two layers. What the register holds that is asked for, the only
+    target, is found a loop later still.
 
     Registers that stand together in a line of the held-out split (one, four or seven apart in the alphabet), registers
     written and patterns that do, and so all its lines, are never together in training.
@@ -59,6 +84,7 @@ class Registers(Task):
     """
 
     name = "registers"
+    version = 2
     unit = "lines"
     has_steps = True
     vocab = VOCABULARY
@@ -71,19 +97,24 @@ class Registers(Task):
         super().__post_init__()
         self.chance = 1 / self.modulus
         self.most = self.lines
+        self._size = 1.0
 
     def sized(self, size: float) -> Self:
-        return replace(self, lines=1 + int((self.lines - 1) * size))
+        few = min(_FEW, self.lines)
+        task = replace(self, lines=few + int((self.lines - few) * size))
+        task._size = size
+        return task
 
     def length(self, difficulty: int) -> int:
         return self.registers * SET.codes.shape[1] + difficulty * _LONGEST + ASKS.codes.shape[1]
 
     def n_steps(self, difficulty: int) -> int:
-        return difficulty + 2
+        return difficulty + 3
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
-        kind = torch.multinomial(_OFTEN, n * difficulty, replacement=True, generator=generator).view(n, difficulty)
+        often = _OFTEN if self._size >= _ALL_KINDS else _OFTEN * _KEPT
+        kind = torch.multinomial(often, n * difficulty, replacement=True, generator=generator).view(n, difficulty)
         plain = (torch.rand(n, difficulty, generator=generator) < _PLAIN) & (kind < _SWAP)
         to = torch.randint(0, self.registers, (n, difficulty), generator=generator)
         together = _FOR_TEST if test else ~_FOR_TEST & (_APART > 0)
@@ -95,35 +126,66 @@ class Registers(Task):
         )
         plain = torch.cat([first >= 0, plain], 1)
         number = torch.randint(0, self.modulus, kind.shape, generator=generator)
-        number = torch.where(kind == _SET, number, number.clamp(min=1))
         limit = torch.randint(1, self.modulus - 2, kind.shape, generator=generator)  # half of all numbers are more
-        value, due, holds, depth = self._run(kind, plain, to, other, number, limit)
+        lines, value, depth = self._run(kind, plain, to, other, number, limit)
         asked = torch.multinomial(depth**2 + 0.01, 1, generator=generator)
+        value, depth = value.gather(1, asked), depth.gather(1, asked)
         words = [_FIRST + to, torch.where(plain, _ZERO + number, _FIRST + other), _ZERO + limit, _ZERO + number]
         said = chosen(kind, [patterns.sentences(to, words, test, generator) for patterns in _KINDS])
         ids, valid, ends = joined([said, ASKS.sentences(asked, [_FIRST + asked], test, generator)])
-        value, due = torch.cat([value, holds.gather(1, asked)], 1), torch.cat([due, depth.gather(1, asked) + 1], 1)
-        return problems(ids, valid, ends, from_loop(due, _ZERO + value, difficulty + 2), 1)
+        # the question reads a register as lines do, and says at its end what that holds
+        question = _Lines(*(torch.stack([of, of], 2) for of in (asked, value, depth, value, depth + 1)))
+        told = _Lines(*(torch.cat(both, 1) for both in zip(lines, question, strict=True)))
+        targets = torch.full_like(ids, UNSCORED).scatter_(1, ends[:, -1:], _ZERO + value)
+        return Batch(ids, targets, valid, _steps(ids, ends, told, self.n_steps(difficulty)))
 
     def _run(
         self, kind: Tensor, plain: Tensor, to: Tensor, other: Tensor, number: Tensor, limit: Tensor
-    ) -> tuple[Tensor, ...]:
-        """What each line writes and how many steps it takes, (n, lines); both of each register in the end, (n, R)."""
-        holds = torch.zeros(len(kind), self.registers, dtype=torch.long)
-        depth, value, due = holds.clone(), torch.empty_like(kind), torch.empty_like(kind)
+    ) -> tuple[_Lines, Tensor, Tensor]:
+        """What lines do, and what each register holds in the end and after how many, (n, R) each.
+
+        Changes, (n, L) each: lines that would read too much to plain ones that set, and number to what lines say.
+        """
+        value = torch.zeros(len(kind), self.registers, dtype=torch.long)
+        depth, lines = torch.full_like(value, _NEVER), list[_Lines]()
         for i in range(kind.shape[1]):
-            line, this, that, constant = kind[:, i, None], to[:, i, None], other[:, i, None], plain[:, i, None]
-            was, read, new = holds.gather(1, this), holds.gather(1, that), number[:, i, None]
-            operand = new.where(constant, read)
-            if_more = was + new * (read > limit[:, i, None])
-            written = torch.stack([operand, was + operand, was - operand, read, if_more]).gather(0, line[None])[0]
-            written %= self.modulus
-            after = torch.maximum(
-                depth.gather(1, this).masked_fill(line == _SET, -1), depth.gather(1, that).masked_fill(constant, -1)
-            )
-            after += 1
-            swaps = line == _SWAP
-            holds.scatter_(1, that, was.where(swaps, read)).scatter_(1, this, written)
-            depth.scatter_(1, that, after.where(swaps, depth.gather(1, that))).scatter_(1, this, after)
-            value[:, i], due[:, i] = written[:, 0], after[:, 0]
-        return value, due, holds, depth
+            both = torch.stack([to[:, i], other[:, i]], 1)
+            held, since = value.gather(1, both), depth.gather(1, both)
+            is_set, constant = kind[:, i] == _SET, plain[:, i]
+            read = since.masked_fill(torch.stack([is_set, constant], 1), -1).amax(1)
+            if self._size < _CHAINS:
+                is_set, constant = is_set | (read > 0), constant | (read > 0)
+                read = read.masked_fill(read > 0, -1)
+                kind[:, i], plain[:, i] = torch.where(is_set, _SET, kind[:, i]), constant
+            number[:, i] = c = torch.where(is_set, number[:, i], number[:, i].clamp(min=1))
+            was, that = held.unbind(1)
+            operand = torch.where(constant, c, that)
+            may = [operand, was + operand, was - operand, that, was + c * (that > limit[:, i])]
+            written = torch.stack(may).gather(0, kind[None, :, i])[0] % self.modulus
+            swaps = kind[:, i] == _SWAP
+            now, due = torch.stack([written, torch.where(swaps, was, that)], 1), torch.stack([read + 1, since[:, 1]], 1)
+            due[:, 1] = torch.where(swaps, due[:, 0], due[:, 1])
+            lines.append(_Lines(both, held, since, now, due))
+            # the one that is written at last: where the start sets a register, both are that
+            value.scatter_(1, both[:, 1:], now[:, 1:]).scatter_(1, both[:, :1], now[:, :1])
+            depth.scatter_(1, both[:, 1:], due[:, 1:]).scatter_(1, both[:, :1], due[:, :1])
+        return _Lines(*(torch.stack(of, 1) for of in zip(*lines, strict=True))), value, depth
+
+
+def _steps(ids: Tensor, ends: Tensor, lines: _Lines, n_steps: int) -> Tensor:
+    """What is known after 0, 1, ... loops at registers and ends of lines, (n, T, ``n_steps``).
+
+    Args:
+        ids, ends: (n, T) tokens, and the places of the last ones of ``lines``, (n, L), the question's at last.
+    """
+    n, T = ids.shape
+    line = torch.searchsorted(ends, torch.arange(T).repeat(n, 1)).clamp(max=ends.shape[1] - 1)
+    named, held, since, holds, due = (of.gather(1, line[..., None].expand(-1, -1, 2)) for of in lines)
+    is_end = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, ends, True)
+    writes = is_end | (ids == ID["swap"])
+    is_register = (ids >= _FIRST) & (ids < _FIRST + len(REGISTERS))
+    second = torch.where(is_register, ids != _FIRST + named[..., 0], ~is_end).long()[..., None]
+    value = torch.where(writes[..., None], holds, held).gather(2, second)
+    loops = torch.where(writes[..., None], due + 1, since + 2).gather(2, second)
+    steps = torch.where(torch.arange(n_steps) < loops, _FIRST + named.gather(2, second), _ZERO + value)
+    return steps.masked_fill(~(is_register | writes)[..., None] | (loops < 0), UNSCORED)

@@ -115,6 +115,16 @@ def relations() -> TrainConfig:
     )  # fmt: skip
 
 
+def registers() -> TrainConfig:
+    """What a register holds after a program in words: trained on 12 lines, tested on 24."""
+    cfg = _read_by_others(
+        "registers", range(1, 13), loops=15, gate=(12, 27), dim=96, options={"lines": 24},
+        evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 15, 27, 32, 60, 108], 128),
+    )  # fmt: skip
+    cfg.loops.grown = 0.8  # as word problems need
+    return cfg
+
+
 def words() -> TrainConfig:
     """All tasks in words by one model, which says its answers and ends: trained on up to 6 steps, tested on 12."""
     cfg = _read_by_others(
@@ -191,7 +201,7 @@ def debug() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
     parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, assignments, word_problems,
-    relations, words, reasoning_gym, text, heal, demo, debug,
+    relations, registers, words, reasoning_gym, text, heal, demo, debug,
 )}  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def executed(kind, words, holds, depth, modulus) -> str:
     """Run a line; the register that its end tells of."""
     to, other, limit, new = words
     operand = holds.get(other, int(other) if other and other.isdigit() else None)
-    needs = {SET: [other], SWAP: [to, other]}.get(kind, [to, other])
+    needs = [other] if kind is SET else [to, other]
     after = 1 + max((depth[register] for register in needs if register in holds), default=-1)
     if kind is SWAP:
         holds[to], holds[other] = holds[other], holds[to]
@@ -52,20 +52,32 @@ def test_targets_and_steps_are_what_the_lines_do(difficulty, options):
     assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
     assert batch.ids.shape[1] <= task.length(difficulty)
     for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
-        holds, depth, told = {}, {}, sentences(task, ids)
+        holds, depth, start = {}, {}, 0
         expected = torch.full_like(steps, UNSCORED)
+
+        def tell(place, register, holds, loops, expected=expected):
+            """Which register it is, and after so many loops what it holds."""
+            expected[place] = encode(register)[0]
+            expected[place, loops:] = encode(str(holds[register]))[0]
+
         ends = [place for place, word in enumerate(ids.tolist()) if word in encode(". ?")]
-        for line, (place, sentence) in enumerate(zip(ends, told, strict=True)):
-            kind, _, words = read(sentence)
+        for line, end in enumerate(ends):
+            told = [task.vocab[word] for word in ids[start : end + 1]]
+            kind, _, words = read(" ".join(told))
+            for place, word in enumerate(told, start):
+                if word in holds:
+                    tell(place, word, holds, depth[word] + 2)
             if kind is ASKS:
-                due, value = depth[words[0]] + 1, holds[words[0]]
-                assert targets[place] == encode(str(value))[0]
+                tell(end, words[0], holds, depth[words[0]] + 2)
+                assert targets[end] == encode(str(holds[words[0]]))[0]
             else:
                 assert line >= task.registers or (kind is SET and words[1].isdigit())
                 to = executed(kind, words, holds, depth, task.modulus)
-                due, value = depth[to], holds[to]
-            expected[place, due:] = encode(str(value))[0]
-        assert set(holds) == set(REGISTERS[: task.registers]) and len(told) == task.registers + difficulty + 1
+                tell(end, to, holds, depth[to] + 1)
+                if kind is SWAP:
+                    tell(start + told.index("swap"), words[1], holds, depth[to] + 1)
+            start = end + 1
+        assert set(holds) == set(REGISTERS[: task.registers]) and len(ends) == task.registers + difficulty + 1
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
 
 
@@ -111,8 +123,16 @@ def test_no_number_can_be_guessed_from_the_words(split, difficulty):
 
 
 def test_programs_grow_with_their_size():
+    """In the smallest no number changes, in small ones no line needs two others, and then they do."""
     task = tasks.load("registers", lines=12)
-    assert [task.sized(size).most for size in (0, 0.5, 1)] == [1, 6, 12]
+    assert [task.sized(size).most for size in (0, 0.5, 1)] == [6, 9, 12]
+    deepest, kinds = {}, {}
+    for size in (0.0, 0.12, 1.0):
+        batch = task.sized(size).batch(32, 6, torch.Generator().manual_seed(0))
+        deepest[size] = (batch.steps == batch.steps[..., -1:]).long().argmax(2).max()
+        kinds[size] = {read(sentence)[0] for ids in batch.ids for sentence in sentences(task, ids)}
+    assert kinds[0.0] == {SET, SWAP, ASKS} and len(kinds[0.12]) == len(kinds[1.0]) == 6
+    assert deepest[0.0] == deepest[0.12] == 3 and deepest[1.0] > 4
 
 
 @pytest.mark.parametrize(("options", "message"), [
