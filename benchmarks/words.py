@@ -1,9 +1,10 @@
-"""The recipe of assignments in words, from several seeds, on prompts as long as trained and twice that.
+"""The recipes of tasks in words, from several seeds, on sentences that were never in training.
 
-    python benchmarks/words.py [--seeds 0 1 2] [--examples 256] [--out benchmarks/results/words.json]
+    python benchmarks/words.py [--tasks assignments word_problems relations registers] [--seeds 0 1 2]
+                               [--examples 256] [--out benchmarks/results/words.json]
 
 Runs are kept in runs/words; one that has ended is not run again, one that was stopped goes on. One after the other,
-each with all threads: about a quarter of an hour each on two cores.
+each with all threads: a quarter to half an hour each on two cores. Tasks that are not run keep their results in --out.
 """
 
 import argparse
@@ -26,56 +27,89 @@ from open_mythos.training.runs import load_model
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "words"
-# sentences of a prompt, hops, and what the mean and the worst seed must reach two loops after the last hop
-BARS = [(32, 1, 0.99, 0.98), (32, 3, 0.99, 0.98), (32, 6, 0.99, 0.98), (32, 12, 0.98, 0.0), (32, 24, 0.95, 0.0),
-        (64, 3, 0.95, 0.0), (64, 6, 0.95, 0.0), (64, 48, 0.85, 0.0)]  # fmt: skip
+# of each task: options of its problems, their difficulty, and what the mean and the worst seed must reach in the loops
+# that the solution takes
+BARS: dict[str, list[tuple[dict[str, int], int, float, float]]] = {
+    "assignments": [
+        *(({"sentences": 32}, hops, 0.99, 0.98) for hops in (1, 3, 6)), ({"sentences": 32}, 12, 0.98, 0.0),
+        ({"sentences": 32}, 24, 0.95, 0.0), *(({"sentences": 64}, hops, 0.95, 0.0) for hops in (3, 6)),
+        ({"sentences": 64}, 48, 0.85, 0.0),
+    ],
+    "word_problems": [*(({}, n, 0.97, 0.0) for n in (1, 2, 4, 6)), ({}, 9, 0.90, 0.0), ({}, 12, 0.80, 0.0)],
+    "relations": [*(({}, hops, 0.98, 0.0) for hops in (1, 2, 3)), ({}, 6, 0.95, 0.0)],
+    "registers": [*(({"lines": 24}, lines, 0.98, 0.0) for lines in (3, 6, 12)), ({"lines": 24}, 24, 0.95, 0.0)],
+}  # fmt: skip
 DEEPER = 4  # times the loops needed, at which at most .01 may be lost
+LOST_BY_HALTING = 0.005
+SHARE_OF_LOOPS = 0.6  # which halting may run, of that many
 
 
-def train(seed: int) -> Path:
+def train(task: str, seed: int) -> Path:
     """Run the recipe unless its evaluation is there, and say where it is."""
-    run = RUNS / f"assignments-{seed}"
+    run = RUNS / f"{task}-{seed}"
     if not (run / "evaluation.json").is_file():
-        command = [sys.executable, "-m", "open_mythos", "train", "assignments", f"seed={seed}"]
+        command = [sys.executable, "-m", "open_mythos", "train", task, f"seed={seed}"]
         subprocess.run([*command, "--out", str(run), "--resume", "auto"], check=True, cwd=ROOT)
     return run
 
 
-def measured(run: Path, examples: int) -> list[dict[str, Any]]:
-    """Accuracy of each row of ``BARS`` on the held-out split: a loop early, in time, a loop later, and deep."""
+def measured(task: str, run: Path, examples: int) -> list[dict[str, Any]]:
+    """Accuracy of each row of ``BARS`` on the held-out split: a loop early, in time, deep, and deep with halting."""
     model, rows = load_model(run), []
-    for sentences, hops, *_ in track(BARS, f"evaluating {run.name}"):
-        task = tasks.load("assignments", sentences=sentences, split="held_out")
-        loops = [hops, hops + 1, hops + 2, DEEPER * (hops + 2)]
-        curve = depth_grid(model, task, [hops], loops, examples, seed=1, halting=False).curve(hops)
-        rows.append({"sentences": sentences, "hops": hops, "accuracy": curve})
+    for options, difficulty, *_ in track(BARS[task], f"evaluating {run.name}"):
+        problems = tasks.load(task, **options, split="held_out")
+        needed = problems.n_steps(difficulty)
+        loops = [needed - 1, needed, needed + 1, DEEPER * needed]
+        row = {"options": options, "difficulty": difficulty}
+        row["accuracy"] = depth_grid(model, problems, [difficulty], loops, examples, 1, halting=False).curve(difficulty)
+        if model.cfg.halting:
+            grid = depth_grid(model, problems, [difficulty], loops[-1:], examples, 1, halting=True)
+            row |= {"halted": grid.accuracy.item(), "loops_used": grid.loops_used.item()}
+        rows.append(row)
     return rows
+
+
+def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
+    """Mean and worst of the seeds, and whether what is asked for holds."""
+    columns = "a loop early", "in time", f"{DEEPER} times the loops", "with halting", "its loops", "asked for", ""
+    table = Table("", tasks.load(task).unit, *columns, title=task)
+    for i, (options, difficulty, least, worst) in enumerate(BARS[task]):
+        rows = [result[i] for result in results]
+        early, late, _, deep = ([list(row["accuracy"].values())[k] for row in rows] for k in range(4))
+        holds = mean(late) >= least and min(late) >= worst and mean(late) - mean(deep) <= 0.01
+        halted, used = ([row[key] for row in rows if key in row] for key in ("halted", "loops_used"))
+        if halted:
+            share = mean(used) / list(rows[0]["accuracy"])[3]
+            holds &= mean(deep) - mean(halted) <= LOST_BY_HALTING and share <= SHARE_OF_LOOPS
+        cells = [f"{mean(values):.3f} ({min(values):.3f})" if values else "" for values in (early, late, deep, halted)]
+        said = " ".join(f"{key}={value}" for key, value in options.items())
+        asked = f"{least}" + (f" ({worst})" if worst else "")
+        table.add_row(
+            said, str(difficulty), *cells, f"{mean(used):.1f}" if used else "", asked, "holds" if holds else "missed"
+        )
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tasks", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "words.json")
     options = parser.parse_args()
-    runs = [train(seed) for seed in options.seeds]
-    results = [measured(run, options.examples) for run in runs]
-    seconds = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] for run in runs]
-    shown = Table("sentences", "hops", "a loop early", "two loops after", f"{DEEPER} times the loops", "asked for", "")
-    for i, (sentences, hops, least, worst) in enumerate(BARS):
-        by_seed = [list(result[i]["accuracy"].values()) for result in results]
-        early, _, late, deep = ([curve[k] for curve in by_seed] for k in range(4))
-        holds = mean(late) >= least and min(late) >= worst and mean(late) - mean(deep) <= 0.01
-        texts = [f"{mean(values):.3f} ({min(values):.3f})" for values in (early, late, deep)]
-        shown.add_row(str(sentences), str(hops), *texts, f"{least} ({worst})", "holds" if holds else "missed")
-    Console().print(shown)
-    report = {
-        "seeds": options.seeds, "examples": options.examples, "seconds": seconds, "rows": results,
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }  # fmt: skip
+    report = json.loads(options.out.read_text()) if options.out.is_file() else {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    for task in options.tasks:
+        runs = [train(task, seed) for seed in options.seeds]
+        results = [measured(task, run, options.examples) for run in runs]
+        seconds = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] for run in runs]
+        Console().print(shown(task, results))
+        report[task] = {
+            "seeds": options.seeds, "examples": options.examples, "seconds": seconds, "rows": results,
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        }  # fmt: skip
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"Results: {options.out}")
 
 

@@ -302,6 +302,7 @@ def _read_by_others(task: str, difficulties: range, **settings: Any) -> TrainCon
     cfg = _in_words(task, difficulties, window=16, **settings)
     cfg.model.core_layers, cfg.model.expert_dim, cfg.batch_size = 2, 256, 32
     cfg.task.growth, cfg.loops.gradient, cfg.optim.lr = 0.95, "all", 1e-3
+    cfg.steps, cfg.optim.decay, cfg.gate.steps = 2000, 0.6, 400  # what has grown is made exact at lower rates
     return cfg
 
 
