@@ -37,6 +37,10 @@ _WORDS = words(
     "before after end begin print each both coins 's"
 )
 PAD, END = "<pad>", "<end>"
+ALL_KINDS = 0.12
+"""Size of problems (``Task.sized``) from which sentences of all kinds are told; below, no number changes."""
+CHAINS = 0.24
+"""Size of problems from which what was calculated is needed by others."""
 VOCABULARY = (PAD, END, *_WORDS, *NUMBERS, *RELATIONS, *REGISTERS, *THINGS, *NAMES)
 """Words of all tasks in words, so that one model can learn them together; a word is a token."""
 ID = {word: i for i, word in enumerate(VOCABULARY)}
@@ -51,6 +55,9 @@ def encode(text: str) -> list[int]:
     for word in text.split():
         must(word in ID, f"no task in words knows {word!r}; {nearest(word, VOCABULARY)}")
     return [ID[word] for word in text.split()]
+
+
+_FEW_NUMBERS = 3
 
 
 class Patterns:
@@ -136,6 +143,15 @@ def named(links: Tensor, test: bool, generator: torch.Generator | None) -> Tenso
         name[rows] = picked
         rows = rows[~whole]
     return name
+
+
+def numbers(size: float, modulus: int) -> int:
+    """How many numbers problems of a size say, from 0 on: few when the first sums are told, and all before chains are.
+
+    A model may guess among all sums for a thousand steps; those of few numbers it learns at once, and then the others.
+    """
+    grown = min(1.0, (size - ALL_KINDS) / (CHAINS - ALL_KINDS) + 1e-6)
+    return modulus if grown < 0 else _FEW_NUMBERS + int((modulus - _FEW_NUMBERS) * grown)
 
 
 def padded(sentences: Sequence[Tensor]) -> list[Tensor]:

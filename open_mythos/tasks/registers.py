@@ -8,7 +8,18 @@ from torch import Tensor
 
 from open_mythos.fields import choice, size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
-from open_mythos.tasks.english import ID, NUMBERS, REGISTERS, VOCABULARY, Patterns, chosen, joined
+from open_mythos.tasks.english import (
+    ALL_KINDS,
+    CHAINS,
+    ID,
+    NUMBERS,
+    REGISTERS,
+    VOCABULARY,
+    Patterns,
+    chosen,
+    joined,
+    numbers,
+)
 
 
 def _lines(*patterns: str) -> Patterns:
@@ -30,11 +41,11 @@ ASKS = _lines("what is {0} ?", "what is in {0} ?", "what does {0} hold ?", "{0} 
 _KINDS = (SET, ADD, SUBTRACT, SWAP, IF)
 _SET, _SWAP = 0, 3
 _OFTEN = torch.tensor([1.0, 3.0, 3.0, 1.5, 1.5])  # how often lines are of each kind: few forget what was before
+_NO_IF = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
 _KEPT = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])  # those of kinds that change no number
-_PLAIN = 0.25  # share of the lines that set, add or subtract a number, not a register
-_FEW = 6  # lines of the smallest programs (Task.sized)
-_ALL_KINDS = 0.1  # size of programs (Task.sized) from which lines are of all kinds; below, they change no number
-_CHAINS = 0.2  # size of programs (Task.sized) from which lines read what depends on what others read
+_PLAIN = 0.4  # share of the lines that set, add or subtract a number, not a register
+_FEW = 12  # lines of the smallest programs (Task.sized)
+_ALSO_IF = 0.2  # size of programs from which lines are of all kinds, beside those that change no number or always do
 _NEVER = -9  # after how many lines a register holds what it holds, if it was not set yet
 _FIRST, _ZERO = ID[REGISTERS[0]], ID[NUMBERS[0]]
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
@@ -113,7 +124,7 @@ class Registers(Task):
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
-        often = _OFTEN if self._size >= _ALL_KINDS else _OFTEN * _KEPT
+        often = _OFTEN if self._size >= _ALSO_IF else _OFTEN * (_NO_IF if self._size >= ALL_KINDS else _KEPT)
         kind = torch.multinomial(often, n * difficulty, replacement=True, generator=generator).view(n, difficulty)
         plain = (torch.rand(n, difficulty, generator=generator) < _PLAIN) & (kind < _SWAP)
         to = torch.randint(0, self.registers, (n, difficulty), generator=generator)
@@ -125,8 +136,9 @@ class Registers(Task):
             torch.cat([start, then], 1) for start, then in ((first * 0, kind), (first, to), (first, other))
         )
         plain = torch.cat([first >= 0, plain], 1)
-        number = torch.randint(0, self.modulus, kind.shape, generator=generator)
-        limit = torch.randint(1, self.modulus - 2, kind.shape, generator=generator)  # half of all numbers are more
+        top = numbers(self._size, self.modulus)
+        number = torch.randint(0, top, kind.shape, generator=generator)
+        limit = torch.randint(1, max(top - 2, 2), kind.shape, generator=generator)  # half of all numbers are more
         lines, value, depth = self._run(kind, plain, to, other, number, limit)
         asked = torch.multinomial(depth**2 + 0.01, 1, generator=generator)
         value, depth = value.gather(1, asked), depth.gather(1, asked)
@@ -153,7 +165,7 @@ class Registers(Task):
             held, since = value.gather(1, both), depth.gather(1, both)
             is_set, constant = kind[:, i] == _SET, plain[:, i]
             read = since.masked_fill(torch.stack([is_set, constant], 1), -1).amax(1)
-            if self._size < _CHAINS:
+            if self._size < CHAINS:
                 is_set, constant = is_set | (read > 0), constant | (read > 0)
                 read = read.masked_fill(read > 0, -1)
                 kind[:, i], plain[:, i] = torch.where(is_set, _SET, kind[:, i]), constant

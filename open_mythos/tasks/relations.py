@@ -31,7 +31,8 @@ _FIRST_NAME, _FIRST_RELATION = ID[NAMES[0]], ID[RELATIONS[0]]
 _FEWEST = 4  # people of a prompt
 _LONGEST = FACTS.codes.shape[1]
 _MOST = 2 * len(NAMES) // 3
-_ONE_DECIDES = 0.5  # share of the prompts of training in which the person, or nearly the relation, decides
+_ONE_DECIDES = 0.5  # share of the smallest prompts of training in which the person, or nearly the relation, decides
+_BOTH_DECIDE = 0.15  # size of prompts (Task.sized) from which that share is a fifth of it
 _OTHERS = 8  # people of a prompt of two, who have no relations of their own
 _PARTNERS = 2  # whom each person of a prompt may stand with in a sentence, at least, or relations would not matter
 
@@ -84,6 +85,7 @@ class Relations(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._size = 1.0
         if self.facts == "prompt":
             low, high, each = self.min_sentences, self.sentences, self.relations
             must(high <= _MOST * each, f"sentences={high}; there are {len(NAMES)} names, enough for {_MOST * each}")
@@ -93,14 +95,16 @@ class Relations(Task):
         self.chance = 1 / (self.people if self.facts == "weights" else self.sentences // self.relations)
 
     def sized(self, size: float) -> Self:
-        return replace(self, sentences=self.min_sentences + int((self.sentences - self.min_sentences) * size))
+        task = replace(self, sentences=self.min_sentences + int((self.sentences - self.min_sentences) * size))
+        task._size = size
+        return task
 
     def length(self, difficulty: int) -> int:
         question = ASKS.codes.shape[1] + 2 * difficulty + 1
         return question if self.facts == "weights" else self.sentences * _LONGEST + self.questions * question
 
     def n_steps(self, difficulty: int) -> int:
-        return difficulty + 2
+        return 2 * difficulty + 1
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test, said = self.split != "train", []
@@ -112,7 +116,8 @@ class Relations(Task):
             low = self.sentences if test else self.min_sentences
             total = int(torch.randint(low, self.sentences + 1, (), generator=generator))
             each, owners, others = self.relations, total // self.relations, 0
-            if not test and torch.rand((), generator=generator) < _ONE_DECIDES:
+            share = _ONE_DECIDES if self._size < _BOTH_DECIDE else 0.2 * _ONE_DECIDES
+            if not test and torch.rand((), generator=generator) < share:
                 difficulty, each, owners, others = 1, 1, total, 0
                 if torch.rand((), generator=generator) < 0.5:
                     owners, each, others = 2, min(total // 2, len(RELATIONS)), _OTHERS
@@ -131,11 +136,12 @@ class Relations(Task):
         said.append(torch.cat([asks, on_path, torch.full_like(words[..., :1], ID["?"])], 2))
         ids, valid, ends = joined(said)
         ends, asked_at = ends.split([ends.shape[1] - n_questions, n_questions], 1)
-        # at the name and each relation of every question: who that is; at the first relation before whom it is about
+        # at the name and each relation of every question: who that is; at relations a loop before, whom they are about
         hops = torch.arange(difficulty + 1)[:, None]
         on_path, path = asked_at[:, None] - 1 - 2 * (difficulty - hops), _FIRST_NAME + people.mT
-        found = from_loop(hops.expand_as(path), path, n_steps)
-        found[:, 1, :, 0] = path[:, 0]
+        found = from_loop((2 * hops - 1).clamp(min=0).expand_as(path), path, n_steps)
+        for hop in range(difficulty):
+            found[:, hop + 1, :, 2 * hop] = path[:, hop]
         answer = from_loop(torch.full_like(asked_at, n_steps - 1), path[:, -1], n_steps)
         steps, places = torch.cat([found.flatten(1, 2), answer], 1), torch.cat([on_path.flatten(1), asked_at], 1)
         if self.facts == "prompt":

@@ -10,6 +10,8 @@ from torch import Tensor
 from open_mythos.fields import choice, must, size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.english import (
+    ALL_KINDS,
+    CHAINS,
     ID,
     NAMES,
     NUMBERS,
@@ -18,6 +20,7 @@ from open_mythos.tasks.english import (
     chosen,
     joined,
     named,
+    numbers,
 )
 
 HAS = Patterns(
@@ -55,8 +58,6 @@ _CONSTANTS = 2  # people, at least, whose number is said
 _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
-_CHAINS = 0.2  # size of problems (Task.sized) from which what was calculated is needed by others
-_ALL_KINDS = 0.1  # size of problems (Task.sized) from which they are told; below, numbers are looked up and not changed
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
@@ -109,7 +110,7 @@ class WordProblems(Task):
     def sized(self, size: float) -> Self:
         task = replace(self, people=self.min_people + int((self.people - self.min_people) * size))
         task._size = size
-        task.most = task.most if size >= _CHAINS else 1
+        task.most = task.most if size >= CHAINS else 1
         return task
 
     def length(self, difficulty: int) -> int:
@@ -124,11 +125,12 @@ class WordProblems(Task):
         total = int(torch.randint(low, self.people + 1, (), generator=generator))
         source = self._graph(n, total, difficulty, generator)
         depth, needs = _needed(source)
-        may = torch.tensor([_SAME, _TWICE, _MORE, _FEWER] if self._size >= _ALL_KINDS else [_SAME])
+        may = torch.tensor([_SAME, _TWICE, _MORE, _FEWER] if self._size >= ALL_KINDS else [_SAME])
         kind = may[torch.randint(0, len(may), (n, total), generator=generator)]
         kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
-        number = torch.randint(2, self.modulus, (n, total), generator=generator)
-        own = torch.randint(0, self.modulus, (n, total), generator=generator)
+        top = numbers(self._size, self.modulus)
+        number = torch.randint(2, top, (n, total), generator=generator)
+        own = torch.randint(0, top, (n, total), generator=generator)
         number = torch.where(kind == _OWN, own, number)
         value = self._values(source, kind, number)
         right = (needs == difficulty) if test else needs * (needs <= difficulty)
@@ -155,7 +157,7 @@ class WordProblems(Task):
         last = first + operations - 1
         source = torch.full((n, people, 2), -1)
         rows = torch.arange(n)
-        by_two = self._size >= _ALL_KINDS  # else each operation needs the one before it alone
+        by_two = self._size >= ALL_KINDS  # else each operation needs the one before it alone
         on, two = (_ON, _TWO) if by_two else (1.0, 0.0)
         for i in range(last - 1, first - 1, -1):  # who needs it: someone after it who is not made of two yet
             chance = torch.rand(n, last - i, generator=generator)

@@ -110,18 +110,18 @@ def word_problems() -> TrainConfig:
 def relations() -> TrainConfig:
     """Who is whose cook's neighbour, by facts in the prompt: trained on 3 hops, tested on 6."""
     return _read_by_others(
-        "relations", range(1, 4), loops=6, gate=(6, 10), dim=96, options={"questions": 10},
-        evaluation=EvalConfig([1, 3, 6], [1, 2, 3, 5, 8, 10, 16, 32], 128),
+        "relations", range(1, 4), loops=9, gate=(6, 15), dim=96, options={"questions": 10, "min_sentences": 18},
+        evaluation=EvalConfig([1, 3, 6], [1, 2, 3, 5, 7, 13, 16, 28, 52], 128),
     )  # fmt: skip
 
 
 def registers() -> TrainConfig:
     """What a register holds after a program in words: trained on 12 lines, tested on 24."""
     cfg = _read_by_others(
-        "registers", range(1, 13), loops=15, gate=(12, 27), dim=96, options={"lines": 24},
+        "registers", range(6, 13), loops=12, gate=(12, 27), dim=96, options={"lines": 24},
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 15, 27, 32, 60, 108], 128),
     )  # fmt: skip
-    cfg.loops.grown = 0.8  # as word problems need
+    cfg.loops.grown = 0.9  # three are enough for the first sums
     return cfg
 
 

@@ -123,16 +123,19 @@ def test_no_number_can_be_guessed_from_the_words(split, difficulty):
 
 
 def test_programs_grow_with_their_size():
-    """In the smallest no number changes, in small ones no line needs two others, and then they do."""
-    task = tasks.load("registers", lines=12)
-    assert [task.sized(size).most for size in (0, 0.5, 1)] == [6, 9, 12]
-    deepest, kinds = {}, {}
-    for size in (0.0, 0.12, 1.0):
-        batch = task.sized(size).batch(32, 6, torch.Generator().manual_seed(0))
+    """At first no number changes, then few numbers do and no line needs what another calculated, then all do."""
+    task = tasks.load("registers", lines=24)
+    assert [task.sized(size).most for size in (0, 0.5, 1)] == [12, 18, 24]
+    deepest, kinds, said = {}, {}, {}
+    for size in (0.0, 0.12, 0.2, 1.0):
+        small = task.sized(size)
+        batch = small.batch(32, 6, torch.Generator().manual_seed(0))
         deepest[size] = (batch.steps == batch.steps[..., -1:]).long().argmax(2).max()
         kinds[size] = {read(sentence)[0] for ids in batch.ids for sentence in sentences(task, ids)}
-    assert kinds[0.0] == {SET, SWAP, ASKS} and len(kinds[0.12]) == len(kinds[1.0]) == 6
-    assert deepest[0.0] == deepest[0.12] == 3 and deepest[1.0] > 4
+        said[size] = {word for word in task.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
+    assert kinds[0.0] == {SET, SWAP, ASKS} and IF not in kinds[0.12] and len(kinds[0.2]) == len(kinds[1.0]) == 6
+    assert deepest[0.0] == deepest[0.12] == deepest[0.2] == 3 and deepest[1.0] > 4
+    assert said[0.12] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
 
 
 @pytest.mark.parametrize(("options", "message"), [

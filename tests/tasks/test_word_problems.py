@@ -130,15 +130,18 @@ def test_problems_have_as_many_people_as_was_said():
     assert task.sized(0).people == 7 and task.sized(1).people == 9
 
 
-def test_small_problems_say_as_many_as_somebody_and_all_kinds_come_as_they_grow():
+def test_small_problems_say_as_many_as_somebody_and_all_kinds_and_numbers_come_as_they_grow():
     task, kinds = tasks.load("word_problems", people=9, min_people=7), []
+    said = {}
     for size in (0.0, 0.08, 0.12, 1.0):
         small = task.sized(size)
         batch = small.batch(64, 1, torch.Generator().manual_seed(0))
         kinds.append({read(sentence)[0] for ids in batch.ids for sentence in sentences(small, ids)})
+        said[size] = {word for word in small.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
+    assert said[0.12] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
     assert kinds[0] == kinds[1] == {HAS, SAME, ASKS}
     assert kinds[2] == kinds[3] == {HAS, SAME, TWICE, MORE, FEWER, BOTH, ASKS}
-    assert [task.sized(size).most for size in (0.0, 0.16, 0.2, 1.0)] == [1, 1, 3, 5]  # operations
+    assert [task.sized(size).most for size in (0.0, 0.2, 0.24, 1.0)] == [1, 1, 3, 5]  # operations
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -69,7 +69,7 @@ def test_difficulty_is_handed_to_each_task(difficulty, levels):
     task = tasks.load("words").held_out()
     assert [task.level(part, difficulty) for part in task.parts] == levels
     batch = task.batch(4, difficulty, seeded())
-    assert batch.steps.shape[2] == task.n_steps(difficulty) == 2 * difficulty + 2
+    assert batch.steps.shape[2] == task.n_steps(difficulty) == 2 * difficulty + 3
     for ids in batch.ids:
         told = task.render(ids.tolist())
         if kind_of(told) == "relations":
@@ -81,7 +81,7 @@ def test_difficulty_is_handed_to_each_task(difficulty, levels):
 def test_problems_grow_with_their_size():
     task = tasks.load("words")
     small = task.sized(0)
-    assert small.most == task.most == 12 and [small.level(part, 12) for part in small.parts] == [2, 1, 6, 1]
+    assert small.most == task.most == 12 and [small.level(part, 12) for part in small.parts] == [2, 1, 6, 12]
     for seed in range(8):
         assert small.batch(2, 12, seeded(seed)).ids.shape[1] < task.batch(2, 12, seeded(seed)).ids.shape[1]
 
