@@ -32,7 +32,8 @@ _FEWEST = 4  # people of a prompt
 _LONGEST = FACTS.codes.shape[1]
 _MOST = 2 * len(NAMES) // 3
 _ONE_DECIDES = 0.5  # share of the smallest prompts of training in which the person, or nearly the relation, decides
-_BOTH_DECIDE = 0.15  # size of prompts (Task.sized) from which that share is a fifth of it
+_BOTH_DECIDE = 0.15  # size of prompts (Task.sized) from which it is a fifth of that
+_SEVERAL = 6  # people of a prompt, at least, from that size on: among four a second hop can be guessed
 _OTHERS = 8  # people of a prompt of two, who have no relations of their own
 _PARTNERS = 2  # whom each person of a prompt may stand with in a sentence, at least, or relations would not matter
 
@@ -43,15 +44,15 @@ class Relations(Task):
 
     That one has two hops, the difficulty. Each person has several relations and each relation is one of many people,
     so that a hop needs both; the next person is never the one before the last. A question names its path from the
-    inside, so that a causal model can follow it word by word. Each relation on the path takes one loop of two layers:
-    to take from the word before it, which just found it, who it is about, and to find the fact of that person and
-    relation. So steps are, at the person's name, the name; at the j-th relation, who that is, after j loops more, and
-    at the first before that whom it is about; and at the question mark the last of them, which is the only target, a
-    loop later still. The end of a fact says whom it names.
+    inside, so that a causal model can follow it word by word. Each relation on the path has two things to do, and is
+    asked for both: to take from the word before it, which just found it, whom it is about, and then to find the fact of
+    that person and relation. So steps are, at the person's name, the name; at the j-th relation, after 2 j - 2 loops
+    whom it is about, and from the next one on who that is; and at the question mark the last of them, which is the only
+    target, a loop later still. The end of a fact says whom it names.
 
     A fact is found by its person and its relation together, and matching one helps little as long as the other is not
-    matched. So half of training's prompts need one of the two: many people of one relation each, or two people of
-    many. Their questions have one hop.
+    matched. So half of the smallest prompts of training (:meth:`sized`), and a tenth of others, need one of the two:
+    many people of one relation each, or two people of many. Their questions have one hop.
 
     The facts are either in the prompt, or always the same and have to be learned: then the prompt is a question, and
     those of one hop, all in training, are the facts. Names that stand together in a sentence of the held-out split,
@@ -62,7 +63,7 @@ class Relations(Task):
         facts: ``"prompt"`` or ``"weights"``.
         relations: of each person.
         sentences: of a prompt with facts, the most: so many people as that is enough for.
-        min_sentences: the fewest; each batch of training draws a number of people between the two.
+        min_sentences: the fewest; each batch of training draws a number between the two.
         questions: of a prompt with facts; no two about the same person, if there are enough people.
         people: of facts that have to be learned.
         seed: draws facts that have to be learned.
@@ -95,7 +96,10 @@ class Relations(Task):
         self.chance = 1 / (self.people if self.facts == "weights" else self.sentences // self.relations)
 
     def sized(self, size: float) -> Self:
-        task = replace(self, sentences=self.min_sentences + int((self.sentences - self.min_sentences) * size))
+        low, high = self.min_sentences, self.sentences
+        if size >= _BOTH_DECIDE:
+            low = min(max(low, _SEVERAL * self.relations), high)
+        task = replace(self, min_sentences=low, sentences=low + int((high - low) * size))
         task._size = size
         return task
 

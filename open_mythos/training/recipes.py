@@ -110,7 +110,7 @@ def word_problems() -> TrainConfig:
 def relations() -> TrainConfig:
     """Who is whose cook's neighbour, by facts in the prompt: trained on 3 hops, tested on 6."""
     return _read_by_others(
-        "relations", range(1, 4), loops=9, gate=(6, 15), dim=96, options={"questions": 10, "min_sentences": 18},
+        "relations", range(1, 4), loops=9, gate=(6, 15), dim=96, options={"questions": 10},
         evaluation=EvalConfig([1, 3, 6], [1, 2, 3, 5, 7, 13, 16, 28, 52], 128),
     )  # fmt: skip
 

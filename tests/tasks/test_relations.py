@@ -168,6 +168,9 @@ def test_prompts_have_as_many_facts_as_was_said():
     assert {18, 21, 24} <= counts <= set(range(18, 25))
     assert task.render(task.held_out().batch(1, 2).ids[0].tolist()).count(".") == 24
     assert task.sized(0).sentences == 18 and task.sized(1).sentences == 24
+    small, grown = (tasks.load("relations").sized(size) for size in (0.12, 0.16))  # 4 people, and then 6 at least
+    assert (small.min_sentences, small.sentences, grown.min_sentences) == (12, 14, 18)
+    assert tasks.load("relations", sentences=15).sized(1).sentences == 15
 
 
 @pytest.mark.parametrize(("options", "message"), [
