@@ -41,11 +41,9 @@ ASKS = _lines("what is {0} ?", "what is in {0} ?", "what does {0} hold ?", "{0} 
 _KINDS = (SET, ADD, SUBTRACT, SWAP, IF)
 _SET, _SWAP = 0, 3
 _OFTEN = torch.tensor([1.0, 3.0, 3.0, 1.5, 1.5])  # how often lines are of each kind: few forget what was before
-_NO_IF = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
 _KEPT = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])  # those of kinds that change no number
 _PLAIN = 0.4  # share of the lines that set, add or subtract a number, not a register
 _FEW = 12  # lines of the smallest programs (Task.sized)
-_ALSO_IF = 0.2  # size of programs from which lines are of all kinds, beside those that change no number or always do
 _NEVER = -9  # after how many lines a register holds what it holds, if it was not set yet
 _FIRST, _ZERO = ID[REGISTERS[0]], ID[NUMBERS[0]]
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
@@ -124,7 +122,7 @@ class Registers(Task):
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
-        often = _OFTEN if self._size >= _ALSO_IF else _OFTEN * (_NO_IF if self._size >= ALL_KINDS else _KEPT)
+        often = _OFTEN if self._size >= ALL_KINDS else _OFTEN * _KEPT
         kind = torch.multinomial(often, n * difficulty, replacement=True, generator=generator).view(n, difficulty)
         plain = (torch.rand(n, difficulty, generator=generator) < _PLAIN) & (kind < _SWAP)
         to = torch.randint(0, self.registers, (n, difficulty), generator=generator)

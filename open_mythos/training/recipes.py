@@ -122,6 +122,7 @@ def registers() -> TrainConfig:
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 15, 27, 32, 60, 108], 128),
     )  # fmt: skip
     cfg.loops.grown = 0.9  # three are enough for the first sums
+    cfg.task.growth = 0.92  # conditions come last
     return cfg
 
 
