@@ -128,12 +128,15 @@ def registers() -> TrainConfig:
 
 def words() -> TrainConfig:
     """All tasks in words by one model, which says its answers and ends: trained on up to 6 steps, tested on 12."""
+    settings = {
+        "assignments": {"min_sentences": 10}, "word_problems": {"min_people": 8}, "relations": {"questions": 10},
+        "registers": {"lines": 24},
+    }  # fmt: skip
     cfg = _read_by_others(
-        "words", range(1, 7), loops=16, gate=(12, 32), dim=128,
-        options={"settings": {"word_problems": {"min_people": 8}, "relations": {"questions": 10}}},
+        "words", range(1, 7), loops=12, gate=(12, 32), dim=96, options={"settings": settings},
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
-    cfg.model.expert_dim, cfg.loops.grown = 384, 0.8  # as word problems need
+    cfg.steps, cfg.loops.grown, cfg.task.growth = 6000, 0.9, 0.93
     return cfg
 
 
