@@ -80,7 +80,7 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "registers",
         {"registers": 4},
         3,
-        "let A have 4 . let C have 0 . put 0 in D . set B to 5 . add 6 to D if A is more than 2 . swap B and D . "
+        "let A have 4 . let C have 0 . put 0 in D . set B to 5 . add 6 to D if A is more than 2 . B and D swap . "
         "take A from C . what is C ?",
         "3",
     ),
@@ -115,7 +115,7 @@ def test_the_first_problem_in_words_is_what_it_was(
     batch = task.batch(1, difficulty, seeded())
     assert task.render(batch.ids[0].tolist()) == problem
     assert task.render(batch.targets[batch.targets != UNSCORED].tolist()) == answers
-    assert task.version == (2 if name == "relations" else 1)
+    assert task.version == (2 if name in ("relations", "registers") else 1)
 
 
 @pytest.mark.parametrize("name", WORDS)
