@@ -46,9 +46,9 @@ class Relations(Task):
     so that a hop needs both; the next person is never the one before the last. A question names its path from the
     inside, so that a causal model can follow it word by word. Each relation on the path has two things to do, and is
     asked for both: to take from the word before it, which just found it, whom it is about, and then to find the fact of
-    that person and relation. So steps are, at the person's name, the name; at the j-th relation, after 2 j - 2 loops
-    whom it is about, and from the next one on who that is; and at the question mark the last of them, which is the only
-    target, a loop later still. The end of a fact says whom it names.
+    that person and relation. So steps are, at the person's name, the name; at the j-th relation, for 2 j - 2 loops the
+    relation, for one whom it is about, and from then on who that is; and at the question mark the last of them, which
+    is the only target, a loop later still. The end of a fact says whom it names.
 
     A fact is found by its person and its relation together, and matching one helps little as long as the other is not
     matched. So half of the smallest prompts of training (:meth:`sized`), and a tenth of others, need one of the two:
@@ -140,12 +140,14 @@ class Relations(Task):
         said.append(torch.cat([asks, on_path, torch.full_like(words[..., :1], ID["?"])], 2))
         ids, valid, ends = joined(said)
         ends, asked_at = ends.split([ends.shape[1] - n_questions, n_questions], 1)
-        # at the name and each relation of every question: who that is; at relations a loop before, whom they are about
+        # at the name and each relation of every question: who that is; a loop before, whom a relation is about; and
+        # until then the relation, so that all wait alike, however long
         hops = torch.arange(difficulty + 1)[:, None]
         on_path, path = asked_at[:, None] - 1 - 2 * (difficulty - hops), _FIRST_NAME + people.mT
         found = from_loop((2 * hops - 1).clamp(min=0).expand_as(path), path, n_steps)
         for hop in range(difficulty):
             found[:, hop + 1, :, 2 * hop] = path[:, hop]
+            found[:, hop + 1, :, : 2 * hop] = words[:, :, hop, None]
         answer = from_loop(torch.full_like(asked_at, n_steps - 1), path[:, -1], n_steps)
         steps, places = torch.cat([found.flatten(1, 2), answer], 1), torch.cat([on_path.flatten(1), asked_at], 1)
         if self.facts == "prompt":

@@ -75,6 +75,7 @@ def test_targets_and_steps_are_what_the_facts_say(difficulty, options):
             for i, which in enumerate(path, 1):
                 way.append(facts[way[-1], which])
                 assert task.vocab[ids[start + 2 * i]] == which
+                expected[start + 2 * i] = encode(which)[0]
                 expected[start + 2 * i, 2 * i - 2] = encode(way[i - 1])[0]
                 expected[start + 2 * i, 2 * i - 1 :] = encode(way[i])[0]
             expected[start] = encode(name)[0]
