@@ -184,6 +184,16 @@ def joined(sentences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
     return ids, None if bool(valid.all()) else valid, ends
 
 
+def sentence_of(ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """In which sentence each of ``ids``, (n, T), stands, and whether it ends that, by the places of :func:`joined`.
+
+    Padding belongs to the last sentence.
+    """
+    n, T = ids.shape
+    sentence = torch.searchsorted(ends, torch.arange(T).repeat(n, 1)).clamp(max=ends.shape[1] - 1)
+    return sentence, torch.zeros_like(ids, dtype=torch.bool).scatter_(1, ends, True)
+
+
 def problems(ids: Tensor, valid: Tensor | None, places: Tensor, known: Tensor, questions: int) -> Batch:
     """A batch of ``ids`` and ``valid``, of which something is known at some places.
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.fields import choice, size
@@ -19,6 +20,7 @@ from open_mythos.tasks.english import (
     chosen,
     joined,
     numbers,
+    sentence_of,
 )
 
 
@@ -39,11 +41,13 @@ IF = _lines(
 ASKS = _lines("what is {0} ?", "what is in {0} ?", "what does {0} hold ?", "{0} is what ?")
 
 _KINDS = (SET, ADD, SUBTRACT, SWAP, IF)
-_SET, _SWAP = 0, 3
-_OFTEN = torch.tensor([1.0, 3.0, 3.0, 1.5, 1.5])  # how often lines are of each kind: few forget what was before
-_KEPT = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])  # those of kinds that change no number
+_SET, _SWAP, _IF = 0, 3, 4
+_OFTEN = torch.tensor([1.0, 3.0, 3.0, 1.5])  # how often lines are of each kind but the last: few forget what was before
+_KEPT = torch.tensor([1.0, 0.0, 0.0, 1.5])  # those of kinds that change no number
 _PLAIN = 0.4  # share of the lines that set, add or subtract a number, not a register
 _FEW = 12  # lines of the smallest programs (Task.sized)
+_EVERY = 3  # of so many lines the last may have a condition, which takes two steps
+_CONDITIONS = 0.45  # share of those lines that have one
 _NEVER = -9  # after how many lines a register holds what it holds, if it was not set yet
 _FIRST, _ZERO = ID[REGISTERS[0]], ID[NUMBERS[0]]
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
@@ -59,6 +63,7 @@ class _Lines(NamedTuple):
         named: the two; the other one need not be in the line.
         held, since: what the two held before, and after how many lines, one after the other.
         holds, due: what they hold then, and after how many lines.
+        true: (n, L) whether the second one held more than the line's limit.
     """
 
     named: Tensor
@@ -66,6 +71,7 @@ class _Lines(NamedTuple):
     since: Tensor
     holds: Tensor
     due: Tensor
+    true: Tensor
 
 
 @dataclass
@@ -79,8 +85,9 @@ class Registers(Task):
     which register it writes, and then what that holds now. A line that swaps writes two, and says the one that it names
     last at the word ``swap``. What a line writes is known after one loop if it reads nothing, and a loop after what it
     reads if it does: in one loop its registers look up, each by itself, what was last written to them, and then the end
-    calculates with what stands in its line, which takes two layers. What the register holds that is asked for, the only
-    target, is found a loop later still.
+    calculates with what stands in its line, which takes two layers. A condition is a step of its own: its limit says
+    ``so`` or ``not``, and the end of the line what that comes to a loop later; one line in three may have one. What the
+    register holds that is asked for, the only target, is found a loop later still.
 
     Registers that stand together in a line of the held-out split (one, four or seven apart in the alphabet), registers
     written and patterns that do, and so all its lines, are never together in training.
@@ -93,7 +100,7 @@ class Registers(Task):
     """
 
     name = "registers"
-    version = 2
+    version = 3
     unit = "lines"
     has_steps = True
     vocab = VOCABULARY
@@ -118,12 +125,14 @@ class Registers(Task):
         return self.registers * SET.codes.shape[1] + difficulty * _LONGEST + ASKS.codes.shape[1]
 
     def n_steps(self, difficulty: int) -> int:
-        return difficulty + 3
+        return difficulty + difficulty // _EVERY + 3
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
         often = _OFTEN if self._size >= ALL_KINDS else _OFTEN * _KEPT
         kind = torch.multinomial(often, n * difficulty, replacement=True, generator=generator).view(n, difficulty)
+        may = (torch.arange(difficulty) % _EVERY == _EVERY - 1) & (self._size >= ALL_KINDS)
+        kind = kind.masked_fill(may & (torch.rand(n, difficulty, generator=generator) < _CONDITIONS), _IF)
         plain = (torch.rand(n, difficulty, generator=generator) < _PLAIN) & (kind < _SWAP)
         to = torch.randint(0, self.registers, (n, difficulty), generator=generator)
         together = _FOR_TEST if test else ~_FOR_TEST & (_APART > 0)
@@ -144,7 +153,8 @@ class Registers(Task):
         said = chosen(kind, [patterns.sentences(to, words, test, generator) for patterns in _KINDS])
         ids, valid, ends = joined([said, ASKS.sentences(asked, [_FIRST + asked], test, generator)])
         # the question reads a register as lines do, and says at its end what that holds
-        question = _Lines(*(torch.stack([of, of], 2) for of in (asked, value, depth, value, depth + 1)))
+        at_once = [torch.stack([of, of], 2) for of in (asked, value, depth, value, depth + 1)]
+        question = _Lines(*[*at_once, asked > 0])  # it has no condition
         told = _Lines(*(torch.cat(both, 1) for both in zip(lines, question, strict=True)))
         targets = torch.full_like(ids, UNSCORED).scatter_(1, ends[:, -1:], _ZERO + value)
         return Batch(ids, targets, valid, _steps(ids, ends, told, self.n_steps(difficulty)))
@@ -162,20 +172,24 @@ class Registers(Task):
             both = torch.stack([to[:, i], other[:, i]], 1)
             held, since = value.gather(1, both), depth.gather(1, both)
             is_set, constant = kind[:, i] == _SET, plain[:, i]
-            read = since.masked_fill(torch.stack([is_set, constant], 1), -1).amax(1)
+            unread = torch.stack([is_set, constant], 1)
             if self._size < CHAINS:
-                is_set, constant = is_set | (read > 0), constant | (read > 0)
-                read = read.masked_fill(read > 0, -1)
+                deep = since.masked_fill(unread, -1).amax(1) > 0
+                is_set, constant = is_set | deep, constant | deep
                 kind[:, i], plain[:, i] = torch.where(is_set, _SET, kind[:, i]), constant
+                unread = torch.stack([is_set, constant], 1)
+            ready = torch.stack([since[:, 0], since[:, 1] + (kind[:, i] == _IF)], 1)
+            read = ready.masked_fill(unread, -1).amax(1)
             number[:, i] = c = torch.where(is_set, number[:, i], number[:, i].clamp(min=1))
             was, that = held.unbind(1)
             operand = torch.where(constant, c, that)
-            may = [operand, was + operand, was - operand, that, was + c * (that > limit[:, i])]
+            true = that > limit[:, i]
+            may = [operand, was + operand, was - operand, that, was + c * true]
             written = torch.stack(may).gather(0, kind[None, :, i])[0] % self.modulus
             swaps = kind[:, i] == _SWAP
             now, due = torch.stack([written, torch.where(swaps, was, that)], 1), torch.stack([read + 1, since[:, 1]], 1)
             due[:, 1] = torch.where(swaps, due[:, 0], due[:, 1])
-            lines.append(_Lines(both, held, since, now, due))
+            lines.append(_Lines(both, held, since, now, due, true))
             # the one that is written at last: where the start sets a register, both are that
             value.scatter_(1, both[:, 1:], now[:, 1:]).scatter_(1, both[:, :1], now[:, :1])
             depth.scatter_(1, both[:, 1:], due[:, 1:]).scatter_(1, both[:, :1], due[:, :1])
@@ -188,14 +202,15 @@ def _steps(ids: Tensor, ends: Tensor, lines: _Lines, n_steps: int) -> Tensor:
     Args:
         ids, ends: (n, T) tokens, and the places of the last ones of ``lines``, (n, L), the question's at last.
     """
-    n, T = ids.shape
-    line = torch.searchsorted(ends, torch.arange(T).repeat(n, 1)).clamp(max=ends.shape[1] - 1)
-    named, held, since, holds, due = (of.gather(1, line[..., None].expand(-1, -1, 2)) for of in lines)
-    is_end = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, ends, True)
+    line, is_end = sentence_of(ids, ends)
+    named, held, since, holds, due = (of.gather(1, line[..., None].expand(-1, -1, 2)) for of in lines[:-1])
     writes = is_end | (ids == ID["swap"])
+    is_limit = F.pad(ids[:, :-1] == ID["than"], (1, 0))
     is_register = (ids >= _FIRST) & (ids < _FIRST + len(REGISTERS))
     second = torch.where(is_register, ids != _FIRST + named[..., 0], ~is_end).long()[..., None]
-    value = torch.where(writes[..., None], holds, held).gather(2, second)
+    said = _ZERO + torch.where(writes[..., None], holds, held).gather(2, second)
+    true = torch.where(lines.true.gather(1, line), ID["so"], ID["not"])
+    said = torch.where(is_limit, true, said.squeeze(2))[..., None]
     loops = torch.where(writes[..., None], due + 1, since + 2).gather(2, second)
-    steps = torch.where(torch.arange(n_steps) < loops, _FIRST + named.gather(2, second), _ZERO + value)
-    return steps.masked_fill(~(is_register | writes)[..., None] | (loops < 0), UNSCORED)
+    steps = torch.where(torch.arange(n_steps) < loops, _FIRST + named.gather(2, second), said)
+    return steps.masked_fill(~(is_register | writes | is_limit)[..., None] | (loops < 0), UNSCORED)

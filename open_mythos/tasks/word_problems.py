@@ -21,6 +21,7 @@ from open_mythos.tasks.english import (
     joined,
     named,
     numbers,
+    sentence_of,
 )
 
 HAS = Patterns(
@@ -211,15 +212,13 @@ def _steps(
         about: whom each sentence is about, (n, S).
         name, value, depth: of each person, (n, people); ``depth`` is the most operations in a row that it takes.
     """
-    n, T = ids.shape
-    person = torch.zeros(n, len(NAMES), dtype=torch.long)
+    person = torch.zeros(len(ids), len(NAMES), dtype=torch.long)
     person.scatter_(1, name, torch.arange(name.shape[1]).expand_as(name))
-    sentence = torch.searchsorted(ends, torch.arange(T).repeat(n, 1)).clamp(max=ends.shape[1] - 1)
+    sentence, is_end = sentence_of(ids, ends)
     subject, asks = about.gather(1, sentence), sentence == ends.shape[1] - 1
     is_name = (ids >= _FIRST_NAME) & (ids < _FIRST_NAME + len(NAMES))
     named = person.gather(1, (ids - _FIRST_NAME).where(is_name, 0))
     is_source = is_name & ((named != subject) | asks)
-    is_end = torch.zeros_like(is_name).scatter_(1, ends, True)
     who = named.where(is_source, subject)
     due = depth.gather(1, who) + torch.where(is_source | asks, 2, 1)
     whose, number = (_FIRST_NAME + name).gather(1, who), (_ZERO + value).gather(1, who)
