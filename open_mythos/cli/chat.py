@@ -17,9 +17,13 @@ from open_mythos.cli.console import console, mythos, note, table
 from open_mythos.install import missing
 
 if TYPE_CHECKING:
+    import torch
+
     from open_mythos.generation.conversation import Conversation, Messages, Template
+    from open_mythos.tasks import Task
 
 HELP = """\
+/example [N]    asks a model of problems one of N steps (2) that is new to it; /again: the same once more
 /loops N        think for N loops from now on; the same weights, deeper
 /trace [N]      the likeliest token after each loop, where the last N tokens stand (8; or at the question mark)
 /temperature T  0 takes the likeliest token
@@ -65,16 +69,51 @@ def chat(
     talk = Conversation(loaded, tokenizer, loops, sampling, leave, template, generator)
     how = "chats" if talk.template else "goes on with your text; it was not taught to answer"
     if tokenizer.asks is not None:
-        how = 'answers questions, as in "Ana has what Ben has. Ben keeps a key. What does Ana have?"'
+        how = "answers questions in words: /example shows one"
     console.print(f"{model}: {talk.n_loops} loops. It {how}. /help", style="dim")
+    problems = Problems(model, torch.Generator().manual_seed(generator.initial_seed()))
     for line in lines():
+        if line.strip() in ("/quit", "/exit"):
+            break
         if not line.startswith("/"):
             answer(talk, line, max_tokens)
-        elif line.strip() in ("/quit", "/exit"):
-            break
-        else:
-            command(talk, line)
+        elif command(talk, problems, line):
+            answer(talk, problems.question, max_tokens)
+            console.print(f"right: {problems.answer}", style="dim")
     note(f"Next: look inside, {mythos('diagnose', model)}.")
+
+
+class Problems:
+    """Problems of the task that a model was trained on, of the split that training never saw.
+
+    Attributes:
+        question, answer: the last one, "" before the first.
+    """
+
+    def __init__(self, model: str, generator: "torch.Generator") -> None:
+        self.model, self.generator = model, generator
+        self.question = self.answer = ""
+        self._task: Task | None = None
+
+    def draw(self, difficulty: int) -> None:
+        """A new one.
+
+        Raises:
+            ValueError: for a model of text, or a difficulty that its task does not have.
+        """
+        from open_mythos import tasks
+        from open_mythos.tasks.base import UNSCORED
+        from open_mythos.training.runs import training_config
+
+        if self._task is None:
+            trained = training_config(self.model).task
+            if not tasks.load(trained.name).has_steps:
+                raise ValueError(f"{self.model} was trained on {trained.name}, which has no problems to ask")
+            self._task = tasks.load(trained.name, **trained.options).held_out()
+        batch = self._task.batch(1, difficulty, self.generator)
+        asked = int((batch.targets[0] != UNSCORED).nonzero()[0])
+        self.question = self._task.render(batch.ids[0, : asked + 1].tolist())
+        self.answer = self._task.vocab[int(batch.targets[0, asked])]
 
 
 def template_of(directory: Path) -> "Template | None":
@@ -149,8 +188,8 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
-def command(talk: "Conversation", line: str) -> None:
-    """Do what a line that begins with a slash says."""
+def command(talk: "Conversation", problems: Problems, line: str) -> bool:
+    """Do what a line that begins with a slash says; whether the last of the problems is to be asked."""
     name, *values = line.split()
     try:
         match name, values:
@@ -166,9 +205,19 @@ def command(talk: "Conversation", line: str) -> None:
                 console.print("forgotten", style="dim")
             case "/trace", [] | [_]:
                 show_trace(talk, int(values[0]) if values else None)
+            case "/example", [] | [_]:
+                problems.draw(int(values[0]) if values else 2)
+                talk.reset()
+                console.print(Text(problems.question), soft_wrap=True)
+                return True
+            case "/again", []:
+                if not problems.question:
+                    raise ValueError("there is nothing to ask again yet; begin with /example")
+                talk.reset()
+                return True
             case "/help", []:
                 console.print(HELP)
-            case "/loops" | "/temperature" | "/reset" | "/trace" | "/help", _:
+            case "/loops" | "/temperature" | "/reset" | "/trace" | "/example" | "/again" | "/help", _:
                 raise ValueError("that is not how")
             case _:
                 console.print(f"there is no {name}", style="red")
@@ -176,6 +225,7 @@ def command(talk: "Conversation", line: str) -> None:
     except ValueError as error:
         reason = "that is not how" if "literal" in str(error) else error
         console.print(Text(f"{line}: {reason}; see /help", style="red"), soft_wrap=True)
+    return False
 
 
 def show_trace(talk: "Conversation", n: int | None) -> None:

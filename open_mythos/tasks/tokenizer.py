@@ -298,14 +298,14 @@ def load(directory: str | Path) -> Tokenizer:
         config = path.with_name(CONFIG)
         said = files.read_json(files.own(config), {"eos_token?": (str, dict, type(None))}) if config.is_file() else {}
         end = said.get("eos_token")
+        if isinstance(end, dict):
+            end = files.shaped(end, {"content": str}, f"{config}: eos_token")["content"]
         if model.get("type") == "WordLevel" and END_OF_ANSWER in (vocab := model["vocab"]):
             words = sorted(vocab, key=vocab.__getitem__)
             must([vocab[word] for word in words] == list(range(len(words))), "its tokens are not 0, 1, 2 and so on")
-            return WordLevel(words, end is not None)
+            return WordLevel(words, end == END_OF_ANSWER)  # an export says "<pad>" where nothing ends
         if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
-        if isinstance(end, dict):
-            end = files.shaped(end, {"content": str}, f"{config}: eos_token")["content"]
         return BytePairs(text, END if END in model["vocab"] else end)
     except ImportError:
         raise

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from open_mythos.cli import app
 from open_mythos.cli.chat import shown, template_of
 from open_mythos.generation.conversation import Conversation
+from open_mythos.tasks.english import VOCABULARY
 from open_mythos.tasks.tokenizer import Tokenizer
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.fit import fit
@@ -101,7 +102,7 @@ def test_a_run_in_words_is_asked_and_says_what_it_does_not_know(tmp_path: Path) 
     facts, others = "Ana has what Ben has.\nBen keeps a key. What does Ana have?\n", "Ben rides.\nwhat has\n"
     done = chat(f"{facts}/trace\n/loops 2\n/trace 3\n{others}", run)
     text = " ".join(done.output.split())
-    assert done.exit_code == 0 and "It answers questions, as in" in text, done.output
+    assert done.exit_code == 0 and "It answers questions in words" in text, done.output
     assert text.count("noted; ask a question") == 1 and "I am not sure: " in text
     rows = re.findall(r"^│ (\d+) +│(.*)│$", done.output, re.MULTILINE)
     assert [row[0] for row in rows] == ["1", "2", "3", "4", "1", "2"], "a row a loop"
@@ -109,6 +110,22 @@ def test_a_run_in_words_is_asked_and_says_what_it_does_not_know(tmp_path: Path) 
         "the question's place alone, unless asked for more"
     )
     assert "there is no word 'rides' here; the nearest is 'writes'" in text and "end each sentence with . or ?" in text
+
+
+def test_examples_are_problems_of_its_task_and_are_asked_again(tmp_path: Path) -> None:
+    run = fit(in_words(), tmp_path / "run")
+    said = "/again\n/example 3\n/loops 1\n/again\n/trace\n/example x\n/example 99\n/example\n"
+    done = chat(said, run, "--seed", 0)
+    text = " ".join(done.output.split())
+    assert done.exit_code == 0 and "/again: there is nothing to ask again yet" in text, done.output
+    questions = [line for line in done.output.splitlines() if line.endswith(" ?")]
+    right = re.findall(r"^right: (\w+)$", done.output, re.MULTILINE)
+    assert len(questions) == 2 and questions[0] != questions[1] and len(right) == 3 and right[0] == right[1]
+    assert all(word in VOCABULARY for word in (*" ".join(questions).split(), *right))
+    assert len(re.findall(r"^│ \d+ +│", done.output, re.MULTILINE)) == 1, "the trace of what was asked again"
+    assert "/example x: that is not how" in text and "words counts steps, from 1 to" in text
+    refused = " ".join(chat("/example\n", "text-tiny").output.split())
+    assert "/example: text-tiny was trained on text, which has no problems to ask; see /help" in refused
 
 
 def in_words() -> TrainConfig:

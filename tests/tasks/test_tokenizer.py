@@ -187,6 +187,8 @@ def test_words_come_back_from_their_file_and_others_read_it(tmp_path: Path, ends
     again = load(tmp_path)
     assert isinstance(again, WordLevel) and again.words == VOCABULARY
     assert (again.eos, again.asks) == (1 if ends else None, VOCABULARY.index("?"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>" if ends else "<pad>"}))
+    assert load(tmp_path).eos == again.eos, "an exported model that never ends calls its padding so"
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = words.encode([text]).tolist()
     assert theirs.encode(text).ids == ids and theirs.decode(english.encode("Ana 's key .")) == "Ana's key."
