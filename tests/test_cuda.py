@@ -128,5 +128,5 @@ def test_rows_of_text_wait_in_pinned_memory(tmp_path):
         "task.name=text", f"task.options.source={tmp_path}", "task.options.separate=true", "task.min_difficulty=8",
         "task.max_difficulty=8", "evaluation.difficulties=8", "model.vocab_size=257", "device=cuda",
     ))  # fmt: skip
-    batch = trainer.draw()
+    batch = trainer.draw()[0].batch
     assert batch.ids.is_pinned() and batch.targets.is_pinned() and trainer.step().loss > 0

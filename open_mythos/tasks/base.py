@@ -115,9 +115,9 @@ class Task(Checked, ABC):
         """The tasks that this one is made of, with their difficulties of its ``difficulties``; none for most."""
         return []
 
-    def drawn(self, generator: torch.Generator | None = None) -> tuple[str, Self]:
-        """Which of the tasks that this one is made of the next batch of training is of: a name, and that alone."""
-        return self.name, self
+    def shares(self) -> "list[Share]":
+        """The tasks of which every step of training has a batch; itself alone for most."""
+        return [Share(self.name, 1.0, self)]
 
     @abstractmethod
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
@@ -153,6 +153,20 @@ class Task(Checked, ABC):
         if not is_int or difficulty < self.least or (self.most is not None and difficulty > self.most):
             end = "up" if self.most is None else f"to {self.most}"
             raise ValueError(f"difficulty={difficulty!r}; {self.name} counts {self.unit}, from {self.least} {end}")
+
+
+class Share(NamedTuple):
+    """One of the tasks of which every step of training has a batch.
+
+    Attributes:
+        name: of the task.
+        weight: share of the step's loss; those of all add up to 1.
+        task: makes its problems.
+    """
+
+    name: str
+    weight: float
+    task: Task
 
 
 def _checked(batch: Callable[..., Batch]) -> Callable[..., Batch]:

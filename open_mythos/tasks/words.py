@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from open_mythos.fields import choice, must, nearest, options
 from open_mythos.tasks.assignments import Assignments
-from open_mythos.tasks.base import UNSCORED, Batch, Task, pad
+from open_mythos.tasks.base import UNSCORED, Batch, Share, Task, pad
 from open_mythos.tasks.english import END, ID, VOCABULARY
 from open_mythos.tasks.registers import Registers
 from open_mythos.tasks.relations import Relations
@@ -24,8 +24,8 @@ _SCALE = {"relations": 0.5, "registers": 2.0}  # of their difficulty to ours
 class Words(Task):
     """Problems of :class:`Assignments`, :class:`WordProblems`, :class:`Relations` and :class:`Registers`.
 
-    A batch of training is of one of them, drawn at random: their lengths differ by half, which would be padding, and so
-    do the steps of their solutions, by which loops are drawn. One of the held-out split has rows of all in turn.
+    A batch has problems of all in turn, and a step of training a batch of each (:meth:`shares`): steps on one after the
+    other pull the weights to and fro, and what was learned of one is lost by the next.
 
     In training the last question of a prompt is followed by its answer, the target of which is ``<end>`` at every step:
     a model says its answer and ends. The held-out split, of which accuracy is measured, asks for the answers alone.
@@ -35,8 +35,8 @@ class Words(Task):
     problems (:meth:`sized`) are at most as hard as they can be.
 
     Attributes:
-        weights: how often each task is drawn, by name, as in ``{"relations": 2, "registers": 1}``; one that is not
-            there never is. Empty: all four, equally.
+        weights: how much of the loss is each task's, by name, as in ``{"relations": 2, "registers": 1}``; one that is
+            not there is left out. Empty: all four, equally.
         settings: options of the tasks, by name, as in ``{"word_problems": {"people": 20}}``.
         split: ``"train"`` or ``"held_out"``.
         parts: the tasks.
@@ -93,21 +93,17 @@ class Words(Task):
     def n_steps(self, difficulty: int) -> int:
         return max(part.n_steps(self.level(part, difficulty)) for part in self.parts)
 
-    def drawn(self, generator: torch.Generator | None = None) -> tuple[str, Self]:
-        name = self.parts[self._drawn(generator)].name
-        return name, replace(self, weights={name: 1.0})
-
-    def _drawn(self, generator: torch.Generator | None) -> int:
-        weights = torch.tensor([float(self.weights.get(part.name, 1)) for part in self.parts])
-        return int(torch.multinomial(weights, 1, generator=generator))
+    def shares(self) -> list[Share]:
+        weight = {part.name: self.weights.get(part.name, 1.0) for part in self.parts}
+        total = sum(weight.values())
+        return [Share(name, each / total, replace(self, weights={name: each})) for name, each in weight.items()]
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
-        first = self._drawn(generator)
-        if self.split == "train":
-            return _ended(self.parts[first].batch(n, self.level(self.parts[first], difficulty), generator))
+        first = int(torch.randint(0, len(self.parts), (), generator=generator))
         in_turn = [*self.parts[first:], *self.parts[:first]]
-        shares = [(part, len(range(i, n, len(in_turn)))) for i, part in enumerate(in_turn)]
-        return pad([part.batch(k, self.level(part, difficulty), generator) for part, k in shares if k])
+        rows = [(part, len(range(i, n, len(in_turn)))) for i, part in enumerate(in_turn)]
+        batches = [part.batch(k, self.level(part, difficulty), generator) for part, k in rows if k]
+        return pad(batches if self.split != "train" else [_ended(batch) for batch in batches])
 
 
 def _ended(batch: Batch) -> Batch:

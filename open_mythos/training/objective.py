@@ -69,6 +69,7 @@ class Objective:
 
     def __init__(self, cfg: TrainConfig, teacher: OpenMythos | None = None) -> None:
         self.cfg, self.teacher = cfg, teacher
+        self.terms = [term for term in TERMS if term != "distillation" or teacher is not None]
         self.short = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0  # weight of the second run
         self.left = dict[int, Tensor]()  # the state that each row of the last step ended with, (T, dim)
 
@@ -115,9 +116,8 @@ class Objective:
             self.left = self.left | dict(zip(plan.row.tolist(), ran[0][2], strict=True))
         shares = [share for share in (1 - short, short) if share > 0]
         sums = torch.stack([share * sums for share, (sums, _, _) in zip(shares, ran, strict=True)]).sum(0)
-        parts = dict(zip(TERMS, sums / n_scored, strict=True))
-        if self.teacher is None:
-            del parts["distillation"]
+        every = dict(zip(TERMS, sums / n_scored, strict=True))
+        parts = {term: every[term] for term in self.terms}
         distill = cfg.distill if self.teacher is not None else 0.0
         weights = {"cross_entropy": 1 - distill, "z": cfg.z, "distillation": distill, "change": cfg.fixed_point}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()

@@ -136,7 +136,8 @@ def words() -> TrainConfig:
         "words", range(1, 7), loops=12, gate=(12, 32), dim=96, options={"settings": settings},
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
-    cfg.steps, cfg.loops.grown, cfg.task.growth = 6000, 0.9, 0.93
+    cfg.batch_size = 8  # of each task
+    cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 3000, 0.5, 0.9, 0.93
     return cfg
 
 

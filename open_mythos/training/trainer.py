@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from open_mythos.training.ahead import rows_ahead
 from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.training.config import ONE_PASS, TrainConfig
 from open_mythos.training.growth import Growth
-from open_mythos.training.objective import Objective, n_supervised
+from open_mythos.training.objective import Objective, Plan, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
 from open_mythos.training.parallel.grid import Grid
 from open_mythos.training.parallel.parallel import Parallel
@@ -53,8 +53,23 @@ class StepResult:
     tokens: int  # that went in
     skipped: bool  # loss or gradient were not finite, and nothing was updated
     parts: dict[str, float]  # each term of the loss before its weight
+    by_task: list[float]  # accuracy, of each task of which the step had a batch
     # of each process: what it had to say, and the seconds from the end of one step in which it waited for no other
     heard: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Drawn(NamedTuple):
+    """What a step has of one task.
+
+    Attributes:
+        batch: its problems; of several processes those of all, but of text that is gone through those of this one.
+        weight: share of the step's loss.
+        growth: how far its problems have grown, None if they do not grow.
+    """
+
+    batch: Batch
+    weight: float = 1.0
+    growth: Growth | None = None
 
 
 class Trainer:
@@ -103,8 +118,8 @@ class Trainer:
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
         # what one pass can do of the smallest problems may never be enough: it sees all sizes from the start
-        self.growth = Growth() if cfg.task.growth and cfg.kind not in ONE_PASS else None  # of the last batch's task
-        self.growths = dict[str, Growth]()  # of every task that a batch was of, by name
+        grows = cfg.task.growth > 0 and cfg.kind not in ONE_PASS
+        self.growths = {share.name: Growth() for share in self.task.shares()} if grows else {}
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
         self._met = 0.0  # when the processes last had waited for each other
@@ -114,10 +129,10 @@ class Trainer:
 
         What this process has to ``say`` at its end is known to all with the numbers of the step.
         """
-        batch = self.draw()
+        drawn = self.draw()
         before = self._carried()
         try:
-            result = self.forward_backward(batch, say)
+            result = self.forward_backward(drawn, say)
         except RuntimeError as error:
             if said := distributed.said_by_others(error, say):
                 patience = f"parallel.timeout={self.cfg.parallel.timeout:g}"
@@ -131,8 +146,9 @@ class Trainer:
             self.skipped_in_a_row += 1
             return result
         self.skipped_in_a_row = 0
-        if self.growth is not None:
-            self.growth.add(result.accuracy, self.cfg.task.growth)
+        for each, accuracy in zip(drawn, result.by_task, strict=True):
+            if each.growth is not None:
+                each.growth.add(accuracy, self.cfg.task.growth)
         self.optimizer.scale_lr(lr_factor(self.cfg.optim, self.step_number - 1, self.cfg.steps))
         self.optimizer.step()
         self.expert_load = [module.expert_load.clone() for module in experts(self.model)]
@@ -140,61 +156,79 @@ class Trainer:
         self.ema.update()
         return result
 
-    def draw(self) -> Batch:
-        """The next batch of all processes: problems of one difficulty, drawn between the least and the greatest.
+    def draw(self) -> list[Drawn]:
+        """The next problems of all processes, a batch of each of the task's shares.
 
-        Text of separate documents is not drawn but gone through, each batch decided by the number of the step; of it
-        there are only the rows of this process.
+        Of one difficulty each, drawn between the least and the greatest. Text of separate documents is not drawn but
+        gone through, each batch decided by the number of the step; of it there are only the rows of this process.
         """
-        cfg = self.cfg.task
+        cfg, drawn = self.cfg.task, list[Drawn]()
         if self.ahead is not None:
-            return self.ahead(self.step_number)
-        task, hardest = self.task, cfg.max_difficulty
-        if self.growth is not None:
-            name, task = task.drawn(self.data_rng)
-            self.growth = self.growths.setdefault(name, Growth())
-            task, hardest = self.growth.of(task, cfg)
-        difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
-        return task.batch(self.cfg.batch_size, difficulty, self.data_rng)
+            return [Drawn(self.ahead(self.step_number))]
+        for name, weight, task in self.task.shares():
+            growth, hardest = self.growths.get(name), cfg.max_difficulty
+            if growth is not None:
+                task, hardest = growth.of(task, cfg)
+            difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
+            drawn.append(Drawn(task.batch(self.cfg.batch_size, difficulty, self.data_rng), weight, growth))
+        return drawn
 
-    def forward_backward(self, batch: Batch, say: Callable[[], float] = float) -> StepResult:
+    def forward_backward(self, drawn: list[Drawn], say: Callable[[], float] = float) -> StepResult:
         """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
 
         Nothing waits for a GPU before the end, where the step's numbers are known all at once.
         """
-        cfg = self.cfg
-        n_scored = n_supervised(batch, cfg)
-        length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
-        most = None if self.growth is None else self.growth.most_loops(cfg.loops)
-        plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, most)
         self.parallel.step.zero_grad()
-        first, end = self.rows.start, self.rows.stop
-        size = (end - first) // cfg.accumulate
-        elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows before those of this process, if not in it
-        torch.manual_seed(hash((cfg.seed, self.step_number, first)))  # for modules that are not this library's
-        loops, seen = 0.0, list[Tensor]()
+        torch.manual_seed(hash((self.cfg.seed, self.step_number, self.rows.start)))  # for modules that are not ours
+        plans, loops, seen = list[Plan](), 0.0, list[Tensor]()
         alone = time.perf_counter()
         with self.parallel.counting():
-            for start in range(first, end, size):
-                rows = slice(start, start + size)
-                micro = _move(batch, slice(start - elsewhere, start - elsewhere + size), self.device)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                    outcome = self.parallel.run(micro, plan, rows, n_scored)
-                outcome.loss.backward()
-                loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
-                numbers = outcome.loss.detach(), outcome.n_right.float(), outcome.n_asked.float()
-                seen.append(torch.stack([*numbers, *outcome.parts.values()]))
+            for each in drawn:
+                plan, n_loops, numbers = self._add_gradients(each)
+                plans.append(plan)
+                loops += n_loops / len(drawn)
+                seen.append(numbers)
             if not self.parallel.waits_inside:
                 alone = time.perf_counter()
         own = say(), alone - (self._met or alone)
-        norm, sums, heard = self.parallel.add_up(torch.stack(seen).sum(0), loops, plan, own)
+        norm, sums, heard = self.parallel.add_up(torch.cat(seen), loops, plans, own)
         self._met = time.perf_counter()
-        loops, loss, right, asked, *terms = sums
-        parts = dict(zip(outcome.parts, terms, strict=True))
+        loops, *rest = sums
+        rows = torch.tensor(rest, dtype=torch.float64).view(len(drawn), -1)  # of each task: loss, right, asked, terms
+        weights = torch.tensor([each.weight for each in drawn], dtype=torch.float64)
+        loss, *terms = (weights @ rows[:, [0, *range(3, rows.shape[1])]]).tolist()
+        right, asked = rows[:, 1], rows[:, 2]
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:  # else all would become so
             self.parallel.clip(norm)
-        return StepResult(loss, right / max(1, asked), loops, norm, cfg.batch_size * length, not finite, parts, heard)
+        return StepResult(
+            loss, float(right.sum() / asked.sum().clamp(min=1)), loops, norm,
+            sum(self.cfg.batch_size * each.batch.ids.shape[1] for each in drawn), not finite,
+            dict(zip(self.objective.terms, terms, strict=True)), (right / asked.clamp(min=1)).tolist(), heard,
+        )  # fmt: skip
+
+    def _add_gradients(self, drawn: Drawn) -> tuple[Plan, float, Tensor]:
+        """Those of this process's rows of a task; what chance decided, loops (a part of their mean over all rows), and
+        sums over these rows: loss, right and asked answers, terms of the loss."""
+        cfg, batch = self.cfg, drawn.batch
+        n_scored = n_supervised(batch, cfg)
+        length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
+        most = None if drawn.growth is None else drawn.growth.most_loops(cfg.loops)
+        plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, most)
+        first, end = self.rows.start, self.rows.stop
+        size = (end - first) // cfg.accumulate
+        elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows before those of this process, if not in it
+        loops, seen = 0.0, list[Tensor]()
+        for start in range(first, end, size):
+            rows = slice(start, start + size)
+            micro = _move(batch, slice(start - elsewhere, start - elsewhere + size), self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+                outcome = self.parallel.run(micro, plan, rows, n_scored)
+            (drawn.weight * outcome.loss).backward()
+            loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
+            numbers = outcome.loss.detach(), outcome.n_right.float(), outcome.n_asked.float()
+            seen.append(torch.stack([*numbers, *outcome.parts.values()]))
+        return plan, loops, torch.stack(seen).sum(0)
 
     def check_going(self, result: StepResult) -> None:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""
@@ -279,7 +313,7 @@ class Trainer:
         grown = state.get("growth") or {}
         if "size" in grown:  # of one task, as earlier versions had it
             grown = {self.task.name: grown}
-        self.growths = {name: Growth(**each) for name, each in grown.items()}
+        self.growths |= {name: Growth(**grown[name]) for name in self.growths if name in grown}
         self.parallel.load(self.parallel.held, state["model"])
         self.parallel.load(self.ema.average, state["ema"]["average"])
         self.ema.updates = state["ema"]["updates"]

@@ -26,19 +26,25 @@ def kind_of(sentence: str) -> str:
     return next((kind for mark, kind in MARKS.items() if mark in asks), "relations")
 
 
-def test_a_batch_of_training_is_of_one_task_and_each_is_drawn():
-    task, drawn = tasks.load("words"), set()
-    for seed in range(16):
-        batch = task.batch(2, 2, seeded(seed))
-        (kind,) = {kind_of(task.render(ids.tolist())) for ids in batch.ids}
-        drawn.add(kind)
-    assert drawn == {"assignments", "word_problems", "relations", "registers"}
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_a_batch_has_problems_of_all_in_turn(split):
+    task, firsts = tasks.load("words", split=split), set()
+    for seed in range(12):
+        kinds = [kind_of(task.render(ids.tolist())) for ids in task.batch(8, 2, seeded(seed)).ids]
+        assert sorted(kinds) == sorted(2 * ["assignments", "word_problems", "relations", "registers"])
+        firsts.add(kinds[0])
+    assert len(firsts) == 4, "one problem may be of any"
 
 
-def test_weights_say_which_are_drawn_and_how_often():
-    task = tasks.load("words", weights={"registers": 9, "relations": 1})
-    drawn = [kind_of(task.render(task.batch(1, 2, seeded(seed)).ids[0].tolist())) for seed in range(30)]
-    assert set(drawn) == {"registers", "relations"} and drawn.count("registers") > 20
+def test_a_step_of_training_has_a_batch_of_each_task_that_has_a_weight():
+    weights = {"registers": 6, "relations": 2}
+    shares = tasks.load("words", weights=weights, settings={"relations": {"people": 12}}).shares()
+    assert {share.name: share.weight for share in shares} == {"registers": 0.75, "relations": 0.25}
+    for share in shares:
+        kinds = {kind_of(share.task.render(ids.tolist())) for ids in share.task.batch(4, 2, seeded(0)).ids}
+        assert kinds == {share.name}
+    (alone,) = tasks.load("parity").shares()
+    assert (alone.name, alone.weight) == ("parity", 1.0)
 
 
 def test_a_batch_held_out_has_problems_of_all_in_turn():

@@ -51,7 +51,7 @@ def shares(cfg: TrainConfig, n: int, steps: range, patch: pytest.MonkeyPatch) ->
         trainer = Trainer(cfg)
         drawn.append([])
         for trainer.step_number in steps:
-            drawn[-1].append(trainer.draw())
+            drawn[-1].append(trainer.draw()[0].batch)
             assert len(drawn[-1][-1].ids) == cfg.batch_size // n
     found = []
     for parts in zip(*drawn, strict=True):

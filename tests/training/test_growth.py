@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from tiny import tiny_run
 
 from open_mythos import tasks
@@ -46,16 +48,39 @@ def test_a_trainer_starts_small_and_goes_on_at_the_size_that_was_reached():
     assert again.growths == trainer.growths
 
 
-def test_each_of_several_tasks_grows_by_itself():
+def test_each_of_several_tasks_grows_by_itself_and_all_are_in_every_step():
     """One that is slow to learn neither holds up the others nor is overtaken by them."""
-    weights = {"assignments": 1, "registers": 1}
+    weights = {"assignments": 3, "registers": 1}
     trainer = Trainer(configured("words", [f"task.options.weights={weights}", "batch_size=4"]))
     trainer.growths["registers"] = Growth(size=1.0, right=1.0, steps=20)
-    drawn = set()
-    for _ in range(12):
-        trainer.draw()
-        drawn |= {(name, each.size) for name, each in trainer.growths.items() if each is trainer.growth}
-    assert drawn == {("assignments", 0.0), ("registers", 1.0)} and trainer.gauges()["size"] == 0
+    for _ in range(3):
+        drawn = trainer.draw()
+        assert [each.weight for each in drawn] == [0.75, 0.25] and {len(each.batch.ids) for each in drawn} == {4}
+        assert [each.growth for each in drawn] == [trainer.growths[name] for name in weights]
+    result = trainer.step()
+    assert trainer.gauges()["size"] == 0 and trainer.growths["assignments"].steps == 1
+    assert len(result.by_task) == 2 and trainer.growths["registers"].right == pytest.approx(
+        0.95 + 0.05 * result.by_task[1]
+    )
+
+
+def test_a_step_of_two_tasks_is_their_weighted_mean():
+    """Gradients and loss; a step of one is that task's alone."""
+    losses, gradients, alone = [], [], []
+    for weights in ({"relations": 1}, {"registers": 1}, {"relations": 3, "registers": 1}):
+        trainer = Trainer(configured("words", [
+            f"task.options.weights={weights}", "batch_size=2", "optim.clip=1e9", "task.growth=0", "loops.minimum=3",
+            "loops.maximum=3", "task.max_difficulty=2",
+        ]))  # fmt: skip
+        drawn = trainer.draw()
+        if len(weights) == 2:
+            drawn = [each._replace(batch=old.batch) for each, old in zip(drawn, alone, strict=True)]
+        alone += drawn
+        losses.append(trainer.forward_backward(drawn).loss)
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+    assert losses[2] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
+    for name, found in gradients[2].items():
+        torch.testing.assert_close(found, 0.75 * gradients[0][name] + 0.25 * gradients[1][name], atol=1e-6, rtol=1e-4)
 
 
 def test_without_growth_all_loops_are_run_from_the_start():

@@ -83,7 +83,7 @@ def test_steps_go_through_the_text_in_turn(corpus: Path) -> None:
     assert isinstance(trainer.task, Text)
     for step in range(3):
         wanted = trainer.task.rows(range(8 * step, 8 * step + 8), 24, seed=0)
-        assert torch.equal(trainer.draw().ids, wanted.ids)
+        assert torch.equal(trainer.draw()[0].batch.ids, wanted.ids)
         trainer.step()
 
 

@@ -69,11 +69,11 @@ def test_the_same_seed_is_the_same_run_and_the_data_do_not_depend_on_the_model()
     first, same, baseline, other = (
         Trainer(tiny_run(*overrides)) for overrides in ((), (), ("kind=unrolled",), ("seed=1",))
     )
-    ids = first.draw().ids
-    assert torch.equal(ids, same.draw().ids) and torch.equal(ids, baseline.draw().ids)
+    ids = first.draw()[0].batch.ids
+    assert torch.equal(ids, same.draw()[0].batch.ids) and torch.equal(ids, baseline.draw()[0].batch.ids)
     assert not torch.equal(first.model.embed.weight, other.model.embed.weight)
-    drawn = [other.draw().ids for _ in range(3)]
-    assert not all(torch.equal(a, b) for a, b in zip(drawn, [first.draw().ids for _ in range(3)], strict=True))
+    drawn = [other.draw()[0].batch.ids for _ in range(3)]
+    assert not all(torch.equal(a, b) for a, b in zip(drawn, [first.draw()[0].batch.ids for _ in range(3)], strict=True))
 
 
 def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:

@@ -107,7 +107,7 @@ class Parallel:
         return max(self.grid.shard, self.grid.expert, self.grid.tensor) > 1
 
     def add_up(
-        self, numbers: Tensor, loops: float, plan: Plan, own: tuple[float, float]
+        self, numbers: Tensor, loops: float, plans: list[Plan], own: tuple[float, float]
     ) -> tuple[float, list[float], list[tuple[float, float]]]:
         """After the last backward pass: gradients of the whole step, in ``held``, and their norm.
 
@@ -117,7 +117,7 @@ class Parallel:
         for unit in self.units:
             unit.reshard()
         if not self.is_alone:
-            self._check_gradients(plan)
+            self._check_gradients(plans)
             self._add_up_gradients()
         for piece in self.pieces.values():
             piece.follow()
@@ -180,10 +180,10 @@ class Parallel:
             assert came is not None
             tensor.copy_(self.pieces[name].part(came) if self.pieces else came[()])
 
-    def _check_gradients(self, plan: Plan) -> None:
+    def _check_gradients(self, plans: list[Plan]) -> None:
         """An error where FSDP has lost a gradient: a parameter that took part, and has none."""
         for name, piece in self.pieces.items() if self.units else ():
-            if piece.parameter.grad is None and not _is_idle(name, self.cfg, plan):
+            if piece.parameter.grad is None and not all(_is_idle(name, self.cfg, plan) for plan in plans):
                 raise RuntimeError(f"{name} took part in the step and has no gradient: it was gathered outside of FSDP")
 
     def _add_up_gradients(self) -> None:

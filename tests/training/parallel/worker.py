@@ -160,10 +160,10 @@ def collectives(*overrides: str) -> dict[str, Any]:
     """Of forward and backward pass of the second step, and how many units there are, and how long a row is."""
     trainer = made(*overrides)
     trainer.step()
-    batch = trainer.draw()
+    drawn = trainer.draw()
     with Collectives() as mode:
-        trainer.forward_backward(batch)
-    own = {"units": len(trainer.parallel.units), "length": batch.ids.shape[1]}
+        trainer.forward_backward(drawn)
+    own = {"units": len(trainer.parallel.units), "length": drawn[0].batch.ids.shape[1]}
     own |= {"numbers": dict(mode.numbers), "most": dict(mode.most)}
     return dict(mode.found) | own
 
