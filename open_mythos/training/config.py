@@ -168,7 +168,7 @@ class TrainConfig(Checked):
     # length in tokens is model.rope_context
     stretch: float = real(1.0, 1.0)
     steps: int = size(1000, maximum=10**9)
-    batch_size: int = size(64)  # sequences of one optimizer step
+    batch_size: int = size(64)  # sequences of one optimizer step; of a task made of several, of each of them
     accumulate: int = size(1)  # micro-batches that a step is split into
     seed: int = size(0, minimum=0)
     device: str = text("auto")  # auto: cuda where there is one
