@@ -65,6 +65,11 @@ def live_line(numbers: Record, steps: int) -> str:
     ):
         if (value := numbers.get(key)) is not None:
             parts.append(form.format(value))
+    sizes = {key.removeprefix("size_"): value for key, value in numbers.items() if key.startswith("size_")}
+    if sizes:
+        parts.append("size " + " ".join(f"{value:.2f} {name}" for name, value in sizes.items()))
+    elif (size := numbers.get("size", 1)) is not None and size < 1:
+        parts.append(f"size {size:.2f}")
     parts.append(f"{si(float(numbers['tokens_per_second'] or 0))} tokens/s")
     if numbers["skipped"]:
         parts.append(f"{numbers['skipped']} steps skipped")

@@ -254,7 +254,7 @@ class Trainer:
 
         To be called by all processes. ``expert_balance`` is the least used expert's share of tokens times the number of
         experts, over the last step: 1 when all are used alike, 0 when one is not used. ``size`` is how far problems
-        have grown, 0 to 1.
+        have grown, 0 to 1, and ``size_`` with a name of each of several tasks; then it is the smallest of them.
         """
         decays = list[float]()
         for path, module in self.model.named_modules():
@@ -267,6 +267,7 @@ class Trainer:
             "spectral_radius": max(decays, default=None),
             "expert_balance": min(balance, default=None),
             "size": min((growth.size for growth in self.growths.values()), default=1.0),
+            **({f"size_{name}": growth.size for name, growth in self.growths.items()} if len(self.growths) > 1 else {}),
         }
 
     def averaged(self) -> OpenMythos:

@@ -74,3 +74,11 @@ def test_the_live_line_shows_what_there_is() -> None:
     numbers = {"step": 5, "loss": 0.25, "expert_balance": None, "tokens_per_second": 12345.0}
     line = live_line({**numbers, "skipped": 2, "eta_seconds": 61.0}, 10)
     assert line == "step 5/10  loss 0.2500  12.3 k tokens/s  2 steps skipped  0:01:01 left"
+
+
+def test_the_live_line_says_how_far_problems_have_grown() -> None:
+    numbers = {"step": 1, "tokens_per_second": 10.0, "skipped": 0, "eta_seconds": 61.0}
+    assert "size" not in live_line(numbers | {"size": 1.0}, 10)
+    assert "  size 0.40  " in live_line(numbers | {"size": 0.4}, 10)
+    several = {"size": 0.4, "size_relations": 0.4, "size_registers": 1.0}
+    assert "  size 0.40 relations 1.00 registers  " in live_line(numbers | several, 10)

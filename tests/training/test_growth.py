@@ -58,7 +58,11 @@ def test_each_of_several_tasks_grows_by_itself_and_all_are_in_every_step():
         assert [each.weight for each in drawn] == [0.75, 0.25] and {len(each.batch.ids) for each in drawn} == {4}
         assert [each.growth for each in drawn] == [trainer.growths[name] for name in weights]
     result = trainer.step()
-    assert trainer.gauges()["size"] == 0 and trainer.growths["assignments"].steps == 1
+    sizes = {name: size for name, size in trainer.gauges().items() if name.startswith("size")}
+    assert (
+        sizes == {"size": 0.0, "size_assignments": 0.0, "size_registers": 1.0}
+        and trainer.growths["assignments"].steps == 1
+    )
     assert len(result.by_task) == 2 and trainer.growths["registers"].right == pytest.approx(
         0.95 + 0.05 * result.by_task[1]
     )
