@@ -1,10 +1,11 @@
 """Put trained reasoners into the package, each with a model card of figures that it was just measured to have.
 
-    python benchmarks/ship.py [--seed 0] [--gates]
+    python benchmarks/ship.py [--seed 0] [--gates] [--only NAME ...] [--run DIR]
 
-With --gates the models that are there stay as they are but for their halting gates, which are taught again. Else it
-takes the runs of benchmarks/reasoners.py; the seed is chosen beforehand, not by its figures. tests/test_pretrained.py
-measures every card again. The model of text is stored in bfloat16, and measured in single precision as it is stored.
+With --run it is that run, of the one model that --only names. With --gates the models that are there stay as they are
+but for their halting gates, which are taught again. Else it takes the runs of benchmarks/reasoners.py; the seed is
+chosen beforehand, not by its figures. tests/test_pretrained.py measures every card again. The model of text is stored
+in bfloat16, and measured in single precision as it is stored.
 """
 
 import argparse
@@ -53,6 +54,8 @@ def ship(name: str, run: Path) -> Path:
     if isinstance(task, Text):
         model.to(torch.bfloat16)
     model.save_pretrained(target)
+    if cfg.start:  # a run of this machine's
+        cfg.start = f"runs/{Path(cfg.start).name}"
     cfg.save(target / TRAINING_FILE)
     save_tokenizer(task, target)
     assert (target / WEIGHTS_FILE).stat().st_size <= MOST_BYTES.get(name, 1_000_000)
@@ -207,6 +210,15 @@ def words_card(name: str, cfg: TrainConfig, grids: list[DepthGrid], lost: float,
         for grid in grids
     )
     weights, first = SHIPPED / name / WEIGHTS_FILE, grids[0]
+    command = f"mythos train {cfg.recipe} seed={cfg.seed}"
+    made = f"`{command}`: {cfg.steps} steps of {cfg.batch_size} problems of each kind."
+    if cfg.start:
+        source = Path(cfg.start).name
+        made = (
+            f"`mythos train word_problems seed=1 --out runs/{source}`, whose sums are the slowest to learn, and\n"
+            f"from its weights `{command} start=runs/{source} stretch={cfg.stretch:g}`:\n"
+            f"{cfg.steps} steps of {cfg.batch_size} problems of each kind."
+        )
     return f"""---
 license: mit
 library_name: open_mythos
@@ -222,8 +234,10 @@ run for more loops, take more steps.
 ```
 $ mythos chat {name}
 > Ana has what Ben has. Ben keeps a key. What does Ana have?
-> /trace
-> /loops 1
+> /trace          the answer after each loop
+> /example 4      a problem that training never saw, the answer, and what is right
+> /loops 2
+> /again          the same in fewer loops than it takes
 ```
 
 ## Accuracy by kind, difficulty and loops
@@ -240,8 +254,8 @@ Measure it again with `mythos eval {name} --exit gate --examples {first.examples
 
 ## How it was made
 
-`mythos train {cfg.recipe} seed={cfg.seed}`: {cfg.steps} steps of {cfg.batch_size} problems; all settings are in
-`training.json`.
+{made}
+All settings are in `training.json`.
 
 ## Limits
 
@@ -263,9 +277,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gates", action="store_true", help="teach the gates of the shipped models again")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument("--run", type=Path, help="of the one model that --only names")
     args = parser.parse_args()
+    if args.run and len(args.only) != 1:
+        parser.error("--run is of one model; name it with --only")
     for name in args.only:
-        run = SHIPPED / name if args.gates else RUNS / NAMES[name] / f"looped-{args.seed}"
+        run = args.run or (SHIPPED / name if args.gates else RUNS / NAMES[name] / f"looped-{args.seed}")
         has_gate = run.is_dir() and TrainConfig.load(model_dir(run) / TRAINING_FILE).gate.steps > 0
         if has_gate if args.gates else (run / "evaluation.json").is_file():
             print(f"{name}: {ship(name, run)}")
