@@ -122,7 +122,7 @@ def registers() -> TrainConfig:
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 11, 19, 35, 76, 140], 128),
     )  # fmt: skip
     cfg.loops.grown = 0.9  # three are enough for the first sums
-    cfg.task.growth = 0.92  # conditions come last
+    cfg.steps, cfg.task.growth = 3000, 0.94  # chains and conditions come last
     return cfg
 
 
