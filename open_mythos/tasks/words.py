@@ -46,6 +46,7 @@ class Words(Task):
     """
 
     name = "words"
+    version = 2
     unit = "steps"
     has_steps = True
     vocab = VOCABULARY
