@@ -29,7 +29,7 @@ from open_mythos.tasks import Batch
 from open_mythos.training.config import LoopConfig, TaskConfig, TrainConfig
 from open_mythos.training.objective import MAX_LOGITS, readout
 from open_mythos.training.optim import EMA, Optimizer
-from open_mythos.training.trainer import Trainer
+from open_mythos.training.trainer import Drawn, Trainer
 from open_mythos.variants import variant
 
 FUSED = {  # kernels of attention that keep no T x S scores, by what their names have in them; forward ones
@@ -113,7 +113,7 @@ class Training:
             for group in trainer.optimizer.parts[0].param_groups:
                 group |= {"fused": True, "foreach": False}
         batch = Batch(self.ids[:, :-1], self.ids[:, 1:])
-        trainer.draw = lambda: batch  # type: ignore[method-assign]
+        trainer.draw = lambda: [Drawn(batch)]  # type: ignore[method-assign]
         return trainer
 
     @property

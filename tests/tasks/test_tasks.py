@@ -80,9 +80,9 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "registers",
         {"registers": 4},
         3,
-        "let A have 4 . let C have 0 . put 0 in D . set B to 5 . add 6 to D if A is more than 2 . B and D swap . "
-        "take A from C . what is C ?",
-        "3",
+        "set C to 5 . set B to 6 . let D have 4 . let A have 5 . now A and C swap . put D minus 4 in D . "
+        "increase C by A . D is what ?",
+        "0",
     ),
 ]
 WORDS = [name for name, *_ in IN_WORDS]
@@ -115,7 +115,7 @@ def test_the_first_problem_in_words_is_what_it_was(
     batch = task.batch(1, difficulty, seeded())
     assert task.render(batch.ids[0].tolist()) == problem
     assert task.render(batch.targets[batch.targets != UNSCORED].tolist()) == answers
-    assert task.version == (2 if name in ("relations", "registers") else 1)
+    assert task.version == {"relations": 2, "registers": 3}.get(name, 1)
 
 
 @pytest.mark.parametrize("name", WORDS)
