@@ -1,6 +1,6 @@
 """Put trained reasoners into the package, each with a model card of figures that it was just measured to have.
 
-    python benchmarks/ship.py [--seed 0] [--gates] [--only NAME ...] [--run DIR]
+    python benchmarks/ship.py [--seed 0] [--gates | --run DIR] [--only NAME ...]
 
 With --run it is that run, of the one model that --only names. With --gates the models that are there stay as they are
 but for their halting gates, which are taught again. Else it takes the runs of benchmarks/reasoners.py; the seed is
@@ -210,15 +210,8 @@ def words_card(name: str, cfg: TrainConfig, grids: list[DepthGrid], lost: float,
         for grid in grids
     )
     weights, first = SHIPPED / name / WEIGHTS_FILE, grids[0]
-    command = f"mythos train {cfg.recipe} seed={cfg.seed}"
-    made = f"`{command}`: {cfg.steps} steps of {cfg.batch_size} problems of each kind."
-    if cfg.start:
-        source = Path(cfg.start).name
-        made = (
-            f"`mythos train word_problems seed=1 --out runs/{source}`, whose sums are the slowest to learn, and\n"
-            f"from its weights `{command} start=runs/{source} stretch={cfg.stretch:g}`:\n"
-            f"{cfg.steps} steps of {cfg.batch_size} problems of each kind."
-        )
+    start = f" start={cfg.start} stretch={cfg.stretch:g}" if cfg.start else ""
+    made = f"`mythos train {cfg.recipe} seed={cfg.seed}{start}`"
     return f"""---
 license: mit
 library_name: open_mythos
@@ -254,8 +247,8 @@ Measure it again with `mythos eval {name} --exit gate --examples {first.examples
 
 ## How it was made
 
-{made}
-All settings are in `training.json`.
+{made}: {cfg.steps} steps of {cfg.batch_size} problems of each kind;
+all settings are in `training.json`.
 
 ## Limits
 
@@ -275,9 +268,10 @@ def rows_of(grid: DepthGrid) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gates", action="store_true", help="teach the gates of the shipped models again")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--gates", action="store_true", help="teach the gates of the shipped models again")
+    source.add_argument("--run", type=Path, help="of the one model that --only names")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
-    parser.add_argument("--run", type=Path, help="of the one model that --only names")
     args = parser.parse_args()
     if args.run and len(args.only) != 1:
         parser.error("--run is of one model; name it with --only")

@@ -101,15 +101,17 @@ class Problems:
         Raises:
             ValueError: for a model of text, or a difficulty that its task does not have.
         """
-        from open_mythos import tasks
-        from open_mythos.tasks.base import UNSCORED
+        from open_mythos.cli.diagnose import task_of
+        from open_mythos.models import model_dir
+        from open_mythos.tasks import UNSCORED
         from open_mythos.training.runs import training_config
 
         if self._task is None:
-            trained = training_config(self.model).task
-            if not tasks.load(trained.name).has_steps:
-                raise ValueError(f"{self.model} was trained on {trained.name}, which has no problems to ask")
-            self._task = tasks.load(trained.name, **trained.options).held_out()
+            found = task_of(model_dir(self.model))
+            if found is None or not found[0].has_steps:
+                trained = training_config(self.model).task.name
+                raise ValueError(f"{self.model} was trained on {trained}, which has no problems to ask")
+            self._task = found[0]
         batch = self._task.batch(1, difficulty, self.generator)
         asked = int((batch.targets[0] != UNSCORED).nonzero()[0])
         self.question = self._task.render(batch.ids[0, : asked + 1].tolist())

@@ -63,7 +63,7 @@ class _Lines(NamedTuple):
         named: the two; the other one need not be in the line.
         held, since: what the two held before, and after how many lines, one after the other.
         holds, due: what they hold then, and after how many lines.
-        true: (n, L) whether the second one held more than the line's limit.
+        true: whether the two held more than the line's limit.
     """
 
     named: Tensor
@@ -131,8 +131,8 @@ class Registers(Task):
         test = self.split != "train"
         often = _OFTEN if self._size >= ALL_KINDS else _OFTEN * _KEPT
         kind = torch.multinomial(often, n * difficulty, replacement=True, generator=generator).view(n, difficulty)
-        may = (torch.arange(difficulty) % _EVERY == _EVERY - 1) & (self._size >= ALL_KINDS)
-        kind = kind.masked_fill(may & (torch.rand(n, difficulty, generator=generator) < _CONDITIONS), _IF)
+        conditional = (torch.arange(difficulty) % _EVERY == _EVERY - 1) & (self._size >= ALL_KINDS)
+        kind = kind.masked_fill(conditional & (torch.rand(n, difficulty, generator=generator) < _CONDITIONS), _IF)
         plain = (torch.rand(n, difficulty, generator=generator) < _PLAIN) & (kind < _SWAP)
         to = torch.randint(0, self.registers, (n, difficulty), generator=generator)
         together = _FOR_TEST if test else ~_FOR_TEST & (_APART > 0)
@@ -153,8 +153,8 @@ class Registers(Task):
         said = chosen(kind, [patterns.sentences(to, words, test, generator) for patterns in _KINDS])
         ids, valid, ends = joined([said, ASKS.sentences(asked, [_FIRST + asked], test, generator)])
         # the question reads a register as lines do, and says at its end what that holds
-        at_once = [torch.stack([of, of], 2) for of in (asked, value, depth, value, depth + 1)]
-        question = _Lines(*[*at_once, asked > 0])  # it has no condition
+        told_of = asked, value, depth, value, depth + 1, asked < 0  # and has no condition
+        question = _Lines(*(torch.stack([of, of], 2) for of in told_of))
         told = _Lines(*(torch.cat(both, 1) for both in zip(lines, question, strict=True)))
         targets = torch.full_like(ids, UNSCORED).scatter_(1, ends[:, -1:], _ZERO + value)
         return Batch(ids, targets, valid, _steps(ids, ends, told, self.n_steps(difficulty)))
@@ -183,8 +183,8 @@ class Registers(Task):
             number[:, i] = c = torch.where(is_set, number[:, i], number[:, i].clamp(min=1))
             was, that = held.unbind(1)
             operand = torch.where(constant, c, that)
-            true = that > limit[:, i]
-            may = [operand, was + operand, was - operand, that, was + c * true]
+            true = held > limit[:, i, None]
+            may = [operand, was + operand, was - operand, that, was + c * true[:, 1]]
             written = torch.stack(may).gather(0, kind[None, :, i])[0] % self.modulus
             swaps = kind[:, i] == _SWAP
             now, due = torch.stack([written, torch.where(swaps, was, that)], 1), torch.stack([read + 1, since[:, 1]], 1)
@@ -203,14 +203,13 @@ def _steps(ids: Tensor, ends: Tensor, lines: _Lines, n_steps: int) -> Tensor:
         ids, ends: (n, T) tokens, and the places of the last ones of ``lines``, (n, L), the question's at last.
     """
     line, is_end = sentence_of(ids, ends)
-    named, held, since, holds, due = (of.gather(1, line[..., None].expand(-1, -1, 2)) for of in lines[:-1])
+    named, held, since, holds, due, true = (of.gather(1, line[..., None].expand(-1, -1, 2)) for of in lines)
     writes = is_end | (ids == ID["swap"])
     is_limit = F.pad(ids[:, :-1] == ID["than"], (1, 0))
     is_register = (ids >= _FIRST) & (ids < _FIRST + len(REGISTERS))
     second = torch.where(is_register, ids != _FIRST + named[..., 0], ~is_end).long()[..., None]
-    said = _ZERO + torch.where(writes[..., None], holds, held).gather(2, second)
-    true = torch.where(lines.true.gather(1, line), ID["so"], ID["not"])
-    said = torch.where(is_limit, true, said.squeeze(2))[..., None]
+    number = _ZERO + torch.where(writes[..., None], holds, held)
+    said = torch.where(is_limit[..., None], torch.where(true, ID["so"], ID["not"]), number).gather(2, second)
     loops = torch.where(writes[..., None], due + 1, since + 2).gather(2, second)
     steps = torch.where(torch.arange(n_steps) < loops, _FIRST + named.gather(2, second), said)
     return steps.masked_fill(~(is_register | writes | is_limit)[..., None] | (loops < 0), UNSCORED)

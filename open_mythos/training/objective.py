@@ -116,8 +116,7 @@ class Objective:
             self.left = self.left | dict(zip(plan.row.tolist(), ran[0][2], strict=True))
         shares = [share for share in (1 - short, short) if share > 0]
         sums = torch.stack([share * sums for share, (sums, _, _) in zip(shares, ran, strict=True)]).sum(0)
-        every = dict(zip(TERMS, sums / n_scored, strict=True))
-        parts = {term: every[term] for term in self.terms}
+        parts = {term: part for term, part in zip(TERMS, sums / n_scored, strict=True) if term in self.terms}
         distill = cfg.distill if self.teacher is not None else 0.0
         weights = {"cross_entropy": 1 - distill, "z": cfg.z, "distillation": distill, "change": cfg.fixed_point}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()

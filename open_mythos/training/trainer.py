@@ -100,6 +100,7 @@ class Trainer:
         grid = Grid(cfg)
         with distributed.first_process_first():
             self.task = tasks.load(cfg.task.name, **cfg.task.options)
+        self.shares = self.task.shares()
         check_fit(cfg, self.task)
         grid.connect(self.device, cfg.parallel.timeout)
         torch.manual_seed(cfg.seed)
@@ -119,7 +120,7 @@ class Trainer:
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
         # what one pass can do of the smallest problems may never be enough: it sees all sizes from the start
         grows = cfg.task.growth > 0 and cfg.kind not in ONE_PASS
-        self.growths = {share.name: Growth() for share in self.task.shares()} if grows else {}
+        self.growths = {share.name: Growth() for share in self.shares} if grows else {}
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
         self._met = 0.0  # when the processes last had waited for each other
@@ -157,7 +158,7 @@ class Trainer:
         return result
 
     def draw(self) -> list[Drawn]:
-        """The next problems of all processes, a batch of each of the task's shares.
+        """The next problems of all processes, a batch of each of ``self.shares``.
 
         Of one difficulty each, drawn between the least and the greatest. Text of separate documents is not drawn but
         gone through, each batch decided by the number of the step; of it there are only the rows of this process.
@@ -165,7 +166,7 @@ class Trainer:
         cfg, drawn = self.cfg.task, list[Drawn]()
         if self.ahead is not None:
             return [Drawn(self.ahead(self.step_number))]
-        for name, weight, task in self.task.shares():
+        for name, weight, task in self.shares:
             growth, hardest = self.growths.get(name), cfg.max_difficulty
             if growth is not None:
                 task, hardest = growth.of(task, cfg)
@@ -194,10 +195,10 @@ class Trainer:
         norm, sums, heard = self.parallel.add_up(torch.cat(seen), loops, plans, own)
         self._met = time.perf_counter()
         loops, *rest = sums
-        rows = torch.tensor(rest, dtype=torch.float64).view(len(drawn), -1)  # of each task: loss, right, asked, terms
+        of_tasks = torch.tensor(rest, dtype=torch.float64).view(len(drawn), -1)
+        right, asked = of_tasks[:, 0], of_tasks[:, 1]
         weights = torch.tensor([each.weight for each in drawn], dtype=torch.float64)
-        loss, *terms = (weights @ rows[:, [0, *range(3, rows.shape[1])]]).tolist()
-        right, asked = rows[:, 1], rows[:, 2]
+        loss, *terms = (weights @ of_tasks[:, 2:]).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:  # else all would become so
             self.parallel.clip(norm)
@@ -208,8 +209,12 @@ class Trainer:
         )  # fmt: skip
 
     def _add_gradients(self, drawn: Drawn) -> tuple[Plan, float, Tensor]:
-        """Those of this process's rows of a task; what chance decided, loops (a part of their mean over all rows), and
-        sums over these rows: loss, right and asked answers, terms of the loss."""
+        """Add those of this process's rows of a task to the step's.
+
+        Returns:
+            What chance decided; what these rows add to the mean of loops; and sums over them: answers that were right
+            and that were asked for, loss, and its terms.
+        """
         cfg, batch = self.cfg, drawn.batch
         n_scored = n_supervised(batch, cfg)
         length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
@@ -226,7 +231,7 @@ class Trainer:
                 outcome = self.parallel.run(micro, plan, rows, n_scored)
             (drawn.weight * outcome.loss).backward()
             loops += outcome.n_loops * len(micro.ids) / cfg.batch_size
-            numbers = outcome.loss.detach(), outcome.n_right.float(), outcome.n_asked.float()
+            numbers = outcome.n_right.float(), outcome.n_asked.float(), outcome.loss.detach()
             seen.append(torch.stack([*numbers, *outcome.parts.values()]))
         return plan, loops, torch.stack(seen).sum(0)
 
