@@ -37,10 +37,10 @@ _WORDS = words(
     "before after end begin print each both coins 's"
 )
 PAD, END = "<pad>", "<end>"
-ALL_KINDS = 0.12
+ALL_KINDS = 0.16
 """Size of problems (``Task.sized``) from which sentences of all kinds are told; below, no number changes."""
-CHAINS = 0.24
-"""Size of problems from which what was calculated is needed by others."""
+CHAINS = 0.32
+"""Size of problems from which what was calculated is calculated with; below, it is handed on as it is at most."""
 VOCABULARY = (PAD, END, *_WORDS, *NUMBERS, *RELATIONS, *REGISTERS, *THINGS, *NAMES)
 """Words of all tasks in words, so that one model can learn them together; a word is a token."""
 ID = {word: i for i, word in enumerate(VOCABULARY)}

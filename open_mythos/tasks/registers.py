@@ -168,13 +168,14 @@ class Registers(Task):
         """
         value = torch.zeros(len(kind), self.registers, dtype=torch.long)
         depth, lines = torch.full_like(value, _NEVER), list[_Lines]()
+        keeps = (kind == _SET) | (kind == _SWAP)
         for i in range(kind.shape[1]):
             both = torch.stack([to[:, i], other[:, i]], 1)
             held, since = value.gather(1, both), depth.gather(1, both)
             is_set, constant = kind[:, i] == _SET, plain[:, i]
             unread = torch.stack([is_set, constant], 1)
             if self._size < CHAINS:
-                deep = since.masked_fill(unread, -1).amax(1) > 0
+                deep = (since.masked_fill(unread, -1).amax(1) > 0) & ~keeps[:, i]
                 is_set, constant = is_set | deep, constant | deep
                 kind[:, i], plain[:, i] = torch.where(is_set, _SET, kind[:, i]), constant
                 unread = torch.stack([is_set, constant], 1)

@@ -59,6 +59,7 @@ _CONSTANTS = 2  # people, at least, whose number is said
 _OTHERS = 2  # people, at least, whom no question needs
 _ON = 0.7  # share of the operations that the very next one needs
 _TWO = 0.3  # share of the operations on two people, of those that could be on one
+_FEW = 2  # operations of the smallest problems: one, and what it comes to is handed on
 _MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
@@ -111,7 +112,8 @@ class WordProblems(Task):
     def sized(self, size: float) -> Self:
         task = replace(self, people=self.min_people + int((self.people - self.min_people) * size))
         task._size = size
-        task.most = task.most if size >= CHAINS else 1
+        if size < CHAINS:
+            task.most = min(_FEW, task.people - _CONSTANTS - _OTHERS)
         return task
 
     def length(self, difficulty: int) -> int:
@@ -128,6 +130,8 @@ class WordProblems(Task):
         depth, needs = _needed(source)
         may = torch.tensor([_SAME, _TWICE, _MORE, _FEWER] if self._size >= ALL_KINDS else [_SAME])
         kind = may[torch.randint(0, len(may), (n, total), generator=generator)]
+        if self._size < CHAINS:
+            kind = kind.masked_fill(depth > 1, _SAME)
         kind = torch.where(source[..., 1] >= 0, _BOTH, kind).masked_fill(source[..., 0] < 0, _OWN)
         top = numbers(self._size, self.modulus)
         number = torch.randint(2, top, (n, total), generator=generator)
@@ -158,8 +162,7 @@ class WordProblems(Task):
         last = first + operations - 1
         source = torch.full((n, people, 2), -1)
         rows = torch.arange(n)
-        by_two = self._size >= ALL_KINDS  # else each operation needs the one before it alone
-        on, two = (_ON, _TWO) if by_two else (1.0, 0.0)
+        on, two = _ON if self._size >= CHAINS else 1.0, _TWO if self._size >= ALL_KINDS else 0.0
         for i in range(last - 1, first - 1, -1):  # who needs it: someone after it who is not made of two yet
             chance = torch.rand(n, last - i, generator=generator)
             chance[:, 0] += (torch.rand(n, generator=generator) < on) * 2.0
@@ -171,6 +174,8 @@ class WordProblems(Task):
             for slot in (0, 1):
                 may = (uses[:, :i] < _MOST_USES) & (depth[:, :i] < operations)
                 may &= torch.arange(i) != source[:, i, :1]
+                if slot == 1 and self._size < CHAINS:  # sums are of numbers that are said
+                    may &= (depth[:, :i] == 0) & (depth.gather(1, source[:, i, :1].clamp(min=0)) == 0)
                 wanted = may.any(1) & (source[:, i, slot] < 0)
                 if slot == 1:
                     wanted &= (torch.rand(n, generator=generator) < two) & (source[:, i, 0] >= 0)

@@ -103,7 +103,7 @@ def word_problems() -> TrainConfig:
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 9, 12, 15, 32, 64], 128),
     )  # fmt: skip
     # three loops are enough for a new kind of sentence, and what more of them cannot do yet, they never come to do
-    cfg.loops.grown = 0.8
+    cfg.loops.grown = 0.4
     return cfg
 
 
@@ -121,7 +121,7 @@ def registers() -> TrainConfig:
         "registers", range(6, 13), loops=12, gate=(12, 27), dim=96, options={"lines": 24},
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 11, 19, 35, 76, 140], 128),
     )  # fmt: skip
-    cfg.loops.grown = 0.9  # three are enough for the first sums
+    cfg.loops.grown = 0.6
     cfg.steps, cfg.task.growth = 3000, 0.94  # chains and conditions come last
     return cfg
 
@@ -137,7 +137,8 @@ def words() -> TrainConfig:
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
     cfg.batch_size = 8  # of each task
-    cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 3000, 0.5, 0.9, 0.93
+    cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 6000, 0.5, 0.6, 0.93
+    cfg.model.max_loop_iters = 32
     return cfg
 
 
@@ -301,11 +302,11 @@ def _read_by_others(task: str, difficulties: range, *, window: int = 16, **setti
     """As :func:`_in_words`, for tasks in which what one place has found is read by others.
 
     By itself no loop would leave it where the next one finds it, so gradient flows through all of them, at a lower
-    rate. Neither would one before a coda, which can do the last step by itself. A loop has two layers: one finds what
-    the other needs, and neither has another thing to do in the next loop.
+    rate. Neither would one before a coda, which can do the last step by itself, or after a prelude, which can do the
+    first. A loop has two layers: one finds what the other needs, and neither has another thing to do in the next loop.
     """
     cfg = _in_words(task, difficulties, window=window, **settings)
-    cfg.model.core_layers, cfg.model.expert_dim, cfg.batch_size = 2, 256, 32
+    cfg.model.prelude_layers, cfg.model.core_layers, cfg.model.expert_dim, cfg.batch_size = 0, 2, 256, 32
     cfg.task.growth, cfg.loops.gradient, cfg.optim.lr = 0.95, "all", 1e-3
     cfg.steps, cfg.optim.decay, cfg.gate.steps = 2000, 0.6, 400  # what has grown is made exact at lower rates
     return cfg

@@ -130,19 +130,36 @@ def test_no_number_can_be_guessed_from_the_words(split, difficulty):
 
 
 def test_programs_grow_with_their_size():
-    """At first no number changes, then few numbers do and no line needs what another calculated, then all do."""
+    """At first no number changes, then few numbers do and no line calculates with what another calculated, then all
+    do; what was written is handed on from the start."""
     task = tasks.load("registers", lines=24)
     assert [task.sized(size).most for size in (0, 0.5, 1)] == [12, 18, 24]
-    deepest, kinds, said = {}, {}, {}
-    for size in (0.0, 0.12, 0.2, 1.0):
-        small = task.sized(size)
-        batch = small.batch(32, 6, torch.Generator().manual_seed(0))
-        deepest[size] = (batch.steps == batch.steps[..., -1:]).long().argmax(2).max()
-        kinds[size] = {read(sentence)[0] for ids in batch.ids for sentence in sentences(task, ids)}
+    kinds, said, used, handed_on = {}, {}, {}, {}
+    for size in (0.0, 0.16, 0.28, 1.0):
+        batch = task.sized(size).batch(32, 6, torch.Generator().manual_seed(0))
+        programs = [[read(sentence) for sentence in sentences(task, ids)] for ids in batch.ids]
+        kinds[size] = {kind for program in programs for kind, *_ in program}
         said[size] = {word for word in task.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
-    assert kinds[0.0] == {SET, SWAP, ASKS} and all(len(kinds[size]) == 6 for size in (0.12, 0.2, 1.0))
-    assert (deepest[0.0], deepest[0.12], deepest[0.2]) == (3, 4, 4) and deepest[1.0] > 4  # conditions take a loop more
-    assert said[0.12] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
+        used[size] = handed_on[size] = False
+        for program in programs:
+            holds, depth, calculated = {}, {}, {}
+            for kind, _, words in program[:-1]:
+                to, other, *_ = words
+                reads = [word for word in ([other] if kind is SET else [to, other]) if word in holds]
+                read_any = any(calculated[word] for word in reads)
+                before = {word: depth[word] for word in reads}
+                executed(kind, words, holds, depth, task.modulus)
+                if kind in (SET, SWAP):
+                    handed_on[size] |= any(before[word] > 0 for word in reads)
+                else:
+                    used[size] |= read_any
+                if kind is SWAP:
+                    calculated[to], calculated[other] = calculated[other], calculated[to]
+                else:
+                    calculated[to] = kind is not SET or read_any
+    assert kinds[0.0] == {SET, SWAP, ASKS} and all(len(kinds[size]) == 6 for size in (0.16, 0.28, 1.0))
+    assert list(used.values()) == [False, False, False, True] and all(handed_on.values())
+    assert said[0.16] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
 
 
 @pytest.mark.parametrize(("options", "message"), [

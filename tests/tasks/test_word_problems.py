@@ -131,17 +131,25 @@ def test_problems_have_as_many_people_as_was_said():
 
 
 def test_small_problems_say_as_many_as_somebody_and_all_kinds_and_numbers_come_as_they_grow():
+    """Small ones hand on what they calculate, and do not calculate with it."""
     task, kinds = tasks.load("word_problems", people=9, min_people=7), []
-    said = {}
-    for size in (0.0, 0.08, 0.12, 1.0):
+    said, deep = {}, {}
+    for size in (0.0, 0.12, 0.16, 0.28, 1.0):
         small = task.sized(size)
-        batch = small.batch(64, 1, torch.Generator().manual_seed(0))
-        kinds.append({read(sentence)[0] for ids in batch.ids for sentence in sentences(small, ids)})
+        batch = small.batch(64, min(small.most, 3), torch.Generator().manual_seed(0))
+        told = [[read(sentence) for sentence in sentences(small, ids)] for ids in batch.ids]
+        kinds.append({kind for problem in told for kind, *_ in problem})
         said[size] = {word for word in small.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
-    assert said[0.12] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
+        deep[size] = set()
+        for problem in told:
+            own = {words[0] for kind, _, words in problem if kind is HAS}
+            deep[size] |= {kind for kind, _, words in problem[:-1] if not {w for w in words[1:3] if w} <= own}
+    assert said[0.16] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
     assert kinds[0] == kinds[1] == {HAS, SAME, ASKS}
-    assert kinds[2] == kinds[3] == {HAS, SAME, TWICE, MORE, FEWER, BOTH, ASKS}
-    assert [task.sized(size).most for size in (0.0, 0.2, 0.24, 1.0)] == [1, 1, 3, 5]  # operations
+    assert kinds[2] == kinds[3] == kinds[4] == {HAS, SAME, TWICE, MORE, FEWER, BOTH, ASKS}
+    assert all(deep[size] == {SAME} for size in (0.0, 0.12, 0.16, 0.28)) and len(deep[1.0]) == 5
+    assert [task.sized(size).most for size in (0.0, 0.28, 0.32, 1.0)] == [2, 2, 3, 5]  # operations
+    assert tasks.load("word_problems", people=5).sized(0).most == 1
 
 
 @pytest.mark.parametrize(("options", "message"), [
