@@ -38,6 +38,10 @@ class Growth:
         more = int((cfg.maximum - _FEWEST_LOOPS) * min(1.0, self.size / cfg.grown))
         return min(cfg.maximum, _FEWEST_LOOPS + more)
 
+    def is_mastered(self, enough: float) -> bool:
+        """Whether problems are of full size, and the share of answers that were right is ``enough``."""
+        return self.size == 1 and self.right >= enough
+
     def add(self, accuracy: float, enough: float) -> None:
         """Note the share of answers that were right in a step, and grow if it has been ``enough``."""
         self.right, self.steps = _MEMORY * self.right + (1 - _MEMORY) * accuracy, self.steps + 1

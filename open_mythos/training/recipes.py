@@ -137,7 +137,7 @@ def words() -> TrainConfig:
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
     cfg.batch_size = 8  # of each task
-    cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 6000, 0.5, 0.6, 0.93
+    cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 4500, 0.5, 0.6, 0.93
     cfg.model.max_loop_iters = 32
     return cfg
 

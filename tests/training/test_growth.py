@@ -65,6 +65,24 @@ def test_each_of_several_tasks_grows_by_itself_and_all_are_in_every_step():
     assert trainer.growths["registers"].right == pytest.approx(0.95 + 0.05 * of_registers)
 
 
+def test_what_is_mastered_is_rehearsed_in_one_step_of_three_while_others_are_not():
+    weights = {"assignments": 3, "registers": 1}
+    trainer = Trainer(configured("words", [f"task.options.weights={weights}", "batch_size=2"]))
+    mastered, other = Growth(size=1.0, right=0.99), Growth(size=0.96, right=0.99)
+    trainer.growths = {"assignments": mastered, "registers": other}
+    drawn = []
+    for trainer.step_number in range(4):
+        drawn.append([(each.growth, each.weight) for each in trainer.draw()])
+    assert drawn[0] == drawn[3] == [(mastered, 0.75), (other, 0.25)] and drawn[1] == drawn[2] == [(other, 1.0)]
+    trainer.step_number = 4
+    result = trainer.step()
+    assert len(result.by_task) == 1 and mastered.steps == 0 and other.steps == 1
+    mastered.right = 0.5  # it is forgotten
+    assert len(trainer.draw()) == 2
+    mastered.right, other.size = 0.99, 1.0  # nothing is left to learn
+    assert len(trainer.draw()) == 2
+
+
 def test_a_step_of_two_tasks_is_their_weighted_mean():
     """Gradients and loss; a step of one is that task's alone."""
     losses, gradients, alone = [], [], []
