@@ -24,8 +24,10 @@ from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.models import TRAINING_FILE, load_model, model_dir
 from open_mythos.tasks.text import Text
 from open_mythos.training.config import TrainConfig
-from open_mythos.training.fit import GATE_SEED, save_tokenizer
+from open_mythos.training.fit import GATE_SEED, RESUMABLE_CHANGES, save_tokenizer
 from open_mythos.training.gate import train_gate
+from open_mythos.training.overrides import differences
+from open_mythos.training.recipes import recipe
 
 RUNS = Path(__file__).parent.parent / "runs" / "reasoners"
 NAMES = {
@@ -210,8 +212,7 @@ def words_card(name: str, cfg: TrainConfig, grids: list[DepthGrid], lost: float,
         for grid in grids
     )
     weights, first = SHIPPED / name / WEIGHTS_FILE, grids[0]
-    start = f" start={cfg.start} stretch={cfg.stretch:g}" if cfg.start else ""
-    made = f"`mythos train {cfg.recipe} seed={cfg.seed}{start}`"
+    made = f"`mythos train {' '.join([cfg.recipe, *overrides_of(cfg)])}`"
     return f"""---
 license: mit
 library_name: open_mythos
@@ -255,6 +256,15 @@ all settings are in `training.json`.
 It knows the sentences of its four tasks, and no other English; a sentence unlike them may get a sure answer that is
 wrong. Beyond the difficulties above nothing was measured.
 """
+
+
+def overrides_of(cfg: TrainConfig) -> list[str]:
+    """What was set beside the recipe; of a model that was trained further, only what differs from its own config."""
+    usual = recipe(cfg.recipe)
+    if cfg.start:  # has a config of its own, but for the loops that it runs
+        usual.model = replace(cfg.model, max_loop_iters=1)
+    changed = {key: value for key, (_, value) in differences(usual, cfg).items() if key not in RESUMABLE_CHANGES}
+    return [f"{key}={value}" for key, value in ({"seed": cfg.seed} | changed).items()]
 
 
 def rows_of(grid: DepthGrid) -> list[str]:

@@ -9,6 +9,7 @@ _STRIDE = 0.04  # of the way from the smallest to the full size
 _FEWEST_LOOPS = 2
 _MEMORY = 0.95  # of the mean over the last steps
 _LEAST = 15  # steps at one size
+_STILL = 0.95  # share of what is enough to grow at which a task of full size is mastered, or steps would go to and fro
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Growth:
         return min(cfg.maximum, _FEWEST_LOOPS + more)
 
     def is_mastered(self, enough: float) -> bool:
-        """Whether problems are of full size, and the share of answers that were right is ``enough``."""
-        return self.size == 1 and self.right >= enough
+        """Whether problems are of full size, and the share of answers that were right is still about ``enough``."""
+        return self.size == 1 and self.right >= _STILL * enough
 
     def add(self, accuracy: float, enough: float) -> None:
         """Note the share of answers that were right in a step, and grow if it has been ``enough``."""
