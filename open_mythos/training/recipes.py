@@ -128,7 +128,7 @@ def registers() -> TrainConfig:
 def words() -> TrainConfig:
     """All tasks in words by one model, which says its answers and ends: trained on up to 6 steps, tested on 12.
 
-    It begins best with a model of word_problems, start=DIR, for sums are what is slow to learn beside other tasks.
+    Who has what and who is whose are learned first, within 1600 steps; sums, eight rows of each a step, are slow.
     """
     settings = {
         "assignments": {"min_sentences": 10}, "word_problems": {"min_people": 8}, "relations": {"questions": 10},
