@@ -1,14 +1,17 @@
 """A curriculum that follows what is learned: loops and problems grow once the present ones are mastered."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from open_mythos.tasks import Task
+from open_mythos.tasks.base import Share
 from open_mythos.training.config import LoopConfig, TaskConfig
 
 _STRIDE = 0.04  # of the way from the smallest to the full size
 _FEWEST_LOOPS = 2
 _MEMORY = 0.95  # of the mean over the last steps
 _LEAST = 15  # steps at one size
+_REHEARSAL = 3  # of so many steps one has a batch of every task; the others of those that are not mastered yet
 _STILL = 0.95  # share of what is enough to grow at which a task of full size is mastered, or steps would go to and fro
 
 
@@ -48,3 +51,16 @@ class Growth:
         self.right, self.steps = _MEMORY * self.right + (1 - _MEMORY) * accuracy, self.steps + 1
         if self.size < 1 and self.right >= enough and self.steps >= _LEAST:
             self.size, self.steps = min(1.0, self.size + _STRIDE), 0
+
+
+def due(shares: list[Share], growths: Mapping[str, Growth], enough: float, step: int) -> list[Share]:
+    """The tasks of a step: all, but in two steps of three only what is not mastered yet, if there is such.
+
+    Args:
+        shares: all tasks.
+        growths: of each, by name.
+        enough: the share of right answers at which they do.
+        step: its number.
+    """
+    left = [share for share in shares if not growths[share.name].is_mastered(enough)]
+    return left if left and step % _REHEARSAL else shares

@@ -18,13 +18,12 @@ from open_mythos.nn.auxiliary import balance, experts
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.ops.dispatch import use_tf32
 from open_mythos.tasks import Batch, Task
-from open_mythos.tasks.base import Share
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
 from open_mythos.training.ahead import rows_ahead
 from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.training.config import ONE_PASS, TrainConfig
-from open_mythos.training.growth import Growth
+from open_mythos.training.growth import Growth, due
 from open_mythos.training.objective import Objective, Plan, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
 from open_mythos.training.parallel.grid import Grid
@@ -32,7 +31,6 @@ from open_mythos.training.parallel.parallel import Parallel
 
 # streams of random numbers beside torch's own, which draws weights, and those of rows, which draw dropout and noise
 _DATA, _LOOPS = 1, 2
-_REHEARSAL = 3  # of so many steps one has a batch of every task; the others of those that are not mastered yet
 _FOURFOLD, _PROBLEM = 4, 16  # weights, gradients, two moments; bytes of a token and its answer
 
 
@@ -160,7 +158,7 @@ class Trainer:
         return result
 
     def draw(self) -> list[Drawn]:
-        """The next problems of all processes, a batch of each of the tasks that are :meth:`due`.
+        """The next problems of all processes, a batch of each of the tasks that are :func:`due`.
 
         Of one difficulty each, drawn between the least and the greatest. Text of separate documents is not drawn but
         gone through, each batch decided by the number of the step; of it there are only the rows of this process.
@@ -168,7 +166,7 @@ class Trainer:
         cfg, drawn = self.cfg.task, list[Drawn]()
         if self.ahead is not None:
             return [Drawn(self.ahead(self.step_number))]
-        shares = self.due()
+        shares = due(self.shares, self.growths, cfg.growth, self.step_number) if self.growths else self.shares
         total = sum(share.weight for share in shares)
         for name, weight, task in shares:
             growth, hardest = self.growths.get(name), cfg.max_difficulty
@@ -177,12 +175,6 @@ class Trainer:
             difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
             drawn.append(Drawn(task.batch(self.cfg.batch_size, difficulty, self.data_rng), weight / total, growth))
         return drawn
-
-    def due(self) -> list[Share]:
-        """The tasks of this step: all, but in two steps of three only what is not mastered yet, if there is such."""
-        enough = self.cfg.task.growth
-        left = [share for share in self.shares if self.growths and not self.growths[share.name].is_mastered(enough)]
-        return left if left and self.step_number % _REHEARSAL else self.shares
 
     def forward_backward(self, drawn: list[Drawn], say: Callable[[], float] = float) -> StepResult:
         """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
