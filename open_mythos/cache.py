@@ -239,6 +239,7 @@ class Cache:
 
     cache_loops: int | None = None
     valid: Tensor | None  # (B, length) bool, False at padding; None while there is none
+    ends_in_padding = False  # whether the last token of a row is, by the mask of the last call
 
     @property
     def length(self) -> int:
@@ -341,12 +342,14 @@ class KVCache(Cache):
             slot.truncate(length)
         if self.valid is not None:
             self.valid = self.valid[:, :length]
+            self.ends_in_padding = self.ends_in_padding and not bool(self.valid[:, -1].all())
 
     def snapshot(self, n_new: int) -> Callable[[], None]:
-        slots, valid, end = {slot: held.snapshot(n_new) for slot, held in self._slots.items()}, self.valid, self.length
+        slots, end = {slot: held.snapshot(n_new) for slot, held in self._slots.items()}, self.length
+        valid, ends_in_padding = self.valid, self.ends_in_padding
 
         def put_back() -> None:
-            self.valid = valid
+            self.valid, self.ends_in_padding = valid, ends_in_padding
             for slot in self._slots.keys() - slots.keys():
                 del self._slots[slot]
             for slot, state in slots.items():
@@ -357,7 +360,7 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self._slots.clear()
-        self.valid = None
+        self.valid, self.ends_in_padding = None, False
         vars(self).pop("_call", None)
 
 

@@ -258,8 +258,9 @@ class OpenMythos(Generates):
         return past, self._valid(attention_mask, B, T, past, cache)
 
     def _check_slots(self, cache: Cache, past: int, n_loops: int) -> None:
-        # No slot holds more than that of the loop before, so one tells of all.
-        if past == 0 or cache.slot_length(loop_slot(n_loops - 1, cache)) == past:
+        # No slot holds more than the one before it, so the last of those that loops share, or have each, tells of all.
+        last = min(n_loops, cache.cache_loops or n_loops) - 1
+        if past == 0 or cache.slot_length(loop_slot(last, cache)) == past:
             return
         lengths = cache.lengths()
         for loop in range(n_loops):
@@ -285,12 +286,14 @@ class OpenMythos(Generates):
         if attention_mask is None:
             if known is None:
                 return None
+            assert cache is not None
+            self._check_sides(not cache.ends_in_padding)
             return torch.cat([known, known.new_ones(B, T)], 1)
         shape = tuple(attention_mask.shape)
         if shape not in ((B, T), (B, past + T)):
             wanted = f"({B}, {T})" if past == 0 else f"({B}, {T}) or, with the {past} cached tokens, ({B}, {past + T})"
             raise ValueError(f"attention_mask is {shape}; use {wanted}")
-        valid = attention_mask.bool()
+        valid = attention_mask.bool() if known is None else attention_mask.bool().to(known.device)
         earlier = known if known is not None else valid.new_ones(B, past)
         if shape[1] == T:
             valid = torch.cat([earlier, valid], 1) if past else valid
@@ -299,7 +302,21 @@ class OpenMythos(Generates):
                 f"attention_mask differs from that of the {past} cached tokens; pass theirs again, or ({B}, {T}) for "
                 f"the new ones alone"
             )
-        return None if bool(valid.all()) else valid
+        if bool(valid.all()):
+            return None
+        begun, ends_in_padding = valid.cumsum(1) > 0, not bool(valid[:, -1].all())
+        self._check_sides(not bool((begun[:, :-1] & ~valid[:, :-1] & valid[:, 1:]).any()))
+        if cache is not None:
+            cache.ends_in_padding = ends_in_padding
+        return valid
+
+    def _check_sides(self, is_outside: bool) -> None:
+        reads_neighbours = self.cfg.conv_taps > 1 or (self.cfg.local_window > 0 and self.cfg.n_local_heads > 0)
+        must(
+            is_outside or not reads_neighbours,
+            f"there is padding between tokens of a row, and a model with conv_taps={self.cfg.conv_taps} and "
+            f"local_window={self.cfg.local_window} counts places; pad on the left, or after the last token of a row",
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:
         """A head and an embedding that are one tensor stay one, which leaving the meta device would undo."""

@@ -597,3 +597,31 @@ def test_a_model_that_sees_both_ways_takes_no_cache():
     for cache in (KVCache(), {}):
         with pytest.raises(ValueError, match="causal=False; leave it out"):
             model(tokens(1, 4), 2, cache)
+
+
+@pytest.mark.parametrize("loops", [(2, 1, 3), (3, 1, 4), (3, 2, 4)])
+def test_going_deeper_with_shared_slots_is_refused(loops):
+    n_slots, first, then = loops
+    model, ids, cache = tiny_model(), tokens(1, 8), KVCache(cache_loops=n_slots)
+    model(ids[:, :5], first, cache)
+    with pytest.raises(ValueError, match=f"n_loops={then}, but loop {first + 1} of the cache holds 0"):
+        model(ids[:, 5:], then, cache)
+
+
+def test_padding_between_tokens_is_refused_where_places_count():
+    ids, mask = tokens(2, 7), torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+    hole = torch.tensor([[1] * 7, [0, 1, 1, 0, 1, 1, 1]])
+    by_place, by_token = tiny_model(halting=False), tiny_model(halting=False, conv_taps=0, local_window=0)
+    with pytest.raises(ValueError, match=r"padding between tokens.*pad on the left"):
+        by_place(ids, 3, attention_mask=hole)
+    for end in (torch.ones(2, 1), torch.cat([mask, torch.ones(2, 1)], 1), None):
+        cache = KVCache()
+        by_place(ids, 3, cache, attention_mask=mask)
+        with pytest.raises(ValueError, match="padding between tokens"):
+            by_place(ids[:, :1], 3, cache, attention_mask=end)
+        cache.truncate(4)
+        assert by_place(ids[:, :1], 3, cache).isfinite().all(), "nothing between them is left"
+        cache = KVCache()
+        by_token(ids, 3, cache, attention_mask=mask)
+        last = by_token(ids[:, :1], 3, cache, attention_mask=end)[1, -1]
+        assert_near(last, by_token(torch.cat([ids[1, :4], ids[1, :1]])[None], 3)[0, -1])

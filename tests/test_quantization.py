@@ -8,6 +8,7 @@ import torch
 from helpers import ATTENTION, assert_near, tiny_model, tokens
 
 from open_mythos import CheckpointError, KVCache, OpenMythos
+from open_mythos.model import UnrolledMythos
 from open_mythos.nn.exits import StateChange
 from open_mythos.quantization import quantize_int8, weight_bytes
 
@@ -192,3 +193,12 @@ def test_a_shipped_model_answers_as_before():
     for each in (model, quantised(model)):
         answers = each(problems.ids, 24, attention_mask=problems.valid).argmax(-1)
         assert (answers == problems.targets)[scored].float().mean() > 0.99
+
+
+def test_every_block_of_an_unrolled_model_is_quantised():
+    plain = UnrolledMythos(tiny_model().cfg).eval()
+    before, model = weight_bytes(plain), quantised(plain)
+    assert all(type(layer.attn.wo.weight).__name__ == "Int8Weight" for layer in model.recurrent.layers)
+    assert weight_bytes(model) < 0.6 * before
+    with pytest.raises(ValueError, match="int8 and cannot be trained"):
+        model.train()(tokens(1, 4))

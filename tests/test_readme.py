@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+CHATS = [block for page in PAGES for block in re.findall(r"```\n\$ (mythos chat .*?)```", page.read_text(), re.DOTALL)]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT uses an old name of transformers
@@ -32,6 +34,16 @@ def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> No
         assert float(difference[1]) < 1e-4  # "rounding only"
     if of_bits := re.findall(r": (\S+) of 384 bits", printed):
         assert float(of_bits[0]) < 0.6 and float(of_bits[-1]) > 0.95
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_conversations_are_what_is_said(chat: str) -> None:
+    command, *lines = chat.splitlines()
+    said = [line.removeprefix("> ") for line in lines if line.startswith("> ")]
+    done = CliRunner().invoke(app, shlex.split(command)[1:], input="\n".join(said))
+    assert done.exit_code == 0
+    answers = done.output.splitlines()[1:-1]  # between the greeting and what to do next
+    assert answers == [line for line in lines if not line.startswith("> ")]
 
 
 def test_no_text_installs_the_other_project_of_this_name() -> None:

@@ -24,6 +24,7 @@ def eval(
         str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, as in hellaswag,arc_easy.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory of your own harness tasks.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory for table and plot.")] = None,
 ) -> None:
     """Accuracy over difficulty and loops, with metrics of depth."""
@@ -31,7 +32,7 @@ def eval(
         from open_mythos.cli.harness import eval_harness
 
         only_ours = {"--task": task, "--option": option, "--difficulties": difficulties, "--exit": exit}
-        eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, out)
+        eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, device, out)
         return
     must(include_path is None, "--include-path is where --harness finds tasks; name one of them with --harness")
     from open_mythos import tasks
@@ -39,9 +40,10 @@ def eval(
     from open_mythos.cli.owned import may_replace
     from open_mythos.models import load_model, model_dir
     from open_mythos.tasks.text import Text
+    from open_mythos.training.distributed import find_device
     from open_mythos.training.runs import EVALUATION, METRICS, evaluation_dir
 
-    model = load_model(checkpoint)
+    model = load_model(checkpoint).to(find_device(device))
     cfg = settings(checkpoint, model.cfg, task, option or [], difficulties, loops, examples)
     loaded = tasks.load(cfg.task.name, **cfg.task.options)
     out = out or evaluation_dir(checkpoint)

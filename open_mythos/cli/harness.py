@@ -13,6 +13,7 @@ from open_mythos.fields import must
 from open_mythos.install import find_hub
 from open_mythos.integrations.harness import Curve, harness
 from open_mythos.models import model_dir
+from open_mythos.training.distributed import find_device
 from open_mythos.training.runs import evaluation_dir
 
 FILE = "harness.json"
@@ -20,7 +21,7 @@ FILE = "harness.json"
 
 def eval_harness(
     checkpoint: str, names: str, loops: str | None, examples: int | None, include: Path | None,
-    only_ours: dict[str, Any], out: Path | None,
+    only_ours: dict[str, Any], device: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Run the tasks ``names``, show a table, and write it and a picture to ``out``."""
     given = [option for option, value in only_ours.items() if value]
@@ -30,7 +31,8 @@ def eval_harness(
     path, drawing = out / FILE, out / "harness.png"
     may_replace(path, drawing)
     find_hub()
-    curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce)
+    at = find_device(device)
+    curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce, device=at)
     show(curves)
     out.mkdir(parents=True, exist_ok=True)
     panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}  # metric, task, loops: value, error

@@ -8,6 +8,7 @@ from torch import Tensor
 from open_mythos.inputs import check_n_loops
 from open_mythos.model import OpenMythos
 from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.untied import UntiedBlocks
 
 
 def spectral_radius(model: OpenMythos) -> float:
@@ -40,6 +41,8 @@ def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, 
     if iterations < 2:
         raise ValueError(f"iterations={iterations}; use at least 2, and some dozens for a steady result")
     n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
+    if isinstance(model.recurrent, UntiedBlocks) and n_loops >= (most := len(model.recurrent.blocks)):
+        raise ValueError(f"n_loops={n_loops} of {most} blocks, and it is the next one that is measured; use less")
     growth = []
     with eval_mode(model), torch.enable_grad():
         with torch.no_grad():

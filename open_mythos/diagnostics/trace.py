@@ -84,7 +84,7 @@ def _expert_load(model: OpenMythos) -> Iterator[list[Tensor]]:
     """
     loads, own = list[Tensor](), threading.get_ident()
 
-    def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def begin(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if threading.get_ident() != own:
             return
         loads.append(torch.zeros(model.cfg.n_experts, device=inputs[0].device))
@@ -97,8 +97,9 @@ def _expert_load(model: OpenMythos) -> Iterator[list[Tensor]]:
         real = tokens.ne(0).any(-1)  # padding is all zeros here
         loads[-1] += chosen[real].flatten().bincount(minlength=model.cfg.n_experts)
 
-    ffns = [layer.ffn for layer in model.recurrent.layers if isinstance(layer.ffn, MoEFFN)]
-    hooks = [model.recurrent.block.register_forward_pre_hook(begin)]
+    layers = model.recurrent.layers
+    ffns = [layer.ffn for layer in layers if isinstance(layer.ffn, MoEFFN)]
+    hooks = [layer.register_forward_pre_hook(begin) for layer in layers[:: model.cfg.core_layers]]  # a loop's first
     hooks += [ffn.register_forward_pre_hook(count) for ffn in ffns]
     try:
         yield loads

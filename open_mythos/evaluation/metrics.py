@@ -4,6 +4,7 @@ Models compute as in eval mode and keep theirs; config is restored. Problems are
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -197,7 +198,8 @@ def compute_matched(
             grid = depth_grid(changed, task, [difficulty], loops, examples, seed, halting)
         context = (task.length(difficulty) + 1) // 2  # mean over the tokens
         rows = zip(grid.accuracy[0].tolist(), grid.loops_used[0].tolist(), strict=True)
-        return [Point(flops_per_token(model.cfg, used, context), accuracy, used) for accuracy, used in rows]
+        cfg = replace(model.cfg, halting=halting)  # no gate is asked at fixed depths
+        return [Point(flops_per_token(cfg, used, context), accuracy, used) for accuracy, used in rows]
 
     fixed = curve(False, model.cfg.act_threshold)
     return ComputeMatched(fixed, {threshold: curve(True, threshold) for threshold in thresholds})

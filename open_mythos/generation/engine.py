@@ -107,7 +107,8 @@ class ModuleEngine:
         self._drafted = []
         e, h, T = torch.cat(inputs, 1), torch.cat(states, 1), len(states)
         mask = AttentionMask(T, self.cache.length, self.cache.valid)
-        ctx = replace(contexts[0], rotary=torch.cat([x.rotary for x in contexts], -2), mask=mask)
+        tokens = -2 if contexts[0].rotary.is_complex() else -3  # compiled blocks have it as pairs of real numbers
+        ctx = replace(contexts[0], rotary=torch.cat([x.rotary for x in contexts], tokens), mask=mask)
         for state in model.recurrent.iterate(h, e, ctx, self.depth.n_loops, first_loop=self._draft_loops):
             h = state.h
         self.state = h[:, -1:]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from open_mythos.fields import must
 from open_mythos.install import missing
 
@@ -48,6 +50,7 @@ def harness(
     limit: int | None = None,
     batch_size: int = 8,
     begin: Callable[[str], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Curve]:
     """Run tasks once for each loop count. The model is loaded once.
 
@@ -59,6 +62,7 @@ def harness(
         limit: documents of each task, the first ones; all if None.
         batch_size: rows of a batch.
         begin: called as each loop count begins, with a few words.
+        device: where the model runs.
 
     Raises:
         ImportError: naming the extra, if the harness is not installed.
@@ -77,7 +81,7 @@ def harness(
         raise missing("the harness is not installed", "eval") from error
     with _quiet():
         manager = _manager(TaskManager, names, include)
-        model, lm = _load(directory, batch_size)
+        model, lm = _load(directory, batch_size, device)
         found = []
         with _blaming(names):
             for count in loops:
@@ -132,7 +136,7 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
     raise ValueError(f"the harness has no task {unknown!r}; {hint} Your own are found in the directory `include`")
 
 
-def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
+def _load(directory: str | Path, batch_size: int, device: torch.device | str) -> tuple[Any, Any]:
     """The model, and the harness's view of it."""
     from lm_eval.models.huggingface import HFLM
 
@@ -141,7 +145,7 @@ def _load(directory: str | Path, batch_size: int) -> tuple[Any, Any]:
 
     must(Path(directory).is_dir(), f"{directory} is not a directory; give one that holds a model and its tokenizer")
     tokenizer = load_tokenizer(directory, OpenMythosConfig.from_pretrained(directory).vocab_size)
-    model = OpenMythosForCausalLM.from_pretrained(directory).eval()
+    model = OpenMythosForCausalLM.from_pretrained(directory).eval().to(device)
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     class Checked(HFLM):

@@ -180,7 +180,10 @@ class _Pending:
     gradients: list[Tensor] = field(default_factory=list)
 
     def add(self, gradients: list[Tensor]) -> None:
+        """Add those of a run; of one that is not finite zeros, as its step is skipped and this sum is not."""
         self.n_runs += 1
+        finite = torch.stack([x.isfinite().all() for x in gradients]).all()
+        gradients = [torch.where(finite, x, 0) for x in gradients]
         before = self.gradients or [torch.zeros_like(x) for x in gradients]
         self.gradients = [a + b for a, b in zip(before, gradients, strict=True)]
 

@@ -23,7 +23,6 @@ from torch import nn
 from open_mythos.fields import must
 from open_mythos.install import missing
 from open_mythos.interface import Model
-from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import MoEFFN
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.modes import is_evaluating
@@ -54,8 +53,7 @@ def quantize_int8(model: Quantised) -> Quantised:
         raise missing("quantize_int8 needs torchao", "quant") from error
     training = "the model is in training mode, and int8 weights cannot be trained; call model.eval() first"
     must(not model.training, training)
-    parts = (model.prelude, model.recurrent.block, model.coda)
-    blocks = [module for part in parts for module in part.modules() if isinstance(module, TransformerBlock)]
+    blocks = [*model.prelude, *model.recurrent.layers, *model.coda]
     for block in blocks:
         for name, weight in block.named_parameters():
             plain = "quantise plain weights, once, before anything wraps them"
@@ -66,7 +64,8 @@ def quantize_int8(model: Quantised) -> Quantised:
                 module.weight = Int8Weight.parameter(module.weight)
             elif isinstance(module, MoEFFN):
                 use_int8_experts(module)
-    model.recurrent.block.register_forward_pre_hook(_refuse_training)
+    for block in model.recurrent.layers:
+        block.register_forward_pre_hook(_refuse_training)
     return model
 
 

@@ -40,10 +40,10 @@ class Assignments(Task):
     ``Ana has what Ben has . Ben keeps a key . Cora likes Ana . what does Ana have ?`` is a problem of two hops. The
     target at the end of a question is the thing; its steps are the names on the way: Ana, Ben, key. Difficulty is the
     number of hops: of every question that counts in the held-out split, of the longest in training. No question needs
-    all sentences: some say nothing of what anybody has, some are of things that others have, and some of people who
-    have what somebody on the way has.
+    all sentences: some say nothing of what anybody has, some are of things that others have, which are copied as well,
+    and some of people who have what somebody on the way has.
 
-    Names that stand together in a sentence of the held-out split, names and patterns that do, and so all its
+    Names that stand together in a sentence of the held-out split, patterns and whom they are about, and so all its
     sentences, are never together in training.
 
     Attributes:
@@ -54,12 +54,13 @@ class Assignments(Task):
     """
 
     name = "assignments"
+    version = 2
     unit = "hops"
     has_steps = True
     vocab = VOCABULARY
     chance = 1 / len(THINGS)
     sentences: int = size(32)
-    min_sentences: int = size(6)
+    min_sentences: int = size(6, minimum=_OTHERS + 1)
     questions: int = size(8)
     split: str = choice("train", "train", "held_out")
 
@@ -68,7 +69,6 @@ class Assignments(Task):
         low, high, most = self.min_sentences, self.sentences, 2 * len(NAMES) // 3
         must(high <= most, f"sentences={high}; there are {len(NAMES)} names, enough for {most}")
         must(low <= high, f"min_sentences={low} is above sentences={high}; lower it or raise that")
-        must(high > _OTHERS, f"sentences={high}; use more than {_OTHERS}: a problem has so many that it does not need")
         self.most = high - _OTHERS
 
     def sized(self, size: float) -> Self:
@@ -85,7 +85,11 @@ class Assignments(Task):
         n_noise = min(total // 8, total - difficulty - _OTHERS // 2)
         n_alone = min(_OTHERS // 2 + total // 8, total - n_noise - difficulty)
         source, hops_to = self._chains(n, total - n_noise - n_alone, difficulty, generator)
-        source, hops_to = F.pad(source, (0, n_alone), value=-1), F.pad(hops_to, (0, n_alone), value=1)
+        # of those off the chains every second one copies the one before: to be copied tells nobody who is asked about
+        alone = torch.arange(n_alone)
+        is_copy, before = alone % 2 == 1, source.shape[1] + alone - 1
+        source = torch.cat([source, before.where(is_copy, -1).expand(n, -1)], 1)
+        hops_to = torch.cat([hops_to, (1 + is_copy.long()).expand(n, -1)], 1)
         asked, counts = self._asked(hops_to, difficulty, test, generator)
         links = F.one_hot(source + 1, source.shape[1] + 1)[..., 1:].bool()
         name = named(links, test, generator)
@@ -109,14 +113,15 @@ class Assignments(Task):
         """From whom each of ``people`` has what they have, (n, people), -1: it is theirs; and how many hops it takes.
 
         First come chains of ``hops`` people, one after the other from its end, and then others who have what one of
-        those before them has, or something of their own.
+        those before them has who copies too, or something of their own.
         """
         on_chains = max(1, min(self.questions, people // hops)) * hops
         places = torch.arange(people)
         source = torch.where(places % hops == 0, -1, places - 1).repeat(n, 1)
         hops_to = (places % hops + 1).repeat(n, 1)
         for i in range(on_chains, people):
-            joins = torch.randint(0, i, (n, 1), generator=generator)
+            copiers = (source[:, :i] >= 0) + 1e-6  # who has a thing would be known by how many copy it
+            joins = torch.multinomial(copiers, 1, generator=generator)
             alone = torch.rand(n, 1, generator=generator) < _ALONE
             source[:, i : i + 1] = joins.masked_fill(alone, -1)
             hops_to[:, i : i + 1] = (hops_to.gather(1, joins) + 1).masked_fill(alone, 1)

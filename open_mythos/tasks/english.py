@@ -63,8 +63,9 @@ _FEW_NUMBERS = 3
 class Patterns:
     """Sentences of one kind, such as ``"{0} has what {1} has ."``, where numbers in braces stand for words.
 
-    Each name stands in three in four of the patterns in training, and in the others, one at least, in the test: no
-    sentence of the test, and no pairing of a name with a pattern, was ever in training.
+    Each name is spoken of in three in four of the patterns in training, and in the others, one at least, in the test:
+    no sentence of the test, and no pairing of whom it is about with its pattern, was ever in training. Other names of a
+    sentence stand in all patterns.
 
     Args:
         patterns: at least two.

@@ -15,6 +15,7 @@ from open_mythos.tasks.base import UNSCORED, Batch, Task, pad
 from open_mythos.tasks.tokenizer import Tokenizer
 
 ANSWER, END = 257, 258
+_DRAWN = {"size", "seed"}  # of a generator's settings, which every batch has its own of
 MAX_DRAWS_PER_PROBLEM = 20  # after which rejection sampling gives up
 
 Entry = dict[str, Any]
@@ -57,6 +58,7 @@ class ReasoningGym(Task):
         defaults = {field.name: field.default for field in dataclasses.fields(self._config)}
         for key in self.settings:
             must(key in defaults, f"{name} has no setting {key!r}; {nearest(key, defaults)}")
+            must(key not in _DRAWN, f"settings: {key} is drawn for every batch; leave it out")
 
         knobs = _knobs(defaults) or {"": ()}  # without integers there is one difficulty
         self.difficulty_knob = knob = self.difficulty_knob or next(iter(knobs))
@@ -145,7 +147,7 @@ class ReasoningGym(Task):
 
 def _knobs(defaults: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """The integer config fields that difficulty can set, by name; ``min_x`` and ``max_x`` are one knob ``x``."""
-    numbers = {name for name, value in defaults.items() if type(value) is int} - {"size", "seed"}
+    numbers = {name for name, value in defaults.items() if type(value) is int} - _DRAWN
     knobs: dict[str, tuple[str, ...]] = {}
     for name in filter(numbers.__contains__, defaults):
         bare = name.removeprefix("min_").removeprefix("max_")

@@ -56,8 +56,8 @@ class Relations(Task):
 
     The facts are either in the prompt, or always the same and have to be learned: then the prompt is a question, and
     those of one hop, all in training, are the facts. Names that stand together in a sentence of the held-out split,
-    names and patterns that do, and so all its sentences, are never together in training; neither are, where facts
-    have to be learned, a person and a path of two hops or more.
+    patterns and whom they are about, and so all its sentences, are never together in training; neither are, where
+    facts have to be learned, a person and a path of two hops or more.
 
     Attributes:
         facts: ``"prompt"`` or ``"weights"``.
@@ -122,7 +122,7 @@ class Relations(Task):
             each, owners, others = self.relations, total // self.relations, 0
             share = _ONE_DECIDES if self._size < _BOTH_DECIDE else 0.2 * _ONE_DECIDES
             if not test and torch.rand((), generator=generator) < share:
-                difficulty, each, owners, others = 1, 1, total, 0
+                difficulty, each, owners, others = 1, 1, min(total, _MOST), 0
                 if torch.rand((), generator=generator) < 0.5:
                     owners, each, others = 2, min(total // 2, len(RELATIONS)), _OTHERS
             name, of = self._people(n, owners, each, others, test, generator)

@@ -114,14 +114,15 @@ class BytePairs(Tokenizer):
         self._text, self._bpe = text, _tokenizers().Tokenizer.from_str(text)
         self._bpe.encode_special_tokens = True  # in a text, "<eos>" is five characters
         known = self._bpe.get_vocab(with_added_tokens=True)
-        special = {i for i, token in self._bpe.get_added_tokens_decoder().items() if token.special}
+        added = self._bpe.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
         piece = _reader(f"{self._bpe.pre_tokenizer} {self._bpe.decoder}")
         last = max(known.values())
         must(last < MOST_IDS, f"it has a token {last}, and a model of so many tokens cannot be; use another one")
         self.pieces = [b""] * (1 + last)
         for name, i in known.items():
             if i not in special and name not in (END, PADDING):
-                self.pieces[i] = piece(name)
+                self.pieces[i] = piece(name, i in added)
         must(eos is None or eos in known, f"its vocabulary has no {eos!r}, which should end documents")
         self.eos = None if eos is None else known[eos]
 
@@ -332,17 +333,19 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _reader(means: str) -> Callable[[str], bytes]:
-    """What a token's name stands for, told by how the tokenizer splits and joins texts."""
+def _reader(means: str) -> Callable[[str, bool], bytes]:
+    """What a token's name stands for, which may be added to the others, told by how the tokenizer splits and joins."""
     is_byte_level, byte_of = "ByteLevel" in means, _byte_of_character()
     known = is_byte_level or "ByteFallback" in means
     must(known, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
 
-    def byte_level(name: str) -> bytes:
+    def byte_level(name: str, is_added: bool) -> bytes:
+        if is_added:  # text as it is
+            return name.encode()
         must(set(name) <= byte_of.keys(), f"token {name!r} is not written in bytes, as those of its kind are")
         return bytes(byte_of[character] for character in name)
 
-    def sentence_piece(name: str) -> bytes:
+    def sentence_piece(name: str, is_added: bool) -> bytes:
         is_byte = len(name) == 6 and name.startswith("<0x")
         return bytes.fromhex(name[3:5]) if is_byte else name.replace("\u2581", " ").encode()
 

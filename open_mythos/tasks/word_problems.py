@@ -80,8 +80,8 @@ class WordProblems(Task):
     there a loop after that person's number, is the only target. No question needs all sentences.
 
     Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
-    together in a sentence of the held-out split, names and patterns that do, and so all its sentences, are never
-    together in training.
+    together in a sentence of the held-out split, patterns and whom they are about, and so all its sentences, are
+    never together in training.
 
     Attributes:
         people: of a problem, the most, four more than it can have operations.

@@ -46,7 +46,7 @@ class Words(Task):
     """
 
     name = "words"
-    version = 2
+    version = 3
     unit = "steps"
     has_steps = True
     vocab = VOCABULARY

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import os
 import platform
 from typing import Any
@@ -25,6 +26,12 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
             mallopt(threshold, _NEVER)
+
+
+def memory() -> float:
+    """Bytes of memory that the machine has; infinite where it does not say."""
+    known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys()
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if known else math.inf
 
 
 def give_back_here(x: Tensor) -> Tensor:

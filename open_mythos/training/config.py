@@ -206,3 +206,6 @@ class TrainConfig(Checked):
         must(size % parts == 0, undivided)
         low, high = self.task.min_difficulty, self.task.max_difficulty
         must(low <= high, f"task.min_difficulty={low} is above task.max_difficulty={high}")
+        taught, fix = self.hardest_for_gate, "use 0 for the task's, or more"
+        too_easy = f"gate.max_difficulty={taught} is below task.min_difficulty={low}; {fix}"
+        must(low <= taught or self.kind != "looped" or steps == 0, too_easy)

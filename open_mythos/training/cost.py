@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ def run_cost(cfg: TrainConfig, progress: Callable[[str], None] | None = None) ->
     begin = progress or (lambda stage: None)
     begin("trial steps")
     trainer = Trainer(cfg)
+    for growth in trainer.growths.values():
+        growth.size = 1.0  # steps are slowest, and largest, once problems have grown
     times: list[float] = []
     trainer.step()  # warm-up
     while len(times) < _TRIAL_STEPS and (not times or sum(times) < _TRIAL_SECONDS):
@@ -129,7 +132,7 @@ def activation_bytes(trainer: Trainer, steps: int) -> int:
 
 
 def flops_per_step(cfg: TrainConfig) -> float:
-    """Expected FLOPs of a step, averaged over random draws of loops and lengths.
+    """Expected FLOPs of a step, averaged over random draws of loops and lengths; of problems that grow, at full size.
 
     Matrix products only, as in :func:`~open_mythos.diagnostics.flops_per_token`, at the mean context of half the
     problem. A loop costs one forward pass without gradient, three with it, four if recomputed; coda and head are
@@ -148,10 +151,10 @@ def flops_per_step(cfg: TrainConfig) -> float:
         readout = flops_per_token(replace(shape, prelude_layers=0), 0, context)
         return outside, readout, flops_per_token(shape, 1, context) - outside
 
-    for draw in range(_N_DRAWS):
+    for draw, share in product(range(_N_DRAWS), task.shares()):
         difficulty = int(torch.randint(low, high + 1, (), generator=generator))
-        length, step = task.length(difficulty), draw * cfg.steps // _N_DRAWS
-        plan = objective.plan(step, cfg.batch_size, length, generator, task.n_steps(difficulty))
+        length, step = share.task.length(difficulty), draw * cfg.steps // _N_DRAWS
+        plan = objective.plan(step, cfg.batch_size, length, generator, share.task.n_steps(difficulty))
         passes = plan.schedules(progressive)
         outside, readout, loop = parts((length + 1) // 2)
         loops = sum(float((n_loops + (grad_cost - 1) * n_grad).float().mean()) for n_loops, n_grad in passes)

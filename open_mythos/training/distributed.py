@@ -25,18 +25,26 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_with_room(device: torch.device, n_bytes: int) -> torch.device:
+    """``device``, or the CPU in place of a GPU that has less than twice so many bytes free."""
+    has_room = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] >= 2 * n_bytes
+    return device if has_room else torch.device("cpu")
+
+
 def find_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is a GPU, each process of a machine its own, or the CPU if there is none.
+    """The device called ``name``; "auto" is a GPU, or the CPU if there is none.
+
+    Of several processes of a machine each has a GPU of its own, if the name has no number.
 
     Raises:
         ValueError: for a device that is unknown or not available.
     """
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
     if name == "auto":
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world_size() > 1 else torch.device("cuda")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and world_size() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).partition("\n")[0]

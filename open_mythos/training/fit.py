@@ -91,6 +91,7 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
                 watch.log(trainer.task.described(cfg.task.max_difficulty))
             distributed.wait()  # all processes look for checkpoints before the first one writes
             if is_main:
+                (run / runs.EVALUATION).unlink(missing_ok=True)  # it may be of other difficulties
                 cfg.save(run / runs.RUN_CONFIG)
             train(trainer, meter, run, watch, stop)
             model = trainer.averaged()

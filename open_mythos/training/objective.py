@@ -91,8 +91,8 @@ class Objective:
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.zeros(n, dtype=torch.bool), *each)
         n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
-        no_grad = torch.randint(0, loops.maximum, (1,), generator=generator)
-        with_grad = 1 + (torch.rand(1, generator=generator) * (loops.maximum - no_grad)).long()
+        no_grad = torch.randint(0, most, (1,), generator=generator)
+        with_grad = 1 + (torch.rand(1, generator=generator) * (most - no_grad)).long()
         stale = torch.rand(2, n, generator=generator)[1] < loops.stale  # two numbers a row, as earlier versions drew
         n_grad = n_loops.clamp(max={"all": most, "each": most, "one_step": 1}.get(loops.gradient, loops.grad_loops))
         return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, *each)

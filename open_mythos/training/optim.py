@@ -110,10 +110,11 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
     Linear warm-up over ``cfg.warmup`` steps, then constant with a linear decay over the last ``cfg.decay`` of the run
     ("wsd": warm-up, stable, decay; 2404.06395), or a cosine decay. Both end at ``cfg.floor``.
     """
+    step = min(step, steps)  # a trial may run longer
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     if cfg.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / (steps - cfg.warmup)))
+        factor = 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, steps - cfg.warmup)))
     else:
         factor = min(1.0, (steps - step) / (cfg.decay * steps)) if cfg.decay else 1.0
     return cfg.floor + (1 - cfg.floor) * factor

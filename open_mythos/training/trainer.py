@@ -1,7 +1,6 @@
 """One run's state, and the step that moves it on. Files and screens are elsewhere."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from open_mythos.tasks import Batch, Task
 from open_mythos.tasks.text import Text
 from open_mythos.training import baselines, distributed
 from open_mythos.training.ahead import rows_ahead
-from open_mythos.training.allocator import keep_freed_memory
+from open_mythos.training.allocator import keep_freed_memory, memory
 from open_mythos.training.config import ONE_PASS, TrainConfig
 from open_mythos.training.growth import Growth, due
 from open_mythos.training.objective import Objective, Plan, n_supervised
@@ -172,7 +171,7 @@ class Trainer:
             growth, hardest = self.growths.get(name), cfg.max_difficulty
             if growth is not None:
                 task, hardest = growth.of(task, cfg)
-            difficulty = int(torch.randint(cfg.min_difficulty, hardest + 1, (), generator=self.data_rng))
+            difficulty = int(torch.randint(min(cfg.min_difficulty, hardest), hardest + 1, (), generator=self.data_rng))
             drawn.append(Drawn(task.batch(self.cfg.batch_size, difficulty, self.data_rng), weight / total, growth))
         return drawn
 
@@ -282,7 +281,8 @@ class Trainer:
         state = self.parallel.model_state(self.ema.average)
         model = baselines.counted(self.cfg)
         if distributed.rank() == 0:  # others have no more than their pieces
-            model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+            at = distributed.device_with_room(self.device, sum(tensor.nbytes for tensor in state.values()))
+            model.load_state_dict({name: tensor.to(at, copy=True) for name, tensor in state.items()}, assign=True)
         return model.eval()
 
     def state_dict(self) -> dict[str, Any]:
@@ -361,6 +361,10 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
     difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
     for difficulty in difficulties:
         task.check(difficulty)
+    if isinstance(task, Text):  # of which there may be less
+        held_out = task.held_out()
+        for difficulty in cfg.evaluation.difficulties:
+            held_out.check(difficulty)
     hardest, limit = max(difficulties), cfg.model.max_seq_len
     longest = task.length(hardest)
     fix = f"use model.max_seq_len={longest}, or lower difficulties in training and evaluation"
@@ -382,12 +386,6 @@ def check_room(cfg: TrainConfig, task: Task) -> None:
         most, said = int((room - weights) // (tokens * size)), f"{key}={n:,} of {tokens:,} tokens"
         fix = f"use {key}={min(most, 1 << 10)}, or less" if most else "lower the difficulty"
         must(n <= most, f"{said} takes {n * tokens * size / 1e9:,.0f} GB and there are {room / 1e9:,.0f}; {fix}")
-
-
-def memory() -> float:
-    """Bytes of memory that the machine has; infinite where it does not say."""
-    known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys()
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if known else math.inf
 
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:

@@ -5,6 +5,7 @@ import torch
 from helpers import ATTENTION, tiny_model, tokens
 
 from open_mythos.diagnostics import loop_gain, spectral_radius
+from open_mythos.model import UnrolledMythos
 
 
 def linear_model(**changes):
@@ -65,3 +66,10 @@ def test_a_loop_that_forgets_its_state_has_no_gain():
 def test_too_few_iterations():
     with pytest.raises(ValueError, match="iterations=1; use at least 2"):
         loop_gain(tiny_model(), tokens(1, 3), iterations=1)
+
+
+def test_the_last_block_of_an_unrolled_model_has_none_after_it():
+    model = UnrolledMythos(tiny_model().cfg).eval()
+    with pytest.raises(ValueError, match="n_loops=4 of 4 blocks"):
+        loop_gain(model, tokens(1, 4))
+    assert loop_gain(model, tokens(1, 4), n_loops=3, iterations=4) > 0

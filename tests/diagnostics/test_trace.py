@@ -115,3 +115,10 @@ def test_default_loops_and_public_name():
     model = tiny_model()
     assert len(trace(model, tokens(1, 3)).delta) == model.cfg.max_loop_iters
     assert open_mythos.trace is trace
+
+
+def test_experts_of_an_unrolled_model_are_counted_by_loop():
+    model = open_mythos.model.UnrolledMythos(tiny_model(halting=False).cfg).eval()
+    n_loops, n_chosen = model.cfg.max_loop_iters, model.cfg.n_experts_per_tok
+    load = trace(model, tokens(2, 8), n_loops).expert_load
+    assert load.shape == (n_loops, model.cfg.n_experts) and (load.sum(1) == 16 * n_chosen).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from counting import Copy, Counting
@@ -100,11 +102,13 @@ def test_fixed_vs_any_exit() -> None:
 def test_compute_matched() -> None:
     model = Counting()
     found = compute_matched(model, Copy(), 3, [1, 2, 8], examples=2, thresholds=(0.5,))
-    costs = {n: flops_per_token(model.cfg, n, context=2) for n in (1, 2, 8)}
+    costs = {n: flops_per_token(replace(model.cfg, halting=False), n, context=2) for n in (1, 2, 8)}
+    gated = flops_per_token(replace(model.cfg, halting=True), 2, context=2)
+    assert gated > costs[2], "what the gate takes is its own"
     assert found.fixed == [Point(pytest.approx(costs[n]), pytest.approx(min(n / 3, 1)), n) for n in (1, 2, 8)]
     last = found.halting[0.5][-1]
-    assert (last.accuracy, last.loops) == (1, 2) and last.flops == pytest.approx(costs[2])
-    assert accuracy_at(found.fixed, last.flops) == pytest.approx(2 / 3), "halting gains a third at equal cost"
+    assert (last.accuracy, last.loops) == (1, 2) and last.flops == pytest.approx(gated)
+    assert accuracy_at(found.fixed, costs[2]) == pytest.approx(2 / 3), "halting gains a third at equal cost"
 
 
 def test_each_threshold_is_tried_and_put_back() -> None:

@@ -246,6 +246,7 @@ def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
         (lambda model: setattr(model.recurrent.act, "forward", len), Depth(4, Gate()), "a gate that was replaced"),
         (lambda model: model.coda[0].register_forward_hook(print), Depth(4), "has hooks, or replaced"),
         (lambda model: model.head.register_forward_hook(print), Depth(4), "has hooks, or replaced"),
+        (lambda model: model.recurrent.register_forward_hook(print), Depth(4), "has hooks, or replaced"),
         (lambda model: setattr(model, "norm", torch.nn.LayerNorm(32)), Depth(4), "has hooks, or replaced"),
     ],
 )  # fmt: skip
@@ -440,3 +441,28 @@ def test_machines_of_narrower_vectors_get_the_same(flags, compile_anew, monkeypa
         engine.extend(text[:, :3])
         found = [engine.step(text[:, i : i + 1]) for i in range(3, 50)]
         assert_near(torch.stack(found, 1), model(text, 5)[:, 3:], what=kind)
+
+
+@needs_compiler
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_the_dtype_and_device_that_torch_makes_tensors_in_play_no_part(attn_type):
+    model = a_model(attn_type=attn_type, loop_index_dim=6)
+    logits = torch.cat([first_logits(model, engine) for engine in ("modules", "native")])
+    assert_near(logits[:2], logits[2:])
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(first_logits(model, "native"), logits[2:])
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        assert torch.equal(first_logits(model, "native"), logits[2:])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def first_logits(model, engine):
+    """Those of the first token that the engine makes of its own."""
+    made = make_engine(engine, model, Depth(4))
+    made.extend(torch.tensor([[1, 2, 3], [4, 5, 6]], device="cpu"))
+    return made.step(torch.tensor([[7], [8]], device="cpu"))

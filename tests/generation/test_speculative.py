@@ -232,3 +232,12 @@ def test_what_does_not_fit_is_refused_at_the_call(options, message, call):
 def test_a_gate_and_a_draft_do_not_go_together():
     with pytest.raises(ValueError, match=r"Gate.*cfg\.halting=False"):
         tiny_model(halting=True).generate(tokens(1, 3), 2, draft_loops=1)
+
+
+def test_compiled_blocks_are_drafted_with_as_well():
+    model, ids = tiny_model(halting=False), tokens(2, 5)
+    expected = model.generate(ids, 6, n_loops=4, temperature=0)
+    for layer in model.recurrent.layers:
+        layer.compile(backend="eager")
+    found = model.generate(ids, 6, n_loops=4, temperature=0, draft=Draft(2, 3), engine="modules")
+    assert torch.equal(found, expected)

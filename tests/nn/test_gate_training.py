@@ -176,3 +176,16 @@ def test_whoever_never_steps_gathers_nothing():
         model(tokens(2, 4), 2).mean().backward()
     (pending,) = [found for core, found in auxiliary._pending.items() if core is model.recurrent]
     assert pending.n_runs == 3 and len(pending.gradients) == len(list(model.recurrent.act.parameters()))
+
+
+def test_a_batch_that_was_skipped_leaves_the_gate_alone():
+    """As a GradScaler skips what is not finite, or a training loop of one's own."""
+    model, ids = tiny_model(warm_start=False).train(), tokens(4, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(model.embed(ids) * factor, 2).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_problems_have_as_many_sentences_as_was_said():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"sentences": 65}, "sentences=65; there are 96 names, enough for 64"),
-    ({"sentences": 4, "min_sentences": 4}, "sentences=4; use more than 4"),
+    ({"sentences": 4, "min_sentences": 4}, "min_sentences=4 is too small; use an int of at least 5"),
     ({"min_sentences": 40}, "min_sentences=40 is above sentences=32"),
     ({"split": "test"}, "split='test'"),
 ])  # fmt: skip
@@ -99,3 +100,24 @@ def test_a_word_outside_of_the_vocabulary_is_named():
     with pytest.raises(ValueError, match=r"no task in words knows 'kay'; did you mean"):
         encode("Ana has a kay .")
     assert len(VOCABULARY) == len(set(VOCABULARY)) <= 1024 and len(NAMES) >= 64 and len(THINGS) == 16
+
+
+@pytest.mark.parametrize(("sentences_", "hops", "most"), [(32, 6, 0.3), (32, 24, 0.5), (64, 48, 0.4)])
+def test_no_thing_can_be_guessed_from_who_is_copied(sentences_, hops, most):
+    """The thing of the holder whom most copy, of a holder who is copied at all, and the commonest."""
+    right, n = Counter(), 0
+    task, batch = problems(60, hops, sentences=sentences_, split="held_out")
+    for ids, targets in zip(batch.ids, batch.targets, strict=True):
+        has, copied = {}, Counter()
+        for sentence in sentences(task, ids):
+            kind, _, (one, other, *_) = read(sentence)
+            if kind is HAS:
+                has[one] = other
+            elif kind is COPIES:
+                copied[other] += 1
+        holders = sorted(has, key=lambda holder: -copied[holder])
+        answers = {task.vocab[i] for i in targets[targets != UNSCORED].tolist()}
+        n += len(answers)
+        right["most copied"] += has[holders[0]] in answers
+        right["commonest"] += Counter(has.values()).most_common(1)[0][0] in answers
+    assert max(right.values()) < most * n, right

@@ -82,6 +82,7 @@ def test_texts_stop_at_the_first_end() -> None:
         ({"generator": "chainsum"}, "reasoning_gym has no generator 'chainsum'; did you mean 'chain_sum'?"),
         ({"difficulty_knob": "term"}, "chain_sum has no knob 'term'; did you mean 'terms'?"),
         ({"settings": {"min_digit": 1}}, "chain_sum has no setting 'min_digit'; did you mean 'min_digits'?"),
+        ({"settings": {"seed": 1}}, "settings: seed is drawn for every batch; leave it out"),
         ({"generator": "syllogism", "difficulty_knob": "terms"}, "syllogism has no knob 'terms'"),
     ],
 )

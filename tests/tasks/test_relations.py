@@ -192,3 +192,10 @@ def test_options_that_cannot_be_say_what_can(options, message):
 def test_less_than_a_hop_is_refused():
     with pytest.raises(ValueError, match=r"difficulty=0; relations counts hops, from 1 up"):
         problems(2, 0)
+
+
+def test_as_many_facts_as_names_allow():
+    """Of one relation each there are no more than there are names, whatever others have."""
+    task, generator = tasks.load("relations", sentences=180), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        task.batch(1, 1, generator)

@@ -52,10 +52,10 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "assignments",
         {"sentences": 6},
         2,
-        "the ball is with Walt . what Bruno has , Paul has . Emil has what Igor has . Ruth holds the drum . "
-        "Bruno has a book . the ring is with Igor . what is with Bruno ? what is with Walt ? what has Emil ? "
-        "what is with Ruth ? Paul has what ? what does Igor have ?",
-        "book ball ring drum book ring",
+        "what Ruth has , Walt has . what Bruno has , Paul has . Emil has what Igor has . Ruth holds the drum . "
+        "Bruno has a book . the ring is with Igor . what is with Bruno ? Paul has what ? what has Emil ? "
+        "what is with Igor ? Ruth has what ? what does Walt have ?",
+        "book book ring ring drum drum",
     ),
     (
         "word_problems",

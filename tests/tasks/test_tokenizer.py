@@ -129,9 +129,12 @@ def test_any_byte_level_tokenizer_of_hugging_face_will_do(tmp_path: Path) -> Non
     theirs.train_from_iterator(CORPUS, trainer)
     theirs.save(str(tmp_path / "tokenizer.json"))
     assert load(tmp_path).eos is None
+    theirs.add_tokens(["    ", "｜é｜"])  # text as it is, and no special tokens
+    theirs.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
     made = tokenizer(str(tmp_path), [])
     assert made.eos == 1 and made.encode(["naïve range"]).tolist() == theirs.encode("naïve range").ids
+    assert made.decode(made.encode(["a    b ｜é｜"])) == "a    b ｜é｜"
     assert made.decode(made.encode(["<|end|> is text"])) == "<|end|> is text" and made.pieces[1] == b""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|none|>"}))
     with pytest.raises(ValueError, match=r"tokenizer.json cannot be used: its vocabulary has no '<|none|>'"):

@@ -252,3 +252,18 @@ def test_a_saved_model_reads_longer_prompts_if_it_is_stretched(tmp_path: Path) -
         ValueError, match=r"stretch=2 sets model\.rope_factor after training, and it is 3; use 1 for it"
     ):
         tiny_run("stretch=2", "model.rope_factor=3")
+
+
+def test_an_evaluation_of_other_settings_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tiny_run(), tmp_path)
+    assert Evaluation.load(tmp_path).grids[0].difficulties == [4]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("open_mythos.training.fit.evaluate", interrupted)
+        fit(tiny_run("evaluation.difficulties=5"), tmp_path, resume="auto")
+    assert not (tmp_path / runs.EVALUATION).exists()
+    fit(tiny_run("evaluation.difficulties=5"), tmp_path, resume="auto")
+    assert Evaluation.load(tmp_path).grids[0].difficulties == [5]

@@ -105,3 +105,8 @@ def test_a_step_of_two_tasks_is_their_weighted_mean():
 def test_without_growth_all_loops_are_run_from_the_start():
     trainer = Trainer(tiny_run("loops.minimum=3", "loops.maximum=5"))
     assert trainer.step().loops >= 3 and trainer.gauges()["size"] == 1
+
+
+def test_problems_may_begin_beyond_the_smallest_that_there_are():
+    trainer = Trainer(configured("word_problems", ["task.min_difficulty=3", "batch_size=2", "model.dim=16"]))
+    assert trainer.draw()[0].batch.ids.shape[0] == 2

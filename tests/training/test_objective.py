@@ -102,6 +102,8 @@ def test_progressive_mixes_a_second_run(model, batch):
     plans = [Objective(config(loops)).plan(0, 2, T, generator(seed)) for seed in range(200)]
     assert all(1 <= p.short_grad[0] <= p.short_loops[0] <= 5 for p in plans)
     assert {int(p.short_loops[0] - p.short_grad[0]) for p in plans} == {0, 1, 2, 3, 4}
+    small = [Objective(config(loops)).plan(0, 2, T, generator(seed), most=2) for seed in range(50)]
+    assert {int(p.short_loops[0]) for p in small} == {1, 2}, "no more than there are yet"
 
 
 @pytest.mark.parametrize("kind, expected", [("all", 5), ("last", 3), ("phantom", 3), ("one_step", 1)])

@@ -109,6 +109,7 @@ def test_cosine_falls_from_the_end_of_warm_up() -> None:
 def test_odd_schedules_stay_positive(schedule: str, warmup: int, decay: float, steps: int) -> None:
     cfg = OptimConfig(schedule=schedule, warmup=warmup, decay=decay)
     assert all(0 < lr_factor(cfg, step, steps) <= 1 for step in range(steps))
+    assert 0 <= lr_factor(cfg, 3 * steps, steps) <= 1, "of a trial that is longer"
 
 
 # -- averages

@@ -10,6 +10,8 @@ from tiny import tiny_run
 from open_mythos.diagnostics import flops_per_token
 from open_mythos.training import cost
 from open_mythos.training.cost import flops_per_step, run_cost
+from open_mythos.training.recipes import configured
+from open_mythos.training.trainer import Trainer
 
 FIXED = ("loops.schedule=fixed", "loops.mean=3", "task.min_difficulty=5", "task.max_difficulty=5")
 
@@ -53,3 +55,18 @@ def test_activations_shrink_with_micro_batches_and_recomputation(monkeypatch: py
 
     whole = kept()
     assert kept("accumulate=4") < 0.5 * whole and kept("checkpoint_loops=true") < 0.8 * whole
+
+
+def test_several_tasks_are_several_batches_and_growing_ones_are_counted_at_their_full_size() -> None:
+    sizes = ("model.dim=16", "model.expert_dim=16", "batch_size=2", "task.max_difficulty=2")
+    both = configured("words", ["task.options.weights={'assignments': 1, 'relations': 1}", *sizes])
+    names = "assignments", "relations"
+    each = [configured("words", [f"task.options.weights={{'{name}': 1}}", *sizes]) for name in names]
+    assert flops_per_step(both) == pytest.approx(sum(map(flops_per_step, each)), rel=0.1)
+    cfg = configured("assignments", [*sizes, "gate.steps=0", "evaluation.examples=1", "evaluation.loops=1"])
+    seen = list[float]()
+    with pytest.MonkeyPatch.context() as patch:
+        step = Trainer.step
+        patch.setattr(Trainer, "step", lambda self: (seen.append(self.growths["assignments"].size), step(self))[1])
+        run_cost(cfg)
+    assert set(seen) == {1.0}

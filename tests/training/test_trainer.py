@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny import tiny_run
 
 from open_mythos.training.objective import Objective, Outcome
+from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer, TrainingError
 
 
@@ -164,3 +166,20 @@ def test_too_many_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_is_refused_before_the_first_step(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(tiny_run(override))
+
+
+def test_a_gate_is_taught_no_easier_problems_than_the_model() -> None:
+    low = tiny_run().task.min_difficulty
+    with pytest.raises(ValueError, match=f"gate.max_difficulty={low - 1} is below task.min_difficulty={low}; use 0"):
+        tiny_run("gate.steps=2", f"gate.max_difficulty={low - 1}")
+
+
+def test_text_that_has_too_little_to_be_evaluated_on_is_refused_before_training(tmp_path: Path) -> None:
+    for i in range(64):
+        (tmp_path / f"{i}.txt").write_text(f"a few words, and {i}")
+    cfg = configured("text", [
+        f"task.options.source={tmp_path}", "model.dim=16", "task.min_difficulty=8", "task.max_difficulty=8",
+        "evaluation.difficulties=4000", "gate.steps=0",
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match="text counts tokens, from 1 to"):
+        Trainer(cfg)

@@ -45,8 +45,9 @@ def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
         )
     if (why := why_not_fused(model)) is not None:
         return why
+    hooked = model.recurrent._forward_hooks or model.recurrent._forward_pre_hooks
     around = model.embed, model.input_norm, model.recurrent.norm, model.recurrent.lora, model.norm, model.head
-    if not all(part is None or is_own(part, _AROUND) for part in around):
+    if hooked or not all(part is None or is_own(part, _AROUND) for part in around):
         return "the model has hooks, or replaced or quantised layers"
     exit = model.recurrent.choose_exit(depth.exit)
     if type(exit) not in (Gate, StateChange, type(None)):
@@ -148,7 +149,9 @@ class NativeEngine(ModuleEngine):
         if os.getpid() != self._process:
             self._start_workers()
         first = None if first is None else first.float().contiguous()
-        self.state, logits = torch.empty(B, 1, cfg.dim), torch.empty(B, cfg.vocab_size)
+        # neither the dtype nor the device that somebody has made torch's default
+        own: Any = {"dtype": torch.float32, "device": "cpu"}
+        self.state, logits = torch.empty(B, 1, cfg.dim, **own), torch.empty(B, cfg.vocab_size, **own)
         self._open_slots(at)
         Integers, job = ctypes.c_int64 * B, self._job
         c_ids, used, starts = Integers(*ids), Integers(), Integers(*self._read_padding())
@@ -188,22 +191,23 @@ class NativeEngine(ModuleEngine):
             dim=cfg.dim, vocab=cfg.vocab_size, H=attn.n_heads, n_taps=attn.n_taps, ring=ROLLBACK + attn.n_taps - 1,
             n_prelude=len(model.prelude), n_core=len(core), n_coda=len(model.coda),
             start_from_input=cfg.state_init == "input", eps=model.norm.eps,
-            frequencies=self._at(rope_frequencies(*cfg.rope), torch.float64), embed=self._at(model.embed.weight),
-            head=self._at(model.head.weight), A=self._at(recurrent.injection.get_A()),
-            B=self._at(recurrent.injection.B), norm=self._at(model.norm.weight), **_attention_sizes(attn),
+            frequencies=self._at(rope_frequencies(*cfg.rope, device="cpu"), torch.float64),
+            embed=self._at(model.embed.weight), head=self._at(model.head.weight),
+            A=self._at(recurrent.injection.get_A()), B=self._at(recurrent.injection.B),
+            norm=self._at(model.norm.weight), **_attention_sizes(attn),
         )  # fmt: skip
         if isinstance(model.input_norm, RMSNorm):
             found.input_norm = self._at(model.input_norm.weight)
         if isinstance(recurrent.norm, RMSNorm):
             found.state_norm = self._at(recurrent.norm.weight)
         if cfg.loop_index_dim:
-            zero = torch.zeros(cfg.dim)
+            zero = torch.zeros(cfg.dim, dtype=torch.float32, device="cpu")
             codes = [loop_index_embedding(zero, loop, cfg.loop_index_dim) for loop in range(n_loops)]
             found.loop_codes = self._at(torch.stack(codes))
         if (lora := recurrent.lora) is not None:
             found.rank, found.lora_down, found.lora_up = lora.B.shape[1], self._at(folded(lora.down)), self._at(lora.B)
             deepest = min(max(int(lora.trained_loops), 1), lora.scale.num_embeddings) - 1
-            found.lora_scale = self._at(lora.scale.weight[torch.arange(n_loops).clamp(max=deepest)])
+            found.lora_scale = self._at(lora.scale.weight[torch.arange(n_loops, device="cpu").clamp(max=deepest)])
         return found
 
     def _exit(self, act: ACTHalting, exit: Exit | None, n_loops: int) -> Any:
