@@ -115,7 +115,7 @@ def test_the_first_problem_in_words_is_what_it_was(
     batch = task.batch(1, difficulty, seeded())
     assert task.render(batch.ids[0].tolist()) == problem
     assert task.render(batch.targets[batch.targets != UNSCORED].tolist()) == answers
-    assert task.version == {"relations": 2, "registers": 3}.get(name, 1)
+    assert task.version == {"assignments": 2, "relations": 2, "registers": 3}.get(name, 1)
 
 
 @pytest.mark.parametrize("name", WORDS)
