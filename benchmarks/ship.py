@@ -1,11 +1,11 @@
 """Put trained reasoners into the package, each with a model card of figures that it was just measured to have.
 
-    python benchmarks/ship.py [--seed 0] [--gates | --run DIR] [--only NAME ...]
+    python benchmarks/ship.py [--seed 0] [--gates | --run DIR [--note TEXT]] [--only NAME ...]
 
-With --run it is that run, of the one model that --only names. With --gates the models that are there stay as they are
-but for their halting gates, which are taught again. Else it takes the runs of benchmarks/reasoners.py; the seed is
-chosen beforehand, not by its figures. tests/test_pretrained.py measures every card again. The model of text is stored
-in bfloat16, and measured in single precision as it is stored.
+With --run it is that run, of the one model that --only names; its card says --note of how it was made. With --gates the
+models that are there stay as they are but for their halting gates, which are taught again. Else it takes the runs of
+benchmarks/reasoners.py; the seed is chosen beforehand, not by its figures. tests/test_pretrained.py measures every card
+again. The model of text is stored in bfloat16, and measured in single precision as it is stored.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CARD, FIGURES, KINDS = "README.md", "figures.json", "kinds.json"
 MOST_BYTES = {"words-tiny": 6_000_000}  # of weights; of others 1 MB
 
 
-def ship(name: str, run: Path) -> Path:
+def ship(name: str, run: Path, note: str = "") -> Path:
     """Write ``open_mythos/pretrained/NAME`` from a run, or with another gate from itself, and return its path."""
     cfg = TrainConfig.load(model_dir(run) / TRAINING_FILE)
     model, target = load_model(run), SHIPPED / name
@@ -61,13 +61,17 @@ def ship(name: str, run: Path) -> Path:
     cfg.save(target / TRAINING_FILE)
     save_tokenizer(task, target)
     assert (target / WEIGHTS_FILE).stat().st_size <= MOST_BYTES.get(name, 1_000_000)
-    figures, text = of_text(name, model, task, cfg) if isinstance(task, Text) else of_problems(name, model, task, cfg)
+    figures, text = (
+        of_text(name, model, task, cfg) if isinstance(task, Text) else of_problems(name, model, task, cfg, note)
+    )
     (target / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     (target / CARD).write_text(text)
     return target
 
 
-def of_problems(name: str, model: OpenMythos, task: tasks.Task, cfg: TrainConfig) -> tuple[dict[str, Any], str]:
+def of_problems(
+    name: str, model: OpenMythos, task: tasks.Task, cfg: TrainConfig, note: str
+) -> tuple[dict[str, Any], str]:  # fmt: skip
     """Accuracy by difficulty and loops, and the card that shows it."""
     loops = [n for n in cfg.evaluation.loops if n <= 256]
     task = task.held_out()
@@ -79,7 +83,7 @@ def of_problems(name: str, model: OpenMythos, task: tasks.Task, cfg: TrainConfig
     ]
     if kinds:
         (SHIPPED / name / KINDS).write_text(json.dumps([kind.to_dict() for kind in kinds], indent=1) + "\n")
-        return grid.to_dict(), words_card(name, cfg, [grid, *kinds], lost, model)
+        return grid.to_dict(), words_card(name, cfg, [grid, *kinds], lost, model, note)
     return grid.to_dict(), card(name, cfg, grid, lost, count(model))
 
 
@@ -201,7 +205,9 @@ It knows this one task, in this task's own tokens. Beyond the difficulties above
 """
 
 
-def words_card(name: str, cfg: TrainConfig, grids: list[DepthGrid], lost: float, model: OpenMythos) -> str:
+def words_card(
+    name: str, cfg: TrainConfig, grids: list[DepthGrid], lost: float, model: OpenMythos, note: str
+) -> str:  # fmt: skip
     """A model card in Markdown, of a model that answers questions in words; grids of all its tasks and of each."""
     tables = "\n\n".join(
         f"### {grid.task.replace('_', ' ')}\n\n| loops, at most | "
@@ -249,7 +255,7 @@ Measure it again with `mythos eval {name} --exit gate --examples {first.examples
 ## How it was made
 
 {made}: {cfg.steps} steps of {cfg.batch_size} problems of each kind;
-all settings are in `training.json`.
+all settings are in `training.json`.{note and " " + note}
 
 ## Limits
 
@@ -281,6 +287,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--gates", action="store_true", help="teach the gates of the shipped models again")
     source.add_argument("--run", type=Path, help="of the one model that --only names")
+    parser.add_argument("--note", default="", help="what else its card should say of how it was made")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     args = parser.parse_args()
     if args.run and len(args.only) != 1:
@@ -289,7 +296,7 @@ def main() -> None:
         run = args.run or (SHIPPED / name if args.gates else RUNS / NAMES[name] / f"looped-{args.seed}")
         has_gate = run.is_dir() and TrainConfig.load(model_dir(run) / TRAINING_FILE).gate.steps > 0
         if has_gate if args.gates else (run / "evaluation.json").is_file():
-            print(f"{name}: {ship(name, run)}")
+            print(f"{name}: {ship(name, run, args.note)}")
     print(f"{CONFIG_FILE}, {WEIGHTS_FILE}, {TRAINING_FILE}, {FIGURES} and {CARD} of each are in {SHIPPED}.")
 
 

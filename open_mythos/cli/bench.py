@@ -40,7 +40,9 @@ def bench(
     only: Annotated[list[Work] | None, typer.Option(help="What to time; may be repeated.  [all three]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; as many as torch takes.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For each thing timed; three repetitions at least.")] = 6.0,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=86_400, help="For each thing timed; three repetitions at least.")
+    ] = 6.0,
     price: Annotated[
         float | None,
         typer.Option(

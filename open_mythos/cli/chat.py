@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from open_mythos import files
-from open_mythos.cli.console import console, mythos, note, table
+from open_mythos.cli.console import MAX_SEED, console, mythos, note, table
 from open_mythos.install import missing
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def chat(
     exit: Annotated[
         str | None, typer.Option(help="Let tokens stop early: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="To get the same replies again.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="To get the same replies again.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Talk to a model of text, at any depth."""
@@ -146,6 +146,8 @@ def template_of(directory: Path) -> "Template | None":
 
 def lines() -> Iterator[str]:
     """What the user types, without empty lines; of a pipe its lines."""
+    if sys.stdin is None:  # closed
+        return
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is not UTF-8
     if not sys.stdin.isatty():

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from open_mythos.fields import must
 
+MAX_SEED = 2**53  # which every generator takes
 SILENCE = 5.0  # seconds after which something is said where no bar moves
 
 console = Console(markup=False, emoji=False, highlight=False)
@@ -30,8 +31,9 @@ _TO_TYPE = "\ue000", "\ue001"  # stand around a line to type, which is printed b
 
 
 def fail(message: str, everywhere: bool = False) -> NoReturn:
-    """Print one red line to stderr and exit with a usage error; of several processes, the first prints, or all do."""
-    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+    """Print one red line to stderr and exit with a usage error; of a machine's processes the first does, or all."""
+    # Only torchrun says which process of a machine it is; a scheduler that numbers machines has a log of each.
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         _errors.print(Text(f"error: {message}", style="red"), soft_wrap=True)
     raise typer.Exit(2)
 
@@ -63,8 +65,12 @@ def clear_errors() -> Iterator[None]:
         fail(f"{error.filename}: {error.strerror}" if known else " ".join(str(error).split()))
     except (ValueError, ImportError) as error:
         fail(" ".join(str(error).split()))
-    except MemoryError as error:
-        fail(f"there is not enough memory ({error or 'for what was asked'}); ask for less, or free some")
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        if not isinstance(error, MemoryError) and "allocate memory" not in said and "out of memory" not in said:
+            raise
+        reason = said.partition("\n")[0] or "for what was asked"
+        fail(f"there is not enough memory ({reason}); ask for less, or free some")
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:

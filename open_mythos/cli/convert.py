@@ -36,7 +36,7 @@ def convert(
         is_source = existing and real(directory) == real(source if source.is_dir() else source.parent)
         must(not is_source, f"{directory} holds the source; choose another directory")
         must(overwrite or not existing, f"{held}; choose another, or give --overwrite")
-        may_replace_model(directory)
+        may_replace_model(directory, is_agreed=overwrite)
         must(directory.is_dir() or not directory.exists(), f"{directory} is a file; give a directory")
         begin("converting")
         conversion = convert_checkpoint(source, config, settings or ())

@@ -32,8 +32,15 @@ def may_replace(*paths: Path) -> None:
         )
 
 
-def may_replace_model(directory: Path) -> None:
-    """As :func:`may_replace`, of a folder with a model's files: its config says whose they are."""
+def may_replace_model(directory: Path, is_agreed: bool) -> None:
+    """As :func:`may_replace`, of a folder with a model's files: its config says whose they are.
+
+    A model of ours goes if that is ``is_agreed``: the place is where the command writes by itself, or the user says so.
+    """
+    is_run = (directory / runs.MODEL).is_dir() or (directory / runs.CHECKPOINTS).is_dir()
+    must(not is_run, f"{directory} is a run; name another directory")
+    is_free = is_agreed or not (directory / CONFIG_FILE).exists()
+    must(is_free, f"{directory} holds a model, which stays as it is; name another directory, or move it away")
     if not (directory / CONFIG_FILE).exists():
         names = WEIGHTS_FILE, TRAINING_FILE, CARD, *TOKENIZER_FILES
         may_replace(*(directory / name for name in names))
@@ -43,7 +50,7 @@ def may_replace_model(directory: Path) -> None:
 def may_replace_run(run: Path) -> None:
     """As :func:`may_replace`, of what training writes: all that is beside a run's config is the run's."""
     if not (run / runs.RUN_CONFIG).exists():
-        may_replace_model(run / runs.MODEL)
+        may_replace_model(run / runs.MODEL, is_agreed=True)
         may_replace(run / runs.METRICS, run / runs.CHECKPOINTS, run / runs.EVALUATION)
 
 
@@ -52,6 +59,6 @@ def _is_ours(path: Path) -> bool:
         if path.name in _OURS:
             return _OURS[path.name](files.read_json(path, (dict, list)))
         with files.opened(path) as file:
-            return path.suffix in (".html", ".png") and MARK in file.read(_AHEAD)
+            return path.suffix in (".html", ".htm", ".png") and MARK in file.read(_AHEAD)
     except (OSError, ValueError, AttributeError, TypeError):
         return False

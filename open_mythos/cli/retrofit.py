@@ -40,7 +40,7 @@ def retrofit(
     with progress(4) as begin:
         split = surgery.Split(prelude, core, coda)
         sample = SAMPLE if text is None else read_text(text)
-        may_replace_model(directory)
+        may_replace_model(directory, is_agreed=out is None)
         begin("loading the original")
         original, tokenizer = load_original(source)
         n_layers = len(original.model.layers)

@@ -37,9 +37,13 @@ def tokenize(
     from open_mythos.tasks.filling import fill
     from open_mythos.training.owner import owned
 
+    out = files.real(out) if out.is_symlink() else out  # a folder does not take the place of a link
     is_free = not out.exists() or not any(out.iterdir())
     whole = f"train on it with {typed('train', 'text', f'data={out}')}, or " if store.is_store(out) else ""
     must(is_free, f"{out} is there, and stays as it is; {whole}name another --out")
+    for source in sources:
+        is_text = source == "stdlib" or not store.is_store(source)
+        must(is_text, f"{source} holds tokens already; train on it with {typed('train', 'text', f'data={source}')}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     total, half = (
         sum(corpus.size(source, max_bytes) for source in sources),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import console, mythos, note, progress, table, typed
+from open_mythos.cli.console import MAX_SEED, console, mythos, note, progress, table, typed
 from open_mythos.fields import must
 from open_mythos.training.config import GateConfig, TrainConfig
 
@@ -21,7 +21,7 @@ def train_gate(
     loops: Annotated[
         int | None, typer.Option(min=1, help="Loops that solve the hardest problems; default: the run's config.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the problems.")] = 0,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Default: NAME-gate next to the model.")] = None,
 ) -> None:
     """Train the halting gate of a trained model, with all other weights frozen."""
@@ -45,7 +45,7 @@ def train_gate(
     out = out or beside
     is_model = files.real(out) == files.real(model_dir(checkpoint))
     must(not is_model, f"--out {out} is the model itself, which is not overwritten; name another directory")
-    may_replace_model(out)
+    may_replace_model(out, is_agreed=files.real(out) == files.real(beside))
     task = tasks.load(cfg.task.name, **cfg.task.options)
     easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
     given = {"steps": steps, "min-difficulty": min_difficulty, "max-difficulty": max_difficulty, "loops": loops}

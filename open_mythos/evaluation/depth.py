@@ -13,6 +13,7 @@ from open_mythos.context import Context
 from open_mythos.model import OpenMythos
 from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import eval_mode
+from open_mythos.nn.recurrent import Readout
 from open_mythos.tasks.base import UNSCORED, Batch
 
 CHUNK = 8192
@@ -76,14 +77,14 @@ def readings(
         exit: when a position stops looping; with None, when the gate says so if ``cfg.halting``, else never.
 
     Raises:
-        ValueError: if ``loops`` is empty or holds a number below 1.
+        ValueError: if ``loops`` is empty or holds a number below 1, and for logits that are not finite.
     """
     wanted = sorted(set(loops))
     if not wanted or wanted[0] < 1:
         raise ValueError(f"loops={wanted}; give one or more integers of at least 1")
     e, ctx = model.encode(ids, attention_mask=valid)
     h, used = (start or model.first_state)(e, ctx), torch.zeros_like(ids)
-    predict = model.readout(ctx)
+    predict = finite(model.readout(ctx))
     for state in model.recurrent.iterate(h, e, ctx, wanted[-1], exit, predict):
         h, used = state.h, used + state.ran
         if state.loop + 1 == wanted[0]:
@@ -91,6 +92,21 @@ def readings(
     if wanted:  # every position halted early: deeper counts all see these states
         last = Reading(wanted[0], h, predict(h, wanted[0]), used)
         yield from (last._replace(loops=n) for n in wanted)
+
+
+def finite(readout: Readout) -> Readout:
+    """``readout``, which raises ValueError for logits that are not finite: as answers they would be token 0."""
+
+    def predict(h: Tensor, loop: int) -> Tensor:
+        logits = readout(h, loop)
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                "logits are not finite, so nothing can be measured; look for weights that are not finite or too large, "
+                "or run the model in a wider dtype"
+            )
+        return logits
+
+    return predict
 
 
 def chunks(batch: Batch, device: torch.device) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.fields import Checked, choice, flag, must, part, real, size
 from open_mythos.planning.hardware import DEVICES, Device, Link, links
 
+MOST_GPUS = 1_000_000
 ROW = 4096  # tokens of a row, unless the model reads fewer or other numbers are asked for
 SMALL, BATCH_SMALL, BATCH = 3e9, 2**19, 2**22  # tokens of a step, of models below so many parameters and of others
 
@@ -103,7 +104,7 @@ class Job:
     n_parameters: int = 0
 
     def __post_init__(self) -> None:
-        must(self.gpus >= 1, f"--gpus {self.gpus}; give 1 or more")
+        must(1 <= self.gpus <= MOST_GPUS, f"--gpus {self.gpus}; give 1 to {MOST_GPUS:,}")
         must(self.memory >= 0, f"--memory {self.memory / 1e9:g}: give the GB of one GPU, above 0")
         given, most = self.settings.grad_loops, self.loops
         must(given <= most, f"grad_loops={given} of loops={most}; use 1 to {most}, or 0 for all")

@@ -47,6 +47,7 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
         ValueError: if there is nothing to read at ``source``.
         ImportError: naming the extra to install, for ``hf:`` without ``datasets``.
     """
+    must(source.strip() != "", f"source={source!r} is empty; use {WAYS}")
     path, streamed = Path(source).expanduser(), source.startswith("hf:")
     if streamed:
         contents = _hugging_face(source)

@@ -170,7 +170,7 @@ class TrainConfig(Checked):
     steps: int = size(1000, maximum=10**9)
     batch_size: int = size(64)  # sequences of one optimizer step; of a task made of several, of each of them
     accumulate: int = size(1)  # micro-batches that a step is split into
-    seed: int = size(0, minimum=0)
+    seed: int = size(0, minimum=0, maximum=2**53)  # times a thousand, which random states take
     device: str = text("auto")  # auto: cuda where there is one
     precision: str = choice("fp32", "fp32", "bf16")  # bf16: autocast; weights stay fp32
     compile: bool = flag(False)  # train through torch.compile, block by block: the same up to rounding

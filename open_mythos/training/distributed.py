@@ -43,6 +43,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        torch.Generator(device)  # not of "meta", where nothing is computed
         if device.type == "cuda" and device.index is None and world_size() > 1:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)

@@ -154,6 +154,8 @@ def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], No
     else:
         path = Path(resume)
         must(path.is_dir(), f"there is no checkpoint {path}; use auto, never or the path of one (RUN/checkpoints/...)")
+        is_run = (path / runs.CHECKPOINTS).is_dir()
+        must(not is_run, f"{path} is a run; use auto, or one of its checkpoints ({path / runs.CHECKPOINTS}/...)")
         state = checkpoints.load(path)
     check_same(TrainConfig.from_dict(state["trainer"]["config"]), cfg, path)
     log(f"resuming from {path}")
@@ -246,6 +248,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                     save(saving, trainer, meter, watch.log)
                     is_due = False
             written(saving, cfg, watch.log)
+            if trainer.skipped and trainer.step_number == cfg.steps:
+                watch.log(f"{trainer.skipped} of {cfg.steps} steps were skipped, as loss or gradient was not finite")
     except BaseException:
         with suppress(Exception):  # what is being written may yet be there to go on from
             saving.end(cfg.parallel.timeout)

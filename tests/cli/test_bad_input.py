@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fabricated import fabricate_run
 from typer.testing import CliRunner, Result
 
+from open_mythos import OpenMythos
 from open_mythos.cli import app
 from open_mythos.models import SHIPPED
 
@@ -255,3 +257,30 @@ def test_ours_are_replaced(there: Path) -> None:
             done = CliRunner().invoke(app, words)
             assert done.exit_code == 0, done.output
     assert json.loads(Path("again/evaluation.json").read_text())["grids"]
+
+
+def test_what_is_ours_and_of_another_kind_stays(there: Path) -> None:
+    """Data of a run, other models, tokens, and the folder that somebody happens to be in."""
+    gate = ["train-gate", "run", "--steps", "1", "--out"]
+    shutil.copytree("run", "spare")
+    assert CliRunner().invoke(app, [*OUTS["tokenize"], "tokens"]).exit_code == 0
+    check([
+        (["report", "run", "--out", "run/evaluation.json"], "run/evaluation.json", False),
+        (["report", "run", "--out", "run/model/config.json"], "run/model/config.json", False),
+        ([*gate, "text"], "text", False), ([*gate, "spare"], "spare is a run", False), ([*gate, ""], "--out", False),
+        (["tokenize", "tokens", "--out", "again"], "tokens", False), (["tokenize", "", "--out", "again"], "", False),
+        (["train", "text", "data=", "--out", "out"], "source", False),
+        (["train", "debug", "--out", "out", "--resume", "run"], "run", False),
+        (["chat", "text", "--seed", "9" * 20], "--seed", False), (["plan", "1b", "--gpus", "9" * 9], "--gpus", False),
+        (["eval", "run", "--device", "meta"], "meta", False),
+    ], there, 12)  # fmt: skip
+
+
+def test_a_model_that_went_bad_is_not_measured(there: Path) -> None:
+    shutil.copytree("run", "bad")
+    model = OpenMythos.from_pretrained("bad")
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    model.save_pretrained("bad/model")
+    done = CliRunner().invoke(app, ["eval", "bad", *SOURCES["eval"][1]])
+    assert done.exit_code == 2 and "logits are not finite" in " ".join(done.output.split())
