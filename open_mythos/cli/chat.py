@@ -243,13 +243,20 @@ def show_trace(talk: "Conversation", n: int | None) -> None:
         piece = talk.tokenizer.pieces[token].decode("utf-8", "replace") if known else f"<{token}>"
         return repr(piece)[1:-1].replace(" ", "␣")
 
-    grid = table("the likeliest token after each loop, and its probability", "loop", *map(word, said))
-    for loop, row in enumerate(loops):
-        settled = (all(later[i][0] == token for later in loops[loop:]) for i, (token, _) in enumerate(row))
+    def stays(loop: int, i: int) -> bool:
+        return all(later[i][0] == loops[loop][i][0] for later in loops[loop:])
+
+    console.print("the likeliest token after each loop, and its probability", style="bold")
+    grid, n_rows = table("", "loop", *map(word, said)), len(loops)
+    # of the loops that change nothing more the first and the last are enough
+    first_still = next(loop for loop in range(n_rows) if all(stays(loop, i) for i in range(len(said))))
+    for loop in [*range(min(first_still + 1, n_rows)), *range(max(first_still + 1, n_rows - 1), n_rows)]:
         cells = (
-            Text(f"{word(token)} {probability:.2f}".replace("0.", "."), "bold" if stays else "")
-            for (token, probability), stays in zip(row, settled, strict=True)
+            Text(f"{word(token)} {probability:.2f}".replace("0.", "."), "bold" if stays(loop, i) else "")
+            for i, (token, probability) in enumerate(loops[loop])
         )
         grid.add_row(str(loop + 1), *cells)
     console.print(grid)
-    console.print("bold: it does not change any more. Above each column, what was said.", style="dim")
+    left_out = n_rows - first_still - 2
+    more = f" Nor do {left_out} loops that are left out." if left_out > 0 else ""
+    console.print(f"bold: it does not change any more.{more} Above each column, what was said.", style="dim")
