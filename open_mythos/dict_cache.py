@@ -61,6 +61,7 @@ class DictCache(Cache):
 
     def __init__(self, data: dict[str, Any]) -> None:
         self._data = data
+        self.ends_in_padding = self.valid is not None and not bool(self.valid[:, -1:].all())
 
     @property
     def batch_size(self) -> int:

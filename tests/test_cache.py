@@ -614,11 +614,13 @@ def test_padding_between_tokens_is_refused_where_places_count():
     by_place, by_token = tiny_model(halting=False), tiny_model(halting=False, conv_taps=0, local_window=0)
     with pytest.raises(ValueError, match=r"padding between tokens.*pad on the left"):
         by_place(ids, 3, attention_mask=hole)
+    by_place(ids, 3, attention_mask=torch.tensor([[1, 1, 0, 2, 2, 2, 2], [1] * 7]))  # between documents there may be
     for end in (torch.ones(2, 1), torch.cat([mask, torch.ones(2, 1)], 1), None):
-        cache = KVCache()
-        by_place(ids, 3, cache, attention_mask=mask)
-        with pytest.raises(ValueError, match="padding between tokens"):
-            by_place(ids[:, :1], 3, cache, attention_mask=end)
+        for cache in ({}, KVCache()):
+            by_place(ids, 3, cache, attention_mask=mask)
+            with pytest.raises(ValueError, match="padding between tokens"):
+                by_place(ids[:, :1], 3, cache, attention_mask=end)
+        assert isinstance(cache, KVCache)
         cache.truncate(4)
         assert by_place(ids[:, :1], 3, cache).isfinite().all(), "nothing between them is left"
         cache = KVCache()
