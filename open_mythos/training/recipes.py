@@ -135,7 +135,7 @@ def words() -> TrainConfig:
         "words", range(1, 7), loops=12, gate=(12, 32), dim=96, window=12, options={"settings": settings},
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
-    cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 2220, 0.45, 0.6, 0.93
+    cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 2130, 0.45, 0.6, 0.93
     cfg.loops.spare = 6  # so that what is found stays
     cfg.model.max_loop_iters = 32
     return cfg
