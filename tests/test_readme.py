@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
-CHATS = [block for page in PAGES for block in re.findall(r"```\n\$ (mythos chat .*?)```", page.read_text(), re.DOTALL)]
+CHATS = re.findall(r"```\n\$ (mythos chat .*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT uses an old name of transformers
@@ -43,7 +43,12 @@ def test_conversations_are_what_is_said(chat: str) -> None:
     done = CliRunner().invoke(app, shlex.split(command)[1:], input="\n".join(said))
     assert done.exit_code == 0
     answers = done.output.splitlines()[1:-1]  # between the greeting and what to do next
-    assert answers == [line for line in lines if not line.startswith("> ")]
+    assert list(map(words_of, answers)) == [words_of(line) for line in lines if not line.startswith("> ")]
+
+
+def words_of(line: str) -> str:
+    """A line without probabilities, which rounding moves."""
+    return re.sub(r"1?\.\d\d", "p", line).rstrip()
 
 
 def test_no_text_installs_the_other_project_of_this_name() -> None:

@@ -248,15 +248,15 @@ def show_trace(talk: "Conversation", n: int | None) -> None:
 
     console.print("the likeliest token after each loop, and its probability", style="bold")
     grid, n_rows = table("", "loop", *map(word, said)), len(loops)
-    # of the loops that change nothing more the first and the last are enough
     first_still = next(loop for loop in range(n_rows) if all(stays(loop, i) for i in range(len(said))))
-    for loop in [*range(min(first_still + 1, n_rows)), *range(max(first_still + 1, n_rows - 1), n_rows)]:
+    left_out = max(0, n_rows - first_still - 2)  # that change nothing more, between the first of these and the last
+    left_out = left_out if left_out > 1 else 0
+    for loop in (*range(n_rows - 1 - left_out), n_rows - 1):
         cells = (
             Text(f"{word(token)} {probability:.2f}".replace("0.", "."), "bold" if stays(loop, i) else "")
             for i, (token, probability) in enumerate(loops[loop])
         )
         grid.add_row(str(loop + 1), *cells)
     console.print(grid)
-    left_out = n_rows - first_still - 2
-    more = f" Nor do {left_out} loops that are left out." if left_out > 0 else ""
+    more = f" Nor do {left_out} loops that are left out." if left_out else ""
     console.print(f"bold: it does not change any more.{more} Above each column, what was said.", style="dim")

@@ -137,7 +137,7 @@ def words() -> TrainConfig:
     )  # fmt: skip
     cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 2130, 0.45, 0.6, 0.93
     cfg.loops.spare = 6  # so that what is found stays
-    cfg.model.max_loop_iters = 32
+    cfg.model.max_loop_iters, cfg.stretch = 32, 1.0
     return cfg
 
 
