@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from open_mythos.fields import must
+
 _PATIENCE = timedelta(hours=12)  # process 0 may have a long corpus to read before the others
 
 
@@ -43,7 +45,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.Generator(device)  # not of "meta", where nothing is computed
+        must(device.type != "meta", f"device={name!r} computes nothing; use 'auto' or 'cpu'")
         if device.type == "cuda" and device.index is None and world_size() > 1:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)

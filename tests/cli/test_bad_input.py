@@ -268,7 +268,7 @@ def test_what_is_ours_and_of_another_kind_stays(there: Path) -> None:
         (["report", "run", "--out", "run/evaluation.json"], "run/evaluation.json", False),
         (["report", "run", "--out", "run/model/config.json"], "run/model/config.json", False),
         ([*gate, "text"], "text", False), ([*gate, "spare"], "spare is a run", False), ([*gate, ""], "--out", False),
-        (["tokenize", "tokens", "--out", "again"], "tokens", False), (["tokenize", "", "--out", "again"], "", False),
+        (["tokenize", "tokens", "--out", "out"], "tokens", False), (["tokenize", "", "--out", "out"], "", False),
         (["train", "text", "data=", "--out", "out"], "source", False),
         (["train", "debug", "--out", "out", "--resume", "run"], "run", False),
         (["chat", "text", "--seed", "9" * 20], "--seed", False), (["plan", "1b", "--gpus", "9" * 9], "--gpus", False),

@@ -95,7 +95,7 @@ def test_a_model_that_halts_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "--prompt holds no tokens; give integers from 0 to 22"),
+        ("", "--prompt is empty; give it a value"),
         ("1 two", "--prompt holds 'two'; tokens of this model are integers from 0 to 22"),
         ("1 23", "--prompt holds 23"),
         ("-1", "--prompt holds -1"),

@@ -29,7 +29,7 @@ TAKERS = {
     "eval": "mythos eval '{}' --loops 1,2 --examples 2 --out evaluated",
     "report": "mythos report '{}' --out page.html",
     "export": "mythos export '{0}' '{0}-exported'",
-    "train-gate": "mythos train-gate '{}' --steps 1 --loops 2 --max-difficulty 24 --out '{}-a-gate'",
+    "train-gate": "mythos train-gate '{0}' --steps 1 --loops 2 --max-difficulty 24 --out '{0}-a-gate'",
     "chat": "mythos chat '{}' --max-tokens 1",
     "train": "mythos train debug gate.steps=0 'start={}' --dry-run",
     "heal": "mythos train heal 'start={}' 'data=texts/*.txt' length=16 --dry-run",

@@ -59,7 +59,7 @@ def test_a_recipe_and_a_run_are_planned_as_they_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nano", "--gpus", 0], "--gpus 0; give 1 or more"),
+        (["nano", "--gpus", 0], "--gpus 0; give 1 to 1,000,000"),
         (["nano", "--memory", -1], "--memory -1.0: give the GB of one GPU, above 0"),
         (["nano", "--memory", "nan"], "--memory nan: give the GB"),
         (["nano", "--interconnect", "nvlnk"], "--interconnect 'nvlnk' is unknown; did you mean 'nvlink'?"),

@@ -45,7 +45,7 @@ def test_with_halting(model: Counting) -> None:
     assert gain["loops_fixed"] == 4 and gain["saved"] == pytest.approx(1 - 13 / 6 / 4) and gain["accuracy_halting"] == 1
     matched = found.metrics["compute_matched"]
     assert matched["difficulty"] == 4
-    for point in matched["halting"]["0.5"]:
+    for point in matched["halting"]["0.5"][1:]:  # at one loop the gate costs what it cannot save
         assert 0 < point["fixed_accuracy"] <= point["accuracy"] <= 1
 
 
