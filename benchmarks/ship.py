@@ -259,8 +259,10 @@ all settings are in `training.json`.{note and " " + note}
 
 ## Limits
 
-It knows the sentences of its four tasks, and no other English; a sentence unlike them may get a sure answer that is
-wrong. Beyond the difficulties above nothing was measured.
+It knows the sentences of its four tasks, with numbers from 0 to 6, and no other English; a sentence unlike them may get
+a sure answer that is wrong. So may a question about somebody of whom nothing was said, as every question in training
+has an answer, and one kind of question after another: `/reset` in between. Beyond the difficulties above nothing was
+measured.
 """
 
 

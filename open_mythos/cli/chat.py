@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from open_mythos.tasks import Task
 
 HELP = """\
-/example [N]    asks a model of problems one of N steps (2) that is new to it; /again: the same once more
+/example [N]    forgets what was said, and asks a model of problems one of N steps (2) that is new to it
+/again          forgets what was said, and asks the last example once more
 /loops N        think for N loops from now on; the same weights, deeper
 /trace [N]      the likeliest token after each loop, where the last N tokens stand (8; or at the question mark)
 /temperature T  0 takes the likeliest token

@@ -138,7 +138,8 @@ class Conversation:
             logits = self._logits()
             token = int(self.sampling.draw(logits, self.generator))
             is_end = token == self.tokenizer.eos
-            if is_end and (asks is None or self.n_replied):
+            repeats = asks is not None and self.n_replied > 0 and token == self.ids[-1]  # at too few loops to end
+            if repeats or (is_end and (asks is None or self.n_replied)):
                 break
             self.ids.append(token)
             text = decoder.decode(self._piece(token))

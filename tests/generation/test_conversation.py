@@ -171,6 +171,12 @@ def test_without_an_end_an_answer_is_a_word_and_an_end_alone_is_none(monkeypatch
     assert talk.trace()[0] == [ID["<end>"]], "at the question mark"
 
 
+def test_an_answer_ends_where_it_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at fewer loops than a model needs to know that it is done."""
+    talk = asked(monkeypatch, *[("C", 0.9)] * 9)
+    assert "".join(talk.reply("what is C?")) == "C" and talk.ids[-1] == ID["C"] and talk.n_replied == 1
+
+
 def test_what_is_no_sentence_of_known_words_is_refused_and_nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = asked(monkeypatch, ("key", 0.9), ("<end>", 0.9))
     list(talk.reply("Ana has a key."))
