@@ -16,6 +16,7 @@ from torch import Tensor
 
 from open_mythos.arguments import checked
 from open_mythos.fields import must
+from open_mythos.ops.attention import ends_in_padding
 
 ROLLBACK = 64
 """Tokens that a cache can be cut back by and still go on: raw rows further back are not kept."""
@@ -239,7 +240,7 @@ class Cache:
 
     cache_loops: int | None = None
     valid: Tensor | None  # (B, length) bool, False at padding; None while there is none
-    ends_in_padding = False  # whether the last token of a row is, by the mask of the last call
+    ends_in_padding = False  # see the function, by the mask of the last call
 
     @property
     def length(self) -> int:
@@ -342,7 +343,7 @@ class KVCache(Cache):
             slot.truncate(length)
         if self.valid is not None:
             self.valid = self.valid[:, :length]
-            self.ends_in_padding = self.ends_in_padding and not bool(self.valid[:, -1].all())
+            self.ends_in_padding = self.ends_in_padding and ends_in_padding(self.valid)
 
     def snapshot(self, n_new: int) -> Callable[[], None]:
         slots, end = {slot: held.snapshot(n_new) for slot, held in self._slots.items()}, self.length

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from open_mythos.cache import Cache, Slot, slot_name
 from open_mythos.fields import must
+from open_mythos.ops.attention import ends_in_padding
 
 Result = TypeVar("Result")
 PADDING_SLOT = "padding"
@@ -61,7 +62,7 @@ class DictCache(Cache):
 
     def __init__(self, data: dict[str, Any]) -> None:
         self._data = data
-        self.ends_in_padding = self.valid is not None and not bool(self.valid[:, -1:].all())
+        self.ends_in_padding = self.valid is not None and ends_in_padding(self.valid)
 
     @property
     def batch_size(self) -> int:

@@ -28,7 +28,13 @@ from open_mythos.nn.mixture import MixtureBlock
 from open_mythos.nn.modes import is_evaluating
 from open_mythos.nn.recurrent import Readout, RecurrentBlock
 from open_mythos.nn.untied import PlainBlock, UntiedBlocks
-from open_mythos.ops.attention import AttentionMask, document_numbers, document_starts, has_documents
+from open_mythos.ops.attention import (
+    AttentionMask,
+    document_numbers,
+    document_starts,
+    ends_in_padding,
+    has_documents,
+)
 
 
 class OpenMythos(Generates):
@@ -308,7 +314,7 @@ class OpenMythos(Generates):
         is_outside = not bool((begun[:, :-1] & ~valid[:, :-1] & valid[:, 1:]).any())
         self._check_sides(is_outside or has_documents(attention_mask))  # which may have some between them
         if cache is not None:
-            cache.ends_in_padding = not bool(valid[:, -1].all())
+            cache.ends_in_padding = ends_in_padding(valid)
         return valid
 
     def _check_sides(self, is_outside: bool) -> None:

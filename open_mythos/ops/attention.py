@@ -233,6 +233,11 @@ def as_mask(mask: AttentionMask | Tensor | None, n_queries: int, n_keys: int) ->
     return AttentionMask(n_queries, n_keys, given=bias.view(*[1] * (4 - mask.ndim), *mask.shape))
 
 
+def ends_in_padding(valid: Tensor) -> bool:
+    """Whether the last token of a row is padding, and one before it is not."""
+    return bool((valid.any(1) & ~valid[:, -1]).any())
+
+
 def has_documents(attention_mask: Tensor | None) -> bool:
     """Whether ``attention_mask`` numbers documents packed in rows, 1, 2, ..., and does not tell padding alone."""
     return attention_mask is not None and attention_mask.dtype != torch.bool and bool((attention_mask > 1).any())

@@ -109,13 +109,13 @@ def test_while_a_run_is_written_to_it_is_read_and_nobody_else_writes(tmp_path: P
 
     run, small = tmp_path / "run", ("--difficulties", 4, "--loops", 1, "--examples", 2)
     fit(tiny_run("steps=1"), run, watch=quiet())
-    with owned(run), owned(tmp_path / "compared"):
+    with owned(run), owned(tmp_path / "compared"), owned(tmp_path / "gated"):
         for words in (("eval", run, *small), ("report", run, "--difficulty", 2, "--loops", 1)):
             done = mythos(*words)
             assert done.exit_code == 0, done.output
         for words in (
             ("train", "debug", "--out", run, "--resume", "auto"),
-            ("train-gate", "parity-tiny", "--steps", 1, "--out", run),
+            ("train-gate", "parity-tiny", "--steps", 1, "--out", tmp_path / "gated"),
             ("compare", "debug", "--out", tmp_path / "compared"),
             ("demo", "--steps", 1, "--out", run),
         ):
