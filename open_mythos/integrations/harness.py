@@ -136,7 +136,7 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
     raise ValueError(f"the harness has no task {unknown!r}; {hint} Your own are found in the directory `include`")
 
 
-def _load(directory: str | Path, batch_size: int, device: torch.device | str) -> tuple[Any, Any]:
+def _load(directory: str | Path, batch_size: int, device: torch.device | str = "cpu") -> tuple[Any, Any]:
     """The model, and the harness's view of it."""
     from lm_eval.models.huggingface import HFLM
 
