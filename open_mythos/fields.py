@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from open_mythos import files
 
+MAX_SEED = 2**53  # times a thousand, which random states take
+
 
 def size(default: int, minimum: int = 1, maximum: int | None = None) -> Any:
     """An integer of at least ``minimum``, and at most ``maximum`` if there is one."""

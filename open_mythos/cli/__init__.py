@@ -78,10 +78,9 @@ class LazyCommand(TyperCommand):
         run = getattr(import_module(f"{__name__}.{python_name}"), python_name)
         single.command(self.name, epilog=f"Example: {EXAMPLES[self.name]}")(clear_errors()(run))
         command, words = typer.main.get_command(single), list(args)
-        empty = next((word for word in words if not word or (word[:2] == "--" and word[-1:] == "=")), None)
-        if empty is not None:
-            before = empty[:-1] or (words[words.index("") - 1] if words.index("") else "an argument")
-            fail(f"{before} is empty; give it a value, or leave it out")
+        for before, word in zip(["an argument", *words], words, strict=False):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                fail(f"{word[:-1] or before} is empty; give it a value, or leave it out")
         takes_settings = any(parameter.name == "overrides" for parameter in command.params)
         try:
             context = command.make_context(info_name, args, parent, **extra)

@@ -13,7 +13,8 @@ import typer
 from rich.text import Text
 
 from open_mythos import files
-from open_mythos.cli.console import MAX_SEED, console, mythos, note, table
+from open_mythos.cli.console import console, mythos, note, table
+from open_mythos.fields import MAX_SEED
 from open_mythos.install import missing
 
 if TYPE_CHECKING:

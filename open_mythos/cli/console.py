@@ -22,7 +22,6 @@ from rich.text import Text
 
 from open_mythos.fields import must
 
-MAX_SEED = 2**53  # which every generator takes
 SILENCE = 5.0  # seconds after which something is said where no bar moves
 
 console = Console(markup=False, emoji=False, highlight=False)
@@ -66,10 +65,11 @@ def clear_errors() -> Iterator[None]:
     except (ValueError, ImportError) as error:
         fail(" ".join(str(error).split()))
     except (MemoryError, RuntimeError) as error:
-        said = str(error)
-        if not isinstance(error, MemoryError) and "allocate memory" not in said and "out of memory" not in said:
+        from open_mythos.training.allocator import is_full
+
+        if not is_full(error):
             raise
-        reason = said.partition("\n")[0] or "for what was asked"
+        reason = str(error).partition("\n")[0] or "for what was asked"
         fail(f"there is not enough memory ({reason}); ask for less, or free some")
 
 

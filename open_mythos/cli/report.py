@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import MAX_SEED, mythos, note, progress, si
-from open_mythos.fields import must
+from open_mythos.cli.console import mythos, note, progress, si
+from open_mythos.fields import MAX_SEED, must
 
 
 def report(

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from open_mythos.cli.console import MAX_SEED, console, mythos, note, progress, table, typed
-from open_mythos.fields import must
+from open_mythos.cli.console import console, mythos, note, progress, table, typed
+from open_mythos.fields import MAX_SEED, must
 from open_mythos.training.config import GateConfig, TrainConfig
 
 

@@ -28,6 +28,11 @@ def keep_freed_memory() -> None:
             mallopt(threshold, _NEVER)
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an error is of memory that is not there: PyTorch has its own for a GPU, and none for the rest."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def memory() -> float:
     """Bytes of memory that the machine has; infinite where it does not say."""
     known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys()

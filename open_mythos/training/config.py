@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from open_mythos.config import MythosConfig
-from open_mythos.fields import Checked, choice, flag, must, options, part, real, size, sizes, text
+from open_mythos.fields import MAX_SEED, Checked, choice, flag, must, options, part, real, size, sizes, text
 
 ONE_PASS, UNTIED = ("single", "wide"), ("unrolled", "plain")
 """Kinds of models that run once, and of those with blocks of their own for every loop."""
@@ -170,7 +170,7 @@ class TrainConfig(Checked):
     steps: int = size(1000, maximum=10**9)
     batch_size: int = size(64)  # sequences of one optimizer step; of a task made of several, of each of them
     accumulate: int = size(1)  # micro-batches that a step is split into
-    seed: int = size(0, minimum=0, maximum=2**53)  # times a thousand, which random states take
+    seed: int = size(0, minimum=0, maximum=MAX_SEED)
     device: str = text("auto")  # auto: cuda where there is one
     precision: str = choice("fp32", "fp32", "bf16")  # bf16: autocast; weights stay fp32
     compile: bool = flag(False)  # train through torch.compile, block by block: the same up to rounding

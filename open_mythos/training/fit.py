@@ -24,6 +24,7 @@ from open_mythos.tasks.text import Text
 from open_mythos.tasks.tokenizer import WordLevel
 from open_mythos.tasks.words import Words
 from open_mythos.training import baselines, checkpoints, distributed, runs
+from open_mythos.training.allocator import is_full
 from open_mythos.training.checkpoints import Saving
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import ROUNDS, train_gate
@@ -112,10 +113,10 @@ def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
             yield
     except TrainingError as error:
         raise type(error)(f"{error}; {left(run, watch)}") from error
-    except (MemoryError, RuntimeError) as error:  # PyTorch has its own for a GPU, and none for the rest
-        text = str(error).partition("\n")[0]
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error):
             raise
+        text = str(error).partition("\n")[0]
         fix = "end what else is running, or start again with a larger accumulate or checkpoint_loops=true"
         raise TrainingError(f"memory is full ({text}): {fix}; {left(run, watch)}") from error
     except OSError:

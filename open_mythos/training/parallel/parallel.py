@@ -164,10 +164,8 @@ class Parallel:
         return {row: Part(one, tuple(one.shape), (0,) * one.ndim, is_first) for row, one in states.items()}
 
     def model_state(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's ``state_dict()`` with these for parameters, :meth:`gathered`."""
+        """The model's ``state_dict()`` with these for parameters, :meth:`gathered`; not all on one device."""
         found = dict(self.model.named_buffers()) | self.gathered(held)
-        if any(piece.mesh is not None for piece in self.pieces.values()):  # what was gathered is not on a GPU
-            found = {name: tensor.cpu() for name, tensor in found.items()}
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - found.keys()
         return found | {name: found["embed.weight"] for name in tied}
 
