@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from open_mythos import OpenMythos, tasks
-from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, WEIGHTS_FILE
+from open_mythos.checkpoint import CONFIG_FILE, FIGURES, SHIPPED, WEIGHTS_FILE
 from open_mythos.evaluation import DepthGrid, depth_grid
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.models import TRAINING_FILE, load_model, model_dir
@@ -41,7 +41,7 @@ NAMES = {
     "words-tiny": "words",
 }
 EXAMPLES = 32
-CARD, FIGURES, KINDS = "README.md", "figures.json", "kinds.json"
+CARD, KINDS = "README.md", "kinds.json"
 MOST_BYTES = {"words-tiny": 6_000_000}  # of weights; of others 1 MB
 
 

@@ -22,6 +22,7 @@ MODEL = "model"  # the folder of a run that these lie in
 INDEX_FILE = WEIGHTS_FILE + weights.INDEX  # instead of it, where weights are divided among several files
 SHARD = "50GB"  # of these, as large as one is; transformers has the same
 SHIPPED = Path(__file__).parent / "pretrained"
+FIGURES = "figures.json"  # of a shipped model: what its card says
 MOST_LOOPS = 1 << 16
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")  # of the name of a file of weights that is one of several
 PREFIX = "core."  # of names in files that transformers wrote

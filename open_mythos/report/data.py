@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from open_mythos import __version__, tasks
-from open_mythos.evaluation import depth_grid
+from open_mythos.checkpoint import FIGURES, SHIPPED
+from open_mythos.evaluation import DepthGrid, depth_grid
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.fields import must
@@ -122,8 +123,8 @@ def render(data: dict[str, Any]) -> str:
 def last_evaluation(
     run: Path, cfg: TrainConfig, model: OpenMythos, task: tasks.Task
 ) -> tuple[Evaluation | dict[int, float], EvalConfig]:
-    """The newer evaluation of training and of ``mythos eval`` (of text: bits per byte by loops), with its settings;
-    computed now if there is none."""
+    """The newer evaluation of training and of ``mythos eval`` (of text: bits per byte by loops), with its settings; of
+    a shipped model that of its card; computed now if there is none."""
     settings, loops = cfg.evaluation, cfg.depths
     directories = [path for path in {run, runs.evaluation_dir(run)} if (path / runs.EVALUATION).is_file()]
     for directory in sorted(directories, key=lambda path: (path / runs.EVALUATION).stat().st_mtime, reverse=True):
@@ -139,6 +140,11 @@ def last_evaluation(
         if one == other and data["exit"] is None:  # the same text, by any tokenizer path
             lengths = [int(length) for length in data["by_length"]]
             return evaluation, dataclasses.replace(settings, difficulties=lengths, examples=data["windows"])
+    if not run.exists() and (card := read_json(SHIPPED / run / FIGURES)):
+        if isinstance(task, Text):
+            bits = {int(n): value for n, value in card["bits_per_byte"].items()}
+            return bits, dataclasses.replace(settings, difficulties=[card["length"]], examples=card["windows"])
+        return Evaluation([DepthGrid.from_dict(card)], {}), settings
     if isinstance(task, Text):
         return bits_per_byte(model, task, loops, settings.difficulties[0], settings.examples), settings
     grid = depth_grid(model, task, settings.difficulties, loops, settings.examples, halting=False)

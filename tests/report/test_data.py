@@ -12,6 +12,7 @@ from helpers import tiny_model
 from typer.testing import CliRunner
 
 from open_mythos import tasks
+from open_mythos.checkpoint import FIGURES, SHIPPED
 from open_mythos.cli import app
 from open_mythos.diagnostics import trace
 from open_mythos.evaluation.summary import Evaluation
@@ -177,3 +178,15 @@ def test_default_example_is_harder_than_training_if_that_fits_a_screen(run):
     cfg.evaluation.difficulties = [8, 500]
     cfg.save(run / runs.MODEL / runs.TRAINING_FILE)
     assert gather(run)["example"]["difficulty"] == cfg.task.max_difficulty
+
+
+@pytest.mark.parametrize("name", ["words-tiny", "text-tiny"])
+def test_a_shipped_models_page_has_the_figures_of_its_card_and_does_not_measure_them_again(name, monkeypatch):
+    for measure in ("depth_grid", "bits_per_byte"):
+        monkeypatch.setattr(f"open_mythos.report.data.{measure}", None)
+    card, shown = json.loads((SHIPPED / name / FIGURES).read_text()), gather(name)
+    if name == "text-tiny":
+        assert shown["bits"]["values"] == list(card["bits_per_byte"].values())
+        assert f"{card['windows']} windows of {card['length']} tokens" in shown["bits"]["lead"]
+    else:
+        assert shown["grid"]["accuracy"] == card["accuracy"] and "with the exit gate" in shown["grid"]["lead"]
