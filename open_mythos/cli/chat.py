@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from open_mythos.generation.conversation import Conversation, Messages, Template
     from open_mythos.tasks import Task
 
+_COLUMN = 10  # characters of a terminal, for a column of /trace
 HELP = """\
 /example [N]    forgets what was said, and asks a model of problems one of N steps (2) that is new to it
 /again          forgets what was said, and asks the last example once more
@@ -77,7 +78,7 @@ def chat(
     for line in lines():
         if line.strip() in ("/quit", "/exit"):
             break
-        if not line.startswith("/"):
+        if not line.lstrip().startswith("/"):
             answer(talk, line, max_tokens)
         elif command(talk, problems, line):
             answer(talk, problems.question, max_tokens)
@@ -236,7 +237,8 @@ def command(talk: "Conversation", problems: Problems, line: str) -> bool:
 
 def show_trace(talk: "Conversation", n: int | None) -> None:
     """A row for each loop, a column for each of the last tokens; bold from where it stays."""
-    said, loops = talk.trace(n)
+    room = max(8, console.width // _COLUMN)
+    said, loops = talk.trace(n if n is None else min(n, room))
 
     def word(token: int) -> str:
         known = token < len(talk.tokenizer.pieces)
@@ -261,4 +263,5 @@ def show_trace(talk: "Conversation", n: int | None) -> None:
         grid.add_row(str(loop + 1), *cells)
     console.print(grid)
     more = f" Nor do {left_out} loops that are left out." if left_out else ""
+    more += f" There is room for the last {room} tokens." if n is not None and n > room == len(said) else ""
     console.print(f"bold: it does not change any more.{more} Above each column, what was said.", style="dim")

@@ -16,7 +16,7 @@ def eval(
     difficulties: Annotated[str | None, typer.Option(help="As in 24,96.")] = None,
     loops: Annotated[str | None, typer.Option(help="As in 1,2,4,8.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Problems per difficulty; documents per task.")] = None,
-    seeds: Annotated[str, typer.Option(help="Of the problems, as in 0,1,2.")] = "0",
+    seeds: Annotated[str | None, typer.Option(help="Of the problems, as in 0,1,2; default: 0.")] = None,
     exit: Annotated[
         str | None, typer.Option(help="Early exit per position, as in gate; the tables say what it costs.")
     ] = None,
@@ -31,7 +31,13 @@ def eval(
     if harness is not None:
         from open_mythos.cli.harness import eval_harness
 
-        only_ours = {"--task": task, "--option": option, "--difficulties": difficulties, "--exit": exit}
+        only_ours = {
+            "--task": task,
+            "--option": option,
+            "--difficulties": difficulties,
+            "--exit": exit,
+            "--seeds": seeds,
+        }
         eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, device, out)
         return
     must(include_path is None, "--include-path is where --harness finds tasks; name one of them with --harness")
@@ -49,9 +55,10 @@ def eval(
     out = out or evaluation_dir(checkpoint)
     may_replace(out / EVALUATION, out / "grid.png")
     if isinstance(loaded, Text):
+        must(seeds is None, f"--seeds {seeds}: text is measured on windows at equal distances; leave --seeds out")
         path = eval_text(model, loaded, cfg, exit, out)
     else:
-        path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds, "0,1,2"), exit, out)
+        path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds or "0", "0,1,2"), exit, out)
     plot, run = out / "grid.png", model_dir(checkpoint).parent
     then = f"look inside, {mythos('diagnose', checkpoint)}."
     if (run / METRICS).is_file():

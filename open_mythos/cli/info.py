@@ -1,14 +1,18 @@
 """``mythos info``: cost of a model, from its config alone."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from open_mythos import files
 from open_mythos.cli.console import console, mythos, note, si, table
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.variants import VARIANTS, variant
+
+if TYPE_CHECKING:
+    from open_mythos.training.config import TrainConfig
 
 CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
 
@@ -19,11 +23,13 @@ def info(
     ],
 ) -> None:
     """Cost of a variant or a checkpoint: parameters, FLOPs, cache."""
-    from open_mythos.checkpoint import shipped
+    from open_mythos.checkpoint import CONFIG_FILE, MODEL, shipped
 
     cfg = find_config(model)
     show(model, cfg)
-    if Path(model).is_dir() or model in shipped():
+    path = Path(model)
+    is_running = (path / CONFIG_FILE).is_file() and training_at(path / CONFIG_FILE) and not (path / MODEL).is_dir()
+    if (path.is_dir() and not is_running) or model in shipped():
         note(f"Next: look inside it with {mythos('diagnose', model)}.")
     else:
         note(f"Next: {mythos('demo')} trains one; {mythos('diagnose', 'runs/demo')} looks inside.")
@@ -40,12 +46,21 @@ def find_config(name: str) -> MythosConfig:
     path = Path(name)
     for file in (path, *(place / CONFIG_FILE for place in (path / MODEL, path, SHIPPED / name))):
         if file.is_file():
-            return MythosConfig.load(file)
+            return MythosConfig.load(file) if (job := training_at(file)) is None else job.model
     must(not path.is_dir(), f"{path / CONFIG_FILE} is missing; a checkpoint directory holds {CONFIG_FILE}")
     if len(path.parts) > 1 or path.suffix:
         known = ", ".join(VARIANTS)
         raise ValueError(f"{path} does not exist; give a config file, a checkpoint directory or one of {known}")
     return variant(name)
+
+
+def training_at(file: Path) -> "TrainConfig | None":
+    """What a file says of a training, None if it is the config of a model; ValueError for a bad one."""
+    if not {"task", "model"} <= files.read_json(file).keys():
+        return None
+    from open_mythos.training.config import TrainConfig
+
+    return TrainConfig.load(file)
 
 
 def show(name: str, cfg: MythosConfig) -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from open_mythos import files
 from open_mythos.cli.console import console, mythos, note, si, table
-from open_mythos.cli.info import find_config
+from open_mythos.cli.info import find_config, training_at
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.planning.job import Job, Settings
@@ -80,15 +79,14 @@ def find_job(name: str) -> tuple[MythosConfig, Settings]:
         ValueError: if it is none of them, or its config is bad.
     """
     from open_mythos.training import runs
-    from open_mythos.training.config import TrainConfig
     from open_mythos.training.recipes import configured
 
     if is_recipe(name):
         return of_training(configured(name))
     path = Path(name)
     path = path / runs.RUN_CONFIG if path.is_dir() else path
-    if path.is_file() and {"task", "model"} <= files.read_json(path).keys():
-        return of_training(TrainConfig.load(path))
+    if path.is_file() and (job := training_at(path)) is not None:
+        return of_training(job)
     return find_config(name), Settings()
 
 

@@ -29,6 +29,7 @@ _WORD = r"'s(?!\w)|\w+|[^\w\s]"
 _FIRST = re.compile(r"(?:^|(?<=[.?] ))[a-z]")  # letters of sentences
 _APOSTROPHE = {"type": "Replace", "pattern": {"String": "\u2019"}, "content": "'"}
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_ALIKE = 0.5  # least likeness of a word that is named as the nearest
 _FACTS_AND_QUESTION = """\
 {%- set said = messages | selectattr("role", "equalto", "user") | map(attribute="content") | join(" ") | trim -%}
 {%- for sentence in said.replace("?", "?|").replace(".", ".|").split("|") if sentence -%}
@@ -178,8 +179,12 @@ class WordLevel(Tokenizer):
     def _token(self, word: str) -> int:
         found = self._exact.get(word, self._folded.get(word.lower()))
         if found is None:
-            near = difflib.get_close_matches(word.lower(), self._folded, 1, 0)[0]
-            raise ValueError(f"there is no word {word!r} here; the nearest is {self.words[self._folded[near]]!r}")
+            alike = difflib.get_close_matches(word.lower(), self._folded, 1, _ALIKE)
+            marks = ", ".join(known for known in self._exact if not known.isalnum())
+            hint = (
+                f"the nearest is {self.words[self._folded[alike[0]]]!r}" if alike else f"beside words there are {marks}"
+            )
+            raise ValueError(f"there is no word {word!r} here; {hint}")
         return found
 
     @checked

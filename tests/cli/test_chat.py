@@ -37,7 +37,7 @@ def test_a_conversation_at_two_depths_with_a_trace() -> None:
 
 
 def test_what_is_not_a_command_and_what_is_no_number() -> None:
-    commands = "/foo\n/loops x\n/loops 0\n/trace\n/temperature\n/temperature 0.5\n/reset\n/help\n"
+    commands = "/foo\n/loops x\n/loops 0\n/trace\n/temperature\n  /temperature 0.5\n/reset\n/help\n"
     done = chat(commands, "text-tiny")
     text = " ".join(done.output.split())
     assert done.exit_code == 0 and "there is no /foo" in text and "forgotten" in text and "temperature 0.5" in text
@@ -139,3 +139,9 @@ def test_a_trace_shows_loops_until_nothing_changes_and_the_last(capsys: pytest.C
     said = capsys.readouterr().out
     assert re.findall(r"^│ (\d+) +│", said, re.MULTILINE) == ["1", "2", "3", "9"]
     assert "Nor do 5 loops that are left out." in said
+
+
+def test_a_trace_has_as_many_columns_as_there_is_room_for(capsys: pytest.CaptureFixture[str]) -> None:
+    talk = SimpleNamespace(tokenizer=Tokenizer(), trace=lambda n: ([1] * n, [[(2, 0.5)] * n]))
+    show_trace(talk, 500)  # type: ignore[arg-type]
+    assert "There is room for the last 8 tokens." in " ".join(capsys.readouterr().out.split())

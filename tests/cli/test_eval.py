@@ -138,6 +138,11 @@ def test_text_with_an_exit_is_compared_with_all_loops(tmp_path: Path) -> None:
     assert f"│ 32 │ {full['8']:.4f} │ {left['8']:.4f} │ {left['8'] / full['8'] - 1:.2%} │ 1.0 │" in text
 
 
+def test_text_has_no_seeds() -> None:
+    done = run_eval("text-tiny", "--seeds", "0")
+    assert done.exit_code == 2 and "--seeds 0: text is measured on windows" in " ".join(done.output.split())
+
+
 def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run_eval(run, "--difficulties", "4", "--loops", "1", "--examples", "2")

@@ -12,6 +12,7 @@ from open_mythos.cli import COMMANDS, app
 from open_mythos.cli.console import si
 from open_mythos.cli.info import loop_counts
 from open_mythos.diagnostics import cache_bytes_per_token, parameters
+from open_mythos.training.recipes import configured
 
 
 def run(*arguments):
@@ -68,6 +69,15 @@ def test_config_file_and_checkpoint_directory(tmp_path):
     for path in (tmp_path, tmp_path / "config.json"):
         result = run("info", path)
         assert result.exit_code == 0 and total in result.output
+
+
+def test_a_run_that_has_not_ended(tmp_path):
+    cfg = configured("debug")
+    cfg.save(tmp_path / "config.json")
+    for path in (tmp_path, tmp_path / "config.json"):
+        result = run("info", path)
+        assert result.exit_code == 0 and f"{parameters(cfg.model).total:,}" in result.output
+        assert "Next: mythos demo" in result.output, "there is nothing yet to look into"
 
 
 def test_loop_counts():
