@@ -1,7 +1,7 @@
 """A curriculum that follows what is learned: loops and problems grow once the present ones are mastered."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from open_mythos.tasks import Task
 from open_mythos.tasks.base import Share
@@ -9,6 +9,7 @@ from open_mythos.training.config import LoopConfig, TaskConfig
 
 _STRIDE = 0.04  # of the way from the smallest to the full size
 _FEWEST_LOOPS = 2
+_SPARE = 2  # loops to spare, until problems are of full size: what is to stay can be learned once it is there
 _MEMORY = 0.95  # of the mean over the last steps
 _LEAST = 15  # steps at one size
 _REHEARSAL = 3  # of so many steps one has a batch of every task; the others of those that are not mastered yet
@@ -37,10 +38,14 @@ class Growth:
         task = task.sized(self.size)
         return task, cfg.max_difficulty if task.most is None else min(cfg.max_difficulty, task.most)
 
-    def most_loops(self, cfg: LoopConfig) -> int:
-        """How many loops a step runs at most, yet."""
-        more = int((cfg.maximum - _FEWEST_LOOPS) * min(1.0, self.size / cfg.grown))
-        return min(cfg.maximum, _FEWEST_LOOPS + more)
+    def loops(self, cfg: LoopConfig) -> LoopConfig:
+        """How many loops a step runs at this size: at most as many as it has grown to, and few of them to spare."""
+        spare = cfg.spare if self.size == 1 else min(cfg.spare, _SPARE)
+        full = cfg.maximum - (cfg.spare - spare)
+        maximum = min(
+            cfg.maximum, _FEWEST_LOOPS + max(0, int((full - _FEWEST_LOOPS) * min(1.0, self.size / cfg.grown)))
+        )
+        return replace(cfg, minimum=min(cfg.minimum, maximum), maximum=maximum, spare=spare)
 
     def is_mastered(self, enough: float) -> bool:
         """Whether problems are of full size, and the share of answers that were right is still about ``enough``."""

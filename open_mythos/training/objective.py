@@ -74,14 +74,16 @@ class Objective:
         self.left = dict[int, Tensor]()  # the state that each row of the last step ended with, (T, dim)
 
     def plan(
-        self, step: int, n: int, length: int, generator: torch.Generator, n_steps: int = 1, most: int | None = None
-    ) -> Plan:
+        self, step: int, n: int, length: int, generator: torch.Generator, n_steps: int = 1,
+        loops: LoopConfig | None = None,
+    ) -> Plan:  # fmt: skip
         """Draw what chance decides about optimizer step ``step``.
 
-        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; at ``most`` so many loops.
+        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; by default as many ``loops`` as the
+        run says.
         """
-        most = most or self.cfg.loops.maximum
-        loops, progress = self.cfg.loops, step / self.cfg.steps
+        loops, progress = loops or self.cfg.loops, step / self.cfg.steps
+        most = loops.maximum
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         model = self.cfg.model
         is_noisy = model.dropout or model.state_noise or model.state_init == "noise"
@@ -89,7 +91,7 @@ class Objective:
         if self.cfg.kind != "looped":  # the baselines have one depth, and gradient through all of it
             n_loops = torch.full((n,), min(self.cfg.depths[0], most))
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.zeros(n, dtype=torch.bool), *each)
-        n_loops = draw_loops(loops, progress, n, length, generator, n_steps).clamp(max=most)
+        n_loops = draw_loops(loops, progress, n, length, generator, n_steps)
         # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
         no_grad = torch.randint(0, most, (1,), generator=generator)
         with_grad = 1 + (torch.rand(1, generator=generator) * (most - no_grad)).long()

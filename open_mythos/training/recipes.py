@@ -90,16 +90,19 @@ def mini_sudoku() -> TrainConfig:
 
 def assignments() -> TrainConfig:
     """Who has what, by hops through sentences in words: trained on 6 hops, tested on 24."""
-    return _in_words(
-        "assignments", range(1, 7), loops=8, options={"sentences": 32, "min_sentences": 10}, gate=(12, 32),
+    cfg = _in_words(
+        "assignments", range(1, 7), loops=13, gate=(12, 32), window=8,
+        options={"sentences": 32, "min_sentences": 10},
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 14, 26, 32, 64, 128], 128),
     )  # fmt: skip
+    cfg.steps = 1200
+    return cfg
 
 
 def word_problems() -> TrainConfig:
     """How many coins somebody has, by sums in sentences, modulo 7: trained on 6 operations, tested on 12."""
-    cfg = _read_by_others(
-        "word_problems", range(1, 7), loops=9, gate=(9, 16), dim=96, options={"min_people": 8},
+    cfg = _in_words(
+        "word_problems", range(1, 7), loops=13, gate=(9, 16), options={"min_people": 8},
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 9, 12, 15, 32, 64], 128),
     )  # fmt: skip
     cfg.steps = 2600  # sums of sums come last
@@ -108,16 +111,16 @@ def word_problems() -> TrainConfig:
 
 def relations() -> TrainConfig:
     """Who is whose cook's neighbour, by facts in the prompt: trained on 3 hops, tested on 6."""
-    return _read_by_others(  # a relation sees the one before it and no farther, so that the fourth is like the second
-        "relations", range(1, 4), loops=9, gate=(6, 15), dim=96, window=4, options={"questions": 10},
+    return _in_words(  # a relation sees the one before it and no farther, so that the fourth is like the second
+        "relations", range(1, 4), loops=13, gate=(6, 15), window=4, options={"questions": 10},
         evaluation=EvalConfig([1, 3, 6], [1, 2, 3, 5, 7, 13, 16, 28, 52], 128),
     )  # fmt: skip
 
 
 def registers() -> TrainConfig:
     """What a register holds after a program in words: trained on 12 lines, tested on 24."""
-    cfg = _read_by_others(
-        "registers", range(6, 13), loops=12, gate=(12, 27), dim=96, options={"lines": 24},
+    cfg = _in_words(
+        "registers", range(6, 13), loops=16, gate=(12, 27), options={"lines": 24},
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 11, 19, 35, 76, 140], 128),
     )  # fmt: skip
     cfg.loops.grown = 0.6
@@ -131,13 +134,12 @@ def words() -> TrainConfig:
         "assignments": {"min_sentences": 10}, "word_problems": {"min_people": 8}, "relations": {"questions": 10},
         "registers": {"lines": 24},
     }  # fmt: skip
-    cfg = _read_by_others(
-        "words", range(1, 7), loops=12, gate=(12, 32), dim=96, window=12, options={"settings": settings},
+    cfg = _in_words(
+        "words", range(1, 7), loops=16, gate=(12, 32), window=12, options={"settings": settings},
         evaluation=EvalConfig([3, 6, 12], [1, 2, 4, 8, 16, 32, 64], 128),
     )  # fmt: skip
     cfg.steps, cfg.optim.decay, cfg.loops.grown, cfg.task.growth = 2130, 0.45, 0.6, 0.93
-    cfg.loops.spare = 6  # so that what is found stays
-    cfg.model.max_loop_iters, cfg.stretch = 32, 1.0
+    cfg.model.max_loop_iters = 32
     return cfg
 
 
@@ -277,37 +279,28 @@ _SHORTHANDS = {
 
 def _in_words(
     task: str, difficulties: range, *, loops: int, evaluation: EvalConfig, gate: tuple[int, int],
-    options: dict[str, Any] | None = None, dim: int = 64, window: int = 8,
+    options: dict[str, Any], window: int = 16,
 ) -> TrainConfig:  # fmt: skip
     """The common config of tasks in words: a step of the solution a loop, first at two loops on small problems.
 
     Two heads tell a hundred names apart better than four of half the width. With this theta two pairs of channels turn
-    within a sentence, and most others stand, so that a name is found at any distance: up to the trained ones, and twice
-    as far once the slow ones are stretched.
+    within a sentence, and most others stand, so that a name is found at any distance up to the trained ones.
+
+    What one place has found is read by others. By itself no loop would leave it where the next one finds it, so
+    gradient flows through all of them, and they run on for up to six loops, through which it has to stay. Neither would
+    one before a coda, which can do the last step by itself, or after a prelude, which can do the first. A loop has two
+    layers: one finds what the other needs, and neither has another thing to do in the next loop.
     """
     cfg = _reasoner(
-        task, difficulties, loops=loops, steps=1500, window=window, local_share=0.5, prelude=2, lr=2e-3,
-        options=options, dim=dim, gate=gate, evaluation=evaluation,
+        task, difficulties, loops=loops, steps=2000, window=window, local_share=0.5, lr=1e-3, options=options, dim=96,
+        gate=gate, batch_size=32, evaluation=evaluation,
     )  # fmt: skip
     cfg.model.n_heads = cfg.model.n_kv_heads = 2
-    cfg.model.rope_theta = 1e16
-    cfg.model.rope_context, cfg.stretch = 200, 2.0
-    cfg.task.growth, cfg.loss.depth = 0.8, "steps"
-    cfg.loops = LoopConfig("by_steps", minimum=1, maximum=loops, gradient="each")
-    return cfg
-
-
-def _read_by_others(task: str, difficulties: range, *, window: int = 16, **settings: Any) -> TrainConfig:
-    """As :func:`_in_words`, for tasks in which what one place has found is read by others.
-
-    By itself no loop would leave it where the next one finds it, so gradient flows through all of them, at a lower
-    rate. Neither would one before a coda, which can do the last step by itself, or after a prelude, which can do the
-    first. A loop has two layers: one finds what the other needs, and neither has another thing to do in the next loop.
-    """
-    cfg = _in_words(task, difficulties, window=window, **settings)
-    cfg.model.prelude_layers, cfg.model.core_layers, cfg.model.expert_dim, cfg.batch_size = 0, 2, 256, 32
-    cfg.task.growth, cfg.loops.gradient, cfg.optim.lr = 0.95, "all", 1e-3
-    cfg.steps, cfg.optim.decay, cfg.gate.steps = 2000, 0.6, 400  # what has grown is made exact at lower rates
+    cfg.model.rope_theta, cfg.model.rope_context = 1e16, 200
+    cfg.model.core_layers, cfg.model.expert_dim = 2, 256
+    cfg.task.growth, cfg.loss.depth = 0.95, "steps"
+    cfg.loops = LoopConfig("by_steps", minimum=1, maximum=loops, spare=6, gradient="all")
+    cfg.optim.decay, cfg.gate.steps = 0.6, 400  # what has grown is made exact at lower rates
     return cfg
 
 

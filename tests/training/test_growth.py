@@ -9,6 +9,7 @@ from tiny import tiny_run
 from open_mythos import tasks
 from open_mythos.training.config import LoopConfig, TaskConfig
 from open_mythos.training.growth import Growth
+from open_mythos.training.objective import draw_loops
 from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer
 
@@ -28,11 +29,20 @@ def test_problems_grow_when_most_answers_are_right_and_stay_when_not():
 def test_the_smallest_problems_have_the_fewest_sentences_and_two_loops():
     task, cfg = tasks.load("assignments", sentences=32, min_sentences=8), TaskConfig("assignments", {}, 1, 6)
     loops = LoopConfig("by_steps", maximum=8)
-    grown = {size: (*Growth(size).of(task, cfg), Growth(size).most_loops(loops)) for size in (0.0, 0.2, 0.5, 1.0)}
+    grown = {size: (*Growth(size).of(task, cfg), Growth(size).loops(loops).maximum) for size in (0.0, 0.2, 0.5, 1.0)}
     found = {size: (small.sentences, hardest, n) for size, (small, hardest, n) in grown.items()}
     assert found == {0.0: (8, 4, 2), 0.2: (12, 6, 5), 0.5: (20, 6, 8), 1.0: (32, 6, 8)}
     later = LoopConfig("by_steps", maximum=8, grown=0.8)
-    assert [Growth(size).most_loops(later) for size in (0.0, 0.2, 0.5, 0.8)] == [2, 3, 5, 8]
+    assert [Growth(size).loops(later).maximum for size in (0.0, 0.2, 0.5, 0.8)] == [2, 3, 5, 8]
+
+
+def test_loops_to_spare_are_few_until_problems_are_of_full_size():
+    cfg = LoopConfig("by_steps", maximum=13, spare=6)
+    small, grown = Growth(0.9).loops(cfg), Growth(1.0).loops(cfg)
+    assert (small.spare, small.maximum, grown) == (2, 9, cfg)
+    for loops, most in ((small, 9), (grown, 13)):
+        drawn = {int(draw_loops(loops, 0.5, 1, 9, torch.Generator().manual_seed(i), 7)) for i in range(99)}
+        assert drawn == set(range(7, most + 1))
 
 
 def test_a_trainer_starts_small_and_goes_on_at_the_size_that_was_reached():
