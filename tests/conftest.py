@@ -1,4 +1,7 @@
-"""Settings of all tests: one thread, property tests that draw the same examples every time, a cache of their own."""
+"""Settings of all tests: one thread, property tests that draw the same examples every time, a cache of their own.
+
+One thread in processes that tests start, too: tests share the cores, and threads that wait for each other spin.
+"""
 
 import os
 import re
@@ -13,6 +16,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("suite")
 
@@ -49,7 +53,7 @@ def reference_checkpoints(tmp_path_factory):
             fresh.rename(package)
     out = tmp_path_factory.mktemp("reference")
     worker = Path(__file__).parent / "integrations" / "reference_worker.py"
-    environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(package)}
     done = subprocess.run([sys.executable, worker, out], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return out

@@ -39,8 +39,7 @@ def test_every_notebook_has_its_claims() -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_and_what_it_says_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests are running
+def test_a_notebook_runs_and_what_it_says_holds(name: str, tmp_path: Path) -> None:
     notebook = execute.execute(HERE / f"{name}.ipynb", tmp_path, CLAIMS[name])
     assert pictures(notebook) >= 4
     assert not list(tmp_path.iterdir()), "a notebook leaves nothing where it is run"

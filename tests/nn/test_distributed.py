@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 def results(way: str, n: int, folder: Path) -> list[dict[str, list]]:
     """What each of ``n`` processes ends with."""
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     workers = [
         subprocess.Popen(
             [sys.executable, HERE / "distributed_worker.py", str(rank), folder / "store", way],

@@ -184,7 +184,7 @@ def test_torchrun_is_stopped_or_its_processes_killed_and_goes_on_bit_for_bit(tmp
     places = os.pathsep.join(str(Path(__file__).parents[i]) for i in range(3))
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHES, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": places}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     saved = tmp_path / "stopped/checkpoints/step_00000007"  # step 6 had ended, and the next one's end tells all
@@ -202,8 +202,7 @@ def test_the_command_that_is_said_under_torchrun_goes_on_bit_for_bit(tmp_path: P
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     torchrun += ["--nproc-per-node", "2", "-m", "open_mythos"]
     run, whole = tmp_path / "a run", tmp_path / "whole"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    victim = started([*torchrun, *words, "--out", str(run)], run, env=env)
+    victim = started([*torchrun, *words, "--out", str(run)], run)
     victim.send_signal(number)
     output, _ = victim.communicate(timeout=60)
     (line,) = [line for line in output.splitlines() if f"stopped by {signal.Signals(number).name}" in line]
@@ -213,7 +212,7 @@ def test_the_command_that_is_said_under_torchrun_goes_on_bit_for_bit(tmp_path: P
     ]  # fmt: skip
     assert 3 <= int(line.partition("step_")[2][:8]) < 40
     for again in (command[5:], [*words, "--out", str(whole)]):
-        subprocess.run([*torchrun, *again], env=env, check=True, capture_output=True, timeout=300)
+        subprocess.run([*torchrun, *again], check=True, capture_output=True, timeout=300)
     for name in ("model/model.safetensors", "evaluation.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert metrics(run) == metrics(whole)

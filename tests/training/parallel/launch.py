@@ -21,7 +21,7 @@ def launch(folder: Path, groups: list[tuple[int, list[Job]]], timeout: float = 2
     places = os.pathsep.join(str(HERE.parents[i]) for i in range(3))
     done = subprocess.run(
         [sys.executable, HERE / "worker.py", folder], input=json.dumps(groups), text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}, timeout=timeout,
+        env={**os.environ, "PYTHONPATH": places}, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = []
