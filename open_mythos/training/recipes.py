@@ -95,7 +95,7 @@ def assignments() -> TrainConfig:
         options={"sentences": 32, "min_sentences": 10},
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 14, 26, 32, 64, 128], 128),
     )  # fmt: skip
-    cfg.steps = 1200
+    cfg.steps, cfg.stretch = 1200, 1.5  # for prompts of twice the length
     return cfg
 
 
