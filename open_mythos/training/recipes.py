@@ -111,10 +111,12 @@ def word_problems() -> TrainConfig:
 
 def relations() -> TrainConfig:
     """Who is whose cook's neighbour, by facts in the prompt: trained on 3 hops, tested on 6."""
-    return _in_words(  # a relation sees the one before it and no farther, so that the fourth is like the second
+    cfg = _in_words(  # a relation sees the one before it and no farther, so that the fourth is like the second
         "relations", range(1, 4), loops=13, gate=(6, 15), window=4, options={"questions": 10},
         evaluation=EvalConfig([1, 3, 6], [1, 2, 3, 5, 7, 13, 16, 28, 52], 128),
     )  # fmt: skip
+    cfg.steps, cfg.optim.decay = 1400, 0.5
+    return cfg
 
 
 def registers() -> TrainConfig:
