@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos import MythosConfig, OpenMythos
+from open_mythos import KVCache, MythosConfig, OpenMythos
 from open_mythos.nn.feed_forward import MoEFFN
 
 ATTENTION = ("gqa", "mla")
@@ -151,3 +151,24 @@ def damaged(
     elif also is not None:
         return also(new)
     return bytes(new)
+
+
+def fit(sizes: list[int], total: int) -> list[int]:
+    """``sizes`` cut or extended so that they add up to ``total``."""
+    fitted: list[int] = []
+    for size in [*sizes, total]:
+        fitted.append(min(size, total - sum(fitted)))
+    return [size for size in fitted if size]
+
+
+@torch.no_grad()
+def in_chunks(
+    model: OpenMythos, ids: Tensor, sizes: list[int], n_loops: int, cache: KVCache | dict, mask: Tensor | None = None
+) -> Tensor:
+    """Logits of all tokens, fed ``sizes`` at a time."""
+    out, start = [], 0
+    for size in sizes:
+        span = slice(start, start + size)
+        out.append(model(ids[:, span], n_loops, cache, attention_mask=None if mask is None else mask[:, span]))
+        start += size
+    return torch.cat(out, 1)
