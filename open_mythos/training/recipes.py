@@ -93,7 +93,7 @@ def assignments() -> TrainConfig:
     cfg = _in_words(
         "assignments", range(1, 7), loops=13, gate=(12, 32), window=8,
         options={"sentences": 32, "min_sentences": 10},
-        evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 14, 26, 32, 64, 128], 128),
+        evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 14, 26, 52, 104], 64),
     )  # fmt: skip
     cfg.steps, cfg.stretch = 1200, 1.5  # for prompts of twice the length
     return cfg
