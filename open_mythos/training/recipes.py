@@ -95,7 +95,7 @@ def assignments() -> TrainConfig:
         options={"sentences": 32, "min_sentences": 10},
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 14, 26, 52, 104], 64),
     )  # fmt: skip
-    cfg.steps, cfg.stretch = 1200, 1.5  # for prompts of twice the length
+    cfg.steps, cfg.optim.decay, cfg.stretch = 1600, 0.5, 1.5  # to read prompts of twice the length
     return cfg
 
 
