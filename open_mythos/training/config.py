@@ -39,7 +39,7 @@ class LoopConfig(Checked):
     sigma: float = real(0.5, 0.0)  # lognormal only: standard deviation of the rate's logarithm
     ramp: float = real(0.5, 0.0, 1.0, low_open=True)  # curriculum only: share of the run
     per_token: float = real(0.5, 0.0, low_open=True)  # by_length only
-    spare: int = size(2, minimum=0)  # by_steps only
+    spare: int = size(2, minimum=0)  # by_steps only; two at most, until the problems of task.growth are of full size
     grown: float = real(0.4, 0.0, 1.0, low_open=True)  # with task.growth: size of problems from which all loops are run
     per: str = choice("batch", "batch", "sequence")  # whether all sequences of a batch run as many loops
     # all: through every loop. last: the last `grad_loops`. one_step: the last alone (2111.05177's limit). phantom: the
