@@ -182,7 +182,7 @@ def test_a_word_that_is_not_known_is_named_with_the_nearest(word: str, near: str
 
 @pytest.mark.parametrize("word", ["<end>", "@", "您好"])
 def test_what_is_like_no_word_is_told_the_marks_there_are(word: str) -> None:
-    with pytest.raises(ValueError, match=r"there is no word .* here; beside words there are \?, \., ,, :, 's"):
+    with pytest.raises(ValueError, match=r"there is no word .* here; beside words there are \? \. , : 's"):
         of_words().encode([f"Ana has a {word}."])
 
 
