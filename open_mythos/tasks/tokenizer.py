@@ -180,7 +180,7 @@ class WordLevel(Tokenizer):
         found = self._exact.get(word, self._folded.get(word.lower()))
         if found is None:
             alike = difflib.get_close_matches(word.lower(), self._folded, 1, _ALIKE)
-            marks = ", ".join(known for known in self._exact if not known.isalnum())
+            marks = " ".join(known for known in self._exact if not known.isalnum())
             hint = (
                 f"the nearest is {self.words[self._folded[alike[0]]]!r}" if alike else f"beside words there are {marks}"
             )
