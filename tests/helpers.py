@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import KVCache, MythosConfig, OpenMythos
@@ -153,12 +154,16 @@ def damaged(
     return bytes(new)
 
 
-def fit(sizes: list[int], total: int) -> list[int]:
-    """``sizes`` cut or extended so that they add up to ``total``."""
-    fitted: list[int] = []
-    for size in [*sizes, total]:
-        fitted.append(min(size, total - sum(fitted)))
-    return [size for size in fitted if size]
+def chunkings(total: int) -> st.SearchStrategy[list[int]]:
+    """Sizes of chunks, in any order, that add up to ``total``."""
+
+    def fitted(sizes: list[int]) -> list[int]:
+        cut: list[int] = []
+        for size in [*sizes, total]:
+            cut.append(min(size, total - sum(cut)))
+        return [size for size in cut if size]
+
+    return st.lists(st.integers(1, total), min_size=1, max_size=total).map(fitted)
 
 
 @torch.no_grad()

@@ -4,7 +4,17 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import ATTENTION, assert_near, fit, in_chunks, left_padding, loops_used, tiny_config, tiny_model, tokens
+from helpers import (
+    ATTENTION,
+    assert_near,
+    chunkings,
+    in_chunks,
+    left_padding,
+    loops_used,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,12 +27,11 @@ from open_mythos.nn.exits import PredictionKL, StateChange
 
 T = 12
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
-chunkings = st.lists(st.integers(1, T), min_size=1, max_size=T).map(lambda sizes: fit(sizes, T))
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @given(
-    sizes=chunkings,
+    sizes=chunkings(T),
     n_loops=st.integers(1, 7),
     as_dict=st.booleans(),
     # One row without padding: a chunk of nothing but padding has its own test.

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ATTENTION, assert_near, fit, in_chunks, left_padding, loops_used, tiny_model, tokens
+from helpers import ATTENTION, assert_near, chunkings, in_chunks, left_padding, loops_used, tiny_model, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +17,6 @@ from open_mythos.nn.exits import PredictionKL
 T = 12
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
 HALTLESS = {attn_type: tiny_model(attn_type, halting=False) for attn_type in ATTENTION}
-chunkings = st.lists(st.integers(1, T), min_size=1, max_size=T).map(lambda sizes: fit(sizes, T))
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
@@ -53,7 +52,7 @@ def in_chunks_by_hand(
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cache_loops", [1, 2, 3])
-@given(sizes=chunkings, padding=st.integers(0, 5))
+@given(sizes=chunkings(T), padding=st.integers(0, 5))
 def test_loops_that_share_a_slot_find_the_deepest_of_them_for_earlier_tokens(attn_type, cache_loops, sizes, padding):
     model, ids, mask = HALTLESS[attn_type], tokens(2, T), left_padding([T, T - padding], T)
     cache = KVCache(cache_loops)

@@ -23,16 +23,15 @@ def info(
     ],
 ) -> None:
     """Cost of a variant or a checkpoint: parameters, FLOPs, cache."""
-    from open_mythos.checkpoint import CONFIG_FILE, MODEL, shipped
+    from open_mythos.models import model_dir
 
-    cfg = find_config(model)
-    show(model, cfg)
-    path = Path(model)
-    is_running = (path / CONFIG_FILE).is_file() and training_at(path / CONFIG_FILE) and not (path / MODEL).is_dir()
-    if (path.is_dir() and not is_running) or model in shipped():
-        note(f"Next: look inside it with {mythos('diagnose', model)}.")
-    else:
+    show(model, find_config(model))
+    try:
+        model_dir(model)
+    except ValueError:  # a variant, a config, or a run that has not ended: there are no weights yet
         note(f"Next: {mythos('demo')} trains one; {mythos('diagnose', 'runs/demo')} looks inside.")
+    else:
+        note(f"Next: look inside it with {mythos('diagnose', model)}.")
 
 
 def find_config(name: str) -> MythosConfig:

@@ -140,7 +140,8 @@ def last_evaluation(
         if one == other and data["exit"] is None:  # the same text, by any tokenizer path
             lengths = [int(length) for length in data["by_length"]]
             return evaluation, dataclasses.replace(settings, difficulties=lengths, examples=data["windows"])
-    if not run.exists() and (card := read_json(SHIPPED / run / FIGURES)):
+    if not run.exists():
+        card = read_json(SHIPPED / run / FIGURES)
         if isinstance(task, Text):
             bits = {int(n): value for n, value in card["bits_per_byte"].items()}
             return bits, dataclasses.replace(settings, difficulties=[card["length"]], examples=card["windows"])

@@ -180,10 +180,10 @@ class WordLevel(Tokenizer):
         found = self._exact.get(word, self._folded.get(word.lower()))
         if found is None:
             alike = difflib.get_close_matches(word.lower(), self._folded, 1, _ALIKE)
-            marks = " ".join(known for known in self._exact if not known.isalnum())
-            hint = (
-                f"the nearest is {self.words[self._folded[alike[0]]]!r}" if alike else f"beside words there are {marks}"
-            )
+            if alike:
+                hint = f"the nearest is {self.words[self._folded[alike[0]]]!r}"
+            else:
+                hint = "beside words there are " + " ".join(known for known in self._exact if not known.isalnum())
             raise ValueError(f"there is no word {word!r} here; {hint}")
         return found
 

@@ -41,10 +41,8 @@ class Growth:
     def loops(self, cfg: LoopConfig) -> LoopConfig:
         """How many loops a step runs at this size: at most as many as it has grown to, and few of them to spare."""
         spare = cfg.spare if self.size == 1 else min(cfg.spare, _SPARE)
-        full = cfg.maximum - (cfg.spare - spare)
-        maximum = min(
-            cfg.maximum, _FEWEST_LOOPS + max(0, int((full - _FEWEST_LOOPS) * min(1.0, self.size / cfg.grown)))
-        )
+        more = max(0, cfg.maximum - (cfg.spare - spare) - _FEWEST_LOOPS)  # than the fewest, once they have grown
+        maximum = min(cfg.maximum, _FEWEST_LOOPS + int(more * min(1.0, self.size / cfg.grown)))
         return replace(cfg, minimum=min(cfg.minimum, maximum), maximum=maximum, spare=spare)
 
     def is_mastered(self, enough: float) -> bool:
