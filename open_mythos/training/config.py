@@ -164,8 +164,8 @@ class TrainConfig(Checked):
     kind: str = choice("looped", "looped", *ONE_PASS, *UNTIED)
     # a model whose weights are trained further, as `mythos eval` finds it; `model` is then its config. "": new weights
     start: str = text("")
-    # rope_factor of the model that is saved: it reads prompts so many times longer than those it was trained on, whose
-    # length in tokens is model.rope_context
+    # rope_factor of the model that is saved, to read prompts so many times longer than model.rope_context, as long as
+    # those of training: each step reads its own with a factor drawn between 1 and this
     stretch: float = real(1.0, 1.0)
     steps: int = size(1000, maximum=10**9)
     batch_size: int = size(64)  # sequences of one optimizer step; of a task made of several, of each of them
@@ -204,6 +204,8 @@ class TrainConfig(Checked):
         must(self.stretch == 1 or stretched == 1, twice)
         undivided = f"batch_size={size} does not divide by accumulate={parts}; use a multiple of {parts}"
         must(size % parts == 0, undivided)
+        grows = f"task.growth={self.task.growth:g} follows the share of answers that are right, and text has none"
+        must(self.task.growth == 0 or self.task.name != "text", f"{grows}; use 0, or loops.schedule=curriculum")
         low, high = self.task.min_difficulty, self.task.max_difficulty
         must(low <= high, f"task.min_difficulty={low} is above task.max_difficulty={high}")
         taught, fix = self.hardest_for_gate, "use 0 for the task's, or more"

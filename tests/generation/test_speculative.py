@@ -111,17 +111,18 @@ def test_as_many_tokens_as_asked_for_up_to_the_longest_sequence(max_new_tokens):
 
 @pytest.mark.parametrize("attn_type, n_loops, draft_loops", [("gqa", 4, 1), ("mla", 6, 2)])
 def test_sampled_tokens_have_the_distribution_of_full_depth(attn_type, n_loops, draft_loops):
-    """Both rows of a padded batch, four tokens together, against every continuation that there is."""
+    """Both rows of a padded batch, eight times each, four tokens together, against all continuations that there are."""
     model = tiny_model(attn_type, halting=False, vocab_size=4)
     ids, mask = tokens(2, 4, high=4), left_padding([4, 2], 4)
-    sampling, n = Sampling(temperature=0.6, top_k=3), 400
+    sampling, n, times = Sampling(temperature=0.6, top_k=3), 400, 8
     expected = [joint(model, row[real], 4, n_loops, sampling) for row, real in zip(ids, mask, strict=True)]
     draft = joint(model, ids[0], 4, draft_loops, sampling)
     assert (draft - expected[0]).abs().sum() / 2 > 0.1, "the draft's own distribution would pass as well"
     counts, generator = torch.zeros(2, 256), torch.Generator().manual_seed(1)
-    for _ in range(n):
-        new = torch.cat(blocks(model, ids, 4, n_loops, Draft(draft_loops, 2), sampling, mask, generator)[0], 1)
-        counts[torch.arange(2), new @ torch.tensor([64, 16, 4, 1])] += 1
+    many, real, which = ids.repeat(times, 1), mask.repeat(times, 1), torch.arange(2).repeat(times)
+    for _ in range(n // times):
+        new = torch.cat(blocks(model, many, 4, n_loops, Draft(draft_loops, 2), sampling, real, generator)[0], 1)
+        counts.index_put_((which, new @ torch.tensor([64, 16, 4, 1])), torch.ones(2 * times), accumulate=True)
     for found, exact in zip(counts, expected, strict=True):
         assert chi_square_is_likely(found, n * exact)
         assert found[exact == 0].sum() == 0  # what top-k leaves out never comes
