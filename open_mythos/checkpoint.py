@@ -4,11 +4,13 @@ A folder is the same whether written here or by ``save_pretrained`` of :mod:`ope
 """
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from open_mythos import files, weights
 from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig
@@ -180,12 +182,23 @@ def _judged(
 def without_storage(cls: type[Loaded], cfg: MythosConfig) -> Loaded:
     """The model of a config, on the meta device; ValueError, naming the largest size, if no tensor can be so large."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NothingDrawn():
             return cls(cfg)
     except (RuntimeError, OverflowError, TypeError) as error:
         sizes = {name: value for name, value in cfg.to_dict().items() if isinstance(value, int)}
         largest = max(sizes, key=sizes.__getitem__)
         raise ValueError(f"sizes that cannot be, such as {largest}={sizes[largest]}; use smaller ones") from error
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out the random numbers of new weights: to draw none, torch would import its compiler, for a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.normal_, torch.nn.init.normal_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _tied(cfg: MythosConfig) -> list[str]:

@@ -144,9 +144,12 @@ def test_importing_the_package_is_light_and_its_names_are_all_there():
         "assert set(open_mythos.__all__) <= set(dir(open_mythos))\n"
         "for name in open_mythos.__all__: getattr(open_mythos, name)\n"
         "from open_mythos import *\n"
+        "import torch\n"
         "assert OpenMythos is open_mythos.model.OpenMythos\n"
         "assert callable(trace) and callable(open_mythos.diagnostics.trace)\n"
-        "assert not hasattr(open_mythos, 'nonsense') and 'transformers' not in sys.modules"
+        "assert not hasattr(open_mythos, 'nonsense') and 'transformers' not in sys.modules\n"
+        "OpenMythos.from_pretrained('parity-tiny').generate(torch.ones(1, 2, dtype=torch.long), 1)\n"
+        "assert 'torch._dynamo' not in sys.modules, 'torch imports its compiler, which takes a second'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
