@@ -140,7 +140,7 @@ class OpenMythos(Generates):
     def encode(
         self, input_ids: Tensor, cache: Cache | None = None, start_pos: int | None = None,
         attention_mask: Tensor | None = None, n_loops: int = 1, positions: Tensor | None = None,
-        keys: Tensor | None = None,
+        keys: Tensor | None = None, rope_factor: float | None = None,
     ) -> tuple[Tensor, Context]:  # fmt: skip
         """Check the input and run the prelude.
 
@@ -149,6 +149,7 @@ class OpenMythos(Generates):
             cache, start_pos, attention_mask, n_loops: as :meth:`forward`.
             positions: (B or 1, T) integers for rotary embedding; counted from each row's first real token if None.
             keys: (B,) int64, what decides the noise of each row (:mod:`open_mythos.ops.draws`).
+            rope_factor: for the config's, for these tokens alone.
 
         Returns:
             The encoded input e (B, T, dim), and the context of its tokens.
@@ -178,17 +179,18 @@ class OpenMythos(Generates):
                 self.cfg.causal, "a cache is for causal models, and this one was built with causal=False; leave it out"
             )
             cache.valid = valid
-        return self.encode_at(input_ids, positions, mask, cache, keys)
+        return self.encode_at(input_ids, positions, mask, cache, keys, rope_factor)
 
     def encode_at(
         self, input_ids: Tensor, positions: Tensor, mask: AttentionMask, cache: Cache | None = None,
-        keys: Tensor | None = None,
+        keys: Tensor | None = None, rope_factor: float | None = None,
     ) -> tuple[Tensor, Context]:  # fmt: skip
         """:meth:`encode` of tokens whose ``positions`` (T,) or (B, T) and mask are known to fit."""
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = mask.without_padding(x)
-        ctx = replace(Context.of(positions, self._rope, mask, cache, self.recurrent.is_compiled), keys=keys)
+        rope = self._rope if rope_factor is None else replace(self.cfg, rope_factor=rope_factor).rope
+        ctx = replace(Context.of(positions, rope, mask, cache, self.recurrent.is_compiled), keys=keys)
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, cache_key=Slot("prelude", layer))
         return self.input_norm(x), ctx

@@ -36,6 +36,7 @@ class Plan:
     outcome: Tensor  # whether it is asked for the answer alone, and not for the steps to it
     row: Tensor  # its number in the batch of all processes
     keys: Tensor | None  # what decides its noise, of a model that has any
+    rope_factor: Tensor | None  # of its rotary embedding, the same for all of a step; None: the model's
     among: "Plan | None" = None  # of all rows that run in lock-step with these
     meet: Callable[[Tensor, int], None] | None = None  # what is told which of them run a loop, as :class:`Among` says
 
@@ -87,7 +88,8 @@ class Objective:
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         model = self.cfg.model
         is_noisy = model.dropout or model.state_noise or model.state_init == "noise"
-        each = outcome, torch.arange(n), row_keys(self.cfg.seed, step, n) if is_noisy else None
+        keys = row_keys(self.cfg.seed, step, n) if is_noisy else None
+        each = outcome, torch.arange(n), keys, self._rope_factor(n, generator)
         if self.cfg.kind != "looped":  # the baselines have one depth, and gradient through all of it
             n_loops = torch.full((n,), min(self.cfg.depths[0], most))
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.zeros(n, dtype=torch.bool), *each)
@@ -99,6 +101,11 @@ class Objective:
         n_grad = n_loops.clamp(max={"all": most, "each": most, "one_step": 1}.get(loops.gradient, loops.grad_loops))
         return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, *each)
 
+    def _rope_factor(self, n: int, generator: torch.Generator) -> Tensor | None:
+        if self.cfg.stretch == 1:
+            return None
+        return (1 + (self.cfg.stretch - 1) * torch.rand(1, generator=generator, dtype=torch.float64)).expand(n)
+
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
         """The loss of a micro-batch, by its rows of the step's plan.
 
@@ -106,7 +113,7 @@ class Objective:
         step: the losses of its micro-batches, each a sum over this number, add up to the step's.
         """
         cfg = self.cfg.loss
-        run = _Run(model, batch, self.cfg, self.teacher, plan.keys)
+        run = _Run(model, batch, self.cfg, self.teacher, plan)
         short = self.short
         h = self._first_state(model, run.e, run.ctx, plan)
         schedules = plan.schedules(short)
@@ -144,14 +151,15 @@ class _Run:
     """Runs of the loop over one encoded batch."""
 
     def __init__(
-        self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None, keys: Tensor | None
+        self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None, plan: Plan
     ) -> None:
         self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
         self.steps = steps_asked(batch, cfg)
         if teacher is not None:
             with torch.no_grad():
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
-        self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid, keys=keys)
+        factor = None if plan.rope_factor is None else float(plan.rope_factor[0])
+        self.e, self.ctx = model.encode(batch.ids, attention_mask=batch.valid, keys=plan.keys, rope_factor=factor)
 
     def __call__(
         self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: Among | None = None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import tiny_config, tiny_model
 
 from open_mythos.tasks import UNSCORED, Batch
+from open_mythos.training.baselines import stretched
 from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
 from open_mythos.training.objective import Objective, readout
 
@@ -53,6 +54,19 @@ def gradient(model, loss):
     model.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_each_step_reads_with_a_rotary_factor_of_its_own_up_to_stretch(model, batch):
+    cfg = config({"schedule": "fixed", "mean": 3.0}, stretch=2.0)
+    cfg.model.rope_context = model.cfg.rope_context = 4
+    results = [outcome(model, batch, cfg, seed) for seed in range(20)]
+    factors = [float(plan.rope_factor.unique()) for _, plan in results]
+    assert len(set(factors)) == 20 and 1 <= min(factors) < 1.2 and 1.8 < max(factors) <= 2
+    for (result, _), factor in list(zip(results, factors, strict=True))[:3]:
+        logits = stretched(model, factor)(batch.ids, n_loops=3)
+        expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=UNSCORED)
+        torch.testing.assert_close(result.loss, expected)
+    assert abs(float((results[0][0].loss - results[1][0].loss).detach())) > 1e-4  # else the factor was not used
 
 
 def test_final_loss_is_cross_entropy_of_the_models_own_logits(model, batch):
