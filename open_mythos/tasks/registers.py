@@ -1,13 +1,14 @@
 """What a register holds at the end of a short program in words."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.fields import choice, size
+from open_mythos.fields import choice, must, size
 from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.tasks.english import (
     ALL_KINDS,
@@ -22,6 +23,14 @@ from open_mythos.tasks.english import (
     numbers,
     sentence_of,
 )
+
+
+@cache
+def _programs(n: int, letters: int, split: str) -> Tensor:
+    """Every choice of ``n`` registers of so many, (choices, n), of which each may stand in a line with another."""
+    every = torch.combinations(_NUMBERS[:letters], n)
+    together = _TOGETHER[split][every[:, :, None], every[:, None, :]]
+    return every[together.any(2).all(1)]
 
 
 def _lines(*patterns: str) -> Patterns:
@@ -54,6 +63,7 @@ _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 _NUMBERS = torch.arange(len(REGISTERS))
 _APART = (_NUMBERS[:, None] - _NUMBERS).abs()
 _FOR_TEST = _APART % 3 == 1
+_TOGETHER = {"train": ~_FOR_TEST & (_APART > 0), "held_out": _FOR_TEST}  # which two may stand in one line
 
 
 class _Lines(NamedTuple):
@@ -93,24 +103,29 @@ class Registers(Task):
     written and patterns that do, and so all its lines, are never together in training.
 
     Attributes:
-        registers: of a program, from A on; with fewer than four, some would stand with no other.
+        registers: of a program; with fewer than four, some would stand with no other.
+        letters: how many there are, from A on, of which a program has any. Of a few pairs and patterns a model learns
+            each by itself, and fails on those that training did not have.
         lines: of a program, the most.
         modulus: what numbers are counted modulo.
         split: ``"train"`` or ``"held_out"``.
     """
 
     name = "registers"
-    version = 3
+    version = 4
     unit = "lines"
     has_steps = True
     vocab = VOCABULARY
     registers: int = size(5, minimum=4, maximum=len(REGISTERS))
+    letters: int = size(len(REGISTERS), minimum=4, maximum=len(REGISTERS))
     lines: int = size(32)
     modulus: int = size(7, minimum=5, maximum=len(NUMBERS))
     split: str = choice("train", "train", "held_out")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        few = f"registers={self.registers} of a program, of letters={self.letters}; use fewer registers or more letters"
+        must(self.registers <= self.letters, few)
         self.chance = 1 / self.modulus
         self.most = self.lines
         self._size = 1.0
@@ -134,11 +149,14 @@ class Registers(Task):
         conditional = (torch.arange(difficulty) % _EVERY == _EVERY - 1) & (self._size >= ALL_KINDS)
         kind = kind.masked_fill(conditional & (torch.rand(n, difficulty, generator=generator) < _CONDITIONS), _IF)
         plain = (torch.rand(n, difficulty, generator=generator) < _PLAIN) & (kind < _SWAP)
-        to = torch.randint(0, self.registers, (n, difficulty), generator=generator)
-        together = _FOR_TEST if test else ~_FOR_TEST & (_APART > 0)
-        may = together[: self.registers, : self.registers][to].flatten(0, 1).float()
-        other = torch.multinomial(may, 1, generator=generator).view(n, difficulty)
-        first = torch.rand(n, self.registers, generator=generator).argsort(1)  # in any order, each is set to a number
+        programs = _programs(self.registers, self.letters, self.split)
+        register = programs[torch.randint(0, len(programs), (n,), generator=generator)]
+        to = register.gather(1, torch.randint(0, self.registers, (n, difficulty), generator=generator))
+        may = _TOGETHER[self.split][to[..., None], register[:, None]]
+        other = torch.multinomial(may.flatten(0, 1).float(), 1, generator=generator).view(n, difficulty)
+        other = register.gather(1, other)
+        first = torch.rand(n, self.registers, generator=generator).argsort(1)
+        first = register.gather(1, first)  # in any order, each is set to a number
         kind, to, other = (
             torch.cat([start, then], 1) for start, then in ((first * 0, kind), (first, to), (first, other))
         )
@@ -147,7 +165,7 @@ class Registers(Task):
         number = torch.randint(0, top, kind.shape, generator=generator)
         limit = torch.randint(1, max(top - 2, 2), kind.shape, generator=generator)  # half of all numbers are more
         lines, value, depth = self._run(kind, plain, to, other, number, limit)
-        asked = torch.multinomial(depth**2 + 0.01, 1, generator=generator)
+        asked = torch.multinomial((depth**2 + 0.01) * (depth >= 0), 1, generator=generator)
         value, depth = value.gather(1, asked), depth.gather(1, asked)
         words = [_FIRST + to, torch.where(plain, _ZERO + number, _FIRST + other), _ZERO + limit, _ZERO + number]
         said = chosen(kind, [patterns.sentences(to, words, test, generator) for patterns in _KINDS])
@@ -162,11 +180,11 @@ class Registers(Task):
     def _run(
         self, kind: Tensor, plain: Tensor, to: Tensor, other: Tensor, number: Tensor, limit: Tensor
     ) -> tuple[_Lines, Tensor, Tensor]:
-        """What lines do, and what each register holds in the end and after how many, (n, R) each.
+        """What lines do, and what each register holds in the end and after how many, (n, 8) each.
 
         Changes, (n, L) each: lines that would read too much to plain ones that set, and number to what lines say.
         """
-        value = torch.zeros(len(kind), self.registers, dtype=torch.long)
+        value = torch.zeros(len(kind), len(REGISTERS), dtype=torch.long)
         depth, lines = torch.full_like(value, _NEVER), list[_Lines]()
         keeps = (kind == _SET) | (kind == _SWAP)
         for i in range(kind.shape[1]):

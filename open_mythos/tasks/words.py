@@ -46,7 +46,7 @@ class Words(Task):
     """
 
     name = "words"
-    version = 3
+    version = 4
     unit = "steps"
     has_steps = True
     vocab = VOCABULARY

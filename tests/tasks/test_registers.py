@@ -46,7 +46,7 @@ def executed(kind, words, holds, depth, modulus) -> str:
     ("difficulty", "options"),
     [
         (1, {}), (6, {"registers": 8}), (12, {"split": "held_out", "modulus": 23}), (24, {}),
-        (32, {"split": "held_out", "registers": 4}),
+        (6, {"letters": 5}), (32, {"split": "held_out", "registers": 4}),
     ],
 )  # fmt: skip
 def test_targets_and_steps_are_what_the_lines_do(difficulty, options):
@@ -84,7 +84,8 @@ def test_targets_and_steps_are_what_the_lines_do(difficulty, options):
                 if kind is SWAP:
                     tell(start + told.index("swap"), words[1], holds, depth[to] + 1)
             start = end + 1
-        assert set(holds) == set(REGISTERS[: task.registers]) and len(ends) == task.registers + difficulty + 1
+        assert set(holds) <= set(REGISTERS) and len(holds) == task.registers
+        assert len(ends) == task.registers + difficulty + 1
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
 
 

@@ -80,9 +80,9 @@ IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "registers",
         {"registers": 4},
         3,
-        "set C to 5 . set B to 6 . let D have 4 . let A have 5 . now A and C swap . put D minus 4 in D . "
-        "increase C by A . D is what ?",
-        "0",
+        "write 6 to H . set C to 4 . set A to 5 . put 4 in D . H and C swap values . take 5 from D . add C to A . "
+        "A is what ?",
+        "4",
     ),
 ]
 WORDS = [name for name, *_ in IN_WORDS]
@@ -115,7 +115,7 @@ def test_the_first_problem_in_words_is_what_it_was(
     batch = task.batch(1, difficulty, seeded())
     assert task.render(batch.ids[0].tolist()) == problem
     assert task.render(batch.targets[batch.targets != UNSCORED].tolist()) == answers
-    assert task.version == {"assignments": 2, "relations": 2, "registers": 3}.get(name, 1)
+    assert task.version == {"assignments": 2, "relations": 2, "registers": 4}.get(name, 1)
 
 
 @pytest.mark.parametrize("name", WORDS)
