@@ -55,7 +55,6 @@ BARS = {
     "p_hop": [Bar(6, 16, 0.99), Bar(12, 32, 0.90)],
     "permutations": [Bar(24, 32, 0.95)],
     "addition": [Bar(20, 32, 0.95)],
-    "text": [],
 }
 WHAT = {
     "parity": "is the sum of the bits so far odd?",
@@ -135,8 +134,6 @@ def collect(recipe: str) -> dict[str, Any]:
             runs[kind].append(run)
     found = {kind: [load_evaluation(run) for run in of] for kind, of in runs.items()}
     result: dict[str, Any] = {"minutes": {kind: [minutes(run) for run in of] for kind, of in runs.items()}}
-    if recipe == "text":
-        return result | {"bits_per_byte": found}
     looped = found["looped"]
     result["grids"] = [one.grids[0].to_dict() for one in looped]
     result["bars"] = [
@@ -212,8 +209,6 @@ def markdown(results: dict[str, Any]) -> str:
         f"{BEYOND} times as many; and the largest drop of accuracy from any depth to a deeper one, at any difficulty.",
         "", *deeper_table(results),
     ]  # fmt: skip
-    if "text" in results:
-        lines += ["", "## Text", "", *text_table(results["text"]["bits_per_byte"])]
     return "\n".join(lines)
 
 
@@ -264,18 +259,6 @@ def deeper_table(results: dict[str, Any]) -> list[str]:
                f"accuracy at {BEYOND} times as many loops (worst seed)", "accuracy lost (worst seed)",
                "largest drop at any difficulty and depth")  # fmt: skip
     return table(columns, rows)
-
-
-def text_table(curves: dict[str, Any]) -> list[str]:
-    loops = list(curves["looped"][0])
-    rows = [["looped", *(f"{mean(curve[n] for curve in curves['looped']):.4f}" for n in loops)]]
-    for kind, name in (
-        ("single", "no loop, same parameters"),
-        ("unrolled", "no loop, 8 untied blocks"),
-    ):
-        for n, bits in (curves[kind][0] if curves[kind] else {}).items():
-            rows.append([name, *(f"{bits:.4f}" if int(n) == int(at_loops) else "" for at_loops in loops)])
-    return table(("held-out bits per byte", *(f"{n} loop{'s' * (int(n) > 1)}" for n in loops)), rows)
 
 
 def main() -> None:

@@ -54,9 +54,9 @@ RECIPES = (
         f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512),
         "batch_size=128 accumulate=2 precision=bf16 steps=5000",
     )),
-    Recipe("deep", "The same, with gradient through all of its loops, which are computed again in the backward pass.", (
+    Recipe("deep", "Sixteen loops, which are computed again in the backward pass.", (
         f"model.dim=256 {EXPERTS} model.expert_dim=256", context(512),
-        "loops.gradient=all loops.mean=16 loops.maximum=32 checkpoint_loops=true",
+        "loops.mean=16 loops.maximum=16 checkpoint_loops=true",
         "batch_size=256 precision=bf16 steps=5000",
     )),
     Recipe("long", "A context of 4096 tokens.", (

@@ -143,8 +143,8 @@ Measure it again with `mythos eval {name}`.
 ## How it was made
 
 `mythos train {cfg.recipe} seed={cfg.seed}`: {cfg.steps} steps of {cfg.batch_size} windows of {figures["length"]} bytes;
-all settings are in `training.json`. The seed was chosen before training; `benchmarks/results/reasoners.json` has three
-seeds and both baselines. How it decodes is in `benchmarks/results/decoding.json`.
+all settings are in `training.json`. The seed was chosen before training; three seeds of the recipe, beside models
+without a loop, are in `docs/language.md`. How it decodes is in `benchmarks/results/decoding.json`.
 
 ## Limits
 
