@@ -166,6 +166,7 @@ def test_programs_grow_with_their_size():
 @pytest.mark.parametrize(("options", "message"), [
     ({"registers": 3}, "registers=3 is too small; use an int of at least 4 and at most 8"),
     ({"registers": 9}, "registers=9 is too large"),
+    ({"registers": 6, "letters": 5}, "registers=6 of a program, of letters=5; use fewer registers or more letters"),
     ({"modulus": 24}, "modulus=24 is too large"),
     ({"lines": 0}, "lines=0 is too small"),
     ({"split": "test"}, "split='test'"),

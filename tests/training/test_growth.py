@@ -36,6 +36,13 @@ def test_the_smallest_problems_have_the_fewest_sentences_and_two_loops():
     assert [Growth(size).loops(later).maximum for size in (0.0, 0.2, 0.5, 0.8)] == [2, 3, 5, 8]
 
 
+def test_text_has_no_answers_to_grow_by():
+    with pytest.raises(
+        ValueError, match=r"task\.growth=0\.5 follows the share of answers that are right, and text has"
+    ):
+        configured("text", ["task.growth=0.5"])
+
+
 def test_loops_to_spare_are_few_until_problems_are_of_full_size():
     cfg = LoopConfig("by_steps", maximum=13, spare=6)
     small, grown = Growth(0.9).loops(cfg), Growth(1.0).loops(cfg)
