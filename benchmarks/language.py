@@ -5,9 +5,9 @@
 
 Both parts train on the sources of Python's standard library, as the recipe `text` does. The first is `mythos compare`
 of a model that is asked after its last loop alone, and whose state keeps more of the one before: how much of the gap
-between one pass and unrolled loops it closes.
-The second is the recipe itself, which is asked after every loop, and so is right at one loop too. Runs are kept in
-runs/language; those that have ended are not run again. About two hours on two cores, each run with one thread.
+between one pass and unrolled loops it closes. The second is the recipe itself, which is asked after every loop, and so
+is right at one loop too. Runs are kept in runs/language; those that have ended are not run again. About four hours, as
+one run after the other has one thread.
 """
 
 import argparse

@@ -189,7 +189,8 @@ class OpenMythos(Generates):
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = mask.without_padding(x)
-        rope = self._rope if rope_factor is None else replace(self.cfg, rope_factor=rope_factor).rope
+        rope_dim, theta, factor, context = self._rope
+        rope = rope_dim, theta, factor if rope_factor is None else rope_factor, context
         ctx = replace(Context.of(positions, rope, mask, cache, self.recurrent.is_compiled), keys=keys)
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, cache_key=Slot("prelude", layer))

@@ -155,8 +155,8 @@ class Registers(Task):
         may = _TOGETHER[self.split][to[..., None], register[:, None]]
         other = torch.multinomial(may.flatten(0, 1).float(), 1, generator=generator).view(n, difficulty)
         other = register.gather(1, other)
-        first = torch.rand(n, self.registers, generator=generator).argsort(1)
-        first = register.gather(1, first)  # in any order, each is set to a number
+        in_any_order = torch.rand(n, self.registers, generator=generator).argsort(1)
+        first = register.gather(1, in_any_order)  # each is set to a number
         kind, to, other = (
             torch.cat([start, then], 1) for start, then in ((first * 0, kind), (first, to), (first, other))
         )

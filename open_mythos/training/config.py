@@ -164,8 +164,8 @@ class TrainConfig(Checked):
     kind: str = choice("looped", "looped", *ONE_PASS, *UNTIED)
     # a model whose weights are trained further, as `mythos eval` finds it; `model` is then its config. "": new weights
     start: str = text("")
-    # rope_factor of the model that is saved, to read prompts so many times longer than model.rope_context, as long as
-    # those of training: each step reads its own with a factor drawn between 1 and this
+    # rope_factor of the model that is saved, to read prompts so many times longer than those of training, which have
+    # model.rope_context tokens; each training step has a factor of its own, drawn from 1 to this
     stretch: float = real(1.0, 1.0)
     steps: int = size(1000, maximum=10**9)
     batch_size: int = size(64)  # sequences of one optimizer step; of a task made of several, of each of them

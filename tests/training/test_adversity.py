@@ -203,7 +203,7 @@ def test_a_config_that_was_cut_short_does_not_keep_a_run_from_going_on(tmp_path:
 @pytest.mark.timeout(3600 if LONG else 420)
 def test_killed_at_random_moments_all_ends_as_it_does_alone(tmp_path: Path) -> None:
     """``OPEN_MYTHOS_LONG=1``: at 300."""
-    script, moments = Path(__file__).with_name("killing.py"), "300" if LONG else "20"
+    script, moments = Path(__file__).with_name("killing.py"), "300" if LONG else "30"
     done = subprocess.run([sys.executable, script, tmp_path, moments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     print(done.stdout)

@@ -241,8 +241,12 @@ def test_a_run_that_is_not_finite_ends_with_its_metrics_written(
 
 
 def test_a_saved_model_reads_longer_prompts_if_it_is_stretched(tmp_path: Path) -> None:
-    cfg = tiny_run("stretch=2", "model.rope_context=4")
-    assert OpenMythos.from_pretrained(fit(cfg, tmp_path)).cfg.rope_factor == 2
+    plain, stretched = (
+        fit(tiny_run(f"stretch={factor}", "model.rope_context=4"), tmp_path / factor) for factor in "12"
+    )
+    a, b = OpenMythos.from_pretrained(plain), OpenMythos.from_pretrained(stretched)
+    assert (a.cfg.rope_factor, b.cfg.rope_factor) == (1.0, 2.0)
+    assert not torch.equal(a.embed.weight, b.embed.weight), "training was not stretched"
     with pytest.raises(
         ValueError, match=r"stretch=2 sets model\.rope_factor after training, and it is 3; use 1 for it"
     ):

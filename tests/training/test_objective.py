@@ -56,9 +56,8 @@ def gradient(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_each_step_reads_with_a_rotary_factor_of_its_own_up_to_stretch(model, batch):
-    cfg = config({"schedule": "fixed", "mean": 3.0}, stretch=2.0)
-    cfg.model.rope_context = model.cfg.rope_context = 4
+def test_each_step_reads_with_a_rotary_factor_of_its_own_up_to_stretch(batch):
+    cfg, model = config({"schedule": "fixed", "mean": 3.0}, stretch=2.0), tiny_model("gqa", rope_context=4).train()
     results = [outcome(model, batch, cfg, seed) for seed in range(20)]
     factors = [float(plan.rope_factor.unique()) for _, plan in results]
     assert len(set(factors)) == 20 and 1 <= min(factors) < 1.2 and 1.8 < max(factors) <= 2

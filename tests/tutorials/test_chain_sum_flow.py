@@ -10,7 +10,7 @@ import pytest
 matplotlib.use("Agg")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_notebook_runs_to_its_last_cell(seed, tmp_path):
     # -- imports and seeds
     import math
