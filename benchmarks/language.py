@@ -13,7 +13,6 @@ one run after the other has one thread.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from pages import table, write
 
+from open_mythos.diagnostics.machine import describe
 from open_mythos.training import compare
 from open_mythos.training.fit import load_evaluation
 
@@ -97,10 +97,7 @@ def main() -> None:
     )  # fmt: skip
     compared = compare.load(RUNS / "compare" / compare.RESULTS)
     results = {"compare": compared, "any_depth": any_depth(options.steps, options.seeds)}
-    conditions = {
-        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1, "steps": options.steps,
-    }  # fmt: skip
+    conditions = describe(torch.device("cpu")) | {"threads": 1, "steps": options.steps}
     options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
     write(PAGE, markdown(results))
     print(markdown(results))
