@@ -73,6 +73,8 @@ class MythosConfig(Checked):
     # initial A and B of the injection (Parcae, 2604.12946)
     injection_decay: float = real(0.7, 0.0, 1.0, low_open=True, high_open=True)
     injection_gain: float = real(0.7, 0.0)
+    # width of the adapter that makes what loops have changed readable to pretrained layers; 0: none
+    bridge_dim: int = size(0, minimum=0)
     # RMSNorm on the encoded input, which the loops read; False: what the prelude leaves is read as it is
     input_norm: bool = flag(True)
     # RMSNorm on the state after every loop (2604.15259)
@@ -161,6 +163,10 @@ class MythosConfig(Checked):
             self.state_noise == 0 and self.state_init != "noise",
             f"state_noise={self.state_noise:g} and state_init={self.state_init!r}, but recurrence='mixture' has no "
             f"noise on its states; use 0, and 'input' or 'zero'",
+        )
+        must(
+            self.bridge_dim == 0,
+            f"bridge_dim={self.bridge_dim}, but the loops of recurrence='mixture' do not read through a bridge; use 0",
         )
 
     # -- files

@@ -371,7 +371,7 @@ class PlainMythos(UnrolledMythos):
 
     def __init__(self, cfg: MythosConfig) -> None:
         plain = replace(cfg, state_init="input", input_norm=False, state_norm=False, lora_rank=0, loop_index_dim=0)
-        super().__init__(replace(plain, state_noise=0.0))
+        super().__init__(replace(plain, state_noise=0.0, bridge_dim=0))
         self.recurrent = UntiedBlocks(self.cfg, PlainBlock)
 
 

@@ -16,7 +16,7 @@ from open_mythos.nn.attention import GQAttention, MLAttention, ShortConv
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.feed_forward import Expert, MoEFFN
 from open_mythos.nn.halting import ACTHalting
-from open_mythos.nn.injection import LoRAAdapter
+from open_mythos.nn.injection import Bridge, LoRAAdapter
 from open_mythos.nn.linear import Linear, RMSNorm
 from open_mythos.ops import reference
 
@@ -94,7 +94,7 @@ def _loops(model: OpenMythos, h: Tensor, e: Tensor, where: Positions, n_loops: i
     mass = torch.zeros(running.shape)
     rows: list[Rows | None] = [None for _ in recurrent.layers]
     for loop in range(n_loops):
-        u = recurrent.injection.get_A() * h + recurrent.injection.B * e
+        u = recurrent.injection.get_A() * h + recurrent.injection.B * e + _bridge(recurrent.bridge, h - e)
         u = torch.where(where.real_BT[..., None], u + _loop_code(loop, cfg.loop_index_dim, cfg.dim), u)
         for layer, block in enumerate(recurrent.layers):
             u, rows[layer] = _block(block, u, where, running, rows[layer])
@@ -233,6 +233,10 @@ def _lora(lora: LoRAAdapter | None, x: Tensor, loop: int) -> Tensor:
         return torch.zeros_like(x)
     row = max(0, min(loop, int(lora.trained_loops) - 1, len(lora.scale.weight) - 1))
     return (_linear(lora.down, x) * lora.scale.weight[row]) @ lora.B.T
+
+
+def _bridge(bridge: Bridge | None, changed: Tensor) -> Tensor:
+    return torch.zeros_like(changed) if bridge is None else _expert(bridge.ffn, _norm(bridge.norm, changed))
 
 
 def _loop_code(loop: int, n_channels: int, dim: int) -> Tensor:

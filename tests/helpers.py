@@ -86,6 +86,8 @@ def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0
         for layer in model.recurrent.layers:
             if isinstance(layer.ffn, MoEFFN):
                 layer.ffn.router_bias.normal_(std=0.1)
+        if model.recurrent.bridge is not None:
+            model.recurrent.bridge.ffn.down.weight.normal_(std=0.02)
         if model.recurrent.lora is not None:
             model.recurrent.lora.B.normal_(std=0.1)
             model.recurrent.lora.scale.weight.normal_()

@@ -90,6 +90,7 @@ def test_thresholds_outside_0_1_are_refused(threshold):
     (dict(n_experts=4, n_experts_per_tok=5), r"n_experts_per_tok=5 .*n_experts=4.*1 to 4"),
     (dict(recurrence="mixture"), "warm_start=True .*warm_start=False"),
     (dict(recurrence="mixture", warm_start=False, state_noise=0.1), "state_noise=0.1 .*no noise"),
+    (dict(recurrence="mixture", warm_start=False, bridge_dim=8), "bridge_dim=8, but .*do not read"),
     (dict(recurrence="mixture", warm_start=False, state_init="noise"), "state_init='noise'.*'input' or 'zero'"),
     (dict(dim=32, n_heads=4, n_kv_heads=2, attn_type="gqa", loop_index_dim=34), r"loop_index_dim=34 .*dim=32"),
 ], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
@@ -134,7 +135,7 @@ def configs(draw):
     values |= dict(n_experts_per_tok=draw(st.integers(1, n_experts)), qk_rope_head_dim=2 * draw(st.integers(1, 50)))
     values |= dict(loop_index_dim=draw(st.integers(0, dim)))
     if values["recurrence"] == "mixture":
-        values |= dict(warm_start=False, state_noise=0.0, state_init="input")
+        values |= dict(warm_start=False, state_noise=0.0, state_init="input", bridge_dim=0)
     return MythosConfig(**values)
 
 

@@ -37,7 +37,7 @@ VARIATIONS = [
     dict(n_heads=4, n_kv_heads=1, act_threshold=0.5),
     dict(input_norm=False),
     dict(core_layers=2, norm_eps=1e-3),
-    dict(core_layers=3, n_experts=0, dense_dim=29, tied_head=False),
+    dict(core_layers=3, n_experts=0, dense_dim=29, tied_head=False, bridge_dim=12),
     dict(rope_factor=8.0, rope_context=12, rope_theta=50.0),
 ]
 

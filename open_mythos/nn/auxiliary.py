@@ -82,9 +82,12 @@ def _(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
 def balance(model: nn.Module | Loops) -> None:
     """Move each router's bias by ``cfg.router_bias_rate`` towards the mean load, and start a new count.
 
-    Of several processes all have to call it: they balance the load of all.
+    Frozen experts, as under adapters, keep their router as it is: no adapter's file could hold what moved. Of several
+    processes all have to call it: they balance the load of all.
     """
     for ffn in experts(model):
+        if not ffn.gate_up.requires_grad:
+            continue
         load = ffn.expert_load.float()
         if _has_peers():
             dist.all_reduce(load)
@@ -230,8 +233,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not _updated(optimizer, core):
             continue
         if pending.is_counted:
-            # Frozen experts, as under adapters, keep their router as it is: no adapter's file could hold what moved.
-            balance(nn.ModuleList(ffn for ffn in experts(core) if ffn.gate_up.requires_grad))
+            balance(core)
             pending.is_counted = False
         if not pending.n_runs or _updated(optimizer, core.act):
             del _pending[core]

@@ -1,11 +1,12 @@
-"""How a loop reads the encoded input: linear injection, and depth-wise LoRA."""
+"""What a loop reads: linear injection, a bridge for pretrained layers, and depth-wise LoRA."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import WEIGHT_STD, Linear, call
+from open_mythos.nn.feed_forward import Expert
+from open_mythos.nn.linear import WEIGHT_STD, Linear, RMSNorm, call
 
 MARGIN = 2.0**-7
 """What A keeps from 0 and 1; exact in bfloat16 and float16, so A stays inside (0, 1) there too."""
@@ -56,6 +57,32 @@ class LTIInjection(nn.Module):
             return decay, injected
         out = torch.addcmul(injected, decay, h)
         return out if transformer_out is None else out + transformer_out
+
+
+class Bridge(nn.Module):
+    """``SwiGLU(RMSNorm(h - e))``, added to what a loop reads: an adapter for pretrained layers that are looped.
+
+    Such layers read what the prelude leaves, e, and not what they leave themselves; the bridge turns what the loops
+    have changed into something that they can read. There are no biases, so it adds nothing where nothing has been
+    changed: in the first loop of ``state_init="input"``, and so in a model at one loop, whatever its weights. Its
+    ``down`` starts at zero, so that a new one adds nothing in any loop.
+
+    Args:
+        dim: model width.
+        bridge_dim: hidden width.
+        eps: of the norm.
+        std: see :class:`Linear`.
+    """
+
+    def __init__(self, dim: int, bridge_dim: int, eps: float = 1e-6, std: float = WEIGHT_STD) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, eps)
+        self.ffn = Expert(dim, bridge_dim, std=std)
+        nn.init.zeros_(self.ffn.down.weight)
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """State and encoded input, (..., dim) each -> (..., dim)."""
+        return self.ffn(self.norm(h - e))
 
 
 class LoRAAdapter(nn.Module):

@@ -18,7 +18,7 @@ from open_mythos.nn.auxiliary import training_states
 from open_mythos.nn.block import CoreBlocks, TransformerBlock
 from open_mythos.nn.exits import Carried, Exit, Gate, LoopState
 from open_mythos.nn.halting import OWN_GATE, ACTHalting
-from open_mythos.nn.injection import LoRAAdapter, LTIInjection
+from open_mythos.nn.injection import Bridge, LoRAAdapter, LTIInjection
 from open_mythos.nn.linear import RMSNorm
 from open_mythos.nn.modes import is_evaluating
 from open_mythos.nn.schedule import Schedule, Stage, put, take
@@ -54,7 +54,8 @@ class LoopInput(NamedTuple):
 
 
 class LoopBlock(nn.Module):
-    """What one loop computes: ``norm(A h + B e + Transformer(A h + B e))``.
+    """What one loop computes: ``norm(u + Transformer(u))`` of ``u = A h + B e``, and with ``cfg.bridge_dim`` of that
+    and what a :class:`Bridge` makes of h - e.
 
     ``Transformer`` is what the block's attention and feed-forward, or those of ``cfg.core_layers`` blocks one after the
     other, add to their residual stream.
@@ -68,6 +69,7 @@ class LoopBlock(nn.Module):
         self.cfg = cfg
         self.block = TransformerBlock(cfg, use_moe=True) if cfg.core_layers == 1 else CoreBlocks(cfg)
         self.injection = LTIInjection(cfg.dim, cfg.injection_decay, cfg.injection_gain)
+        self.bridge = Bridge(cfg.dim, cfg.bridge_dim, cfg.norm_eps, cfg.weight_std) if cfg.bridge_dim else None
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters, cfg.weight_std) if cfg.lora_rank else None
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.state_norm else nn.Identity()
 
@@ -89,7 +91,10 @@ class LoopBlock(nn.Module):
         """
         e = e if isinstance(e, LoopInput) else self.prepare(e)
         assert e.injected is not None and e.decay is not None
-        u = self._with_loop_index(torch.addcmul(e.injected, e.decay, h), loop, ctx)
+        u = torch.addcmul(e.injected, e.decay, h)
+        if self.bridge is not None:
+            u = u + self.bridge(h, e.e)
+        u = self._with_loop_index(u, loop, ctx)
         u = self.block(u, ctx, cache_key=step_slot(loop, ctx))
         if self.lora is not None:
             u = u + self.lora(e.e, loop, (e.low_rank, e.scales))

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.fields import choice, must, size
-from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.tasks.english import (
     ID,
     NAMES,
     THINGS,
-    VOCABULARY,
+    InWords,
     Patterns,
     chosen,
     joined,
@@ -34,7 +34,7 @@ _ALONE = 0.2  # share of the people off the asked chains who have a thing of the
 
 
 @dataclass
-class Assignments(Task):
+class Assignments(InWords):
     """Sentences in any order, of which each says what one person has: a thing, or what another one has; then questions.
 
     ``Ana has what Ben has . Ben keeps a key . Cora likes Ana . what does Ana have ?`` is a problem of two hops. The
@@ -57,7 +57,6 @@ class Assignments(Task):
     version = 2
     unit = "hops"
     has_steps = True
-    vocab = VOCABULARY
     chance = 1 / len(THINGS)
     sentences: int = size(32)
     min_sentences: int = size(6, minimum=_OTHERS + 1)
@@ -76,7 +75,7 @@ class Assignments(Task):
 
     def length(self, difficulty: int) -> int:
         longest = max(patterns.codes.shape[1] for patterns in (COPIES, HAS, KNOWS))
-        return self.sentences * longest + self.questions * ASKS.codes.shape[1]
+        return self.tokens(self.sentences * longest + self.questions * ASKS.codes.shape[1])
 
     def batch(self, n: int, difficulty: int, generator: torch.Generator | None = None) -> Batch:
         test = self.split != "train"
@@ -107,7 +106,7 @@ class Assignments(Task):
         people = name.gather(1, asked)
         ids, valid, ends = joined([facts, ASKS.sentences(people, [_FIRST_NAME + people], test, generator)])
         known = self._known(source, name, thing, asked, difficulty).masked_fill(~counts[..., None], UNSCORED)
-        return problems(ids, valid, ends[:, total:], known, asked.shape[1])
+        return self.told(problems(ids, valid, ends[:, total:], known, asked.shape[1]))
 
     def _chains(self, n: int, people: int, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """From whom each of ``people`` has what they have, (n, people), -1: it is theirs; and how many hops it takes.

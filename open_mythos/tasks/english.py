@@ -2,14 +2,16 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.fields import must, nearest
-from open_mythos.tasks.base import UNSCORED, Batch
+from open_mythos.fields import must, nearest, text
+from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.tasks.spelling import Spelling, spelling
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -44,6 +46,43 @@ CHAINS = 0.32
 VOCABULARY = (PAD, END, *_WORDS, *NUMBERS, *RELATIONS, *REGISTERS, *THINGS, *NAMES)
 """Words of all tasks in words, so that one model can learn them together; a word is a token."""
 ID = {word: i for i, word in enumerate(VOCABULARY)}
+_ANSWERS = (*NUMBERS[:10], *RELATIONS, *REGISTERS, *THINGS, *NAMES, "so", "not")
+
+
+@dataclass
+class InWords(Task):
+    """What the tasks in words have in common: a word is a token, or what a pretrained model spells it with.
+
+    Attributes:
+        tokenizer: a folder with the ``tokenizer.json`` of a pretrained model, whose tokens problems are made of, as in
+            ``start=`` of a run; "": a word is a token.
+    """
+
+    tokenizer: str = text("")
+
+    @property
+    def spelling(self) -> Spelling | None:
+        """How the model's tokens spell words; None where a word is a token."""
+        return spelling(self.tokenizer, VOCABULARY, _ANSWERS) if self.tokenizer else None
+
+    @property
+    def vocab(self) -> Sequence[str]:  # type: ignore[override]
+        spelled = self.spelling
+        return VOCABULARY if spelled is None else spelled.vocab
+
+    def told(self, batch: Batch) -> Batch:
+        """Problems of words, in tokens."""
+        spelled = self.spelling
+        return batch if spelled is None else spelled(batch)
+
+    def tokens(self, n_words: int) -> int:
+        """The most tokens of so many words."""
+        spelled = self.spelling
+        return n_words if spelled is None else n_words * spelled.pieces.shape[2]
+
+    def render(self, ids: Sequence[int]) -> str:
+        spelled = self.spelling
+        return super().render(ids) if spelled is None else spelled.tokenizer.decode([i for i in ids if i])
 
 
 def encode(text: str) -> list[int]:

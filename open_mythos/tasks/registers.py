@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.fields import choice, must, size
-from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.tasks.english import (
     ALL_KINDS,
     CHAINS,
     ID,
     NUMBERS,
     REGISTERS,
-    VOCABULARY,
+    InWords,
     Patterns,
     chosen,
     joined,
@@ -85,7 +85,7 @@ class _Lines(NamedTuple):
 
 
 @dataclass
-class Registers(Task):
+class Registers(InWords):
     """Lines that set, add, subtract or swap registers, or add if another one holds enough; all modulo ``modulus``.
 
     ``set A to 3 . set C to 0 . set D to 1 . set B to 5 . add C to A . D and A swap . what is D ?`` is a problem of two
@@ -115,7 +115,6 @@ class Registers(Task):
     version = 4
     unit = "lines"
     has_steps = True
-    vocab = VOCABULARY
     registers: int = size(5, minimum=4, maximum=len(REGISTERS))
     letters: int = size(len(REGISTERS), minimum=4, maximum=len(REGISTERS))
     lines: int = size(32)
@@ -137,7 +136,7 @@ class Registers(Task):
         return task
 
     def length(self, difficulty: int) -> int:
-        return self.registers * SET.codes.shape[1] + difficulty * _LONGEST + ASKS.codes.shape[1]
+        return self.tokens(self.registers * SET.codes.shape[1] + difficulty * _LONGEST + ASKS.codes.shape[1])
 
     def n_steps(self, difficulty: int) -> int:
         return difficulty + difficulty // _EVERY + 3
@@ -175,7 +174,7 @@ class Registers(Task):
         question = _Lines(*(torch.stack([of, of], 2) for of in told_of))
         told = _Lines(*(torch.cat(both, 1) for both in zip(lines, question, strict=True)))
         targets = torch.full_like(ids, UNSCORED).scatter_(1, ends[:, -1:], _ZERO + value)
-        return Batch(ids, targets, valid, _steps(ids, ends, told, self.n_steps(difficulty)))
+        return self.told(Batch(ids, targets, valid, _steps(ids, ends, told, self.n_steps(difficulty))))
 
     def _run(
         self, kind: Tensor, plain: Tensor, to: Tensor, other: Tensor, number: Tensor, limit: Tensor

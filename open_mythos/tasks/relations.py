@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from open_mythos.fields import choice, must, size
-from open_mythos.tasks.base import Batch, Task
+from open_mythos.tasks.base import Batch
 from open_mythos.tasks.english import (
     ID,
     NAMES,
     RELATIONS,
-    VOCABULARY,
+    InWords,
     Patterns,
     from_loop,
     joined,
@@ -39,7 +39,7 @@ _PARTNERS = 2  # whom each person of a prompt may stand with in a sentence, at l
 
 
 @dataclass
-class Relations(Task):
+class Relations(InWords):
     """Facts such as ``the boss of Ana is Ben .``, in any order, and questions such as ``who is Ana 's boss 's cook ?``
 
     That one has two hops, the difficulty. Each person has several relations and each relation is one of many people,
@@ -74,7 +74,6 @@ class Relations(Task):
     version = 2
     unit = "hops"
     has_steps = True
-    vocab = VOCABULARY
     facts: str = choice("prompt", "prompt", "weights")
     relations: int = size(3, minimum=2, maximum=len(RELATIONS))
     sentences: int = size(30)
@@ -105,7 +104,8 @@ class Relations(Task):
 
     def length(self, difficulty: int) -> int:
         question = ASKS.codes.shape[1] + 2 * difficulty + 1
-        return question if self.facts == "weights" else self.sentences * _LONGEST + self.questions * question
+        has_facts = self.facts == "prompt"
+        return self.tokens(self.sentences * _LONGEST + self.questions * question if has_facts else question)
 
     def n_steps(self, difficulty: int) -> int:
         return 2 * difficulty + 1
@@ -153,7 +153,7 @@ class Relations(Task):
         if self.facts == "prompt":
             places = torch.cat([ends, places], 1)
             steps = torch.cat([known[..., None].expand(-1, -1, n_steps), steps], 1)
-        return problems(ids, valid, places, steps, n_questions)
+        return self.told(problems(ids, valid, places, steps, n_questions))
 
     @cached_property
     def _learned(self) -> tuple[Tensor, Tensor]:

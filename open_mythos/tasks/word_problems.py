@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.fields import choice, must, size
-from open_mythos.tasks.base import UNSCORED, Batch, Task
+from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.tasks.english import (
     ALL_KINDS,
     CHAINS,
     ID,
     NAMES,
     NUMBERS,
-    VOCABULARY,
+    InWords,
     Patterns,
     chosen,
     joined,
@@ -65,7 +65,7 @@ _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
 
 @dataclass
-class WordProblems(Task):
+class WordProblems(InWords):
     """What people have depends on what others have, in a random graph; numbers count modulo ``modulus``.
 
     ``Ana has 3 coins . Ben has 2 more coins than Ana . Cora has as many coins as Ana and Ben together . how many coins
@@ -93,7 +93,6 @@ class WordProblems(Task):
     name = "word_problems"
     unit = "operations"
     has_steps = True
-    vocab = VOCABULARY
     people: int = size(16)
     min_people: int = size(5, minimum=_CONSTANTS + _OTHERS + 1)
     modulus: int = size(7, minimum=5, maximum=len(NUMBERS))
@@ -117,7 +116,7 @@ class WordProblems(Task):
         return task
 
     def length(self, difficulty: int) -> int:
-        return self.people * _LONGEST + ASKS.codes.shape[1]
+        return self.tokens(self.people * _LONGEST + ASKS.codes.shape[1])
 
     def n_steps(self, difficulty: int) -> int:
         return difficulty + 3
@@ -149,7 +148,7 @@ class WordProblems(Task):
         ids, valid, ends = joined([facts, ASKS.sentences(person, [_FIRST_NAME + person], test, generator)])
         steps = _steps(ids, ends, torch.cat([order, asked], 1), name, value, depth, self.n_steps(difficulty))
         targets = torch.full_like(ids, UNSCORED).scatter_(1, ends[:, -1:], _ZERO + value.gather(1, asked))
-        return Batch(ids, targets, valid, steps)
+        return self.told(Batch(ids, targets, valid, steps))
 
     def _graph(self, n: int, people: int, operations: int, generator: torch.Generator | None) -> Tensor:
         """Whose numbers each one's is made of, (n, people, 2), -1 for nobody, who all come before.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from open_mythos.fields import choice, must, nearest, options
 from open_mythos.tasks.assignments import Assignments
 from open_mythos.tasks.base import UNSCORED, Batch, Share, Task, pad
-from open_mythos.tasks.english import END, ID, VOCABULARY
+from open_mythos.tasks.english import END, ID, InWords
 from open_mythos.tasks.registers import Registers
 from open_mythos.tasks.relations import Relations
 from open_mythos.tasks.word_problems import WordProblems
@@ -21,7 +21,7 @@ _SCALE = {"relations": 0.5, "registers": 2.0}  # of their difficulty to ours
 
 
 @dataclass
-class Words(Task):
+class Words(InWords):
     """Problems of :class:`Assignments`, :class:`WordProblems`, :class:`Relations` and :class:`Registers`.
 
     A batch has problems of all in turn, and a step of training a batch of each (:meth:`shares`): steps on one after the
@@ -49,7 +49,6 @@ class Words(Task):
     version = 4
     unit = "steps"
     has_steps = True
-    vocab = VOCABULARY
     weights: dict[str, float] = options()
     settings: dict[str, dict[str, Any]] = options()
     split: str = choice("train", "train", "held_out")
@@ -69,7 +68,7 @@ class Words(Task):
     def _part(self, name: str) -> Task:
         given = self.settings.get(name, {})
         must(isinstance(given, dict), f"settings: {name}={given!r} are no options; use a dictionary")
-        known = [field for field in _KINDS[name].__dataclass_fields__ if field != "split"]
+        known = [field for field in _KINDS[name].__dataclass_fields__ if field not in ("split", "tokenizer")]
         for option in given:
             must(option in known, f"settings: {name} has no option {option!r}; it has {', '.join(known)}")
         return _KINDS[name](**given, split=self.split)
@@ -89,7 +88,7 @@ class Words(Task):
         return [(part, sorted({self.level(part, each) for each in difficulties})) for part in self.parts]
 
     def length(self, difficulty: int) -> int:
-        return 1 + max(part.length(self.level(part, difficulty)) for part in self.parts)
+        return self.tokens(1 + max(part.length(self.level(part, difficulty)) for part in self.parts))
 
     def n_steps(self, difficulty: int) -> int:
         return max(part.n_steps(self.level(part, difficulty)) for part in self.parts)
@@ -104,7 +103,7 @@ class Words(Task):
         in_turn = [*self.parts[first:], *self.parts[:first]]
         rows = [(part, len(range(i, n, len(in_turn)))) for i, part in enumerate(in_turn)]
         batches = [part.batch(k, self.level(part, difficulty), generator) for part, k in rows if k]
-        return pad(batches if self.split != "train" else [_ended(batch) for batch in batches])
+        return self.told(pad(batches if self.split != "train" else [_ended(batch) for batch in batches]))
 
 
 def _ended(batch: Batch) -> Batch:

@@ -10,7 +10,7 @@ from open_mythos import tasks
 from open_mythos.checkpoint import without_storage
 from open_mythos.config import MythosConfig
 from open_mythos.diagnostics import flops_per_token
-from open_mythos.fields import must
+from open_mythos.fields import must, nearest
 from open_mythos.model import OpenMythos, PlainMythos, UnrolledMythos
 from open_mythos.models import load_model
 from open_mythos.nn.block import TransformerBlock
@@ -98,7 +98,7 @@ def stretched(model: OpenMythos, factor: float) -> OpenMythos:
 
 
 def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
-    """Give ``model`` the weights of ``cfg.start``.
+    """Give ``model`` the weights of ``cfg.start``; a bridge that this lacks stays new, which adds nothing.
 
     Raises:
         ValueError: if there is no such model, or it is of another shape, naming what differs.
@@ -109,13 +109,27 @@ def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
         f"start={cfg.start!r} has one block for all loops and kind={cfg.kind!r} {shapes}; leave it out",
     )
     start = load_model(cfg.start)
+    new = {} if start.cfg.bridge_dim else model.state_dict()
     try:
-        model.load_state_dict(start.state_dict())
+        model.load_state_dict({k: v for k, v in new.items() if ".bridge." in k} | start.state_dict())
     except RuntimeError as error:
         pairs = differences(start.cfg, cfg.model).items()
         changed = ", ".join(f"model.{key}={new!r} for {old!r}" for key, (old, new) in pairs)
         message = f"start={cfg.start!r} is not of the run's model ({changed}); leave out what changes it"
         raise ValueError(message) from error
+
+
+def train_only(model: OpenMythos, part: str) -> None:
+    """Leave gradients to the parameters of ``model`` with ``part`` in their dotted names; to all of them for "".
+
+    Raises:
+        ValueError: if there are none, naming the parts that there are.
+    """
+    named = dict(model.named_parameters())
+    parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in named)
+    must(any(part in name for name in named), f"optim.only={part!r} is in no parameter's name; {nearest(part, parts)}")
+    for name, parameter in named.items():
+        parameter.requires_grad_(part in name)
 
 
 def load_teacher(cfg: TrainConfig, device: torch.device) -> OpenMythos | None:

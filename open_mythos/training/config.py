@@ -94,6 +94,7 @@ class OptimConfig(Checked):
     """Optimizer, learning-rate schedule, weight averaging."""
 
     optimizer: str = choice("adamw", "adamw", "muon")  # muon: for matrices inside blocks; AdamW for the rest
+    only: str = text("")  # trained are parameters with this in their names, and others stay as they are; "": all
     lr: float = real(1e-3, 0.0, low_open=True)
     muon_lr: float = real(5e-3, 0.0, low_open=True)
     weight_decay: float = real(0.01, 0.0)  # matrices only; never norms, injection, router, halting

@@ -19,7 +19,7 @@ from open_mythos.fields import must
 from open_mythos.model import OpenMythos
 from open_mythos.models import copy_tokenizer
 from open_mythos.tasks import Task
-from open_mythos.tasks.english import VOCABULARY
+from open_mythos.tasks.english import VOCABULARY, InWords
 from open_mythos.tasks.text import Text
 from open_mythos.tasks.tokenizer import WordLevel
 from open_mythos.tasks.words import Words
@@ -341,8 +341,10 @@ def save_tokenizer(task: Task, directory: Path) -> None:
     """Write what a model of text or of words reads and writes with beside it."""
     if isinstance(task, Text):
         task.save_tokenizer(directory)
-    elif task.vocab is VOCABULARY:
-        WordLevel(VOCABULARY, ends=isinstance(task, Words)).save(directory)
+    elif isinstance(task, InWords):
+        spelled = task.spelling
+        words = WordLevel(VOCABULARY, ends=isinstance(task, Words)) if spelled is None else spelled.tokenizer
+        words.save(directory)
 
 
 def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:

@@ -1,6 +1,7 @@
 """Recipes: functions that return the config of a run that is known to work."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from open_mythos import tasks
@@ -184,6 +185,22 @@ def heal() -> TrainConfig:
     return cfg
 
 
+def bridge() -> TrainConfig:
+    """Train an adapter alone, of a model made by `mythos retrofit`, start=DIR, to use its loops on tasks in words.
+
+    Loop k is asked for what is known after k - 1 steps, and in the last third of the run for the answer alone.
+    """
+    cfg = _reasoner(
+        "assignments", range(1, 5), loops=8, steps=1000, lr=1e-3, batch_size=16,
+        options={"sentences": 12, "questions": 4}, evaluation=EvalConfig([1, 2, 4, 8], [1, 2, 3, 5, 7, 10, 14], 64),
+    )  # fmt: skip
+    cfg.loops = LoopConfig("by_steps", minimum=1, maximum=8, gradient="all")
+    cfg.loss.depth, cfg.loss.outcome, cfg.task.growth = "steps", 0.3, 0.9
+    cfg.optim.only, cfg.optim.warmup, cfg.optim.decay = "bridge", 50, 0.4
+    cfg.gate.steps, cfg.keep = 0, 1
+    return cfg
+
+
 def demo() -> TrainConfig:
     """What `mythos demo` trains: parity of 24 bits, by a model with experts, at up to 8 loops."""
     cfg = _reasoner(
@@ -211,7 +228,7 @@ def debug() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for function in (
     parity, prefix_sums, chain_sum, p_hop, addition, permutations, maze, mini_sudoku, assignments, word_problems,
-    relations, registers, words, reasoning_gym, text, heal, demo, debug,
+    relations, registers, words, reasoning_gym, text, heal, bridge, demo, debug,
 )}  # fmt: skip
 
 
@@ -234,7 +251,8 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
 
     The vocabulary size is the task's, unless overridden. For text, ``data=SOURCE`` (separate documents),
     ``tokenizer=KIND`` and ``length=TOKENS`` (of a row) are shorthands for keys of task and evaluation. With ``start``,
-    the model has the config of that checkpoint, and text its tokenizer if it has one. Paths become absolute.
+    the model has the config of that checkpoint, and text or problems in words are made of its tokens if it has a
+    tokenizer. Paths become absolute.
 
     Raises:
         ValueError: as :func:`recipe` and ``override``, and for invalid options of the task.
@@ -252,10 +270,12 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
     if "start" in given:
         directory = runs.model_dir(given["start"])
         cfg.model = MythosConfig.load(directory / CONFIG_FILE)
-        if cfg.task.name == Text.name and (directory / tokenizer.FILE).is_file():
+        if name == bridge.__name__:
+            cfg.model.bridge_dim = cfg.model.bridge_dim or _BRIDGE
+        if _reads_tokens(cfg.task, directory):
             cfg.task.options["tokenizer"] = str(directory)
-    elif name == heal.__name__:
-        raise ValueError("heal continues training a model; give start=DIR, where `mythos retrofit` wrote it")
+    elif name in (heal.__name__, bridge.__name__):
+        raise ValueError(f"{name} continues training a model; give start=DIR, where `mythos retrofit` wrote it")
     cfg = override(cfg, expanded)
     # absolute paths, so that the run can be resumed from any directory
     cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
@@ -266,12 +286,23 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
             options["source"] = mixture.joined(texts)
             if is_store(texts[0][0]):
                 options.setdefault("tokenizer", texts[0][0])
-        if "tokenizer" in options:
-            options["tokenizer"] = runs.everywhere(str(options["tokenizer"]))
+    if cfg.task.options.get("tokenizer"):
+        cfg.task.options["tokenizer"] = runs.everywhere(str(cfg.task.options["tokenizer"]))
     if not given.keys() & {"model.vocab_size", "start"}:
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
     return cfg
 
+
+def _reads_tokens(task: TaskConfig, directory: Path) -> bool:
+    """Whether the task is of text, or of words, and the model in ``directory`` has a tokenizer of its own for it."""
+    has_own = (directory / tokenizer.FILE).is_file()
+    if task.name == Text.name or not has_own:
+        return has_own
+    return hasattr(tasks.load(task.name), "spelling") and not isinstance(tokenizer.load(directory), tokenizer.WordLevel)
+
+
+_BRIDGE = 1536
+"""Hidden width of a new bridge: 2.7 million parameters beside the 135 million of SmolLM2."""
 
 _SHORTHANDS = {
     "data": ("task.options.source={}", "task.options.separate=true"),

@@ -106,6 +106,7 @@ class Trainer:
         self.model = baselines.build(cfg)
         if cfg.start:
             baselines.start_from(self.model, cfg)
+        baselines.train_only(self.model, cfg.optim.only)
         self.model.to(self.device).train()
         if cfg.compile:
             baselines.compile_blocks(self.model, cfg)

@@ -43,7 +43,7 @@ def test_greedy_tokens_are_those_of_each_prompt_alone(attn_type, exit, max_rows)
     dict(halting=True), dict(local_share=1.0), dict(local_share=1.0, conv_taps=0, local_window=1), dict(local_window=0),
     dict(prelude_layers=0, coda_layers=0), dict(prelude_layers=2, coda_layers=0), dict(state_init="zero"),
     dict(loop_index_dim=8), dict(loop_index_dim=8, lora_rank=0, state_norm=False),
-    dict(n_heads=6, n_kv_heads=3, dim=36), dict(core_layers=2), dict(core_layers=3, n_experts=0),
+    dict(n_heads=6, n_kv_heads=3, dim=36), dict(core_layers=2), dict(core_layers=3, n_experts=0, bridge_dim=12),
 ], ids=str)  # fmt: skip
 def test_every_part_of_a_model_on_and_off(attn_type, changes):
     model = model_of(attn_type, **changes)

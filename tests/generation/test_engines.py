@@ -20,7 +20,7 @@ KINDS = {
     "all heads local": dict(attn_type="gqa", local_share=1.0, n_shared_experts=0),
     "loop index and lora": dict(attn_type="mla", loop_index_dim=6, lora_rank=3, conv_taps=2),
     "stretched rotary": dict(attn_type="gqa", rope_factor=4.0, rope_context=20, rope_theta=100.0),
-    "no input norm": dict(attn_type="mla", input_norm=False),
+    "no input norm, a bridge": dict(attn_type="mla", input_norm=False, bridge_dim=12),
     "three dense blocks in the core": dict(
         attn_type="gqa", core_layers=3, n_experts=0, dense_dim=19, tied_head=False, norm_eps=1e-3
     ),

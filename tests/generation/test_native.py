@@ -272,6 +272,16 @@ def test_other_kinds_of_models_are_left_to_the_modules(changes):
 
 
 @needs_compiler
+def test_a_bridge_is_left_to_the_modules():
+    model = tiny_model(bridge_dim=12)
+    assert why_not(model, Depth(4), drafts=False) == "it knows no bridge, and the model has bridge_dim=12"
+    ids = tokens(1, 5)
+    assert torch.equal(
+        model.generate(ids, 6, 4, temperature=0), model.generate(ids, 6, 4, temperature=0, engine="modules")
+    )
+
+
+@needs_compiler
 def test_drafts_autocast_and_the_environment_are_reasons_as_well(monkeypatch):
     model = a_model()
     assert "drafts come several at once" in why_not(model, Depth(4), drafts=True)

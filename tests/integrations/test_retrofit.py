@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from open_mythos import KVCache, OpenMythos
 from open_mythos.cli import app
 from open_mythos.generation.native import build
+from open_mythos.tasks.english import VOCABULARY
 from open_mythos.training.fit import fit
 from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer
@@ -300,3 +301,50 @@ def test_a_real_model_is_itself_at_one_loop() -> None:
         looped = model(tokens, n_loops=2)
     said = [tokenizer.decode(answer[0, -1].argmax()) for answer in (logits, looped)]
     assert said[0] == said[1], "one more loop over the middle does not change so easy an answer"
+
+
+# -- an adapter alone is trained
+
+
+@pytest.fixture(scope="module")
+def bridged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is made of a Llama whose tokenizer has read the words of the tasks."""
+    directory = tmp_path_factory.mktemp("bridged")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    read = [f" {word} {word.capitalize()}." for word in VOCABULARY[2:] for _ in range(3)]
+    bpe.train_from_iterator(read, 898, special_tokens=["<|end|>"], show_progress=False)
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
+    original = llama(vocab_size=len(made), max_position_embeddings=512)
+    save(retrofit(original, Split(2, 2, 2)), made, directory)
+    return directory
+
+
+def test_training_a_bridge_leaves_one_loop_as_it_is(bridged: Path, tmp_path: Path) -> None:
+    cfg = configured("bridge", [
+        f"start={bridged}", "steps=40", "batch_size=8", "optim.warmup=2", "optim.lr=1e-2", "log_every=1",
+        "model.bridge_dim=40", "task.options.sentences=6", "task.options.questions=2", "task.max_difficulty=1",
+        "task.growth=0", "loops.schedule=fixed", "loops.mean=3", "loss.depth=final", "evaluation.difficulties=1",
+        "evaluation.loops=1,2", "evaluation.examples=4",
+    ])  # fmt: skip
+    assert cfg.task.options["tokenizer"] == str(bridged) and cfg.model.bridge_dim == 40
+    trained = OpenMythos.from_pretrained(fit(cfg, tmp_path / "run"))
+    before = OpenMythos.from_pretrained(bridged)
+    state, old = trained.state_dict(), before.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in old.items())
+    assert state.keys() - old.keys() == {name for name in state if ".bridge." in name} != set()
+    with torch.no_grad():
+        one, two = ([model(ids(), n) for model in (trained, before)] for n in (1, 2))
+    assert torch.equal(*one) and not torch.allclose(*two)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (sum(line["loss"] for line in part) for part in (lines[:5], lines[-5:]))
+    assert last < 0.95 * first, (first, last)
+
+
+def test_a_model_of_other_tokens_is_asked_in_these(bridged: Path) -> None:
+    with pytest.raises(ValueError, match="bridge continues training a model; give start=DIR"):
+        configured("bridge")
+    for recipe in ("bridge", "relations"):
+        cfg = configured(recipe, [f"start={bridged}"])
+        assert cfg.task.options["tokenizer"] == str(bridged)
+        assert cfg.model.bridge_dim == (1536 if recipe == "bridge" else 0)
+    assert "tokenizer" not in configured("relations", ["start=words-tiny"]).task.options

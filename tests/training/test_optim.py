@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 from helpers import tiny_model
+from tiny import tiny_run
 from torch import nn
 
 from open_mythos.training.config import OptimConfig
 from open_mythos.training.optim import EMA, NO_DECAY, Optimizer, decays, lr_factor
+from open_mythos.training.trainer import Trainer
 
 # -- groups
 
@@ -136,3 +138,18 @@ def test_without_decay_the_average_is_the_model() -> None:
             p.normal_()
     ema.update()
     assert all(torch.equal(ema.average[name], p) for name, p in model.named_parameters())
+
+
+def test_what_is_not_trained_stays_as_it_is() -> None:
+    trainer = Trainer(tiny_run("optim.only=lora", "optim.weight_decay=0.5"))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for _ in range(3):
+        trainer.step()
+    moved = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"recurrent.lora.B", "recurrent.lora.scale.weight"} <= moved
+    assert all(".lora." in name or name.endswith("expert_load") for name in moved), moved
+
+
+def test_a_part_that_no_parameter_has() -> None:
+    with pytest.raises(ValueError, match=r"optim.only='brige' is in no parameter's name; .*embed"):
+        Trainer(tiny_run("optim.only=brige"))

@@ -43,6 +43,8 @@ def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
             f"it knows recurrence='injected', router_score='sigmoid' and causal=True, and the model has "
             f"{cfg.recurrence!r}, {cfg.router_score!r} and {cfg.causal}"
         )
+    if cfg.bridge_dim:
+        return f"it knows no bridge, and the model has bridge_dim={cfg.bridge_dim}"
     if (why := why_not_fused(model)) is not None:
         return why
     hooked = model.recurrent._forward_hooks or model.recurrent._forward_pre_hooks

@@ -183,7 +183,8 @@ class Parallel:
     def _check_gradients(self, plans: list[Plan]) -> None:
         """An error where FSDP has lost a gradient: a parameter that took part, and has none."""
         for name, piece in self.pieces.items() if self.units else ():
-            if piece.parameter.grad is None and not all(_is_idle(name, self.cfg, plan) for plan in plans):
+            is_missing = piece.parameter.requires_grad and piece.parameter.grad is None
+            if is_missing and not all(_is_idle(name, self.cfg, plan) for plan in plans):
                 raise RuntimeError(f"{name} took part in the step and has no gradient: it was gathered outside of FSDP")
 
     def _add_up_gradients(self) -> None:
