@@ -90,6 +90,9 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
                 meter = Meter(**state["meter"])
             if isinstance(trainer.task, Text) and trainer.task.store is not None:
                 watch.log(trainer.task.described(cfg.task.max_difficulty))
+            if cfg.optim.warmup >= cfg.steps:
+                reached = f"the learning rate rises to {cfg.steps / cfg.optim.warmup:.0%} of optim.lr and no further"
+                watch.log(f"optim.warmup={cfg.optim.warmup} of steps={cfg.steps}: {reached}; lower optim.warmup")
             distributed.wait()  # all processes look for checkpoints before the first one writes
             if is_main:
                 (run / runs.EVALUATION).unlink(missing_ok=True)  # it may be of other difficulties

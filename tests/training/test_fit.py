@@ -266,3 +266,12 @@ def test_an_evaluation_of_other_settings_is_not_kept(tmp_path: Path, monkeypatch
     assert not (tmp_path / runs.EVALUATION).exists()
     fit(tiny_run("evaluation.difficulties=5"), tmp_path, resume="auto")
     assert Evaluation.load(tmp_path).grids[0].difficulties == [5]
+
+
+@pytest.mark.parametrize("warmup, says", [(2, False), (11, False), (12, True), (48, True)])
+def test_a_warmup_that_never_ends_is_told(tmp_path: Path, warmup: int, says: bool) -> None:
+    said: list[str] = []
+    fit(tiny_run(f"optim.warmup={warmup}"), tmp_path / "run", watch=quiet(said))
+    told = [line for line in said if "optim.warmup" in line]
+    assert bool(told) == says
+    assert not told or f"the learning rate rises to {12 / warmup:.0%} of optim.lr" in told[0]
