@@ -113,11 +113,12 @@ def task_of(checkpoint: Path) -> "tuple[Task, int] | None":
     """The task that the model was trained for, and its most difficulty in training; None if unknown, or text."""
     from open_mythos import tasks
     from open_mythos.models import TRAINING_FILE
-    from open_mythos.training.runs import training_config
+    from open_mythos.training.runs import held_out_options, training_config
 
     if not (checkpoint / TRAINING_FILE).is_file() or (cfg := training_config(checkpoint)).task.name == "text":
         return None
-    return tasks.load(cfg.task.name, **cfg.task.options).held_out(), cfg.task.max_difficulty
+    options = cfg.task.options | held_out_options(checkpoint, cfg)
+    return tasks.load(cfg.task.name, **options), cfg.task.max_difficulty
 
 
 def symbols(checkpoint: Path, ids: list[int]) -> list[str]:

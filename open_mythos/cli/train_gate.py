@@ -34,7 +34,7 @@ def train_gate(
     from open_mythos.training.gate import ROUNDS
     from open_mythos.training.gate import train_gate as run_training
     from open_mythos.training.owner import owned
-    from open_mythos.training.runs import training_config
+    from open_mythos.training.runs import own_tokens, training_config
     from open_mythos.training.stopping import Stop
 
     trained = training_config(checkpoint)
@@ -46,7 +46,7 @@ def train_gate(
     is_model = files.real(out) == files.real(model_dir(checkpoint))
     must(not is_model, f"--out {out} is the model itself, which is not overwritten; name another directory")
     may_replace_model(out, is_agreed=files.real(out) == files.real(beside))
-    task = tasks.load(cfg.task.name, **cfg.task.options)
+    task = tasks.load(cfg.task.name, **cfg.task.options | own_tokens(cfg.task.name, model_dir(checkpoint)))
     easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
     given = {"steps": steps, "min-difficulty": min_difficulty, "max-difficulty": max_difficulty, "loops": loops}
     options = [word for name, n in given.items() if n is not None for word in (f"--{name}", n)]

@@ -54,8 +54,8 @@ class LoopInput(NamedTuple):
 
 
 class LoopBlock(nn.Module):
-    """What one loop computes: ``norm(u + Transformer(u))`` of ``u = A h + B e``, and with ``cfg.bridge_dim`` of that
-    and what a :class:`Bridge` makes of h - e.
+    """What one loop computes: ``norm(u + Transformer(u))`` with ``u = A h + B e``, plus ``bridge(h, e)`` where
+    ``cfg.bridge_dim`` says that there is a :class:`Bridge`.
 
     ``Transformer`` is what the block's attention and feed-forward, or those of ``cfg.core_layers`` blocks one after the
     other, add to their residual stream.

@@ -1,5 +1,6 @@
 """What the tasks in words share: a vocabulary, sentences from patterns, and a split between training and test."""
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,43 +47,44 @@ CHAINS = 0.32
 VOCABULARY = (PAD, END, *_WORDS, *NUMBERS, *RELATIONS, *REGISTERS, *THINGS, *NAMES)
 """Words of all tasks in words, so that one model can learn them together; a word is a token."""
 ID = {word: i for i, word in enumerate(VOCABULARY)}
-_ANSWERS = (*NUMBERS[:10], *RELATIONS, *REGISTERS, *THINGS, *NAMES, "so", "not")
+_ANSWERS = (*NUMBERS[:10], *RELATIONS, *REGISTERS, *THINGS, "so", "not")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InWords(Task):
     """What the tasks in words have in common: a word is a token, or what a pretrained model spells it with.
 
     Attributes:
-        tokenizer: a folder with the ``tokenizer.json`` of a pretrained model, whose tokens problems are made of, as in
-            ``start=`` of a run; "": a word is a token.
+        tokenizer: a folder with the ``tokenizer.json`` of a pretrained model, whose tokens problems are made of; a
+            run sets it to its ``start`` if that has one. "": a word is a token.
     """
 
     tokenizer: str = text("")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        modulus, spelled = getattr(self, "modulus", 0), f"tokenizer={self.tokenizer!r} may spell numbers by digits"
+        must(not self.tokenizer or modulus <= 10, f"modulus={modulus}, and {spelled}; use at most 10")
+
     @property
     def spelling(self) -> Spelling | None:
         """How the model's tokens spell words; None where a word is a token."""
-        return spelling(self.tokenizer, VOCABULARY, _ANSWERS) if self.tokenizer else None
+        return spelling(self.tokenizer, VOCABULARY, _ANSWERS, NAMES) if self.tokenizer else None
 
     @property
     def vocab(self) -> Sequence[str]:  # type: ignore[override]
-        spelled = self.spelling
-        return VOCABULARY if spelled is None else spelled.vocab
+        return self.spelling.vocab if self.spelling else VOCABULARY
 
     def told(self, batch: Batch) -> Batch:
         """Problems of words, in tokens."""
-        spelled = self.spelling
-        return batch if spelled is None else spelled(batch)
+        return self.spelling(batch) if self.spelling else batch
 
     def tokens(self, n_words: int) -> int:
-        """The most tokens of so many words."""
-        spelled = self.spelling
-        return n_words if spelled is None else n_words * spelled.pieces.shape[2]
+        """The most tokens of sentences of so many words."""
+        return math.ceil(self.spelling.tokens_a_word * n_words) if self.spelling else n_words
 
     def render(self, ids: Sequence[int]) -> str:
-        spelled = self.spelling
-        return super().render(ids) if spelled is None else spelled.tokenizer.decode([i for i in ids if i])
+        return self.spelling.render(ids) if self.spelling else super().render(ids)
 
 
 def encode(text: str) -> list[int]:

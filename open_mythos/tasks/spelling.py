@@ -1,8 +1,9 @@
 """Problems in words, spelled in the tokens of a pretrained model."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from open_mythos.fields import must
 from open_mythos.tasks.base import UNSCORED, Batch
-from open_mythos.tasks.tokenizer import Tokenizer, load
+from open_mythos.tasks.tokenizer import FILE, Tokenizer, load
 
 _GLUED = (".", ",", ":", "?", "'s")  # written without a space before them
 _SAID = 2  # words from this one on are words; those before are padding, and the end of an answer
@@ -19,25 +20,31 @@ _SAID = 2  # words from this one on are words; those before are padding, and the
 class Spelling:
     """How the tokens of a pretrained model spell words: " key" inside a sentence, " Set" where one begins.
 
-    What is asked for at a word is asked for at its last token. As an answer a word is one token, the first of its own
-    that is in no other: " key", but "ita" of " Zita", which begins as " Zeno" does. Names that no token tells from
-    others, such as " G" and "ina" beside " Gail" and " Tina", are not asked for.
+    What is asked for at a word is asked for at its last token. As an answer a word is one token, the first that no
+    other answer has: " key", but "ita" of " Zita", which begins as " Zeno" does. Names without such a token, as " G"
+    and "ina" beside " Gail" and " Tina", are not asked for.
 
     Args:
         tokenizer: of the model.
         words: by token of the task; the first two are padding, and the end of an answer.
-        answers: those that may be answers; numbers of one digit, for digits may be tokens.
+        answers: words that are answers, each of which needs a token of its own.
+        names: that are answers too.
 
     Attributes:
         tokenizer: as above.
         vocab: text of each of its tokens.
+        answers: (words,) the token of each word as an answer, or ``UNSCORED``.
+        tokens_a_word: of sentences in which every second word is an answer or a name, as none has more of them.
 
     Raises:
-        ValueError: for a tokenizer that writes a word with token 0, which is padding, or tells few answers apart.
+        ValueError: for a tokenizer that writes a word with token 0, which is padding; does not spell a word the same
+            way in every sentence; or has no token for an answer alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, words: Sequence[str], answers: Collection[str]) -> None:
-        self.tokenizer, self.words = tokenizer, words
+    def __init__(
+        self, tokenizer: Tokenizer, words: Sequence[str], answers: Sequence[str], names: Sequence[str]
+    ) -> None:
+        self.tokenizer = tokenizer
         self.vocab = tuple(piece.decode(errors="replace") for piece in tokenizer.pieces)
         capital = [word[0].upper() + word[1:] for word in words]
         spaced = [[("" if word in _GLUED else " ") + word for word in forms] for forms in (words, capital)]
@@ -48,48 +55,50 @@ class Spelling:
         for kind, found in enumerate(forms):
             self.pieces[kind, _SAID:] = torch.tensor([ids + [0] * (width - len(ids)) for ids in found])
         self.ends_sentence = torch.tensor([word in (".", "?") for word in words])
-        known = {word: set(ids) for word, ids in zip(words[_SAID:], forms[0], strict=True) if word in answers}
-        shared = Counter(i for ids in known.values() for i in ids)
-        own = [[i for i in ids if shared[i] == 1] for ids in forms[0]]
-        self.answers = torch.full((len(words),), UNSCORED)
-        for word, (name, ids) in enumerate(zip(words[_SAID:], own, strict=True), _SAID):
-            if name in known and ids:
-                self.answers[word] = ids[0]
-        n_told = int((self.answers != UNSCORED).sum())
-        must(
-            2 * n_told > len(known),
-            f"of {len(known)} words that may be answers the tokenizer has a token of their own for {n_told} only; "
-            f"use one of a model that has read English",
-        )
-        if tokenizer.eos is not None:
-            self.answers[_SAID - 1] = tokenizer.eos
+        self._check_sentence(words)
+        inside = dict(zip(words[_SAID:], forms[0], strict=True))
+        among_answers = Counter(i for word in answers for i in set(inside[word]))
+        among_all = among_answers + Counter(i for word in names for i in set(inside[word]))
+        own = {word: [i for i in inside[word] if among_answers[i] == 1] for word in answers}
+        own |= {word: [i for i in inside[word] if among_all[i] == 1] for word in names}
+        untold = [word for word in answers if not own[word]]
+        must(not untold, f"the tokenizer has no token for {', '.join(untold[:3])} alone; use one that has read English")
+        self.answers = torch.tensor([own[word][0] if own.get(word) else UNSCORED for word in words])
+        widest = max(len(inside[word]) for word in own)
+        others = [ids for word, ids in inside.items() if word not in own and not word.isdecimal()]
+        self.tokens_a_word = (widest + max(map(len, others))) / 2
 
     def _ids(self, text: str) -> list[int]:
         ids = [int(i) for i in self.tokenizer.encode([text])]
         must(0 not in ids, f"the tokenizer writes {text!r} with token 0, which is padding here; use another tokenizer")
         return ids
 
-    def __call__(self, batch: Batch) -> Batch:
-        """The same problems in the model's tokens.
+    def _check_sentence(self, words: Sequence[str]) -> None:
+        sentence = "Ana has 3 coins . who is Ben 's boss ?"
+        ids = torch.tensor([[words.index(word) for word in sentence.split(" ")]])
+        spelled = self._spelled(ids)[0][0].tolist()
+        text = self.render(spelled)
+        is_same = text == "Ana has 3 coins. Who is Ben's boss?" and self._ids(text) == spelled
+        must(is_same, f"the tokenizer writes {text!r} of single words; use a byte-level one, which adds no spaces")
 
-        Raises:
-            ValueError: where an answer is a number that no token tells from others.
-        """
-        for word in batch.targets[batch.targets != UNSCORED].unique().tolist():
-            must(
-                int(self.answers[word]) != UNSCORED or not self.words[word].isdecimal(),
-                f"no token of this model tells {self.words[word]!r} from other numbers, whose digits are tokens; use "
-                f"modulus=7",
-            )
-        ids, said = batch.ids, batch.ids != 0
-        is_last = said & ~F.pad(said[:, 1:], (0, 1))  # an answer behind its question is no sentence
-        kind = F.pad(self.ends_sentence[ids[:, :-1]], (1, 0)).long().masked_fill(is_last, 0)
+    def render(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without padding."""
+        return self.tokenizer.decode([i for i in ids if i])
+
+    def _spelled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of words (n, T) their tokens (n, T'), padded on the right, and the place of the last one of each, (n, T)."""
+        kind = F.pad(self.ends_sentence[ids[:, :-1]], (1, 0)).long()
         kind[:, 0] = 2
         pieces = self.pieces[kind, ids]
         ends = (pieces != 0).sum(2).cumsum(1) - 1
         flat = pieces.flatten(1)
         order = (flat == 0).long().argsort(stable=True, dim=1)
-        spelled = flat.gather(1, order)[:, : int(ends[:, -1].max()) + 1]
+        return flat.gather(1, order)[:, : int(ends[:, -1].max()) + 1], ends
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The same problems in the model's tokens."""
+        said = batch.ids != 0
+        spelled, ends = self._spelled(batch.ids)
         rows, at = said.nonzero(as_tuple=True)[0], ends[said]
 
         def moved(asked: Tensor) -> Tensor:
@@ -104,6 +113,11 @@ class Spelling:
 
 
 @lru_cache(maxsize=4)
-def spelling(directory: str, words: tuple[str, ...], answers: tuple[str, ...]) -> Spelling:
+def spelling(directory: str, words: tuple[str, ...], answers: tuple[str, ...], names: tuple[str, ...]) -> Spelling:
     """Of the tokenizer in ``directory``; errors as :func:`~open_mythos.tasks.tokenizer.load` and :class:`Spelling`."""
-    return Spelling(load(directory), words, answers)
+    is_there = Path(directory, FILE).is_file()
+    must(is_there, f"tokenizer={directory!r} has no {FILE}; give the folder of a pretrained model's tokenizer")
+    try:
+        return Spelling(load(directory), words, answers, names)
+    except ValueError as error:
+        raise ValueError(f"tokenizer={directory!r}: {error}") from error

@@ -28,7 +28,8 @@ class Words(InWords):
     other pull the weights to and fro, and what was learned of one is lost by the next.
 
     In training the last question of a prompt is followed by its answer, the target of which is ``<end>`` at every step:
-    a model says its answer and ends. The held-out split, of which accuracy is measured, asks for the answers alone.
+    a model says its answer and ends. The held-out split, of which accuracy is measured, asks for the answers alone; so
+    do problems in the tokens of a pretrained model, which has its own way to end.
 
     Difficulty is the number of steps: so many hops of ``assignments`` and operations of ``word_problems``, half as many
     hops of ``relations`` (rounded up), and twice as many lines of ``registers``, as many as all tasks can make. Smaller
@@ -60,12 +61,14 @@ class Words(InWords):
         for name, weight in self.weights.items():
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
             must(is_number, f"weights: {name}={weight!r}; use a number above 0, or leave {name} out")
-        self.parts = [self._part(name) for name in _KINDS if name in (self.weights or _KINDS)]
+        self.parts: list[InWords] = [self._part(name) for name in _KINDS if name in (self.weights or _KINDS)]
+        for part in self.parts:
+            replace(part, tokenizer=self.tokenizer)  # which checks what it can be made of
         self.chance = sum(part.chance for part in self.parts) / len(self.parts)
         limits = [int(part.most / _SCALE.get(part.name, 1)) for part in self.parts if part.most is not None]
         self.most = min(limits, default=None)
 
-    def _part(self, name: str) -> Task:
+    def _part(self, name: str) -> InWords:
         given = self.settings.get(name, {})
         must(isinstance(given, dict), f"settings: {name}={given!r} are no options; use a dictionary")
         known = [field for field in _KINDS[name].__dataclass_fields__ if field not in ("split", "tokenizer")]
@@ -85,7 +88,8 @@ class Words(InWords):
         return level if part.most is None else min(level, part.most)
 
     def by_kind(self, difficulties: Sequence[int]) -> list[tuple[Task, list[int]]]:
-        return [(part, sorted({self.level(part, each) for each in difficulties})) for part in self.parts]
+        parts = [(part, sorted({self.level(part, each) for each in difficulties})) for part in self.parts]
+        return [(replace(part, tokenizer=self.tokenizer), levels) for part, levels in parts]
 
     def length(self, difficulty: int) -> int:
         return self.tokens(1 + max(part.length(self.level(part, difficulty)) for part in self.parts))
@@ -103,7 +107,8 @@ class Words(InWords):
         in_turn = [*self.parts[first:], *self.parts[:first]]
         rows = [(part, len(range(i, n, len(in_turn)))) for i, part in enumerate(in_turn)]
         batches = [part.batch(k, self.level(part, difficulty), generator) for part, k in rows if k]
-        return self.told(pad(batches if self.split != "train" else [_ended(batch) for batch in batches]))
+        ends = self.split == "train" and not self.tokenizer
+        return self.told(pad([_ended(batch) for batch in batches] if ends else batches))
 
 
 def _ended(batch: Batch) -> Batch:

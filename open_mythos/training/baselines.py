@@ -98,7 +98,7 @@ def stretched(model: OpenMythos, factor: float) -> OpenMythos:
 
 
 def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
-    """Give ``model`` the weights of ``cfg.start``; a bridge that this lacks stays new, which adds nothing.
+    """Give ``model`` the weights of ``cfg.start``. A bridge that these do not have stays new, and adds nothing.
 
     Raises:
         ValueError: if there is no such model, or it is of another shape, naming what differs.
@@ -113,7 +113,7 @@ def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
     try:
         model.load_state_dict({k: v for k, v in new.items() if ".bridge." in k} | start.state_dict())
     except RuntimeError as error:
-        pairs = differences(start.cfg, cfg.model).items()
+        pairs = differences(start.cfg, cfg.model).items() - {("bridge_dim", (0, cfg.model.bridge_dim))}
         changed = ", ".join(f"model.{key}={new!r} for {old!r}" for key, (old, new) in pairs)
         message = f"start={cfg.start!r} is not of the run's model ({changed}); leave out what changes it"
         raise ValueError(message) from error
@@ -123,11 +123,14 @@ def train_only(model: OpenMythos, part: str) -> None:
     """Leave gradients to the parameters of ``model`` with ``part`` in their dotted names; to all of them for "".
 
     Raises:
-        ValueError: if there are none, naming the parts that there are.
+        ValueError: if there are none, or none but those of a gate that learns afterwards; naming the parts there are.
     """
     named = dict(model.named_parameters())
-    parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in named)
-    must(any(part in name for name in named), f"optim.only={part!r} is in no parameter's name; {nearest(part, parts)}")
+    later = "recurrent.act." if model.cfg.recurrence == "injected" else None
+    names = [name for name in named if later is None or not name.startswith(later)]
+    parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
+    is_there = any(part in name for name in names)
+    must(is_there, f"optim.only={part!r} is in the name of no parameter that is trained; {nearest(part, parts)}")
     for name, parameter in named.items():
         parameter.requires_grad_(part in name)
 

@@ -40,6 +40,8 @@ class Plan:
             must(len(set(values)) == len(values), f"{name} {', '.join(map(str, values))}: one is given twice")
         start = self.cfg.start
         must(not start, f"start={start!r}: a comparison trains all kinds from new weights; leave it out")
+        only = self.cfg.optim.only
+        must(not only, f"optim.only={only!r}: a comparison trains all weights of each kind; leave it out")
         loops = sorted({*self.cfg.evaluation.loops, self.cfg.loops.trained, self.cfg.loops.maximum})
         self.cfg = dataclasses.replace(self.cfg, evaluation=dataclasses.replace(self.cfg.evaluation, loops=loops))
         for kind in KINDS:

@@ -1,7 +1,6 @@
 """Recipes: functions that return the config of a run that is known to work."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from open_mythos import tasks
@@ -273,11 +272,15 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
         cfg.model = MythosConfig.load(directory / CONFIG_FILE)
         if name == bridge.__name__:
             cfg.model.bridge_dim = cfg.model.bridge_dim or _BRIDGE
-        if _reads_tokens(cfg.task, directory):
-            cfg.task.options["tokenizer"] = str(directory)
+        cfg.task.options |= runs.own_tokens(given.get("task.name", cfg.task.name), directory)
     elif name in (heal.__name__, bridge.__name__):
         raise ValueError(f"{name} continues training a model; give start=DIR, where `mythos retrofit` wrote it")
     cfg = override(cfg, expanded)
+    if name == bridge.__name__:
+        begins = "loops that begin where nothing has been changed"
+        must(cfg.model.bridge_dim > 0, "model.bridge_dim=0 leaves nothing to train; leave it out, or use 64 or more")
+        state = cfg.model.state_init
+        must(state == "input", f"model.state_init={state!r}; a bridge needs {begins}, state_init='input'")
     # absolute paths, so that the run can be resumed from any directory
     cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
     if cfg.task.name == Text.name:
@@ -291,15 +294,19 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
         cfg.task.options["tokenizer"] = runs.everywhere(str(cfg.task.options["tokenizer"]))
     if not given.keys() & {"model.vocab_size", "start"}:
         cfg.model.vocab_size = tasks.load(cfg.task.name, **cfg.task.options).vocab_size
+    if "start" in given:
+        _check_tokens(cfg)
     return cfg
 
 
-def _reads_tokens(task: TaskConfig, directory: Path) -> bool:
-    """Whether the task is of text, or of words, and the model in ``directory`` has a tokenizer of its own for it."""
-    has_own = (directory / tokenizer.FILE).is_file()
-    if task.name == Text.name or not has_own:
-        return has_own
-    return hasattr(tasks.load(task.name), "spelling") and not isinstance(tokenizer.load(directory), tokenizer.WordLevel)
+def _check_tokens(cfg: TrainConfig) -> None:
+    """ValueError for problems in words of a model that has other tokens, if nothing says how these spell words."""
+    is_told = bool(cfg.task.options.get("tokenizer"))
+    if cfg.task.name == Text.name or is_told or "tokenizer" not in tasks.options_of(cfg.task.name):
+        return
+    n, expected = cfg.model.vocab_size, tasks.load(cfg.task.name, **cfg.task.options).vocab_size
+    has = f"start={cfg.start!r} has {n} tokens and no {tokenizer.FILE}, and the words of {cfg.task.name} are {expected}"
+    must(n == expected, f"{has}; give task.options.tokenizer=DIR, the folder of its tokenizer")
 
 
 _BRIDGE = 1536

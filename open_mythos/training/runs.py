@@ -75,11 +75,18 @@ def save_model(model: OpenMythos, cfg: TrainConfig, run: Path) -> Path:
     return directory
 
 
+def own_tokens(task: str, directory: Path) -> dict[str, str]:
+    """The option by which problems of a task are made of the tokens of the model in ``directory``; {} without one."""
+    if "tokenizer" not in tasks.options_of(task) or not (directory / tokenizer.FILE).is_file():
+        return {}
+    is_of_words = task != Text.name and isinstance(tokenizer.load(directory), tokenizer.WordLevel)
+    return {} if is_of_words else {"tokenizer": str(directory)}
+
+
 def held_out_options(source: str | Path, cfg: TrainConfig) -> dict[str, str]:
-    """Options that make ``cfg.task`` the problems that training has not seen; of text, in the model's own tokens."""
-    if cfg.task.name != Text.name:
-        return {"split": "held_out"} if "split" in tasks.options_of(cfg.task.name) else {}
+    """Options that make ``cfg.task`` the problems that training has not seen, in the model's own tokens."""
+    split = {"split": "held_out"} if "split" in tasks.options_of(cfg.task.name) else {}
     directory = model_dir(source)
-    trained = cfg.task.options.get("tokenizer", "bytes") != "bytes" or not (directory / TRAINING_FILE).is_file()
-    own = {"tokenizer": str(directory)} if trained and (directory / tokenizer.FILE).is_file() else {}
-    return {"split": "held_out", **own}
+    by_bytes = cfg.task.name == Text.name and cfg.task.options.get("tokenizer", "bytes") == "bytes"
+    is_trained = (directory / TRAINING_FILE).is_file()
+    return split if by_bytes and is_trained else split | own_tokens(cfg.task.name, directory)

@@ -283,7 +283,8 @@ class Trainer:
         model = baselines.counted(self.cfg)
         if distributed.rank() == 0:  # others have no more than their pieces
             at = distributed.device_with_room(self.device, sum(tensor.nbytes for tensor in state.values()))
-            model.load_state_dict({name: tensor.to(at, copy=True) for name, tensor in state.items()}, assign=True)
+            copied = {id(tensor): tensor.to(at, copy=True) for tensor in state.values()}  # a tied head stays tied
+            model.load_state_dict({name: copied[id(tensor)] for name, tensor in state.items()}, assign=True)
         return model.eval()
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from typer.testing import CliRunner
 
 from open_mythos import KVCache, OpenMythos
 from open_mythos.cli import app
+from open_mythos.cli.diagnose import task_of
 from open_mythos.generation.native import build
 from open_mythos.tasks.english import VOCABULARY
 from open_mythos.training.fit import fit
 from open_mythos.training.recipes import configured
+from open_mythos.training.runs import held_out_options, training_config
 from open_mythos.training.trainer import Trainer
 
 transformers = pytest.importorskip("transformers")
@@ -322,7 +324,8 @@ def bridged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_a_bridge_leaves_one_loop_as_it_is(bridged: Path, tmp_path: Path) -> None:
     cfg = configured("bridge", [
         f"start={bridged}", "steps=40", "batch_size=8", "optim.warmup=2", "optim.lr=1e-2", "log_every=1",
-        "model.bridge_dim=40", "task.options.sentences=6", "task.options.questions=2", "task.max_difficulty=1",
+        "model.bridge_dim=40", "task.options.sentences=6", "task.options.min_sentences=6",
+        "task.options.questions=2", "task.max_difficulty=1",
         "task.growth=0", "loops.schedule=fixed", "loops.mean=3", "loss.depth=final", "evaluation.difficulties=1",
         "evaluation.loops=1,2", "evaluation.examples=4",
     ])  # fmt: skip
@@ -343,8 +346,35 @@ def test_training_a_bridge_leaves_one_loop_as_it_is(bridged: Path, tmp_path: Pat
 def test_a_model_of_other_tokens_is_asked_in_these(bridged: Path) -> None:
     with pytest.raises(ValueError, match="bridge continues training a model; give start=DIR"):
         configured("bridge")
-    for recipe in ("bridge", "relations"):
-        cfg = configured(recipe, [f"start={bridged}"])
+    for recipe, name in (("bridge", []), ("relations", []), ("parity", ["task.name=registers"])):
+        cfg = configured(recipe, [f"start={bridged}", *name])
         assert cfg.task.options["tokenizer"] == str(bridged)
         assert cfg.model.bridge_dim == (1536 if recipe == "bridge" else 0)
     assert "tokenizer" not in configured("relations", ["start=words-tiny"]).task.options
+
+
+def test_a_model_whose_folder_moves_is_measured_with_its_own_tokenizer(bridged: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(bridged, old)
+    configured("bridge", [f"start={old}"]).save(old / "training.json")
+    old.rename(new)
+    assert held_out_options(new, training_config(new)) == {"split": "held_out", "tokenizer": str(new)}
+    task, hardest = task_of(new)
+    assert (task.tokenizer, task.split, hardest) == (str(new), "held_out", 3)
+    for words in (["eval", str(new)], ["eval", str(bridged), "--task", "relations"]):
+        sizes = ["--difficulties", "1", "--loops", "1,2", "--examples", "2", "--out", str(tmp_path / "out")]
+        done = CliRunner().invoke(app, [*words, *sizes])
+        assert done.exit_code == 0, done.output
+    measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert measured["grids"][0]["options"]["tokenizer"] == str(bridged)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["model.bridge_dim=0"], "model.bridge_dim=0 leaves nothing to train"),
+    (["model.state_init=zero"], "model.state_init='zero'; a bridge needs loops that begin where nothing"),
+    (["task.options.tokenizer="], r"has \d+ tokens and no tokenizer.json, and the words of assignments are 278"),
+    (["model.lora_rank=4"], r"not of the run's model \(model.lora_rank=4 for 0\)"),
+])  # fmt: skip
+def test_a_bridge_that_cannot_be_trained(bridged: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(configured("bridge", [f"start={bridged}", *settings]))

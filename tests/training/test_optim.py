@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from open_mythos.training.config import OptimConfig
 from open_mythos.training.optim import EMA, NO_DECAY, Optimizer, decays, lr_factor
+from open_mythos.training.plan import Plan
 from open_mythos.training.trainer import Trainer
 
 # -- groups
@@ -150,6 +152,14 @@ def test_what_is_not_trained_stays_as_it_is() -> None:
     assert all(".lora." in name or name.endswith("expert_load") for name in moved), moved
 
 
-def test_a_part_that_no_parameter_has() -> None:
-    with pytest.raises(ValueError, match=r"optim.only='brige' is in no parameter's name; .*embed"):
-        Trainer(tiny_run("optim.only=brige"))
+@pytest.mark.parametrize(
+    "part", ["brige", "recurrent.act"], ids=["no parameter's", "of the gate, which learns afterwards"]
+)
+def test_a_part_of_nothing_that_is_trained(part: str) -> None:
+    with pytest.raises(ValueError, match=rf"optim.only='{part}' is in the name of no parameter that is trained; "):
+        Trainer(tiny_run(f"optim.only={part}"))
+
+
+def test_a_comparison_trains_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optim.only='lora': a comparison trains all weights of each kind; leave"):
+        Plan(tiny_run("optim.only=lora"), tmp_path)

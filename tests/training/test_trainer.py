@@ -103,6 +103,7 @@ def test_the_average_is_what_is_kept() -> None:
         trainer.step()
     kept = trainer.averaged()
     assert not kept.training and trainer.model.training
+    assert kept.head.weight is kept.embed.weight, "a tied head stays tied"
     assert torch.equal(kept.embed.weight, trainer.ema.average["embed.weight"])
     assert not torch.equal(kept.embed.weight, trainer.model.embed.weight)
     assert torch.equal(kept.recurrent.block.ffn.router_bias, trainer.model.recurrent.block.ffn.router_bias)
