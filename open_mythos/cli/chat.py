@@ -118,7 +118,7 @@ class Problems:
         batch = self._task.batch(1, difficulty, self.generator)
         asked = int((batch.targets[0] != UNSCORED).nonzero()[0])
         self.question = self._task.render(batch.ids[0, : asked + 1].tolist())
-        self.answer = self._task.vocab[int(batch.targets[0, asked])]
+        self.answer = self._task.vocab[int(batch.targets[0, asked])].strip()
 
 
 def template_of(directory: Path) -> "Template | None":

@@ -161,5 +161,5 @@ def test_a_part_of_nothing_that_is_trained(part: str) -> None:
 
 
 def test_a_comparison_trains_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="optim.only='lora': a comparison trains all weights of each kind; leave"):
+    with pytest.raises(ValueError, match=r"optim\.only='lora': a comparison trains all weights of each kind; leave"):
         Plan(tiny_run("optim.only=lora"), tmp_path)
