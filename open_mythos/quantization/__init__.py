@@ -2,7 +2,8 @@
 
 Symmetric, with a scale for each output channel, in every expert its own; products are made in the dtype of the model.
 The matrices of prelude, recurrent block and coda become int8, but for the router, which decides more than it weighs,
-and MLA's ``kv_up``, which attention takes apart. Embedding, head, gate, LoRA, bridge, norms, convolutions and injection stay.
+and MLA's ``kv_up``, which attention takes apart. Embedding, head, gate, LoRA, bridge, norms,
+convolutions and injection stay.
 
 Speed: a decoding step of a large model takes as long as reading its weights, of which int8 has half the bytes of
 bfloat16. On a CPU PyTorch's int8 product makes that pay in a bfloat16 model, for up to 16 tokens at a time and layers
