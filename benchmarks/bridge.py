@@ -14,7 +14,7 @@ original's.
 
 import argparse
 import json
-import pydoc_data.topics
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pages import table
-from retrofit import wheel
-from torch import Tensor
+from retrofit import LENGTH, help_texts, wheel
 
 from open_mythos import OpenMythos, tasks
 from open_mythos.diagnostics.machine import describe
 from open_mythos.evaluation import depth_grid
+from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.integrations.original import load_original
 from open_mythos.integrations.retrofit import Split, retrofit, save
 from open_mythos.tasks.text import Text
@@ -40,7 +40,7 @@ from open_mythos.training.runs import load_model
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "bridge"
 SPLIT = Split(10, 12, 8)
-LENGTH, WINDOWS = 128, 24  # tokens of a held-out window of code or prose, and windows of each
+WINDOWS = 24  # of held-out code and of prose, LENGTH tokens each
 PROSE_LOOPS = [1, 2, 4]
 # of `mythos train bridge`; the second is for a GPU
 CPU = {"steps": 600, "sentences": 8, "hops": 3, "batch": 8, "precision": "fp32"}
@@ -89,22 +89,18 @@ def accuracy(model: OpenMythos, folder: Path, size: dict[str, Any], examples: in
 @torch.no_grad()
 def prose(model: OpenMythos, folder: Path) -> dict[str, dict[str, float]]:
     """Bits per byte of held-out code and of Python's help texts, by loops."""
-    reads = load(folder)
-    code = Text(tokenizer=str(folder), max_bytes=1 << 22, split="held_out").windows(LENGTH, WINDOWS)
-    topics = torch.from_numpy(reads.encode(["\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))]))
-    windows = topics.long().unfold(0, LENGTH + 1, LENGTH)
-    windows = windows[torch.linspace(0, len(windows) - 1, WINDOWS).long()]
-    found, device = {}, model.embed.weight.device
-    for name, ids, targets in (("code", code.ids, code.targets), ("prose", windows[:, :-1], windows[:, 1:])):
-        n_bytes = sum(len(reads.pieces[i]) for i in targets.flatten().tolist())
+    reads, device = load(folder), model.embed.weight.device
+    code = Text(tokenizer=str(folder), max_bytes=1 << 22, split="held_out")
+    windows = help_texts(lambda text: torch.from_numpy(reads.encode([text])).long(), WINDOWS).to(device)
+    n_bytes = sum(len(reads.pieces[i]) for i in windows[:, 1:].flatten().tolist())
 
-        def bits(n_loops: int, ids: Tensor = ids, targets: Tensor = targets, n_bytes: int = n_bytes) -> float:
-            logits = model(ids.to(device), n_loops).flatten(0, 1)
-            nats = F.cross_entropy(logits, targets.to(device).flatten(), reduction="sum")
-            return float(nats) / torch.log(torch.tensor(2.0)).item() / n_bytes
+    def bits(n_loops: int) -> float:
+        logits = model(windows[:, :-1], n_loops).flatten(0, 1)
+        nats = F.cross_entropy(logits, windows[:, 1:].flatten(), reduction="sum")
+        return float(nats) / math.log(2) / n_bytes
 
-        found[name] = {str(n): bits(n) for n in PROSE_LOOPS}
-    return found
+    of_code = bits_per_byte(model, code, PROSE_LOOPS, LENGTH, WINDOWS)
+    return {"code": {str(n): of_code[n] for n in PROSE_LOOPS}, "prose": {str(n): bits(n) for n in PROSE_LOOPS}}
 
 
 def markdown(results: dict[str, Any]) -> str:

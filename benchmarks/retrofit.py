@@ -18,6 +18,7 @@ import platform
 import pydoc_data.topics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,13 @@ def equality(model: OpenMythos, original: Any, text: Text) -> dict[str, float]:
     return {"difference": float(apart), "largest_logit": float(logits.abs().max())}
 
 
+def help_texts(encode: Callable[[str], Tensor], n: int) -> Tensor:
+    """Windows of Python's help texts and the token after each, (``n``, LENGTH + 1), at equal distances."""
+    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    windows = encode(topics).unfold(0, LENGTH + 1, LENGTH)
+    return windows[torch.linspace(0, len(windows) - 1, n).long()]
+
+
 @torch.no_grad()
 def run_again(source: str) -> dict[str, dict[str, list[float]]]:
     """Without training: layers in the middle run more than once, as they are and as damped sub-steps (2605.23872).
@@ -84,9 +92,7 @@ def run_again(source: str) -> dict[str, dict[str, list[float]]]:
     with tempfile.TemporaryDirectory() as folder:
         save(model, tokenizer, folder)
         code = Text(tokenizer=folder, max_bytes=1 << 22, split="held_out").windows(LENGTH, AGAIN_WINDOWS)
-    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    tokens = tokenizer(topics, return_tensors="pt").input_ids[0].unfold(0, LENGTH + 1, LENGTH)
-    prose = tokens[torch.linspace(0, len(tokens) - 1, AGAIN_WINDOWS).long()]
+    prose = help_texts(lambda text: tokenizer(text, return_tensors="pt").input_ids[0], AGAIN_WINDOWS)
     found = dict[str, dict[str, list[float]]]()
     for name, ids, targets in (("code", code.ids, code.targets), ("prose", prose[:, :-1], prose[:, 1:])):
         n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(targets)) / len(targets)
