@@ -1,4 +1,4 @@
-"""One of two processes that train a model: python distributed_worker.py RANK STORE WAY. Prints what it ends with."""
+"""One of two processes that train models: python distributed_worker.py RANK STORE. Prints what it ends with."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from open_mythos import OpenMythos
 from open_mythos.nn.block import TransformerBlock
 
 STEPS, ROWS = 3, 4
+WAYS = ("replicated", "sharded", "no halting")
 
 
 def sharded(model: OpenMythos) -> OpenMythos:
@@ -48,16 +49,20 @@ def new_model(**changes) -> OpenMythos:
     return OpenMythos(tiny_config(n_experts=4, **changes)).train()
 
 
-def main(rank: int, store: str, way: str) -> None:
+def trained(rank: int, way: str) -> dict[str, list]:
+    model = new_model(halting=way != "no halting")
+    wrapped = sharded(model) if way == "sharded" else DistributedDataParallel(model)
+    return train(wrapped, slice(rank * ROWS // 2, (rank + 1) * ROWS // 2))
+
+
+def main(rank: int, store: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = new_model(halting=way != "no halting")
-    wrapped = sharded(model) if way == "sharded" else DistributedDataParallel(model)
-    print(json.dumps(train(wrapped, slice(rank * ROWS // 2, (rank + 1) * ROWS // 2))), flush=True)
+    print(json.dumps({way: trained(rank, way) for way in WAYS}), flush=True)
     dist.barrier()
     os._exit(0)  # taking gloo down hangs now and then on a busy machine, and is not what is tested
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,4 +1,4 @@
-"""Two processes that train one model end with one model."""
+"""Two processes that train one model end with one model, however they divide it."""
 
 import json
 import os
@@ -7,22 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_worker import new_model, train
+from distributed_worker import WAYS, new_model, train
 
 HERE = Path(__file__).parent
 
 
-def results(way: str, n: int, folder: Path) -> list[dict[str, list]]:
-    """What each of ``n`` processes ends with."""
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, list]]]:
+    """What each of two processes ends with, for each way."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    store, found = tmp_path_factory.mktemp("distributed") / "store", []
     workers = [
         subprocess.Popen(
-            [sys.executable, HERE / "distributed_worker.py", str(rank), folder / "store", way],
+            [sys.executable, HERE / "distributed_worker.py", str(rank), store],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
-        for rank in range(n)
+        for rank in range(2)
     ]  # fmt: skip
-    found = []
     for worker in workers:
         out, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
@@ -30,10 +31,10 @@ def results(way: str, n: int, folder: Path) -> list[dict[str, list]]:
     return found
 
 
-@pytest.mark.parametrize("way", ["replicated", "sharded", "no halting"])
-def test_processes_stay_one_model(way, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_processes_stay_one_model(way, results):
     """DistributedDataParallel, FSDP2 of every block, and a gate that gets no gradient."""
-    first, second = results(way, 2, tmp_path)
+    first, second = (found[way] for found in results)
     assert first == second
     if way == "sharded":  # experts are balanced over the tokens of all
         assert first["bias"] == pytest.approx(train(new_model(), slice(None))["bias"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch._dynamo  # noqa: F401  an optimizer imports it, in two seconds, and what is forked from here need not
 from helpers import TINY
 
 from open_mythos.config import MythosConfig
