@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -96,3 +97,13 @@ def test_no_other_library_is_on_the_screen(tmp_path: Path) -> None:
         )  # fmt: skip
         ours = r"(.* \(\d+ s\)\n)*"  # that it still works, on a slow machine
         assert done.returncode == 0 and re.fullmatch(ours, done.stderr), (line, done.stderr)
+
+
+def test_ctrl_c_before_a_command_has_begun_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "open_mythos", "--help"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(install.__file__).parent.parent}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGINT and not done.stdout + done.stderr
