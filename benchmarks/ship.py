@@ -115,7 +115,7 @@ tags: [recurrent-depth, {cfg.task.name}]
 # {name}
 
 A recurrent-depth transformer of {n_parameters:,} parameters that predicts the next byte of Python source. Trained for
-a few minutes on the standard library's own modules, at {cfg.loops.mean:g} loops on average. It is here to try decoding
+a few minutes on the standard library's own modules, at {cfg.loops.mean:g} loops. It is here to try decoding
 on, not to write code: it knows indentation, keywords and common names, and little more. Byte b is token 1 + b.
 
 ```python

@@ -28,7 +28,7 @@ def chat(said: str, *arguments: object) -> Result:
 def test_a_conversation_at_two_depths_with_a_trace() -> None:
     done = chat("hello\n/loops 2\nimport\n/trace 3\n/quit\nnever read\n", "text-tiny", "--max-tokens", 8, "--seed", 0)
     assert done.exit_code == 0, done.output
-    assert "text-tiny: 8 loops. It goes on with your text" in " ".join(done.output.split())
+    assert "text-tiny: 4 loops. It goes on with your text" in " ".join(done.output.split())
     rows = re.findall(r"^│ (\d+) +│(.*)│$", done.output, re.MULTILINE)
     assert [row[0] for row in rows] == ["1", "2"] and all(row[1].count("│") == 2 for row in rows)
     assert "2 loops\n" in done.output and "Next:" in done.output
@@ -61,7 +61,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_program(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Conversation, "reply", interrupted)
     done = chat("hello\n/loops\nworld\n", "text-tiny", "--max-tokens", 5)
-    assert done.exit_code == 0 and " [stopped]\n8 loops" in done.output and n[0] > 3
+    assert done.exit_code == 0 and " [stopped]\n4 loops" in done.output and n[0] > 3
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
