@@ -122,15 +122,15 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
         own = new(include_path=where, include_defaults=False)  # reading the harness's thousands takes seconds
         if set(names) <= set(own.all_tasks):
             return own
+        for path in sorted(Path(where).rglob("*.yaml")):
+            try:
+                list(yaml.parse(path.read_text()))
+            except yaml.YAMLError as error:  # the harness passes over such files without a word
+                raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     manager = new(include_path=where)
     unknown = next((name for name in names if name not in manager.all_tasks), None)
     if unknown is None:
         return manager
-    for path in [] if where is None else sorted(Path(where).rglob("*.yaml")):
-        try:
-            list(yaml.parse(path.read_text()))
-        except yaml.YAMLError as error:  # the harness passes over such files without a word
-            raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     near = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
     raise ValueError(f"the harness has no task {unknown!r}; {hint} Your own are found in the directory `include`")
