@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
 import dense
 import pytest
+from speed_worker import make_ready
 
 from open_mythos.diagnostics import flops_per_token, parameters
 from open_mythos.variants import DENSE_BITS, LOOPED_BITS, dense_beside, mythos_800k
@@ -54,16 +55,22 @@ def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cfg.steps, cfg.optim.warmup, cfg.evaluation.examples, cfg.evaluation.difficulties = 2, 1, 2, [8]
     found = dense.bits(cfg, tmp_path / "run")
     assert set(found) == {1, 2} and dense.bits(cfg, tmp_path / "run") == found, "a run that is there is read"
-    monkeypatch.setattr(dense, "CASES", {"memory": dense.case("memory", "memory")})
+    case = dense.case("memory", "memory")
+    assert set(case.sides) == {"looped 1", "looped 2", "dense"}
+    for task in case.sides.values():
+        assert make_ready(asdict(task) | {"threads": 1})[1]()["growth MB"] >= 0
+    alone = replace(case, sides={"dense": case.sides["dense"]}, ratios=[])  # a side is a process
+    monkeypatch.setattr(dense, "CASES", {"memory": alone})
     speed = dense.speeds(1, lambda what: None)
-    assert set(speed["memory"]) == {"looped 1", "looped 2", "dense"}
-    speed |= {work: {side: [100.0] for side in speed["memory"]} for work in ("train", "prefill", "decode")}
+    assert speed["memory"]["dense"][0] > 0
+    measured = {work: {side: [100.0] for side in case.sides} for work in ("train", "prefill", "decode", "memory")}
+    measured["memory"] |= speed["memory"]
     bits = {"looped": {"1": [found[1]], "2": [found[2]]}, "dense": {"1": [3.0]}}
     at = {"name": "a machine", "torch": "2", "date": "2026-11-22", "load": 0.5}
     results = {
         "conditions": at,
         "loss": {name: {"rate": 1e-3, "bits": by} for name, by in bits.items()},
-        "speed": speed,
+        "speed": measured,
     }
     lines = dense.markdown(results).splitlines()
     assert len(lines) == 7 and lines[4].startswith("| looped, 1 loop |") and f"{found[2]:.3f}" in lines[5]
