@@ -19,57 +19,17 @@ from helpers import assert_near
 from open_mythos.ops.experts import swiglu_experts
 
 CPU = torch.device("cpu")
+TINY = ["--device", "cpu", "--tiny"]
 LONG = bool(os.environ.get("OPEN_MYTHOS_LONG"))
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def run(path: Path, *options: str) -> dict:
-    command = [sys.executable, gpu.__file__, "--device", "cpu", "--tiny", "--out", str(path), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+def run(path: Path, *options: str, first: str = "") -> dict:
+    """What it finds in a process of its own, where PyTorch is told of a device; that process does ``first`` first."""
+    command = [sys.executable, "-c", f"{first}\nimport gpu\ngpu.main()", *TINY, "--out", str(path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())
-
-
-def test_what_a_cpu_can_show_of_a_step_and_a_token(tmp_path: Path) -> None:
-    found = run(tmp_path / "gpu.json", "--only", "pretended gqa", "decode graph gqa-moe, batch 1")
-    step, token = (found["results"][name] for name in ("pretended gqa-moe", "decode graph gqa-moe, batch 1"))
-    assert step["attention"] == {"flash": 4, "efficient": 2}  # prelude, coda, two loops; local heads of these
-    assert step["launches"] > 2 * step["launches_a_loop"] > 0
-    assert [where.split(":")[0] for where in step["waits"]] == [
-        "_local_scalar_dense at training/parallel/parallel.py"  # where the step's numbers are read, at its end
-    ]
-    assert 0 < step["share_of_plan"] < 1
-    assert token["waits"] == [] and token["launches_a_loop"] <= 38
-    assert found["conditions"]["tiny"]  # toy sizes must not pass for real ones
-
-
-@pytest.mark.skipif(not LONG, reason="half a minute; OPEN_MYTHOS_LONG=1")
-def test_every_part_runs_at_toy_sizes(tmp_path: Path) -> None:
-    found = run(tmp_path / "gpu.json")["results"]
-    assert set(found) == {"machine", *gpu.parts(gpu.Bench(CPU, tiny=True))}
-    assert isinstance(found["kernels gqa decode"]["flex"], float)
-    assert all(found[f"train {name}"]["ratio"] > 0 for name in gpu_train.models(tiny=True))
-
-
-def test_no_part_is_begun_when_time_is_over(tmp_path: Path) -> None:
-    found = run(tmp_path / "gpu.json", "--minutes", "0", "--only", "train")["results"]
-    assert all(part["skipped"] == "0 minutes are over" for part in found.values()) and len(found) == 5
-
-
-def test_a_bar_that_is_missed_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys) -> None:
-    def broken() -> dict:
-        raise RuntimeError("no such kernel")
-
-    bars = {"a": gpu.at_most("x", 2, 1), "c": gpu.at_least("y", 2, 1)}
-    made = {name: lambda name=name: {"bars": [bars[name]]} for name in bars} | {"b": broken}
-    monkeypatch.setattr(gpu, "parts", lambda bench: made)
-    monkeypatch.setattr(gpu, "register", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
-    with pytest.raises(SystemExit) as ended:
-        gpu.main()
-    assert ended.value.code == 1 and "failed or missed: a, b" in capsys.readouterr().out.replace("\n", " ")
-    found = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert "no such kernel" in found["b"]["failed"] and found["c"]["bars"][0]["is_met"]
 
 
 PRETENDED = """
@@ -95,9 +55,53 @@ with Pretend() as gpu:
 """
 
 
-def test_a_gpu_that_is_not_there_counts_waits_and_refuses_what_one_would() -> None:
-    done = subprocess.run([sys.executable, "-c", PRETENDED], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+def test_a_gpu_that_is_not_there_counts_waits_and_so_shows_what_a_step_and_a_token_ask_of_one(tmp_path: Path) -> None:
+    """PRETENDED, and the benchmark's parts in the same process, which takes seconds to begin."""
+    found = run(tmp_path / "gpu.json", "--only", "pretended gqa", "decode graph gqa-moe, batch 1", first=PRETENDED)
+    step, token = (found["results"][name] for name in ("pretended gqa-moe", "decode graph gqa-moe, batch 1"))
+    assert step["attention"] == {"flash": 4, "efficient": 2}  # prelude, coda, two loops; local heads of these
+    assert step["launches"] > 2 * step["launches_a_loop"] > 0
+    assert [where.split(":")[0] for where in step["waits"]] == [
+        "_local_scalar_dense at training/parallel/parallel.py"  # where the step's numbers are read, at its end
+    ]
+    assert 0 < step["share_of_plan"] < 1
+    assert token["waits"] == [] and token["launches_a_loop"] <= 38
+    assert found["conditions"]["tiny"]  # toy sizes must not pass for real ones
+
+
+@pytest.mark.skipif(not LONG, reason="half a minute; OPEN_MYTHOS_LONG=1")
+def test_every_part_runs_at_toy_sizes(tmp_path: Path) -> None:
+    found = run(tmp_path / "gpu.json")["results"]
+    assert set(found) == {"machine", *gpu.parts(gpu.Bench(CPU, tiny=True))}
+    assert isinstance(found["kernels gqa decode"]["flex"], float)
+    assert all(found[f"train {name}"]["ratio"] > 0 for name in gpu_train.models(tiny=True))
+
+
+def test_no_part_is_begun_when_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "register", lambda: None)
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *TINY, "--out", str(out), "--minutes", "0", "--only", "train"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 0
+    found = json.loads(out.read_text())["results"]
+    assert all(part["skipped"] == "0 minutes are over" for part in found.values()) and len(found) == 5
+
+
+def test_a_bar_that_is_missed_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    def broken() -> dict:
+        raise RuntimeError("no such kernel")
+
+    bars = {"a": gpu.at_most("x", 2, 1), "c": gpu.at_least("y", 2, 1)}
+    made = {name: lambda name=name: {"bars": [bars[name]]} for name in bars} | {"b": broken}
+    monkeypatch.setattr(gpu, "parts", lambda bench: made)
+    monkeypatch.setattr(gpu, "register", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1 and "failed or missed: a, b" in capsys.readouterr().out.replace("\n", " ")
+    found = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert "no such kernel" in found["b"]["failed"] and found["c"]["bars"][0]["is_met"]
 
 
 def test_kernels_of_attention_by_the_rules_of_cuda() -> None:
