@@ -71,11 +71,15 @@ def test_a_tokenizer_goes_along_and_a_card_is_read(tmp_path: Path) -> None:
         tokenizer_of(tmp_path / "bare")
 
 
-def test_it_needs_nothing_of_training() -> None:
+def test_it_needs_nothing_of_training_and_a_model_of_experts_no_compiler() -> None:
+    """Which takes two seconds to import."""
     code = (
-        "import sys; from open_mythos.models import card_of, load_model, tokenizer_of\n"
+        "import sys, torch; from open_mythos import MythosConfig, OpenMythos\n"
+        "from open_mythos.models import card_of, load_model, tokenizer_of\n"
         "load_model('text-tiny'), tokenizer_of('text-tiny'), card_of('text-tiny')\n"
-        "assert not [name for name in sys.modules if name.startswith('open_mythos.training')]"
+        "sizes = dict(vocab_size=9, dim=32, n_heads=4, n_kv_heads=2, n_experts=4, expert_dim=8, attn_type='gqa')\n"
+        "OpenMythos(MythosConfig(**sizes)).generate(torch.ones(2, 9, dtype=torch.long), 2, 2)\n"
+        "assert not [name for name in sys.modules if name.startswith(('open_mythos.training', 'torch._dynamo'))]"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ Shape letters: N tokens, K experts per token, E experts, P = N K choices, D mode
 The slow, obvious twin is :func:`open_mythos.ops.reference.moe_loop`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,15 +102,25 @@ def _gathered(
 
 
 # F.grouped_mm as an operator of our own: PyTorch's refuses float32 where shapes are traced, and strides that are no
-# multiple of 16 bytes anywhere.
+# multiple of 16 bytes anywhere. Not by torch.library.custom_op, with which the first call imports the compiler, in two
+# seconds. Named after the module, since an exported model brings one of its own.
+_NAMESPACE = __name__.replace(".", "_")
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_OPERATORS = getattr(torch.ops, _NAMESPACE)
+
+
+def _define(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
 def grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
     """Rows times the matrix of their group, where the rows of group e end at ``ends_E[e]``: (P, N)."""
-    return torch.ops.open_mythos.grouped_mm(x_PK, weight_EKN, ends_E)
+    return _OPERATORS.grouped_mm(x_PK, weight_EKN, ends_E)
 
 
-@torch.library.custom_op("open_mythos::grouped_mm", mutates_args=())
 def _grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
     if x_PK.dtype == torch.float64:  # which F.grouped_mm does not know
         return torch.cat([x @ weight for x, weight in zip(_groups(x_PK, ends_E), weight_EKN, strict=True)])
@@ -121,8 +132,7 @@ def _grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
     return out_PN[:, :n_out].contiguous() if pad_out else out_PN
 
 
-@_grouped_mm.register_fake
-def _(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
+def _fake_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
     return x_PK.new_empty(x_PK.shape[0], weight_EKN.shape[2])
 
 
@@ -130,7 +140,6 @@ def _groups(x_PK: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
     return x_PK.split(ends_E.diff(prepend=ends_E.new_zeros(1)).tolist())
 
 
-@torch.library.custom_op("open_mythos::grouped_outer", mutates_args=())
 def _grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
     """``x^T y`` over the rows of each group: (E, M, N)."""
     if x_PM.dtype == torch.float64:
@@ -140,8 +149,7 @@ def _grouped_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(x_PM.contiguous().t(), y_PN.contiguous(), offs=ends_E)[:, :M, :N].contiguous()
 
 
-@_grouped_outer.register_fake
-def _(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
+def _fake_outer(x_PM: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
     return x_PM.new_empty(ends_E.shape[0], x_PM.shape[1], y_PN.shape[1])
 
 
@@ -154,8 +162,10 @@ def _backward(ctx: Any, grad_PN: Tensor) -> tuple[Tensor | None, Tensor | None, 
     needs_x, needs_weight, _ = ctx.needs_input_grad
     grad_x = grouped_mm(grad_PN, weight_EKN.transpose(1, 2), ends_E) if needs_x else None
     # The outer product in the order that gives a contiguous gradient of the weight as it is stored, (E, N, K).
-    grad_weight = torch.ops.open_mythos.grouped_outer(grad_PN, x_PK, ends_E).transpose(1, 2) if needs_weight else None
+    grad_weight = _OPERATORS.grouped_outer(grad_PN, x_PK, ends_E).transpose(1, 2) if needs_weight else None
     return grad_x, grad_weight, None
 
 
-_grouped_mm.register_autograd(_backward, setup_context=_save_for_backward)
+_define("grouped_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor", _grouped_mm, _fake_mm)
+_define("grouped_outer(Tensor x, Tensor y, Tensor ends) -> Tensor", _grouped_outer, _fake_outer)
+torch.library.register_autograd(f"{_NAMESPACE}::grouped_mm", _backward, setup_context=_save_for_backward, lib=_LIBRARY)

@@ -80,8 +80,8 @@ def _counted(work, cfg, monkeypatch):
     monkeypatch.setattr(attention, "attend", attend)
     monkeypatch.setattr(experts, "MAX_GATHERED", 0)  # or mixing two experts' outputs would be a product too
     products = {
-        torch.ops.open_mythos.grouped_mm: lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[2],
-        torch.ops.open_mythos.grouped_outer: lambda x, y, *_, **__: 2 * x[0] * x[1] * y[1],
+        torch.ops.open_mythos_ops_experts.grouped_mm: lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[2],
+        torch.ops.open_mythos_ops_experts.grouped_outer: lambda x, y, *_, **__: 2 * x[0] * x[1] * y[1],
     }
     with FlopCounterMode(display=False, custom_mapping=products) as counter:
         work()

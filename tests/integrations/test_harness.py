@@ -112,7 +112,7 @@ def test_bits_per_byte_of_text_fall_with_loops(tmp_path):
     (curve,) = (
         c for c in harness(SHIPPED / "text-tiny", ["source_bits"], [1, 8], TASKS) if c.metric == "bits_per_byte"
     )
-    assert curve.higher_is_better is False and curve.values[1] < curve.values[0] - 0.01
+    assert curve.higher_is_better is False and curve.values[1] < curve.values[0] - 0.002
 
 
 def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
