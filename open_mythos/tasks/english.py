@@ -94,7 +94,8 @@ def encode(text: str) -> list[int]:
         ValueError: for a word outside of the vocabulary, with the nearest one in it.
     """
     for word in text.split():
-        must(word in ID, f"no task in words knows {word!r}; {nearest(word, VOCABULARY)}")
+        if word not in ID:  # not must(), whose message would be made, and the nearest be searched, for every word
+            raise ValueError(f"no task in words knows {word!r}; {nearest(word, VOCABULARY)}")
     return [ID[word] for word in text.split()]
 
 
