@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import combinations
 from typing import NamedTuple, Self
 
 import torch
@@ -28,7 +29,7 @@ from open_mythos.tasks.english import (
 @cache
 def _programs(n: int, letters: int, split: str) -> Tensor:
     """Every choice of ``n`` registers of so many, (choices, n), of which each may stand in a line with another."""
-    every = torch.combinations(_NUMBERS[:letters], n)
+    every = torch.tensor(list(combinations(range(letters), n)))  # torch's makes letters**n tuples first
     together = _TOGETHER[split][every[:, :, None], every[:, None, :]]
     return every[together.any(2).all(1)]
 
