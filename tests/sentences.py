@@ -1,5 +1,6 @@
 """Reading what tasks in words say, without their generators."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -15,11 +16,12 @@ def reader(kinds: Sequence) -> Callable:
     """
     ways = [(kind, pattern, _regex(pattern)) for kind in kinds for pattern in kind.patterns]
 
+    @functools.cache
     def read(sentence: str):
         found = [(*way, match.groupdict()) for *way, regex in ways if (match := regex.fullmatch(sentence))]
         assert len(found) == 1, (sentence, found)
         kind, pattern, words = found[0]
-        return kind, pattern, [words.get(f"w{i}") for i in range(4)]
+        return kind, pattern, tuple(words.get(f"w{i}") for i in range(4))
 
     return read
 
