@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from open_mythos import files
@@ -20,6 +21,7 @@ def write(directory: str | Path) -> None:
         files.write(Path(directory, f"{_flat(name)}.py"), text)
 
 
+@cache
 def needed() -> dict[str, str]:
     """By module, the source of config and models, and of all that they need as they are imported."""
     sources: dict[str, str] = {}
