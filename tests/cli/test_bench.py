@@ -16,12 +16,6 @@ QUICK = ("--batch", 2, "--tokens", 8, "--seconds", 0)
 SHAPE = ("--dim", 64, "--experts", 2, "--loops", 2)
 
 
-@pytest.fixture(autouse=True)
-def small_peaks(monkeypatch):
-    monkeypatch.setattr(machine, "MATMULS", ((64, 64, 64), (64, 64, 64)))
-    monkeypatch.setattr(machine, "_READ_BYTES", {"cpu": 2**16})
-
-
 def run(*arguments):
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 

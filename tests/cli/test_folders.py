@@ -11,7 +11,6 @@ import pytest
 from walk import mythos, walk
 
 from open_mythos import OpenMythos
-from open_mythos.diagnostics import machine
 
 for package in ("transformers", "tokenizers", "matplotlib"):
     pytest.importorskip(package)
@@ -52,13 +51,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, reference_checkpoints: Path) 
     os.chdir(tmp_path_factory.mktemp("walk"))
     yield walk(reference_checkpoints / "training.pt")
     os.chdir(before)
-
-
-@pytest.fixture(autouse=True)
-def rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the machine, which take seconds to measure."""
-    for rate in ("matmul_rate", "read_rate"):
-        monkeypatch.setattr(machine, rate, lambda *how: 1e9)
 
 
 @pytest.mark.parametrize("command", TAKERS)

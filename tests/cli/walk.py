@@ -39,9 +39,9 @@ COMMANDS = {
 """By what they make; each may read what those before it made."""
 
 
-def on_two(measure: Callable[..., Any]) -> Callable[..., Any]:
-    """A measure of a model, on two problems of each difficulty."""
-    return lambda *what, **options: measure(*what[:4], 2, *what[5:], **options)
+def on_few(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """A measure of a model by depth, on two problems of each difficulty, at the three least of its loops."""
+    return lambda *what, **options: measure(*what[:3], what[3][:3], 2, *what[5:], **options)
 
 
 def mythos(line: str, *more: str, said: str = "") -> Result:
@@ -50,8 +50,8 @@ def mythos(line: str, *more: str, said: str = "") -> Result:
     assert program == "mythos", line
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(console, "_color_system", ColorSystem.STANDARD)  # so that what is to be typed next is bold
-        patch.setattr(fit, "evaluate", on_two(fit.evaluate))
-        patch.setattr(evaluation, "depth_grid", on_two(evaluation.depth_grid))
+        patch.setattr(fit, "evaluate", on_few(fit.evaluate))
+        patch.setattr(evaluation, "depth_grid", on_few(evaluation.depth_grid))
         return CliRunner().invoke(app, [*words, *more], input=said)
 
 
