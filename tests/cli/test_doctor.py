@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from fabricated import fabricate_run
+from in_turn import in_turn
 from typer.testing import CliRunner
 
 from open_mythos.cli import app, doctor
@@ -71,31 +69,20 @@ def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.Monke
     assert "NOT WRITABLE: set OPEN_MYTHOS_CACHE" in said and "Next: mythos eval parity-tiny" in said
 
 
-@pytest.mark.parametrize(
-    "command", ["eval parity-tiny --difficulties 6 --loops 2 --examples 2", "chat text-tiny --loops 2 --max-tokens 3"]
-)
-def test_a_machine_without_avx512_and_compiler_says_so_in_one_line_at_most(command: str, tmp_path: Path) -> None:
-    """In a process of its own, as PyTorch reads at its start what the processor may do."""
+def test_a_machine_without_avx512_and_compiler_says_so_in_one_line_at_most(tmp_path: Path) -> None:
+    """In a process of its own, as PyTorch reads at its start what the processor may do. Only chat decodes."""
     poor = {
         "PATH": str(tmp_path),
         "OPEN_MYTHOS_CACHE": str(tmp_path),
         "ATEN_CPU_CAPABILITY": "avx2",
         "CC": "no-such-cc",
     }
-    call = [
-        sys.executable,
-        "-W",
-        "error::UserWarning",
-        "-m",
-        "open_mythos",
-        *command.split(),
-        *(["--out", "out"] if "eval" in command else []),
-    ]
-    env = os.environ | poor | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(call, input="one\ntwo\n", capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == command.startswith("chat") and all("no C compiler was found; install gcc" in x for x in lines)
+    eval = "eval parity-tiny --difficulties 6 --loops 2 --examples 2 --out out"
+    chat = "chat text-tiny --loops 2 --max-tokens 3"
+    options = ("-W", "error::UserWarning")
+    _, screen = in_turn(eval, chat, said="one\ntwo\n", here=tmp_path, options=options, **poor)
+    *begun, said = screen.splitlines()
+    assert begun == [f"$ {eval}", f"$ {chat}"] and "no C compiler was found; install gcc" in said
 
 
 def test_a_whole_run_is_said_to_be_and_what_is_damaged_is_named(tmp_path: Path) -> None:

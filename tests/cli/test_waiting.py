@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fabricated import fabricate_run
+from in_turn import in_turn
 from typer.testing import CliRunner
 
 from open_mythos import install
@@ -90,13 +91,11 @@ def test_a_hub_out_of_reach_is_no_wait(line: list[str], monkeypatch: pytest.Monk
 def test_no_other_library_is_on_the_screen(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     fabricate_run(tmp_path / "run")
-    for line in ("mythos diagnose run --plots pictures", "mythos export run e", "mythos chat text-tiny --max-tokens 2"):
-        done = subprocess.run(
-            [sys.executable, "-m", "open_mythos", *line.split()[1:]], cwd=tmp_path, input="hi\n", capture_output=True,
-            text=True, env=os.environ | {"PYTHONPATH": str(Path(install.__file__).parent.parent)},
-        )  # fmt: skip
-        ours = r"(.* \(\d+ s\)\n)*"  # that it still works, on a slow machine
-        assert done.returncode == 0 and re.fullmatch(ours, done.stderr), (line, done.stderr)
+    lines = "diagnose run --plots pictures", "export run e", "chat text-tiny --max-tokens 2"
+    shown, screen = in_turn(*lines, said="hi\n", here=tmp_path)
+    ours = r"(\$ .*\n|.* \(\d+ s\)\n)*"  # the latter that it still works, on a slow machine
+    assert re.fullmatch(ours, screen), screen
+    assert (tmp_path / "pictures").is_dir() and (tmp_path / "e").is_dir() and "text-tiny" in shown
 
 
 def test_ctrl_c_before_a_command_has_begun_says_nothing(tmp_path: Path) -> None:
