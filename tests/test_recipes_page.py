@@ -17,7 +17,10 @@ from open_mythos.training.recipes import configured
 
 PAGE = recipes.PAGE.read_text()
 RESULTS: dict[str, Any] = json.loads((recipes.ROOT / "benchmarks" / "results" / "recipes.json").read_text())["results"]
-SMALL = ["model.expert_dim=8", "batch_size=1", "accumulate=1", "task.min_difficulty=8", "task.max_difficulty=8"]
+SMALL = [
+    "model.dim=192", "model.expert_dim=8", "batch_size=1", "accumulate=1", "task.min_difficulty=8",
+    "task.max_difficulty=8", "evaluation.difficulties=8",
+]  # fmt: skip
 
 
 def test_the_table_is_what_was_estimated_and_leaves_room_in_12_gb() -> None:
@@ -28,7 +31,7 @@ def test_the_table_is_what_was_estimated_and_leaves_room_in_12_gb() -> None:
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.name)
 def test_a_command_runs(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one short row and small experts appended, since at full size it needs a GPU."""
+    """With short rows, one at a time, and a narrow model appended, since at full size it needs a GPU."""
     monkeypatch.setattr(cost, "_TRIAL_STEPS", 1)
     assert recipe.command in PAGE
     words = recipe.command.replace("\\\n", " ").split()[1:]
