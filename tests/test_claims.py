@@ -62,7 +62,9 @@ def test_the_chain_sum_example_runs_and_says_what_is_claimed_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     few: Any = lambda examples: lambda n, *digits: examples(n // 20, *digits)  # noqa: E731
-    cut = run_cut_short("chain_sum", tmp_path, monkeypatch, capsys, examples=few)
+    cut = run_cut_short(
+        "chain_sum", tmp_path, monkeypatch, capsys, examples=few, train=lambda train: partial(train, epochs=2)
+    )
     assert all(0 <= values[0] <= 1 for values in claims.chain_sum_claims([cut]).values())
     assert (tmp_path / "chain_sum.png").exists()
 
