@@ -9,7 +9,6 @@ each with all threads: a quarter to half an hour each on two cores. Tasks that a
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +16,13 @@ from statistics import mean
 from typing import Any
 
 import torch
+from pages import table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from open_mythos import tasks
+from open_mythos.diagnostics.machine import describe
 from open_mythos.evaluation import depth_grid
 from open_mythos.training.runs import load_model
 
@@ -71,8 +72,8 @@ def measured(task: str, run: Path, examples: int) -> list[dict[str, Any]]:
 
 def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
     """Mean and worst of the seeds, and whether what is asked for holds."""
-    columns = "a loop early", "in time", f"{DEEPER} times the loops", "with halting", "its loops", "asked for", ""
-    table = Table("", tasks.load(task).unit, *columns, title=task)
+    columns = "a loop early", "in time", f"{DEEPER} times the loops", "with halting", "its loops", "bar", ""
+    rich = Table("", tasks.load(task).unit, *columns, title=task)
     for i, (options, difficulty, least, worst) in enumerate(BARS[task]):
         rows = [result[i] for result in results]
         early, late, _, deep = ([list(row["accuracy"].values())[k] for row in rows] for k in range(4))
@@ -84,10 +85,26 @@ def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
         cells = [f"{mean(values):.3f} ({min(values):.3f})" if values else "" for values in (early, late, deep, halted)]
         said = " ".join(f"{key}={value}" for key, value in options.items())
         asked = f"{least}" + (f" ({worst})" if worst else "")
-        table.add_row(
+        rich.add_row(
             said, str(difficulty), *cells, f"{mean(used):.1f}" if used else "", asked, "holds" if holds else "missed"
         )
-    return table
+    return rich
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of the docs: of each task, mean and worst seed."""
+    columns, lines = ("", "in time", f"{DEEPER} times the loops", "with halting", "of these loops", "bar"), []
+    for task, found in results.items():
+        for (options, difficulty, least, _), *rows in zip(BARS[task], *found["rows"], strict=True):
+            curves = [list(row["accuracy"].values()) for row in rows]
+            in_time, deep = ([curve[k] for curve in curves] for k in (1, 3))
+            halted = [row["halted"] for row in rows]
+            share = mean(row["loops_used"] / int(list(row["accuracy"])[3]) for row in rows)
+            made = ", ".join([f"`{task}`", *(f"{n} {key}" for key, n in options.items())])
+            cells = [f"{mean(values):.3f} ({min(values):.3f})" for values in (in_time, deep, halted)]
+            cells = [f"{made}, {difficulty} {tasks.load(task).unit}", *cells, f"{share:.0%}", f"{least:g}"]
+            lines.append(cells)
+    return "\n".join(table(columns, lines, numbers=True))
 
 
 def main() -> None:
@@ -97,7 +114,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "words.json")
     options = parser.parse_args()
-    report = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    report = json.loads(options.out.read_text())["results"] if options.out.is_file() else {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for task in options.tasks:
         runs = [train(task, seed) for seed in options.seeds]
@@ -106,11 +123,10 @@ def main() -> None:
         Console().print(shown(task, results))
         report[task] = {
             "seeds": options.seeds, "examples": options.examples, "seconds": seconds, "rows": results,
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "conditions": describe(torch.device("cpu")),
         }  # fmt: skip
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"Results: {options.out}")
+        options.out.write_text(json.dumps({"results": report}, indent=1) + "\n")
+    print(f"{markdown(report)}\n\nResults: {options.out}")
 
 
 if __name__ == "__main__":

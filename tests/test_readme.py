@@ -77,7 +77,8 @@ def test_links_resolve(page: Path) -> None:
     ("claims", "claims", "markdown", "docs/tutorials.md"), ("reasoners", "results", "markdown", "docs/results.md"),
     ("reasoners", "results", "summary", "README.md"), ("retrofit", "results", "markdown", "docs/retrofit.md"),
     ("retrofit", "again", "again_markdown", "docs/retrofit.md"),
-    ("language", "results", "markdown", "docs/language.md"), ("bridge", "results", "markdown", "docs/retrofit.md"),
+    ("language", "results", "markdown", "docs/language.md"), ("words", "results", "markdown", "docs/concepts/data.md"),
+    ("bridge", "results", "markdown", "docs/retrofit.md"),
 ])  # fmt: skip
 def test_tables_are_what_was_measured(name: str, key: str, table: str, page: str) -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())[key]
