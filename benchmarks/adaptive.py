@@ -15,7 +15,6 @@ hour on one core, of which ``--retime`` repeats only the timing, a third.
 import argparse
 import json
 import math
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from open_mythos import OpenMythos, tasks
+from open_mythos.diagnostics.machine import describe
 from open_mythos.evaluation.depth import chunks, measuring, readings
 from open_mythos.nn import exits
 from open_mythos.nn.exits import Exit
@@ -180,8 +180,7 @@ def main() -> None:
         kept = results[name] if args.retime else assess(model, case)
         results[name] = kept | races(model, case, exits.parse(kept["exit"]), args.rounds)
         results = {known: results[known] for known in CASES if known in results}
-        conditions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        conditions |= {"threads": 1, "rounds": args.rounds, "dtype": "float32"}
+        conditions = describe(torch.device("cpu")) | {"rounds": args.rounds, "dtype": "float32"}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
     print(markdown(results))

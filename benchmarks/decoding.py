@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos import KVCache, MythosConfig, OpenMythos, tasks
+from open_mythos.diagnostics.machine import describe
 from open_mythos.evaluation.depth import measuring
 from open_mythos.generation.engine import Depth
 from open_mythos.generation.engines import make_engine
@@ -370,9 +370,9 @@ def main() -> None:
     results = json.loads(args.out.read_text())["results"] if args.out.is_file() else {}
     results |= {part: PARTS[part]() for part in args.only}
     results = {part: results[part] for part in PARTS if part in results}
-    conditions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"conditions": conditions | {"threads": 1}, "results": results}, indent=1) + "\n")
+    conditions = describe(torch.device("cpu"))
+    args.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
     print(markdown(results))
     print(f"Results: {args.out}")
 
