@@ -106,7 +106,6 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(here)
         patch.setattr("open_mythos.integrations.original.find_hub", lambda: None)
         patch.setattr("open_mythos.cli.harness.find_hub", lambda: None)
-        patch.setenv("HF_HUB_OFFLINE", "1")
         fabricate_run(here / "run")
         shutil.copytree(SHIPPED / "text-tiny", "text")
         Path("folder").mkdir()
