@@ -164,7 +164,7 @@ def test_int8_weights_are_not_saved(tmp_path):
         lm.save_pretrained(tmp_path)
 
 
-def test_a_place_that_is_not_there_is_named():
+def test_a_place_that_is_not_there_is_named(tmp_path):
     for name in ("someone/some-model", "parity-tinny"):
         with pytest.raises(OSError, match=rf"{name} is no folder, .*parity-tiny.*did not come from the .*Hub; check"):
             OpenMythosForCausalLM.from_pretrained(name)
