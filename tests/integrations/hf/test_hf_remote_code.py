@@ -31,9 +31,14 @@ assert not [name for name, module in sys.modules.items() if name.startswith("ope
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def unregistered(monkeypatch):
+    """Whatever was registered in this process before."""
     monkeypatch.setattr(OpenMythosConfig, "_auto_class", None)
     monkeypatch.setattr(OpenMythosForCausalLM, "_auto_class", None)
+
+
+@pytest.fixture
+def registered(unregistered):
     OpenMythosConfig.register_for_auto_class()
     OpenMythosForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
@@ -52,6 +57,6 @@ def test_it_loads_without_the_package(tmp_path, registered):
     assert torch.equal(found["text"][:, :8], IDS) and found["text"].shape == (2, 12)
 
 
-def test_without_registering_no_source_is_written(tmp_path):
+def test_without_registering_no_source_is_written(tmp_path, unregistered):
     wrapped().save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
