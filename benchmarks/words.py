@@ -70,19 +70,29 @@ def measured(task: str, run: Path, examples: int) -> list[dict[str, Any]]:
     return rows
 
 
+def of_seeds(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """A row of each seed, by what was measured; lists of halting are empty without a gate."""
+    names, gated = ("early", "in time", "a loop late", "deep"), [row for row in rows if "halted" in row]
+    found = {name: [list(row["accuracy"].values())[i] for row in rows] for i, name in enumerate(names)}
+    found |= {"halted": [row["halted"] for row in gated], "used": [row["loops_used"] for row in gated]}
+    return found | {"share": [row["loops_used"] / int(list(row["accuracy"])[-1]) for row in gated]}
+
+
+def mean_and_worst(values: list[float]) -> str:
+    return f"{mean(values):.3f} ({min(values):.3f})" if values else ""
+
+
 def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
     """Mean and worst of the seeds, and whether what is asked for holds."""
     columns = "a loop early", "in time", f"{DEEPER} times the loops", "with halting", "its loops", "bar", ""
     rich = Table("", tasks.load(task).unit, *columns, title=task)
     for i, (options, difficulty, least, worst) in enumerate(BARS[task]):
-        rows = [result[i] for result in results]
-        early, late, _, deep = ([list(row["accuracy"].values())[k] for row in rows] for k in range(4))
+        found = of_seeds([result[i] for result in results])
+        late, deep, halted, used = (found[key] for key in ("in time", "deep", "halted", "used"))
         holds = mean(late) >= least and min(late) >= worst and mean(late) - mean(deep) <= 0.01
-        halted, used = ([row[key] for row in rows if key in row] for key in ("halted", "loops_used"))
         if halted:
-            share = mean(used) / list(rows[0]["accuracy"])[3]
-            holds &= mean(deep) - mean(halted) <= LOST_BY_HALTING and share <= SHARE_OF_LOOPS
-        cells = [f"{mean(values):.3f} ({min(values):.3f})" if values else "" for values in (early, late, deep, halted)]
+            holds &= mean(deep) - mean(halted) <= LOST_BY_HALTING and mean(found["share"]) <= SHARE_OF_LOOPS
+        cells = [mean_and_worst(found[key]) for key in ("early", "in time", "deep", "halted")]
         said = " ".join(f"{key}={value}" for key, value in options.items())
         asked = f"{least}" + (f" ({worst})" if worst else "")
         rich.add_row(
@@ -96,14 +106,11 @@ def markdown(results: dict[str, Any]) -> str:
     columns, lines = ("", "in time", f"{DEEPER} times the loops", "with halting", "of these loops", "bar"), []
     for task, found in results.items():
         for (options, difficulty, least, _), *rows in zip(BARS[task], *found["rows"], strict=True):
-            curves = [list(row["accuracy"].values()) for row in rows]
-            in_time, deep = ([curve[k] for curve in curves] for k in (1, 3))
-            halted = [row["halted"] for row in rows]
-            share = mean(row["loops_used"] / int(list(row["accuracy"])[3]) for row in rows)
+            row = of_seeds(rows)
+            share = f"{mean(row['share']):.0%}" if row["share"] else ""
             made = ", ".join([f"`{task}`", *(f"{n} {key}" for key, n in options.items())])
-            cells = [f"{mean(values):.3f} ({min(values):.3f})" for values in (in_time, deep, halted)]
-            cells = [f"{made}, {difficulty} {tasks.load(task).unit}", *cells, f"{share:.0%}", f"{least:g}"]
-            lines.append(cells)
+            cells = [mean_and_worst(row[key]) for key in ("in time", "deep", "halted")]
+            lines.append([f"{made}, {difficulty} {tasks.load(task).unit}", *cells, share, f"{least:g}"])
     return "\n".join(table(columns, lines, numbers=True))
 
 

@@ -93,10 +93,11 @@ def encode(text: str) -> list[int]:
     Raises:
         ValueError: for a word outside of the vocabulary, with the nearest one in it.
     """
-    for word in text.split():
-        if word not in ID:  # not must(), whose message would be made, and the nearest be searched, for every word
-            raise ValueError(f"no task in words knows {word!r}; {nearest(word, VOCABULARY)}")
-    return [ID[word] for word in text.split()]
+    try:
+        return [ID[word] for word in text.split()]
+    except KeyError as error:
+        (word,) = error.args
+        raise ValueError(f"no task in words knows {word!r}; {nearest(word, VOCABULARY)}") from None
 
 
 _FEW_NUMBERS = 3
