@@ -9,7 +9,7 @@ import torch
 from open_mythos import tasks
 from open_mythos.checkpoint import without_storage
 from open_mythos.config import MythosConfig
-from open_mythos.diagnostics import flops_per_token
+from open_mythos.diagnostics import flops_per_token, parameters
 from open_mythos.fields import must, nearest
 from open_mythos.model import OpenMythos, PlainMythos, UnrolledMythos
 from open_mythos.models import load_model
@@ -133,6 +133,13 @@ def train_only(model: OpenMythos, part: str) -> None:
     must(is_there, f"optim.only={part!r} is in the name of no parameter that is trained; {nearest(part, parts)}")
     for name, parameter in named.items():
         parameter.requires_grad_(part in name)
+
+
+def n_trained(cfg: TrainConfig) -> int:
+    """Parameters that :func:`train_only` leaves gradients to."""
+    if not cfg.optim.only:
+        return parameters(cfg.model).total
+    return sum(p.numel() for name, p in counted(cfg).named_parameters() if cfg.optim.only in name)
 
 
 def load_teacher(cfg: TrainConfig, device: torch.device) -> OpenMythos | None:

@@ -97,10 +97,10 @@ def evaluation_seconds(trainer: Trainer, seconds_per_step: float, begin: Callabl
 
 
 def weight_bytes(trainer: Trainer) -> int:
-    """Weights, gradients, EMA weights, and the optimizer's state, which exists after the first step."""
+    """Weights; of those that are trained, gradients and averages; and the optimizer's state, there after a step."""
     states = [state for part in trainer.optimizer.parts for state in part.state.values()]
     state_bytes = sum(x.nbytes for state in states for x in state.values() if isinstance(x, Tensor))
-    return 3 * sum(p.nbytes for p in trainer.model.parameters()) + state_bytes
+    return sum((3 if p.requires_grad else 1) * p.nbytes for p in trainer.model.parameters()) + state_bytes
 
 
 def activation_bytes(trainer: Trainer, steps: int) -> int:

@@ -124,16 +124,20 @@ class EMA:
     """Exponential moving average of a model's parameters, or of their pieces: the weights that a run saves.
 
     The decay of the n-th update (from 0) is ``min(decay, (n + 1) / (n + 10))``, so that the initial weights are
-    forgotten quickly; with ``decay`` 0 the average is the parameters themselves.
+    forgotten quickly; with ``decay`` 0 the average is the parameters themselves. Frozen ones are their own average, in
+    the same memory.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.parameters, self.decay = parameters, decay
         self.updates = 0
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.trained = [name for name, p in parameters.items() if p.requires_grad]
+        self.average = {name: p.detach() for name, p in parameters.items()}
+        self.average |= {name: self.average[name].clone() for name in self.trained}
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        moved, towards = ([of[name] for name in self.trained] for of in (self.average, self.parameters))
+        torch._foreach_lerp_(moved, towards, 1 - decay)
         self.updates += 1

@@ -30,7 +30,7 @@ from open_mythos.training.parallel.parallel import Parallel
 
 # streams of random numbers beside torch's own, which draws weights, and those of rows, which draw dropout and noise
 _DATA, _LOOPS = 1, 2
-_FOURFOLD, _PROBLEM = 4, 16  # weights, gradients, two moments; bytes of a token and its answer
+_STATES, _PROBLEM = 3, 16  # of a weight that is trained: gradient, two moments; bytes of a token and its answer
 
 
 class TrainingError(RuntimeError):
@@ -376,7 +376,7 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
 def check_room(cfg: TrainConfig, task: Task) -> None:
     """Raise ValueError if the machine's memory cannot hold the weights, or one state of each token, were they all."""
     room, rows, length = memory(), cfg.batch_size // cfg.accumulate, task.length(cfg.task.max_difficulty)
-    weights = _FOURFOLD * 4 * parameters(cfg.model).total
+    weights = 4 * (parameters(cfg.model).total + _STATES * baselines.n_trained(cfg))
     fix = "use a smaller model.dim, model.expert_dim or model.vocab_size, or fewer model.n_experts"
     must(weights <= room, f"the model takes {weights / 1e9:,.0f} GB to train and there are {room / 1e9:,.0f}; {fix}")
     evaluated = max(map(task.length, cfg.evaluation.difficulties))

@@ -12,10 +12,12 @@ from helpers import tiny_model
 from tiny import tiny_run
 from torch import nn
 
+from open_mythos.training import cost
+from open_mythos.training import trainer as trainer_module
 from open_mythos.training.config import OptimConfig
 from open_mythos.training.optim import EMA, NO_DECAY, Optimizer, decays, lr_factor
 from open_mythos.training.plan import Plan
-from open_mythos.training.trainer import Trainer
+from open_mythos.training.trainer import Trainer, check_room
 
 # -- groups
 
@@ -150,6 +152,21 @@ def test_what_is_not_trained_stays_as_it_is() -> None:
     moved = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {"recurrent.lora.B", "recurrent.lora.scale.weight"} <= moved
     assert all(".lora." in name or name.endswith("expert_load") for name in moved), moved
+
+
+def test_what_is_not_trained_takes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny_run("optim.only=lora")
+    trainer = Trainer(cfg)
+    for name, parameter in trainer.model.named_parameters():
+        assert (trainer.ema.average[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad), name
+    trainer.step()
+    n, trained = (sum(p.numel() for p in trainer.model.parameters() if p.requires_grad >= least) for least in (0, 1))
+    assert 0 < trained < n / 4
+    assert cost.weight_bytes(trainer) == pytest.approx(4 * (n + 4 * trained), rel=0.01)
+    monkeypatch.setattr(trainer_module, "memory", lambda: 4 * (n + 3 * trained) + (1 << 16))
+    check_room(cfg, trainer.task)
+    with pytest.raises(ValueError, match=r"the model takes .* GB to train"):
+        check_room(tiny_run(), trainer.task)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def test_flops_count_every_loop_that_is_asked(recomputed: str, times: int) -> No
     assert flops_per_step(cfg) == pytest.approx(8 * 5 * expected)
 
 
-def test_weights_gradients_adam_and_average_are_counted() -> None:
+def test_weights_gradients_adam_and_average_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_TRIAL_SECONDS", float("inf"))  # a machine that is busy elsewhere has fewer steps in it
     found = run_cost(tiny_run(*FIXED))
     assert found.weight_bytes == pytest.approx(4 * found.parameters * 5, rel=0.1)
     assert found.seconds_per_step > 0 and found.trial_steps == 10

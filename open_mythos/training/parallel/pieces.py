@@ -105,7 +105,7 @@ def _piece(parameter: nn.Parameter, grid: Grid, cut: Mapping[str, int]) -> Piece
     dims, held = dict(cut), parameter
     if isinstance(parameter, DTensor):
         with torch.no_grad():
-            held = nn.Parameter(parameter.to_local())
+            held = nn.Parameter(parameter.to_local(), requires_grad=parameter.requires_grad)
         by = next(placement for placement in parameter.placements if isinstance(placement, Shard))
         dims["slices" if is_expert else "shard"] = by.dim
     names = [name for name in mesh.mesh_dim_names or () if name in dims and mesh[name].size() > 1]
