@@ -1,5 +1,6 @@
 """MythosConfig: every number that shapes a model, checked when it is made. Imports no torch."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -207,8 +208,8 @@ class MythosConfig(Checked):
         """Heads of the recurrent block, the first ones, that see the last ``local_window`` tokens only."""
         if self.local_window == 0:
             return 0
-        n_global = 0 if self.local_share == 1 else max(1, int(self.n_heads * (1 - self.local_share)))
-        return self.n_heads - n_global
+        n_local = math.ceil(round(self.n_heads * self.local_share, 6))  # 20 heads at .9 are 18.000000000000004
+        return n_local if self.local_share == 1 else min(n_local, self.n_heads - 1)
 
     @property
     def ffn_dim(self) -> int:

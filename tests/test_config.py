@@ -187,6 +187,11 @@ def test_files(tmp_path):
         MythosConfig.load(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(("share", "n_local"), [(0.0, 0), (0.1, 2), (0.75, 15), (0.9, 18), (0.96, 19), (1.0, 20)])
+def test_a_share_of_the_heads_is_local_and_one_is_global_unless_all_are(share, n_local):
+    assert MythosConfig(dim=320, n_heads=20, n_kv_heads=20, local_share=share).n_local_heads == n_local
+
+
 def test_derived_sizes():
     cfg = MythosConfig(dim=96, n_heads=6, n_kv_heads=2, attn_type="gqa", n_shared_experts=2, n_experts_per_tok=3,
                        expert_dim=10, qk_rope_head_dim=8)  # fmt: skip

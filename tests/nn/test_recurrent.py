@@ -241,7 +241,9 @@ def test_loop_index_changes_what_each_loop_does():
         assert coded(tokens(1, 4), 60).isfinite().all()
 
 
-def test_active_tokens_bring_back_what_they_took():
+@pytest.mark.parametrize("stay", [False, True])
+def test_active_tokens_bring_back_what_they_took(stay, monkeypatch):
+    monkeypatch.setattr("open_mythos.nn.active.STAY", 2 if stay else 1)
     running = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
     active, x = ActiveTokens(running, packs=True), torch.randn(3, 4, 5)
     assert len(active) == 4 and active.width == 3 and active.is_packed
@@ -250,8 +252,28 @@ def test_active_tokens_bring_back_what_they_took():
     assert torch.equal(active.scatter(gathered, into=x), x)
     assert torch.equal(active.scatter(gathered + 1, into=x), x + running[..., None])
     packed = active.pack(gathered)
-    assert packed.shape == (3, 3, 5) and torch.equal(active.unpack(packed), gathered)
-    assert packed[1].eq(0).all() and packed[2, 1:].eq(0).all()
+    assert active.queries_stay == stay and torch.equal(active.unpack(packed), gathered)
+    if stay:
+        assert torch.equal(packed, x * running[..., None])
+    else:
+        assert packed.shape == (3, 3, 5) and packed[1].eq(0).all() and packed[2, 1:].eq(0).all()
+
+
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("changes", [{}, dict(local_share=1.0), dict(local_window=0), dict(causal=False)], ids=str)
+def test_queries_that_stay_at_their_places_find_what_packed_ones_find(attn_type, changes, monkeypatch):
+    model, ids = tiny_model(attn_type, max_seq_len=80, **changes), tokens(3, 80)  # more than one call attends
+    valid = torch.ones(3, 80, dtype=torch.long)
+    valid[1, :7] = 0
+    found, halts = list[torch.Tensor](), False
+    for stay in (0, 80):
+        monkeypatch.setattr("open_mythos.nn.active.STAY", stay)
+        with torch.no_grad():
+            found += [model(ids, 6, exit=StateChange(0.3)), model(ids, 6, exit=StateChange(0.3), attention_mask=valid)]
+            halts = halts or not torch.equal(found[-2], model(ids, 6, exit=StateChange(1e-9)))
+    assert halts
+    assert_near(found[0], found[2])
+    assert_near(found[1][valid > 0], found[3][valid > 0])
 
 
 def test_active_tokens_hand_everything_through_while_all_run():
