@@ -20,7 +20,7 @@ class TaskConfig(Checked):
     min_difficulty: int = size(1)
     max_difficulty: int = size(24)
     # problems begin small and at two loops, and grow to their full size and all loops, a little whenever this share of
-    # answers is right; 0: they are of full size from the start
+    # answers is right; 0: they are of full size from the start. Dropout begins when they are
     growth: float = real(0.0, 0.0, 1.0)
 
 

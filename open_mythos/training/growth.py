@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import nn
+
+from open_mythos.nn.block import Dropout
 from open_mythos.tasks import Task
 from open_mythos.tasks.base import Share
 from open_mythos.training.config import LoopConfig, TaskConfig
@@ -67,3 +70,11 @@ def due(shares: list[Share], growths: Mapping[str, Growth], enough: float, step:
     """
     left = [share for share in shares if not growths[share.name].is_mastered(enough)]
     return left if left and step % _REHEARSAL else shares
+
+
+def wait_with_dropout(model: nn.Module, growths: Mapping[str, Growth], p: float) -> None:
+    """Dropout of ``p`` once all problems are of full size, and none before: until then it only slows growth down."""
+    p = p if all(growth.size == 1 for growth in growths.values()) else 0.0
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.p = p

@@ -22,7 +22,7 @@ from open_mythos.training import baselines, distributed
 from open_mythos.training.ahead import rows_ahead
 from open_mythos.training.allocator import keep_freed_memory, memory
 from open_mythos.training.config import ONE_PASS, TrainConfig
-from open_mythos.training.growth import Growth, due
+from open_mythos.training.growth import Growth, due, wait_with_dropout
 from open_mythos.training.objective import Objective, Plan, n_supervised
 from open_mythos.training.optim import EMA, Optimizer, lr_factor
 from open_mythos.training.parallel.grid import Grid
@@ -131,6 +131,7 @@ class Trainer:
         What this process has to ``say`` at its end is known to all with the numbers of the step.
         """
         drawn = self.draw()
+        wait_with_dropout(self.model, self.growths, self.cfg.model.dropout)
         before = self._carried()
         try:
             result = self.forward_backward(drawn, say)
@@ -191,8 +192,7 @@ class Trainer:
                 plans.append(plan)
                 loops += n_loops / len(drawn)
                 seen.append(numbers)
-            if not self.parallel.waits_inside:
-                alone = time.perf_counter()
+            alone = alone if self.parallel.waits_inside else time.perf_counter()
         own = say(), alone - (self._met or alone)
         norm, sums, heard = self.parallel.add_up(torch.cat(seen), loops, plans, own)
         self._met = time.perf_counter()
