@@ -127,3 +127,15 @@ def test_without_growth_all_loops_are_run_from_the_start():
 def test_problems_may_begin_beyond_the_smallest_that_there_are():
     trainer = Trainer(configured("word_problems", ["task.min_difficulty=3", "batch_size=2", "model.dim=16"]))
     assert trainer.draw()[0].batch.ids.shape[0] == 2
+
+
+def test_dropout_begins_when_problems_are_of_full_size():
+    trainer = Trainer(tiny_run("task.growth=0.9", "model.dropout=0.25"))
+    drops = {module for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+    for size, p in ((0.5, 0.0), (1.0, 0.25)):
+        trainer.growths["parity"].size = size
+        trainer.step()
+        assert drops and {module.p for module in drops} == {p}
+    always = Trainer(tiny_run("model.dropout=0.25"))
+    always.step()
+    assert {module.p for module in always.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
