@@ -115,7 +115,7 @@ def relations() -> TrainConfig:
         "relations", range(1, 4), loops=13, gate=(6, 15), window=4, options={"questions": 10},
         evaluation=EvalConfig([1, 3, 6], [1, 2, 3, 5, 7, 13, 16, 28, 52], 128),
     )  # fmt: skip
-    cfg.steps, cfg.optim.decay, cfg.model.dropout = 1600, 0.5, 0.05
+    cfg.steps, cfg.optim.decay, cfg.model.dropout = 1300, 0.5, 0.05
     return cfg
 
 
