@@ -102,9 +102,9 @@ class ActiveTokens:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """:meth:`pack`'s -> (1, N, ...)."""
-        if self.queries_stay:
-            return self.gather(packed)
-        return packed[self._packed_at].unsqueeze(0) if self.is_packed else packed
+        if not self.is_packed:
+            return packed
+        return self.gather(packed) if self.queries_stay else packed[self._packed_at].unsqueeze(0)
 
     def merge_raw(self, layer: Any, raw: Tensor) -> Tensor:
         """Raw rows of all (B, T) positions: ``raw`` (1, N, ...) where they run, the previous loop's elsewhere."""

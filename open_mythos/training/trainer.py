@@ -131,7 +131,8 @@ class Trainer:
         What this process has to ``say`` at its end is known to all with the numbers of the step.
         """
         drawn = self.draw()
-        wait_with_dropout(self.model, self.growths, self.cfg.model.dropout)
+        if self.growths:
+            wait_with_dropout(self.model, self.growths, self.cfg.model.dropout)
         before = self._carried()
         try:
             result = self.forward_backward(drawn, say)
@@ -338,8 +339,7 @@ class Trainer:
 
     def _carried(self) -> dict[str, Any]:
         """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return {"buffers": buffers, "left": self.objective.left}
+        return {"buffers": {n: b.clone() for n, b in self.model.named_buffers()}, "left": self.objective.left}
 
     def _restore(self, carried: dict[str, Any]) -> None:
         for name, buffer in carried["buffers"].items():
