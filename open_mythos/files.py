@@ -6,6 +6,7 @@ else may have made goes through :func:`read_bytes` or what is built on it, which
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -191,6 +192,8 @@ def shaped(value: Any, shape: Any, name: str) -> Any:
         kinds = tuple(part if isinstance(part, type) else type(part) for part in parts)
         known = (*kinds, int) if float in kinds else kinds
         is_huge = isinstance(value, int) and not -_HUGE < value < _HUGE  # for a tensor, or the machine
+        if isinstance(value, float) and not math.isfinite(value):  # which JSON has no word for, and Python reads
+            raise ValueError(f"{name} is {value}; expected a finite number")
         if not isinstance(value, known) or (isinstance(value, bool) and bool not in kinds) or is_huge:
             came = f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
             raise ValueError(f"{name} is {came}; expected {' or '.join(_NAMES[kind] for kind in kinds)}")

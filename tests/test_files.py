@@ -116,6 +116,7 @@ def test_links_out_of_a_folder_are_refused_but_for_those_of_a_hubs_cache(tmp_pat
         (b'{"b": 1}', "lacks 'a'"),
         (b'{"a": 1.5}', "a is 1.5; expected a whole number"),
         (b'{"a": true}', "a is True; expected a whole number"),
+        (b'{"a": 1, "c": [1, NaN]}', r"c\[1\] is nan; expected a finite number"),
         (b'{"a": 1, "c": [1, "x"]}', r"c\[1\] is 'x'; expected a number or null"),
     ],
 )
