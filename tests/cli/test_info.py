@@ -71,6 +71,13 @@ def test_config_file_and_checkpoint_directory(tmp_path):
         assert result.exit_code == 0 and total in result.output
 
 
+def test_an_adapter_of_the_loops_is_shown_where_there_is_one(tmp_path):
+    for width in (0, 24):
+        tiny_config(bridge_dim=width).save(tmp_path / "config.json")
+        result = run("info", tmp_path / "config.json")
+        assert ("bridge" in result.output, "of width 24" in result.output) == (width > 0, width > 0)
+
+
 def test_a_run_that_has_not_ended(tmp_path):
     cfg = configured("debug")
     cfg.save(tmp_path / "config.json")
