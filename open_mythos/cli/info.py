@@ -82,7 +82,7 @@ def show(name: str, cfg: MythosConfig) -> None:
         "loops by default": f"{cfg.max_loop_iters}",
         "attention": attention,
         **(experts if cfg.n_experts else {"feed-forward": f"dense, of width {cfg.ffn_dim:,}"}),
-        **({"bridge": f"of width {cfg.bridge_dim:,}, reads the state less the encoded input"} if cfg.bridge_dim else {}),
+        **({"bridge": f"of width {cfg.bridge_dim:,}, between loops"} if cfg.bridge_dim else {}),
         "parameters": f"{count.total:,}",
         "active per token": f"{count.active:,} ({count.active / count.total:.0%})",
     }

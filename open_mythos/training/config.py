@@ -75,7 +75,7 @@ class LossConfig(Checked):
     ratio: float = real(0.5, 0.0, 1.0, low_open=True)  # geometric only: weight of a loop over that of the next
     progressive: float = real(0.5, 0.0, 1.0)
     outcome: float = real(0.0, 0.0, 1.0)  # steps only: share of the run, its end, in which only the answer is asked for
-    fixed_point: float = real(0.0, 0.0)  # weight of the last loop's squared relative state change
+    fixed_point: float = real(0.0, 0.0)  # weight of the last loop's squared relative state change, at full size
     z: float = real(0.0, 0.0)  # weight of the squared log-partition of the logits (PaLM, 2204.02311)
     chunk: int = size(0, minimum=0)  # tokens whose logits exist at one time; 0: as many as a quarter of a GB holds
     # a model of the same tokens, run at its own max_loop_iters, whose predictions take `distill` of cross-entropy's

@@ -18,6 +18,7 @@ from open_mythos.ops.draws import row_keys
 from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.training.allocator import give_back_here
 from open_mythos.training.config import ONE_PASS, LoopConfig, LossConfig, TrainConfig
+from open_mythos.training.growth import Growth
 
 TERMS = ("cross_entropy", "z", "distillation", "change")
 _TRIM_EVERY = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
@@ -37,6 +38,7 @@ class Plan:
     row: Tensor  # its number in the batch of all processes
     keys: Tensor | None  # what decides its noise, of a model that has any
     rope_factor: Tensor | None  # of its rotary embedding, the same for all of a step; None: the model's
+    rests: Tensor  # whether its state is to stay after its last loop, as ``loss.fixed_point`` asks
     among: "Plan | None" = None  # of all rows that run in lock-step with these
     meet: Callable[[Tensor, int], None] | None = None  # what is told which of them run a loop, as :class:`Among` says
 
@@ -76,20 +78,21 @@ class Objective:
 
     def plan(
         self, step: int, n: int, length: int, generator: torch.Generator, n_steps: int = 1,
-        loops: LoopConfig | None = None,
+        growth: Growth | None = None,
     ) -> Plan:  # fmt: skip
         """Draw what chance decides about optimizer step ``step``.
 
-        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; by default as many ``loops`` as the
-        run says.
+        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; of problems that still grow, as many
+        loops as ``growth`` says, and no state is asked to stay: that only slows growth down.
         """
-        loops, progress = loops or self.cfg.loops, step / self.cfg.steps
+        loops = self.cfg.loops if growth is None else growth.loops(self.cfg.loops)
+        progress, rests = step / self.cfg.steps, torch.full((n,), growth is None or growth.size == 1)
         most = loops.maximum
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         model = self.cfg.model
         is_noisy = model.dropout or model.state_noise or model.state_init == "noise"
         keys = row_keys(self.cfg.seed, step, n) if is_noisy else None
-        each = outcome, torch.arange(n), keys, self._rope_factor(n, generator)
+        each = outcome, torch.arange(n), keys, self._rope_factor(n, generator), rests
         if self.cfg.kind != "looped":  # the baselines have one depth, and gradient through all of it
             n_loops = torch.full((n,), min(self.cfg.depths[0], most))
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.zeros(n, dtype=torch.bool), *each)
@@ -154,7 +157,7 @@ class _Run:
         self, model: OpenMythos, batch: Batch, cfg: TrainConfig, teacher: OpenMythos | None, plan: Plan
     ) -> None:
         self.model, self.targets, self.cfg, self.teacher = model, batch.targets, cfg, teacher
-        self.steps = steps_asked(batch, cfg)
+        self.steps, self.rests = steps_asked(batch, cfg), plan.rests
         if teacher is not None:
             with torch.no_grad():
                 self.teacher_hidden = teacher.hidden(batch.ids, attention_mask=batch.valid)
@@ -199,7 +202,9 @@ class _Run:
                 if cfg.loss.fixed_point:
                     moved = (after - before).float().square().sum(-1)
                     moved = moved / after.float().square().sum(-1).clamp(min=1e-12)
-                    change = change + (moved.mean(1) * (take(self.targets, rows) != UNSCORED).sum(1)).sum()
+                    scored = (take(self.targets, rows) != UNSCORED).sum(1)
+                    rests = take(self.rests, rows).to(scored.device, non_blocking=True)
+                    change = change + (moved.mean(1) * scored * rests).sum()
                 final[rows.to(h.device, non_blocking=True)] = after.detach()
         return torch.cat([sums, change.view(1)]), hits, final
 

@@ -221,8 +221,7 @@ class Trainer:
         cfg, batch = self.cfg, drawn.batch
         n_scored = n_supervised(batch, cfg)
         length, n_steps = batch.ids.shape[1], 1 if batch.steps is None else batch.steps.shape[2]
-        of_size = None if drawn.growth is None else drawn.growth.loops(cfg.loops)
-        plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, of_size)
+        plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, drawn.growth)
         first, end = self.rows.start, self.rows.stop
         size = (end - first) // cfg.accumulate
         elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows before those of this process, if not in it

@@ -1,7 +1,5 @@
 """The loss is what its config says: of which depths and tokens, from which states, in micro-batches or whole."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from helpers import tiny_config, tiny_model
 from open_mythos.tasks import UNSCORED, Batch
 from open_mythos.training.baselines import stretched
 from open_mythos.training.config import LoopConfig, LossConfig, TrainConfig
+from open_mythos.training.growth import Growth
 from open_mythos.training.objective import Objective, readout
 
 N, T = 6, 9
@@ -117,8 +116,7 @@ def test_progressive_mixes_a_second_run(model, batch):
     plans = [Objective(config(loops)).plan(0, 2, T, generator(seed)) for seed in range(200)]
     assert all(1 <= p.short_grad[0] <= p.short_loops[0] <= 5 for p in plans)
     assert {int(p.short_loops[0] - p.short_grad[0]) for p in plans} == {0, 1, 2, 3, 4}
-    few = replace(config(loops).loops, maximum=2)
-    small = [Objective(config(loops)).plan(0, 2, T, generator(seed), loops=few) for seed in range(50)]
+    small = [Objective(config(loops)).plan(0, 2, T, generator(seed), growth=Growth()) for seed in range(50)]
     assert {int(p.short_loops[0]) for p in small} == {1, 2}, "no more than there are yet"
 
 
@@ -142,6 +140,12 @@ def test_fixed_point_and_z_terms(model, batch):
     z = model.head(model.decode(states[-1], ctx)).logsumexp(-1).square()[scored].mean()
     torch.testing.assert_close(steadied.loss, plain.loss + 0.5 * change + 0.1 * z)
     torch.testing.assert_close(steadied.parts["change"], change.detach())
+    still = Objective(config({"schedule": "by_steps", "maximum": 9}, {"fixed_point": 0.5}))
+    parts = [
+        still(model, batch, still.plan(0, N, T, generator(), 2, Growth(size=size)), n_scored(batch)).parts["change"]
+        for size in (0.9, 1.0)
+    ]
+    assert parts[0] == 0 < parts[1], "states may change as long as problems grow"
 
 
 @pytest.mark.parametrize("loss", [{}, {"depth": "geometric", "fixed_point": 0.3, "z": 0.01}, {"depth": "progressive"}])
@@ -294,7 +298,7 @@ def test_loops_may_be_as_many_as_the_steps_and_a_few_more():
     objective = Objective(config({"schedule": "by_steps", "maximum": 9, "spare": 2}))
     drawn = {int(objective.plan(0, N, T, generator(seed), 4).n_loops[0]) for seed in range(40)}
     assert drawn == {4, 5, 6}
-    few = replace(objective.cfg.loops, maximum=5)
+    few = Growth(size=0.18)  # five loops
     assert {int(objective.plan(0, N, T, generator(seed), 4, few).n_loops[0]) for seed in range(40)} == {4, 5}
 
 
