@@ -115,7 +115,7 @@ def markdown(results: dict[str, Any]) -> str:
             ])  # fmt: skip
     columns = "hops", "1 loop", "2", "3", "hops + 2", "2 hops + 4"
     prompts = f"{size['batch']} prompts of up to {size['sentences']} sentences and {size['hops']} hops"
-    lines = [f"Share of answers that are right, of 16 things; {size['steps']} steps of {prompts}:", ""]
+    lines = [f"Accuracy, with 16 possible answers; training was {size['steps']} steps of {prompts}:", ""]
     lines += [*table(columns, rows, numbers=True), ""]
     rows = [
         [f"{kind}, {when}", *(f"{results[when]['bits'][kind][str(n)]:.4f}" for n in PROSE_LOOPS)]

@@ -77,8 +77,9 @@ def markdown(results: dict[str, Any]) -> str:
     one, trained, deep = (mean(curve[str(n)] for curve in curves) for n in (1, loops, 4 * loops))
     worst = max(curve[str(4 * loops)] - curve[str(loops)] for curve in curves)
     lines.append(
-        f"At one loop {one - single['mean'][0][0]:+.4f} bits beside single (at most {SHALLOW:+g} was asked); at "
-        f"{4 * loops} loops {deep - trained:+.4f} beside {loops}, {worst:+.4f} on the worst seed (at most {DEEPER:+g})."
+        f"At one loop the model has {one - single['mean'][0][0]:+.4f} bits per byte against single (required: at most "
+        f"{SHALLOW:+g}); at {4 * loops} loops {deep - trained:+.4f} against {loops} loops, {worst:+.4f} on the worst "
+        f"seed (required: at most {DEEPER:+g})."
     )
     return "\n".join(lines)
 

@@ -202,7 +202,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables of the page."""
     lines = ["## Accuracy", "", *accuracy_table(results), "", "## Early exit", ""]
     lines += [
-        "Problems of all measured difficulties in one batch. Fixed loops: for every position the fewest that the "
+        "Problems of all measured difficulties in one batch. Fixed loops: every position runs the fewest loops that the "
         "hardest of these problems needs. Early exit: each position stops when the halting gate says so.",
         "", *exit_table(results), "", "## More loops than needed", "",
         "Accuracy at the loops that a difficulty needs (the fewest within .001 of the best accuracy) and at "
