@@ -202,8 +202,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables of the page."""
     lines = ["## Accuracy", "", *accuracy_table(results), "", "## Early exit", ""]
     lines += [
-        "Problems of all measured difficulties in one batch. Fixed loops: every position runs the fewest loops that the "
-        "hardest of these problems needs. Early exit: each position stops when the halting gate says so.",
+        "Problems of all measured difficulties in one batch. Fixed loops: every position runs the fewest loops that "
+        "the hardest of these problems needs. Early exit: each position stops when the halting gate says so.",
         "", *exit_table(results), "", "## More loops than needed", "",
         "Accuracy at the loops that a difficulty needs (the fewest within .001 of the best accuracy) and at "
         f"{BEYOND} times as many; and the largest drop of accuracy from any depth to a deeper one, at any difficulty.",
