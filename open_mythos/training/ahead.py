@@ -1,4 +1,4 @@
-"""Batches that are made while the step before runs."""
+"""Prefetching of batches: each is made while the step before runs."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +11,9 @@ from open_mythos.training.config import TrainConfig
 
 
 class Ahead:
-    """What ``make`` gives for each step, made by a thread while the step before runs.
+    """Call ``make`` for the next step in a thread, while the present step runs.
 
-    ``make`` depends on the number of the step alone, so that any step may follow any other.
+    ``make`` depends on the number of the step alone; a step that was not prefetched is made when it is called for.
     """
 
     def __init__(self, make: Callable[[int], Batch]) -> None:
@@ -28,9 +28,9 @@ class Ahead:
 
 
 def rows_ahead(task: Text, cfg: TrainConfig, device: torch.device, mine: slice) -> Ahead | None:
-    """The rows of this process, ``mine``, in the batch of each step, in pinned memory where there is a GPU.
+    """Prefetch the rows ``mine`` of each step's batch, those of this process; in pinned memory for a GPU.
 
-    None for text that is drawn and not gone through.
+    None for text whose rows are drawn at random instead of read in order.
     """
     if not task.separate:
         return None
@@ -40,7 +40,7 @@ def rows_ahead(task: Text, cfg: TrainConfig, device: torch.device, mine: slice) 
         batch = task.rows(range(step * n, (step + 1) * n), length, cfg.seed, mine)
         if device.type != "cuda":
             return batch
-        with torch.cuda.device(device):  # that of this thread would be the first one
+        with torch.cuda.device(device):  # a new thread's current device is the first GPU
             return batch.map(lambda part: part.pin_memory())
 
     return Ahead(make)

@@ -1,4 +1,4 @@
-"""Memory of the CPU: what one training step gives back, the next takes again; or the system, where memory is short."""
+"""The C library's allocator on the CPU: keep freed memory for the next step, or return it where memory is short."""
 
 import ctypes
 import functools
@@ -15,12 +15,12 @@ _NEVER = 2**30  # bytes
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, for this process and from now on.
+    """Have the C library keep freed memory instead of returning it, for this process and from now on.
 
-    glibc returns large blocks to the system, and every page of a new one costs a fault: of a training step a twentieth,
-    and a quarter where many experts have gradients in bfloat16. A step's blocks are those of the step before, so that
-    keeping them takes hardly more memory. Another C library, or settings of the user's own (``MALLOC_...``), are left
-    as they are.
+    glibc returns large blocks to the system, and every page of a new one costs a page fault: a twentieth of a training
+    step's time, and a quarter where many experts have gradients in bfloat16. Each step allocates the same blocks as the
+    last one, so keeping them takes hardly more memory. Other C libraries, and settings of the user's own
+    (``MALLOC_...``), are left as they are.
     """
     if _is_glibc() and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = ctypes.CDLL(None).mallopt
@@ -29,22 +29,22 @@ def keep_freed_memory() -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error is of memory that is not there: PyTorch has its own for a GPU, and none for the rest."""
+    """Whether an error means out of memory. PyTorch has a class of its own on GPUs, but only a message on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def memory() -> float:
-    """Bytes of memory that the machine has; infinite where it does not say."""
+    """Physical memory of the machine in bytes; infinite where it is not known."""
     known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys()
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if known else math.inf
 
 
 def give_back_here(x: Tensor) -> Tensor:
-    """``x``; whenever it is computed, and when its gradient is, the C library gives all free pages to the system.
+    """Return ``x``; in its forward and its backward pass, the C library returns all free pages to the system.
 
-    glibc leaves small objects between the large blocks of a loop, and where those live on, as the graph of a loop does
-    until its backward pass, the blocks of the next loop come to lie elsewhere: free memory grows with every loop,
-    though hardly any is in use. What is given back and taken again costs a fault a page.
+    glibc puts small objects between the large blocks of a loop. Where these live on, as the graph of a loop does until
+    its backward pass, the freed space fragments and the next loop's blocks are placed elsewhere: memory grows with
+    every loop, though hardly any is in use. A page that is returned and needed again costs a page fault.
     """
     return _GiveBack.apply(x) if x.is_cpu and _is_glibc() else x
 

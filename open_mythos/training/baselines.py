@@ -1,4 +1,4 @@
-"""The models of a run: the one that it trains, or a baseline without a loop, and those it starts from and follows."""
+"""The models of a run: the one it trains, looped or a baseline, the one it starts from, and its teacher."""
 
 from bisect import bisect_right
 from dataclasses import replace
@@ -17,26 +17,25 @@ from open_mythos.nn.block import TransformerBlock
 from open_mythos.training.config import UNTIED, TrainConfig
 from open_mythos.training.overrides import differences
 
-# A block is called in several ways, each with code of its own: with gradient and without, as prelude or core, and for
-# one row or token, few, or many. Beyond the limit further ones would not be compiled.
+# A block is compiled separately for each kind of call: with gradient and without, as prelude or core, and for one row
+# or token, few, or many. Beyond torch's limit on recompilations, further kinds would not be compiled.
 _WAYS = 32
 _CLASSES: dict[str, type[OpenMythos]] = {"unrolled": UnrolledMythos, "plain": PlainMythos}
 _WIDTHS = ("dense_dim", "expert_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim")
-_FED = _WIDTHS[:2]  # widths of feed-forwards, the finer dial: dim has to be a multiple of twice the heads
-_MATCH = 0.03  # share by which the operations of the wide baseline may differ from those of the looped model
+_FED = _WIDTHS[:2]  # feed-forward widths, which can be tuned finely: dim has to be a multiple of twice the heads
+_MATCH = 0.03  # share by which the FLOPs of the wide baseline may differ from those of the looped model
 
 
 def build(cfg: TrainConfig) -> OpenMythos:
     """The model that a run trains: :class:`OpenMythos`, or one of the baselines if ``cfg.kind`` says so.
 
-    A looped model is built as it is trained here, by the run's own loop counts: its gate comes afterwards, and it
-    explores no depths by itself.
+    Halting and warm start are off: a run trains the gate afterwards, and draws loop counts itself.
     """
     return _CLASSES.get(cfg.kind, OpenMythos)(_asked(cfg))
 
 
 def counted(cfg: TrainConfig) -> OpenMythos:
-    """As :func:`build`, without storage: to count what the model has, or to find out whether there is such a model."""
+    """As :func:`build`, on the meta device: to count parameters, or to check that the model can be built."""
     return without_storage(_CLASSES.get(cfg.kind, OpenMythos), _asked(cfg))
 
 
@@ -46,7 +45,7 @@ def shape(cfg: TrainConfig) -> MythosConfig:
 
 
 def mean_context(cfg: TrainConfig, difficulty: int) -> int:
-    """Tokens that a token of a problem sees, on average."""
+    """Tokens that a token of a problem attends to, on average."""
     return (tasks.load(cfg.task.name, **cfg.task.options).length(difficulty) + 1) // 2
 
 
@@ -62,7 +61,7 @@ def _asked(cfg: TrainConfig) -> MythosConfig:
 
 @lru_cache(maxsize=4)
 def _widened(config: str, loops: int, context: int) -> str:
-    """The config of a model that at one loop takes the operations of ``loops`` loops of another.
+    """The config of a model that at one loop takes as many FLOPs as another at ``loops`` loops.
 
     ``dim`` grows, and with it feed-forwards, latents and the size of heads; numbers of heads, layers and experts stay.
     """
@@ -78,7 +77,7 @@ def _widened(config: str, loops: int, context: int) -> str:
     def cost(steps: int, fed: int = 0) -> float:
         return flops_per_token(wide(steps, fed), 1, context)
 
-    # As many operations as so many loops are those of a model so many times as wide, or of a narrower one
+    # A model `loops` times as wide takes at least the FLOPs of `loops` loops, so the search ends there
     steps = bisect_right(range((loops - 1) * narrow.dim // step + 1), wanted, lo=1, key=cost) - 1
     above = bisect_right(range(8000), wanted, lo=1, key=lambda fed: cost(steps, fed))
     fed = min((above - 1, above), key=lambda fed: abs(cost(steps, fed) - wanted))
@@ -98,7 +97,7 @@ def stretched(model: OpenMythos, factor: float) -> OpenMythos:
 
 
 def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
-    """Give ``model`` the weights of ``cfg.start``. A bridge that these do not have stays new, and adds nothing.
+    """Load the weights of ``cfg.start`` into ``model``. A bridge that they lack keeps its initial weights: zero output.
 
     Raises:
         ValueError: if there is no such model, or it is of another shape, naming what differs.
@@ -120,10 +119,10 @@ def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
 
 
 def train_only(model: OpenMythos, part: str) -> None:
-    """Leave gradients to the parameters of ``model`` with ``part`` in their dotted names; to all of them for "".
+    """Freeze the parameters of ``model`` without ``part`` in their dotted names; none of them for "".
 
     Raises:
-        ValueError: if there are none, or none but those of a gate that learns afterwards; naming the parts there are.
+        ValueError: if no parameter but those of a gate that is trained afterwards would be left; naming the parts.
     """
     named = dict(model.named_parameters())
     later = "recurrent.act." if model.cfg.recurrence == "injected" else None
@@ -136,17 +135,17 @@ def train_only(model: OpenMythos, part: str) -> None:
 
 
 def n_trained(cfg: TrainConfig) -> int:
-    """Parameters that :func:`train_only` leaves gradients to."""
+    """Number of parameters that :func:`train_only` does not freeze."""
     if not cfg.optim.only:
         return parameters(cfg.model).total
     return sum(p.numel() for name, p in counted(cfg).named_parameters() if cfg.optim.only in name)
 
 
 def load_teacher(cfg: TrainConfig, device: torch.device) -> OpenMythos | None:
-    """The model of ``cfg.loss.teacher``, in eval mode and without gradients; None if there is none.
+    """The model of ``cfg.loss.teacher``, in eval mode and frozen; None if there is none.
 
     Raises:
-        ValueError: if it cannot be found, or has other tokens.
+        ValueError: if it cannot be found, or has another vocabulary size.
     """
     if not cfg.loss.teacher:
         return None
@@ -158,11 +157,11 @@ def load_teacher(cfg: TrainConfig, device: torch.device) -> OpenMythos | None:
 
 
 def compile_blocks(model: OpenMythos, cfg: TrainConfig) -> None:
-    """Have every transformer block of ``model`` compiled, in place, at its first call of each kind.
+    """Compile every transformer block of ``model``, in place, at its first call of each kind.
 
-    A block knows nothing of the loop that calls it, so no number of loops compiles anything anew, and blocks of one
-    shape share their code. Where rows or tokens differ from call to call, one code is made for all of their numbers
-    from the start: a loop that is recomputed in the backward pass has to meet the code that it met before.
+    A block does not depend on the loop that calls it, so no loop count triggers recompilation, and blocks of one shape
+    share their code. Where the number of rows or tokens varies between calls, it is dynamic from the start: a loop that
+    is recomputed in the backward pass has to run the code that it ran in the forward pass.
     Parameters keep their names; copies of ``model`` are not compiled.
     """
     import torch._dynamo.config  # takes a second

@@ -1,15 +1,15 @@
-"""Atomic, checksummed checkpoints of a run, one folder each, to which every process writes what it holds.
+"""Atomic, checksummed checkpoints of a run, one folder each; every process writes its shards.
 
 ::
 
-    step_XXXXXXXX/manifest.json             sizes and checksums of the others, written last
-    step_XXXXXXXX/state.pt                  the state, as plain values and tensors; of tensors that several processes
-                                            divide, where their pieces are
-    step_XXXXXXXX/pieces_NNNNN.safetensors  what process NNNNN wrote of these
+    step_XXXXXXXX/manifest.json             sizes and checksums of the other files, written last
+    step_XXXXXXXX/state.pt                  the state, as plain values and tensors; for tensors that several processes
+                                            divide, an index of their pieces
+    step_XXXXXXXX/pieces_NNNNN.safetensors  the pieces that process NNNNN wrote
 
-Pieces say where in the whole they lie, and any part of the whole is read from whichever have some of it: a run goes on
-with any number of processes that divide it in any way. These are not torch.distributed.checkpoint's files, whose index
-is a pickle: a folder may come from anybody, and loading it runs nothing of it.
+The index says where in the whole tensor each piece lies, so any slice can be read from the pieces that overlap it: a
+run resumes with any number of processes and any layout. The format is not that of torch.distributed.checkpoint, whose
+index is a pickle: loading a folder from an untrusted source must not run code.
 """
 
 import contextlib
@@ -38,24 +38,24 @@ STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 _LISTED = {"bytes": int, "crc32": int}
 _MANIFEST = {"files": {STATE_FILE: _LISTED, "*": _LISTED}, "seconds?": float}
 _INDEX = [{"path": [(str, int)], "shape": [int], "at": [{"file": str, "start": [int], "size": [int]}]}]
-_PIECES = "pieces"  # of a state: the index of what was divided
+_PIECES = "pieces"  # key of the index of divided tensors in a state, and prefix of their files
 _PREFIX, _PARTIAL = "step_", ".partial"
 _UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError)
 _CHUNK = 1 << 22  # bytes that are read at a time
 
 T = TypeVar("T")
-Place = tuple[str | int, ...]  # in a state: keys, and numbers in lists
+Place = tuple[str | int, ...]  # path to a value in a state: keys of dicts and indices of lists
 
 
 @dataclass(frozen=True)
 class Part:
-    """What this process holds of a tensor that several divide.
+    """The shard that this process holds of a tensor that several processes divide.
 
     Attributes:
-        held: here.
-        shape: of the whole.
-        start: where in the whole ``held`` begins.
-        is_mine: whether this process writes it: of those that hold the same, one does.
+        held: the shard.
+        shape: of the whole tensor.
+        start: offset of ``held`` in the whole, on each axis.
+        is_mine: whether this process writes it: of the processes that hold the same shard, one does.
     """
 
     held: Tensor
@@ -65,10 +65,10 @@ class Part:
 
 
 class Stored:
-    """A tensor in pieces on disk. Indexed with a slice for each axis, or () for all, it gives that of it, on the CPU.
+    """A tensor in pieces on disk. Indexed with a slice for each axis, or () for all, it reads that part, on the CPU.
 
     Raises:
-        CheckpointError: if no piece has some of it, or none is there.
+        CheckpointError: if the pieces do not cover the part, or there are none.
     """
 
     def __init__(self, folder: Path, path: list[str | int], shape: list[int], at: list[dict[str, Any]]) -> None:
@@ -110,8 +110,8 @@ def save(
 ) -> Path:
     """Write ``directory/step_XXXXXXXX`` atomically, then remove older ones; to be called by all processes.
 
-    Kept are the newest ``keep`` (at least 1; None: all), and the first of each so many ``hours`` of training. Those of
-    later steps are removed: the run has gone on from an earlier one, without them.
+    Kept are the newest ``keep`` (at least 1; None: all), and the first one of every ``hours`` of training. Checkpoints
+    of later steps are removed: they are of an earlier attempt, and the run was resumed from before them.
 
     Files are written and fsynced in a temporary directory, the manifest with sizes and checksums last, which the first
     process then renames. On failure it is removed, and older checkpoints stay.
@@ -119,7 +119,7 @@ def save(
     Args:
         directory, step, keep, hours: as above.
         state: tensors, plain values and :class:`Part`; of all but parts, that of the first process is written.
-        group: in which processes wait for each other; None: all.
+        group: process group to synchronise in; None: the default one.
 
     Raises:
         OSError: in all processes, if one cannot write.
@@ -142,12 +142,12 @@ def save(
 
 def _begin(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(exist_ok=True)  # but not the run's folder: a disk that is gone may come back
+    partial.parent.mkdir(exist_ok=True)  # not the run's folder: if its disk is unmounted, it must not be made elsewhere
     partial.mkdir()
 
 
 def _write_pieces(partial: Path, parts: Parts) -> tuple[str, dict[str, int], list[Any]]:
-    """Write this process's parts; the file's name, what the manifest says of it, and where the parts belong."""
+    """Write this process's parts; returns the file's name, its entry in the manifest, and those of the index."""
     mine = {path: part for path, part in parts.items() if part.is_mine and part.held.numel()}
     if not mine:
         return "", {}, []
@@ -158,7 +158,7 @@ def _write_pieces(partial: Path, parts: Parts) -> tuple[str, dict[str, int], lis
 
 
 def _finish(partial: Path, final: Path, step: int, plain: dict[str, Any], written: list[Any]) -> None:
-    """Write what says where all is, and have the folder take its place."""
+    """Write state, index and manifest, and rename the folder to its final name."""
     listed, index = dict[str, dict[str, int]](), dict[Any, dict[str, Any]]()
     for name, said, places in written:
         if name and not ((partial / name).is_file() and (partial / name).stat().st_size == said["bytes"]):
@@ -180,12 +180,12 @@ def _finish(partial: Path, final: Path, step: int, plain: dict[str, Any], writte
 
 
 def _rotate(final: Path, keep: int | None, hours: float) -> None:
-    """Remove what is not kept beside ``final``, and what a crash has left half written."""
+    """Remove checkpoints beside ``final`` that are not to be kept, and partial ones that a crash has left."""
     directory, last, lasting = final.parent, None, set[Path]()
     found = newest_first(directory)
     later, kept = [path for path in found if path > final], [path for path in found if path <= final]
     for path in reversed(kept) if hours else ():
-        with contextlib.suppress(OSError, ValueError):  # damaged: it is kept for its number alone
+        with contextlib.suppress(OSError, ValueError):  # damaged: it is kept only if among the newest
             manifest = files.read_json(files.own(path / MANIFEST_FILE), _MANIFEST)
             period = manifest.get("seconds", 0.0) // (3600 * hours)
             if period != last:
@@ -197,16 +197,16 @@ def _rotate(final: Path, keep: int | None, hours: float) -> None:
 
 
 class Saving:
-    """The checkpoints that a run writes: of one process at once, of several in the background.
+    """Writer of a run's checkpoints: synchronous with one process, in a background thread with several.
 
-    There a step waits only for the copy of what its process holds. One checkpoint is written at a time, and the next
-    one waits for it. To be made, and called, by all processes.
+    With several, training waits only until each process has copied its shards. One checkpoint is written at a time; the
+    next one waits for it. To be made, and called, by all processes.
 
     Args:
         directory: of the checkpoints.
 
     Attributes:
-        step: of the last one that was begun.
+        step: of the last checkpoint that was begun.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -216,7 +216,7 @@ class Saving:
         self._error: BaseException | None = None
 
     def begin(self, step: int, state: dict[str, Any], keep: int | None, hours: float = 0.0) -> None:
-        """Begin to :func:`save`, of several processes once the last one is written; :meth:`end` says how it went."""
+        """Start a :func:`save`; with several processes the last one must be over. :meth:`end` raises its error."""
         self.step = step
         if self.group is None:
             self._save(step, state, keep, hours)
@@ -238,7 +238,7 @@ class Saving:
             self._error = error
 
     def end(self, timeout: float | None = None) -> None:
-        """Wait until what was begun is written; OSError if it could not be, or not within ``timeout`` seconds."""
+        """Wait until the checkpoint is written; OSError if that failed or took longer than ``timeout`` seconds."""
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
@@ -249,15 +249,15 @@ class Saving:
 
 
 def is_one(directory: Path) -> bool:
-    """Whether it is a checkpoint, whole or damaged."""
+    """Whether ``directory`` is a checkpoint, whole or damaged."""
     return any((directory / file).is_file() for file in (STATE_FILE, MANIFEST_FILE))
 
 
 def load(checkpoint: Path, mapped: bool = False) -> dict[str, Any]:
-    """The state that :func:`save` wrote, on the CPU, what was in parts as :class:`Stored`.
+    """The state that :func:`save` wrote, on the CPU, with divided tensors as :class:`Stored`.
 
-    To be called by all processes: each compares its share of the files with their checksums, and they agree. If
-    ``mapped``, the other tensors are read from their file as they are used, too, which has to stay.
+    To be called by all processes: each verifies the checksums of its share of the files, and all raise if one does.
+    If ``mapped``, the other tensors are memory-mapped too, so that the file has to stay in place.
 
     Raises:
         CheckpointError: naming the file that is missing, truncated or damaged.
@@ -302,7 +302,7 @@ def _load(checkpoint: Path, mapped: bool) -> dict[str, Any]:
 
 
 def _check(path: Path, expected: dict[str, int], whole: bool) -> None:
-    """CheckpointError unless the file has its size and, looked at ``whole``, its checksum."""
+    """Raise CheckpointError unless the file has its size and, if ``whole``, its checksum."""
     try:
         size = path.stat().st_size  # before it is read
         if size != expected["bytes"]:
@@ -316,7 +316,7 @@ def _check(path: Path, expected: dict[str, int], whole: bool) -> None:
 def newest(directory: Path, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint and its state, or None; ``log`` gets a message for each damaged one.
 
-    To be called by all processes, which look at what the first one finds.
+    To be called by all processes, which try those that the first one finds.
     """
     for name in distributed.gathered([path.name for path in newest_first(directory)])[0]:
         try:
@@ -327,12 +327,12 @@ def newest(directory: Path, log: Callable[[str], None]) -> tuple[Path, dict[str,
 
 
 def newest_first(directory: Path) -> list[Path]:
-    """The checkpoints that are there, whole or damaged."""
+    """The checkpoints in ``directory``, whole or damaged."""
     return sorted((path for path in directory.glob(_PREFIX + "*") if path.suffix != _PARTIAL), reverse=True)
 
 
 def _together(work: Callable[[], T], group: Any) -> list[T]:
-    """What each process's ``work`` comes to; of several, if one fails, all do, with an OSError that says which."""
+    """Results of ``work`` in each process; if it fails in one of several, all raise an OSError that says which."""
     if distributed.world_size() == 1:
         return [work()]
     found, error = None, ""
@@ -351,20 +351,20 @@ def _together(work: Callable[[], T], group: Any) -> list[T]:
 
 
 def _apart(state: Any) -> tuple[Any, Parts]:
-    """A state with None for its parts, and these by where they were."""
+    """A state with None in place of its parts, and the parts by their paths."""
     parts: Parts = {}
     return _mapped(state, lambda value, path: parts.update({path: value}) if isinstance(value, Part) else value), parts
 
 
 def _copied(value: Any, path: Place) -> Any:
-    """Tensors of its own on the CPU, for what this process writes."""
+    """Copy to the CPU a tensor that this process writes; other values as they are."""
     if isinstance(value, Part) and value.is_mine:
         return replace(value, held=_copied(value.held, path))
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _mapped(value: Any, change: Callable[[Any, Place], Any], path: Place = ()) -> Any:
-    """Dicts and lists of what ``change`` makes of each value in ``value`` and of its path."""
+    """Apply ``change`` to each leaf of nested dicts and lists, and to its path."""
     if isinstance(value, dict):
         return {key: _mapped(one, change, (*path, key)) for key, one in value.items()}
     if isinstance(value, list):

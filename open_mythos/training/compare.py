@@ -1,4 +1,4 @@
-"""Compares a looped model with its four neighbours, trained on the same data and steps: accuracy, FLOPs, parameters."""
+"""Comparison of a looped model with four baselines, trained on the same data and steps: accuracy, FLOPs, parameters."""
 
 import dataclasses
 import math
@@ -30,11 +30,11 @@ MIN_DIFFERENCE = 0.005
 
 @dataclass
 class Contender:
-    """One kind of model. Lists are over difficulties, then loops; a baseline has one loop count.
+    """The results of one kind of model. Lists are over difficulties, then loops; a baseline has one loop count.
 
     ``flops_per_token`` is at the problems' mean context and the mean loops run; ``mean``, ``worst``, and the 95%
-    interval ``low`` to ``high`` are over seeds. ``lr`` is its learning rate; ``tried`` what each rate gave on the first
-    seed. Of text, ``by_token`` has bits per byte of each kind of token, at ``trained_loops``, mean over seeds.
+    interval ``low`` to ``high`` are over seeds. ``lr`` is its learning rate; ``tried`` the result of each rate on the
+    first seed. For text, ``by_token`` has bits per byte of each kind of token, at ``trained_loops``, mean over seeds.
     """
 
     kind: str
@@ -81,9 +81,9 @@ class Comparison:
         recipe, unit, difficulties, trained_difficulty, trained_loops, seeds: of the runs.
         measure: "accuracy" (higher is better), or "bits per byte" of text (lower is better).
         contenders: in the order of ``KINDS``.
-        closed, exponent: for each difficulty, what :func:`~open_mythos.evaluation.gap.gap_closed` and, of text,
-            :func:`~open_mythos.evaluation.gap.loop_exponent` say of each seed, at ``trained_loops``; None where no seed
-            has it. A gap of no more than ``MIN_DIFFERENCE`` is none.
+        closed, exponent: for each difficulty, :func:`~open_mythos.evaluation.gap.gap_closed` and, for text,
+            :func:`~open_mythos.evaluation.gap.loop_exponent` over seeds, at ``trained_loops``; None where it is defined
+            for no seed. A gap of no more than ``MIN_DIFFERENCE`` counts as none.
     """
 
     recipe: str
@@ -98,7 +98,7 @@ class Comparison:
     exponent: list[OverSeeds | None] = field(default_factory=list)
 
     def entries(self) -> list[Entry]:
-        """The looped model at its maximum depth and at that of the unrolled one, then the baselines."""
+        """The looped model at its maximum depth and at the unrolled baseline's depth, then the baselines."""
         looped, *baselines = self.contenders
         columns = sorted({looped.loops.index(self.trained_loops), len(looped.loops) - 1}, reverse=True)
         return [looped.at(column) for column in columns] + [baseline.at(0) for baseline in baselines]
@@ -165,7 +165,7 @@ class Comparison:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What :func:`compare` wrote, as it stands in the file; ValueError, naming file and field, for anything else."""
+    """Read the file that :func:`compare` wrote; ValueError, naming file and field, for anything else."""
     row = {"name": str, "parameters": int, "training_flops": float, "flops_per_token": [float], "mean": [float]}
     row |= {"worst": [float], "lr?": float}
     one = {"kind": str, "loops": [int], "mean": [[float]], "low": [[float]], "high": [[float]]}
@@ -183,20 +183,20 @@ def compare(
     watching: Watching = lambda cfg: nullcontext(Watch()),
     rates: Sequence[float] = (),
 ) -> Comparison:
-    """Train and evaluate ``cfg``'s model and its four neighbours for every seed, and write ``out/compare.json``.
+    """Train and evaluate ``cfg``'s model and the four baselines for every seed, and write ``out/compare.json``.
 
     All see the same problems in the same order. Runs are those of :class:`Plan`; finished ones are reused, interrupted
     ones resumed.
 
     Args:
-        cfg, out: of the looped model, ``kind`` and ``seed`` are set here; directory, created if missing.
+        cfg, out: config of the looped model (``kind`` and ``seed`` are set here); directory, created if missing.
         seeds: of weights and data.
         watching: makes the :class:`~open_mythos.training.fit.Watch` of a run.
-        rates: learning rates that each kind tries on the first seed; all seeds then run at its best by the trained
-            difficulty, or by bits. Without, all run at that of ``cfg``.
+        rates: learning rates that each kind tries on the first seed; its other seeds then use the best, by accuracy at
+            the trained difficulty, or by bits per byte of text. If empty, all use that of ``cfg``.
 
     Raises:
-        ValueError: before anything is trained as :class:`Plan`, or if ``out`` holds runs with other settings.
+        ValueError: as :class:`Plan`, before anything is trained, or if ``out`` holds runs with other settings.
     """
     plan = Plan(cfg, out, seeds, rates)
     cfg, task = plan.cfg, tasks.load(cfg.task.name, **cfg.task.options)
@@ -216,7 +216,7 @@ def compare(
         }
         contenders.append(contender)
     measure = "accuracy" if isinstance(scores[0], Evaluation) else "bits per byte"
-    # Of text, only the first difficulty is evaluated
+    # For text, only the first difficulty is evaluated
     difficulties, trained = cfg.evaluation.difficulties[: len(contenders[0].mean)], cfg.task.max_difficulty
     comparison = Comparison(
         cfg.recipe, task.unit, measure, difficulties, trained, cfg.loops.trained, list(seeds), contenders,
@@ -227,7 +227,7 @@ def compare(
 
 
 def _score(cfg: TrainConfig, kind: str, run: Path) -> float:
-    """What a rate is judged by: accuracy on the hardest problems trained on, of those evaluated, or minus bits."""
+    """Score of a learning rate: accuracy at the greatest evaluated difficulty that was trained, or minus the bits."""
     found = load_evaluation(run)
     loops, values, _ = _values([found])
     column = loops.index(cfg.loops.trained) if kind == "looped" else 0
@@ -241,7 +241,7 @@ def _score(cfg: TrainConfig, kind: str, run: Path) -> float:
 def _worth(
     cfg: TrainConfig, measure: str, paired: dict[str, Tensor]
 ) -> tuple[list[OverSeeds | None], list[OverSeeds | None]]:
-    """Share of the gap closed, and exponent, at each difficulty. ``paired``: of each kind, (D, seeds) at its depth."""
+    """Share of the gap closed, and exponent, at each difficulty; ``paired``: (D, seeds) of each kind, at its depth."""
     model = baselines.counted(dataclasses.replace(cfg, kind="looped"))
     core = model.recurrent
     looped = sum(p.numel() for p in core.parameters()) - sum(p.numel() for p in core.act.parameters())
@@ -265,7 +265,7 @@ def _worth(
 def _contender(
     cfg: TrainConfig, task: tasks.Task, scores: list[Evaluation | dict[int, float]]
 ) -> tuple[Contender, Tensor]:
-    """It, and what its seeds have at the depth of training, (D, seeds)."""
+    """A contender, and accuracy or bits of its seeds at the depth of training, (D, seeds)."""
     loops, values, used = _values(scores)
     is_text = not isinstance(scores[0], Evaluation)
     low, high = student_interval(values, math.inf if is_text else 1.0)
@@ -281,7 +281,7 @@ def _contender(
 
 
 def _values(scores: list[Evaluation | dict[int, float]]) -> tuple[list[int], Tensor, Tensor]:
-    """Loops (L), accuracy or bits (D, L, seeds), and mean loops run by a position (D, L)."""
+    """Loops (L), accuracy or bits (D, L, seeds), and mean loops that positions ran (D, L)."""
     grids = [score.grids[0] for score in scores if isinstance(score, Evaluation)]
     if grids:
         used = torch.stack([grid.loops_used for grid in grids]).mean(0)

@@ -22,7 +22,7 @@ from open_mythos.training.gate import ROUNDS, train_gate
 from open_mythos.training.objective import Objective
 from open_mythos.training.trainer import Trainer
 
-_N_DRAWS = 256  # steps over which loop counts and problem lengths are averaged
+_N_DRAWS = 256  # simulated steps over which loop counts and problem lengths are averaged
 _TRIAL_STEPS, _TRIAL_SECONDS = 10, 10.0  # limits, whichever comes first
 _TRIAL_LOOPS = 4
 _GRAD_COST, _RECOMPUTE_COST = 3, 4  # in forward passes: backward is two, recomputation one more
@@ -43,7 +43,7 @@ class RunCost:
 
 
 def run_cost(cfg: TrainConfig, progress: Callable[[str], None] | None = None) -> RunCost:
-    """Run a few steps in memory, and a little of what comes after, and measure them.
+    """Measure a few training steps, and small samples of gate training and evaluation, without writing a run.
 
     Raises:
         ValueError: as :class:`~open_mythos.training.trainer.Trainer`.
@@ -68,7 +68,7 @@ def run_cost(cfg: TrainConfig, progress: Callable[[str], None] | None = None) ->
 
 
 def gate_seconds(trainer: Trainer, begin: Callable[[str], None]) -> float:
-    """Of training the halting gate: as long as at a few loops and as many fewer steps, times that share."""
+    """Seconds to train the halting gate, extrapolated from fewer loops and, in the same proportion, fewer steps."""
     cfg, model = trainer.cfg, trainer.averaged()
     if cfg.kind != "looped" or cfg.gate.steps == 0:
         return 0.0
@@ -80,7 +80,7 @@ def gate_seconds(trainer: Trainer, begin: Callable[[str], None]) -> float:
 
 
 def evaluation_seconds(trainer: Trainer, seconds_per_step: float, begin: Callable[[str], None]) -> float:
-    """Of evaluating: as long as at a few loops, on as many examples as take a second or so, times those shares."""
+    """Seconds to evaluate, extrapolated from fewer loops, and from as many examples as take about a second."""
     cfg, model, wanted = trainer.cfg, trainer.averaged(), trainer.cfg.evaluation
     model.cfg.halting = cfg.kind == "looped" and cfg.gate.steps > 0  # as the gate's training leaves it
     loops = max(cfg.depths)
@@ -97,7 +97,7 @@ def evaluation_seconds(trainer: Trainer, seconds_per_step: float, begin: Callabl
 
 
 def weight_bytes(trainer: Trainer) -> int:
-    """Weights; of those that are trained, gradients and averages; and the optimizer's state, there after a step."""
+    """Bytes of weights, of gradients and averages of trained ones, and of the optimizer's state (after a step)."""
     states = [state for part in trainer.optimizer.parts for state in part.state.values()]
     state_bytes = sum(x.nbytes for state in states for x in state.values() if isinstance(x, Tensor))
     return sum((3 if p.requires_grad else 1) * p.nbytes for p in trainer.model.parameters()) + state_bytes
@@ -106,7 +106,7 @@ def weight_bytes(trainer: Trainer) -> int:
 def activation_bytes(trainer: Trainer, steps: int) -> int:
     """Peak bytes saved for the backward pass, over ``steps`` further steps."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
-    references: Counter[int] = Counter()  # by the storage's address: each counts once, and parameters do not
+    references: Counter[int] = Counter()  # by address: a storage saved twice counts once, and parameters do not count
     current = peak = 0
 
     def pack(tensor: Tensor) -> _Saved:
@@ -132,7 +132,7 @@ def activation_bytes(trainer: Trainer, steps: int) -> int:
 
 
 def flops_per_step(cfg: TrainConfig) -> float:
-    """Expected FLOPs of a step, averaged over random draws of loops and lengths; of problems that grow, at full size.
+    """Expected FLOPs of a step, averaged over random draws of loops and lengths; with ``task.growth`` at full size.
 
     Matrix products only, as in :func:`~open_mythos.diagnostics.flops_per_token`, at the mean context of half the
     problem. A loop costs one forward pass without gradient, three with it, four if recomputed; coda and head are

@@ -1,4 +1,4 @@
-"""Several processes that train one model, as ``torchrun`` starts them, or one, for which nothing here does anything."""
+"""Helpers for several processes that train one model, as ``torchrun`` starts them; trivial for a single process."""
 
 import os
 import time
@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from open_mythos.fields import must
 
-_PATIENCE = timedelta(hours=12)  # process 0 may have a long corpus to read before the others
+_PATIENCE = timedelta(hours=12)  # timeout of collectives: the others wait while process 0 reads a long corpus
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
+    """Rank of this process, from 0 on."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -28,7 +28,7 @@ def world_size() -> int:
 
 
 def device_with_room(device: torch.device, n_bytes: int) -> torch.device:
-    """``device``, or the CPU in place of a GPU that has less than twice so many bytes free."""
+    """``device``, or the CPU in place of a GPU with less than ``2 * n_bytes`` free."""
     has_room = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] >= 2 * n_bytes
     return device if has_room else torch.device("cpu")
 
@@ -36,7 +36,7 @@ def device_with_room(device: torch.device, n_bytes: int) -> torch.device:
 def find_device(name: str) -> torch.device:
     """The device called ``name``; "auto" is a GPU, or the CPU if there is none.
 
-    Of several processes of a machine each has a GPU of its own, if the name has no number.
+    With several processes on a machine, each gets a GPU of its own unless the name has an index.
 
     Raises:
         ValueError: for a device that is unknown or not available.
@@ -57,7 +57,7 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Processes can talk to each other inside."""
+    """Initialise the default process group for the block, if there are several processes."""
     if world_size() == 1 or dist.is_initialized():
         yield
         return
@@ -73,10 +73,11 @@ def processes() -> Iterator[None]:
 
 
 def _fresh_store() -> dist.Store:
-    """The store of torchrun, under a name that processes have agreed on since they were started.
+    """The store of torchrun, with a prefix that the processes agree on after each start.
 
-    It outlives them, and what is in it from before a restart would be read as if it were new: addresses of processes
-    that are dead (pytorch issues 135712, 167288). The first process says the name under a word of each other one.
+    The store outlives restarts of the processes, and old entries, such as addresses of dead processes, would be read as
+    if they were new (pytorch issues 135712, 167288). Each other process posts a random word under its rank, and the
+    first process answers under that word with the prefix, until all have acknowledged it.
     """
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
     name = uuid.uuid4().hex
@@ -87,7 +88,7 @@ def _fresh_store() -> dist.Store:
     missing = list(range(1, world_size())) if rank() == 0 else []
     while missing := [i for i in missing if not store.check([f"{name}/{i}"])]:
         for i in missing:
-            if store.check([f"word/{i}"]):  # or an old one, which nobody waits for
+            if store.check([f"word/{i}"]):  # may be one from before a restart: then nobody reads the answer
                 store.set(store.get(f"word/{i}").decode(), name)
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
@@ -95,12 +96,12 @@ def _fresh_store() -> dist.Store:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """What is inside is done by process 0, then by the others, who find what it left, or end with it if it fails."""
+    """Run the block in process 0 first, then in the others, which find the files it made; if it fails, they exit."""
     if not dist.is_initialized():
         yield
         return
     if rank() > 0 and add_up([0.0])[0]:
-        raise SystemExit(2)  # it says why
+        raise SystemExit(2)  # process 0 reports the error
     failed = 1.0
     try:
         yield
@@ -111,21 +112,22 @@ def first_process_first() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have called this (barrier)."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(()))
 
 
 def said_by_others(error: BaseException, hurried: Callable[[], float] = float, patience: float = 2.0) -> str:
-    """If a collective has failed, which one, and whom it waited for; "" for other errors.
+    """Message naming the collective that has failed and the processes it waited for; "" for other errors.
 
-    Processes that wait fail as well, and say so within ``patience`` seconds of each other; a quarter, if ``hurried``.
+    Other waiting processes fail too and post this in the store; those that do not within ``patience`` seconds, or a
+    quarter of it if ``hurried``, are the missing ones.
     """
     calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "distributed_c10d" in frame.filename]
     if not calls or not dist.is_initialized():
         return ""
     missing = "others"
-    with suppress(RuntimeError):  # nobody keeps the store any more
+    with suppress(RuntimeError):  # the process that hosts the store has ended
         store = dist.distributed_c10d._get_default_store()
         store.set(f"waited/{rank()}", "")
         start = time.monotonic()
@@ -137,7 +139,7 @@ def said_by_others(error: BaseException, hurried: Callable[[], float] = float, p
 
 
 def add_up(numbers: list[float]) -> list[float]:
-    """The sums over all processes."""
+    """Sum each number over all processes."""
     if world_size() == 1:
         return numbers
     total = torch.tensor(numbers, dtype=torch.float64)
@@ -146,7 +148,7 @@ def add_up(numbers: list[float]) -> list[float]:
 
 
 def gathered(mine: Any, group: Any = None) -> list[Any]:
-    """What each process has, in the order of their numbers."""
+    """Objects of all processes, in the order of their ranks."""
     if world_size() == 1:
         return [mine]
     found: list[Any] = [None] * world_size()
@@ -155,5 +157,5 @@ def gathered(mine: Any, group: Any = None) -> list[Any]:
 
 
 def background() -> Any:
-    """A group of all processes for a thread of each, beside what they do meanwhile; None of one process."""
+    """A group of all processes for collectives in a background thread of each; None for a single process."""
     return None if world_size() == 1 else dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -45,7 +45,7 @@ MEANS = ("loss", "accuracy", "loops", "grad_norm")
 class Watch:
     """Callbacks of a run: for lines of metrics, log messages, and the stages after training (gate, evaluation).
 
-    ``again`` is what to call or type to go on with the run.
+    ``again`` is the call or command that resumes the run, for messages.
     """
 
     record: Callable[[Record], None] = lambda record: None
@@ -57,7 +57,7 @@ class Watch:
 def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None = None) -> Path:
     """Train with ``cfg``, and write to ``run`` the files that :mod:`open_mythos.training.runs` lists.
 
-    With several processes, the first one writes and evaluates. Nobody else may train there meanwhile, see
+    With several processes, the first one writes and evaluates. A lock keeps other trainings out of the directory, see
     :func:`~open_mythos.training.owner.owned`. At SIGINT, SIGTERM and SIGHUP the step is finished and its state saved.
 
     Args:
@@ -74,7 +74,7 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
             writes to, or a checkpoint of a run with other settings, naming them.
         TrainingError: if too many steps in a row are not finite, or memory is full.
         OSError: if the last line of metrics, the last checkpoint or the model cannot be written.
-        KeyboardInterrupt: for SIGINT, when all is saved.
+        KeyboardInterrupt: for SIGINT, once the state is saved.
         SystemExit: for SIGTERM and SIGHUP, with the code that schedulers expect.
     """
     watch = watch or Watch()
@@ -95,7 +95,7 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
                 watch.log(f"optim.warmup={cfg.optim.warmup} of steps={cfg.steps}: {reached}; lower optim.warmup")
             distributed.wait()  # all processes look for checkpoints before the first one writes
             if is_main:
-                (run / runs.EVALUATION).unlink(missing_ok=True)  # it may be of other difficulties
+                (run / runs.EVALUATION).unlink(missing_ok=True)  # its difficulties may differ from the new config's
                 cfg.save(run / runs.RUN_CONFIG)
             train(trainer, meter, run, watch, stop)
             model = trainer.averaged()
@@ -110,7 +110,7 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
 
 @contextmanager
 def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
-    """Whatever ends what is inside, say what is left and how to go on."""
+    """Report, whatever ends the block, which checkpoint remains and how to resume from it."""
     try:
         with stop.telling(watch.log, lambda: left(run, watch)):
             yield
@@ -128,7 +128,7 @@ def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
 
 
 def left(run: Path, watch: Watch) -> str:
-    """Which checkpoint there is to go on from, and how."""
+    """Message that names the newest checkpoint and how to resume from it."""
     newest = next(iter(checkpoints.newest_first(run / runs.CHECKPOINTS)), None)
     return "nothing was saved" if newest is None else f"{newest} is saved; go on from it with {watch.again}"
 
@@ -178,7 +178,7 @@ def check_same(old: TrainConfig, new: TrainConfig, where: Path) -> None:
 
 @dataclass
 class Meter:
-    """Sums over the steps since the last line of metrics, saved in checkpoints for an identical line after resuming."""
+    """Sums over the steps since the last line of metrics; checkpoints hold them, so that resuming changes no line."""
 
     seconds: float = 0.0  # of the whole run
     since: float = 0.0  # seconds since the last line
@@ -217,7 +217,7 @@ class Meter:
 def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -> None:
     """Run the remaining steps, with metrics and checkpoints.
 
-    While steps are skipped none is saved, so that none is removed either: it is made up for by the next good step.
+    A checkpoint that falls due while steps are skipped waits for the next good step, so that it displaces no good one.
     """
     cfg, is_due = trainer.cfg, False
     is_main = distributed.rank() == 0
@@ -241,8 +241,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                         for logger in loggers:
                             log_line(logger, line, is_last, watch.log)
                         watch.record(line)
-                    except KeyboardInterrupt:  # of another handler than ours
-                        if stop.asked:  # it is the second
+                    except KeyboardInterrupt:  # raised by a handler other than ours
+                        if stop.asked:  # the second signal ends the run at once
                             raise
                         stop.asked = SIGINT
                 trainer.check_going(result)
@@ -255,7 +255,7 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
             if trainer.skipped and trainer.step_number == cfg.steps:
                 watch.log(f"{trainer.skipped} of {cfg.steps} steps were skipped, as loss or gradient was not finite")
     except BaseException:
-        with suppress(Exception):  # what is being written may yet be there to go on from
+        with suppress(Exception):  # a checkpoint that is being written may still complete, to resume from
             saving.end(cfg.parallel.timeout)
         raise
     finally:
@@ -274,17 +274,17 @@ def log_line(logger: Logger, line: Record, is_last: bool, log: Callable[[str], N
 
 
 def save(saving: Saving, trainer: Trainer, meter: Meter, log: Callable[[str], None]) -> None:
-    """Begin a checkpoint, once the last one is written."""
+    """Start writing a checkpoint, once the last one is written."""
     written(saving, trainer.cfg, log)
     state = {"trainer": trainer.state_dict(), "meter": asdict(meter)}
-    keep = None if trainer.skipped_in_a_row else trainer.cfg.keep  # the good ones, too
+    keep = None if trainer.skipped_in_a_row else trainer.cfg.keep  # a state after skipped steps displaces no good one
     saving.begin(trainer.step_number, state, keep, trainer.cfg.keep_hours)
     if saving.is_over:
         written(saving, trainer.cfg, log)
 
 
 def written(saving: Saving, cfg: TrainConfig, log: Callable[[str], None]) -> None:
-    """Wait for a checkpoint. A failure is logged and training continues, except for the last one."""
+    """Wait until a checkpoint is written. A failure is logged and training continues, except for the last one."""
     try:
         saving.end()
     except OSError as error:
@@ -294,7 +294,7 @@ def written(saving: Saving, cfg: TrainConfig, log: Callable[[str], None]) -> Non
 
 
 def stages(cfg: TrainConfig) -> int:
-    """How often :func:`finish` calls ``begin``, at most."""
+    """Maximum number of times that :func:`finish` calls ``begin``."""
     gate = min(ROUNDS, cfg.gate.steps) + 3 if cfg.kind == "looped" and cfg.gate.steps else 0
     return gate + (1 if cfg.task.name == Text.name else n_steps(cfg.evaluation.difficulties, [0]))
 
@@ -312,11 +312,11 @@ def finish(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Ca
 
 
 def averaged(checkpoint: Path) -> tuple[OpenMythos, dict[str, Any], TrainConfig]:
-    """What a run would keep that had ended with ``checkpoint``, but that no gate is trained.
+    """The model that a run would have saved had it ended at ``checkpoint``, except that no gate is trained.
 
     Returns:
-        The model, without storage; its averaged weights by name, as tensors or
-        :class:`~open_mythos.training.checkpoints.Stored`, which are read as they are used; and the config of the run.
+        The model, on the meta device; its averaged weights by name, as tensors or
+        :class:`~open_mythos.training.checkpoints.Stored`, which are read when used; and the config of the run.
 
     Raises:
         CheckpointError: for a damaged checkpoint.
@@ -324,7 +324,7 @@ def averaged(checkpoint: Path) -> tuple[OpenMythos, dict[str, Any], TrainConfig]
     state = checkpoints.load(checkpoint, mapped=True)["trainer"]
     cfg = TrainConfig.from_dict(state["config"])
     model = baselines.counted(cfg)
-    model.cfg.rope_factor = model.cfg.rope_factor if cfg.stretch == 1 else cfg.stretch  # as `finish` leaves it
+    model.cfg.rope_factor = model.cfg.rope_factor if cfg.stretch == 1 else cfg.stretch  # as `finish` sets it
     old = state["processes"][0]["carried"] if "processes" in state else state  # of earlier versions
     found = state["ema"]["average"] | old["buffers"]
     for name, like in stored(model).items():
@@ -334,14 +334,14 @@ def averaged(checkpoint: Path) -> tuple[OpenMythos, dict[str, Any], TrainConfig]
 
 
 def save_beside(cfg: TrainConfig, directory: Path) -> None:
-    """Write what lies beside the model of a run: how it was trained, and its tokenizer."""
+    """Write the files that belong beside the model of a run: its training config and its tokenizer."""
     copy_tokenizer(cfg.start, directory)
     save_tokenizer(tasks.load(cfg.task.name, **cfg.task.options), directory)
     cfg.save(directory / runs.TRAINING_FILE)
 
 
 def save_tokenizer(task: Task, directory: Path) -> None:
-    """Write what a model of text or of words reads and writes with beside it."""
+    """Write the tokenizer of a task of text or of words into the model's directory; nothing for other tasks."""
     if isinstance(task, Text):
         task.save_tokenizer(directory)
     elif isinstance(task, InWords):
@@ -351,7 +351,7 @@ def save_tokenizer(task: Task, directory: Path) -> None:
 
 
 def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
-    """Evaluate with ``cfg.evaluation``, a baseline at its only depth, and write RUN/evaluation.json."""
+    """Evaluate with ``cfg.evaluation``, a baseline at its one depth, and write RUN/evaluation.json."""
     settings = cfg.evaluation
     if not isinstance(task, Text):
         evaluate(model, task.held_out(), settings.difficulties, cfg.depths, settings.examples, progress=begin).save(run)
@@ -365,13 +365,13 @@ def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: C
 
 
 def load_kinds(run: Path) -> dict[str, float]:
-    """Bits per byte of each kind of token at the depth of training, of :func:`measure`; {} if its file has none."""
+    """Bits per byte of each kind of token at the depth of training, as :func:`measure` wrote them; {} if it did not."""
     data: dict[str, Any] = files.read_json(run / runs.EVALUATION, {"bits_by_kind?": {"*": float}})
     return data.get("bits_by_kind", {})
 
 
 def load_evaluation(run: Path) -> Evaluation | dict[int, float]:
-    """Read the file of :func:`measure`: an evaluation, or bits per byte by loops; ValueError naming it for others."""
+    """Read the file of :func:`measure`: an evaluation, or bits per byte by loops; ValueError naming any other file."""
     path = run / runs.EVALUATION
     data = files.read_json(path, {"bits_per_byte?": {"*": float}})
     if "bits_per_byte" not in data:

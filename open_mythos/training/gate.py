@@ -1,7 +1,8 @@
-"""The halting gate, trained after the fact on labels that the finished model gives, free at any difficulty.
+"""Training of the halting gate, on labels that the finished model gives itself, at any difficulty.
 
-Halting changes what others see, so after a first round on full runs the gate is also taught on the states it meets when
-it decides itself (DAgger, Ross et al. 2011, arXiv:1011.0686). Its bias is then calibrated on new problems.
+A halted position changes what others read, so after a first round on runs at fixed depth the gate is also trained on
+the states of runs in which it halts (DAgger, Ross et al. 2011, arXiv:1011.0686). Its bias is then calibrated on new
+problems.
 """
 
 from collections.abc import Callable
@@ -22,43 +23,43 @@ from open_mythos.tasks.base import UNSCORED, Batch, Task
 from open_mythos.training.config import GateConfig
 
 ROUNDS = 6
-"""How often the model is run and the gate taught what it did."""
-_EARLY_EXIT_WEIGHT = 100.0  # how much worse it is to stop too early than too late: others read what has stopped
-_KEPT = 2**14  # states kept of each kind and each run of a chunk of problems
-_BATCH = 4096  # states of one step
+"""Rounds of collecting states from runs of the model and training the gate on them."""
+_EARLY_EXIT_WEIGHT = 100.0  # loss weight of stopping too early over too late: others read the state that has stopped
+_KEPT = 2**14  # states sampled of each label and each run of a chunk of problems
+_BATCH = 4096  # states per optimizer step
 _HELD_OUT = 256  # problems on which the bias is calibrated, and as many on which the result is measured
-_MAX_ACCURACY_LOSS = 0.001  # what halting may cost there
-_SHIFTS = range(2, -13, -1)  # of the bias, in logits, from early exits to late ones
-_MARGIN = 1  # logits below the best, since other problems will be met than those
+_MAX_ACCURACY_LOSS = 0.001  # accuracy that halting may cost on them
+_SHIFTS = range(2, -13, -1)  # candidates for the shift of the bias, in logits, from early exits to late ones
+_MARGIN = 1  # logits below the best shift, as a margin for problems other than those
 
 Examples = tuple[Tensor, Tensor, Tensor]
-"""States (N, dim), how far they have just moved (N,), and whether one may stop there, (N,) bool."""
+"""States (N, dim), their relative change in the last loop (N,), and whether they may stop there, (N,) bool."""
 
 
 def train_gate(
     model: OpenMythos, task: Task, cfg: GateConfig, min_difficulty: int, max_difficulty: int,
     generator: torch.Generator, progress: Callable[[str], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Teach ``model.recurrent.act`` when a position may stop, and turn ``model.cfg.halting`` on. Nothing else changes.
+    """Train ``model.recurrent.act`` to say when a position may stop, and set ``model.cfg.halting``. No more changes.
 
-    A position may stop at a loop if from there on its prediction stays within ``cfg.tolerance`` nats of the one it
-    ends with. Where the task asks for no answer a prediction says nothing, and it is the state that has to stay within
-    ``model.cfg.halting_tolerance`` of its end. Answers that end up wrong teach when to go on, but not when to stop:
-    more loops might have mended them.
+    A position may stop at a loop if from there on its prediction stays within ``cfg.tolerance`` nats (KL divergence)
+    of its final one. At unscored positions, where predictions are not trained, the state has to stay within
+    ``model.cfg.halting_tolerance`` of the final one instead. Positions whose final answer is wrong give examples of
+    states that may not stop, but none that may: more loops might have corrected them.
 
     Args:
-        model, task: finished, and keeps its mode; and its problems.
-        cfg: how long to teach, and ``loops``, the depth whose predictions are the labels.
-        min_difficulty, max_difficulty: problems are drawn evenly between them; the hardest should be solved in
+        model, task: a trained model, whose training or eval mode is kept; and its problems.
+        cfg: number of steps, and ``loops``, the depth whose predictions are the labels.
+        min_difficulty, max_difficulty: problems are drawn uniformly between them; the hardest should be solved in
             ``cfg.loops``.
-        generator, progress: random state, on the CPU; told what is being done.
+        generator, progress: random state, on the CPU; called with a message for each stage.
 
     Returns:
         Values of a :class:`~open_mythos.evaluation.metrics.HaltingGain`, on new problems of mixed difficulty.
 
     Raises:
         ValueError: if ``cfg.steps`` is 0, the difficulties are in the wrong order or do not exist, or the model's gate
-            is of a mixture.
+            is that of another ``recurrence``, which is trained with the model.
     """
     must(cfg.steps > 0, "steps=0 trains no gate; use at least 1")
     must(
@@ -100,10 +101,10 @@ def train_gate(
 def examples(
     model: OpenMythos, batch: Batch, n_loops: int, tolerance: float, generator: torch.Generator, closed: bool
 ) -> list[Examples]:
-    """States that the loops pass through, and which of them may stop: those that may and those that may not.
+    """Sample labelled states from the loops on ``batch``: those that may stop, and as many that may not.
 
-    With ``closed`` also the states of a run in which the gate decides, labelled by the same predictions, those after
-    ``n_loops``. ``generator`` chooses the states to keep, and ``batch`` is on the model's device.
+    With ``closed`` also states of a run in which the gate halts positions, labelled by the same predictions, those of
+    the full run after ``n_loops``. ``generator`` samples the states, and ``batch`` is on the model's device.
     """
     found = []
     with measuring(model, halting=False) as model:
@@ -130,7 +131,7 @@ def examples(
             stable = holds_from_here_on(torch.stack(divergence) <= tolerance)
             may_stop = torch.where(supervised, stable, converged(h, model.cfg.halting_tolerance, end))
             labelled = torch.stack([state.ran for state in states]) & ~(may_stop & wrong)
-            # Most states have long converged; keep as many of those that have not.
+            # Most states have long converged: sampling each label apart keeps the others from being outnumbered.
             for chosen in (labelled & may_stop, labelled & ~may_stop):
                 kept = torch.randperm(int(chosen.sum()), generator=generator)[:_KEPT].to(h.device)
                 found.append((h[chosen][kept], change[chosen][kept], may_stop[chosen][kept]))
@@ -138,17 +139,17 @@ def examples(
 
 
 def calibrate(model: OpenMythos, task: Task, problems: Batch, n_loops: int) -> None:
-    """Move the gate's bias to where it halts soonest at no more than ``_MAX_ACCURACY_LOSS``, and ``_MARGIN`` below.
+    """Shift the gate's bias to the fewest loops at an accuracy loss of at most ``_MAX_ACCURACY_LOSS``, less a margin.
 
-    A gate that halts too early costs loops as well: what depends on a position that stopped wrongly never converges.
-    So from early exits to late ones, loops fall, and rise again once accuracy is safe.
+    A gate that halts too early costs loops as well: positions that read one which stopped wrongly never converge. So
+    from early exits to late ones the mean number of loops first falls, and rises again once accuracy is safe.
     """
     act = model.recurrent.act
     bias, learned = act.halt.bias.detach(), act.halt.bias.detach().clone()
     full, fewest = accuracy_and_loops(model, task, problems, n_loops, halting=False)
     best = _SHIFTS[-1]
     for shift in _SHIFTS:
-        bias.copy_(learned + shift * act.std)  # the gate divides by what it is stored at
+        bias.copy_(learned + shift * act.std)  # the bias is stored in units of 1 / act.std logits
         accuracy, loops = accuracy_and_loops(model, task, problems, n_loops, halting=True)
         if accuracy >= full - _MAX_ACCURACY_LOSS:
             if loops > fewest:

@@ -24,15 +24,15 @@ class Logger(Protocol):
 
 
 class MetricsFile:
-    """JSON lines, each there at once; non-finite numbers become null.
+    """JSON lines, written unbuffered; non-finite numbers become null.
 
-    What cannot be written is kept for the next line.
+    Lines that cannot be written are kept in memory and written with the next one.
 
     Args:
         path: appended to.
         after_step: step that the run resumes from; lines of later steps, and a truncated last line, are dropped. A
-            file with damaged lines is set aside under another name, and goes on with those that can be read.
-        say: called with a message if that was so.
+            file with damaged lines is renamed, and a new one starts with the lines that can be read.
+        say: called with a message if lines are damaged.
     """
 
     def __init__(self, path: Path, after_step: int, say: Callable[[str], None] = lambda message: None) -> None:
@@ -51,7 +51,7 @@ class MetricsFile:
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
         self.waiting += f"{json.dumps(finite)}\n".encode()
         try:
-            with self.path.open("r+b", buffering=0) as file:  # one that has vanished is not begun anew
+            with self.path.open("r+b", buffering=0) as file:  # fails if the file has vanished, unlike "ab"
                 file.seek(self.size)
                 while self.waiting:
                     n = file.write(self.waiting)
@@ -64,12 +64,12 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file that can be read: not a truncated last one, nor damaged ones."""
+    """The lines of a metrics file, without damaged ones and a truncated last one."""
     return read_lines(path)[0]
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that can be read, and how many cannot."""
+    """The lines of a metrics file that can be read, and the number of damaged ones."""
     lines, damaged = list[dict[str, Any]](), 0
     for line in path.read_text(errors="replace").split("\n")[:-1]:
         try:
@@ -97,7 +97,7 @@ class TensorBoard:
 
 
 class Tracker:
-    """W&B, or trackio, which has the same interface. A resumed run becomes a new one of the same name there."""
+    """W&B, or trackio, which has the same interface. A resumed run is logged as a new run of the same name."""
 
     def __init__(self, package: str, run: Path, config: dict[str, Any], **options: Any) -> None:
         self.package = _import(package, package)

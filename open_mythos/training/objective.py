@@ -1,4 +1,4 @@
-"""What a training step minimises: where it starts, how deep it runs, and at which depths it is asked."""
+"""The training objective: initial states, loop counts, and the loss of a step, at one depth or at several."""
 
 import math
 from collections.abc import Callable
@@ -21,32 +21,32 @@ from open_mythos.training.config import ONE_PASS, LoopConfig, LossConfig, TrainC
 from open_mythos.training.growth import Growth
 
 TERMS = ("cross_entropy", "z", "distillation", "change")
-_TRIM_EVERY = 4  # recomputed loops after which free pages go back to the system; more take less time, and more memory
-MAX_LOGITS = 2**26  # numbers of logits that exist at one time, unless ``loss.chunk`` says otherwise
+_TRIM_EVERY = 4  # recomputed loops between releases of free pages to the system; more: faster, but more memory
+MAX_LOGITS = 2**26  # logits held in memory at one time, unless ``loss.chunk`` says otherwise
 
 
 @dataclass
 class Plan:
-    """What chance decides about one step, drawn before it begins: (n,) each, on the CPU."""
+    """The random draws of one step, made before it begins. Tensors are (n,), one entry per sequence, on the CPU."""
 
-    n_loops: Tensor  # of each sequence
-    n_grad: Tensor  # how many of its loops, the last ones, have gradient
+    n_loops: Tensor  # loops to run
+    n_grad: Tensor  # how many of these, the last ones, run with gradient
     short_loops: Tensor  # the same for the second run of the progressive loss
     short_grad: Tensor
-    stale: Tensor  # whether it starts from the state that its row of the last step left, of another problem
-    outcome: Tensor  # whether it is asked for the answer alone, and not for the steps to it
-    row: Tensor  # its number in the batch of all processes
-    keys: Tensor | None  # what decides its noise, of a model that has any
-    rope_factor: Tensor | None  # of its rotary embedding, the same for all of a step; None: the model's
-    rests: Tensor  # whether its state is to stay after its last loop, as ``loss.fixed_point`` asks
-    among: "Plan | None" = None  # of all rows that run in lock-step with these
-    meet: Callable[[Tensor, int], None] | None = None  # what is told which of them run a loop, as :class:`Among` says
+    stale: Tensor  # whether it starts from the final state of the same row in the last batch, another problem
+    outcome: Tensor  # whether only the final answer is supervised, and not the steps of the solution
+    row: Tensor  # its index in the batch of all processes
+    keys: Tensor | None  # seeds of its dropout and noise; None for a model without either
+    rope_factor: Tensor | None  # of the rotary embedding, equal for all sequences of a step; None: the model's
+    rests: Tensor  # whether ``loss.fixed_point`` applies: its state should no longer change at its last loop
+    among: "Plan | None" = None  # the plan of all rows that run in lock-step with these, on any process
+    meet: Callable[[Tensor, int], None] | None = None  # called with those of them that run a loop, see :class:`Among`
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
 
     def schedules(self, progressive: float) -> list[tuple[Tensor, Tensor]]:
-        """Loops, and those with gradient, of each run of the loop: the short one has ``progressive`` of the weight."""
+        """Loops, and loops with gradient, of each run; the short run has ``progressive`` of the loss's weight."""
         whole, short = (self.n_loops, self.n_grad), (self.short_loops, self.short_grad)
         return [whole] * (progressive < 1) + [short] * (progressive > 0)
 
@@ -56,8 +56,8 @@ class Outcome:
     """The loss of a micro-batch and what went into it."""
 
     loss: Tensor  # scalar, to be differentiated
-    n_right: Tensor  # tokens asked for after the last loop that are right, an integer
-    n_asked: Tensor  # tokens asked for after the last loop: the scored ones, or those that are known by then
+    n_right: Tensor  # tokens supervised after the last loop that are predicted correctly, an integer
+    n_asked: Tensor  # tokens supervised after the last loop: all scored ones, or those that are known by then
     n_loops: float  # loops run, mean over sequences
     parts: dict[str, Tensor]  # the terms of the loss, detached, before their weights
 
@@ -74,16 +74,16 @@ class Objective:
         self.cfg, self.teacher = cfg, teacher
         self.terms = [term for term in TERMS if term != "distillation" or teacher is not None]
         self.short = cfg.loss.progressive if cfg.loss.depth == "progressive" else 0.0  # weight of the second run
-        self.left = dict[int, Tensor]()  # the state that each row of the last step ended with, (T, dim)
+        self.left = dict[int, Tensor]()  # by row: the final state of its last batch, (T, dim)
 
     def plan(
         self, step: int, n: int, length: int, generator: torch.Generator, n_steps: int = 1,
         growth: Growth | None = None,
     ) -> Plan:  # fmt: skip
-        """Draw what chance decides about optimizer step ``step``.
+        """Make the random draws of optimizer step ``step``, for ``n`` sequences of ``length`` tokens.
 
-        Of ``n`` sequences of ``length`` tokens, whose solutions take ``n_steps``; of problems that still grow, as many
-        loops as ``growth`` says, and no state is asked to stay: that only slows growth down.
+        Their solutions take ``n_steps``. While problems still grow, ``growth`` limits the loops, and the fixed-point
+        loss is off, since it only slows growth down.
         """
         loops = self.cfg.loops if growth is None else growth.loops(self.cfg.loops)
         progress, rests = step / self.cfg.steps, torch.full((n,), growth is None or growth.size == 1)
@@ -97,10 +97,11 @@ class Objective:
             n_loops = torch.full((n,), min(self.cfg.depths[0], most))
             return Plan(n_loops, n_loops, n_loops, n_loops, torch.zeros(n, dtype=torch.bool), *each)
         n_loops = draw_loops(loops, progress, n, length, generator, n_steps)
-        # After any number of loops without gradient, any number with it that still fits (Bansal et al.)
+        # Any number of loops without gradient, then any number with it that stays within the maximum (Bansal et al.)
         no_grad = torch.randint(0, most, (1,), generator=generator)
         with_grad = 1 + (torch.rand(1, generator=generator) * (most - no_grad)).long()
-        stale = torch.rand(2, n, generator=generator)[1] < loops.stale  # two numbers a row, as earlier versions drew
+        # two numbers a row, of which one is used: earlier versions drew as many
+        stale = torch.rand(2, n, generator=generator)[1] < loops.stale
         n_grad = n_loops.clamp(max={"all": most, "each": most, "one_step": 1}.get(loops.gradient, loops.grad_loops))
         return Plan(n_loops, n_grad, (no_grad + with_grad).expand(n), with_grad.expand(n), stale, *each)
 
@@ -110,10 +111,11 @@ class Objective:
         return (1 + (self.cfg.stretch - 1) * torch.rand(1, generator=generator, dtype=torch.float64)).expand(n)
 
     def __call__(self, model: OpenMythos, batch: Batch, plan: Plan, n_scored: int) -> Outcome:
-        """The loss of a micro-batch, by its rows of the step's plan.
+        """The loss of a micro-batch; ``plan`` holds its rows of the step's plan.
 
-        Its mask may stay on the CPU, where nothing waits for a GPU. ``n_scored`` are the scored tokens of the whole
-        step: the losses of its micro-batches, each a sum over this number, add up to the step's.
+        ``batch.valid`` may stay on the CPU, so that reading it does not synchronise with a GPU. ``n_scored`` is the
+        number of scored tokens of the whole step: each micro-batch's loss is its sum divided by this number, so that
+        these losses add up to the step's.
         """
         cfg = self.cfg.loss
         run = _Run(model, batch, self.cfg, self.teacher, plan)
@@ -167,7 +169,7 @@ class _Run:
     def __call__(
         self, h: Tensor, n_loops: Tensor, n_grad: Tensor, outcome: Tensor, among: Among | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over scored tokens, (4,) as ``TERMS``; tokens right and asked for, (2,); final states, detached."""
+        """Sums over scored tokens, (4,) as ``TERMS``; tokens right and supervised, (2,); final states, detached."""
         cfg = self.cfg
         sums, change = self.e.new_zeros(3, dtype=torch.float32), self.e.new_zeros((), dtype=torch.float32)
         hits, final = self.e.new_zeros(2, dtype=torch.long), torch.empty_like(h, requires_grad=False)
@@ -182,7 +184,7 @@ class _Run:
             among,
         )
         for stage in self.model.recurrent.scheduled(h, self.e, self.ctx, schedule):
-            if len(stage.rows) == 0:  # others run this loop, and its backward pass too
+            if len(stage.rows) == 0:  # only other processes' rows run this loop; this one must join their backward pass
                 sums = sums + 0 * stage.after.sum()
             weights = depth_weights(cfg.loss, stage, n_grad[stage.rows])
             supervised, ends = weights.nonzero().squeeze(1), (stage.left == 0).nonzero().squeeze(1)
@@ -190,7 +192,7 @@ class _Run:
                 rows = stage.rows[supervised]
                 due = self._due(rows, int(n_loops[rows[0]] - stage.left[supervised[0]]), outcome[rows])
                 inputs = take(stage.after, supervised), rows, due, weights[supervised]
-                if cfg.checkpoint_loops and cfg.loss.supervises_every_loop:  # the head's activations would be most
+                if cfg.checkpoint_loops and cfg.loss.supervises_every_loop:  # else the head's activations dominate
                     found, right = checkpoint(self._loss_terms, *inputs, use_reentrant=False)
                 else:
                     found, right = self._loss_terms(*inputs)
@@ -209,7 +211,7 @@ class _Run:
         return torch.cat([sums, change.view(1)]), hits, final
 
     def _due(self, rows: Tensor, n_run: int, outcome: Tensor) -> Tensor:
-        """What some rows should answer after ``n_run`` loops, (R, T)."""
+        """Targets of some rows after ``n_run`` loops, (R, T)."""
         targets = take(self.targets, rows)
         if self.steps is None:
             return targets
@@ -219,13 +221,13 @@ class _Run:
         return due.masked_fill(early, UNSCORED)
 
     def _loss_terms(self, h: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sums as :func:`readout`, (3,), and tokens right in each row, (R,)."""
+        """Weighted sums as of :func:`readout`, (3,), and correct tokens of each row, (R,)."""
         ctx = self.ctx if len(rows) == len(self.e) else self.ctx.rows(rows.to(h.device, non_blocking=True))
         x, asked = self.model.decode(h, ctx).flatten(0, 1), targets.flatten()
         weight = (weights.to(h.device, non_blocking=True).unsqueeze(1) * (targets != UNSCORED)).flatten()
         theirs = None if self.teacher is None else take(self.teacher_hidden, rows).flatten(0, 1)
         row = torch.arange(targets.numel(), device=h.device) // targets.shape[1]
-        if shapes_follow_values(h):  # the head reads scored positions alone, which may be few
+        if shapes_follow_values(h):  # scored positions may be few: the head need not read the others
             scored = (asked != UNSCORED).nonzero().squeeze(1)
             x, asked, weight, row = x[scored], asked[scored], weight[scored], row[scored]
             theirs = None if theirs is None else theirs[scored]
@@ -238,9 +240,9 @@ class _Run:
 def draw_loops(
     cfg: LoopConfig, progress: float, n: int, length: int, generator: torch.Generator, n_steps: int = 1
 ) -> Tensor:
-    """Loop counts of a batch of ``n`` sequences of ``length`` tokens, (n,) int64; all equal if ``cfg.per`` is "batch".
+    """Draw loop counts for ``n`` sequences of ``length`` tokens, (n,) int64; all equal if ``cfg.per`` is "batch".
 
-    ``progress`` is the completed share of the run, 0 to 1; ``generator`` is on the CPU. Solutions take ``n_steps``.
+    ``progress`` is the completed share of the run, 0 to 1; ``generator`` is on the CPU; solutions take ``n_steps``.
     """
     shape = (n if cfg.per == "sequence" else 1,)
     low, high = cfg.minimum, cfg.maximum
@@ -264,12 +266,12 @@ def draw_loops(
 
 
 def steps_asked(batch: Batch, cfg: TrainConfig) -> Tensor | None:
-    """The steps that loops are asked for, (n, T, S); None where it is the answer alone, as of one pass."""
+    """Targets of each solution step, (n, T, S); None where only the answer is supervised, as for one-pass models."""
     return batch.steps if cfg.loss.depth == "steps" and cfg.kind not in ONE_PASS else None
 
 
 def n_supervised(batch: Batch, cfg: TrainConfig) -> int:
-    """Positions of a step that are asked for something: those with an answer, or with steps where these are asked."""
+    """Number of supervised positions of a batch: those with a target, or with step targets where these are used."""
     if batch.n_scored is not None:
         return batch.n_scored
     steps = steps_asked(batch, cfg)
@@ -277,10 +279,7 @@ def n_supervised(batch: Batch, cfg: TrainConfig) -> int:
 
 
 def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
-    """How much each sequence's answer after this loop counts, (R,); over its loops with gradient they sum to one.
-
-    ``n_grad`` is the number of these, (R,).
-    """
+    """Loss weight of each sequence at this loop, (R,); they sum to one over its ``n_grad`` (R,) loops with gradient."""
     if cfg.depth in ("uniform", "steps"):
         return 1.0 / n_grad
     if cfg.depth == "geometric" and cfg.ratio < 1:
@@ -289,9 +288,9 @@ def depth_weights(cfg: LossConfig, stage: Stage, n_grad: Tensor) -> Tensor:
 
 
 def statistics(logits: Tensor, targets: Tensor, theirs: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a loss needs of logits (N, vocab_size), (N,) each.
+    """Reduce logits (N, vocab_size) to what the loss needs, (N,) each.
 
-    Log-partition, logit of the target, divergence from a teacher's log-probabilities, and the likeliest token.
+    Log-partition, logit of the target, KL divergence from the teacher's log-probabilities ``theirs``, likeliest token.
     """
     log_partition, divergence = logits.logsumexp(-1), logits.new_zeros(len(logits))
     if theirs is not None:
@@ -303,13 +302,13 @@ def readout(
     head: torch.nn.Module, x: Tensor, targets: Tensor, weights: Tensor, chunk: int = 0,
     teacher: tuple[torch.nn.Module, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Cross-entropy without all logits at once.
+    """Terms of the loss, computed in chunks so that not all logits are in memory at once.
 
     Args:
-        head, x: (N, dim) -> (N, vocab_size), and what it reads, (N, dim).
-        targets, weights: (N,); ``UNSCORED`` and 0 where none is scored.
-        chunk: rows whose logits exist at one time, computed again in the backward pass; 0: all.
-        teacher: its head and what it reads, (N, its dim).
+        head, x: (N, dim) -> (N, vocab_size), and its input, (N, dim).
+        targets, weights: (N,); ``UNSCORED`` and 0 at unscored positions.
+        chunk: rows whose logits are in memory at one time, recomputed in the backward pass; 0: all.
+        teacher: its head, and the input of that, (N, its dim).
 
     Returns:
         Weighted sums, (3,) of at least float32, of cross-entropy, of the squared log-partition and of the divergence
@@ -323,7 +322,7 @@ def readout(
         if teacher_head is not None:
             with torch.no_grad():
                 theirs = teacher_head(*others).to(logits.dtype).log_softmax(-1)
-        of_all = getattr(head, "statistics", statistics)  # its own, of a head that several processes divide
+        of_all = getattr(head, "statistics", statistics)  # a head that is divided among processes brings its own
         log_partition, of_target, divergence, likeliest = of_all(logits, targets.clamp(min=0), theirs)
         sums = [(weights * x).sum() for x in (log_partition - of_target, log_partition.square(), divergence)]
         return torch.stack(sums), likeliest == targets

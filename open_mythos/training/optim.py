@@ -77,7 +77,7 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """With :meth:`Piece.shared` of what is divided."""
+        """States of the optimizers, with divided tensors as :meth:`Piece.shared` returns them."""
 
         def shared(tensor: Tensor, piece: Piece | None) -> Tensor | Part:
             return piece.shared(tensor) if piece else tensor
@@ -92,7 +92,7 @@ class Optimizer:
             part.load_state_dict(self._mapped(i, saved, held))
 
     def _mapped(self, i: int, state: dict[str, Any], way: Callable[[Any, Piece | None], Any]) -> dict[str, Any]:
-        """The state of a part with its tensors mapped, but for counts of steps."""
+        """The state of optimizer ``i`` with ``way`` applied to its tensors, except scalars such as step counts."""
 
         def mapped(index: int, value: Any) -> Any:
             return way(value, self.pieces.get(self.names[i][index])) if getattr(value, "ndim", 0) else value
@@ -110,7 +110,7 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
     Linear warm-up over ``cfg.warmup`` steps, then constant with a linear decay over the last ``cfg.decay`` of the run
     ("wsd": warm-up, stable, decay; 2404.06395), or a cosine decay. Both end at ``cfg.floor``.
     """
-    step = min(step, steps)  # a trial may run longer
+    step = min(step, steps)  # trial steps (``cost.py``) may run past the end
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     if cfg.schedule == "cosine":
@@ -124,8 +124,7 @@ class EMA:
     """Exponential moving average of a model's parameters, or of their pieces: the weights that a run saves.
 
     The decay of the n-th update (from 0) is ``min(decay, (n + 1) / (n + 10))``, so that the initial weights are
-    forgotten quickly; with ``decay`` 0 the average is the parameters themselves. Frozen ones are their own average, in
-    the same memory.
+    forgotten quickly; with ``decay`` 0 the average equals the parameters. For frozen parameters it shares their memory.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:

@@ -85,5 +85,5 @@ def _literal(text: str) -> Any:
         return text == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of very many signs
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two for very long or nested text
         return text

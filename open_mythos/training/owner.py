@@ -1,4 +1,4 @@
-"""One folder, one owner: two trainings that write to the same would destroy each other's files."""
+"""Lock of a run's folder: two trainings that write to the same folder would destroy each other's files."""
 
 import contextlib
 import os
@@ -12,19 +12,18 @@ from typing import Any
 from open_mythos import files
 
 LOCK = "lock"
-_held = set[str]()  # locks of this process: a folder may come back with one that was left in it
+_held = set[str]()  # locks this process holds; one with its id that is not here was left by an earlier process
 _OWNER = {"host": str, "process": int, "started": (int, type(None))}
 
 
 @contextlib.contextmanager
 def owned(folder: Path, log: Callable[[str], None] = print) -> Iterator[None]:
-    """This process alone writes to ``folder``, made if need be, as ``folder/lock`` tells others.
+    """Hold ``folder/lock``, so that this process alone writes to ``folder``, which is created if missing.
 
-    The lock of a process of this machine that is no longer there is taken over, which ``log`` is told. Reading needs
-    no lock.
+    A lock left by a dead process of this machine is taken over, with a message to ``log``. Reading needs no lock.
 
     Raises:
-        ValueError: saying who writes there, and what to do if it has died on another machine.
+        ValueError: naming the process that writes there, and what to do if it has died on another machine.
         OSError: naming the lock, if it cannot be written.
     """
     is_new, path, mine = not folder.exists(), folder / LOCK, _owner(os.getpid())
@@ -37,12 +36,12 @@ def owned(folder: Path, log: Callable[[str], None] = print) -> Iterator[None]:
             yield
         finally:
             _held.discard(os.path.realpath(path))
-            with contextlib.suppress(OSError, ValueError):  # the folder may be gone, or another's now
+            with contextlib.suppress(OSError, ValueError):  # the folder may be gone, or locked by another process now
                 if mine["process"] == os.getpid() and files.read_json(path) == mine:
                     path.unlink()
     finally:
         if is_new:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 
@@ -53,11 +52,11 @@ def _take(path: Path, mine: dict[str, Any], log: Callable[[str], None]) -> None:
     try:
         files.write_json(partial, mine)
         try:
-            os.link(partial, path)  # it is there whole, and of two, also on two machines, one fails
+            os.link(partial, path)  # atomic: if two processes try, even on two machines, one fails
         except FileExistsError:
             _check_free(path, log)
             raise
-        except OSError:  # a disk without links
+        except OSError:  # a file system without hard links
             os.replace(partial, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -66,13 +65,13 @@ def _take(path: Path, mine: dict[str, Any], log: Callable[[str], None]) -> None:
 
 
 def _check_free(path: Path, log: Callable[[str], None]) -> None:
-    """Remove the lock of a process that is dead; ValueError for any other, FileNotFoundError for none."""
+    """Remove the lock of a dead process; ValueError if its owner may be alive, FileNotFoundError without a lock."""
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     remove = f"if that has ended, remove {path}; or choose another folder"
     try:
         owner = files.read_json(path, _OWNER)
     except ValueError as error:
-        raise ValueError(f"{path.parent} belongs to a process that cannot be told ({error}); {remove}") from error
+        raise ValueError(f"{path.parent} belongs to an unknown process ({error}); {remove}") from error
     who = f"process {owner['process']} of {owner['host']}, since {since}"
     if owner["host"] != socket.gethostname() or os.name != "posix":
         raise ValueError(f"{path.parent} is written to by {who}; {remove}")
@@ -84,8 +83,8 @@ def _check_free(path: Path, log: Callable[[str], None]) -> None:
 
 
 def _owner(process: int) -> dict[str, Any]:
-    """What a lock says of a process of this machine. Numbers are used again, and clocks jump: ``started``, in ticks
-    since the machine's own start, tells two processes apart where the system says it."""
+    """Content of the lock of a process of this machine. Process ids are reused and clocks jump, so ``started``, in
+    ticks since the machine booted, tells processes of one id apart; None where the system does not give it."""
     try:
         started = int(_stat(process)[19])
     except (OSError, IndexError, ValueError):
@@ -96,7 +95,7 @@ def _owner(process: int) -> dict[str, Any]:
 def _is_there(process: int) -> bool:
     try:
         os.kill(process, 0)
-        return _stat(process)[0] != "Z"  # killed, and nobody asked how it ended
+        return _stat(process)[0] != "Z"  # a zombie has ended; its parent has not waited for it
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's, or a system without /proc
@@ -104,13 +103,13 @@ def _is_there(process: int) -> bool:
 
 
 def _stat(process: int) -> list[str]:
-    """The fields of a process from its state on; the name before may hold anything."""
+    """Fields of /proc/PID/stat from the state on, after the name, which may contain spaces and parentheses."""
     return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process of a machine at a time, so that of two that find a dead one's lock one takes it over."""
+    """Admit one process of a machine at a time, so that only one takes over the lock of a dead process."""
     if sys.platform == "win32":
         yield
         return
@@ -118,7 +117,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a disk that cannot
+        with contextlib.suppress(OSError):  # a file system without flock
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Which runs a comparison of a looped model with its neighbours needs, and where they lie."""
+"""The runs of a comparison of a looped model with baselines, and their directories."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,14 +18,15 @@ Watching = Callable[[TrainConfig], AbstractContextManager[Watch]]
 
 @dataclass
 class Plan:
-    """Which runs :func:`compare` needs.
+    """The runs that :func:`compare` needs.
 
     Attributes:
-        cfg: with ``kind``, ``seed`` and rate of none of them.
-        out, seeds, rates: as :func:`compare`; without rates, that of ``cfg`` is the only one.
+        cfg: common to all runs, apart from ``kind``, ``seed`` and learning rates, which :meth:`of` sets.
+        out, seeds, rates: as of :func:`compare`; without rates, that of ``cfg`` is the only one.
 
     Raises:
-        ValueError: for no seed, one given twice, a rate that is none, or a kind that cannot be built.
+        ValueError: for no seeds, a seed or rate given twice or out of range, a ``start`` or ``optim.only``, or a kind
+            that cannot be built.
     """
 
     cfg: TrainConfig
@@ -50,22 +51,22 @@ class Plan:
 
     @property
     def n_runs(self) -> int:
-        """Every rate on the first seed, then the best of them on the others, for each kind."""
+        """Number of runs: every rate on the first seed, then the best one on the other seeds, for each kind."""
         return len(KINDS) * (len(self.rates) + len(self.seeds) - 1)
 
     def of(self, kind: str, seed: int, rate: float) -> TrainConfig:
-        """The config of a run; Muon's rate keeps its proportion to AdamW's."""
+        """The config of a run; Muon's learning rate scales with AdamW's."""
         optim = self.cfg.optim
         if rate != optim.lr:
             optim = dataclasses.replace(optim, lr=rate, muon_lr=optim.muon_lr * rate / optim.lr)
         return dataclasses.replace(self.cfg, kind=kind, seed=seed, optim=optim)
 
     def run(self, kind: str, seed: int, rate: float) -> Path:
-        """Its directory: OUT/KIND-seedN, or OUT/KIND-lrRATE-seedN at a rate that is not the recipe's."""
+        """Directory of a run: OUT/KIND-seedN, or OUT/KIND-lrRATE-seedN at a rate that is not the recipe's."""
         return self.out / f"{kind}{'' if rate == self.cfg.optim.lr else f'-lr{rate:g}'}-seed{seed}"
 
     def is_done(self, kind: str, seed: int, rate: float) -> bool:
-        """Whether it has ended, with the same settings."""
+        """Whether a run has ended, with the same settings."""
         run = self.run(kind, seed, rate)
         return (run / runs.EVALUATION).is_file() and TrainConfig.load(run / runs.RUN_CONFIG) == self.of(
             kind, seed, rate
@@ -85,7 +86,7 @@ class Plan:
         return f"{self.n_runs} runs: {how}; {total:.2g} FLOPs to train" + (f"; {done} are done" if done else "")
 
     def trained(self, kind: str, seed: int, rate: float, watching: Watching) -> Path:
-        """The directory of a run, which is trained unless it has been."""
+        """The directory of a run, which is trained or resumed first unless it is done."""
         cfg, run = self.of(kind, seed, rate), self.run(kind, seed, rate)
         if not self.is_done(kind, seed, rate):
             with watching(cfg) as watch:

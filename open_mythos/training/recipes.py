@@ -37,8 +37,8 @@ def chain_sum() -> TrainConfig:
         "chain_sum", range(2, 6), loops=12, steps=1600, window=2, taps=0, stale=0.5, gate=(32, 64), batch_size=256,
         evaluation=EvalConfig([5, 8, 16, 32], [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128], 256),
     )  # fmt: skip
-    cfg.loops.minimum = 6  # supervised before all digits are in reach, some seeds learn nothing
-    cfg.model.halting_tolerance = 0.2  # unscored positions converge slowly, and need not
+    cfg.loops.minimum = 6  # fewer loops do not reach all digits; supervised there, some seeds learn nothing
+    cfg.model.halting_tolerance = 0.2  # unscored positions converge slowly, and need not converge
     return cfg
 
 
@@ -73,7 +73,7 @@ def permutations() -> TrainConfig:
 
 
 def maze() -> TrainConfig:
-    """Which cells of a grid can be reached from the start? Trained on 7 x 7; larger grids are at chance as yet."""
+    """Which cells of a grid can be reached from the start? Trained on 7 x 7; at chance on larger grids so far."""
     return _reasoner(
         "maze", range(4, 8), loops=16, steps=1500, local_share=0.0, prelude=1,
         evaluation=EvalConfig([7, 9, 11], [1, 2, 4, 8, 16, 32, 64], 128),
@@ -89,29 +89,29 @@ def mini_sudoku() -> TrainConfig:
 
 
 def assignments() -> TrainConfig:
-    """Who has what, by hops through sentences in words: trained on 6 hops, tested on 24."""
+    """Who has what, by following references between sentences: trained on 6 hops, tested on 24."""
     cfg = _in_words(
         "assignments", range(1, 7), loops=13, gate=(12, 32), window=8,
         options={"sentences": 32, "min_sentences": 10},
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 14, 26, 52, 104], 64),
     )  # fmt: skip
-    cfg.steps, cfg.optim.decay, cfg.stretch = 1600, 0.5, 1.5  # to read prompts of twice the length
+    cfg.steps, cfg.optim.decay, cfg.stretch = 1600, 0.5, 1.5  # stretch: for prompts of twice the length
     return cfg
 
 
 def word_problems() -> TrainConfig:
-    """How many coins somebody has, by sums in sentences, modulo 7: trained on 6 operations, tested on 12."""
+    """How many coins somebody has, modulo 7, by adding up what sentences say: trained on 6 operations, tested on 12."""
     cfg = _in_words(
         "word_problems", range(1, 7), loops=13, gate=(9, 16), options={"min_people": 8},
         evaluation=EvalConfig([6, 9, 12], [1, 2, 4, 9, 12, 15, 32, 64], 128),
     )  # fmt: skip
-    cfg.steps = 2600  # sums of sums come last
+    cfg.steps = 2600  # sums of sums are learned last
     return cfg
 
 
 def relations() -> TrainConfig:
     """Who is whose cook's neighbour, by facts in the prompt: trained on 3 hops, tested on 6."""
-    cfg = _in_words(  # a relation sees the one before it and no farther, so that the fourth is like the second
+    cfg = _in_words(  # with this window a relation sees only the one before it: the fourth is then like the second
         "relations", range(1, 4), loops=13, gate=(6, 15), window=4, options={"questions": 10},
         evaluation=EvalConfig([1, 3, 6], [1, 2, 3, 5, 7, 13, 16, 28, 52], 128),
     )  # fmt: skip
@@ -126,13 +126,13 @@ def registers() -> TrainConfig:
         evaluation=EvalConfig([6, 12, 24], [1, 2, 4, 8, 11, 19, 35, 76, 140], 128),
     )  # fmt: skip
     cfg.loops.grown = 0.6
-    cfg.steps, cfg.task.growth = 3000, 0.94  # chains and conditions come last
-    cfg.stretch, cfg.model.rope_context = 2.0, 120  # to read programs of twice the length
+    cfg.steps, cfg.task.growth = 3000, 0.94  # chains and conditions are learned last
+    cfg.stretch, cfg.model.rope_context = 2.0, 120  # for programs of twice the length
     return cfg
 
 
 def words() -> TrainConfig:
-    """All tasks in words by one model, which says its answers and ends: trained on up to 6 steps, tested on 12."""
+    """All tasks in words by one model, which writes its answer and an end: trained on up to 6 steps, tested on 12."""
     settings = {
         "assignments": {"min_sentences": 10}, "word_problems": {"min_people": 8}, "relations": {"questions": 10},
         "registers": {"lines": 24},
@@ -158,8 +158,8 @@ def reasoning_gym() -> TrainConfig:
 def text() -> TrainConfig:
     """Language modelling on the Python standard library's sources, by bytes, at four loops.
 
-    Each loop is supervised, so that one loop predicts nearly as well as a model that was trained for one. A state that
-    keeps little of the one before is where it ends by the fourth loop, so that more do no harm.
+    Each loop is supervised, so that at one loop it predicts nearly as well as a model that was trained for one. With a
+    low injection decay the state keeps little of the last one and converges by the fourth loop, so more do no harm.
     """
     cfg = _reasoner(
         "text", range(128, 129), loops=4, steps=2000, local_share=0.5, prelude=1, coda=1, dim=128, batch_size=8,
@@ -172,7 +172,7 @@ def text() -> TrainConfig:
 
 
 def heal() -> TrainConfig:
-    """Train a model made by `mythos retrofit`, start=DIR, to use its loops: on text, with a depth curriculum."""
+    """Train a model made by `mythos retrofit` (start=DIR) to use its loops: on text, with a depth curriculum."""
     cfg = text()
     cfg.task.options = {"max_bytes": 1 << 22}
     cfg.loops = LoopConfig("curriculum", minimum=1, maximum=4, ramp=0.25, gradient="last", grad_loops=4)
@@ -185,9 +185,10 @@ def heal() -> TrainConfig:
 
 
 def bridge() -> TrainConfig:
-    """Train an adapter alone, of a model made by `mythos retrofit`, start=DIR, to use its loops on tasks in words.
+    """Train an adapter, in a model made by `mythos retrofit` (start=DIR), to use its loops on tasks in words.
 
-    Loop k is asked for what is known after k - 1 steps, and in the last third of the run for the answer alone.
+    The weights of the model stay frozen. Loop k is supervised with what is known after k - 1 steps of the solution, and
+    in the last third of the run with the answer alone.
     """
     cfg = _reasoner(
         "assignments", range(1, 4), loops=6, steps=600, lr=2e-3, batch_size=8,
@@ -251,8 +252,8 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
 
     The vocabulary size is the task's, unless overridden. For text, ``data=SOURCE`` (separate documents),
     ``tokenizer=KIND`` and ``length=TOKENS`` (of a row) are shorthands for keys of task and evaluation. With ``start``,
-    the model has the config of that checkpoint, and text or problems in words are made of its tokens if it has a
-    tokenizer. Paths become absolute.
+    the model has the config of that checkpoint, and text or problems in words are encoded by its tokenizer, if it has
+    one. Paths become absolute.
 
     Raises:
         ValueError: as :func:`recipe` and ``override``, and for invalid options of the task.
@@ -300,7 +301,7 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
 
 
 def _check_tokens(cfg: TrainConfig) -> None:
-    """ValueError for problems in words of a model that has other tokens, if nothing says how these spell words."""
+    """Raise ValueError for problems in words if the starting model has another vocabulary and no tokenizer is given."""
     is_told = bool(cfg.task.options.get("tokenizer"))
     if cfg.task.name == Text.name or is_told or "tokenizer" not in tasks.options_of(cfg.task.name):
         return
@@ -310,7 +311,7 @@ def _check_tokens(cfg: TrainConfig) -> None:
 
 
 _BRIDGE = 1536
-"""Hidden width of a new bridge: 2.7 million parameters beside the 135 million of SmolLM2."""
+"""Hidden width of a new bridge: 2.7 million parameters, for a SmolLM2 of 135 million."""
 
 _SHORTHANDS = {
     "data": ("task.options.source={}", "task.options.separate=true"),
@@ -323,15 +324,15 @@ def _in_words(
     task: str, difficulties: range, *, loops: int, evaluation: EvalConfig, gate: tuple[int, int],
     options: dict[str, Any], window: int = 16,
 ) -> TrainConfig:  # fmt: skip
-    """The common config of tasks in words: a step of the solution a loop, first at two loops on small problems.
+    """The common config of tasks in words: one step of the solution per loop, growing from two loops on small problems.
 
-    Two heads tell a hundred names apart better than four of half the width. With this theta two pairs of channels turn
-    within a sentence, and most others stand, so that a name is found at any distance up to the trained ones.
+    Two heads tell a hundred names apart better than four of half the width. With this rope_theta two pairs of channels
+    rotate within a sentence and most others hardly at all, so that a name is found at any distance up to the trained.
 
-    What one place has found is read by others. By itself no loop would leave it where the next one finds it, so
-    gradient flows through all of them, and they run on for up to six loops, through which it has to stay. Neither would
-    one before a coda, which can do the last step by itself, or after a prelude, which can do the first. A loop has two
-    layers: one finds what the other needs, and neither has another thing to do in the next loop.
+    A result found at one position is read by others in later loops. Nothing in a single loop's loss makes it leave the
+    result where the next loop looks for it, so gradient flows through all loops, and up to six spare loops have to
+    preserve the answer. There is no prelude and no coda, which could do the first or last step by themselves and spare
+    the loop from learning it. Of its two layers, the first finds what the second needs, the same in every loop.
     """
     cfg = _reasoner(
         task, difficulties, loops=loops, steps=2000, window=window, local_share=0.5, lr=1e-3, options=options, dim=96,
@@ -342,7 +343,7 @@ def _in_words(
     cfg.model.core_layers, cfg.model.expert_dim = 2, 256
     cfg.task.growth, cfg.loss.depth = 0.95, "steps"
     cfg.loops = LoopConfig("by_steps", minimum=1, maximum=loops, spare=6, gradient="all")
-    cfg.optim.decay, cfg.gate.steps = 0.6, 400  # what has grown is made exact at lower rates
+    cfg.optim.decay, cfg.gate.steps = 0.6, 400  # a long decay: answers become exact at low rates
     return cfg
 
 
@@ -354,9 +355,9 @@ def _reasoner(
 ) -> TrainConfig:  # fmt: skip
     """The common config: one dense block, looped 1 to ``loops`` times at random.
 
-    ``local_share`` of the heads see ``window`` tokens. With 2, information moves one token per loop, which generalizes
-    to any length. ``gate`` is the maximum difficulty and the loops of the halting gate's training, 0 for those of the
-    model's. ``stale`` is the share of a batch that starts from states of other problems.
+    ``local_share`` of the heads see only ``window`` tokens. With 2, information moves one token per loop, which
+    generalizes to any length. ``gate`` is the maximum difficulty and the loops of the halting gate's training, 0 for
+    those of the model. ``stale`` is the share of a batch that starts from states of other problems.
     """
     options = options or {}
     model = MythosConfig(

@@ -1,13 +1,13 @@
-"""What lies where in a run's directory. Models are found by :mod:`open_mythos.models`.
+"""Layout of a run's directory. Models are found by :mod:`open_mythos.models`.
 
 ::
 
-    RUN/lock               while it is written to: by which process
+    RUN/lock               while a process writes to it: which one
     RUN/config.json        TrainConfig
     RUN/metrics.jsonl      a line every log_every steps
-    RUN/checkpoints/       to go on from
+    RUN/checkpoints/       to resume from
     RUN/model/             config.json, model.safetensors (averaged weights), training.json (TrainConfig),
-                           and of text tokenizer.json
+                           and tokenizer.json if it has a tokenizer
     RUN/evaluation.json    accuracy by difficulty and loops, at the end of training
     RUN/evaluation/        the same by mythos eval, with a picture; a report shows what was measured last
 """
@@ -31,7 +31,7 @@ NO_PATHS = ("", "stdlib", "bytes")  # names of sources, and of tokenizers
 
 
 def everywhere(path: str) -> str:
-    """A path of the user's, or ``hf:`` with one, as it reads from any directory; a name that is no path stays."""
+    """Make a path, or ``hf:`` with a path, absolute if it exists; other names stay as they are."""
     if path in NO_PATHS:
         return path
     prefix, name, rest = "", path, ""
@@ -44,8 +44,8 @@ def everywhere(path: str) -> str:
 
 
 def evaluation_dir(source: str | Path) -> Path:
-    """Where to write what is measured of a model: ``evaluation`` in its run or directory, or in ``runs`` if that is not
-    ours to write to."""
+    """Where to write evaluations of a model: ``evaluation`` in its run or directory, or a folder in ``runs`` if that is
+    not writable."""
     home = home_dir(model_dir(source))
     if Path(source).exists() and os.access(home, os.W_OK):
         return home / "evaluation"
@@ -53,10 +53,10 @@ def evaluation_dir(source: str | Path) -> Path:
 
 
 def training_config(source: str | Path) -> TrainConfig:
-    """How the model found by :func:`model_dir` was trained.
+    """The training config of the model found by :func:`model_dir`.
 
     Raises:
-        ValueError: if there is no such model, or nothing says how it was trained.
+        ValueError: if there is no such model, or its training config is missing.
     """
     path = model_dir(source) / TRAINING_FILE
     if not path.is_file():
@@ -76,7 +76,7 @@ def save_model(model: OpenMythos, cfg: TrainConfig, run: Path) -> Path:
 
 
 def own_tokens(task: str, directory: Path) -> dict[str, str]:
-    """The option by which problems of a task are made of the tokens of the model in ``directory``; {} without one."""
+    """Task options that select the tokenizer of the model in ``directory``; {} if task or model have none."""
     if "tokenizer" not in tasks.options_of(task) or not (directory / tokenizer.FILE).is_file():
         return {}
     is_of_words = task != Text.name and isinstance(tokenizer.load(directory), tokenizer.WordLevel)
@@ -84,7 +84,7 @@ def own_tokens(task: str, directory: Path) -> dict[str, str]:
 
 
 def held_out_options(source: str | Path, cfg: TrainConfig) -> dict[str, str]:
-    """Options that make ``cfg.task`` the problems that training has not seen, in the model's own tokens."""
+    """Options that make ``cfg.task`` generate held-out problems, in the model's own tokens."""
     split = {"split": "held_out"} if "split" in tasks.options_of(cfg.task.name) else {}
     directory = model_dir(source)
     by_bytes = cfg.task.name == Text.name and cfg.task.options.get("tokenizer", "bytes") == "bytes"

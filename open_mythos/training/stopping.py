@@ -1,4 +1,4 @@
-"""Being asked to stop, by a terminal, a scheduler or a notebook."""
+"""Signals to stop, from a terminal, a scheduler or a notebook."""
 
 import contextlib
 import signal
@@ -13,16 +13,16 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 class Stop:
-    """Inside, the first signal to stop waits for what :meth:`held` holds, and finally raises.
+    """Context manager that delays the first stop signal until the end of a :meth:`held` block, and then raises.
 
-    That is KeyboardInterrupt for SIGINT, as ever, and for others SystemExit with 128 and their number. A second signal
-    does what it did before: it ends the process at once. Signals that are ignored, as by nohup, stay so. Only the main
-    thread gets signals; in another, nothing changes. Processes of torchrun, which repeats signals and has the last word
-    itself, take the first one only.
+    It raises KeyboardInterrupt for SIGINT, as usual, and SystemExit(128 + number) for other signals. A second signal
+    has its usual effect: it ends the process at once. Signals that are ignored, as under nohup, stay so. Only the main
+    thread gets signals; in another, nothing changes. Processes of torchrun react to the first signal only, since
+    torchrun repeats signals and kills processes itself.
 
     Attributes:
         asked: number of the signal, or 0.
-        agreed: of several processes, what one of them was asked, once all :meth:`hear` of it.
+        agreed: with several processes, the signal that one of them got, once all know it by :meth:`hear`; or 0.
     """
 
     def __init__(self) -> None:
@@ -47,30 +47,30 @@ class Stop:
             self.leave()
 
     def hear(self, asked: Iterable[float]) -> None:
-        """What each process was asked, which all hear at once, so that all leave after the same step, with one code."""
+        """Take in the signals of all processes, known to all at once: all leave after the same step, with one code."""
         self.agreed = self.agreed or next((int(number) for number in asked if number), 0)
         self.asked = self.agreed or self.asked
 
     def is_asked(self) -> bool:
-        """Whether it is time to stop: of several processes, the same for all."""
+        """Whether it is time to stop; with several processes, the same answer in all."""
         return (self.asked if distributed.world_size() == 1 else self.agreed) > 0
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """What is inside is not interrupted, and looks itself whether it :meth:`is_asked` to end."""
+        """Delay signals until the end of the block, which polls :meth:`is_asked` to end early."""
         self._holds = True
         try:
             yield
         finally:
             self._holds = False
-        if distributed.world_size() > 1:  # nobody goes on alone to what all are needed for
+        if distributed.world_size() > 1:  # none may go on alone to a collective that needs all
             self.hear(distributed.gathered(self.asked))
         if self.is_asked():
             self.leave()
 
     @contextlib.contextmanager
     def telling(self, log: Callable[[str], None], left: Callable[[], str]) -> Iterator[None]:
-        """If what is inside is stopped, ``log`` by what, and what is ``left`` and how to go on."""
+        """If a signal stops the block, ``log`` which one, and the message of ``left``: what is saved, how to resume."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -78,5 +78,5 @@ class Stop:
             raise
 
     def leave(self) -> NoReturn:
-        """Raise what was asked for."""
+        """Raise the exception of the signal."""
         raise KeyboardInterrupt if self.asked == signal.SIGINT else SystemExit(128 + self.asked)

@@ -1,4 +1,4 @@
-"""One run's state, and the step that moves it on. Files and screens are elsewhere."""
+"""The state of a training run and its optimizer step. Files and output are handled elsewhere."""
 
 import math
 import time
@@ -28,9 +28,9 @@ from open_mythos.training.optim import EMA, Optimizer, lr_factor
 from open_mythos.training.parallel.grid import Grid
 from open_mythos.training.parallel.parallel import Parallel
 
-# streams of random numbers beside torch's own, which draws weights, and those of rows, which draw dropout and noise
+# random streams beside torch's global one, which draws weights, and the keys of rows, which decide dropout and noise
 _DATA, _LOOPS = 1, 2
-_STATES, _PROBLEM = 3, 16  # of a weight that is trained: gradient, two moments; bytes of a token and its answer
+_STATES, _PROBLEM = 3, 16  # values stored per trained weight: gradient, two moments; bytes of a token and its target
 
 
 class TrainingError(RuntimeError):
@@ -38,7 +38,7 @@ class TrainingError(RuntimeError):
 
 
 class Lost(TrainingError):
-    """Another process does not come; the message names it, and what it was waited for in."""
+    """Another process did not join a collective in time; the message names both."""
 
 
 @dataclass
@@ -46,22 +46,22 @@ class StepResult:
     """What one step did."""
 
     loss: float
-    accuracy: float  # share of scored tokens that were right after the last loop
+    accuracy: float  # share of the tokens supervised after the last loop that were right
     loops: float  # run, mean over sequences
     grad_norm: float  # of the whole gradient, before clipping
     tokens: int  # that went in
     skipped: bool  # loss or gradient were not finite, and nothing was updated
     parts: dict[str, float]  # each term of the loss before its weight
-    by_task: list[float]  # accuracy, of each task of which the step had a batch
-    # of each process: what it had to say, and the seconds from the end of one step in which it waited for no other
+    by_task: list[float]  # accuracy on each task of which the step had a batch
+    # of each process: the number from its ``say``, and the seconds since the last step in which it waited for no other
     heard: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Drawn(NamedTuple):
-    """What a step has of one task.
+    """The batch that a step has of one task.
 
     Attributes:
-        batch: its problems; of several processes those of all, but of text that is gone through those of this one.
+        batch: problems of all processes; of text that is read in order, only the rows of this process.
         weight: share of the step's loss.
         growth: how far its problems have grown, None if they do not grow.
     """
@@ -74,17 +74,17 @@ class Drawn(NamedTuple):
 class Trainer:
     """A model, its data and its optimizer, with everything that decides the next step.
 
-    :meth:`state_dict` holds all of it: a trainer that loads it makes the steps that the other would have made, bit
-    for bit on the same machine. Making a trainer seeds torch's own random numbers and, for the CPU, has the process
-    keep freed memory (:mod:`open_mythos.training.allocator`).
+    :meth:`state_dict` holds all of it: a trainer that loads it makes the same further steps, bit for bit on the same
+    machine. The constructor seeds torch's global generator and, on the CPU, has the process keep freed memory
+    (:mod:`open_mythos.training.allocator`).
 
-    Of several processes (:mod:`open_mythos.training.distributed`), each has a trainer, runs its share of every batch,
-    and adds its gradients to those of the others: up to rounding, the steps are those of one process.
+    With several processes (:mod:`open_mythos.training.distributed`), each has a trainer and runs its share of every
+    batch; gradients are summed over processes, so that up to rounding the steps are those of one process.
 
     Attributes:
         step_number: steps made so far, skipped ones included.
-        skipped, skipped_in_a_row: steps that were skipped so far, and just now.
-        expert_load: of each sparse layer, how many tokens each expert got in the last step.
+        skipped, skipped_in_a_row: number of skipped steps, in all and up to the last step.
+        expert_load: for each sparse layer, how many tokens each expert got in the last step.
 
     Raises:
         ValueError: for a task, a device or difficulties that do not fit.
@@ -118,17 +118,17 @@ class Trainer:
         self.ema = EMA(self.parallel.held, cfg.optim.ema)
         self.data_rng = torch.Generator().manual_seed(1000 * cfg.seed + _DATA)
         self.loops_rng = torch.Generator().manual_seed(1000 * cfg.seed + _LOOPS)
-        # what one pass can do of the smallest problems may never be enough: it sees all sizes from the start
+        # one-pass baselines may never master even the smallest problems, so theirs are of full size from the start
         grows = cfg.task.growth > 0 and cfg.kind not in ONE_PASS
         self.growths = {share.name: Growth() for share in self.shares} if grows else {}
         self.step_number = self.skipped = self.skipped_in_a_row = 0
         self.expert_load = list[Tensor]()
-        self._met = 0.0  # when the processes last had waited for each other
+        self._met = 0.0  # time at which the processes were last synchronised
 
     def step(self, say: Callable[[], float] = float) -> StepResult:
-        """Draw a batch, run it, and update the weights; or leave them, if loss or gradient are not finite.
+        """Draw a batch, run it, and update the weights, unless loss or gradient are not finite.
 
-        What this process has to ``say`` at its end is known to all with the numbers of the step.
+        ``say`` is called at its end; its number reaches all processes with those of the step (``StepResult.heard``).
         """
         drawn = self.draw()
         if self.growths:
@@ -160,10 +160,10 @@ class Trainer:
         return result
 
     def draw(self) -> list[Drawn]:
-        """The next problems of all processes, a batch of each of the tasks that are :func:`due`.
+        """The next problems of all processes: a batch of each of the tasks that are :func:`due`.
 
-        Of one difficulty each, drawn between the least and the greatest. Text of separate documents is not drawn but
-        gone through, each batch decided by the number of the step; of it there are only the rows of this process.
+        Each batch has one difficulty, drawn between minimum and maximum. Text of separate documents is not drawn but
+        read in order, by the number of the step alone; of it only the rows of this process are made.
         """
         cfg, drawn = self.cfg.task, list[Drawn]()
         if self.ahead is not None:
@@ -179,9 +179,9 @@ class Trainer:
         return drawn
 
     def forward_backward(self, drawn: list[Drawn], say: Callable[[], float] = float) -> StepResult:
-        """Gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
+        """Compute the gradients of one step, clipped, in ``self.model``; micro-batch by micro-batch.
 
-        Nothing waits for a GPU before the end, where the step's numbers are known all at once.
+        A GPU is synchronised with only at the end, when all numbers of the step are read at once.
         """
         self.parallel.step.zero_grad()
         torch.manual_seed(hash((self.cfg.seed, self.step_number, self.rows.start)))  # for modules that are not ours
@@ -203,7 +203,7 @@ class Trainer:
         weights = torch.tensor([each.weight for each in drawn], dtype=torch.float64)
         loss, *terms = (weights @ of_tasks[:, 2:]).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:  # else all would become so
+        if finite:  # else scaling by the norm would make all gradients non-finite
             self.parallel.clip(norm)
         return StepResult(
             loss, float(right.sum() / asked.sum().clamp(min=1)), loops, norm,
@@ -212,11 +212,11 @@ class Trainer:
         )  # fmt: skip
 
     def _add_gradients(self, drawn: Drawn) -> tuple[Plan, float, Tensor]:
-        """Add those of this process's rows of a task to the step's.
+        """Add the gradients of this process's rows of a task to those of the step.
 
         Returns:
-            What chance decided; what these rows add to the mean of loops; and sums over them: answers that were right
-            and that were asked for, loss, and its terms.
+            The plan; the contribution of these rows to the mean number of loops; and sums over these rows: tokens that
+            were right, tokens that were supervised, loss, and its terms.
         """
         cfg, batch = self.cfg, drawn.batch
         n_scored = n_supervised(batch, cfg)
@@ -224,7 +224,7 @@ class Trainer:
         plan = self.objective.plan(self.step_number, cfg.batch_size, length, self.loops_rng, n_steps, drawn.growth)
         first, end = self.rows.start, self.rows.stop
         size = (end - first) // cfg.accumulate
-        elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows before those of this process, if not in it
+        elsewhere = first if len(batch.ids) < cfg.batch_size else 0  # rows of other processes that `batch` leaves out
         loops, seen = 0.0, list[Tensor]()
         for start in range(first, end, size):
             rows = slice(start, start + size)
@@ -238,7 +238,7 @@ class Trainer:
         return plan, loops, torch.stack(seen).sum(0)
 
     def check_going(self, result: StepResult) -> None:
-        """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped, ``result`` the last."""
+        """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped; ``result`` is the last one."""
         cfg = self.cfg
         if self.skipped_in_a_row >= cfg.max_bad_steps:
             loss, norm = result.loss, result.grad_norm
@@ -247,7 +247,7 @@ class Trainer:
             raise TrainingError(f"{self.skipped_in_a_row} steps in a row were not finite, {numbers}; {fix}")
 
     def _not_finite(self) -> str:
-        """Which weights, or else gradients, are not finite, the first ones by name."""
+        """Name the first few weights, or if all are finite gradients, that are not finite."""
         for kind in ("weights", "gradients"):
             tensors = {name: p if kind == "weights" else p.grad for name, p in self.parallel.held.items()}
             names = [name for name, tensor in tensors.items() if tensor is not None and not tensor.isfinite().all()]
@@ -257,11 +257,11 @@ class Trainer:
         return ""
 
     def gauges(self) -> dict[str, float | None]:
-        """State of the run: learning rate, largest decay of the loop's linear part, evenness of the experts' load.
+        """State of the run: learning rate, largest decay of the loop's linear part, balance of the experts' load.
 
         To be called by all processes. ``expert_balance`` is the least used expert's share of tokens times the number of
-        experts, over the last step: 1 when all are used alike, 0 when one is not used. ``size`` is how far problems
-        have grown, 0 to 1, and ``size_`` with a name of each of several tasks; then it is the smallest of them.
+        experts, over the last step: 1 when all are used equally, 0 when one is not used. ``size`` is how far problems
+        have grown, 0 to 1; with several tasks, the smallest of them, and ``size_NAME`` is that of each.
         """
         decays = list[float]()
         for path, module in self.model.named_modules():
@@ -278,19 +278,19 @@ class Trainer:
         }
 
     def averaged(self) -> OpenMythos:
-        """A copy of the model with the averaged weights, in eval mode: what a run keeps; called by all processes."""
+        """A copy of the model with the averaged weights, in eval mode: what a run saves; called by all processes."""
         state = self.parallel.model_state(self.ema.average)
         model = baselines.counted(self.cfg)
-        if distributed.rank() == 0:  # others have no more than their pieces
+        if distributed.rank() == 0:  # the others hold only their shards
             at = distributed.device_with_room(self.device, sum(tensor.nbytes for tensor in state.values()))
             copied = {id(tensor): tensor.to(at, copy=True) for tensor in state.values()}  # a tied head stays tied
             model.load_state_dict({name: copied[id(tensor)] for name, tensor in state.items()}, assign=True)
         return model.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, ``config`` among them. The tensors are the trainer's own: each step moves them.
+        """Tensors and plain values, ``config`` among them. Tensors are not copied: each step changes them in place.
 
-        Of several processes, each is given its :class:`~open_mythos.training.checkpoints.Part` of what they divide.
+        With several processes, tensors that they divide are :class:`~open_mythos.training.checkpoints.Part`.
         """
         return {
             "config": self.cfg.to_dict(),
@@ -309,17 +309,17 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where the trainer that gave ``state`` was, one of the same config.
+        """Continue from the ``state`` of a trainer of the same config.
 
         Raises:
-            ValueError: if the text is another than it was.
+            ValueError: if the text that it trains on has changed.
         """
         if isinstance(self.task, Text):
             changed = f"the text at source={self.task.source!r} is not what it was when the checkpoint was made"
             must(state["text"] == self.task.fingerprint(), f"{changed}; bring that back, or start a new run")
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
-        self.expert_load = state.get("expert_load", [])  # which earlier versions did not keep
+        self.expert_load = state.get("expert_load", [])  # earlier versions did not save it
         grown = state.get("growth") or {}
         if "size" in grown:  # of one task, as earlier versions had it
             grown = {self.task.name: grown}
@@ -330,14 +330,14 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.data_rng.set_state(state["data"])
         self.loops_rng.set_state(state["loops"])
-        if "processes" in state:  # of earlier versions, whose rows had other noise, and started from any row's state
+        if "processes" in state:  # of earlier versions: other noise, and rows started from the state of any other row
             state = state["processes"][0]["carried"] | {"left": {}}
-        mine = range(self.rows.start, self.rows.stop)  # what other processes left is theirs
+        mine = range(self.rows.start, self.rows.stop)  # other processes load the states of their rows
         left = {row: ended[()] for row, ended in state["left"].items() if row in mine}
         self._restore({"buffers": state["buffers"], "left": left})
 
     def _carried(self) -> dict[str, Any]:
-        """What a forward pass changes and a later one reads: the model's buffers, the objective's states."""
+        """What a forward pass changes and a later one reads: the model's buffers, the final states of rows."""
         return {"buffers": {n: b.clone() for n, b in self.model.named_buffers()}, "left": self.objective.left}
 
     def _restore(self, carried: dict[str, Any]) -> None:
@@ -373,7 +373,7 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
 
 
 def check_room(cfg: TrainConfig, task: Task) -> None:
-    """Raise ValueError if the machine's memory cannot hold the weights, or one state of each token, were they all."""
+    """Raise ValueError if memory cannot hold the weights, or beside them the problems, or one state per token."""
     room, rows, length = memory(), cfg.batch_size // cfg.accumulate, task.length(cfg.task.max_difficulty)
     weights = 4 * (parameters(cfg.model).total + _STATES * baselines.n_trained(cfg))
     fix = "use a smaller model.dim, model.expert_dim or model.vocab_size, or fewer model.n_experts"
@@ -390,7 +390,7 @@ def check_room(cfg: TrainConfig, task: Task) -> None:
 
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:
-    """Rows of a batch, on their way to ``device``. The mask stays: looking at it there would wait for the device."""
+    """Rows of a batch, copied asynchronously to ``device``. ``valid`` stays: reading it there would synchronise."""
     is_gpu = device.type != "cpu"
 
     def move(part: Tensor) -> Tensor:

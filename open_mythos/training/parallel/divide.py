@@ -1,4 +1,4 @@
-"""What of a model is divided among processes whatever FSDP does: routed experts, wide feed-forwards, vocabulary."""
+"""Expert and tensor parallelism, beside FSDP: divides routed experts, dense feed-forwards and the vocabulary."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from open_mythos.training.parallel.tensor import Vocabulary, add_parts
 
 
 def divide(model: OpenMythos, grid: Grid) -> Cuts:
-    """Leave this process its part of ``model``, in place; which axes of which parameters were divided.
+    """Reduce ``model`` in place to the part of this process; returns which axes of which parameters were divided.
 
     Raises:
-        ValueError: for sizes that do not divide.
+        ValueError: for sizes that do not divide evenly.
     """
     cuts: Cuts = {}
     group = grid.group("expert")
@@ -60,7 +60,7 @@ def divide(model: OpenMythos, grid: Grid) -> Cuts:
 
 
 def _keep(module: nn.Module, name: str, dim: int, i: int, n: int) -> None:
-    """Of a parameter, the ``i``-th of ``n`` parts along ``dim``."""
+    """Replace a parameter by the ``i``-th of its ``n`` parts along ``dim``."""
     whole: Any = getattr(module, name)
     with torch.no_grad():
         part = nn.Parameter(whole.chunk(n, dim)[i].contiguous().clone(), requires_grad=whole.requires_grad)

@@ -1,7 +1,7 @@
-"""Routed experts that several processes divide: tokens go to where their experts are, and what these say comes back.
+"""Expert parallelism: tokens are sent to the processes that hold their experts, and the outputs are sent back.
 
-Shape letters as in :mod:`open_mythos.ops.experts`, and S processes, Q rows that go to them, R rows that come from them,
-and C numbers of a row: a token, its weights, and its experts.
+Shape letters as in :mod:`open_mythos.ops.experts`; also S processes, Q rows sent to them, R rows received from them,
+and C numbers of a row: the token's channels, its routing weights, and its experts' indices.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor
 from open_mythos.ops.dispatch import compute_dtype
 from open_mythos.ops.experts import swiglu_sorted
 
-_SPENT = 2  # rows sent, as a multiple of tokens times experts of each, up to which their numbers are not asked for
+_SPENT = 2  # up to so many times the (token, expert) pairs, rows are sent to all rather than counted beforehand
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def goes_everywhere(n_processes: int, topk: int) -> bool:
-    """Whether each token goes to all processes, so that they know how many come: an exchange less, for some bytes."""
+    """Whether every token is sent to all processes, whose counts are then known: more bytes, but one exchange less."""
     return n_processes <= _SPENT * topk
 
 
 class Dispatch:
-    """In the place of :func:`~open_mythos.ops.experts.swiglu_experts`, where ``gate_up`` and ``down`` are a part of it.
+    """Replacement of :func:`~open_mythos.ops.experts.swiglu_experts` with this process's part of the experts' weights.
 
-    Each call exchanges rows and results, and between many processes the numbers of rows before: all of the group have
-    to make it, also with no token of their own, and as often forward and backward. A token goes once to a process,
-    however many of its experts are there, and what they say of it is added up there.
+    Each call exchanges rows and results, and between many processes first the numbers of rows. It is a collective: all
+    processes of the group have to call it, even without tokens of their own, and equally often forward and backward.
+    A token is sent once to a process, however many of its experts are there, and their outputs are summed there.
 
     Args:
         group: the processes; the first has the first experts, and so on.
 
     Attributes:
-        tokens: that each of them comes with; None if all come with as many.
+        tokens: number of tokens of each process in the next call; None if all have as many as this one.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -43,7 +43,7 @@ class Dispatch:
         self.tokens: list[int] | None = None
 
     def meet(self, running: Tensor, length: int) -> None:
-        """Which rows run the next loop, (n,) on the CPU, those of the first process first, of ``length`` tokens."""
+        """Set :attr:`tokens` from which rows run the next loop, (n,) on the CPU by process, of ``length`` tokens."""
         self.tokens = (running.view(self.size, -1).sum(1) * length).tolist()
 
     @torch.compiler.disable
@@ -66,7 +66,7 @@ class Dispatch:
         else:
             numbers_S2 = torch.stack([there_S, chosen_NS.sum(0)], 1)
             here_S, come_S = self._exchange(numbers_S2, [1] * S, [1] * S).unbind(1)
-        there, here, come = torch.stack([there_S, here_S, come_S]).tolist()  # the one wait for a GPU
+        there, here, come = torch.stack([there_S, here_S, come_S]).tolist()  # the only GPU synchronisation
         if goes_everywhere(S, K):
             found_RC = all_RC[_first(is_here_R, sum(here))]
         token_Q = _first((chosen_NS.t() > 0).flatten(), sum(there)) % max(1, N)
@@ -83,24 +83,24 @@ class Dispatch:
         return to_ND.index_add(0, token_Q, out_QD.to(to_ND.dtype))
 
     def _exchange(self, x: Tensor, there: list[int], here: list[int]) -> Tensor:
-        """Rows for each process, ``there`` of them, against rows from each, ``here``."""
+        """Exchange rows all-to-all: send ``there[i]`` rows to process i, and receive ``here[i]`` from it."""
         found = x.new_empty(sum(here), x.shape[1])
         dist.all_to_all_single(found, x.contiguous(), here, there, self.group)
         return found
 
 
 def _experts(ids_RK: Tensor) -> Tensor:
-    """Numbers of experts that travelled as bits of other numbers."""
+    """Indices of experts, which were sent as the bits of floating-point numbers."""
     return ids_RK.contiguous().view(_INTEGERS[ids_RK.dtype.itemsize]).long()
 
 
 def _first(is_true: Tensor, n: int) -> Tensor:
-    """Where the ``n`` true ones of a row are: ``nonzero``, which would wait for a GPU to know how many."""
+    """Indices of the ``n`` true elements, without the GPU synchronisation of ``nonzero``, which has to count them."""
     return is_true.byte().argsort(descending=True, stable=True)[:n]
 
 
 class _Exchanged(torch.autograd.Function):
-    """``exchange(x, there, here)``, or what has come already; and its gradient, which goes the way back."""
+    """``exchange(x, there, here)``, or ``found`` if already exchanged; the gradient is exchanged in reverse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, there: list[int], here: list[int], exchange: Any, found: Any = None) -> Tensor:

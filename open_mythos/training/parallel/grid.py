@@ -1,4 +1,4 @@
-"""The processes of a run as a grid: who has the same weights, who shares them, and who reads which rows."""
+"""The layout of a run's processes: which hold the same weights, which divide them, and which rows each runs."""
 
 from datetime import timedelta
 
@@ -13,22 +13,21 @@ from open_mythos.training.config import TrainConfig
 
 
 class Grid:
-    """``replicate`` x ``shard`` x ``tensor`` processes, seen as a second grid by the experts.
+    """The device meshes: ``replicate`` x ``shard`` x ``tensor`` processes, and the same ones as a mesh for experts.
 
-    Neighbours by number, which are those of one machine, share one layer (``tensor``), then one set of experts
-    (``expert``), then one set of weights (``shard``); ``replicate`` goes over machines. Processes of a ``tensor`` group
-    run the same rows, all others rows of their own.
+    Ranks are assigned so that neighbours, which are on one machine, divide a layer (``tensor``), then the experts
+    (``expert``), then the weights (``shard``); ``replicate`` extends over machines. Processes of a ``tensor`` group run
+    the same rows; all others run rows of their own.
 
     Attributes:
         replicate, shard, expert, tensor: sizes.
-        slices: in how many parts the weights of an expert are divided, where fewer processes share the experts than
-            share the rest.
-        n_data, data: processes with rows of their own, and which of these this one is.
+        slices: number of parts that FSDP divides each expert's weights into, if ``expert`` is less than ``shard``.
+        n_data, data: number of processes with rows of their own, and the index of this one among them.
         dense, sparse: meshes ``(replicate, shard, tensor)`` and, for experts, ``(copies, slices, expert, tensor)``;
-            None of one process, and of experts that are not divided.
+            None for a single process, and ``sparse`` if experts are not divided.
 
     Raises:
-        ValueError: for sizes that do not make up the number of processes, or a batch that they cannot share.
+        ValueError: for sizes whose product is not the number of processes, or a batch that does not divide among them.
     """
 
     def __init__(self, run: TrainConfig) -> None:
@@ -52,7 +51,7 @@ class Grid:
         self.sparse: DeviceMesh | None = None
 
     def connect(self, device: torch.device, timeout: float) -> None:
-        """Make the groups; from now on a process that waits for others for ``timeout`` seconds fails."""
+        """Create the process groups; from now on a collective fails after waiting ``timeout`` seconds for others."""
         if distributed.world_size() == 1 or not dist.is_initialized():
             return
         versions = distributed.gathered(f"{torch.__version__} and open_mythos {__version__}")
@@ -73,16 +72,16 @@ class Grid:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
     def group(self, name: str) -> dist.ProcessGroup | None:
-        """The processes that differ from this one in the dimension ``name`` alone; None if there are no others."""
+        """The process group of this process along the dimension ``name``; None if it would be alone in it."""
         mesh = self.dense if self.dense is not None and name in (self.dense.mesh_dim_names or ()) else self.sparse
         return None if mesh is None or mesh[name].size() == 1 else mesh.get_group(name)
 
     def share(self, n: int) -> slice:
-        """Which of the ``n`` rows of a step this process runs."""
+        """The rows of a step's ``n`` that this process runs."""
         share = n // self.n_data
         return slice(share * self.data, share * (self.data + 1))
 
     def beside(self, rows: slice, n: int) -> torch.Tensor:
-        """Which of the ``n`` rows of a step the processes with the same experts run, while this one runs ``rows``."""
+        """Rows of a step's ``n`` that the processes of this ``expert`` group run while this one runs ``rows``."""
         share, first = n // self.n_data, -(self.data % self.expert)
         return torch.cat([torch.arange(rows.start, rows.stop) + (first + i) * share for i in range(self.expert)])

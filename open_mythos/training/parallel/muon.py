@@ -1,4 +1,4 @@
-"""Muon where a process holds a part of each matrix."""
+"""Muon for matrices that several processes divide."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from open_mythos.training.parallel.pieces import Piece
 
 
 class PiecewiseMuon(torch.optim.Muon):
-    """:class:`torch.optim.Muon`, whose momentum is kept in pieces, and whose updates are made of whole matrices.
+    """:class:`torch.optim.Muon` with divided momentum, and updates computed from whole matrices.
 
-    Every process that shares a matrix makes its whole update, and takes its part: one gather of the size of the
-    gradient, and nothing sent back.
+    Every process that holds a piece of a matrix computes the whole update and applies its part: one gather of the size
+    of the gradient, and no scatter.
 
     Args:
         pieces: of the matrices.

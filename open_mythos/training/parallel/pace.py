@@ -1,20 +1,20 @@
-"""Whether one process keeps the others waiting."""
+"""Detection of a process that keeps the others waiting."""
 
 from statistics import median_low
 
-WINDOW = 50  # steps that are looked at together
-_MUCH = 1.5  # times the median of all processes
-_FELT = 0.1  # share of the steps' time that it costs them at least
+WINDOW = 50  # steps over which times are summed
+_MUCH = 1.5  # a slow process takes more than so many times the median of all processes
+_FELT = 0.1  # and exceeds it by more than this share of the steps' time
 
 
 class Pace:
-    """How long each process is busy in a step with what it waits for nobody in, summed over windows of steps."""
+    """Time that each process works in a step without waiting for others, summed over windows of steps."""
 
     def __init__(self) -> None:
         self.steps, self.seconds, self.own = 0, 0.0, list[float]()
 
     def add(self, own: list[float], seconds: float) -> str:
-        """Seconds that each process needed alone in a step, and that the step took.
+        """Add a step: the seconds that each process worked without waiting, and that the whole step took.
 
         Returns:
             A warning that names the slowest process, if a window has ended in which it was much slower; or "".

@@ -1,4 +1,4 @@
-"""A training step of several processes: what each runs of it, and what they add up."""
+"""A training step of several processes: the part that each runs, and the sums over all."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Step(nn.Module):
-    """The loss of a micro-batch as one module, whose call begins and ends with what FSDP has to do.
+    """The loss of a micro-batch as one module, so that FSDP's hooks run around all of it.
 
     Args:
-        model, objective: as of the trainer.
+        model, objective: those of the trainer.
     """
 
     def __init__(self, model: OpenMythos, objective: Objective) -> None:
@@ -38,21 +38,21 @@ class Step(nn.Module):
         self.model, self.objective = model, objective
 
     def forward(self, batch: Batch, plan: Plan, n_scored: int) -> dict[str, Any]:
-        """The fields of an :class:`Outcome`: FSDP looks for tensors in a dictionary, and in no class."""
+        """The fields of an :class:`Outcome`, as a dictionary: FSDP finds no tensors in instances of a class."""
         return dict(vars(self.objective(self.model, batch, plan, n_scored)))
 
 
 class Parallel:
-    """What this process holds and runs of a model that several train, or one.
+    """The part that this process holds and runs of a model which one or several processes train.
 
     Args:
-        model, objective: as of the trainer; the model as :func:`open_mythos.training.parallel.divide.divide` left it.
+        model, objective: those of the trainer; the model is divided in place.
         cfg: of the run.
-        grid: that is connected.
+        grid: already connected.
 
     Attributes:
-        held: what is held of each parameter, by name, as optimizer and average know it.
-        pieces: how this is a part of the whole; empty for one process, which holds all.
+        held: the shard of each parameter that is held here, by name, as optimizer and average use it.
+        pieces: where these shards lie in the whole parameters; empty for one process, which holds all.
     """
 
     def __init__(self, model: OpenMythos, objective: Objective, cfg: TrainConfig, grid: Grid) -> None:
@@ -64,7 +64,7 @@ class Parallel:
             from open_mythos.training.parallel.divide import divide
 
             cuts = divide(model, grid)
-        if grid.shard > 1:  # what one process does not need takes a second to import
+        if grid.shard > 1:  # imported here, as it takes a second and one process does not need it
             from open_mythos.training.parallel.shard import shard
 
             self.units = shard(self.step, model, grid, cuts)
@@ -79,20 +79,20 @@ class Parallel:
     def run(self, batch: Batch, plan: Plan, rows: slice, n_scored: int) -> Outcome:
         """The loss of a micro-batch, these ``rows`` of the step's ``plan``.
 
-        FSDP adds up its gradients in its backward pass, those of each micro-batch: it reduces what it finds after any
-        call of a block, so that gradients which wait for the next micro-batch would be reduced within it, unfinished.
+        FSDP reduces gradients in the backward pass of every micro-batch, not only the last: it reduces whatever it
+        finds after any call of a block, so gradients left over for the next micro-batch would be reduced incomplete.
         """
         own = plan[rows]
         if self.grid.expert > 1:
             own.among, own.meet = plan[self.grid.beside(rows, self.cfg.batch_size)], experts(self.model)[0].engine.meet
-        if (lora := self.model.recurrent.lora) is not None:  # which is as deep as the deepest row of any process
+        if (lora := self.model.recurrent.lora) is not None:  # the depth it is trained to counts rows of all processes
             for loops, _ in plan.schedules(self.step.objective.short):
                 lora.trained_loops.clamp_(min=int(loops.max()))
         return Outcome(**self.step(batch, own, n_scored))
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """What experts are chosen for inside counts for all processes, and for one optimizer step."""
+        """Sum the experts' loads that arise in the block over all processes, once per optimizer step."""
         layers = [] if self.is_alone else experts(self.model)
         before = [layer.expert_load.clone() for layer in layers]
         yield
@@ -109,10 +109,10 @@ class Parallel:
     def add_up(
         self, numbers: Tensor, loops: float, plans: list[Plan], own: tuple[float, float]
     ) -> tuple[float, list[float], list[tuple[float, float]]]:
-        """After the last backward pass: gradients of the whole step, in ``held``, and their norm.
+        """After the last backward pass, leave the gradients of the whole step in ``held``, summed over processes.
 
-        Nothing waits for a GPU before. Also the sums of ``numbers``, which are sums over this process's rows, ``loops``
-        among them; and each process's ``own`` two numbers.
+        This is the step's first GPU synchronisation. Returns the gradients' norm; the sums over processes of ``loops``
+        and ``numbers``, which are sums over this process's rows; and each process's ``own`` two numbers.
         """
         for unit in self.units:
             unit.reshard()
@@ -139,25 +139,25 @@ class Parallel:
         return norm, total[1:], heard
 
     def clip(self, norm: float) -> None:
-        """Scale gradients whose norm, of all of them together, is ``norm``, to at most ``cfg.optim.clip``."""
+        """Scale gradients, whose total norm is ``norm``, to a norm of at most ``cfg.optim.clip``."""
         factor = self.cfg.optim.clip / (torch.tensor(norm) + 1e-6)
-        if factor < 1:  # on the host, so that no number has to be sent to a GPU and waited for
+        if factor < 1:  # decided on the CPU, without a GPU synchronisation
             torch._foreach_mul_([held.grad for held in self.held.values() if held.grad is not None], factor.item())
 
     def whole(self, name: str) -> Tensor:
-        """All of a parameter; to be called by all processes."""
+        """A whole parameter; to be called by all processes."""
         return (self.pieces[name].whole(self.held[name]) if self.pieces else self.held[name]).detach()
 
     def gathered(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """:meth:`Piece.gathered` of what is divided as the parameters are, by name."""
+        """:meth:`Piece.gathered` of tensors that are divided as the parameters are, by name."""
         return {n: self.pieces[n].gathered(part) if self.pieces else part.detach() for n, part in held.items()}
 
     def shared(self, held: Mapping[str, Tensor]) -> dict[str, Tensor | Part]:
-        """:meth:`Piece.shared`, by name; of one process the tensors themselves."""
+        """:meth:`Piece.shared`, by name; with one process the tensors themselves."""
         return {n: self.pieces[n].shared(part) if self.pieces else part.detach() for n, part in held.items()}
 
     def of_rows(self, states: Mapping[int, Tensor]) -> dict[int, Tensor | Part]:
-        """As :meth:`shared`, what there is of each row that this process runs."""
+        """As :meth:`shared`, for states of the rows that this process runs, by row."""
         if not self.pieces:
             return dict(states)
         is_first = distributed.rank() % self.grid.tensor == 0
@@ -181,14 +181,14 @@ class Parallel:
             tensor.copy_(self.pieces[name].part(came) if self.pieces else came[()])
 
     def _check_gradients(self, plans: list[Plan]) -> None:
-        """An error where FSDP has lost a gradient: a parameter that took part, and has none."""
+        """Raise RuntimeError where FSDP has lost a gradient: for a parameter that took part and has none."""
         for name, piece in self.pieces.items() if self.units else ():
             is_missing = piece.parameter.requires_grad and piece.parameter.grad is None
             if is_missing and not all(_is_idle(name, self.cfg, plan) for plan in plans):
                 raise RuntimeError(f"{name} took part in the step and has no gradient: it was gathered outside of FSDP")
 
     def _add_up_gradients(self) -> None:
-        """Where FSDP does not: each gradient becomes the sum over its group; none where none has any."""
+        """Sum gradients over their groups where FSDP does not; a gradient that no process has stays None."""
         by_group: dict[Any, list[nn.Parameter]] = {}
         for piece in self.pieces.values():
             if piece.group is not None:
@@ -205,7 +205,7 @@ class Parallel:
 
 
 def _is_idle(name: str, cfg: TrainConfig, plan: Plan) -> bool:
-    """Whether a step leaves the parameter out: that of a gate that learns afterwards, or of a loop not yet reached."""
+    """Whether a step does not use a parameter: one of a gate that is trained afterwards, or of a loop not reached."""
     _, *path = name.split(".")
     if path[:1] == ["act"]:
         return cfg.model.recurrence == "injected" or cfg.kind != "looped"

@@ -1,4 +1,4 @@
-"""What one process holds of each parameter, and how the whole is made of the pieces."""
+"""The pieces (shards) of parameters that one process holds, and their place in the whole."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from open_mythos.training.checkpoints import Part, Stored
 from open_mythos.training.parallel.grid import Grid
 
 Cuts = dict[str, dict[str, int]]
-"""By parameter: along which of its axes each dimension of the grid divides it, beside FSDP."""
+"""By parameter name: the axis along which each dimension of the grid divides it, beside FSDP."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What this process holds of one parameter.
+    """The shard of one parameter that this process holds.
 
     Attributes:
         parameter: as the model has it; FSDP makes it a ``DTensor``.
-        held: the same memory as a plain tensor, which optimizer and average know.
+        held: the same memory as a plain tensor, used by optimizer and average.
         shape: of the whole.
         mesh, placements: how the whole is divided; None and empty where every process holds all of it.
-        copies: processes that hold the same.
+        copies: number of processes that hold the same shard.
         is_first: whether this process is the first of these.
-        group: processes whose gradients are to be added up, where FSDP does not do it.
+        group: processes whose gradients have to be summed, where FSDP does not do it.
     """
 
     parameter: nn.Parameter
@@ -43,7 +43,7 @@ class Piece:
 
     @property
     def place(self) -> tuple[slice, ...]:
-        """Where in the whole it lies; parts of an axis are those of :func:`torch.chunk`."""
+        """Its slice of the whole on each axis; axes are divided as by :func:`torch.chunk`."""
         ranges = [range(n) for n in self.shape]
         for i, placement in enumerate(self.placements):
             assert self.mesh is not None
@@ -53,12 +53,12 @@ class Piece:
         return tuple(slice(r.start, r.stop) for r in ranges)
 
     def shared(self, held: Tensor) -> Part:
-        """A tensor that is divided as the parameter is, for a checkpoint."""
+        """This process's part of a tensor that is divided as the parameter is, for a checkpoint."""
         start = tuple(part.start for part in self.place)
         return Part(held.detach(), tuple(self.shape), start, self.is_first)
 
     def as_dtensor(self, held: Tensor) -> DTensor | Tensor:
-        """A tensor that is divided as the parameter is, as one of the whole; itself where all of it is here."""
+        """Wrap a shard as a ``DTensor`` divided as the parameter is; undivided ones are returned as they are."""
         if self.mesh is None:
             return held
         stride = torch.empty(self.shape, device="meta").stride()
@@ -68,24 +68,24 @@ class Piece:
 
     @torch.no_grad()
     def whole(self, held: Tensor) -> Tensor:
-        """All of a tensor that is divided as the parameter is; to be called by all processes that share it."""
+        """The whole of a tensor that is divided as the parameter is; to be called by all processes that hold a part."""
         found = self.as_dtensor(held)
         return found.full_tensor() if isinstance(found, DTensor) else found
 
     def gathered(self, held: Tensor) -> Tensor:
-        """As :meth:`whole`, but what had to be gathered is on the CPU of the first process, and empty elsewhere."""
+        """As :meth:`whole`, but a tensor that had to be gathered is on the first process's CPU, and empty elsewhere."""
         if self.mesh is None:
             return held.detach()
         whole = self.whole(held.detach())
         return whole.cpu() if distributed.rank() == 0 else whole.new_empty(0)
 
     def part(self, whole: Tensor | Stored) -> Tensor:
-        """What this process holds of ``whole``, which every process has, or can read; copied if it is divided."""
+        """The shard of ``whole`` that this process holds, copied if it is divided; every process has or reads it."""
         return whole[()] if self.mesh is None else whole[self.place].to(self.held.device, copy=True)
 
     @torch.no_grad()
     def follow(self) -> None:
-        """After a backward pass, give ``held`` its gradient, and the memory where FSDP has the weights now."""
+        """After a backward pass, point ``held`` to its gradient, and to the memory where FSDP now has the weights."""
         if isinstance(self.parameter, DTensor):
             gradient = self.parameter.grad
             self.held.data = self.parameter.to_local()
@@ -93,7 +93,7 @@ class Piece:
 
 
 def pieces(model: nn.Module, grid: Grid, cuts: Cuts) -> dict[str, Piece]:
-    """By name, what this process holds of each parameter of a model that has been divided."""
+    """The pieces that this process holds of a divided model's parameters, by name."""
     return {name: _piece(parameter, grid, cuts.get(name, {})) for name, parameter in model.named_parameters()}
 
 

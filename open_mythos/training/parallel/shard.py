@@ -13,14 +13,14 @@ from open_mythos.training.parallel.pieces import Cuts
 
 
 def shard(step: nn.Module, model: nn.Module, grid: Grid, cuts: Cuts) -> list[Any]:
-    """Have FSDP divide ``model``, which ``step`` calls: its blocks are units, and what is left is one.
+    """Divide ``model``, which ``step`` calls, with FSDP: its blocks are units, and the remaining parameters are one.
 
-    A unit stays whole from its first use to the end of the step, however often it is called or computed again.
+    A unit stays gathered from its first use to the end of the step, however often it is called or recomputed.
 
-    With experts that are exchanged in every loop, all but these is one unit, gathered before the first loop and reduced
-    after the last: a process whose rows are done reads them while others still loop, and would wait for these in a
-    gather of the coda, while they wait for it in an exchange. Experts that some of the processes share are units on a
-    mesh of their own.
+    With expert parallelism, all but the experts is one unit, gathered before the first loop and reduced after the last.
+    Otherwise processes would deadlock: one whose rows are done waits for the others in the gather of the coda, while
+    they still loop and wait for it in the exchange of tokens. Experts that FSDP divides as well are units on a mesh of
+    their own.
 
     Returns:
         The units.

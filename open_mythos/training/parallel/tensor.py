@@ -1,4 +1,4 @@
-"""Feed-forwards and vocabularies that several processes divide: each has a part, and they add up what these say."""
+"""Tensor parallelism of feed-forwards and vocabularies: each process has a part, and their outputs are summed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 
 def add_parts(feed_forward: nn.Module, group: dist.ProcessGroup) -> None:
-    """Have calls of a module, of which each process of ``group`` has some of the hidden units, be those of the whole.
+    """Add hooks to a module whose hidden units are divided over ``group``, so that it computes the whole's output.
 
-    All of the group call it with the same tokens. The gradient of these is added up on the way back.
+    All processes of the group call it with the same tokens. Outputs are summed forward, input gradients backward.
     """
     feed_forward.register_forward_pre_hook(lambda module, args: (_Given.apply(args[0], group), *args[1:]))
     feed_forward.register_forward_hook(lambda module, args, out: _Added.apply(out, group))
 
 
 class Vocabulary:
-    """The tokens of a vocabulary that this process has, of a group that runs the same rows; numbered from ``first``.
+    """This process's part of a vocabulary, token ids from ``first`` on, in a group of processes that run the same rows.
 
     Args:
-        embed, head: with the rows of these tokens alone. Embeddings are then looked up as those of the whole; what the
-            head says is of these tokens, and :meth:`statistics` are those of all.
+        embed, head: with the rows of these tokens alone. Embedding lookups then work for all tokens; the head returns
+            the logits of this part, and :meth:`statistics` those of the whole vocabulary.
     """
 
     def __init__(self, embed: nn.Embedding, head: nn.Module, group: dist.ProcessGroup) -> None:
@@ -35,7 +35,7 @@ class Vocabulary:
         head.statistics = self.statistics  # type: ignore[assignment]
 
     def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens stand here, any place for those that do not; and which do."""
+        """Row of each token in this part, an arbitrary one for tokens of other parts; and which tokens are in it."""
         own = ids - self.first
         return own.clamp(0, self.n - 1), (own >= 0) & (own < self.n)
 
@@ -44,7 +44,7 @@ class Vocabulary:
         return _Added.apply(F.embedding(own, self.embed.weight) * is_here.unsqueeze(-1), self.group)
 
     def statistics(self, logits_NV: Tensor, targets_N: Tensor, theirs_NV: Tensor | None) -> tuple[Tensor, ...]:
-        """As :func:`open_mythos.training.objective.statistics`, of all tokens, from the logits of those here."""
+        """As :func:`open_mythos.training.objective.statistics` of the whole vocabulary, from this part's logits."""
         (top_N, likeliest_N), (own_N, is_here_N) = logits_NV.detach().max(-1), self.place(targets_N)
         most_N = _reduced(top_N, self.group, dist.ReduceOp.MAX)
         of_target_N = logits_NV.gather(-1, own_N.unsqueeze(-1)).squeeze(-1) * is_here_N
