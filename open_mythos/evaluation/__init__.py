@@ -1,4 +1,4 @@
-"""Measuring what a model can do, and at what depth."""
+"""Evaluation of models: accuracy, bits per byte and their dependence on depth."""
 
 from open_mythos.evaluation.depth import accuracy_by_loops as accuracy_by_loops
 from open_mythos.evaluation.grid import DepthGrid as DepthGrid

@@ -1,4 +1,4 @@
-"""What a model answers at each depth, all depths from one run: the ground under every measure of this package."""
+"""A model's predictions at each depth, all from one run: the basis of every measure of this package."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from open_mythos.nn.recurrent import Readout
 from open_mythos.tasks.base import UNSCORED, Batch
 
 CHUNK = 8192
-"""Tokens that are run at one time, so that memory does not grow with the number of problems."""
+"""Tokens per forward pass, so that memory does not grow with the number of problems."""
 
 
 class Reading(NamedTuple):
-    """A model as it would be if its last loop were this one.
+    """State and predictions of a model as if its last loop were this one.
 
     Attributes:
-        loops: loops that were allowed.
+        loops: maximum number of loops.
         state: (B, T, dim).
         logits: (B, T, vocab_size).
         used: (B, T) int64, loops that each position ran: ``loops``, less where halting stopped it, 0 at padding.
@@ -40,10 +40,10 @@ class Reading(NamedTuple):
 def measuring(
     model: OpenMythos, halting: bool | None = None, act_threshold: float | None = None
 ) -> Iterator[OpenMythos]:
-    """Eval mode without gradients inside, and the model with another ``cfg.halting`` and ``cfg.act_threshold``.
+    """Context for evaluating ``model``: eval mode, no gradients, and optionally other values in its config.
 
-    What is given is the model itself where both are None, and else one of the same modules, with a config of its own.
-    ``model`` keeps its modes and its config, so that other threads may go on using it.
+    Yields ``model`` itself if ``halting`` and ``act_threshold`` are None; otherwise a shallow copy that shares its
+    modules and has a config with these values. ``model`` keeps its modes and config, so other threads may use it.
     """
     changed = {"halting": halting, "act_threshold": act_threshold}
     changed = {name: value for name, value in changed.items() if value is not None}
@@ -68,13 +68,13 @@ def readings(
     start: Callable[[Tensor, Context], Tensor] | None = None,
     exit: Exit | None = None,
 ) -> Iterator[Reading]:
-    """The model after each of ``loops``, in rising order, from one run; use it inside :func:`measuring`.
+    """Run ``model`` once and yield a reading after each of ``loops``, ascending; use it inside :func:`measuring`.
 
     Args:
-        model, loops: what is run, as that gives it, and the numbers of loops to read at.
-        ids, valid: (B, T) tokens, and bool, False at padding; None where there is none.
-        start: the state before the first loop, of the encoded input (B, T, dim) and its context; None: the model's own.
-        exit: when a position stops looping; with None, when the gate says so if ``cfg.halting``, else never.
+        model, loops: the model, as :func:`measuring` yields it, and the numbers of loops to read at.
+        ids, valid: (B, T) tokens, and bool, False at padding; None without padding.
+        start: makes the initial state of the encoded input (B, T, dim) and its context; None: the model's own.
+        exit: when a position stops looping; None: when the gate says so if ``cfg.halting``, else never.
 
     Raises:
         ValueError: if ``loops`` is empty or holds a number below 1, and for logits that are not finite.
@@ -89,13 +89,13 @@ def readings(
         h, used = state.h, used + state.ran
         if state.loop + 1 == wanted[0]:
             yield Reading(wanted.pop(0), h, predict(h, state.loop), used)
-    if wanted:  # every position halted early: deeper counts all see these states
+    if wanted:  # every position halted early, so greater depths have the same states
         last = Reading(wanted[0], h, predict(h, wanted[0]), used)
         yield from (last._replace(loops=n) for n in wanted)
 
 
 def finite(readout: Readout) -> Readout:
-    """``readout``, which raises ValueError for logits that are not finite: as answers they would be token 0."""
+    """Wrap ``readout`` to raise ValueError for non-finite logits, whose argmax would count as the answer token 0."""
 
     def predict(h: Tensor, loop: int) -> Tensor:
         logits = readout(h, loop)
@@ -110,7 +110,7 @@ def finite(readout: Readout) -> Readout:
 
 
 def chunks(batch: Batch, device: torch.device) -> Iterator[Batch]:
-    """The rows of ``batch``, so many at a time that a chunk has no more than ``CHUNK`` tokens, or one row."""
+    """Split ``batch`` into chunks of at most ``CHUNK`` tokens, or of one row, moved to ``device``."""
     rows = max(1, CHUNK // batch.ids.shape[1])
     for first in range(0, len(batch.ids), rows):
         yield batch.map(itemgetter(slice(first, first + rows))).map(lambda part: part.to(device))
@@ -123,8 +123,8 @@ def device_of(model: OpenMythos) -> torch.device:
 def accuracy_by_loops(model: OpenMythos, ids: Tensor, targets: Tensor, loops: Iterable[int]) -> dict[int, float]:
     """Share of positions whose likeliest token is the target, for each number of loops, all from one run.
 
-    ``targets`` (B, T) are the tokens that should follow from each position of ``ids`` (B, T), -100 where none is
-    scored. The model computes as in eval mode and keeps its own; the loops of the result rise.
+    ``targets`` (B, T) are the correct outputs at each position of ``ids`` (B, T), -100 where none is scored. The model
+    runs in eval mode, and its own mode is restored; the loops of the result ascend.
 
     Raises:
         ValueError: if ``loops`` is empty or holds a number below 1, or nothing is scored.

@@ -1,4 +1,4 @@
-"""What a loop is worth: the share that it closes of the gap between models without one, and its exponent."""
+"""The value of looping: the share it closes of the gap between models without a loop, and the loop exponent."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from open_mythos.evaluation.grid import mean_interval, t_quantile
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """A number that some seeds have.
+    """Statistics over the seeds for which a number is defined.
 
     Attributes:
         mean, worst: over these seeds; the worst is the least.
         low, high: 95% interval of the mean (Student's t); None for a single seed.
-        seeds: how many have it.
+        seeds: number of these seeds.
     """
 
     mean: float
@@ -27,7 +27,7 @@ class OverSeeds:
 
 
 def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
-    """One value of each seed, None where it has none; None if no seed has one."""
+    """Aggregate one value per seed, None where it is undefined; None if it is undefined for all."""
     found = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
     if len(found) == 0:
         return None
@@ -38,14 +38,14 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
 
 
 Losses = tuple[float, float, float]
-"""Of single, looped and unrolled, all of one seed, in any unit; scores of which more is better are given negated."""
+"""Losses of single, looped and unrolled at one seed, in any unit; scores where higher is better are given negated."""
 
 
 def gap_closed(losses: Losses, least: float = 0.0) -> float | None:
-    """The share of the way from single to unrolled that the looped model goes.
+    """The share of the gap between single and unrolled that the looped model closes.
 
-    0 where the loop is worth nothing, 1 where it is worth as much as weights of its own for every loop. None if there
-    is no gap to close: unrolled is not better than single by more than ``least``.
+    0 where looping gains nothing, 1 where it gains as much as separate weights for every loop. None if there is no gap
+    to close: unrolled is not better than single by more than ``least``.
     """
     single, looped, unrolled = losses
     gap = single - unrolled
@@ -55,19 +55,19 @@ def gap_closed(losses: Losses, least: float = 0.0) -> float | None:
 def loop_exponent(losses: Losses, once: int, looped: int, n_loops: int, least: float = 0.0) -> float | None:
     """φ of ``N_eff = N_once + r^φ N_looped`` (Schwethelm et al. 2026, arXiv:2604.21106), of one seed.
 
-    A looped model of r loops predicts as a model without a loop of N_eff parameters would: φ = 0 means that loops add
-    nothing, 1 that each is worth a block of its own. There φ is fitted with ``L = E + A N_eff^-α + B D^-β`` to many
-    runs. Here data are the same for all, so that ``L ∝ N^-α`` is taken through two models without a loop, of
-    ``N_1 = N_once + N_looped`` and ``N_r = N_once + r N_looped`` parameters::
+    A model of r loops has the loss of a model of N_eff parameters without a loop: φ = 0 means that loops add nothing,
+    1 that each is worth a block of its own. The paper fits φ with ``L = E + A N_eff^-α + B D^-β`` to many runs. Here
+    the amount of data is the same for all, so ``L ∝ N^-α`` is fitted to the two models without a loop, single and
+    unrolled, of ``N_1 = N_once + N_looped`` and ``N_r = N_once + r N_looped`` parameters::
 
         α = ln(L_single / L_unrolled) / ln(N_r / N_1)
         N_eff = N_1 (L_single / L_looped)^(1/α)
         φ = ln((N_eff - N_once) / N_looped) / ln r
 
     Args:
-        losses: bits or nats, which reach down to 0.
-        once, looped: N_once and N_looped: parameters that are used once, and in every loop; embedding and head are in
-            neither.
+        losses: bits or nats, whose minimum is 0.
+        once, looped: N_once and N_looped: parameters that are used once, and in every loop; embedding and head count
+            in neither.
         n_loops: r.
         least: as of :func:`gap_closed`.
 

@@ -33,7 +33,7 @@ class DepthGrid:
         loops: L of them, ascending.
         examples: problems per difficulty.
         seed: of the problems.
-        exit: what let positions stop early, as ``mythos eval --exit`` takes it; None: all ran every loop.
+        exit: the early-exit rule, as ``mythos eval --exit`` takes it; None: all positions ran every loop.
         accuracy, low, high: share of a problem's scored tokens that are right, mean and normal 95% interval.
         exact, exact_low, exact_high: share of problems without an error, and Wilson's 95% interval.
         loops_used: loops run by a position, mean over positions without padding.
@@ -71,7 +71,7 @@ class DepthGrid:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: saying which field of ``name`` is not as it should be, and what was expected.
+            ValueError: naming the invalid field of ``name``, and what was expected.
         """
         kinds = {spec.name: spec.type for spec in dataclasses.fields(cls)}
         data = dict(data)
@@ -102,12 +102,12 @@ def depth_grid(
     the same ones.
 
     Args:
-        model: computes as in eval mode, on its device, and keeps its own, and its config.
-        task, difficulties, examples, seed: give the problems, ``examples`` of each difficulty.
+        model: run in eval mode, on its device; its mode and config are restored.
+        task, difficulties, examples, seed: decide the problems, ``examples`` of each difficulty.
         loops: numbers of loops to evaluate.
         halting: overrides ``cfg.halting`` unless None.
         progress: called at the start of each difficulty.
-        exit: when a position stops looping, instead of the gate.
+        exit: early-exit rule to use instead of the gate.
 
     Raises:
         ValueError: for problems that do not fit the model, or for difficulties or loops that are empty or invalid.
@@ -144,8 +144,8 @@ def check_fit(model: OpenMythos, task: Task, difficulties: Sequence[int], exampl
 
 
 class Scores(NamedTuple):
-    """Share of each problem's scored tokens that are right (L, n), whether all are (L, n), and mean loops run by a
-    position (L,); float64 on the CPU."""
+    """Share of each problem's scored tokens that are right (L, n), whether all are (L, n), and loops run, mean over
+    positions (L,); float64 on the CPU."""
 
     tokens: Tensor
     exact: Tensor
@@ -183,16 +183,16 @@ def t_quantile(n: int) -> float:
 
 
 def student_interval(values: Tensor, most: float = 1.0) -> tuple[Tensor, Tensor]:
-    """95% interval of the mean of few values in the last axis, such as one per seed; one either way for a single one.
+    """95% interval of the mean over the last axis, for few values such as one per seed (Student's t).
 
-    The interval ends at 0 and at ``most``.
+    It is clamped to 0 and ``most``; that of a single value is the value plus and minus 1, clamped.
     """
     low, high = mean_interval(values, t_quantile(values.shape[-1]))
     return low.clamp(min=0), high.clamp(max=most)
 
 
 def mean_interval(values: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """The mean of values in the last axis, and so many standard errors about it; one either way for a single value."""
+    """Mean over the last axis plus and minus ``quantile`` standard errors; plus and minus 1 for a single value."""
     n, mean = values.shape[-1], values.mean(-1)
     half_width = quantile * values.std(-1) / math.sqrt(n) if n > 1 else torch.ones_like(mean)
     return mean - half_width, mean + half_width

@@ -1,6 +1,6 @@
 """Scalar metrics of depth: overthinking, convergence, path independence, and the savings of halting.
 
-Models compute as in eval mode and keep theirs; config is restored. Problems are those of ``depth_grid``.
+Models run in eval mode; their own mode and config are restored. Problems are those of ``depth_grid``.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ class Damage(NamedTuple):
 
     Attributes:
         best: maximum accuracy.
-        best_loops: minimum loops within .001 of it.
+        best_loops: fewest loops at which accuracy is within .001 of it.
         deepest: loops at which the damage is measured.
         damage: ``best`` minus the accuracy at ``deepest``.
     """
@@ -46,8 +46,8 @@ class Damage(NamedTuple):
 def overthinking_damage(grid: DepthGrid, trained_loops: int) -> list[Damage]:
     """Best accuracy minus that at 16 times ``trained_loops``, for each difficulty of ``grid``.
 
-    Measured at the largest loop count of the grid up to that, :attr:`Damage.deepest`. ``trained_loops`` is
-    ``cfg.max_loop_iters`` of models trained here.
+    It is measured at the largest loop count of the grid up to that, :attr:`Damage.deepest`. For models trained here,
+    ``trained_loops`` is ``cfg.max_loop_iters``.
     """
     n = max(1, sum(count <= OVERTHINKING_FACTOR * trained_loops for count in grid.loops))
     damages = []
@@ -85,7 +85,7 @@ def settle_rate(
 
 
 class FromStart(NamedTuple):
-    """Accuracy from an initial state, and the share of scored predictions that differ from the model's own."""
+    """Accuracy from an initial state, and the share of scored predictions that differ from those from the model's."""
 
     accuracy: float
     differing: float
@@ -122,8 +122,8 @@ def initial_state_gap(
 
 
 class HaltingGain(NamedTuple):
-    """Fixed depth against halting, by the gate or another exit: accuracy, mean over problems; loops run, mean over
-    positions without padding; share of loops that halting saves."""
+    """Fixed depth compared with halting, by the gate or another exit: accuracy, mean over problems; loops run, mean
+    over positions without padding; share of loops that halting saves."""
 
     accuracy_fixed: float
     accuracy_halting: float
@@ -135,7 +135,7 @@ class HaltingGain(NamedTuple):
 def enough_loops(
     model: OpenMythos, task: Task, difficulty: int, max_loops: int, examples: int = 256, seed: int = 0
 ) -> int:
-    """Minimum loops, up to ``max_loops``, at which accuracy is within .001 of the best; halting off."""
+    """Fewest loops, up to ``max_loops``, at which accuracy is within .001 of the best; halting off."""
     grid = depth_grid(model, task, [difficulty], range(1, max_loops + 1), examples, seed, halting=False)
     return overthinking_damage(grid, max_loops)[0].best_loops
 
@@ -144,7 +144,7 @@ def fixed_vs_halting(
     model: OpenMythos, task: Task, difficulties: Sequence[int], loops: int, examples: int = 256, seed: int = 0,
     exit: Exit | None = None,
 ) -> HaltingGain:  # fmt: skip
-    """Compare the fixed depth ``loops`` with halting after at most as many, on one batch of mixed ``difficulties``.
+    """Compare fixed depth ``loops`` with early exit after at most as many, on one batch of mixed ``difficulties``.
 
     Positions halt by ``exit``, or by the gate if that is None.
     """
@@ -163,14 +163,14 @@ def halting_gain(model: OpenMythos, task: Task, problems: Batch, loops: int, exi
 def accuracy_and_loops(
     model: OpenMythos, task: Task, problems: Batch, loops: int, halting: bool, exit: Exit | None = None
 ) -> tuple[float, float]:
-    """Share of answers right, mean over problems, and loops that a position ran, mean over positions."""
+    """Accuracy over scored tokens, mean over problems, and loops run, mean over positions."""
     with measuring(model, halting) as model:
         scores = score_by_loops(model, task, problems, [loops], exit)
     return float(scores.tokens.mean()), float(scores.loops_used)
 
 
 class Point(NamedTuple):
-    """FLOPs per token, accuracy, and mean loops run by a position."""
+    """FLOPs per token, accuracy, and loops run, mean over positions."""
 
     flops: float
     accuracy: float
@@ -178,7 +178,7 @@ class Point(NamedTuple):
 
 
 class ComputeMatched(NamedTuple):
-    """Accuracy against FLOPs by loop count: of fixed depths, and of halting by ``act_threshold``."""
+    """Accuracy against FLOPs, over loop counts: at fixed depth, and with halting for each ``act_threshold``."""
 
     fixed: list[Point]
     halting: dict[float, list[Point]]
@@ -188,7 +188,7 @@ def compute_matched(
     model: OpenMythos, task: Task, difficulty: int, loops: Sequence[int], examples: int = 256, seed: int = 0,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> ComputeMatched:  # fmt: skip
-    """Accuracy against FLOPs with halting off and on, for each number of ``loops`` (with halting, the maximum).
+    """Measure accuracy against FLOPs with halting off and on, for each of ``loops`` (with halting, the maximum).
 
     :func:`accuracy_at` interpolates one curve at another's cost.
     """
@@ -198,7 +198,7 @@ def compute_matched(
             grid = depth_grid(changed, task, [difficulty], loops, examples, seed, halting)
         context = (task.length(difficulty) + 1) // 2  # mean over the tokens
         rows = zip(grid.accuracy[0].tolist(), grid.loops_used[0].tolist(), strict=True)
-        cfg = replace(model.cfg, halting=halting)  # no gate is asked at fixed depths
+        cfg = replace(model.cfg, halting=halting)  # at fixed depth the gate is not computed
         return [Point(flops_per_token(cfg, used, context), accuracy, used) for accuracy, used in rows]
 
     fixed = curve(False, model.cfg.act_threshold)

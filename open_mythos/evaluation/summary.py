@@ -42,11 +42,11 @@ class Evaluation:
         grids: one per seed of the problems.
         metrics: plain values. ``"difficulties"``: for each difficulty, with every position running all loops,
             overthinking damage, with the 95% interval and the exact share at its best loops, share of converged states
-            (``"settle_rate"``) and sensitivity to the initial state. ``"exit"``: for each difficulty, what the exit of
-            the grids costs at their most loops, against all loops on the same problems; None without one.
+            (``"settle_rate"``) and sensitivity to the initial state. ``"exit"``: for each difficulty, the accuracy that
+            the grids' exit loses at their maximum loops, against all loops on the same problems; None without an exit.
             ``"halting"`` and ``"compute_matched"``: from ``fixed_vs_halting``, with that exit or the gate, and
             ``compute_matched`` of :mod:`open_mythos.evaluation.metrics`; None without halting.
-        kinds: of a task made of several, a grid of each, for the first seed.
+        kinds: for a task made of several, a grid of each of them, for the first seed.
     """
 
     grids: list[DepthGrid]
@@ -54,7 +54,7 @@ class Evaluation:
     kinds: list[DepthGrid] = field(default_factory=list)
 
     def exit_in_words(self) -> str:
-        """The exit of the grids, and the most accuracy that it loses against running all loops."""
+        """The exit of the grids, and its greatest loss of accuracy against running all loops, as text."""
         grid, costs = self.grids[0], self.metrics.get("exit")
         if grid.exit is None or costs is None:
             return "every position runs all loops" if grid.exit is None else f"with the exit {grid.exit}"
@@ -77,7 +77,7 @@ class Evaluation:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: saying what of ``name`` is not as it should be, and what was expected.
+            ValueError: naming the invalid field of ``name``, and what was expected.
         """
         files.shaped(data, _SHAPE, name)
         must(len(data["grids"]) > 0, f"{name}: grids is empty; measure again")
@@ -114,8 +114,8 @@ def evaluate(
     """Compute the depth grid for each seed of the problems, and the metrics for the first seed.
 
     Arguments and errors are those of :func:`~open_mythos.evaluation.grid.depth_grid`; ``progress`` is called at most
-    :func:`n_steps` times. In the grid every position runs all loops unless there is an ``exit``; what depth does is
-    then measured without it, on the same problems, and the savings of the exit, or else of the gate, are a metric.
+    :func:`n_steps` times. In the grids every position runs all loops unless there is an ``exit``. The metrics of depth
+    are always measured without it, on the same problems; the savings of the exit, or else of the gate, are a metric.
     """
     must(len(seeds) > 0, "seeds is empty; give at least one")
     begin = progress or (lambda stage: None)
@@ -176,7 +176,7 @@ def evaluate(
 
 
 def _costs(full: Sequence[DepthGrid], grids: Sequence[DepthGrid]) -> list[dict[str, float]]:
-    """Of each difficulty at the most loops: accuracy with all loops and with the exit, means over the seeds."""
+    """Accuracy with all loops and with the exit, for each difficulty at the maximum loops; means over seeds."""
     found = []
     for row, difficulty in enumerate(full[0].difficulties):
         fixed, left = (sum(float(g.accuracy[row, -1]) for g in some) / len(some) for some in (full, grids))

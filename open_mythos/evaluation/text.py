@@ -16,20 +16,20 @@ from open_mythos.tasks.text import Text
 def bits_per_byte(
     model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256
 ) -> dict[int, float]:
-    """The bits of :func:`text_scores`, all loops run."""
+    """Bits per byte by number of loops, as of :func:`text_scores` without an exit."""
     return text_scores(model, task, loops, length, windows)[0]
 
 
 def text_scores(
     model: OpenMythos, task: Text, loops: Iterable[int], length: int, windows: int = 256, exit: Exit | None = None
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Bits per byte of text at each number of loops, from a single run, comparable between tokenizers; and the loops
-    that a position ran, on average.
+    """Bits per byte of text at each number of loops, from a single run, comparable between tokenizers; and loops run,
+    mean over positions.
 
     Tokens near the start of a window, with little context, count like the others.
 
     Args:
-        model: computes as in eval mode and keeps its own; config is restored.
+        model: run in eval mode; its own mode and config are restored.
         task: text; with ``split="held_out"`` for text not seen in training.
         loops: numbers of loops to evaluate, ascending in the result.
         length, windows: tokens of context, and number of windows of that length, evenly spaced over the text.

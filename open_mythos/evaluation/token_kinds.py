@@ -1,4 +1,4 @@
-"""Bits per byte of text by what is said: names that stood there before, new names, numbers, syntax, comments."""
+"""Bits per byte of text by kind of token: names seen earlier, new names, numbers, syntax, comments and strings."""
 
 import keyword
 import math
@@ -26,19 +26,19 @@ _KEYWORDS = {word.encode() for word in keyword.kwlist}
 
 
 def kinds_of(text: bytes, is_python: bool) -> bytes:
-    """For each byte of a window of text, the place of its kind in ``KINDS``.
+    """For each byte of a window of text, the index of its kind in ``KINDS``.
 
-    A name is *copied* if it stood earlier in the window, whole. Syntax is all that is nothing else: keywords,
-    operators, punctuation, white space. In text that is not Python there are words for names, and no keywords, comments
-    or strings.
+    A name is *copied* if it occurred earlier in the window as a whole word. Syntax is everything else: keywords,
+    operators, punctuation, white space. In text that is not Python every word counts as a name, and there are no
+    keywords, comments or strings.
     """
     return _copied(text, _lexed(text, is_python))
 
 
 def bytes_by_kind(task: Text, batch: Batch) -> Tensor:
-    """How many bytes of each kind every target stands for, (B, T, K) float32; K kinds, all 0 where none is scored.
+    """Count the bytes of each kind that every target stands for, (B, T, K) float32; K kinds, 0 where none is scored.
 
-    ``batch`` are windows of the task, in the order of the text, which says whether one begins inside of a string.
+    ``batch`` has windows of the task in the order of the text, which tells whether a window begins inside a string.
     """
     pieces, is_python = task._tokenizer.pieces, task.source == "stdlib" or task.source.endswith(".py")
     text = b"".join(map(pieces.__getitem__, task.tokens))
@@ -53,7 +53,7 @@ def bytes_by_kind(task: Text, batch: Batch) -> Tensor:
 
 
 def _lexed(text: bytes, is_python: bool) -> bytearray:
-    """As :func:`kinds_of`, with every name a new one."""
+    """As :func:`kinds_of`, but every name counts as new."""
     kinds = bytearray([KINDS.index("syntax")]) * len(text)
     for found in (_PYTHON if is_python else _WORDS).finditer(text):
         kind = {"name": "new name", "number": "number"}.get(found.lastgroup or "", "comment or string")
@@ -63,7 +63,7 @@ def _lexed(text: bytes, is_python: bool) -> bytearray:
 
 
 def _copied(window: bytes, kinds: bytearray) -> bytes:
-    """``kinds`` of a window, where names that stood earlier in it are told from new ones."""
+    """``kinds`` of a window with names that occurred earlier in it marked as copied."""
     seen, new = set[bytes](), KINDS.index("new name")
     for found in _WORDS.finditer(window):
         if found.lastgroup == "name" and kinds[found.start()] == new:
@@ -76,13 +76,13 @@ def _copied(window: bytes, kinds: bytearray) -> bytes:
 def bits_by_kind(
     model: OpenMythos, task: Text, loops: int, length: int, windows: int = 256
 ) -> dict[str, tuple[float, float]]:
-    """Of each kind in ``KINDS`` that the text has: its bits per byte at so many loops, and its share of the bytes.
+    """For each kind in ``KINDS`` that the text has: its bits per byte at ``loops`` loops, and its share of the bytes.
 
-    A token's bits are spread evenly over its bytes, so that any tokenizer can be asked. The windows are those of
-    :func:`~open_mythos.evaluation.text.text_scores`; weighted by their shares, the bits of all kinds are its bits.
+    A token's bits are spread evenly over its bytes, so that tokenizers can be compared. The windows are those of
+    :func:`~open_mythos.evaluation.text.text_scores`, whose bits are the mean of these, weighted by share.
 
     Raises:
-        ValueError: as that.
+        ValueError: as ``text_scores``.
     """
     check_fit(model, task, [length], windows)
     batch = task.windows(length, windows)
