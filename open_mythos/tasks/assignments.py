@@ -1,4 +1,4 @@
-"""Who has what, when most only have what somebody else has: chains of assignments in words."""
+"""Chains of assignments in words: who has what, where most people have what somebody else has."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -29,27 +29,27 @@ KNOWS = Patterns("{0} likes {1} .", "{0} lives near {1} .", "{0} is older than {
 ASKS = Patterns("what does {0} have ?", "{0} has what ?", "what has {0} ?", "what is with {0} ?")
 
 _FIRST_NAME, _FIRST_THING = ID[NAMES[0]], ID[THINGS[0]]
-_OTHERS = 4  # sentences, at least, that no question needs: half of them are of things that others have
+_OTHERS = 4  # minimum number of sentences that no question needs; half of them are about people off all chains
 _ALONE = 0.2  # share of the people off the asked chains who have a thing of their own
 
 
 @dataclass
 class Assignments(InWords):
-    """Sentences in any order, of which each says what one person has: a thing, or what another one has; then questions.
+    """Sentences in any order, each saying that one person has a thing, or has what another one has; then questions.
 
     ``Ana has what Ben has . Ben keeps a key . Cora likes Ana . what does Ana have ?`` is a problem of two hops. The
     target at the end of a question is the thing; its steps are the names on the way: Ana, Ben, key. Difficulty is the
-    number of hops: of every question that counts in the held-out split, of the longest in training. No question needs
-    all sentences: some say nothing of what anybody has, some are of things that others have, which are copied as well,
-    and some of people who have what somebody on the way has.
+    number of hops: of every scored question in the held-out split, of the longest in training. No question needs all
+    sentences: some do not say what anybody has, some are about people off the chain that is asked about, whose things
+    are copied as well, and some about people who copy from somebody on that chain.
 
-    Names that stand together in a sentence of the held-out split, patterns and whom they are about, and so all its
-    sentences, are never together in training.
+    Pairs of names that occur in one sentence of the held-out split, pairings of a subject with a pattern, and so all
+    its sentences, never occur in training.
 
     Attributes:
-        sentences: of a problem, the most, four more than it can have hops.
-        min_sentences: the fewest; each batch of training draws a number between the two.
-        questions: of a problem, the most; fewer where fewer people are that many hops from their thing.
+        sentences: maximum number in a problem, four more than the maximum number of hops.
+        min_sentences: minimum number; each batch of training draws a number between the two.
+        questions: maximum number in a problem; fewer where fewer people are that many hops from their thing.
         split: ``"train"`` or ``"held_out"``.
     """
 
@@ -84,7 +84,7 @@ class Assignments(InWords):
         n_noise = min(total // 8, total - difficulty - _OTHERS // 2)
         n_alone = min(_OTHERS // 2 + total // 8, total - n_noise - difficulty)
         source, hops_to = self._chains(n, total - n_noise - n_alone, difficulty, generator)
-        # of those off the chains every second one copies the one before: to be copied tells nobody who is asked about
+        # off the chains every second person copies the one before, so that being copied does not reveal who is asked
         alone = torch.arange(n_alone)
         is_copy, before = alone % 2 == 1, source.shape[1] + alone - 1
         source = torch.cat([source, before.where(is_copy, -1).expand(n, -1)], 1)
@@ -109,17 +109,17 @@ class Assignments(InWords):
         return self.told(problems(ids, valid, ends[:, total:], known, asked.shape[1]))
 
     def _chains(self, n: int, people: int, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """From whom each of ``people`` has what they have, (n, people), -1: it is theirs; and how many hops it takes.
+        """Whom each of ``people`` copies, (n, people), -1 for none; and the number of hops to their thing, likewise.
 
-        First come chains of ``hops`` people, one after the other from its end, and then others who have what one of
-        those before them has who copies too, or something of their own.
+        First come chains of ``hops`` people, each from its end on; then others, who copy an earlier person that copies
+        too, or have a thing of their own.
         """
         on_chains = max(1, min(self.questions, people // hops)) * hops
         places = torch.arange(people)
         source = torch.where(places % hops == 0, -1, places - 1).repeat(n, 1)
         hops_to = (places % hops + 1).repeat(n, 1)
         for i in range(on_chains, people):
-            copiers = (source[:, :i] >= 0) + 1e-6  # who has a thing would be known by how many copy it
+            copiers = (source[:, :i] >= 0) + 1e-6  # else the number of copies would reveal who has a thing
             joins = torch.multinomial(copiers, 1, generator=generator)
             alone = torch.rand(n, 1, generator=generator) < _ALONE
             source[:, i : i + 1] = joins.masked_fill(alone, -1)
@@ -129,7 +129,7 @@ class Assignments(InWords):
     def _asked(
         self, hops_to: Tensor, hops: int, test: bool, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Whom questions are about, (n, Q), and whether they count, for they take ``hops``; in training, or fewer."""
+        """Subjects of questions, (n, Q), and whether they are scored: at ``hops`` hops, or in training at most that."""
         right = (hops_to == hops) if test else (hops_to <= hops)
         n = int(right.sum(1).clamp(max=self.questions).amax())
         chance = torch.rand(hops_to.shape, generator=generator)
@@ -139,7 +139,7 @@ class Assignments(InWords):
         return asked, right.gather(1, asked)
 
     def _pairs(self, name: Tensor, many: int, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Two names that may stand together, the first of the problem, and the second too if one can be, (n, many)."""
+        """Pairs of names that may occur together, (n, many) each: the first, if possible both, from the problem."""
         n, people = name.shape
         one = name.gather(1, torch.randint(0, people, (n, many), generator=generator))
         here = torch.zeros(n, 1, len(NAMES)).scatter_(2, name[:, None], 1.0)
@@ -147,7 +147,7 @@ class Assignments(InWords):
         return one, torch.multinomial(weights.flatten(0, 1), 1, generator=generator).view(n, many)
 
     def _known(self, source: Tensor, name: Tensor, thing: Tensor, asked: Tensor, hops: int) -> Tensor:
-        """What is known of each question after 0, 1, ... hops, tokens (n, Q, hops + 1)."""
+        """Step targets of each question, known after 0, 1, ... hops, tokens (n, Q, hops + 1)."""
         known, at = [_FIRST_NAME + name.gather(1, asked)], asked
         for _ in range(hops):
             onward = source.gather(1, at)

@@ -28,10 +28,10 @@ class Batch:
         targets: (n, T) int64, the correct output at each position, or ``UNSCORED``.
         valid: (n, T) bool, False at padding, which is on the right; or the ids of packed documents from 1, 0 at
             padding; None without padding.
-        steps: (n, T, S) int64, what is known after 0, 1, ... S - 1 steps of the solution, at last the answer, or
-            ``UNSCORED``; ``loss.depth="steps"`` supervises loop k with what is known after k - 1 steps. None for a
-            task that does not say.
-        n_scored: of one process's share of a larger batch, the tokens with a target in all of that; else None.
+        steps: (n, T, S) int64, targets of what is known after 0, 1, ... S - 1 steps of the solution, the last one the
+            answer, or ``UNSCORED``; ``loss.depth="steps"`` supervises loop k with those after k - 1 steps. None for a
+            task without steps.
+        n_scored: for one process's share of a larger batch, the scored tokens of that whole batch; else None.
     """
 
     ids: Tensor
@@ -44,7 +44,7 @@ class Batch:
         return iter((self.ids, self.targets, self.valid))
 
     def map(self, select: Callable[[Tensor], Tensor]) -> "Batch":
-        """``select`` of every tensor that is there."""
+        """Apply ``select`` to every tensor that is not None."""
         names = ("ids", "targets", "valid", "steps")
         parts = {name: part for name in names if (part := getattr(self, name)) is not None}
         return replace(self, **{name: select(part) for name, part in parts.items()})  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ class Task(Checked, ABC):
     Attributes:
         name: as in ``tasks.NAMES``.
         version: incremented whenever the same seed gives different problems.
-        has_steps: whether its batches say what is known after each step of the solution.
+        has_steps: whether its batches have targets for each step of the solution.
         unit: what difficulty counts, in the plural ("bits").
         vocab: text of each token; ``vocab[0]`` is padding.
         least: minimum difficulty.
@@ -89,7 +89,7 @@ class Task(Checked, ABC):
     chance: float
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Every task's ``batch`` refuses arguments of another type, and fewer than one problem."""
+        """Wrap the ``batch`` of every task to check the types of arguments, difficulty, and the number of problems."""
         super().__init_subclass__(**options)
         if (batch := vars(cls).get("batch")) is not None:
             cls.batch = _checked(batch)  # type: ignore[method-assign]
@@ -104,19 +104,19 @@ class Task(Checked, ABC):
         return difficulty
 
     def n_steps(self, difficulty: int) -> int:
-        """Loops that a solution takes if each loop takes a step of it; ``difficulty`` and one unless overridden."""
+        """Loops of a solution with one step per loop; ``difficulty + 1`` unless overridden."""
         return difficulty + 1
 
     def sized(self, size: float) -> Self:
-        """The same task with smaller problems: the smallest at 0, those that it has at 1; itself unless overridden."""
+        """The same task with smaller problems, from the smallest at 0 to its own at 1; itself unless overridden."""
         return self
 
     def by_kind(self, difficulties: Sequence[int]) -> "list[tuple[Task, list[int]]]":
-        """The tasks that this one is made of, with their difficulties of its ``difficulties``; none for most."""
+        """The tasks that this one is made of, with their difficulties for its ``difficulties``; empty for most."""
         return []
 
     def shares(self) -> "list[Share]":
-        """The tasks of which every step of training has a batch; itself alone for most."""
+        """The tasks that every training step has one batch of; itself alone for most."""
         return [Share(self.name, 1.0, self)]
 
     @abstractmethod
@@ -156,11 +156,11 @@ class Task(Checked, ABC):
 
 
 class Share(NamedTuple):
-    """One of the tasks of which every step of training has a batch.
+    """One of the tasks that every training step has a batch of.
 
     Attributes:
         name: of the task.
-        weight: share of the step's loss; those of all add up to 1.
+        weight: share of the step's loss; those of all tasks sum to 1.
         task: makes its problems.
     """
 
@@ -199,6 +199,6 @@ def pad(batches: Sequence[Batch]) -> Batch:
 
 
 def _as_many_steps(parts: Sequence[Tensor]) -> list[Tensor]:
-    """(n, T, S) steps of every part, the last one repeated up to the most S."""
+    """(n, T, S) steps of every part, extended to the greatest S by repeating the last step."""
     most = max(part.shape[2] for part in parts)
     return [torch.cat([part, part[..., -1:].expand(-1, -1, most - part.shape[2])], 2) for part in parts]

@@ -18,7 +18,7 @@ from open_mythos.fields import must
 from open_mythos.install import find_hub, missing
 
 PIECE = 4096  # bytes of a document where one single text is the whole corpus
-STREAMED = 1 << 26  # bytes read of a streamed dataset whose end nobody asked for
+STREAMED = 1 << 26  # bytes read of a streamed dataset if max_bytes is 0
 WAYS = "'stdlib', 'hf:NAME', or the path or glob of text files"
 _ENDS = [re.compile(end) for end in (rb"[.!?]\s", rb"\s", rb"(?=[^\x80-\xbf])|$")]
 """Where a long line may be cut, best first: behind a sentence, behind a word, before a character."""
@@ -27,15 +27,15 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-
 
 @lru_cache(maxsize=4)
 def documents(source: str, max_bytes: int) -> tuple[str, ...]:
-    """All that :func:`stream` gives; kept for the life of the process."""
+    """All documents of :func:`stream`, cached for the life of the process."""
     return tuple(stream(source, max_bytes))
 
 
 def stream(source: str, max_bytes: int) -> Iterator[str]:
-    """The documents of a corpus one by one, always in the same order.
+    """Yield the documents of a corpus, always in the same order.
 
-    One single document, of which there would be no part to hold out, is cut into documents of about ``PIECE`` bytes:
-    at line ends, or in a long line behind a sentence or a word. Documents of nothing but white space are left out.
+    A single document, from which nothing could be held out, is cut into documents of about ``PIECE`` bytes: at line
+    ends, or in a long line after a sentence or a word. Documents of white space alone are left out.
 
     Args:
         source: ``"stdlib"``, the modules of the running Python without tests; a file; a directory or glob, whose text
@@ -68,7 +68,7 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
 
 
 def state(source: str) -> list[Any]:
-    """What differs when a source may give other documents than before: names, sizes and times of its files."""
+    """State that changes when the documents of a source may have: names, sizes and times of its files."""
     if source == "stdlib":
         return [sys.version]
     name = source.split(":", 2)[1] if source.startswith("hf:") else source
@@ -76,20 +76,19 @@ def state(source: str) -> list[Any]:
 
 
 def size(source: str, max_bytes: int) -> int:
-    """About how many bytes :func:`stream` gives."""
+    """Approximate number of bytes that :func:`stream` yields."""
     paths = _library_modules() if source == "stdlib" else [] if source.startswith("hf:") else _files(source)
     there = sum(path.stat().st_size for path in paths) if paths else STREAMED
     return min(there, max_bytes or there)
 
 
 def held_out(document: str) -> bool:
-    """Whether a document is kept from training: one in 16, decided by its own content and so never by what stands
-    beside it."""
+    """Whether a document is held out: one in 16, by a hash of its content, so independently of the others."""
     return hashlib.blake2b(document.encode(), digest_size=1).digest()[0] < 256 // 16
 
 
 def _within(documents: Iterator[bytes], left: float) -> Iterator[bytes]:
-    """Those that hold something, of the first ``left`` bytes."""
+    """Documents within the first ``left`` bytes that are not empty or white space; the last one is cut there."""
     for document in documents:
         if (cut := document if len(document) <= left else document[: int(left)]).strip():
             yield cut
@@ -114,7 +113,7 @@ def _library_modules() -> list[Path]:
 
 
 def _texts(paths: list[Path], max_bytes: int) -> Iterator[bytes]:
-    """Content of the text files among ``paths``, no more of each than is used."""
+    """Content of the text files among ``paths``, of each no more than is used."""
     for path in paths:
         with path.open("rb") as file:
             if b"\0" not in (content := file.read(PIECE)):

@@ -1,4 +1,4 @@
-"""What the tasks in words share: a vocabulary, sentences from patterns, and a split between training and test."""
+"""Common parts of the tasks in words: a vocabulary, sentences from patterns, and the split into training and test."""
 
 import math
 import zlib
@@ -41,9 +41,9 @@ _WORDS = words(
 )
 PAD, END = "<pad>", "<end>"
 ALL_KINDS = 0.16
-"""Size of problems (``Task.sized``) from which sentences of all kinds are told; below, no number changes."""
+"""Size of problems (``Task.sized``) from which all kinds of sentences occur; below it, none changes a number."""
 CHAINS = 0.32
-"""Size of problems from which what was calculated is calculated with; below, it is handed on as it is at most."""
+"""Size of problems from which results of a calculation enter another one; below it, they are at most copied."""
 VOCABULARY = (PAD, END, *_WORDS, *NUMBERS, *RELATIONS, *REGISTERS, *THINGS, *NAMES)
 """Words of all tasks in words, so that one model can learn them together; a word is a token."""
 ID = {word: i for i, word in enumerate(VOCABULARY)}
@@ -52,11 +52,11 @@ _ANSWERS = (*NUMBERS[:10], *RELATIONS, *REGISTERS, *THINGS, "so", "not")
 
 @dataclass(kw_only=True)
 class InWords(Task):
-    """What the tasks in words have in common: a word is a token, or what a pretrained model spells it with.
+    """Base class of the tasks in words: a word is one token, or is spelled in the tokens of a pretrained model.
 
     Attributes:
-        tokenizer: a folder with the ``tokenizer.json`` of a pretrained model, whose tokens problems are made of; a
-            run sets it to its ``start`` if that has one. "": a word is a token.
+        tokenizer: a folder with the ``tokenizer.json`` of a pretrained model, which encodes the problems; a run sets
+            it to its ``start`` if that has one. "": a word is a token.
     """
 
     tokenizer: str = text("")
@@ -76,11 +76,11 @@ class InWords(Task):
         return self.spelling.vocab if self.spelling else VOCABULARY
 
     def told(self, batch: Batch) -> Batch:
-        """Problems of words, in tokens."""
+        """Convert problems from word tokens to those of the pretrained model, if there is one."""
         return self.spelling(batch) if self.spelling else batch
 
     def tokens(self, n_words: int) -> int:
-        """The most tokens of sentences of so many words."""
+        """Maximum number of tokens of sentences of ``n_words`` words."""
         return math.ceil(self.spelling.tokens_a_word * n_words) if self.spelling else n_words
 
     def render(self, ids: Sequence[int]) -> str:
@@ -88,7 +88,7 @@ class InWords(Task):
 
 
 def encode(text: str) -> list[int]:
-    """The tokens of words and marks separated by spaces.
+    """Word tokens of ``text``, in which words and punctuation marks are separated by spaces.
 
     Raises:
         ValueError: for a word outside of the vocabulary, with the nearest one in it.
@@ -104,15 +104,15 @@ _FEW_NUMBERS = 3
 
 
 class Patterns:
-    """Sentences of one kind, such as ``"{0} has what {1} has ."``, where numbers in braces stand for words.
+    """Patterns of one kind of sentence, such as ``"{0} has what {1} has ."``, with numbered slots for words.
 
-    Each name is spoken of in three in four of the patterns in training, and in the others, one at least, in the test:
-    no sentence of the test, and no pairing of whom it is about with its pattern, was ever in training. Other names of a
-    sentence stand in all patterns.
+    The subject of a sentence is the name in slot 0. For each name, a quarter of the patterns, at least one, is
+    held out for the test, and training uses the others: no test sentence, and no pairing of its subject with its
+    pattern, occurs in training. Names in other slots occur in all patterns.
 
     Args:
         patterns: at least two.
-        names: what sentences are about.
+        names: possible subjects.
     """
 
     def __init__(self, *patterns: str, names: Sequence[str] = NAMES) -> None:
@@ -124,7 +124,7 @@ class Patterns:
 
     @cached_property
     def held_out(self) -> Tensor:
-        """(names, patterns) bool: which are for the test."""
+        """(names, patterns) bool: which pairings are held out for the test."""
         n = max(1, len(self.patterns) // 4)
         rows = torch.zeros(len(self.names), len(self.patterns), dtype=torch.bool)
         for i, name in enumerate(self.names):
@@ -135,11 +135,11 @@ class Patterns:
         return rows
 
     def sentences(self, name: Tensor, words: Sequence[Tensor], test: bool, generator: torch.Generator | None) -> Tensor:
-        """A sentence for each name, in a pattern that it may stand in.
+        """Make a sentence about each name, in a random pattern of its split.
 
         Args:
-            name: (n, S) which of ``names`` the sentence is about.
-            words: what numbers in braces stand for, (n, S) tokens each.
+            name: (n, S) index in ``names`` of each subject.
+            words: the words for slots 0, 1, ..., (n, S) tokens each.
             test: whether for the test.
 
         Returns:
@@ -152,7 +152,7 @@ class Patterns:
 
 
 def may_pair(test: bool) -> Tensor:
-    """(names, names) bool, symmetric: which two may stand in one sentence of the test, or of training."""
+    """(names, names) bool, symmetric: which two names may occur in one sentence of the test, or of training."""
     return _FOR_TEST if test else ~_FOR_TEST & ~torch.eye(len(NAMES), dtype=torch.bool)
 
 
@@ -168,12 +168,12 @@ _FOR_TEST = _pairs_for_test()
 
 
 def named(links: Tensor, test: bool, generator: torch.Generator | None) -> Tensor:
-    """Names, all different, (n, P), so that those who stand in one sentence may: ``links`` (n, P, P) bool, i > j."""
+    """Draw distinct names (n, P); pairs that ``links`` (n, P, P) bool, i > j, sets may occur together in the split."""
     n, many, _ = links.shape
     forbidden = (~may_pair(test)).float()
     name = torch.full((n, many), -1)
     rows = torch.arange(n)
-    while len(rows):  # hardly ever twice
+    while len(rows):  # a second round is rarely needed
         free = torch.ones(len(rows), len(NAMES), dtype=torch.bool)
         picked = torch.zeros(len(rows), many, dtype=torch.long)
         whole = torch.ones(len(rows), dtype=torch.bool)
@@ -190,35 +190,35 @@ def named(links: Tensor, test: bool, generator: torch.Generator | None) -> Tenso
 
 
 def numbers(size: float, modulus: int) -> int:
-    """How many numbers problems of a size say, from 0 on: few when the first sums are told, and all before chains are.
+    """Range of the numbers in problems of a size, from 0 on: few when sums first occur, and all before chains do.
 
-    A model may guess among all sums for a thousand steps; those of few numbers it learns at once, and then the others.
+    With all numbers from the start a model may guess at sums for a thousand steps; sums of a few are learned quickly.
     """
     grown = min(1.0, (size - ALL_KINDS) / (CHAINS - ALL_KINDS) + 1e-6)
     return modulus if grown < 0 else _FEW_NUMBERS + int((modulus - _FEW_NUMBERS) * grown)
 
 
 def padded(sentences: Sequence[Tensor]) -> list[Tensor]:
-    """(n, S, width) tokens each, as wide as the widest."""
+    """Pad parts of (n, S, width) tokens to the width of the widest."""
     width = max(part.shape[2] for part in sentences)
     return [F.pad(part, (0, width - part.shape[2])) for part in sentences]
 
 
 def chosen(kind: Tensor, sentences: Sequence[Tensor]) -> Tensor:
-    """Of each place the sentence of its kind: (n, S, width) tokens, of (n, S) kinds and (n, S, width) tokens a kind."""
+    """Select for each place the sentence of its ``kind`` (n, S), from (n, S, width) tokens of each kind."""
     every = torch.stack(padded(sentences))
     return every.gather(0, kind[None, ..., None].expand_as(every[:1]))[0]
 
 
 def joined(sentences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Sentences one after the other.
+    """Concatenate sentences, in the given order.
 
     Args:
-        sentences: (n, S, width) tokens each, 0 beyond the end of a sentence; in this order.
+        sentences: (n, S, width) tokens each, 0 beyond the end of a sentence.
 
     Returns:
-        ids (n, T), padded on the right; which are no padding, (n, T) bool, or None for all; and the place of the last
-        token of every sentence, (n, sum of S).
+        ids (n, T), padded on the right; (n, T) bool, False at padding, or None without padding; and the position of
+        the last token of every sentence, (n, sum of S).
     """
     flat = torch.cat([part.flatten(1) for part in sentences], 1)
     ends = torch.cat([(part != 0).sum(2) for part in sentences], 1).cumsum(1) - 1
@@ -229,9 +229,9 @@ def joined(sentences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def sentence_of(ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """In which sentence each of ``ids``, (n, T), stands, and whether it ends that, by the places of :func:`joined`.
+    """Index of the sentence of each token of ``ids`` (n, T), and whether it is the last one in it.
 
-    Padding belongs to the last sentence.
+    ``ends`` are those of :func:`joined`; padding belongs to the last sentence.
     """
     n, T = ids.shape
     sentence = torch.searchsorted(ends, torch.arange(T).repeat(n, 1)).clamp(max=ends.shape[1] - 1)
@@ -239,12 +239,12 @@ def sentence_of(ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def problems(ids: Tensor, valid: Tensor | None, places: Tensor, known: Tensor, questions: int) -> Batch:
-    """A batch of ``ids`` and ``valid``, of which something is known at some places.
+    """Make a batch of ``ids`` and ``valid`` with step targets at some positions.
 
     Args:
-        places: (n, E) positions; the last ones are those of the questions, which alone have targets.
+        places: (n, E) positions; the last ones are those of the questions, which alone have final targets.
         known: (n, E, S) what is known at each after 0, 1, ... steps, tokens or ``UNSCORED``.
-        questions: how many there are.
+        questions: number of questions.
     """
     steps = torch.full((*ids.shape, known.shape[2]), UNSCORED)
     steps.scatter_(1, places[..., None].expand_as(known), known)
@@ -254,5 +254,5 @@ def problems(ids: Tensor, valid: Tensor | None, places: Tensor, known: Tensor, q
 
 
 def from_loop(due: Tensor, value: Tensor, n_steps: int) -> Tensor:
-    """(..., ``n_steps``) steps: ``UNSCORED`` before ``due`` of them, and then ``value``, (...) each."""
+    """Step targets (..., ``n_steps``): ``UNSCORED`` before step ``due`` (...), and ``value`` (...) from it on."""
     return torch.where(torch.arange(n_steps) < due[..., None], UNSCORED, value[..., None])

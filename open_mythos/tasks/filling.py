@@ -1,4 +1,4 @@
-"""Making the folders of :mod:`open_mythos.tasks.store`: text to shards of tokens, by one process or several."""
+"""Tokenisation of text into the folders of :mod:`open_mythos.tasks.store`, by one process or several."""
 
 import contextlib
 import hashlib
@@ -26,27 +26,27 @@ from open_mythos.tasks import corpus, store, tokenizer
 from open_mythos.tasks.store import AGAIN, PARTS, Part, Shard, Store, checksum, identity, is_store, read_index, total
 from open_mythos.tasks.tokenizer import Tokenizer
 
-SHARD = 1 << 26  # tokens of both parts after which a shard ends
-_TRAINED_ON = 1 << 24  # bytes of text that a tokenizer is trained on
+SHARD = 1 << 26  # a shard ends after so many tokens, counting both parts
+_TRAINED_ON = 1 << 24  # characters of text that a tokenizer is trained on
 _AT_ONCE = 1 << 20  # characters that are tokenised together
 
 Encoded = list[tuple[str, np.ndarray, int]]
-"""Of each document its part, its tokens with the end, and its bytes."""
+"""For each document: its part, its tokens with ``<eos>``, and its number of bytes."""
 
 
 def tokenised(source: str, kind: str, max_bytes: int) -> Store:
-    """The tokens of a text, from disk if they are there; if ``source`` is a folder of tokens, these.
+    """The tokens of a text, cached on disk; if ``source`` is a folder of tokens, these.
 
-    Held out is one document in 16, decided by its content, or the last if that leaves none.
+    One document in 16 is held out, by a hash of its content, or the last one if that holds out none.
 
     Args:
-        source, max_bytes: see :func:`open_mythos.tasks.corpus.stream`; tokens are taken whole.
-        kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; one that ends documents.
+        source, max_bytes: see :func:`open_mythos.tasks.corpus.stream`; a folder of tokens is not cut.
+        kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; it needs a token that ends documents.
 
     Raises:
-        ValueError: for a source without two documents, or a tokenizer without a token for their end.
-        ImportError: naming the extra to install, if a source or tokenizer needs a package that is not there.
-        OSError: if there is no room.
+        ValueError: for a source without two documents, or a tokenizer without a token that ends them.
+        ImportError: naming the extra to install, if a source or tokenizer needs a package that is not installed.
+        OSError: if the disk is full.
     """
     if is_store(source := os.path.expanduser(source)):
         return _of_kind(store.opened(Path(source)), kind)
@@ -57,16 +57,16 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
     try:
         _adopt(home)
         return store.opened(home)
-    except (OSError, ValueError):  # it is not there, or damaged
+    except (OSError, ValueError):  # missing or damaged
         shutil.rmtree(home, ignore_errors=True)
         home.parent.mkdir(parents=True, exist_ok=True)
-        # Made under another name, and moved when whole: nobody sees half of it, and of two makers one wins.
+        # Made under another name and renamed once complete, so that no process reads half of it.
         with tempfile.TemporaryDirectory(dir=home.parent, prefix="making-", ignore_cleanup_errors=True) as making:
             try:
                 fill(Path(making, "tokens"), [source], kind, max_bytes)
             except OSError as error:
                 raise error if error.filename else OSError(error.errno, error.strerror, str(home)) from error
-            with contextlib.suppress(OSError):  # it is there: the other maker was first
+            with contextlib.suppress(OSError):  # it exists: another process was first
                 Path(making, "tokens").rename(home)
     return store.opened(home)
 
@@ -77,18 +77,18 @@ def fill(
 ) -> int:  # fmt: skip
     """Tokenise texts, one after the other, into a folder that :func:`~open_mythos.tasks.store.opened` opens.
 
-    The shards are the same for any number of workers. A folder that was left half full by a call for the same texts
-    and tokenizer, which may have been killed, is gone on with behind its last whole shard; another's is emptied.
+    The shards do not depend on the number of workers. If an earlier call for the same texts and tokenizer was
+    interrupted, its folder is resumed after the last complete shard; any other folder is emptied.
 
     Args:
-        folder: whose name is not its last one, so that nobody takes it for whole.
+        folder: to write to, under a temporary name, so that an incomplete folder is never taken for a complete one.
         sources, max_bytes: see :func:`open_mythos.tasks.corpus.stream`; the limit is for each.
-        kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; one that ends documents.
+        kind: see :func:`open_mythos.tasks.tokenizer.tokenizer`; it needs a token that ends documents.
         workers: processes that tokenise; 0: this one.
-        tell: called with the bytes of text that are done, at first those of an earlier call.
+        tell: called with the bytes of text done so far, first with those of an earlier call.
 
     Returns:
-        The bytes of text that were there already.
+        The bytes of text that an earlier call had done.
 
     Raises:
         ValueError, ImportError, OSError: as :func:`~open_mythos.tasks.store.tokenised`.
@@ -116,13 +116,13 @@ def fill(
             store.write_index(folder, index)
     for name in PARTS:
         if not total(index[name]).documents:
-            shutil.rmtree(folder)  # which would end in the same way again
+            shutil.rmtree(folder)  # resuming it would fail in the same way
             raise ValueError(f"source={','.join(sources)!r} has too few documents for a {name} part; use more text")
     return before
 
 
 def _of_kind(found: Store, kind: str) -> Store:
-    """``found``, if it is of the tokenizer called ``kind``."""
+    """``found``, if its tokenizer is ``kind``; else ValueError."""
     if files.real(Path(kind)) != files.real(found.folder):
         known = not kind.startswith("bpe:") and identity(tokenizer.tokenizer(kind, (), ends=True))
         other = f"{found.folder} holds tokens of another tokenizer than {kind!r}; use tokenizer={found.folder}"
@@ -131,7 +131,7 @@ def _of_kind(found: Store, kind: str) -> Store:
 
 
 def _adopt(home: Path) -> None:
-    """Give a folder of earlier versions, of one file a part and ``index.json``, an index of today."""
+    """Add the present index to a folder of earlier versions, which has one file per part and ``index.json``."""
     if is_store(home) or not (home / "index.json").is_file():
         return
     names = [field.name for field in fields(Part)]
@@ -147,7 +147,7 @@ def _adopt(home: Path) -> None:
 
 
 def _left(folder: Path, made_from: str) -> dict[str, Any] | None:
-    """The index of what an earlier call has left of the same; its half-written files are removed."""
+    """The index of an earlier, interrupted call of the same, or None; its partial files are removed."""
     try:
         index = read_index(folder)
     except (OSError, ValueError):
@@ -158,9 +158,9 @@ def _left(folder: Path, made_from: str) -> dict[str, Any] | None:
 
 
 def _write_shard(folder: Path, index: dict[str, Any], batches: Iterator[Encoded], tell: Callable[[int], None]) -> bool:
-    """Write the next shard of both parts, and name it in the index; False if there was nothing left to write.
+    """Write the next shard of both parts, and add it to the index; False if there was nothing left to write.
 
-    It ends with a batch, and not before a document is held out: of a text that has none the last one is.
+    It ends after a batch, and not before a document is held out: if the text has none, its last document is held out.
     """
     end = np.array([index["eos"]], index["dtype"])
     before = {name: total(index[name]) for name in PARTS}
@@ -203,7 +203,7 @@ def _write_shard(folder: Path, index: dict[str, Any], batches: Iterator[Encoded]
 
 
 def _encoded(documents: Iterator[str], folder: Path, eos: int, workers: int) -> Generator[Encoded]:
-    """Batches of documents in order, tokenised by so many processes."""
+    """Batches of documents in order, tokenised by ``workers`` processes."""
     batches = _batches(documents)
     if not workers:
         encode = _encoder(folder, eos)
@@ -220,11 +220,11 @@ def _encoded(documents: Iterator[str], folder: Path, eos: int, workers: int) -> 
             process.start()
             others.close()
             stack.callback(process.join)
-            stack.callback(mine.close)  # which ends it
+            stack.callback(mine.close)  # ends the process
             free.append(mine)
         sent, given, batch = 0, 0, next(batches, None)
         while batch is not None or busy:
-            while batch is not None and free and sent < given + 4 * workers:  # a slow one does not hold up the others
+            while batch is not None and free and sent < given + 4 * workers:  # limits results kept behind a slow batch
                 pipe = free.popleft()
                 _send(pipe, batch)
                 busy[pipe], sent, batch = sent, sent + 1, next(batches, None)
@@ -258,9 +258,9 @@ def _ended() -> MemoryError:
 
 
 def _work(pipe: Connection, folder: Path, eos: int) -> None:
-    """What a worker does, until nobody asks it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the process that writes
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what is parallel
+    """Main function of a worker process: encode batches until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the writing process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker process
     with contextlib.suppress(EOFError, OSError):
         encode = _encoder(folder, eos)
         while True:

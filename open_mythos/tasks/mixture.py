@@ -1,4 +1,4 @@
-"""Several texts with weights, and which row of which one stands at each place of an endless sequence."""
+"""Mixtures of several texts with weights: which row of which text is at each place of an endless sequence."""
 
 import os
 import re
@@ -13,17 +13,17 @@ from torch import Tensor
 from open_mythos.fields import must
 
 MOST_SOURCES = 256
-ORDERED = 1 << 20  # rows whose order is drawn at one time
-_BLOCK, _MOST_PARTS = 1 << 10, 1 << 16  # places that are dealt out at one time, at least, and to how fine a share
+ORDERED = 1 << 20  # maximum number of rows that are permuted together
+_BLOCK, _MOST_PARTS = 1 << 10, 1 << 16  # minimum places in a block, and finest share: one place in so many
 
 
 def parsed(source: str) -> list[tuple[str, Fraction]]:
-    """The texts that ``source`` names, with weights: ``"docs/:2,src/:1"``, where one without a weight has 1.
+    """Parse the texts in ``source`` with their weights: ``"docs/:2,src/:1"``, 1 if none is given.
 
-    A path that is there as it stands, comma and all, is one text.
+    An existing path that contains a comma is one text.
 
     Raises:
-        ValueError: for a weight of 0, a text that is named twice, and too many.
+        ValueError: for an empty name, a weight of 0, a text that is named twice, or too many texts.
     """
     if "," not in source or os.path.exists(os.path.expanduser(source)):
         return [(source, Fraction(1))]
@@ -41,17 +41,17 @@ def parsed(source: str) -> list[tuple[str, Fraction]]:
 
 
 def joined(texts: Iterable[tuple[str, Fraction]]) -> str:
-    """What :func:`parsed` reads."""
+    """Write texts and weights as the string that :func:`parsed` reads."""
     named = [(name, f"{float(weight):.12g}") for name, weight in texts]
     return named[0][0] if len(named) == 1 else ",".join(f"{name}:{weight}" for name, weight in named)
 
 
 @dataclass
 class Deal:
-    """Rows of several texts, dealt to the places of an endless sequence by the place and a seed alone.
+    """Assignment of rows of several texts to the places of an endless sequence, by place and seed alone.
 
-    Of every so many places each text has its share, in a random order; and each text goes through its own rows, all of
-    them in a random order, then again in another. Nothing else decides: processes may each take their own places.
+    In every block of places each text has its share, in random order; and each text goes through all its rows in
+    random order, epoch after epoch. Since nothing else matters, processes may each read their own places.
 
     Args:
         weights: of the texts.
@@ -60,7 +60,7 @@ class Deal:
 
     weights: Sequence[Fraction]
     n_rows: Sequence[int]
-    shares: list[int] = field(init=False)  # places of each text, of `sum(shares)`
+    shares: list[int] = field(init=False)  # places of each text in a block of `sum(shares)`
     _kept: dict[int, tuple[int, Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Deal:
         parts = exact * -(-_BLOCK // exact) if exact <= _MOST_PARTS else _MOST_PARTS
         shares = [weight / whole * parts for weight in self.weights]
         self.shares = [max(1, int(share)) for share in shares]
-        # what rounding down has left goes to those that lost most by it
+        # places left over by rounding down go to the texts that lost most by it
         by_loss = sorted(range(len(shares)), key=lambda i: self.shares[i] - shares[i])
         for i in by_loss[: max(0, parts - sum(self.shares))]:
             self.shares[i] += 1
@@ -81,13 +81,13 @@ class Deal:
             yield text, self._row(text, nth, seed)
 
     def seen(self, places: int, seed: int) -> list[int]:
-        """How many rows of each text are in the first so many places."""
+        """Number of rows of each text in the first ``places`` places."""
         block, rest = divmod(places, sum(self.shares))
         texts = self._block(block, seed)[0][:rest]
         return [block * share + int((texts == text).sum()) for text, share in enumerate(self.shares)]
 
     def _dealt(self, place: int, seed: int) -> tuple[int, int]:
-        """The text at a place, and how often it was there before."""
+        """The text at a place, and at how many earlier places it was."""
         if len(self.shares) == 1:
             return 0, place
         block, at = divmod(place, sum(self.shares))
@@ -96,7 +96,7 @@ class Deal:
         return text, block * self.shares[text] + int(before[at])
 
     def _block(self, block: int, seed: int) -> Tensor:
-        """The texts of so many places, and how often each was there before in these: (2, N)."""
+        """The texts of a block of N places, and at how many earlier places of it each one was: (2, N)."""
 
         def make(order: Tensor) -> Tensor:
             texts = torch.arange(len(self.shares)).repeat_interleave(torch.tensor(self.shares))[order]
@@ -108,21 +108,21 @@ class Deal:
         return self._drawn(MOST_SOURCES, block, seed, sum(self.shares), make)
 
     def _row(self, text: int, nth: int, seed: int) -> int:
-        """The ``nth`` row that a text gives.
+        """The ``nth`` row drawn from a text.
 
-        More than ``ORDERED`` rows are gone through in strides, each as long as the text, in an order of its own.
+        More than ``ORDERED`` rows are split into strides (every k-th row of the text), each with its own random order.
         """
         n = self.n_rows[text]
         epoch, at = divmod(nth, n)
         n_strides = -(-n // ORDERED)
-        size, longer = divmod(n, n_strides)  # the first ones have a row more
+        size, longer = divmod(n, n_strides)  # the first `longer` strides have one row more
         stride, at = divmod(at, size + 1) if at < longer * (size + 1) else divmod(at - longer, size)
         order = self._drawn(text, epoch * n_strides + stride, seed, size + (stride < longer), Tensor.int)
         return stride + n_strides * int(order[at])
 
     def _drawn(self, what: int, number: int, seed: int, n: int, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``make`` makes of a random order of ``n``. Of each ``what`` the last is kept, as places come in turn."""
-        # the generator takes 32 bits: a text that is alone, and seed 0, have those of the number
+        """``make`` of a random permutation of ``n``; the last one for each ``what`` is cached, as places ascend."""
+        # the generator takes 32 bits; for a single text and seed 0 the key is the number itself
         key = (number + 0x9E3779B1 * seed + 0x85EBCA77 * what) % (1 << 32)
         kept = self._kept.get(what)
         if kept is None or kept[0] != key:

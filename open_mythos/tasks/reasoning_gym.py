@@ -15,7 +15,7 @@ from open_mythos.tasks.base import UNSCORED, Batch, Task, pad
 from open_mythos.tasks.tokenizer import Tokenizer
 
 ANSWER, END = 257, 258
-_DRAWN = {"size", "seed"}  # of a generator's settings, which every batch has its own of
+_DRAWN = {"size", "seed"}  # settings of a generator that every batch draws
 MAX_DRAWS_PER_PROBLEM = 20  # after which rejection sampling gives up
 
 Entry = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What a register holds at the end of a short program in words."""
+"""Short programs in words: what does a register hold at the end?"""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,8 +28,8 @@ from open_mythos.tasks.english import (
 
 @cache
 def _programs(n: int, letters: int, split: str) -> Tensor:
-    """Every choice of ``n`` registers of so many, (choices, n), of which each may stand in a line with another."""
-    every = torch.tensor(list(combinations(range(letters), n)))  # torch's makes letters**n tuples first
+    """All choices of ``n`` of the first ``letters`` registers, (choices, n), where each has a partner for a line."""
+    every = torch.tensor(list(combinations(range(letters), n)))  # torch.combinations makes letters**n tuples first
     together = _TOGETHER[split][every[:, :, None], every[:, None, :]]
     return every[together.any(2).all(1)]
 
@@ -52,29 +52,29 @@ ASKS = _lines("what is {0} ?", "what is in {0} ?", "what does {0} hold ?", "{0} 
 
 _KINDS = (SET, ADD, SUBTRACT, SWAP, IF)
 _SET, _SWAP, _IF = 0, 3, 4
-_OFTEN = torch.tensor([1.0, 3.0, 3.0, 1.5])  # how often lines are of each kind but the last: few forget what was before
-_KEPT = torch.tensor([1.0, 0.0, 0.0, 1.5])  # those of kinds that change no number
-_PLAIN = 0.4  # share of the lines that set, add or subtract a number, not a register
+_OFTEN = torch.tensor([1.0, 3.0, 3.0, 1.5])  # relative frequency of kinds but IF; SET is rare, as it forgets a value
+_KEPT = torch.tensor([1.0, 0.0, 0.0, 1.5])  # factor on these for the smallest programs: no kinds that change a number
+_PLAIN = 0.4  # share of SET, ADD and SUBTRACT lines whose operand is a number, not a register
 _FEW = 12  # lines of the smallest programs (Task.sized)
-_EVERY = 3  # of so many lines the last may have a condition, which takes two steps
-_CONDITIONS = 0.45  # share of those lines that have one
-_NEVER = -9  # after how many lines a register holds what it holds, if it was not set yet
+_EVERY = 3  # every third line may have a condition, which takes two steps
+_CONDITIONS = 0.45  # share of these lines that have one
+_NEVER = -9  # depth (steps until its value is known) of a register that was not set yet
 _FIRST, _ZERO = ID[REGISTERS[0]], ID[NUMBERS[0]]
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 _NUMBERS = torch.arange(len(REGISTERS))
 _APART = (_NUMBERS[:, None] - _NUMBERS).abs()
 _FOR_TEST = _APART % 3 == 1
-_TOGETHER = {"train": ~_FOR_TEST & (_APART > 0), "held_out": _FOR_TEST}  # which two may stand in one line
+_TOGETHER = {"train": ~_FOR_TEST & (_APART > 0), "held_out": _FOR_TEST}  # which two may occur in one line
 
 
 class _Lines(NamedTuple):
-    """Lines, (n, L) each, with the two registers that each names, (n, L, 2): one that it writes, and one more.
+    """The effects of lines, (n, L, 2) each, on two registers per line: the one it writes, and its operand.
 
     Attributes:
-        named: the two; the other one need not be in the line.
-        held, since: what the two held before, and after how many lines, one after the other.
-        holds, due: what they hold then, and after how many lines.
-        true: whether the two held more than the line's limit.
+        named: the two; the operand need not occur in the line.
+        held, since: their values before the line, and the steps in a row after which these are known.
+        holds, due: their values after the line, and the steps in a row after which these are known.
+        true: whether their values before the line are above its limit.
     """
 
     named: Tensor
@@ -90,25 +90,25 @@ class Registers(InWords):
     """Lines that set, add, subtract or swap registers, or add if another one holds enough; all modulo ``modulus``.
 
     ``set A to 3 . set C to 0 . set D to 1 . set B to 5 . add C to A . D and A swap . what is D ?`` is a problem of two
-    lines: those at the start, which set all registers, do not count, in no split.
+    lines: in every split, the lines at the start, which set all registers, do not count.
 
-    Its steps are at every register that a line names: which it is, and then what it held before; and at the line's end:
-    which register it writes, and then what that holds now. A line that swaps writes two, and says the one that it names
-    last at the word ``swap``. What a line writes is known after one loop if it reads nothing, and a loop after what it
-    reads if it does: in one loop its registers look up, each by itself, what was last written to them, and then the end
-    calculates with what stands in its line, which takes two layers. A condition is a step of its own: its limit says
-    ``so`` or ``not``, and the end of the line what that comes to a loop later; one line in three may have one. What the
-    register holds that is asked for, the only target, is found a loop later still.
+    Step targets at each register in a line are first its name, and then its value before the line; at the line's end,
+    first the name of the register it writes, and then that one's new value. A line that swaps writes two; the one it
+    names last has its targets at the word ``swap``. A written value is known after one loop if the line reads nothing,
+    otherwise one loop after the values it reads: in one loop the registers look up, each by itself, the value last
+    written to them, and then the end of the line calculates with what is in the line, which takes two layers. A
+    condition is a step of its own: the target at its limit is ``so`` or ``not``, and the result is known at the line's
+    end a loop later; one line in three may have one. The answer, the only final target, is known a loop later still.
 
-    Registers that stand together in a line of the held-out split (one, four or seven apart in the alphabet), registers
-    written and patterns that do, and so all its lines, are never together in training.
+    Pairs of registers that occur in one line of the held-out split (one, four or seven apart in the alphabet), pairings
+    of a written register with a pattern, and so all its lines, never occur in training.
 
     Attributes:
-        registers: of a program; with fewer than four, some would stand with no other.
-        letters: how many there are, from A on, of which a program has any. Of a few pairs and patterns a model learns
-            each by itself, and fails on those that training did not have.
-        lines: of a program, the most.
-        modulus: what numbers are counted modulo.
+        registers: number in a program; with fewer than four, some could occur with no other.
+        letters: number of registers, from A on, that programs draw from. With few, a model learns each pair and pattern
+            separately, and fails on those that training did not have.
+        lines: maximum number in a program.
+        modulus: of all numbers.
         split: ``"train"`` or ``"held_out"``.
     """
 
@@ -163,15 +163,15 @@ class Registers(InWords):
         plain = torch.cat([first >= 0, plain], 1)
         top = numbers(self._size, self.modulus)
         number = torch.randint(0, top, kind.shape, generator=generator)
-        limit = torch.randint(1, max(top - 2, 2), kind.shape, generator=generator)  # half of all numbers are more
+        limit = torch.randint(1, max(top - 2, 2), kind.shape, generator=generator)  # half of all numbers exceed it
         lines, value, depth = self._run(kind, plain, to, other, number, limit)
         asked = torch.multinomial((depth**2 + 0.01) * (depth >= 0), 1, generator=generator)
         value, depth = value.gather(1, asked), depth.gather(1, asked)
         words = [_FIRST + to, torch.where(plain, _ZERO + number, _FIRST + other), _ZERO + limit, _ZERO + number]
         said = chosen(kind, [patterns.sentences(to, words, test, generator) for patterns in _KINDS])
         ids, valid, ends = joined([said, ASKS.sentences(asked, [_FIRST + asked], test, generator)])
-        # the question reads a register as lines do, and says at its end what that holds
-        told_of = asked, value, depth, value, depth + 1, asked < 0  # and has no condition
+        # the question is a line that reads a register, with its value at the end, and without a condition
+        told_of = asked, value, depth, value, depth + 1, asked < 0
         question = _Lines(*(torch.stack([of, of], 2) for of in told_of))
         told = _Lines(*(torch.cat(both, 1) for both in zip(lines, question, strict=True)))
         targets = torch.full_like(ids, UNSCORED).scatter_(1, ends[:, -1:], _ZERO + value)
@@ -180,9 +180,9 @@ class Registers(InWords):
     def _run(
         self, kind: Tensor, plain: Tensor, to: Tensor, other: Tensor, number: Tensor, limit: Tensor
     ) -> tuple[_Lines, Tensor, Tensor]:
-        """What lines do, and what each register holds in the end and after how many, (n, 8) each.
+        """Run programs: the effects of lines, and each register's final value and its depth in steps, (n, 8) each.
 
-        Changes, (n, L) each: lines that would read too much to plain ones that set, and number to what lines say.
+        In place, lines with operands too deep for the size become plain SET, and numbers to add at least 1, (n, L).
         """
         value = torch.zeros(len(kind), len(REGISTERS), dtype=torch.long)
         depth, lines = torch.full_like(value, _NEVER), list[_Lines]()
@@ -209,17 +209,17 @@ class Registers(InWords):
             now, due = torch.stack([written, torch.where(swaps, was, that)], 1), torch.stack([read + 1, since[:, 1]], 1)
             due[:, 1] = torch.where(swaps, due[:, 0], due[:, 1])
             lines.append(_Lines(both, held, since, now, due, true))
-            # the one that is written at last: where the start sets a register, both are that
+            # the written register comes last, since both are the same one in lines of the start
             value.scatter_(1, both[:, 1:], now[:, 1:]).scatter_(1, both[:, :1], now[:, :1])
             depth.scatter_(1, both[:, 1:], due[:, 1:]).scatter_(1, both[:, :1], due[:, :1])
         return _Lines(*(torch.stack(of, 1) for of in zip(*lines, strict=True))), value, depth
 
 
 def _steps(ids: Tensor, ends: Tensor, lines: _Lines, n_steps: int) -> Tensor:
-    """What is known after 0, 1, ... loops at registers and ends of lines, (n, T, ``n_steps``).
+    """Step targets after 0, 1, ... loops at registers, limits and ends of lines, (n, T, ``n_steps``).
 
     Args:
-        ids, ends: (n, T) tokens, and the places of the last ones of ``lines``, (n, L), the question's at last.
+        ids, ends: (n, T) tokens, and the position of the last one of each of ``lines``, (n, L), the question last.
     """
     line, is_end = sentence_of(ids, ends)
     named, held, since, holds, due, true = (of.gather(1, line[..., None].expand(-1, -1, 2)) for of in lines)

@@ -1,4 +1,4 @@
-"""Who is who to whom: questions of several hops over people and their relations, from the prompt or from memory."""
+"""Multi-hop questions over people and their relations, from facts in the prompt or learned by heart."""
 
 import math
 from dataclasses import dataclass, replace
@@ -31,42 +31,42 @@ _FIRST_NAME, _FIRST_RELATION = ID[NAMES[0]], ID[RELATIONS[0]]
 _FEWEST = 4  # people of a prompt
 _LONGEST = FACTS.codes.shape[1]
 _MOST = 2 * len(NAMES) // 3
-_ONE_DECIDES = 0.5  # share of the smallest prompts of training in which the person, or nearly the relation, decides
-_BOTH_DECIDE = 0.15  # size of prompts (Task.sized) from which it is a fifth of that
-_SEVERAL = 6  # people of a prompt, at least, from that size on: among four a second hop can be guessed
-_OTHERS = 8  # people of a prompt of two, who have no relations of their own
-_PARTNERS = 2  # whom each person of a prompt may stand with in a sentence, at least, or relations would not matter
+_ONE_DECIDES = 0.5  # share of the smallest training prompts where the person, or almost the relation, identifies a fact
+_BOTH_DECIDE = 0.15  # size of prompts (Task.sized) from which that share is divided by five
+_SEVERAL = 6  # minimum number of people from that size on: among four a second hop can be guessed
+_OTHERS = 8  # people without relations of their own, in a prompt where two have some
+_PARTNERS = 2  # minimum number of names that each person may share a sentence with, or relations would not matter
 
 
 @dataclass
 class Relations(InWords):
     """Facts such as ``the boss of Ana is Ben .``, in any order, and questions such as ``who is Ana 's boss 's cook ?``
 
-    That one has two hops, the difficulty. Each person has several relations and each relation is one of many people,
-    so that a hop needs both; the next person is never the one before the last. A question names its path from the
-    inside, so that a causal model can follow it word by word. Each relation on the path has two things to do, and is
-    asked for both: to take from the word before it, which just found it, whom it is about, and then to find the fact of
-    that person and relation. So steps are, at the person's name, the name; at the j-th relation, for 2 j - 2 loops the
-    relation, for one whom it is about, and from then on who that is; and at the question mark the last of them, which
-    is the only target, a loop later still. The end of a fact says whom it names.
+    That one has two hops, the difficulty. Each person has several relations and each relation holds for many people, so
+    that a hop needs both; a path never goes straight back to the person before. A question names its path from the
+    inside, so that a causal model can follow it word by word. Each relation on the path has two steps, and a target for
+    each: to take over the person found at the word before it, and then to find the fact of that person and relation. So
+    the step targets are, at the person's name, the name; at the j-th relation, for 2 j - 2 loops the relation, for one
+    loop the person it is about, and from then on the person it leads to; and at the question mark, a loop later still,
+    the last of these, the only final target. At the end of a fact the target is the person it leads to.
 
-    A fact is found by its person and its relation together, and matching one helps little as long as the other is not
-    matched. So half of the smallest prompts of training (:meth:`sized`), and a tenth of others, need one of the two:
-    many people of one relation each, or two people of many. Their questions have one hop.
+    A fact is identified by person and relation together, and matching one helps little until the other is matched too.
+    So in half of the smallest prompts of training (:meth:`sized`), and a tenth of the others, one of the two is enough:
+    many people have one relation each, or two people have many. Their questions have one hop.
 
-    The facts are either in the prompt, or always the same and have to be learned: then the prompt is a question, and
-    those of one hop, all in training, are the facts. Names that stand together in a sentence of the held-out split,
-    patterns and whom they are about, and so all its sentences, are never together in training; neither are, where
-    facts have to be learned, a person and a path of two hops or more.
+    The facts are either in the prompt, or fixed and learned by heart: then the prompt is a question, and the questions
+    of one hop, all of which occur in training, teach the facts. Pairs of names that occur in one sentence of the
+    held-out split, pairings of a subject with a pattern, and so all its sentences, never occur in training; nor, where
+    facts are learned by heart, pairings of a person with a path of two hops or more.
 
     Attributes:
         facts: ``"prompt"`` or ``"weights"``.
-        relations: of each person.
-        sentences: of a prompt with facts, the most: so many people as that is enough for.
-        min_sentences: the fewest; each batch of training draws a number between the two.
-        questions: of a prompt with facts; no two about the same person, if there are enough people.
-        people: of facts that have to be learned.
-        seed: draws facts that have to be learned.
+        relations: number for each person.
+        sentences: maximum number of facts in a prompt, which decides the number of people.
+        min_sentences: minimum number; each batch of training draws a number between the two.
+        questions: number in a prompt with facts; no two about the same person, if there are enough people.
+        people: number in facts that are learned by heart.
+        seed: of facts that are learned by heart.
         split: ``"train"`` or ``"held_out"``.
     """
 
@@ -140,8 +140,8 @@ class Relations(InWords):
         said.append(torch.cat([asks, on_path, torch.full_like(words[..., :1], ID["?"])], 2))
         ids, valid, ends = joined(said)
         ends, asked_at = ends.split([ends.shape[1] - n_questions, n_questions], 1)
-        # at the name and each relation of every question: who that is; a loop before, whom a relation is about; and
-        # until then the relation, so that all wait alike, however long
+        # targets at the name and each relation of every question: the person found; one loop before, the person that
+        # the relation is about; and until then the relation itself, so that all wait alike, however long
         hops = torch.arange(difficulty + 1)[:, None]
         on_path, path = asked_at[:, None] - 1 - 2 * (difficulty - hops), _FIRST_NAME + people.mT
         found = from_loop((2 * hops - 1).clamp(min=0).expand_as(path), path, n_steps)
@@ -157,16 +157,16 @@ class Relations(InWords):
 
     @cached_property
     def _learned(self) -> tuple[Tensor, Tensor]:
-        """Which of ``NAMES`` people have, (people,), and who each one's relations are, (people, relations)."""
+        """Index in ``NAMES`` of each person, (people,), and whom their relations lead to, (people, relations)."""
         generator = torch.Generator().manual_seed(self.seed)
         of = torch.empty(self.people, self.relations, dtype=torch.long)
-        for i in range(self.relations):  # everybody is so of one
+        for i in range(self.relations):  # everybody is the target of each relation once
             circle = torch.randperm(self.people, generator=generator)
             of[circle, i] = circle.roll(1)
         return torch.randperm(len(NAMES), generator=generator)[: self.people], of
 
     def _unseen(self, of: Tensor, hops: int, test: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """One path for each problem, of this split: as :func:`_walk`."""
+        """Draw one path of the split for each problem; returns as :func:`_walk`."""
         n, people, _ = of.shape
         path, way = torch.empty(n, 1, hops, dtype=torch.long), torch.empty(n, 1, hops + 1, dtype=torch.long)
         rows = torch.arange(n)
@@ -183,7 +183,7 @@ class Relations(InWords):
     def _people(
         self, n: int, people: int, each: int, others: int, test: bool, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Names of people and ``others``, and who the relations of each of the former are, (n, people, each)."""
+        """Names of people and ``others``, and whom the relations of the former lead to, (n, people, each)."""
         every = people + others
         name, rows = torch.empty(n, every, dtype=torch.long), torch.arange(n)
         while len(rows):
@@ -192,10 +192,10 @@ class Relations(InWords):
             rows = rows[partners.amin(1) < _PARTNERS]
         may = may_pair(test)[name[:, :, None], name[:, None]]
         of = torch.empty(n, people, each, dtype=torch.long)
-        taken = torch.zeros(n, every, every)  # how often each has been somebody's
+        taken = torch.zeros(n, every, every)  # how often each person's relations lead to each other
         for i in range(people * each):
             who, which = i % people, i // people
-            # somebody new to them, if there is; of those, one of whom least has been said, or all would lead there
+            # somebody new to this person if possible, and among those one with the fewest relations leading there
             chance = torch.rand(n, every, generator=generator) - every * taken[:, who] * each - taken.sum(1)
             of[:, who, which] = one = chance.masked_fill(~may[:, who], -math.inf).argmax(1)
             taken[torch.arange(n), who, one] += 1
@@ -204,7 +204,7 @@ class Relations(InWords):
     def _said(
         self, name: Tensor, of: Tensor, which: Tensor, test: bool, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """The facts in any order, (n, people * each, width), and whom each names, tokens (n, people * each)."""
+        """The facts in random order, (n, people * each, width), and whom each leads to, tokens (n, people * each)."""
         whose = name[:, : of.shape[1], None].expand_as(of).flatten(1)
         who = name.gather(1, of.flatten(1))
         words = [_FIRST_NAME + whose, _FIRST_NAME + who, _FIRST_RELATION + which.repeat(1, of.shape[1])]
@@ -214,14 +214,14 @@ class Relations(InWords):
 
 
 def _walk(of: Tensor, start: Tensor, hops: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Random paths that do not turn back.
+    """Draw random paths that do not go straight back.
 
     Args:
-        of: (n, people, R) who the relations of each person are.
+        of: (n, people, R) whom the relations of each person lead to.
         start: (n, Q) the first people.
 
     Returns:
-        Which relations they take, (n, Q, hops), and over whom, (n, Q, hops + 1).
+        The relations on the paths, (n, Q, hops), and the people, (n, Q, hops + 1).
     """
     path, way = [], [start, start]
     for _ in range(hops):

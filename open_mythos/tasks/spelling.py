@@ -14,31 +14,31 @@ from open_mythos.tasks.base import UNSCORED, Batch
 from open_mythos.tasks.tokenizer import FILE, Tokenizer, load
 
 _GLUED = (".", ",", ":", "?", "'s")  # written without a space before them
-_SAID = 2  # words from this one on are words; those before are padding, and the end of an answer
+_SAID = 2  # first index of a real word; before it are padding and the end of an answer
 
 
 class Spelling:
-    """How the tokens of a pretrained model spell words: " key" inside a sentence, " Set" where one begins.
+    """The spelling of words in tokens of a pretrained model: " key" inside a sentence, " Set" at the start of one.
 
-    What is asked for at a word is asked for at its last token. As an answer a word is one token, the first that no
-    other answer has: " key", but "ita" of " Zita", which begins as " Zeno" does. Names without such a token, as " G"
-    and "ina" beside " Gail" and " Tina", are not asked for.
+    The targets of a word are at its last token. As an answer a word is a single token, the first one that no other
+    answer contains: " key", but "ita" of " Zita", which begins as " Zeno" does. Names without such a token, such as
+    " G", "ina" beside " Gail" and " Tina", are left unscored.
 
     Args:
         tokenizer: of the model.
         words: by token of the task; the first two are padding, and the end of an answer.
         answers: words that are answers, each of which needs a token of its own.
-        names: that are answers too.
+        names: names, which are scored as answers only where they have a token of their own.
 
     Attributes:
         tokenizer: as above.
         vocab: text of each of its tokens.
         answers: (words,) the token of each word as an answer, or ``UNSCORED``.
-        tokens_a_word: of sentences in which every second word is an answer or a name, as none has more of them.
+        tokens_a_word: maximum mean tokens per word, in sentences where at most every second word is answer or name.
 
     Raises:
         ValueError: for a tokenizer that writes a word with token 0, which is padding; does not spell a word the same
-            way in every sentence; or has no token for an answer alone.
+            way in every sentence; or has no token that only one answer contains.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Spelling:
         spaced = [[("" if word in _GLUED else " ") + word for word in forms] for forms in (words, capital)]
         forms = [[self._ids(form) for form in kind[_SAID:]] for kind in (*spaced, capital)]
         width = max(len(ids) for kind in forms for ids in kind)
-        # of each word inside a sentence, at the beginning of one, and of the text; 0 where it is shorter
+        # tokens of each word inside a sentence, at the start of one, and at the start of the text; padded with 0
         self.pieces = torch.zeros(3, len(words), width, dtype=torch.long)
         for kind, found in enumerate(forms):
             self.pieces[kind, _SAID:] = torch.tensor([ids + [0] * (width - len(ids)) for ids in found])
@@ -86,7 +86,7 @@ class Spelling:
         return self.tokenizer.decode([i for i in ids if i])
 
     def _spelled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Of words (n, T) their tokens (n, T'), padded on the right, and the place of the last one of each, (n, T)."""
+        """Tokens (n, T') of words (n, T), padded on the right, and the position of the last one of each, (n, T)."""
         kind = F.pad(self.ends_sentence[ids[:, :-1]], (1, 0)).long()
         kind[:, 0] = 2
         pieces = self.pieces[kind, ids]
@@ -114,7 +114,7 @@ class Spelling:
 
 @lru_cache(maxsize=4)
 def spelling(directory: str, words: tuple[str, ...], answers: tuple[str, ...], names: tuple[str, ...]) -> Spelling:
-    """Of the tokenizer in ``directory``; errors as :func:`~open_mythos.tasks.tokenizer.load` and :class:`Spelling`."""
+    """Spelling by the tokenizer in ``directory``; errors of :func:`~open_mythos.tasks.tokenizer.load` and the class."""
     is_there = Path(directory, FILE).is_file()
     must(is_there, f"tokenizer={directory!r} has no {FILE}; give the folder of a pretrained model's tokenizer")
     try:

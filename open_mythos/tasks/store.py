@@ -1,9 +1,9 @@
-"""Tokens of text in a folder: shards that every process maps and none holds, and an index that says what they are.
+"""Tokenised text in a folder: shards, which processes memory-map, and an index.
 
-``tokens.json`` names the shards of each part in order, with their documents, bytes, tokens and checksums, and the
-tokenizer that lies beside it. A part is an ``<eos>``, then each document and its ``<eos>``, little-endian; where it is
-cut into shards is of no account. Folders are made by :func:`open_mythos.tasks.filling.fill`: for ``mythos tokenize``
-where it is told to, and for a text that is trained on in ``text`` of :func:`open_mythos.install.cache_dir`.
+``tokens.json`` lists the shards of each part in order, with their documents, bytes, tokens and checksums, and
+identifies the tokenizer beside it. A part is an ``<eos>``, then each document and its ``<eos>``, little-endian; a shard
+may end anywhere. Folders are made by :func:`open_mythos.tasks.filling.fill`: by ``mythos tokenize`` at the path given,
+and in training in ``text`` of :func:`open_mythos.install.cache_dir`.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ from open_mythos.tasks.tokenizer import Tokenizer
 
 PARTS = ("train", "held_out")
 INDEX = "tokens.json"
-READ_THROUGH = 1 << 30  # bytes of tokens up to which opening compares checksums, and not only sizes
-_MAPPED = 64  # shards at a time, of any number
+READ_THROUGH = 1 << 30  # bytes of tokens up to which opening verifies checksums, and not only sizes
+_MAPPED = 64  # maximum number of shards that are mapped at one time
 _AT_ONCE = 1 << 20
 AGAIN = "tokenise the text again (mythos tokenize)"
 
 
 @dataclass
 class Part:
-    """What there is of a text: documents, their bytes, their tokens (each ``<eos>`` included), and a CRC-32.
+    """Numbers of documents, their bytes and their tokens (each ``<eos>`` included), and a CRC-32.
 
-    The checksum of a shard is that of its part up to the shard's end, and so that of the last one is the part's.
+    The checksum of a shard is that of its part up to the shard's end, so the last one's is the whole part's.
     """
 
     documents: int = 0
@@ -53,13 +53,13 @@ class Shard(Part):
 
 
 class Tokens:
-    """Tokens in several files, one after the other, read like an array (N,): by slices, and by arrays of places.
+    """Tokens in several files, concatenated, read like an array (N,): by slices, and by arrays of indices.
 
-    A process maps the files that it reads, and lets go of what it has read: only the system's cache, which all share,
-    holds it.
+    A process maps the files that it reads, and releases pages once read: only the system's page cache, which processes
+    share, keeps them.
 
     Args:
-        shards: files, and how many tokens each has.
+        shards: files, and the number of tokens in each.
         dtype: of a token.
     """
 
@@ -98,7 +98,7 @@ class Tokens:
 
 @dataclass
 class Store:
-    """A tokenised text: where it lies, its tokenizer, and of each of ``PARTS`` the tokens, (N,), and what they are."""
+    """A tokenised text: its folder, its tokenizer, and for each of ``PARTS`` the tokens, (N,), and their numbers."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -107,18 +107,18 @@ class Store:
 
 
 def is_store(folder: str | Path) -> bool:
-    """Whether tokens lie there, and no text."""
+    """Whether ``folder`` holds tokens (a store), not text."""
     return Path(folder, INDEX).is_file()
 
 
 def opened(folder: Path, read_through: int = READ_THROUGH) -> Store:
-    """The tokens in a folder.
+    """Open the tokens in a folder.
 
-    Sizes of all shards are compared with the index, and where there are at most ``read_through`` bytes checksums too.
+    Sizes of all shards are compared with the index, and checksums too if there are at most ``read_through`` bytes.
 
     Raises:
-        ValueError: naming the file, for a shard that is torn or damaged, or lies elsewhere, another tokenizer than that
-            of the tokens, or an index that is none.
+        ValueError: naming the file, for a shard that is truncated, damaged, or outside the folder, a tokenizer that is
+            not that of the tokens, or an invalid index.
         FileNotFoundError: for a shard that is missing.
     """
     where = folder / INDEX
@@ -147,7 +147,7 @@ def opened(folder: Path, read_through: int = READ_THROUGH) -> Store:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What lies in a folder; its shards by part."""
+    """The index of a folder, with the shards of each part."""
     shard = {field.name: field.type for field in fields(Shard)}
     shape = {"from": str, "tokenizer": str, "eos": int, "dtype": str, **{name: [shard] for name in PARTS}}
     index: dict[str, Any] = files.read_json(folder / INDEX, shape)
@@ -155,29 +155,29 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write what :func:`read_index` reads, whole or not at all."""
+    """Write the index that :func:`read_index` reads, atomically."""
     files.write_json(folder / INDEX, index | {name: [asdict(shard) for shard in index[name]] for name in PARTS})
 
 
 def total(parts: Sequence[Part]) -> Part:
-    """Several, one after the other, with the checksum of the last."""
+    """The sums over consecutive parts or shards, with the checksum of the last one."""
     sums = {name: sum(getattr(part, name) for part in parts) for name in ("documents", "bytes", "tokens")}
     return Part(**sums, crc32=parts[-1].crc32 if parts else 0)
 
 
 def identity(made: Tokenizer) -> str:
-    """What tells tokenizers apart."""
+    """A hash that identifies a tokenizer."""
     return hashlib.blake2b(made.to_json().encode(), digest_size=12).hexdigest()
 
 
 def check_content(folder: Path, shard: Shard, before: Part) -> None:
-    """ValueError if the checksum of a shard, behind the one ``before`` it, is not what the index says."""
+    """Raise ValueError if the checksum of a shard, continued from the one ``before``, differs from the index."""
     path = folder / shard.file
     must(checksum(path, before.crc32) == shard.crc32, f"{path} is damaged: its checksum is another one; {AGAIN}")
 
 
 def checksum(path: Path, crc: int = 0) -> int:
-    """The CRC-32 of a file's content behind what ``crc`` is of."""
+    """The CRC-32 of a file's content, continued from ``crc``."""
     with files.opened(path) as file:
         while content := file.read(_AT_ONCE):
             crc = zlib.crc32(content, crc)

@@ -1,4 +1,4 @@
-"""Next-token prediction on text that is on every machine, on your own, or from the Hugging Face hub."""
+"""Next-token prediction on text: Python's standard library, your own files, or a Hugging Face dataset."""
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,28 +24,28 @@ from open_mythos.tasks.tokenizer import Tokenizer, tokenizer
 
 @dataclass
 class Text(Task):
-    """Windows of a corpus; at each token the next one is to be said. Difficulty is the number of tokens.
+    """Windows of a corpus; the target at each token is the next one. Difficulty is the number of tokens.
 
     ``source`` is ``"stdlib"`` (the sources of Python's standard library, the same on one version of Python), a file,
     a directory, a glob, or ``"hf:NAME[:CONFIG]"``; see :func:`open_mythos.tasks.corpus.stream`. ``tokenizer`` is
     ``"bytes"``, ``"bpe:N"``, trained on the training part, or a folder with a ``tokenizer.json``. ``split`` is
-    ``"train"`` or ``"held_out"``: one whole document in 16, whichever way the corpus grows. ``max_bytes``: where to
-    stop reading; 0: at the end, or after 64 MB of a streamed dataset.
+    ``"train"`` or ``"held_out"``: one whole document in 16, the same ones however the corpus grows. ``max_bytes``:
+    where to stop reading; 0: at the end, or after 64 MB of a streamed dataset.
 
-    With ``separate``, an ``<eos>`` stands before each document and is what follows its last token; tokens see nothing
-    of other documents, which ``Batch.valid`` numbers. The tokens then lie on disk (:mod:`open_mythos.tasks.store`), and
-    are gone through row by row (:meth:`rows`). ``source`` may then also be a folder of such tokens, whose tokenizer is
-    the folder too, and several sources with weights (:func:`~open_mythos.tasks.mixture.parsed`); one that ``"bpe:N"``
-    is trained on is the first. Without, documents follow each other without a mark between.
+    With ``separate``, documents are packed with an ``<eos>`` before each one and after its last token, and tokens do
+    not attend to other documents, which ``Batch.valid`` numbers. Tokens are then on disk
+    (:mod:`open_mythos.tasks.store`) and read row by row (:meth:`rows`). ``source`` may also be a folder of such tokens,
+    with the same folder as tokenizer, or several sources with weights (:func:`~open_mythos.tasks.mixture.parsed`);
+    ``"bpe:N"`` is trained on the first one. Without ``separate``, documents are concatenated without a separator.
 
     Attributes:
         eos: the token that ends a document, None without ``separate``.
-        tokens: all of the split, (N,) uint16 or uint32; with ``separate``, an ``<eos>`` around each document, in files
-            (:class:`~open_mythos.tasks.store.Tokens`), one source after the other.
+        tokens: all tokens of the split, (N,) uint16 or uint32; with ``separate``, with ``<eos>`` around each document,
+            in files (:class:`~open_mythos.tasks.store.Tokens`), one source after the other.
 
     Raises:
         ValueError: for a source without text or a split without documents.
-        ImportError: naming the extra to install, if a source or tokenizer needs a package that is not there.
+        ImportError: naming the extra to install, if a source or tokenizer needs a package that is not installed.
     """
 
     name = "text"
@@ -88,21 +88,22 @@ class Text(Task):
         return self._windows(torch.randint(0, last, (n,), generator=generator), difficulty)
 
     def n_rows(self, length: int) -> int:
-        """Rows of ``length`` tokens that the split makes, of each source the last of which may not be full."""
+        """Number of rows of ``length`` tokens in the split; the last row of each source may be padded."""
         return sum(self._deal(length).n_rows)
 
     def rows(self, which: Iterable[int], length: int, seed: int = 0, share: slice | None = None) -> Batch:
-        """Rows of an endless sequence: every row of the split, in a random order, then again in another.
+        """Rows at some places of an endless sequence: every row of the split in random order, epoch after epoch.
 
-        A row begins where the last one in the text ended, so that each token of the split is a target once in every
-        ``n_rows(length)`` rows: first tokens of documents, what follows a cut, and ends too. Of several sources each
-        has its share of any thousand rows or so, and goes through its own rows in this way.
+        In the text, each row begins where the one before ends, so that each token of the split is a target once in
+        ``n_rows(length)`` rows, the first tokens of documents and rows and the ends included. With several sources each
+        has its share of about any thousand rows, and epochs of its own.
 
         Args:
-            which: places in the sequence, which depends on nothing else: processes may each take their own places.
+            which: places in the sequence; a row depends on its place, ``length`` and ``seed`` alone, so that processes
+                may each read their own.
             length: tokens of a row.
-            seed: of the orders.
-            share: of these places those whose rows are read; ``n_scored`` is then of all.
+            seed: of the random orders.
+            share: which of these places to read; ``n_scored`` then counts all of them.
         """
         starts, ends = self._spans(which, length, seed)
         if share is None:
@@ -111,7 +112,7 @@ class Text(Task):
         return replace(self._windows(starts[share], length, ends[share]), n_scored=n_scored)
 
     def seen(self, rows: int, length: int, seed: int = 0) -> list[tuple[str, int, float]]:
-        """Of each source: its name, and how many tokens and epochs of it are in the first so many rows."""
+        """For each source: its name, and how many tokens and epochs of it are in the first ``rows`` rows."""
         found, deal = [], self._deal(length)
         for i, (name, n) in enumerate(zip(self._weights, deal.seen(rows, seed), strict=True)):
             epochs, rest = divmod(n, deal.n_rows[i])
@@ -120,7 +121,7 @@ class Text(Task):
         return found
 
     def _deal(self, length: int) -> Deal:
-        """Which row of which source is at which place, by length."""
+        """The assignment of sources and rows to places, for rows of ``length`` tokens."""
         self.check(length)
         if length not in self._deals:
             n_rows = [-((start + 1 - end) // length) for start, end in pairwise(self._edges)]
@@ -128,15 +129,15 @@ class Text(Task):
         return self._deals[length]
 
     def _spans(self, which: Iterable[int], length: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Where rows start, and where their sources end, (n,) each."""
+        """Positions in the tokens where rows start, and where their sources end, (n,) each."""
         found = list(self._deal(length).find(which, seed))
         starts = [self._edges[text] + row * length for text, row in found]
         return torch.tensor(starts, dtype=torch.int64), torch.tensor([self._edges[text + 1] for text, _ in found])
 
     def windows(self, length: int, n: int) -> Batch:
-        """``n`` windows of ``length`` tokens, evenly spaced over the split and always the same, to evaluate on.
+        """``n`` windows of ``length`` tokens to evaluate on, evenly spaced over the split and always the same.
 
-        The end of a document, which stands for no byte, is not scored.
+        Ends of documents, which stand for no bytes, are not scored.
 
         Raises:
             ValueError: if the split is shorter than one window.
@@ -166,7 +167,7 @@ class Text(Task):
     render = decode
 
     def described(self, length: int) -> str:
-        """The corpus in one line, as rows of ``length`` tokens."""
+        """Summary of the corpus in one line: documents, bytes, tokens, and rows of ``length`` tokens."""
         assert self.store is not None, "only separate documents are counted"
         train, held_out = self.store.parts["train"], self.store.parts["held_out"]
         return (
@@ -179,7 +180,7 @@ class Text(Task):
         self._tokenizer.save(directory)
 
     def fingerprint(self) -> int:
-        """A number that another text does not have."""
+        """A checksum of the split's tokens."""
         return zlib.crc32(self.tokens[:].tobytes()) if self.store is None else self.store.parts[self.split].crc32
 
     def _windows(self, starts: Tensor, length: int, ends: Tensor | None = None) -> Batch:
@@ -196,19 +197,19 @@ class Text(Task):
 
 @dataclass(eq=False)
 class Rows(IterableDataset[Batch]):
-    """The batches of one process of several, for a ``torch.utils.data.DataLoader(..., batch_size=None)``.
+    """Iterable dataset of one process's batches, for a ``torch.utils.data.DataLoader(..., batch_size=None)``.
 
     Batch ``i`` of all processes together is rows ``i * batch_size`` up to ``(i + 1) * batch_size`` of
-    :meth:`Text.rows`, dealt out to them in turns, whatever number of workers a loader has.
+    :meth:`Text.rows`, assigned to processes in turn, whatever the number of workers of a loader.
 
     Args:
         task: text; with ``separate`` to have ``<eos>`` between documents.
         length: tokens of a row.
         batch_size: rows of a batch of all processes together.
         seed: of the order.
-        rank, world_size: this process, and how many there are.
-        first: the batch to begin with, to go on from there.
-        last: the batch to end before; None: never.
+        rank, world_size: of this process.
+        first: number of the first batch, to resume from.
+        last: number of the batch to stop before; None: never.
 
     Raises:
         ValueError: for a rank that does not exist.
@@ -230,7 +231,7 @@ class Rows(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # A loader takes from its workers in turns.
+        # A loader takes batches from its workers in turn.
         for i in count(self.first + worker, n_workers):
             if self.last is not None and i >= self.last:
                 return
@@ -239,7 +240,7 @@ class Rows(IterableDataset[Batch]):
 
 
 def _opened(sources: Iterable[str], kind: str, max_bytes: int) -> list[Store]:
-    """Each source, all in the tokens of one tokenizer."""
+    """Open each source, tokenised by the same tokenizer: a ``"bpe:N"`` is trained on the first one."""
     found = list[Store]()
     for source in sources:
         found.append(tokenised(source, kind, max_bytes))
@@ -248,7 +249,7 @@ def _opened(sources: Iterable[str], kind: str, max_bytes: int) -> list[Store]:
 
 
 def _together(stores: list[Store]) -> Store:
-    """Several sources, one after the other."""
+    """Concatenate several sources."""
     first = stores[0]
     if len(stores) == 1:
         return first

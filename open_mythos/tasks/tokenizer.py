@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, byte-pair encodings trained on the spot, and any byte-level one saved as tokenizer.json, which are
-lossless; and words of a fixed vocabulary.
+"""Tokenizers: bytes, byte-pair encodings trained here, and byte-level ones loaded from tokenizer.json, all lossless;
+and words of a fixed vocabulary.
 
-All are written as the ``tokenizer.json`` of Hugging Face's ``tokenizers``, which is needed for any but bytes.
+All are saved as the ``tokenizer.json`` of Hugging Face's ``tokenizers``, a package that byte-pair encodings need.
 """
 
 import difflib
@@ -20,16 +20,16 @@ from open_mythos.fields import must
 from open_mythos.install import missing
 
 FILE = "tokenizer.json"
-MOST_TOKENS = 1 << 16  # of a tokenizer that is trained here
-MOST_IDS = 1 << 22  # of any
+MOST_TOKENS = 1 << 16  # maximum vocabulary of a tokenizer that is trained here
+MOST_IDS = 1 << 22  # maximum vocabulary of any tokenizer
 _SHAPE = {"model": {"vocab": (dict, list), "merges?": (list, type(None))}}
-END, PADDING = "<eos>", "<pad>"  # names of token 0: it ends documents, or it only fills up rows
+END, PADDING = "<eos>", "<pad>"  # names of token 0, where it ends documents and where it is only padding
 CONFIG, TEMPLATE, END_OF_ANSWER = "tokenizer_config.json", "chat_template.jinja", "<end>"
 _WORD = r"'s(?!\w)|\w+|[^\w\s]"
-_FIRST = re.compile(r"(?:^|(?<=[.?] ))[a-z]")  # letters of sentences
+_FIRST = re.compile(r"(?:^|(?<=[.?] ))[a-z]")  # first letter of a sentence
 _APOSTROPHE = {"type": "Replace", "pattern": {"String": "\u2019"}, "content": "'"}
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-_ALIKE = 0.5  # least likeness of a word that is named as the nearest
+_ALIKE = 0.5  # minimum similarity (difflib ratio) of a word that an error suggests
 _FACTS_AND_QUESTION = """\
 {%- set said = messages | selectattr("role", "equalto", "user") | map(attribute="content") | join(" ") | trim -%}
 {%- for sentence in said.replace("?", "?|").replace(".", ".|").split("|") if sentence -%}
@@ -47,9 +47,9 @@ class Tokenizer:
 
     Attributes:
         pieces: the bytes that each token stands for; none for token 0.
-        eos: the token that ends a document, and that no text holds; None if there is none.
-        asks: the token after which a model answers, and nowhere else; None if it goes on after any.
-        template: how a conversation becomes tokens, of a model that is asked; None if it is simply gone on with.
+        eos: the token that ends a document, and that encoding a text never gives; None if there is none.
+        asks: the only token after which a model answers; None for a model that continues any text.
+        template: function from a conversation to a prompt's tokens; None for a model that continues any text.
     """
 
     asks: int | None = None
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The smallest that holds every token."""
+        """The smallest unsigned integer type that holds every token."""
         return np.uint16 if len(self.pieces) <= 1 << 16 else np.uint32
 
     @checked
@@ -73,17 +73,17 @@ class Tokenizer:
         """Tokens of all texts, one after the other, (N,).
 
         Raises:
-            ValueError: for one text in place of a list of texts, which would be as many as it has characters, and for
-                a text that cannot be written in UTF-8.
+            ValueError: for a single string, which would be read as a list of its characters, and for a text that
+                cannot be written in UTF-8.
         """
         return np.concatenate([np.empty(0, self.dtype), *self.encode_each(texts)])
 
     @checked
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens; what is not UTF-8 becomes U+FFFD.
+        """The text of tokens; invalid UTF-8 becomes U+FFFD.
 
         Raises:
-            ValueError: for what is no token of this tokenizer.
+            ValueError: for an id that is no token of this tokenizer.
         """
         return b"".join(self.pieces[i] for i in check_tokens(ids, len(self.pieces))).decode("utf-8", "replace")
 
@@ -93,7 +93,7 @@ class Tokenizer:
         files.write(Path(directory, FILE), self.to_json())
 
     def to_json(self) -> str:
-        """What :meth:`save` writes."""
+        """The content of the file that :meth:`save` writes."""
         characters = {b: character for character, b in _byte_of_character().items()}
         return _as_json(END if self.eos == 0 else PADDING, [characters[b] for b in range(256)], [])
 
@@ -103,12 +103,12 @@ class BytePairs(Tokenizer):
     """A byte-level byte-pair encoding such as GPT-2's, or SentencePiece's, which puts a space before a text.
 
     Args:
-        text: of its tokenizer.json.
+        text: content of its tokenizer.json.
         eos: name of the token that ends documents; None if there is none.
 
     Raises:
         ImportError: naming the extra to install, without ``tokenizers``.
-        ValueError: for one whose tokens do not say which bytes they stand for, or an ``eos`` that it does not know.
+        ValueError: if the bytes of its tokens cannot be told from their names, or ``eos`` is not in its vocabulary.
     """
 
     def __init__(self, text: str, eos: str | None) -> None:
@@ -130,7 +130,7 @@ class BytePairs(Tokenizer):
     @classmethod
     @checked
     def trained(cls, n_tokens: int, texts: Iterable[str], ends: bool = False) -> Self:
-        """One of at most ``n_tokens`` tokens, token 0 included, trained on ``texts``."""
+        """Train an encoding of at most ``n_tokens`` tokens, token 0 included, on ``texts``."""
         tokenizers = _tokenizers()
         byte_level = tokenizers.pre_tokenizers.ByteLevel
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -154,9 +154,9 @@ class BytePairs(Tokenizer):
 
 @checked
 class WordLevel(Tokenizer):
-    """Words and marks of a fixed vocabulary, whatever letters of them are capital. A question mark asks for an answer.
+    """Words and punctuation marks of a fixed vocabulary, case-insensitive. A question mark asks for an answer.
 
-    Words that differ in capitals only, such as the article a and a register A, are told apart by them.
+    Case matters only between words that differ in nothing else, such as the article a and a register A.
 
     Args:
         words: by token, ``<pad>`` and ``<end>`` first.
@@ -223,7 +223,7 @@ class WordLevel(Tokenizer):
         }, ensure_ascii=False)  # fmt: skip
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """What the user said, without questions but the last: these were never followed by more in training."""
+        """Tokens of the user's messages, without questions but the last: in training, no facts follow a question."""
         sentences, sentence = list[list[int]](), list[int]()
         for message in messages:
             if message["role"] == "user":
@@ -238,7 +238,7 @@ class WordLevel(Tokenizer):
 
 
 def check_tokens(ids: Iterable[int], n: int) -> list[int]:
-    """``ids`` as a list; ValueError for one that is no integer in [0, n)."""
+    """``ids`` as a list; ValueError unless all are integers in [0, n)."""
     found = list(ids)
     for i in found:
         try:
@@ -264,15 +264,15 @@ def _contents(texts: Sequence[str]) -> list[bytes]:
 
 @checked
 def tokenizer(kind: str, texts: Iterable[str], ends: bool = False) -> Tokenizer:
-    """The tokenizer called ``"bytes"``, ``"bpe:N"`` with its N tokens trained on ``texts``, or one of a folder.
+    """Make the tokenizer ``"bytes"``, train ``"bpe:N"`` with N tokens on ``texts``, or load one from a folder.
 
     Args:
-        kind: its name, or a folder with a ``tokenizer.json``.
+        kind: one of these names, or a folder with a ``tokenizer.json``.
         texts: to train on.
         ends: whether token 0 ends documents; a folder's tokenizer says that itself.
 
     Raises:
-        ValueError: for any other name, an N that does not do, or a file that is none.
+        ValueError: for any other name, an N out of range, or a file that is not a tokenizer.
         ImportError: naming the extra to install, without ``tokenizers``.
     """
     if kind == "bytes":
@@ -288,9 +288,9 @@ def tokenizer(kind: str, texts: Iterable[str], ends: bool = False) -> Tokenizer:
 
 @checked
 def load(directory: str | Path) -> Tokenizer:
-    """The tokenizer in ``directory``: of a model saved here, or a byte-level one of Hugging Face.
+    """Load the tokenizer in ``directory``: of a model saved here, or a byte-level one of Hugging Face.
 
-    What ends documents is its ``<eos>``, or what a ``tokenizer_config.json`` beside it calls ``eos_token``.
+    The token that ends documents is its ``<eos>``, or the ``eos_token`` of a ``tokenizer_config.json`` beside it.
 
     Raises:
         ValueError: naming the file, if it is missing, damaged, or not byte-level.
@@ -309,7 +309,7 @@ def load(directory: str | Path) -> Tokenizer:
         if model.get("type") == "WordLevel" and END_OF_ANSWER in (vocab := model["vocab"]):
             words = sorted(vocab, key=vocab.__getitem__)
             must([vocab[word] for word in words] == list(range(len(words))), "its tokens are not 0, 1, 2 and so on")
-            return WordLevel(words, end == END_OF_ANSWER)  # an export says "<pad>" where nothing ends
+            return WordLevel(words, end == END_OF_ANSWER)  # exports name "<pad>" as eos_token if answers have no end
         if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
         return BytePairs(text, END if END in model["vocab"] else end)
@@ -320,7 +320,7 @@ def load(directory: str | Path) -> Tokenizer:
 
 
 def _as_json(first: str, names: Sequence[str], merges: Sequence[Any]) -> str:
-    """A tokenizer.json of byte-level pieces ``names``, numbered from 1 on; token 0 is called ``first``."""
+    """Make a tokenizer.json of byte-level pieces ``names``, numbered from 1 on; token 0 is called ``first``."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return json.dumps({
         "version": "1.0", "truncation": None, "padding": None,
@@ -339,7 +339,7 @@ def _tokenizers() -> Any:
 
 
 def _reader(means: str) -> Callable[[str, bool], bytes]:
-    """What a token's name stands for, which may be added to the others, told by how the tokenizer splits and joins."""
+    """Function from a token's name, and whether it is an added token, to its bytes; ``means``: how text is split."""
     is_byte_level, byte_of = "ByteLevel" in means, _byte_of_character()
     known = is_byte_level or "ByteFallback" in means
     must(known, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
@@ -358,7 +358,7 @@ def _reader(means: str) -> Callable[[str, bool], bytes]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2 writes printable Latin-1 bytes as themselves, and the others as U+0100 onwards, in order."""
+    """Map characters to bytes as GPT-2: printable Latin-1 bytes as themselves, the others as U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,4 +1,4 @@
-"""How many coins somebody has, when most have so many more, fewer or as many as others: arithmetic in words."""
+"""Arithmetic in words: how many coins somebody has, where most have some number more, fewer or as many as others."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -55,38 +55,38 @@ ASKS = Patterns(
 _KINDS = (HAS, MORE, FEWER, TWICE, SAME, BOTH)
 _OWN, _MORE, _FEWER, _TWICE, _SAME, _BOTH = range(6)
 _FIRST_NAME, _ZERO = ID[NAMES[0]], ID[NUMBERS[0]]
-_CONSTANTS = 2  # people, at least, whose number is said
-_OTHERS = 2  # people, at least, whom no question needs
-_ON = 0.7  # share of the operations that the very next one needs
-_TWO = 0.3  # share of the operations on two people, of those that could be on one
-_FEW = 2  # operations of the smallest problems: one, and what it comes to is handed on
-_MOST_USES = 3  # sentences that name somebody as a source; more, and no names might be left that may stand there
+_CONSTANTS = 2  # minimum number of people whose number is stated
+_OTHERS = 2  # minimum number of people that the question does not need
+_ON = 0.7  # share of the operations whose result the very next one uses
+_TWO = 0.3  # share of operations on two people among those that could be on one
+_FEW = 2  # operations of the smallest problems: one, and a copy of its result
+_MOST_USES = 3  # maximum number of sentences that use a person; with more, allowed pairs of names might run out
 _LONGEST = max(kind.codes.shape[1] for kind in _KINDS)
 
 
 @dataclass
 class WordProblems(InWords):
-    """What people have depends on what others have, in a random graph; numbers count modulo ``modulus``.
+    """People's numbers of coins depend on those of others, in a random graph; all numbers are modulo ``modulus``.
 
     ``Ana has 3 coins . Ben has 2 more coins than Ana . Cora has as many coins as Ana and Ben together . how many coins
-    has Cora ?`` is a problem of two operations: those that the person who is asked for and all before need. Each
-    sentence is about people of earlier sentences only, for a causal model knows what a sentence says at its end.
+    has Cora ?`` is a problem of two operations: all that the answer depends on. A sentence uses numbers of people from
+    earlier sentences only, since a causal model knows a sentence's result at its end.
 
-    Its steps are at its end, of the person whom it is about, and at the names of those whom it needs: whose number it
-    is, and then the number. That is known at an end after one loop if the sentence says it, and a loop after the
-    numbers that it needs if not: in one loop names look up numbers, each by its person, and then the end calculates
-    with what stands in its sentence, which takes two layers. Asked for the results alone, a model does not learn to add
-    two numbers that it has not learned to find yet. The question is about a name too, and the answer, which is found
-    there a loop after that person's number, is the only target. No question needs all sentences.
+    Step targets are at the end of each sentence, for its subject, and at the names that it uses: first the name of the
+    person, and then the number. At the end of a sentence that is known after one loop if the sentence states it, and
+    otherwise one loop after the numbers it uses: in one loop the names look up their numbers, and then the end
+    calculates with what is in the sentence, which takes two layers. Supervised with results alone, a model does not
+    learn to add two numbers that it cannot find yet. The question names a person too; its answer, known one loop after
+    that person's number, is the only final target. No question needs all sentences.
 
-    Difficulty is the number of operations: exactly in the held-out split, the most in training. Names that stand
-    together in a sentence of the held-out split, patterns and whom they are about, and so all its sentences, are
-    never together in training.
+    Difficulty is the number of operations: exact in the held-out split, the maximum in training. Pairs of names that
+    occur in one sentence of the held-out split, pairings of a subject with a pattern, and so all its sentences, never
+    occur in training.
 
     Attributes:
-        people: of a problem, the most, four more than it can have operations.
-        min_people: the fewest; each batch of training draws a number between the two.
-        modulus: an odd number; twice of anything would be even otherwise.
+        people: maximum number in a problem, four more than the maximum number of operations.
+        min_people: minimum number; each batch of training draws a number between the two.
+        modulus: an odd number; modulo an even one, twice any number would be even.
         split: ``"train"`` or ``"held_out"``.
     """
 
@@ -151,10 +151,10 @@ class WordProblems(InWords):
         return self.told(Batch(ids, targets, valid, steps))
 
     def _graph(self, n: int, people: int, operations: int, generator: torch.Generator | None) -> Tensor:
-        """Whose numbers each one's is made of, (n, people, 2), -1 for nobody, who all come before.
+        """The people, earlier in order, whose numbers each person's number is computed from, (n, people, 2); -1: none.
 
-        First come people who have a number of their own, then so many ``operations``, of which the last needs all the
-        others, and then those whom it does not need.
+        First come people whose number is stated, then ``operations`` people of whom the last one depends on all the
+        others, and then people it does not depend on.
         """
         spare = people - operations - _CONSTANTS - _OTHERS
         first = _CONSTANTS + int(torch.randint(0, spare // 2 + 1, (), generator=generator))
@@ -162,7 +162,7 @@ class WordProblems(InWords):
         source = torch.full((n, people, 2), -1)
         rows = torch.arange(n)
         on, two = _ON if self._size >= CHAINS else 1.0, _TWO if self._size >= ALL_KINDS else 0.0
-        for i in range(last - 1, first - 1, -1):  # who needs it: someone after it who is not made of two yet
+        for i in range(last - 1, first - 1, -1):  # its user: a later person with less than two sources so far
             chance = torch.rand(n, last - i, generator=generator)
             chance[:, 0] += (torch.rand(n, generator=generator) < on) * 2.0
             user = i + 1 + chance.masked_fill((source[:, i + 1 : last + 1] >= 0).all(2), -1).argmax(1)
@@ -173,7 +173,7 @@ class WordProblems(InWords):
             for slot in (0, 1):
                 may = (uses[:, :i] < _MOST_USES) & (depth[:, :i] < operations)
                 may &= torch.arange(i) != source[:, i, :1]
-                if slot == 1 and self._size < CHAINS:  # sums are of numbers that are said
+                if slot == 1 and self._size < CHAINS:  # small problems add only stated numbers
                     may &= (depth[:, :i] == 0) & (depth.gather(1, source[:, i, :1].clamp(min=0)) == 0)
                 wanted = may.any(1) & (source[:, i, slot] < 0)
                 if slot == 1:
@@ -188,7 +188,7 @@ class WordProblems(InWords):
         return source.where(~swapped[..., None], source.flip(2))
 
     def _values(self, source: Tensor, kind: Tensor, number: Tensor) -> Tensor:
-        """How many each has, (n, people)."""
+        """Each person's number, (n, people)."""
         value = number.clone()
         for i in range(source.shape[1]):
             one, other = value.gather(1, source[:, i].clamp(min=0)).unbind(1)
@@ -209,12 +209,12 @@ class WordProblems(InWords):
 def _steps(
     ids: Tensor, ends: Tensor, about: Tensor, name: Tensor, value: Tensor, depth: Tensor, n_steps: int
 ) -> Tensor:
-    """What is known after 0, 1, ... loops at ends of sentences and at the sources in them, (n, T, ``n_steps``).
+    """Step targets after 0, 1, ... loops at ends of sentences and at the sources in them, (n, T, ``n_steps``).
 
     Args:
-        ids, ends: (n, T) tokens, and the places of the last ones of sentences, (n, S), the question's at last.
-        about: whom each sentence is about, (n, S).
-        name, value, depth: of each person, (n, people); ``depth`` is the most operations in a row that it takes.
+        ids, ends: (n, T) tokens, and the position of the last one of each sentence, (n, S), the question last.
+        about: the subject of each sentence, (n, S).
+        name, value, depth: of each person, (n, people); ``depth`` is the longest chain of operations to its value.
     """
     person = torch.zeros(len(ids), len(NAMES), dtype=torch.long)
     person.scatter_(1, name, torch.arange(name.shape[1]).expand_as(name))
@@ -231,7 +231,7 @@ def _steps(
 
 
 def _needed(source: Tensor) -> tuple[Tensor, Tensor]:
-    """The most operations in a row, and the operations in all, that each needs, (n, people) each."""
+    """Longest chain of operations, and number of operations, that each person's value depends on, (n, people) each."""
     n, people, _ = source.shape
     needs = torch.zeros(n, people + 1, people, dtype=torch.bool)  # the last row for nobody
     depth = torch.full((n, people + 1), -1)
@@ -244,7 +244,7 @@ def _needed(source: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(source: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A random order in which everybody comes after those whose numbers theirs are made of, (n, people)."""
+    """A random topological order of the graph, (n, people): everybody comes after their sources."""
     n, people, _ = source.shape
     said = torch.zeros(n, people + 1, dtype=torch.bool)
     said[:, people] = True  # nobody

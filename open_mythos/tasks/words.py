@@ -1,4 +1,4 @@
-"""The tasks in words together, for one model that answers all their questions and ends."""
+"""All tasks in words together, for one model that answers their questions and then ends."""
 
 import math
 from collections.abc import Sequence
@@ -24,20 +24,20 @@ _SCALE = {"relations": 0.5, "registers": 2.0}  # of their difficulty to ours
 class Words(InWords):
     """Problems of :class:`Assignments`, :class:`WordProblems`, :class:`Relations` and :class:`Registers`.
 
-    A batch has problems of all in turn, and a step of training a batch of each (:meth:`shares`): steps on one after the
-    other pull the weights to and fro, and what was learned of one is lost by the next.
+    A batch alternates between the tasks, and a training step has a batch of each (:meth:`shares`): with one task per
+    step, the steps pull the weights back and forth, and the next one undoes what was learned of the last.
 
     In training the last question of a prompt is followed by its answer, the target of which is ``<end>`` at every step:
-    a model says its answer and ends. The held-out split, of which accuracy is measured, asks for the answers alone; so
-    do problems in the tokens of a pretrained model, which has its own way to end.
+    a model writes its answer and ends. In the held-out split, which measures accuracy, the answers alone are scored;
+    so they are for problems in the tokens of a pretrained model, which has its own way to end.
 
-    Difficulty is the number of steps: so many hops of ``assignments`` and operations of ``word_problems``, half as many
-    hops of ``relations`` (rounded up), and twice as many lines of ``registers``, as many as all tasks can make. Smaller
-    problems (:meth:`sized`) are at most as hard as they can be.
+    Difficulty is the number of steps: that number of hops of ``assignments`` and operations of ``word_problems``, half
+    of it in hops of ``relations`` (rounded up), and twice of it in lines of ``registers``, up to what all tasks can
+    make. Smaller problems (:meth:`sized`) are limited to the greatest difficulty of their size.
 
     Attributes:
-        weights: how much of the loss is each task's, by name, as in ``{"relations": 2, "registers": 1}``; one that is
-            not there is left out. Empty: all four, equally.
+        weights: weight of each task in the loss, by name, as in ``{"relations": 2, "registers": 1}``; tasks that are
+            not named are left out. Empty: all four, equally.
         settings: options of the tasks, by name, as in ``{"word_problems": {"people": 20}}``.
         split: ``"train"`` or ``"held_out"``.
         parts: the tasks.
@@ -83,7 +83,7 @@ class Words(InWords):
 
     @staticmethod
     def level(part: Task, difficulty: int) -> int:
-        """The difficulty of a part's problems."""
+        """The difficulty of a part's problems for a ``difficulty`` of this task."""
         level = math.ceil(difficulty * _SCALE.get(part.name, 1))
         return level if part.most is None else min(level, part.most)
 
@@ -112,7 +112,7 @@ class Words(InWords):
 
 
 def _ended(batch: Batch) -> Batch:
-    """After the last question its answer, which ends; not in rows whose last question does not count."""
+    """Append the answer to the last question, with target ``<end>``; not in rows whose last question is unscored."""
     assert batch.steps is not None, "tasks in words say what is known after each step"
     valid = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
     end = valid.sum(1, keepdim=True)
