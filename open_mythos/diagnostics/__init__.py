@@ -1,4 +1,4 @@
-"""Looking inside a model: what each loop does, and what a model costs in parameters, arithmetic and memory."""
+"""Diagnostics of a model: what each loop does, and its costs in parameters, FLOPs and memory."""
 
 from open_mythos.diagnostics.cost import Parameters as Parameters
 from open_mythos.diagnostics.cost import bytes_per_decoding_step as bytes_per_decoding_step

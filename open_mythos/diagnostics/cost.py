@@ -1,6 +1,6 @@
-"""What a model of a given config costs: parameters, arithmetic and cache.
+"""Costs of a model of a given config: parameters, FLOPs and cache.
 
-Counts are taken from a model without storage, so that one far too large for this machine can be planned on it.
+Counts are taken from a model on the meta device, so that it may be far too large for this machine.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Parameters:
 
     Attributes:
         total: all of them.
-        active: those that one token meets: of the routed experts only ``n_experts_per_tok``.
+        active: those that one token uses: of the routed experts only ``n_experts_per_tok``.
     """
 
     total: int
@@ -33,22 +33,22 @@ class Parameters:
 
 
 def parameters(cfg: MythosConfig) -> Parameters:
-    """Parameters of a model. Loops share theirs, so their number plays no part."""
+    """Count the parameters of a model. Loops share theirs, so the number of loops does not matter."""
     model = _without_storage(cfg)
     total = sum(p.numel() for p in model.parameters())
     return Parameters(total, total - int(_routed(model, cfg.n_experts - cfg.n_experts_per_tok)))
 
 
 def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
-    """Floating-point operations to decode one token that sees ``context`` tokens, its own included.
+    """Floating-point operations to decode one token that attends to ``context`` tokens, itself included.
 
-    Counts the matrix products, two operations per multiply-add: every matrix that the token meets, once for each
-    time, and the scores and values of attention. Norms, rotations, softmax and the short convolutions are left out.
-    MLA is counted in its absorbed form, which decoding uses. A token of a long prompt costs less: on average it sees
-    half of the prompt, and MLA reads that in its expanded form.
+    Counts the matrix products, two operations per multiply-add: every matrix as often as the token uses it, and the
+    scores and values of attention. Norms, rotations, softmax and the short convolutions are left out. MLA is counted
+    in its absorbed form, which decoding uses. A token of a long prompt costs less: on average it attends to half of
+    the prompt, and MLA reads that in its expanded form.
 
-    The gate is asked after every loop if ``cfg.halting``, and else not counted. ``n_loops`` is a mean over tokens where
-    they halt at different ones; ``context`` is at least 1.
+    The gate is counted once per loop if ``cfg.halting``, else not at all. ``n_loops`` is a mean over tokens where they
+    halt at different loops; ``context`` is at least 1.
     """
     return FLOPS_PER_MULTIPLY_ADD * _forward(cfg, n_loops, context, min(cfg.local_window, context), absorbed=True)
 
@@ -56,7 +56,7 @@ def flops_per_token(cfg: MythosConfig, n_loops: float, context: int) -> float:
 def flops_per_prompt_token(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
     """As :func:`flops_per_token`, for a token of a prompt that is read in one pass: the mean over its ``n_tokens``.
 
-    Token i sees i tokens, and MLA is counted in its expanded form.
+    Token i attends to i tokens, and MLA is counted in its expanded form.
     """
     return FLOPS_PER_MULTIPLY_ADD * _forward(cfg, n_loops, *_mean_context(cfg, n_tokens), absorbed=False)
 
@@ -64,8 +64,8 @@ def flops_per_prompt_token(cfg: MythosConfig, n_loops: float, n_tokens: int) -> 
 def flops_of_prompt(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
     """As :func:`flops_per_prompt_token`, for all ``n_tokens`` together, as generation reads them.
 
-    Of the last position alone are logits wanted, so the others miss the head, and of the coda's last block all but
-    what they leave in the cache; there MLA is counted as the last position reads, in its absorbed form.
+    Only the last position needs logits, so the others skip the head and, in the coda's last block, all but what they
+    write to the cache; MLA is counted in its absorbed form there, as the last position reads it.
     """
     model = _without_storage(cfg)
     missed: list[nn.Module] = [model.head]
@@ -83,11 +83,11 @@ def flops_of_prompt(cfg: MythosConfig, n_loops: float, n_tokens: int) -> float:
 def flops_per_trained_token(
     cfg: MythosConfig, n_loops: float, n_tokens: int, n_grad: float | None = None, recompute: bool = False
 ) -> float:
-    """As :func:`flops_per_prompt_token`, for a step of training with gradient through ``n_grad`` of the loops, or all.
+    """As :func:`flops_per_prompt_token`, for a training step with gradient through ``n_grad`` of the loops (None: all).
 
-    The backward pass counts twice the forward pass, and ``recompute`` one forward pass more of the loops that have
-    gradient. The halting gate, which no loop of training asks, is left out, and so is what exploration for the gate and
-    warm starts add.
+    The backward pass counts twice the forward pass, and ``recompute`` adds a forward pass of the loops with gradient.
+    The halting gate, which training does not run, is left out, and so is the cost of exploration for the gate and of
+    warm starts.
     """
     idle = cfg.halting and cfg.recurrence == "injected"  # a mixture asks its gate in training too
     gate = _matrices(_without_storage(cfg).recurrent.act) if idle else 0
@@ -99,22 +99,22 @@ def flops_per_trained_token(
 def bytes_per_decoding_step(
     cfg: MythosConfig, n_loops: int, context: int, batch: int = 1, bytes_per_number: int = 4
 ) -> float:
-    """Bytes that must be read to decode one token for each of ``batch`` rows: weights of matrices, and cached rows.
+    """Bytes that must be read to decode one token for each of ``batch`` rows: weights of matrices, and cached keys.
 
     A weight counts each time it is used, so those of the recurrent block ``n_loops`` times: a block that stays in the
-    processor's own cache is read from memory less often than that. Of the experts, so many are counted as rows that
-    choose at random would meet; of the cached rows, those that a head sees.
+    processor's own cache is read from memory less often than that. Of the experts, the number expected if rows choose
+    at random is counted; of the cached rows, those that a head attends to.
 
-    ``context`` are the tokens that the token sees, its own included, and ``bytes_per_number`` those of weights and
-    cache: 2 for bfloat16, 4 for float32.
+    ``context`` is the number of tokens attended to, the token itself included; ``bytes_per_number`` is that of weights
+    and cache: 2 for bfloat16, 4 for float32.
     """
     met = cfg.n_experts and cfg.n_experts * (1 - (1 - cfg.n_experts_per_tok / cfg.n_experts) ** batch)
     outside, loop = _weights(cfg, met)
     rows_outside = (cfg.prelude_layers + cfg.coda_layers) * context * _row(cfg)
     window, n_local = min(cfg.local_window, context), cfg.n_local_heads
-    if cfg.attn_type == "gqa":  # heads share rows in groups, the local ones first
+    if cfg.attn_type == "gqa":  # groups of heads share keys and values, the local heads first
         per_group = cfg.n_heads // cfg.n_kv_heads
-        near = n_local // per_group  # groups that no head reads in full
+        near = n_local // per_group  # groups in which all heads are local
         rows_loop = ((cfg.n_kv_heads - near) * context + near * window) * 2 * cfg.head_dim
     else:
         rows_loop = (window if n_local == cfg.n_heads else context) * _row(cfg)
@@ -126,40 +126,40 @@ def _without_storage(cfg: MythosConfig) -> OpenMythos:
     return _built(cfg.to_json())
 
 
-@lru_cache(maxsize=2)  # a table asks for one config many times, and the cost of a run for two
+@lru_cache(maxsize=2)  # tables use one config many times, and the cost of a run uses two
 def _built(config: str) -> OpenMythos:
     return without_storage(OpenMythos, MythosConfig.from_json(config))
 
 
 def _matrices(*modules: nn.Module) -> int:
-    """Weights of the linear layers inside: multiply-adds of one token that passes each once."""
+    """Number of weights of the linear layers inside: the multiply-adds of a token that passes each once."""
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(layer.weight.numel() for layer in layers)
 
 
 def _routed(model: OpenMythos, n_experts: float) -> float:
-    """Weights of so many of the routed experts of each layer of the recurrent block."""
+    """Number of weights of ``n_experts`` routed experts in each layer of the recurrent block."""
     ffns = [layer.ffn for layer in model.recurrent.layers if isinstance(layer.ffn, MoEFFN)]
     return n_experts * sum(ffn.gate_up[0].numel() + ffn.down[0].numel() for ffn in ffns)
 
 
 def _weights(cfg: MythosConfig, n_experts: float) -> tuple[int, float]:
-    """Weights of the matrices outside of the loop, and of those in it with so many of the routed experts."""
+    """Number of weights of matrices outside the loop, and inside it with ``n_experts`` of the routed experts."""
     model = _without_storage(cfg)
     outside, loop = _matrices(model.head, *model.prelude, *model.coda), float(_matrices(model.recurrent))
     loop += _routed(model, n_experts)
     lora, is_injected = model.recurrent.lora, cfg.recurrence == "injected"
     if lora is not None:
         loop += lora.B.numel()
-        if is_injected:  # it reads what all loops do
+        if is_injected:  # its input is the same in all loops, so it is computed once
             outside, loop = outside + _matrices(lora.down), loop - _matrices(lora.down)
-    if not cfg.halting and is_injected:  # then nobody asks the gate
+    if not cfg.halting and is_injected:  # the gate is not computed
         loop -= _matrices(model.recurrent.act)
     return outside, loop
 
 
 def _forward(cfg: MythosConfig, n_loops: float, seen: float, seen_near: float, absorbed: bool) -> float:
-    """Multiply-adds of one token that sees ``seen`` tokens, and ``seen_near`` through a local head."""
+    """Multiply-adds of one token that attends to ``seen`` tokens, and to ``seen_near`` in a local head."""
     outside, loop = _weights(cfg, cfg.n_experts_per_tok)
     per_key = _per_key(cfg, absorbed)
     n_local = cfg.n_local_heads
@@ -169,7 +169,7 @@ def _forward(cfg: MythosConfig, n_loops: float, seen: float, seen_near: float, a
 
 
 def _per_key(cfg: MythosConfig, absorbed: bool) -> int:
-    """Multiply-adds with which a head reads one key and its value."""
+    """Multiply-adds of one head for one key and its value."""
     if cfg.attn_type == "gqa":
         return 2 * cfg.head_dim
     if absorbed:
@@ -178,14 +178,14 @@ def _per_key(cfg: MythosConfig, absorbed: bool) -> int:
 
 
 def _mean_context(cfg: MythosConfig, n_tokens: int) -> tuple[float, float]:
-    """Tokens that a token of a prompt sees on average, and through a local head."""
+    """Tokens that a token of a prompt attends to on average, in a global and in a local head."""
     window = min(cfg.local_window, n_tokens)
     near = (window * (window + 1) / 2 + (n_tokens - window) * window) / n_tokens
     return (n_tokens + 1) / 2, near
 
 
 def _row(cfg: MythosConfig) -> int:
-    """Numbers that a cache holds for one token in one slot."""
+    """Count of numbers that a cache holds for one token in one slot."""
     if cfg.attn_type == "gqa":
         return 2 * cfg.n_kv_heads * cfg.head_dim
     return cfg.kv_lora_rank + cfg.qk_rope_head_dim
@@ -201,10 +201,10 @@ def cache_bytes_per_token(cfg: MythosConfig, n_loops: int, bytes_per_number: int
 
 
 def cache_bytes(kv_cache: KVCache | dict[str, Any]) -> int:
-    """Bytes of the key and value rows that a cache holds, measured.
+    """Measured bytes of the key and value rows that a cache holds.
 
-    Neither the padding mask, nor the room that :class:`KVCache` keeps for rows to come, nor the few rows that wait for
-    the convolution are counted.
+    Not counted are the padding mask, the capacity that :class:`KVCache` reserves for further rows, and the few rows
+    that the convolution still needs.
     """
     if isinstance(kv_cache, KVCache):
         return kv_cache.nbytes

@@ -1,4 +1,4 @@
-"""What the machine can do: the rates that a model's speed is a share of, measured, and what it is called."""
+"""Measured peak rates of this machine, to which a model's speed is compared, and its description."""
 
 import os
 import platform
@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 
 MATMULS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (2048, 1024, 4096), (8192, 8192, 8192))
-"""Rows, inner width and columns of the products tried; the last is for an accelerator, which the others leave idle."""
+"""Rows, inner width and columns of the products tried; the last is for accelerators, which the others do not fill."""
 _READ_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than a processor's own cache holds
 
 
 def repeat(work: Callable[[], Any], device: torch.device, seconds: float, warm_up: int = 1) -> list[float]:
-    """Seconds that each repetition took, three at least, after some that warm up and do not count.
+    """Time repetitions of ``work``: seconds of each, at least three, after ``warm_up`` ones that do not count.
 
-    The device is waited for before each look at the clock. After ``seconds`` in all, warming up included, no
-    repetition beyond the third is begun.
+    The device is synchronised before each reading of the clock. After ``seconds`` in all, warm-up included, no
+    repetition beyond the third is started.
     """
     times: list[float] = []
     begun = time.perf_counter()
@@ -34,14 +34,14 @@ def repeat(work: Callable[[], Any], device: torch.device, seconds: float, warm_u
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what has been asked of the device; a CPU has done it."""
+    """Wait until the device has finished; on a CPU, operations are already done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> float:
-    """Floating-point operations a second of matrix products: the best of several sizes, each at its best.
+    """FLOP/s of matrix products: the best repetition of the best of several sizes.
 
     On a CPU, with the threads that torch is set to. It takes ``seconds`` in all.
     """
@@ -56,21 +56,21 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) 
 
 @torch.no_grad()
 def read_rate(device: torch.device, seconds: float = 1.0) -> float:
-    """Bytes a second that are read from memory, at best, while a long float32 vector is summed, ``seconds`` in all."""
+    """Memory read bandwidth in bytes/s: the best repetition of summing a long float32 vector, ``seconds`` in all."""
     x = torch.ones(_READ_BYTES[device.type] // 4, device=device)
     return x.nbytes / min(repeat(x.sum, device, seconds))
 
 
 @torch.no_grad()
 def copy_rate(device: torch.device, seconds: float = 1.0) -> float:
-    """As :func:`read_rate`, bytes that are read and written while a vector is copied to another."""
+    """As :func:`read_rate`, bytes read and written per second while a vector is copied to another."""
     x = torch.ones(_READ_BYTES[device.type] // 4, device=device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / min(repeat(partial(y.copy_, x), device, seconds))
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Conditions of a measurement: what ran it, on how many threads, with which vectors, and which versions."""
+    """Conditions of a measurement: device, threads, vector instructions and versions."""
     found = {"device": device.type, "name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """NVIDIA's driver's version, where its tool says it."""
+    """Version of NVIDIA's driver, by nvidia-smi; None without it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
@@ -89,7 +89,7 @@ def _driver() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's model, as ``lscpu`` says it, or what Python knows."""
+    """The processor's model by ``lscpu``, or else by Python's ``platform``."""
     try:
         lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name"))
@@ -98,7 +98,7 @@ def cpu_name() -> str:
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that a new process could take, where Linux tells; None elsewhere."""
+    """Available memory in bytes, by Linux's /proc/meminfo; None elsewhere."""
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)

@@ -1,4 +1,4 @@
-"""Does the loop settle? The spectral radius of its linear part, and the growth rate of the whole."""
+"""Convergence of the loop: the spectral radius of its linear part, and that of the whole loop's Jacobian."""
 
 import math
 
@@ -12,28 +12,27 @@ from open_mythos.nn.untied import UntiedBlocks
 
 
 def spectral_radius(model: OpenMythos) -> float:
-    """Largest entry of the diagonal A of ``h <- A h + B e``: below 1, the linear part forgets its start.
+    """Largest entry of the diagonal A of ``h <- A h + B e``: below 1, the linear part forgets its initial state.
 
-    1 for a plain transformer, whose blocks add to what they read."""
+    1 for a plain transformer, whose blocks add to their input."""
     injection = model.recurrent.injection
     return 1.0 if injection is None else float(injection.get_A().detach().max())
 
 
 def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, iterations: int = 50) -> float:
-    """By how much one more loop multiplies a small disturbance of the state, in the long run.
+    """Asymptotic factor by which one more loop multiplies a small perturbation of the state.
 
     An estimate of the spectral radius of the loop's Jacobian, at the state after ``n_loops`` loops without halting.
-    Below 1, the state is settling on a fixed point; above 1, it keeps moving. It is found by power iteration on the
+    Below 1, the state converges to a fixed point; above 1, it keeps moving. It is found by power iteration on the
     *transposed* Jacobian: that has the same eigenvalues, and its products are plain backward passes, exact where
     forward-mode differentiation does not exist (grouped matrix products have none).
 
     Args:
-        model: computes as in eval mode and keeps its own.
+        model: run in eval mode; its own mode is restored.
         input_ids: (B, T), without padding.
         n_loops: loops before the one that is measured; ``cfg.max_loop_iters`` if None.
-        iterations: backward passes. The result is the geometric mean of the growth in the second half of them: a
-            Jacobian with complex eigenvalues does not grow evenly, and tokens that feed later tokens make the
-            start slow.
+        iterations: backward passes. The result is the geometric mean of the growth in the second half of them: with
+            complex eigenvalues growth is uneven, and tokens that feed later tokens delay it at first.
 
     Raises:
         ValueError: for input that does not fit the model, or fewer than 2 iterations.
@@ -48,7 +47,7 @@ def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, 
         with torch.no_grad():
             e, ctx = model.encode(input_ids)
             h = model.recurrent.states(model.first_state(e, ctx), e, ctx, n_loops)[-1]
-        # What a mixture carries beside its state goes along; it never comes back into the state.
+        # What a mixture carries beside its state is passed on, but never feeds back into the state.
         h, others = h.detach().tensor_split([model.cfg.dim], -1)
         h.requires_grad_()
         after = model.recurrent.step(torch.cat([h, others], -1), e, n_loops, ctx)[..., : model.cfg.dim]

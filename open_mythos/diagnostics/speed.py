@@ -1,4 +1,4 @@
-"""How fast a model trains, reads a prompt and decodes, and what share of the machine's rates that is."""
+"""Speed of training, prefill and decoding, with the operations and bytes to compare with the machine's rates."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from open_mythos.generation.engine import Depth, Engine
 from open_mythos.generation.engines import make_engine
 from open_mythos.model import OpenMythos
 
-NEW = 16  # tokens that one repetition of decoding makes
+NEW = 16  # tokens generated per repetition of decoding
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Repetitions of one piece of work.
+    """Measured repetitions of one kind of work.
 
     Attributes:
         work: train, prefill or decode.
-        batch, tokens: rows, and tokens of each: those trained on, read, or held before decoding.
+        batch, tokens: rows, and tokens of each: those trained on, read, or in the cache before decoding.
         n_loops: loops of every token.
-        per_repetition: tokens that each repetition handles.
+        per_repetition: tokens that each repetition trains on, reads or generates.
         flops: operations of a repetition, as :mod:`open_mythos.diagnostics.cost` counts them.
-        bytes: that a repetition must read; None unless it decodes.
+        bytes: bytes that a repetition must read; None unless it decodes.
         seconds: of each repetition.
     """
 
@@ -42,7 +42,7 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the median repetition, as the other rates."""
+        """Rate of the median repetition, like the other rates."""
         return self.per_repetition / median(self.seconds)
 
     @property
@@ -57,10 +57,10 @@ class Speed:
 def train_speed(
     model: OpenMythos, batch: int, tokens: int, n_loops: int, dtype: torch.dtype = torch.float32, seconds: float = 10.0
 ) -> Speed:
-    """Steps of training: forward, cross-entropy, backward, AdamW. The model's weights change.
+    """Time training steps: forward, cross-entropy, backward, AdamW. The model's weights change.
 
-    The model is in float32, on the device to use, and all loops have gradient; ``dtype`` is bfloat16 for autocast to
-    it. ``seconds`` in all, as :func:`~open_mythos.diagnostics.machine.repeat`; the other arguments as :class:`Speed`.
+    The model is in float32, on the device to use, and all loops have gradient; ``dtype`` bfloat16 turns on autocast.
+    ``seconds`` in all, as of :func:`~open_mythos.diagnostics.machine.repeat`; the other arguments as :class:`Speed`.
     """
     ids, device = _random_ids(model, batch, tokens + 1), model.embed.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -76,14 +76,14 @@ def train_speed(
 
     flops = batch * tokens * cost.flops_per_trained_token(model.cfg, n_loops, tokens)
     model.train()
-    times = repeat(step, device, seconds, warm_up=4)  # until then memory is asked of the system, and faulted in
+    times = repeat(step, device, seconds, warm_up=4)  # the first steps allocate memory, which costs page faults
     model.eval()
     return Speed("train", batch, tokens, n_loops, batch * tokens, flops, None, times)
 
 
 @torch.inference_mode()
 def prefill_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seconds: float = 5.0) -> Speed:
-    """Prompts read into a cache, up to the logits of their last position; arguments as :func:`train_speed`.
+    """Time reading prompts into a cache, up to the logits of their last position; arguments as :func:`train_speed`.
 
     The model may be in any dtype, and is left in eval mode.
     """
@@ -98,7 +98,7 @@ def prefill_speed(model: OpenMythos, batch: int, tokens: int, n_loops: int, seco
 def decode_speed(
     model: OpenMythos, batch: int, tokens: int, n_loops: int, seconds: float = 5.0, engine: str = "auto"
 ) -> Speed:
-    """The likeliest token, ``NEW`` times a repetition, after ``tokens`` that are in the cache; else as above."""
+    """Time greedy decoding of ``NEW`` tokens per repetition, after ``tokens`` in the cache; else as prefill_speed."""
     ids = _random_ids(model, batch, tokens)
     model.eval()
     first, made = _read(model, ids, n_loops, engine)

@@ -1,4 +1,4 @@
-"""One forward pass, with a record of what every loop did."""
+"""A forward pass with a record of every loop."""
 
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from open_mythos.nn.modes import eval_mode
 
 @dataclass
 class Trace:
-    """What happened in a forward pass. Logits and halting at padding mean nothing; all else is 0 there.
+    """Record of a forward pass. Logits and halting are meaningless at padding; all else is 0 there.
 
     Once every position has halted no loop is run: ``delta`` and ``expert_load`` are 0 from then on, and ``halting``
     stays as it was.
@@ -28,7 +28,7 @@ class Trace:
         loops_used: (B, T) int64, loops that each position ran.
         halting: (n_loops, B, T) probability given by the halting gate after each loop.
         delta: (n_loops, B, T) float32, ``|h_t - h_{t-1}| / |h_t|``; 0 for a position that did not run.
-        expert_load: (n_loops, n_experts) float32, how often each expert was chosen, padding left out; summed over the
+        expert_load: (n_loops, n_experts) float32, tokens routed to each expert, padding left out; summed over the
             layers of the recurrent block, if it has several.
     """
 
@@ -47,7 +47,7 @@ def trace(
     """Run ``model`` in eval mode, without gradients, and record every loop; other threads may use it meanwhile.
 
     Args:
-        model, input_ids: the model, and what it reads, (B, T).
+        model, input_ids: the model, and its input, (B, T).
         n_loops: loops to run; ``cfg.max_loop_iters`` if None.
         attention_mask: (B, T), 0 at padding.
 
@@ -77,10 +77,10 @@ def trace(
 
 @contextmanager
 def _expert_load(model: OpenMythos) -> Iterator[list[Tensor]]:
-    """A list that gains the (n_experts,) counts of each loop that runs inside, those of all layers together.
+    """Yield a list to which each loop run inside appends its (n_experts,) counts, summed over layers.
 
-    A hook, because it also sees the calls of a model whose ``ffn.forward`` somebody has replaced; other threads' too,
-    which are passed over.
+    Forward hooks also see the calls of a model whose ``ffn.forward`` has been replaced; those of other threads are
+    ignored.
     """
     loads, own = list[Tensor](), threading.get_ident()
 

@@ -1,1 +1,1 @@
-"""What training a model takes on GPUs that need not be there: memory, traffic, time, and the layout that is fastest."""
+"""Estimates of training a model on GPUs, without having them: memory, traffic, time, and the fastest layout."""

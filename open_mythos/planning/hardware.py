@@ -1,4 +1,4 @@
-"""GPUs and what connects them, as their makers say; none of them was measured here. Imports no torch.
+"""GPUs and their interconnects, by their makers' data sheets; none was measured here. Imports no torch.
 
 Rates of matrix products are dense bfloat16 with float32 accumulation, without the factor of two for sparsity; links
 count one direction, half of what NVLink's data sheets print.
@@ -22,7 +22,7 @@ from open_mythos.fields import must, nearest
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: FLOP/s of matrix products in bfloat16, bytes of memory and of it per second, its link, watts."""
+    """A GPU: FLOP/s of matrix products in bfloat16, bytes of memory, bytes per second of its bandwidth, link, watts."""
 
     flops: float
     memory: float
@@ -33,7 +33,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes per second and GPU in one direction, seconds to begin, and whether it joins machines or stays inside."""
+    """Bytes per second and GPU in one direction, latency in seconds, and whether it joins machines or GPUs in one."""
 
     rate: float
     latency: float
@@ -60,13 +60,13 @@ BETWEEN = "infiniband"
 
 
 def links(text: str, device: Device) -> tuple[Link, Link]:
-    """What joins the GPUs of a machine, and machines, of a text such as ``nvlink``, ``pcie,ethernet`` or ``25``.
+    """Parse the links within and between machines from a text such as ``nvlink``, ``pcie,ethernet`` or ``25``.
 
-    Names go where they belong; what is not named is the device's own link, and InfiniBand. ``nvlink`` is that of the
-    device. A number is GB/s between machines, or of two, the first inside of one.
+    A name sets the link of its kind; the defaults are the device's own link and InfiniBand. ``nvlink`` is that of the
+    device. A number is GB/s between machines; of two words the first, if a number, is GB/s within a machine.
 
     Raises:
-        ValueError: for an unknown name, or a number that is no rate.
+        ValueError: for an unknown name, or a number that is not a rate.
     """
     found = {False: LINKS[device.link], True: LINKS[BETWEEN]}
     words = [word.strip() for word in text.split(",")] if text else []

@@ -1,4 +1,4 @@
-"""What is to be planned: a model, how it is trained, on what, and how GPUs share it. Imports no torch."""
+"""The input of a plan: a model, its training, its GPUs, and how these divide it. Imports no torch."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -8,23 +8,23 @@ from open_mythos.fields import Checked, choice, flag, must, part, real, size
 from open_mythos.planning.hardware import DEVICES, Device, Link, links
 
 MOST_GPUS = 1_000_000
-ROW = 4096  # tokens of a row, unless the model reads fewer or other numbers are asked for
-SMALL, BATCH_SMALL, BATCH = 3e9, 2**19, 2**22  # tokens of a step, of models below so many parameters and of others
+ROW = 4096  # default tokens of a row, if max_seq_len is not below it
+SMALL, BATCH_SMALL, BATCH = 3e9, 2**19, 2**22  # default tokens of a step: for models below SMALL parameters, and others
 
 
 @dataclass
 class Degrees(Checked):
-    """How many GPUs share what; 0: searched for. ``replicate * shard * tensor`` are all GPUs."""
+    """Degrees of parallelism; 0: searched for. ``replicate * shard * tensor`` is the number of GPUs."""
 
     replicate: int = size(0, minimum=0)  # copies of the model, over which gradients are summed
-    shard: int = size(0, minimum=0)  # GPUs that share parameters, gradients and optimizer state (FSDP)
-    expert: int = size(0, minimum=0)  # GPUs that keep different experts, and exchange tokens
-    tensor: int = size(0, minimum=0)  # GPUs that share each feed-forward, and compute the same tokens
+    shard: int = size(0, minimum=0)  # GPUs that divide parameters, gradients and optimizer state (FSDP)
+    expert: int = size(0, minimum=0)  # GPUs that hold different experts, and exchange tokens
+    tensor: int = size(0, minimum=0)  # GPUs that divide each feed-forward, and compute the same tokens
 
 
 @dataclass
 class Settings(Checked):
-    """How it is trained, and on what; 0 or "": the model's own, the device's own, or the usual."""
+    """Training and hardware of a plan; 0 or "": the value of the model, of the device, or a usual one."""
 
     device: str = choice("h100", *DEVICES)
     node: int = size(8)  # GPUs of a machine
@@ -32,27 +32,27 @@ class Settings(Checked):
     batch_size: int = size(0, minimum=0)  # sequences of one optimizer step
     length: int = size(0, minimum=0)  # tokens of a sequence
     loops: int = size(0, minimum=0)
-    grad_loops: int = size(0, minimum=0)  # how many of them, the last ones, have gradient; all
-    checkpoint_loops: str = choice("", "", "true", "false")  # recompute each loop; searched for
+    grad_loops: int = size(0, minimum=0)  # how many of them, the last ones, have gradient; 0: all
+    checkpoint_loops: str = choice("", "", "true", "false")  # recompute each loop; "": searched for
     optimizer: str = choice("adamw", "adamw", "muon")
     ema: bool = flag(True)  # whether averaged weights are kept
     precision: str = choice("bf16", "bf16", "fp32")
     efficiency: float = real(0.5, 0.0, 1.0, low_open=True)  # share of the peak that matrix products reach
-    usable: float = real(0.92, 0.0, 1.0, low_open=True)  # share of memory for us: context, libraries, fragmentation
-    tflops: float = real(0.0, 0.0)  # of one GPU, in place of the catalogue's
+    usable: float = real(0.92, 0.0, 1.0, low_open=True)  # share of memory left by context, libraries, fragmentation
+    tflops: float = real(0.0, 0.0)  # peak of one GPU; 0: the data sheet's
     bandwidth: float = real(0.0, 0.0)  # of its memory, in GB/s
     watts: float = real(0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who shares what, and how a step is divided.
+    """A way to divide a model and its batch over GPUs.
 
     Attributes:
         replicate, shard, expert, tensor: see :class:`Degrees`.
-        rows: sequences of a micro-batch of one GPU.
+        rows: sequences in a micro-batch of one GPU.
         accumulate: micro-batches of a step.
-        recompute: whether loops are computed again in the backward pass.
+        recompute: whether loops are recomputed in the backward pass.
     """
 
     replicate: int = 1
@@ -69,29 +69,29 @@ class Layout:
 
     @property
     def slices(self) -> int:
-        """GPUs that share the same experts, where fewer share experts than share the rest."""
+        """GPUs over which FSDP divides the same experts; above 1 if ``expert`` is less than ``shard``."""
         return max(1, self.shard // self.expert)
 
     @property
     def copies(self) -> int:
-        """GPUs that hold the same of the experts, besides a tensor group."""
+        """GPUs that hold the same part of the experts, not counting those of a tensor group."""
         return self.replicate * self.shard // self.slices // self.expert
 
     @property
     def settings(self) -> list[str]:
-        """What to type after ``mythos train``."""
+        """Overrides for ``mythos train``."""
         degrees = [f"parallel.{name}={getattr(self, name)}" for name in ("replicate", "shard", "expert", "tensor")]
         return [*degrees, f"accumulate={self.accumulate}", f"checkpoint_loops={str(self.recompute).lower()}"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what.
+    """A training job to plan: model, GPUs and settings.
 
     Attributes:
         cfg: of the model.
-        gpus, memory: how many, and bytes of each.
-        settings: the rest, with 0 where :attr:`loops` and the like say what it means.
+        gpus, memory: number of GPUs, and bytes of each; 0: the device's own.
+        settings: the rest; :attr:`loops` and similar properties resolve a 0.
         interconnect: see :func:`~open_mythos.planning.hardware.links`.
         n_parameters: of the model.
     """
@@ -114,7 +114,7 @@ class Job:
 
     @cached_property
     def config(self) -> str:
-        """Of the model, as JSON, which can be looked up by."""
+        """Config of the model as JSON, which is hashable for caches."""
         return self.cfg.to_json()
 
     @cached_property
@@ -130,12 +130,12 @@ class Job:
 
     @cached_property
     def links(self) -> tuple[Link, Link]:
-        """Inside of a machine, and between machines."""
+        """Links within a machine, and between machines."""
         return links(self.interconnect, self.device)
 
     @property
     def room(self) -> float:
-        """Bytes of a GPU that training may fill."""
+        """Bytes of a GPU's memory that training may use."""
         return self.device.memory * self.settings.usable
 
     @property
@@ -156,12 +156,12 @@ class Job:
 
     @property
     def number(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Bytes of a number in the precision of computation."""
         return 2 if self.is_bf16 else 4
 
     @property
     def batch_size(self) -> int:
-        """Sequences of a step: as asked, or about as many tokens as are usual, divisible by the GPUs."""
+        """Sequences of a step: as set, or about a usual number of tokens, divisible by the GPUs."""
         if self.settings.batch_size:
             return self.settings.batch_size
         tokens = BATCH_SMALL if self.n_parameters < SMALL else BATCH

@@ -1,4 +1,4 @@
-"""What one GPU of a layout holds and keeps, read off the model itself: its blocks run on tensors without storage."""
+"""Parameters and activations of one GPU of a layout, measured by running the model's blocks on fake tensors."""
 
 import math
 import weakref
@@ -29,9 +29,9 @@ class Unit:
 
     Attributes:
         name: of the block, or of the part of it.
-        numel: on one GPU, before they are sharded; of them ``n_muon`` Muon's, ``n_routed`` of routed experts, and
-            ``n_core`` of blocks that run in every loop.
-        is_routed: whether these have been divided by expert parallelism.
+        numel: number on one GPU before FSDP divides them; of these ``n_muon`` are trained by Muon, ``n_routed`` belong
+            to routed experts, and ``n_core`` to blocks that run in every loop.
+        is_routed: whether it holds routed experts that expert parallelism divides.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes that a part of a step keeps for its backward pass, and needs beside these while that runs.
+    """Bytes that a part of a step keeps for its backward pass, and extra bytes needed while that runs (``working``).
 
-    ``weights`` of the latter are gradients of weights on their way, and do not grow with tokens.
+    Of the latter, ``weights`` are temporary gradients of weights, and do not grow with tokens.
     """
 
     kept: float
@@ -54,21 +54,21 @@ class Piece:
     weights: float
 
     def toward(self, other: "Piece", share: float) -> "Piece":
-        """The mean of the two, in which ``other`` has this share."""
+        """Linear interpolation between the two, with weight ``share`` on ``other``."""
         mean = (a + share * (b - a) for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
         return Piece(*mean)
 
     def needs(self, rows: float) -> float:
-        """Bytes beside what so many rows keep."""
+        """Extra bytes that the backward pass of ``rows`` rows needs beside what they keep."""
         return self.weights + rows * (self.working - self.weights)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Of a row of tokens: what is around the blocks, a block of prelude or coda, a loop; the loss of ``loss_tokens``;
-    and the bytes of a state between loops.
+    """Bytes for one row of tokens: for what is outside the blocks, a block of prelude or coda, a loop; for the loss of
+    ``loss_tokens``; and of a state between loops.
 
-    Gradients of routed experts, which depend on how many a GPU has, are not among what a loop needs.
+    Those of a loop exclude gradients of routed experts, which depend on the number of experts on a GPU.
     """
 
     ends: Piece
@@ -80,8 +80,8 @@ class Pieces:
 
 
 def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
-    """Along which dimensions parameters are divided, by name: dense feed-forwards and shared experts over ``tensor``,
-    and the vocabulary where that divides it; routed experts over ``expert``; all else is everywhere.
+    """Dimensions along which parameters are divided, by name: dense feed-forwards and shared experts over ``tensor``,
+    the vocabulary too if its size is divisible; routed experts over ``expert``; all others are not divided.
     """
     found: dict[str, dict[int, str]] = {f"{name}.weight": {0: "vocabulary"} for name in ("embed", "head")}
     for path, module in model.named_modules():
@@ -93,16 +93,16 @@ def divided(model: OpenMythos) -> dict[str, dict[int, str]]:
 
 
 def local_shape(shape: torch.Size, dims: dict[int, str], tensor: int, expert: int) -> list[int]:
-    """Of one GPU's share of a parameter, rounded up."""
+    """Shape of one GPU's part of a parameter, rounded up."""
     parts = {"tensor": tensor, "expert": expert, "vocabulary": tensor if shape[0] % tensor == 0 else 1}
     return [-(-size // parts[dims[dim]]) if dim in dims else size for dim, size in enumerate(shape)]
 
 
 @lru_cache(maxsize=256)
 def units(config: str, tensor: int = 1, expert: int = 1, slices: int = 1) -> list[Unit]:
-    """Every block and what is left; of a model whose experts are divided, these, and all else as one.
+    """FSDP units: every block and the rest; with expert parallelism, the experts of every layer and the rest.
 
-    Where ``slices`` GPUs share the same experts, routers and shared experts are units too.
+    Where ``slices`` GPUs divide the same experts, routers and shared experts are units too.
     """
     found: dict[str, list[int]] = {}
     for name, shape, dims, is_muon in _parameters(config):
@@ -128,7 +128,7 @@ def units(config: str, tensor: int = 1, expert: int = 1, slices: int = 1) -> lis
 
 @lru_cache(maxsize=4)
 def _parameters(config: str) -> list[tuple[str, torch.Size, dict[int, str], bool]]:
-    """Of each: its name, shape and divided dimensions, and whether it is one that Muon takes."""
+    """Name, shape and divided dimensions of each parameter, and whether Muon trains it."""
     model = without_storage(OpenMythos, MythosConfig.from_json(config))
     dims, found = divided(model), []
     for name, parameter in model.named_parameters():
@@ -139,7 +139,7 @@ def _parameters(config: str) -> list[tuple[str, torch.Size, dict[int, str], bool
 
 
 def tensor_degrees(cfg: MythosConfig) -> list[int]:
-    """Degrees of tensor parallelism: those that divide every feed-forward that all tokens pass."""
+    """Possible degrees of tensor parallelism: divisors of the width of every feed-forward that all tokens pass."""
     widths = [cfg.ffn_dim] * (cfg.prelude_layers + cfg.coda_layers > 0 or not cfg.n_experts)
     common = math.gcd(*widths, cfg.shared_dim if cfg.n_experts else 0)
     return [degree for degree in range(1, min(common, _MOST_TENSOR) + 1) if common % degree == 0] or [1]
@@ -161,12 +161,12 @@ def pieces(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
 
 @lru_cache(maxsize=16)
 def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
-    """:func:`pieces`, by the kernels of a CPU: for a GPU, whose norms and attention keep less, an upper bound."""
+    """:func:`pieces`, measured with CPU kernels: an upper bound for a GPU, whose norms and attention keep less."""
     cfg = MythosConfig.from_json(config)
     model = without_storage(OpenMythos, cfg).train()
     dims = divided(model)
     core, n_loss = model.recurrent, max(1, min(length, MAX_LOGITS // model.cfg.vocab_size))
-    few = max(1, cfg.n_experts // 2)  # of one expert alone, no tokens are grouped
+    few = max(1, cfg.n_experts // 2)  # degree that leaves two experts: with one alone, tokens would not be grouped
     with FakeTensorMode(), Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
         for name, parameter in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
@@ -187,7 +187,7 @@ def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
         given = model.first_state(e, ctx), core.prepare(e), e[0, :n_loss]
         h, held, x = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), given)
         targets, weights = torch.zeros(n_loss, dtype=torch.int64), torch.ones(n_loss)
-        state = core.step(h, held, 0, ctx)  # makes masks, which all loops share
+        state = core.step(h, held, 0, ctx)  # also makes the masks, which all loops share
         return Pieces(
             live.piece([], lambda: model.decode(model.first_state(model.encode(ids)[0], ctx), ctx)),
             live.piece(blocks[:1], lambda: blocks[0](held.e, ctx)) if blocks else Piece(0, 0, 0),
@@ -199,7 +199,7 @@ def measured(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of tensors that operators made inside and that still live, and the most that did.
+    """Dispatch mode that counts the bytes of live tensors made by operators inside it, and their peak.
 
     Copies of ``weights``, such as autocast makes, are not counted.
     """
@@ -217,7 +217,7 @@ class Live(TorchDispatchMode):
         return out
 
     def record(self, tensors: Iterable[Tensor], is_counted: bool = True) -> None:
-        """Tensors that an operator returned; storage that is known is not counted again."""
+        """Count the tensors that an operator returned; storage is counted once."""
         for x in tensors:
             if (storage := x.untyped_storage()) not in self.known:
                 self.known[storage] = None
@@ -230,7 +230,7 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
     def piece(self, modules: list[nn.Module], work: Callable[[], Tensor]) -> Piece:
-        """What ``work`` keeps and needs, with the parameters of these modules."""
+        """Measure what ``work`` keeps, and what its backward pass needs; ``modules`` own its parameters."""
         before = self.bytes
         out = work()
         kept, self.peak = self.bytes - before, self.bytes

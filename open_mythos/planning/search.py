@@ -1,4 +1,4 @@
-"""The fastest layout that fits, and what would have to change where none does."""
+"""Search for the fastest layout that fits into memory, and advice on what to change where none does."""
 
 import math
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ _MOST_GPUS, _MOST_ROWS = 1 << 16, 1 << 10
 
 
 class Found(NamedTuple):
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         best: the fastest sheet that fits; None if none does.
-        least: the one that takes least memory.
-        sharded: the one that takes least of those without expert and tensor parallelism, if there are any: FSDP alone.
-        n_layouts: how many were looked at.
+        least: the one that takes the least memory.
+        sharded: the one that takes the least memory with FSDP alone (no expert or tensor parallelism), if there is one.
+        n_layouts: number of layouts examined.
     """
 
     best: Sheet | None
@@ -30,10 +30,10 @@ class Found(NamedTuple):
 
 
 def search(job: Job, most_rows: int = _MOST_ROWS) -> Found:
-    """Look at every layout of the job's GPUs, with at most so many rows in a micro-batch.
+    """Examine every layout of the job's GPUs, with at most ``most_rows`` rows in a micro-batch.
 
     Raises:
-        ValueError: if degrees that were asked for do not divide what they share, or the batch cannot be shared.
+        ValueError: if degrees that are set do not divide GPUs or sizes of the model, or GPUs do not divide the batch.
     """
     sheets = [Sheet(job, layout) for layout in layouts(job, most_rows)]
     fitting = [sheet for sheet in sheets if sheet.memory.total <= job.room]
@@ -93,7 +93,7 @@ def _shares(job: Job) -> Iterator[Layout]:
                 slices = layout.slices if expert > 1 else 1
                 divides = 2 * job.cfg.expert_dim % slices == 0 and job.cfg.dim % slices == 0
                 if not divides or (tensor > 1 and job.cfg.dim % shard):
-                    continue  # what a GPU's share of a matrix is sharded along
+                    continue  # FSDP could not divide a GPU's part evenly
                 if all(value in (0, getattr(layout, name)) for name, value in asked.to_dict().items()):
                     yield layout
 
@@ -111,14 +111,14 @@ def _batches(job: Job, shares: Layout, most_rows: int) -> Iterator[Layout]:
 
 
 def would_fit(job: Job) -> str:
-    """What to change in a job that does not fit: its layout, the fewest GPUs that share it, or their memory."""
+    """Options for ``mythos plan`` under which a job that does not fit would: layout, more GPUs, or more memory."""
     frugal = replace(job.settings, parallel=Degrees(), checkpoint_loops="true", batch_size=0)
     here = search(job, most_rows=1)
     free = search(replace(job, settings=frugal), most_rows=1)
     if free.best is not None:
         return f"{_degrees(free.best)} or {_memory(here.least)} as it is"
     doubled = [job.gpus << i for i in range(1, _MOST_GPUS.bit_length()) if job.gpus << i <= _MOST_GPUS]
-    for gpus in [*doubled[-1:], *doubled]:  # where the most do not do, fewer do not either
+    for gpus in [*doubled[-1:], *doubled]:  # the maximum first: if it does not fit there, it does not on fewer
         found = search(replace(job, gpus=gpus, settings=frugal), most_rows=1)
         if found.best is None and gpus == doubled[-1]:
             more = f"--gpus {gpus} {_memory(found.least)} {_degrees(found.least)}"

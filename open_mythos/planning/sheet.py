@@ -1,9 +1,9 @@
-"""What a layout takes on every GPU: bytes by kind, collectives, and the time of a step with what bounds it.
+"""Costs of a layout on every GPU: bytes by kind, collectives, and the time of a step with what bounds it.
 
-As :mod:`open_mythos.training.parallel` runs it: a unit that several GPUs share is gathered once a step, in float32, and
-stays to its end; its gradient is reduced once a micro-batch, whatever the number of loops and of their recomputations.
-In bfloat16, autocast copies weights: those of experts in every loop, others once. Experts are taken to
-be chosen evenly.
+As :mod:`open_mythos.training.parallel` runs it: a unit that several GPUs divide is gathered once a step, in float32,
+and stays whole to its end; its gradient is reduced once a micro-batch, whatever the number of loops and recomputations.
+In bfloat16, autocast copies weights: those of experts in every loop, others once. Experts are assumed to be chosen
+evenly.
 """
 
 import math
@@ -19,7 +19,7 @@ from open_mythos.planning.rank import Pieces, Unit, pieces, units
 from open_mythos.training.objective import MAX_LOGITS
 from open_mythos.training.parallel.experts import goes_everywhere
 
-_FLOAT32 = 4  # bytes: of parameters, of gradients, of moments, and of what is gathered and reduced
+_FLOAT32 = 4  # bytes of a number in parameters, gradients, moments, and in gathers and reductions
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Memory:
     average: float  # averaged weights (EMA)
     gathered: float  # whole units
     copies: float  # of weights, in bfloat16
-    gradients: float  # whole ones until they are reduced, the buffer of a reduction, this GPU's share
+    gradients: float  # whole ones until they are reduced, buffers of a reduction, this GPU's share
     activations: float  # kept for the backward pass
     dispatch: float  # tokens on their way to experts of other GPUs, and back
-    working: float  # what is needed for a moment
+    working: float  # temporary buffers
 
     @property
     def total(self) -> float:
@@ -43,17 +43,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Collective:
-    """So many calls a step of one kind, in one group of GPUs.
+    """The calls of one kind of collective in a step, in one group of GPUs.
 
     Attributes:
         kind: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``.
-        group: who takes part: those that differ in ``shard``, ``replicate``, ``expert``, ``tensor`` alone; of experts
-            that are divided, ``slices`` share the same, and ``copies`` hold what others hold too.
-        of: the unit that is moved, ``gradients`` of all that is not sharded, ``tokens``, ``their gradients``, what
-            experts make of them (``results``, and gradients of these), or their ``counts``; of a divided vocabulary
+        group: mesh dimension of the GPUs that take part: ``shard``, ``replicate``, ``expert`` or ``tensor``; for
+            divided experts also ``slices``, which divide the same experts, and ``copies``, which hold the same part.
+        of: the unit that is moved; ``gradients`` of all that is not sharded; ``tokens``, ``their gradients``, the
+            experts' outputs (``results``, and gradients of these), or their ``counts``; for a divided vocabulary
             ``embeddings``, ``gradients of states``, and ``statistics`` of logits.
         count: calls a step.
-        bytes: of one call on one GPU: what all_gather makes, what the others take.
+        bytes: of one call on one GPU: the output of all_gather, the input of the others.
         size: GPUs of the group.
     """
 
@@ -67,7 +67,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Everything about a :class:`Layout` for a :class:`Job`."""
+    """The costs of a :class:`Layout` for a :class:`Job`: memory, traffic and time."""
 
     job: Job
     layout: Layout
@@ -81,17 +81,17 @@ class Sheet:
         return pieces(self.job.config, self.layout.tensor, self.job.length, self.job.is_bf16)
 
     def sharers(self, unit: Unit) -> int:
-        """How many GPUs share what is there of a unit."""
+        """Number of GPUs over which FSDP divides a unit."""
         return self.layout.slices if unit.is_routed else self.layout.shard
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, on one GPU."""
+        """Tokens of a micro-batch on one GPU."""
         return self.layout.rows * self.job.length
 
     @cached_property
     def memory(self) -> Memory:
-        """When most is in use: at the loss, in the backward pass of a loop, at a reduction, or after the last."""
+        """Memory at the peak: at the loss, in the backward pass of a loop, at a reduction, or after the last one."""
         job, layout, one, again = self.job, self.layout, self.pieces, self.layout.recompute
         share = _FLOAT32 * sum(unit.numel / self.sharers(unit) for unit in self.units)
         muon = _FLOAT32 * sum(unit.n_muon / self.sharers(unit) for unit in self.units)
@@ -107,7 +107,7 @@ class Sheet:
         early = 2 * job.is_bf16 * sum(u.numel - u.n_routed for u in self.units if not u.name.startswith("coda"))
         routed = 2 * job.is_bf16 * sum(unit.n_routed for unit in self.units)  # in each loop
         of_layer = sum(unit.n_routed for unit in self.units) / max(1, job.cfg.core_layers)
-        # of gate and up, by when their copies and what experts computed are gone
+        # gradients of gate and up arise when their copies and the experts' activations are already freed
         gone = self.tokens * job.cfg.n_experts_per_tok * (3 * job.cfg.expert_dim + job.cfg.dim) * job.number
         gradient = max(0, (_FLOAT32 + 2 * job.is_bf16) * of_layer * 2 / 3 - gone)
         loop, state = layout.rows * one.loop.kept, layout.rows * one.state
@@ -117,8 +117,8 @@ class Sheet:
         kept, kept_routed = (before + n * state, 0) if again else (before + n * loop, n * routed)
         working, travelling = one.loop.needs(layout.rows), self.dispatch_bytes
         left = kept + loop if again else kept - loop, 0 if again else kept_routed - routed
-        moments = [  # copies, gradients, activations, what travels, what is needed for a moment
-            (copies + kept_routed, earlier, kept, travelling, buffer),  # the last gathered, until the next is
+        moments = [  # copies, gradients, activations, dispatch, temporary buffers
+            (copies + kept_routed, earlier, kept, travelling, buffer),  # a gather's buffer stays until the next gather
             (copies + kept_routed, earlier, kept + coda + at_once * one.loss.kept, 0.0, at_once * one.loss.working),
             (early + kept_routed, earlier, kept + loop * again, travelling, working + gradient),
             (early + left[1], grads, left[0], travelling, working + gradient),
@@ -131,20 +131,20 @@ class Sheet:
 
     @property
     def dispatch_bytes(self) -> float:
-        """Of one loop: rows sent and received, and the same of results."""
+        """Bytes of one loop's dispatch: rows sent and received, and results likewise."""
         return 2 * self.travelling(self.sent) + 2 * self.travelling(self.reached, 0) if self.layout.expert > 1 else 0.0
 
     def travelling(self, places: float, beside: int = 2) -> float:
-        """Bytes that one GPU hands to an all-to-all, if a token goes to so many GPUs.
+        """Bytes that one GPU passes to an all-to-all if a token is sent to ``places`` GPUs.
 
-        ``beside`` it travel numbers of each of its experts: which it is, and its weight.
+        With each token go ``beside`` numbers for each of its experts: the expert's index and its weight.
         """
         cfg = self.job.cfg
         return self.tokens * places * (cfg.dim + beside * cfg.n_experts_per_tok) * self.job.number
 
     @property
     def reached(self) -> float:
-        """GPUs that have some of a token's experts."""
+        """Expected number of GPUs that have some of a token's experts."""
         n, topk, size = self.job.cfg.n_experts, self.job.cfg.n_experts_per_tok, self.layout.expert
         return size * (1 - math.comb(n - n // size, topk) / math.comb(n, topk))
 
@@ -156,7 +156,7 @@ class Sheet:
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """All of a step but those of a few bytes that end it: the norm, the experts' load, the loss."""
+        """All collectives of a step, except small ones at its end: of the norm, the experts' load, the loss."""
         job, layout, cfg = self.job, self.layout, self.job.cfg
         found, left = [], dict[str, float]()
         for unit in self.units:
@@ -192,7 +192,7 @@ class Sheet:
             n, rows = layout.accumulate, self.tokens * cfg.dim
             chunk = max(1, MAX_LOGITS // cfg.vocab_size)
             parts = layout.accumulate * math.ceil(self.tokens / chunk)
-            again = parts * (1 + (self.tokens > chunk))  # computed again in the backward pass
+            again = parts * (1 + (self.tokens > chunk))  # chunks are recomputed in the backward pass
             for of, count, taken in (
                 ("embeddings", n, _FLOAT32 * rows), ("gradients of states", parts, n * job.number * rows / parts),
                 ("statistics", 3 * again, _FLOAT32 * 2 * self.tokens * n / parts),
@@ -202,11 +202,11 @@ class Sheet:
 
     @property
     def vocabulary(self) -> int:
-        """GPUs that share the vocabulary."""
+        """GPUs that divide the vocabulary."""
         return self.layout.tensor if self.job.cfg.vocab_size % self.layout.tensor == 0 else 1
 
     def link(self, group: str, size: int) -> Link:
-        """What joins the GPUs of a group: neighbours share tensors, then experts, then shards, then copies."""
+        """The link of a group; neighbouring GPUs form tensor groups, then expert, shard and replica groups."""
         tensor, layout = self.layout.tensor, self.layout
         experts = tensor * layout.expert
         apart = {"shard": tensor, "replicate": tensor * layout.shard, "expert": tensor, "tensor": 1,
@@ -214,14 +214,14 @@ class Sheet:
         return self.job.links[apart[group] * size > self.job.settings.node]
 
     def seconds(self, one: Collective) -> float:
-        """Of all calls of a collective: latencies of a tree, and bytes over the link's rate (Thakur et al. 2005)."""
+        """Time of all calls of a collective: latency of a tree, and bytes over the link's rate (Thakur et al. 2005)."""
         link, trips = self.link(one.group, one.size), 2 if one.kind == "all_reduce" else 1
         moved = (one.size - 1) / one.size * one.bytes
         return one.count * trips * (link.latency * (one.size - 1).bit_length() + moved / link.rate)
 
     @cached_property
     def flops(self) -> float:
-        """Operations of a step on one GPU. Of what a tensor group computes, feed-forwards and head are divided."""
+        """FLOPs of a step on one GPU. A tensor group divides feed-forwards and head; all else each GPU computes."""
         job, layout = self.job, self.layout
         passes = job.loops + job.grad_loops * (2 + layout.recompute)
         saved = 0.0
@@ -254,8 +254,8 @@ class Sheet:
 
     @cached_property
     def times(self) -> dict[str, float]:
-        """Seconds of a step that products, memory and the interconnect would take alone; of this last, what is waited
-        for: units travel while prelude and coda compute, and tokens do not.
+        """Seconds of a step that matrix products, memory and the interconnect would take alone. Of the interconnect
+        only exposed time counts: transfers of units overlap with prelude and coda, those of tokens with nothing.
         """
         job, n_blocks = self.job, self.job.cfg.prelude_layers + self.job.cfg.coda_layers
         compute = self.flops / (job.device.flops / (1 if job.is_bf16 else 2) * job.settings.efficiency)
@@ -268,17 +268,17 @@ class Sheet:
 
     @cached_property
     def step_seconds(self) -> float:
-        """Products and memory overlap; what is waited for of the interconnect does not."""
+        """Seconds of a step: matrix products and memory overlap; exposed communication adds to them."""
         return max(self.times["compute"], self.times["memory bandwidth"]) + self.times["interconnect"]
 
     @property
     def bound(self) -> str:
-        """What a step takes longest for."""
+        """The resource that takes the longest part of a step."""
         return max(self.times, key=lambda name: self.times[name])
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs."""
+        """Throughput of all GPUs together."""
         return self.job.batch_size * self.job.length / self.step_seconds
 
 

@@ -34,7 +34,7 @@ from open_mythos.training.overrides import differences, dotted
 from open_mythos.training.recipes import RECIPES, recipe
 
 MAX_CURVE_POINTS = 600  # longer training curves are subsampled
-MAX_EXAMPLE_TOKENS = 128  # of the default example: what fits one screen
+MAX_EXAMPLE_TOKENS = 128  # maximum length of the default example, which should fit one screen
 CURVES = (  # key in metrics.jsonl, title, log axis?, axis range
     ("loss", "Loss", True, None),
     ("accuracy", "Accuracy on training problems", False, [0, 1]),
@@ -51,12 +51,12 @@ def gather(
     run: str | Path, difficulty: int | None = None, n_loops: int | None = None, seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The input of :func:`render` as plain values; deterministic for a run.
+    """Collect the input of :func:`render` as plain values; deterministic for a run.
 
     Args:
         run: a run, its model, or the name of a shipped model; see :func:`open_mythos.models.model_dir`.
         difficulty: of the example; default: the smallest evaluated one above those of training, if it fits a screen.
-        n_loops: maximum of the example; default: the most evaluated, or as many as fit the page.
+        n_loops: maximum loops of the example; default: the maximum evaluated, or as many as fit the page.
         seed: of the example.
         progress: called at the start of each of three stages.
 
@@ -106,7 +106,7 @@ def gather(
 
 
 def render(data: dict[str, Any]) -> str:
-    """The HTML of the data from :func:`gather`, with inline style, script and data.
+    """Render the data from :func:`gather` as HTML, with inline style, script and data.
 
     Injection-safe: the title is escaped, the rest is JSON without angle brackets, inserted as text nodes.
     """
@@ -123,7 +123,7 @@ def render(data: dict[str, Any]) -> str:
 def last_evaluation(
     run: Path, cfg: TrainConfig, model: OpenMythos, task: tasks.Task
 ) -> tuple[Evaluation | dict[int, float], EvalConfig]:
-    """The newer evaluation of training and of ``mythos eval`` (of text: bits per byte by loops), with its settings; of
+    """The latest evaluation, by training or ``mythos eval`` (for text: bits per byte by loops), with its settings; for
     a shipped model that of its card; computed now if there is none."""
     settings, loops = cfg.evaluation, cfg.depths
     directories = [path for path in {run, runs.evaluation_dir(run)} if (path / runs.EVALUATION).is_file()]

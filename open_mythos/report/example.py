@@ -10,8 +10,8 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.modes import eval_mode
 from open_mythos.tasks import UNSCORED, Task
 
-MAX_CELLS = 24_000  # positions x loops of an example, about 0.4 MB of the page
-PROBLEMS = 8  # that expert load is averaged over; the first one is the example
+MAX_CELLS = 24_000  # maximum positions x loops of an example, about 0.4 MB of the page
+PROBLEMS = 8  # problems that expert load is averaged over; the first one is the example
 
 
 @torch.no_grad()
@@ -22,8 +22,8 @@ def trace_example(
 
     Returns:
         The example: tokens and targets (T); predictions, their probability in percent, relative state change and the
-        gate's probability in percent (None without halting), (loops, T) each; loops used (T). And the share of token
-        choices of each expert, (loops, n_experts).
+        gate's probability in percent (None without halting), (loops, T) each; loops used (T). And the share of tokens
+        routed to each expert, (loops, n_experts).
 
     Raises:
         ValueError: for a difficulty out of range, or a problem too large for the model or the page.
