@@ -147,9 +147,9 @@ def tensor_degrees(cfg: MythosConfig) -> list[int]:
 
 @lru_cache(maxsize=64)
 def pieces(config: str, tensor: int, length: int, is_bf16: bool) -> Pieces:
-    """What the parts of a step keep and need for one row of ``length`` tokens, on one of ``tensor`` GPUs.
+    """Bytes that the parts of a step keep and need for one row of ``length`` tokens, on one of ``tensor`` GPUs.
 
-    Of a width that is divided by n, what is kept is ``a + b / n``; measured twice.
+    Bytes are ``a + b / n`` if n GPUs divide a width, so they are measured for n = 1 and 2 and extrapolated.
     """
     whole = measured(config, 1, length, is_bf16)
     if tensor == 1:

@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library's own sources, local files, or a Hugging Face dataset."""
+"""Sources of text: the standard library's own code, local files, or a Hugging Face dataset."""
 
 import glob
 import hashlib

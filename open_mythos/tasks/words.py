@@ -63,7 +63,7 @@ class Words(InWords):
             must(is_number, f"weights: {name}={weight!r}; use a number above 0, or leave {name} out")
         self.parts: list[InWords] = [self._part(name) for name in _KINDS if name in (self.weights or _KINDS)]
         for part in self.parts:
-            replace(part, tokenizer=self.tokenizer)  # which checks what it can be made of
+            replace(part, tokenizer=self.tokenizer)  # validates the options with this tokenizer
         self.chance = sum(part.chance for part in self.parts) / len(self.parts)
         limits = [int(part.most / _SCALE.get(part.name, 1)) for part in self.parts if part.most is not None]
         self.most = min(limits, default=None)

@@ -40,7 +40,7 @@ def train_gate(
     model: OpenMythos, task: Task, cfg: GateConfig, min_difficulty: int, max_difficulty: int,
     generator: torch.Generator, progress: Callable[[str], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train ``model.recurrent.act`` to say when a position may stop, and set ``model.cfg.halting``. No more changes.
+    """Train ``model.recurrent.act`` to tell when a position may stop, and set ``model.cfg.halting``; nothing else.
 
     A position may stop at a loop if from there on its prediction stays within ``cfg.tolerance`` nats (KL divergence)
     of its final one. At unscored positions, where predictions are not trained, the state has to stay within
@@ -101,7 +101,7 @@ def train_gate(
 def examples(
     model: OpenMythos, batch: Batch, n_loops: int, tolerance: float, generator: torch.Generator, closed: bool
 ) -> list[Examples]:
-    """Sample labelled states from the loops on ``batch``: those that may stop, and as many that may not.
+    """Sample labelled states from the loops on ``batch``: those that may stop and those that may not, balanced.
 
     With ``closed`` also states of a run in which the gate halts positions, labelled by the same predictions, those of
     the full run after ``n_loops``. ``generator`` samples the states, and ``batch`` is on the model's device.
