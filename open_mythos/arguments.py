@@ -1,6 +1,6 @@
-"""Plain types of what users pass, checked against the annotations, once a call, where a call comes in.
+"""Type checks of users' arguments against the annotations, once a call, at public functions.
 
-Values, shapes and dtypes are checked by :mod:`open_mythos.inputs`, and by whoever reads them.
+Values, shapes and dtypes are checked by :mod:`open_mythos.inputs`, and by the code that uses them.
 """
 
 import functools
@@ -27,9 +27,9 @@ _WORDS: dict[Any, str] = {
 
 
 def checked(what: F) -> F:
-    """A public function, or a class with a public constructor, that refuses arguments unlike their annotations.
+    """Decorate a public function, or a class's constructor, to reject arguments that do not fit their annotations.
 
-    Numbers of numpy are handed on as Python's. Code that is traced is called as it is.
+    NumPy's numbers are passed on as Python's. Under ``torch.compile`` and ``torch.export`` nothing is checked.
 
     Raises:
         ValueError: at a call, naming the argument, what came and what was expected.
@@ -40,7 +40,7 @@ def checked(what: F) -> F:
     signature = inspect.signature(what)
 
     @functools.cache
-    def kinds() -> dict[str, Any]:  # at the first call: what they name may be defined below
+    def kinds() -> dict[str, Any]:  # at the first call, as annotations may name what is defined later
         starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         hints = get_type_hints(what)
         return {
@@ -63,7 +63,7 @@ def checked(what: F) -> F:
 
 
 def fitted(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the annotation ``kind`` has it; ValueError if it is nothing of the kind."""
+    """``value``, converted to what the annotation ``kind`` says; ValueError if it does not fit."""
     found = _fit(value, kind)
     if found is _UNFIT:
         raise ValueError(f"{name}{_shown(value, kind)}; use {_words(kind)}")
@@ -88,7 +88,7 @@ def _fit(value: Any, kind: Any) -> Any:
     if kind is bool:
         return bool(value) if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") else _UNFIT
     if isinstance(kind, type) and issubclass(kind, torch.nn.Module) and not isinstance(value, type):
-        # A model may be wrapped, as by PEFT, or stood in for.
+        # A model may be wrapped, as by PEFT, or be another class with the same parts.
         return value if isinstance(value, kind) or (hasattr(value, "cfg") and hasattr(value, "recurrent")) else _UNFIT
     if isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
         return value if isinstance(value, kind) else _UNFIT
@@ -96,7 +96,7 @@ def _fit(value: Any, kind: Any) -> Any:
 
 
 def _fit_generic(value: Any, origin: Any, parts: tuple[Any, ...]) -> Any:
-    """Of sequences the parts are looked at too; a tensor or an array is one of its rows."""
+    """As :func:`_fit`, for generics. Items of sequences are checked too; a tensor or array is a sequence of rows."""
     if origin in _ROWS:
         is_row = origin is AnySequence and hasattr(value, "__len__") and getattr(value, "ndim", 0) > 0
         if isinstance(value, str | bytes) or not (is_row or isinstance(value, origin)):
@@ -107,7 +107,7 @@ def _fit_generic(value: Any, origin: Any, parts: tuple[Any, ...]) -> Any:
         if any(part is _UNFIT for part in found):
             return _UNFIT
         return value if all(map(lambda a, b: a is b, found, value)) else type(found)(found)
-    if origin is Iterable:  # one text is not its characters
+    if origin is Iterable:  # a string is one item, not an iterable of characters
         is_one = isinstance(value, str | bytes | dict | set) or getattr(value, "ndim", 1) == 0
         return value if isinstance(value, Iterable) and not is_one else _UNFIT
     if origin is Callable or origin.__name__ == "Callable":
@@ -119,7 +119,7 @@ def _fit_generic(value: Any, origin: Any, parts: tuple[Any, ...]) -> Any:
 
 
 def _shown(value: Any, kind: Any) -> str:
-    """What came, behind the argument's name: its value where one can be written down, else its type."""
+    """What the message says after the argument's name: the value that came if it can be printed, else its type."""
     parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if isinstance(value, str | bytes | numbers.Number | list | tuple | dict | set | torch.Tensor | None):
         of = [part for kind in parts for part in (get_args(kind) if get_origin(kind) in _ROWS else [kind])]

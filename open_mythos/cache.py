@@ -19,11 +19,11 @@ from open_mythos.fields import must
 from open_mythos.ops.attention import ends_in_padding
 
 ROLLBACK = 64
-"""Tokens that a cache can be cut back by and still go on: raw rows further back are not kept."""
+"""Tokens that a cache can be truncated by and still be appended to: raw rows further back are not kept."""
 
 
 class Slot(NamedTuple):
-    """Which layer writes: of the prelude, the core (the recurrent block, at a loop) or the coda.
+    """The layer that writes: one of the prelude, of the core (the recurrent block, at a loop) or of the coda.
 
     A coda layer has a slot for each loop as well, for exits that read predictions after every loop.
     """
@@ -34,7 +34,7 @@ class Slot(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in plain dicts: ``prelude_0``, ``recurrent_loop_2``, ``recurrent_loop_2_layer_1``, ``coda_0``."""
+        """Key in plain dicts: ``prelude_0``, ``recurrent_loop_2``, ``recurrent_loop_2_layer_1``, ``coda_0``."""
         if self.part == "core":
             return f"recurrent_loop_{self.loop}" + (f"_layer_{self.layer}" if self.layer else "")
         return f"{self.part}_{self.layer}" + ("" if self.loop is None else f"_loop_{self.loop}")
@@ -47,22 +47,22 @@ def slot_name(slot: Slot | str) -> str:
 class CacheSlot:
     """Rows of one layer (and loop), (B, length, G, W), in a buffer that doubles when it is full, written in place.
 
-    The slot of a loop that the newest tokens did not run holds what the slot of the loop before got (:meth:`repeat`).
-    Nothing is copied before some token runs that loop, and then all at once.
+    If the newest tokens skipped a loop, its slot takes over their rows from the previous loop's slot (:meth:`repeat`).
+    The copy is put off until a token runs that loop, and then made all at once.
     """
 
     def __init__(self, room: int = 0) -> None:
         self.length, self._room = 0, room
-        self._written = 0  # tokens whose rows are in the buffer; those after them are in the slot before
+        self._written = 0  # tokens whose rows are in the buffer; rows of later ones are in the previous loop's slot
         self._before: CacheSlot | None = None
         self._rows: Tensor | None = None
         self._raw: Tensor | None = None  # (B, R, G, W), a ring: position p is at p % R
         self._raw_start = 0  # the first position that the ring still holds
-        self._base: tuple[int, Tensor] | None = None  # where the newest rows begin, and the raw rows before that
+        self._base: tuple[int, Tensor] | None = None  # start of the newest rows, and the raw rows before it
         self._addresses: tuple[int, int, int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_addresses": None}  # a copy's buffers are elsewhere
+        return self.__dict__ | {"_addresses": None}  # a copy has other buffers
 
     @property
     def rows(self) -> Tensor:
@@ -82,10 +82,10 @@ class CacheSlot:
         return 0 if self._rows is None else self._rows[:, : self._written].nbytes
 
     def raw_before(self, at: int, n: int) -> Tensor | None:
-        """The ``n`` raw rows before position ``at``, (B, n, G, W), zeros before the first; None where there is none.
+        """The ``n`` raw rows before position ``at``, (B, n, G, W), zero before the first token; None if ``at`` is 0.
 
         Raises:
-            ValueError: if they are not held any more, since the cache was cut back by more than ``ROLLBACK``.
+            ValueError: if they are not held any more, since the cache was truncated by more than ``ROLLBACK``.
         """
         if at == 0 or n == 0:
             return None
@@ -115,14 +115,14 @@ class CacheSlot:
         """Write ``rows`` (B, T, G, W) and return all rows, (B, length, G, W).
 
         Args:
-            rows: final.
+            rows: final rows, after the convolution.
             raw: the same before the convolution; None without one.
-            at: position of the first, behind all others if None; what the slot held from there on is given up.
-            n_raw: raw rows before its own that a token's convolution reads.
+            at: position of the first, behind all others if None; what the slot held from there on is dropped.
+            n_raw: how many raw rows before its own a token's convolution reads.
         """
         start = self.length if at is None else at
         base = None
-        if raw is not None and raw.shape[1] > ROLLBACK:  # the ring will not hold what comes before
+        if raw is not None and raw.shape[1] > ROLLBACK:  # overwrites rows that the next line reads
             before = self.raw_before(start, n_raw)
             base = None if before is None else (start, before.clone())
         self._base = base
@@ -135,7 +135,7 @@ class CacheSlot:
         return self.rows
 
     def repeat(self, before: CacheSlot) -> None:
-        """Hold from here on what ``before`` holds, the slot of the loop before, always the same one."""
+        """Take over rows after the current length from ``before``, the previous loop's slot, always the same one."""
         self._before, self.length = before, before.length
 
     def truncate(self, length: int) -> None:
@@ -145,17 +145,17 @@ class CacheSlot:
         self.length, self._written = min(self.length, length), min(self._written, length)
 
     def snapshot(self, n_new: int) -> dict[str, Any]:
-        """What :meth:`put_back` needs. Rows are written behind those there are, but raw ones over old ones."""
+        """The state for :meth:`put_back`. Rows are only appended, but raw rows overwrite old ones and are copied."""
         return vars(self) | ({"_raw": self._raw.clone()} if n_new > ROLLBACK and self._raw is not None else {})
 
     def put_back(self, state: dict[str, Any], end: int) -> None:
-        """Be as at ``state``, after tokens up to ``end`` may have been written."""
+        """Return to ``state``, after tokens up to position ``end`` may have been written."""
         is_same, self.__dict__ = state["_raw"] is self._raw, state | {"_addresses": None}
         if is_same and self._raw is not None:
             self._raw_start = max(self._raw_start, end - self._raw.shape[1])
 
     def _open(self, at: int) -> None:
-        """Give up what is held from ``at`` on, and have all before it written, so that new rows can follow."""
+        """Drop what is held from ``at`` on, and write out all before it, so that new rows can be appended."""
         assert 0 <= at <= self.length, f"rows at {at} would leave a hole behind the {self.length} held"
         self.length, self._written = min(self.length, at), min(self._written, at)
         self._catch_up()
@@ -172,7 +172,7 @@ class CacheSlot:
             start, raw, n_raw = slot._written, None, 0
             if before._raw is not None:
                 n_raw = before._raw.shape[1] - ROLLBACK
-                if before._base is not None and before._base[0] == self.length:  # its ring holds later ones
+                if before._base is not None and before._base[0] == self.length:  # its ring holds later rows only
                     raw = before._base[1][:, -min(n_raw, self.length - start) :]
                 else:
                     first = max(start, before._raw_start, self.length - before._raw.shape[1])
@@ -180,7 +180,7 @@ class CacheSlot:
             slot._write(before._rows[:, start : self.length], raw, n_raw)
 
     def _write(self, rows: Tensor, raw: Tensor | None, n_raw: int) -> None:
-        """``raw`` may be of the last of the rows alone."""
+        """Append rows; ``raw`` may cover only the last of them."""
         start, end = self._written, self._written + rows.shape[1]
         self._reserve(rows, end)
         assert self._rows is not None
@@ -205,7 +205,7 @@ class CacheSlot:
             self._raw[:, : raw.shape[1] - split] = raw[:, split:]
 
     def addresses(self, at: int) -> tuple[int, int, int, int]:
-        """Open position ``at`` for compiled code to write: what the slot held from there on is given up.
+        """Prepare position ``at`` to be written by the native engine; what the slot held from there on is dropped.
 
         Returns:
             The addresses of the rows (B, G, room, W) and of the ring of raw rows (B, R, G, W), 0 without one; room, B.
@@ -217,7 +217,7 @@ class CacheSlot:
             raw = 0 if self._raw is None else self._raw.data_ptr()
             self._addresses = self._rows.data_ptr(), raw, self._rows.shape[1], len(self._rows)
         if self._raw is not None:
-            self._first_raw(at, self._raw.shape[1] - ROLLBACK)  # still held?
+            self._first_raw(at, self._raw.shape[1] - ROLLBACK)  # raises if they are not held
             self._raw_start = max(self._raw_start, at + 1 - self._raw.shape[1])
         self._base = None
         self.length = self._written = at + 1
@@ -228,7 +228,7 @@ class CacheSlot:
             return
         capacity = max(length, self._room if self._rows is None else 2 * self._rows.shape[1])
         B, _, G, W = like.shape
-        # A head's rows lie together: that is how attention reads them.
+        # The rows of a head are contiguous, as attention reads them.
         grown = torch.empty(B, G, capacity, W, dtype=like.dtype, device=like.device).transpose(1, 2)
         if self._rows is not None:
             grown[:, : self._written] = self._rows[:, : self._written]
@@ -236,11 +236,11 @@ class CacheSlot:
 
 
 class Cache:
-    """What layers write rows to and read them from."""
+    """Interface of what layers write rows to and read rows from."""
 
     cache_loops: int | None = None
     valid: Tensor | None  # (B, length) bool, False at padding; None while there is none
-    ends_in_padding = False  # see the function, by the mask of the last call
+    ends_in_padding = False  # what the function of this name says of the last call's mask
 
     @property
     def length(self) -> int:
@@ -265,7 +265,7 @@ class Cache:
         raise NotImplementedError
 
     def snapshot(self, n_new: int) -> Callable[[], None]:
-        """What puts the cache back as it is now, once up to ``n_new`` tokens have been appended, or half so."""
+        """A function that restores the cache as it is now, after up to ``n_new`` tokens were appended, even in part."""
         return lambda: None
 
     def open(self, slot: Slot | str, at: int, n_raw: int) -> tuple[Any, Tensor | None]:
@@ -284,8 +284,8 @@ class KVCache(Cache):
             loop t writes and reads slot ``t mod k`` (Huginn, arXiv:2502.05171): for tokens of the same call it finds
             what it wrote itself, and for earlier ones what the deepest of the loops that share the slot has left.
             Memory no longer grows with the loops, and logits come to depend on how the tokens were divided into
-            calls. Predictions that an exit reads are kept for every loop all the same.
-        room: tokens to make room for from the start; a cache that gets more doubles.
+            calls. The coda's rows, for an exit that reads predictions, are still kept for every loop.
+        room: tokens to allocate at the start; the buffers double when they are full.
 
     Raises:
         ValueError: for a ``cache_loops`` below 1.
@@ -328,7 +328,7 @@ class KVCache(Cache):
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``.
 
-        After a cut by more than ``ROLLBACK`` tokens a model with a convolution cannot go on, and says so.
+        After a cut by more than ``ROLLBACK`` tokens, a model with a convolution raises an error when it is called.
 
         Raises:
             ValueError: if the cache holds fewer.
@@ -366,19 +366,19 @@ class KVCache(Cache):
 
 
 def loop_slot(loop: int, cache: Cache | None = None, layer: int = 0) -> Slot:
-    """The slot that a layer of the core writes and reads at a loop; of fewer slots than loops, they take turns."""
+    """The slot that a layer of the core writes and reads at a loop; with fewer slots than loops, used in turn."""
     n_slots = cache.cache_loops if cache is not None else None
     return Slot("core", layer, loop if n_slots is None else loop % n_slots)
 
 
 def fill_skipped_loops(cache: Cache, loop: int, n_loops: int, past: int, n_layers: int = 1) -> None:
-    """Let what tokens after ``past`` wrote at ``loop``, their last, stand for the loops after it, in every layer."""
+    """Reuse the rows that tokens after ``past`` wrote at ``loop``, their last, for all later loops, in every layer."""
     for layer in range(n_layers):
         slots = [loop_slot(idle, cache, layer) for idle in range(loop, n_loops)]
         if cache.cache_loops is None:
             repeat_rows(cache, slots, past)
             continue
-        # Loops share slots, so what deeper ones would have written takes the place of what is there.
+        # Loops share slots: overwrite those that the skipped, deeper loops would have overwritten.
         last: Any = cache.slot(slots[0])
         n_new = last.length - past
         for slot in set(slots) - {slots[0]}:
@@ -388,9 +388,9 @@ def fill_skipped_loops(cache: Cache, loop: int, n_loops: int, past: int, n_layer
 
 
 def repeat_rows(cache: Cache, slots: list[Slot], past: int) -> None:
-    """Give each of ``slots`` that got nothing after ``past`` tokens what the slot before it got.
+    """Let each of ``slots`` that got no rows after ``past`` tokens take over those of the slot before it.
 
-    They are those of loops that no position needed any more: what there was to read did not change from then on.
+    These are slots of loops that no position ran, as all had halted: the rows to read no longer changed.
     """
     before: Any = cache.slot(slots[0])
     for slot in slots[1:]:

@@ -1,4 +1,4 @@
-"""Saving and loading a model as ``config.json`` and ``model.safetensors``, or several and an index. No pickle anywhere.
+"""Saving and loading a model as ``config.json`` and ``model.safetensors``, or shards with an index. No pickle anywhere.
 
 A folder is the same whether written here or by ``save_pretrained`` of :mod:`open_mythos.integrations.hf`.
 """
@@ -20,28 +20,28 @@ from open_mythos.weights import CheckpointError
 Loaded = TypeVar("Loaded", bound=Model)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-MODEL = "model"  # the folder of a run that these lie in
-INDEX_FILE = WEIGHTS_FILE + weights.INDEX  # instead of it, where weights are divided among several files
-SHARD = "50GB"  # of these, as large as one is; transformers has the same
+MODEL = "model"  # the folder of a run that holds these files
+INDEX_FILE = WEIGHTS_FILE + weights.INDEX  # in its place, where weights are sharded
+SHARD = "50GB"  # largest file of weights, as in transformers
 SHIPPED = Path(__file__).parent / "pretrained"
-FIGURES = "figures.json"  # of a shipped model: what its card says
+FIGURES = "figures.json"  # the numbers on a shipped model's card
 MOST_LOOPS = 1 << 16
-_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")  # of the name of a file of weights that is one of several
-PREFIX = "core."  # of names in files that transformers wrote
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")  # in the file name of a shard
+PREFIX = "core."  # of tensor names in files that transformers wrote
 
 
 def save(model: Model, directory: str | Path, max_shard_size: int | str = SHARD) -> None:
-    """Write the model's config and weights into ``directory``, made if need be.
+    """Write the model's config and weights into ``directory``, which is created if it is missing.
 
     Each file is written beside its place and moved there whole, weights first.
 
     Args:
         model, directory: as above.
-        max_shard_size: of a file of weights, in bytes or as in "5GB"; more are divided among several, with an index.
+        max_shard_size: largest file of weights, in bytes or as in "5GB"; larger models are sharded, with an index.
 
     Raises:
-        CheckpointError: for weights that a file of plain numbers cannot hold, as int8 ones.
-        ValueError: for a size that is none.
+        CheckpointError: for weights that safetensors cannot hold, such as torchao's int8 ones.
+        ValueError: for an invalid size.
     """
     check_plain(model)
     directory, most = Path(directory), weights.n_bytes(max_shard_size)
@@ -52,7 +52,7 @@ def save(model: Model, directory: str | Path, max_shard_size: int | str = SHARD)
 
 
 def stored(model: Model) -> dict[str, Tensor]:
-    """What a file of its weights holds: a head that is the embedding is not in it."""
+    """The tensors that are written to the model's weights file: all but a tied head."""
     left_out = ["head.weight"] if is_tied(model) else []
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
@@ -66,17 +66,17 @@ def remove_earlier(directory: Path, made: set[str]) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """CheckpointError for weights that a file of plain numbers cannot hold."""
+    """CheckpointError for weights that safetensors cannot hold: those of a tensor subclass, such as int8 ones."""
     for name, tensor in model.state_dict().items():
         if type(tensor) is not Tensor:
             raise CheckpointError(
-                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before that is done to "
-                f"it, and do it again to what is loaded"
+                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before it is converted, "
+                f"and convert it again once loaded"
             )
 
 
 def config_file(model: Model) -> dict[str, Any]:
-    """What ``config.json`` holds: what transformers asks for, and the fields of the config."""
+    """The content of ``config.json``: what transformers requires, and the fields of the config."""
     head = {
         "architectures": ["OpenMythosForCausalLM"],
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
@@ -94,7 +94,7 @@ def is_tied(model: Model) -> bool:
 
 
 def hub_hint(source: str | Path) -> str:
-    """How to fetch what may be a name on the Hugging Face Hub; nothing for what cannot be one."""
+    """How to download ``source`` if it looks like a name on the Hugging Face Hub, else ``""``."""
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source))
     return f". From the Hugging Face Hub: hf download {source} --local-dir FOLDER" if is_name else ""
 
@@ -107,9 +107,9 @@ def shipped() -> list[str]:
 def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     """Build a saved model, in eval mode, in the dtype it was saved in.
 
-    The names and shapes in the header of its weights are compared with those of its config before anything is
-    allocated, and the weights with the checksum in their file as they are read, if it has one: transformers, or an
-    older version, wrote none.
+    Tensor names and shapes in the weights' header are compared with those that the config implies before anything is
+    allocated. The weights are verified against the checksum in their file as they are read, if it has one: files of
+    transformers, or of an older version, have none.
 
     Args:
         cls: its class.
@@ -146,7 +146,7 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     model = _judged(cls, cfg, config_path, weights_path, shapes)
     tensors = {name.removeprefix(PREFIX): t for part in parts for name, t in weights.read(part, verify).items()}
     model.to(tensors["embed.weight"].dtype)
-    kinds = model.state_dict()  # what stays in float32 does so in every model
+    kinds = model.state_dict()  # whose dtypes count: some buffers stay float32 in a model of any dtype
     tensors = {name: tensor.to(kinds[name].dtype) for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert missing == _tied(cfg) and not unexpected, (missing, unexpected)
@@ -156,13 +156,13 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
 def _judged(
     cls: type[Loaded], cfg: MythosConfig, config_path: Path, weights_path: Path, shapes: dict[str, torch.Size]
 ) -> Loaded:
-    """The model without storage; CheckpointError if it would have other tensors than the files of its weights."""
-    for field in cls.LAYERS:  # before as many modules are made
+    """The model on the meta device; CheckpointError unless its tensors are those of the weights' files."""
+    for field in cls.LAYERS:  # checked before that many modules are made
         if getattr(cfg, field) > len(shapes):
             raise CheckpointError(
                 f"{config_path} asks for {field}={getattr(cfg, field)}, but {weights_path} has {len(shapes)} tensors"
             )
-    if cfg.max_loop_iters > MOST_LOOPS:  # LoRA's table grows to it
+    if cfg.max_loop_iters > MOST_LOOPS:  # the LoRA table has a row for each
         raise CheckpointError(
             f"{config_path} asks for max_loop_iters={cfg.max_loop_iters}; at most {MOST_LOOPS} are read from a file, "
             f"and model.cfg.max_loop_iters may be changed after"
@@ -191,7 +191,7 @@ def without_storage(cls: type[Loaded], cfg: MythosConfig) -> Loaded:
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Leaves out the random numbers of new weights: to draw none, torch would import its compiler, for a second."""
+    """Skip random initialisation: on the meta device it would only make torch import its compiler, for a second."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -202,7 +202,7 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def _tied(cfg: MythosConfig) -> list[str]:
-    """Names of tensors that are not stored, since another is the same."""
+    """Names of tensors that are not stored, since they are tied to another."""
     return ["head.weight"] if cfg.tied_head else []
 
 

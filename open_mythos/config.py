@@ -9,9 +9,9 @@ from open_mythos.install import UPDATE
 
 MODEL_TYPE = "open_mythos"
 FORMAT_VERSION = 1
-"""Of saved configs. It grows when an old reader would misread a new file."""
+"""Version of saved configs, raised when an old reader would misread a new file."""
 
-# What transformers writes into a config.json beside the fields of the model, and a model here does not need.
+# Fields that transformers adds to a config.json, which are accepted and ignored.
 OF_TRANSFORMERS = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id",
     "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "lora_loops",
@@ -64,51 +64,51 @@ class MythosConfig(Checked):
     tied_head: bool = flag(True)  # the head is the embedding's matrix; False: it has its own
     norm_eps: float = real(1e-6, 0.0, low_open=True)  # of every RMSNorm
     # -- beyond the reference: what makes depth pay (evidence in dev/LOG.md)
-    # "injected": h <- norm(A h + B e + Transformer(A h + B e)), and the last state goes on; "mixture", as in the public
-    # reference: h <- A h + B e + Transformer(norm(h + e)), and a mean of all states goes on, weighted by a gate
+    # "injected": h <- norm(A h + B e + Transformer(A h + B e)), the coda reads the last state; "mixture", as in the
+    # public reference: h <- A h + B e + Transformer(norm(h + e)), the coda reads a gate-weighted mean of all states
     recurrence: str = choice("injected", "injected", "mixture")
-    # what chosen experts are mixed by: sigmoids of their logits over the sum of these, or a softmax over their logits
+    # mixing weights of the chosen experts: normalised sigmoids of their logits, or a softmax over their logits
     router_score: str = choice("sigmoid", "sigmoid", "softmax")
-    # standard deviation at which matrices are stored; used at 1/sqrt(fan_in), so less learns faster (muP, 2203.03466)
+    # standard deviation of stored matrices, scaled to 1/sqrt(fan_in) in use: smaller learns faster (muP, 2203.03466)
     weight_std: float = real(0.02, 0.0, low_open=True)
     # initial A and B of the injection (Parcae, 2604.12946)
     injection_decay: float = real(0.7, 0.0, 1.0, low_open=True, high_open=True)
     injection_gain: float = real(0.7, 0.0)
-    # width of the adapter that makes what loops have changed readable to pretrained layers; 0: none
+    # hidden width of the adapter through which pretrained layers read what earlier loops have changed; 0: none
     bridge_dim: int = size(0, minimum=0)
-    # RMSNorm on the encoded input, which the loops read; False: what the prelude leaves is read as it is
+    # RMSNorm on the prelude's output, the encoded input that the loops read; False: no norm
     input_norm: bool = flag(True)
     # RMSNorm on the state after every loop (2604.15259)
     state_norm: bool = flag(True)
     # the first state: the encoded input, zeros, or noise in training and zeros in eval mode (Huginn, 2502.05171)
     state_init: str = choice("input", "input", "zero", "noise")
-    # in training, one row in eight starts from a deeper state of its own, reached without gradient (2202.05826): the
-    # block learns to keep and extend what is solved, whatever the number of loops that are trained
+    # in training, one row in eight starts from its own state after some loops, computed without gradient (2202.05826):
+    # the block learns to keep and extend a partial solution, however many loops are trained
     warm_start: bool = flag(True)
-    # standard deviation of noise on the state after every loop of training; steadies a model that drifts at depth
+    # standard deviation of noise added to the state after every loop in training; steadies a model that drifts at depth
     state_noise: float = real(0.0, 0.0)
-    # rotary wavelengths beyond rope_context tokens are stretched so many times, to read further than that (Llama 3.1,
-    # 2407.21783); 1: none are, and rope_context says nothing
+    # rotary wavelengths beyond rope_context tokens are stretched by this factor, to extend the context (Llama 3.1,
+    # 2407.21783); 1: none are, and rope_context is not used
     rope_factor: float = real(1.0, 1.0)
     rope_context: int = size(8192)
-    # tokens that a causal convolution on attention's keys and values sees; 0: none (Canon layers, Allen-Zhu 2025)
+    # kernel size of a causal convolution on attention's keys and values; 0: none (Canon layers, Allen-Zhu 2025)
     conv_taps: int = size(3, minimum=0)
-    # local heads of the recurrent block see this many last tokens only; 0: all heads see all tokens
+    # local heads of the recurrent block see only this many most recent tokens; 0: all heads see all tokens
     local_window: int = size(6, minimum=0)
-    # a token sees itself and those before it; False: those behind it as well, for puzzles and encoders
+    # a token sees itself and earlier ones; False: later ones as well, for puzzles and encoders
     causal: bool = flag(True)
-    # share of the recurrent block's heads that are local; below 1, one head at least sees all tokens. 1: none does, and
+    # share of the recurrent block's heads that are local; below 1, at least one head sees all tokens. 1: none does, and
     # what a position computes depends on its neighbours alone, at any length
     local_share: float = real(0.75, 0.0, 1.0)
-    # channels that carry the loop number; 0: none, since it ties a model to the depth of its training; of an odd number
-    # the last cosine is left out
+    # channels that encode the loop number; 0: none, since it ties a model to its trained depth; if odd, the last cosine
+    # is left out
     loop_index_dim: int = size(0, minimum=0)
     # -- beyond the reference: control
-    # in eval mode, skip positions whose gate has closed; False: every loop for every position, and no gate is trained
+    # in eval mode, skip positions that the gate has halted; False: every position runs every loop, no gate is trained
     halting: bool = flag(True)
-    # relative distance from where it ends at which a state counts as converged, as the gate learns it
+    # a state counts as converged, in the gate's targets, within this relative distance of its final value
     halting_tolerance: float = real(0.1, 0.0, low_open=True)
-    # step of the router's load balancing (DeepSeek-V3, 2412.19437)
+    # step size of the router bias in load balancing (DeepSeek-V3, 2412.19437)
     router_bias_rate: float = real(0.01, 0.0)
 
     # -- checks
@@ -185,7 +185,7 @@ class MythosConfig(Checked):
 
     @property
     def max_text_len(self) -> int:
-        """The longest that a prompt and its continuation may be: its last token is made, and never read."""
+        """Most tokens of a prompt and its continuation together: the last new token is not read by the model."""
         return self.max_seq_len + 1
 
     @property
@@ -195,17 +195,17 @@ class MythosConfig(Checked):
 
     @property
     def rope_dim(self) -> int:
-        """Channels that rotary embedding turns, per head."""
+        """Channels that rotary embedding rotates, per head."""
         return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
 
     @property
     def rope(self) -> tuple[int, float, float, int]:
-        """What :func:`open_mythos.ops.rope.rope_frequencies` takes."""
+        """Arguments of :func:`open_mythos.ops.rope.rope_frequencies`: dim, theta, factor, context."""
         return self.rope_dim, self.rope_theta, self.rope_factor, self.rope_context
 
     @property
     def n_local_heads(self) -> int:
-        """Heads of the recurrent block, the first ones, that see the last ``local_window`` tokens only."""
+        """How many heads of the recurrent block, the first ones, see only the last ``local_window`` tokens."""
         if self.local_window == 0:
             return 0
         n_local = math.ceil(round(self.n_heads * self.local_share, 6))  # 20 heads at .9 are 18.000000000000004
@@ -223,14 +223,14 @@ class MythosConfig(Checked):
 
 
 def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The fields of a :class:`MythosConfig` among what a ``config.json`` holds.
+    """The :class:`MythosConfig` fields in the content of a ``config.json``.
 
     Args:
         data: its content.
-        also: names that the file may hold beside those that transformers writes.
+        also: names to ignore, besides those that transformers writes.
 
     Raises:
-        ValueError: for another kind of model, a newer format, or a name that is in none of the three.
+        ValueError: for another kind of model, a newer format, or a name that is neither a field nor ignored.
     """
     kind, version = data.get("model_type", MODEL_TYPE), data.get("format_version", FORMAT_VERSION)
     must(
@@ -255,5 +255,5 @@ def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> di
 
 
 def _divisors(n: int) -> list[int]:
-    """Those up to 1024: a file may ask for any n."""
+    """Divisors of ``n`` up to 1024: ``n`` may come from a file and be huge."""
     return [d for d in range(1, min(n, 1024) + 1) if n % d == 0]

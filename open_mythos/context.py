@@ -1,4 +1,4 @@
-"""What belongs to the tokens at hand: where they stand, who sees whom, and the cache."""
+"""The context of the tokens of a call: their positions, their attention mask, and the cache."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from open_mythos.ops.rope import rope_rows, rope_table
 
 @dataclass
 class Context:
-    """The tokens at hand, as every layer needs to know them.
+    """What every layer needs to know of the tokens of a call.
 
     Attributes:
         rotary: phasors (cos, sin) of the T positions, (T, P/2) or (B, T, P/2) complex, or real with a last axis of 2.
-        mask: who sees whom.
-        cache: holds the tokens before these, and gets these.
+        mask: which keys each query may attend to.
+        cache: key/value rows of earlier tokens, to which these tokens' are appended.
         active: the positions that still run, where others have halted (:class:`~open_mythos.nn.active.ActiveTokens`).
-        constants: what layers have computed once for all loops of a run; None outside of one, and to keep nothing.
-        keys: (B,) int64, what decides the noise of each row; None for torch's own random numbers.
+        constants: values that are the same in every loop, which layers keep for the run; None to keep nothing.
+        keys: (B,) int64, each row's key for random draws; None for torch's own random numbers.
     """
 
     rotary: Tensor
@@ -41,12 +41,12 @@ class Context:
         positions: Tensor, rope: tuple[int, float, float, int], mask: AttentionMask, cache: Cache | None,
         is_compiled: bool = False,
     ) -> Context:  # fmt: skip
-        """The context of tokens at ``positions`` (T,) or (B, T); compiled layers know no complex numbers."""
+        """The context of tokens at ``positions`` (T,) or (B, T); compiled layers get pairs, not complex numbers."""
         table = rope_table(positions, *rope)
         return Context(table if is_compiled or is_traced() else torch.view_as_complex(table), mask, cache)
 
     def looping(self) -> Context:
-        """This context for a run of the loops, whose layers keep what is the same in each."""
+        """This context with an empty ``constants``, for one run of the loops."""
         return replace(self, constants={})
 
     def rows(self, which: slice | Tensor) -> Context:
@@ -64,18 +64,18 @@ class Context:
 
 
 def site(slot: Slot) -> int:
-    """A number for the layer and loop that a row draws at, see :mod:`open_mythos.ops.draws`; two more are its own."""
+    """The number, see :mod:`open_mythos.ops.draws`, of a layer's draws at a loop; the next two are its own as well."""
     part, loop = ("prelude", "core", "coda").index(slot.part), 0 if slot.loop is None else slot.loop + 1
-    return 3 * (part + 3 * (slot.layer + loop * 1024))  # more layers than a part has
+    return 3 * (part + 3 * (slot.layer + loop * 1024))  # 1024: more layers than a part has
 
 
 def as_context(
     freqs: Context | Tensor, mask: AttentionMask | Tensor | None, kv_cache: KVCache | dict[str, Any] | None,
     slot: Slot | str, n_tokens: int,
 ) -> Context:  # fmt: skip
-    """A context for layers that are called by themselves, as in the reference: with phasors, a mask and a cache.
+    """A context for a layer that is called by itself, as in the reference, with phasors, a mask and a cache.
 
-    A table ``freqs`` of more positions than tokens is read from the first position that the cache lacks.
+    A table ``freqs`` of more positions than tokens is read from the first position that is not cached.
     """
     if isinstance(freqs, Context):
         return freqs

@@ -1,4 +1,4 @@
-"""Caches as users give them: also a plain dict, as the public reference takes one, ``model(ids, kv_cache={})``."""
+"""Plain dicts as caches, as in the public reference, ``model(ids, kv_cache={})``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from open_mythos.ops.attention import ends_in_padding
 Result = TypeVar("Result")
 PADDING_SLOT = "padding"
 """Slot that holds which cached tokens are real; present only if some are padding."""
-_RAW = "raw"  # of a slot: the last raw rows
+_RAW = "raw"  # the key, in a slot, of the last raw rows
 
 
 class _DictSlot:
     """A slot of a plain dict: each update replaces the tensors by longer ones.
 
-    No two loops share one, so that new rows always stand behind the last, and ``at`` says nothing new.
+    Loops never share a slot of a dict, so new rows always follow the last one, and ``at`` is not needed.
     """
 
     def __init__(self, cache: dict[str, Any], name: str) -> None:
@@ -52,7 +52,7 @@ class _DictSlot:
         rows, raw = theirs["rows"][:, start:], theirs.get(_RAW)
         if raw is None:
             self.update(rows)
-        else:  # of earlier tokens it keeps its own
+        else:  # it keeps its own raw rows of earlier tokens
             self.update(rows, raw[:, -rows.shape[1] :], n_raw=raw.shape[1])
 
 
@@ -81,7 +81,7 @@ class DictCache(Cache):
         return _DictSlot(self._data, slot_name(slot))
 
     def snapshot(self, n_new: int) -> Callable[[], None]:
-        before = dict(self._data)  # no tensor in it is ever written to
+        before = dict(self._data)  # a shallow copy will do: no tensor is written in place
 
         def put_back() -> None:
             self._data.clear()
@@ -112,7 +112,7 @@ def as_cache(kv_cache: Cache | dict[str, Any] | None) -> Cache | None:
 
 
 def whole(cache: Cache, n_new: int, append: Callable[[], Result]) -> Result:
-    """What ``append`` returns, which appends ``n_new`` tokens to ``cache``; the cache as before if it raises.
+    """Call ``append``, which appends ``n_new`` tokens to ``cache``; if it raises, restore the cache.
 
     Raises:
         ValueError: for a cache that another call is appending to.
@@ -121,7 +121,7 @@ def whole(cache: Cache, n_new: int, append: Callable[[], Result]) -> Result:
     try:
         try:
             must(
-                vars(cache).setdefault("_call", mine) is mine,  # which no other thread comes between
+                vars(cache).setdefault("_call", mine) is mine,  # setdefault is atomic across threads
                 "kv_cache belongs to another call, which runs in another thread or was interrupted as it ended; use a "
                 "cache for each text, or reset() this one",
             )

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from open_mythos import files
 
-MAX_SEED = 2**53  # times a thousand, which random states take
+MAX_SEED = 2**53  # times 1000, as training seeds its generators, it still fits into int64
 
 
 def size(default: int, minimum: int = 1, maximum: int | None = None) -> Any:
@@ -151,7 +151,7 @@ def _checked(name: str, value: Any, meta: Any) -> Any:
         low, high, low_open, high_open = (meta[key] for key in ("low", "high", "low_open", "high_open"))
         hint = f"use a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
         must(isinstance(value, int | float) and not is_bool, f"{name}={value!r} is not a number; {hint}")
-        value = min(float(1 << 1023), value) if isinstance(value, int) else value  # beyond, it is no float
+        value = min(float(1 << 1023), value) if isinstance(value, int) else value  # float() fails for larger ones
         value = float(value)
         within = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
         must(within, f"{name}={value:g} is out of range; {hint}")

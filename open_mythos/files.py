@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all, and reading such as may be damaged, huge or hostile.
+"""Writing files whole or not at all, and reading files that may be damaged, huge or hostile.
 
 Everything that the library writes goes through :func:`replacing`; everything that it reads from a folder that somebody
 else may have made goes through :func:`read_bytes` or what is built on it, which look at a file's size first.
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
 _HUGE = 1 << 63
-MOST = 1 << 26  # bytes of a file of text that is read whole; the tokenizers of 250,000 tokens have half of it
+MOST = 1 << 26  # bytes of the largest text file that is read; tokenizers of 250,000 tokens have half of that
 _NAMES = {
     dict: "an object of names and values", list: "a list", str: "a string", int: "a whole number", float: "a number",
     bool: "true or false", type(None): "null",
@@ -28,9 +28,9 @@ _NAMES = {
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place, fsynced, when the block ends without an error.
+    """A temporary file beside ``path``, which is fsynced and replaces it when the block ends without an error.
 
-    Otherwise it is removed, and what was at ``path`` stays. The permissions are those of a file that is opened anew.
+    Otherwise it is removed, and what was at ``path`` stays. The permissions are those of a newly created file.
 
     Raises:
         OSError: naming ``path``, if it cannot be written, as on a full disk.
@@ -42,7 +42,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
-    except OSError as error:  # the disk's errors name no file, or the one beside
+    except OSError as error:  # which names no file, or the temporary one
         raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):
@@ -51,13 +51,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path, room: int = 0) -> Iterator[Path]:
-    """A folder for files that are fsynced and take their places in ``path`` when the block ends without an error.
+    """A temporary folder, whose files are fsynced and moved into ``path`` when the block ends without an error.
 
-    If that is not there yet, it is there whole or not at all; else each file is. For files alone, not folders.
+    A new ``path`` appears whole or not at all; in an existing one each file does. For files only, not subfolders.
 
     Args:
         path: the folder.
-        room: bytes that it will take at least; whether there are as many is asked before any work is done.
+        room: bytes that will be written at least; whether the disk has them is checked before any work is done.
 
     Raises:
         OSError: naming ``path``, if it cannot be written.
@@ -65,7 +65,7 @@ def replacing_folder(path: str | Path, room: int = 0) -> Iterator[Path]:
     path = Path(path)
     is_new = not path.exists()
     partial = (path.parent if is_new else path) / f".{path.name}.{os.getpid()}{PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that had the same number
+    shutil.rmtree(partial, ignore_errors=True)  # left by an earlier process of the same id
     try:
         partial.mkdir(parents=True)
         if room and hasattr(os, "posix_fallocate"):
@@ -88,7 +88,7 @@ def replacing_folder(path: str | Path, room: int = 0) -> Iterator[Path]:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether this is what a process that was killed has left of its writing."""
+    """Whether ``path`` is a temporary file or folder of this module's, as a killed process leaves behind."""
     return path.name.endswith(PARTIAL)
 
 
@@ -104,7 +104,7 @@ def write_json(path: str | Path, data: Any, indent: int = 1) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file's content, or of a folder the names in it."""
+    """Flush a file's content, or a folder's entries, to disk."""
     if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
         return
     handle = os.open(path, os.O_RDONLY)
@@ -118,7 +118,7 @@ def sync(path: Path) -> None:
 
 
 def opened(path: Path) -> BinaryIO:
-    """An ordinary file to read; a named pipe is not waited for. Errors as :func:`read_bytes`."""
+    """Open an ordinary file for reading, without blocking on a named pipe. Errors as :func:`read_bytes`."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -149,12 +149,12 @@ def read_text(path: Path, most: int = MOST) -> str:
 
 
 def read_json(path: Path, shape: Any = dict, most: int = MOST) -> Any:
-    """A JSON value of ``shape``, see :func:`shaped`; errors as :func:`read_text`, or ValueError for another."""
+    """The JSON value in a file. Errors as :func:`read_text`, or ValueError if it does not fit (:func:`shaped`)."""
     return parse_json(read_text(path, most), str(path), shape)
 
 
 def parse_json(text: str | bytes, name: str, shape: Any = dict) -> Any:
-    """The value in JSON ``text``, of ``shape``; ValueError with ``name`` for anything else."""
+    """The value in JSON ``text``; ValueError with ``name`` unless it is JSON and fits ``shape``, see :func:`shaped`."""
     try:
         data = json.loads(text)
     except RecursionError:
@@ -168,13 +168,13 @@ def shaped(value: Any, shape: Any, name: str) -> Any:
     """``value``, if it has the shape that is expected.
 
     Args:
-        shape: a type; a list of one shape, for lists of any length; a dict of shapes, whose names must be there (but
-            for those that end in "?") and others may be, of the shape called "*" if there is one; or a tuple of
+        shape: a type; a list of one shape, for lists of any length; a dict of shapes, whose keys are required unless
+            they end in "?" (other keys are allowed, and have the shape under "*" if there is one); or a tuple of
             shapes of different types, of which one must fit.
         name: of the value, for the message.
 
     Raises:
-        ValueError: saying what ``name`` is, down to the field, and what was expected.
+        ValueError: naming the field at fault, its value, and what was expected.
     """
     if isinstance(shape, dict):
         others = dict.fromkeys(shaped(value, dict, name), shape["*"]) if "*" in shape else {}
@@ -191,8 +191,8 @@ def shaped(value: Any, shape: Any, name: str) -> Any:
         parts = shape if isinstance(shape, tuple) else (shape,)
         kinds = tuple(part if isinstance(part, type) else type(part) for part in parts)
         known = (*kinds, int) if float in kinds else kinds
-        is_huge = isinstance(value, int) and not -_HUGE < value < _HUGE  # for a tensor, or the machine
-        if isinstance(value, float) and not math.isfinite(value):  # which JSON has no word for, and Python reads
+        is_huge = isinstance(value, int) and not -_HUGE < value < _HUGE  # beyond int64
+        if isinstance(value, float) and not math.isfinite(value):  # no JSON, but Python's parser accepts NaN, Infinity
             raise ValueError(f"{name} is {value}; expected a finite number")
         if not isinstance(value, known) or (isinstance(value, bool) and bool not in kinds) or is_huge:
             came = f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
@@ -204,21 +204,21 @@ def shaped(value: Any, shape: Any, name: str) -> Any:
 
 
 def real(path: Path) -> Path:
-    """Where ``path`` leads to, as far as there is anything; of links in a circle one of them."""
+    """``path`` with its links resolved, as far as it exists; one of the links if they form a circle."""
     return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for these, in some versions of Python
 
 
 def inside(folder: Path, name: Any, by: str) -> Path:
-    """The file of ``folder`` itself that ``by`` calls ``name``; ValueError for what would lead out of it."""
+    """The file ``name`` directly in ``folder``, as ``by`` refers to it; ValueError for a name that leads out of it."""
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0:"):
         raise ValueError(f"{by} names {name!r:.60}, which is not a file of its folder")
     return own(folder / name)
 
 
 def own(path: Path) -> Path:
-    """``path`` in a folder that somebody else may have made, if it is no link that leads out of it.
+    """``path``, unless it is a link that leads out of its folder, which somebody else may have made.
 
-    Those of a hub's cache may, to its blobs.
+    Links in a Hugging Face cache may lead to its own blobs.
 
     Raises:
         ValueError: naming it and where it leads.

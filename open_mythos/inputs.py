@@ -22,7 +22,7 @@ def check_ids(input_ids: Any, name: str = "input_ids") -> None:
 
 
 def check_range(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
-    """ValueError for tokens outside [0, vocab_size). Only where looking costs no wait for a device."""
+    """ValueError for tokens outside [0, vocab_size); not checked where that would wait for a device."""
     if not has_values(input_ids):
         return
     low, high = int(input_ids.min()), int(input_ids.max())
@@ -31,7 +31,7 @@ def check_range(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> 
 
 
 def check_input(cfg: MythosConfig, input_ids: Any, name: str = "input_ids") -> None:
-    """ValueError unless ``input_ids`` are tokens of the model, (B, T), or what it embeds them as, (B, T, dim)."""
+    """ValueError unless ``input_ids`` are tokens of the model, (B, T), or embeddings, (B, T, dim)."""
     if isinstance(input_ids, Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3:
         is_right = input_ids.numel() > 0 and input_ids.shape[2] == cfg.dim
         must(is_right, f"{name}: embeddings are {tuple(input_ids.shape)}; use (batch, tokens, {cfg.dim})")
@@ -41,7 +41,7 @@ def check_input(cfg: MythosConfig, input_ids: Any, name: str = "input_ids") -> N
 
 
 def check_left_padding(attention_mask: Tensor | None, input_ids: Tensor) -> None:
-    """ValueError unless the mask is one of the (B, T) tokens, without padding after a row's last."""
+    """ValueError unless the mask, if any, has the tokens' shape (B, T) and no padding after a token."""
     if attention_mask is None:
         return
     shapes = tuple(attention_mask.shape), tuple(input_ids.shape[:2])
@@ -51,7 +51,7 @@ def check_left_padding(attention_mask: Tensor | None, input_ids: Tensor) -> None
 
 
 def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int, name: str = "input_ids") -> None:
-    """ValueError unless the prompt is input for a model of ``cfg``, and it and what continues it fit."""
+    """ValueError unless the prompt is valid input for a causal model of ``cfg``, and fits with its continuation."""
     check_input(cfg, input_ids, name)
     must(
         cfg.causal,
@@ -97,7 +97,7 @@ def end_tokens(eos_token_id: int | tuple[int, ...] | None, vocab_size: int) -> t
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """ValueError for random state of another device than tokens are drawn on."""
+    """ValueError for a generator of another device than ``device``, which tokens are drawn on."""
     must(
         generator is None or generator.device.type == device.type,
         f"generator is on {generator and generator.device}, and the model on {device}; make it there",

@@ -21,21 +21,21 @@ EXTRAS = {
     "quant": ("int8 weights", ["torchao"]),
     "loggers": ("logging to other tools", ["tensorboard", "trackio", "wandb"]),
 }
-"""What users may want, by name: what each is for, and the packages that it brings."""
+"""The extras by name: what each is for, and the packages that it installs."""
 
 
 def install_line(extra: str) -> str:
-    """What to type to install an extra."""
+    """The command that installs an extra."""
     return f'pip install ".[{extra}]"'
 
 
 def missing(need: str, extra: str) -> ImportError:
-    """The error for a missing optional package: the sentence ``need``, and the extra to install."""
+    """The error for a missing optional package: ``need`` says what needs it, and the message how to install it."""
     return ImportError(f"{need}; in a checkout of this library, run: {install_line(extra)}")
 
 
 def cache_dir() -> Path:
-    """Where compiled code and tokenised text are kept, which may be removed at any time; it need not exist yet."""
+    """The folder for compiled code and tokenised text. It may not exist yet, and may be removed at any time."""
     if own := os.environ.get("OPEN_MYTHOS_CACHE"):
         return Path(own)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored, says the XDG specification
@@ -43,9 +43,9 @@ def cache_dir() -> Path:
 
 
 def find_hub(seconds: float = 2.0) -> None:
-    """Where the Hugging Face Hub does not answer in so many seconds, have its libraries look only at what lies here.
+    """Switch Hugging Face's libraries to offline mode if the Hub does not answer within ``seconds``.
 
-    By themselves they would ask for half a minute.
+    By themselves they would keep trying for half a minute.
     """
     place = urlsplit(getproxies().get("https") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     answered = list[bool]()
@@ -55,7 +55,7 @@ def find_hub(seconds: float = 2.0) -> None:
             socket.create_connection((place.hostname, place.port or 443), seconds).close()
             answered.append(True)
 
-    asking = Thread(target=ask, daemon=True)  # since looking up a name knows no limit of time
+    asking = Thread(target=ask, daemon=True)  # since a DNS lookup has no timeout
     asking.start()
     asking.join(seconds)
     if not answered:

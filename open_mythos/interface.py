@@ -13,7 +13,7 @@ class Model(nn.Module):
     """The parts of an :class:`~open_mythos.OpenMythos`, and its three stages: encode, the loops, decode."""
 
     LAYERS: tuple[str, ...] = ("prelude_layers", "core_layers", "coda_layers")
-    """Fields of the config that say how many blocks are made."""
+    """Config fields that say how many blocks a model has."""
 
     cfg: MythosConfig
     embed: nn.Embedding

@@ -81,12 +81,12 @@ class OpenMythos(Generates):
             start_pos: position of the first token. Inferred from the cache; give it only to have it checked, or,
                 without a cache, to start later than 0.
             attention_mask: (B, T) for these tokens or (B, past + T) for all, 0 at padding, which stands on the left
-                or the right of a row. A padded row gives the logits that it gives alone; those at padding mean nothing.
-                Without a cache, it may number documents packed in a row, 1, 2, …: each gives the logits it gives alone.
-            exit: when a position stops looping, from :mod:`open_mythos.nn.exits`; eval mode only. With None, when the
-                gate says so if ``cfg.halting``, else after the last loop. Calls that share a cache share the exit.
-            auxiliary: in a training step, also balance experts, teach the gate and start warm, as
-                :mod:`open_mythos.nn.auxiliary` describes; False where two models are compared.
+                or the right of a row. Padding does not change a row's logits; logits at padding are meaningless.
+                Without a cache, it may number documents packed in a row, 1, 2, …: each gets the logits it gets alone.
+            exit: the early-exit rule, from :mod:`open_mythos.nn.exits`; eval mode only. With None, the gate decides if
+                ``cfg.halting``, else every position runs all loops. Calls that share a cache must use the same exit.
+            auxiliary: in a training step, also balance experts, train the gate and use warm starts, as
+                :mod:`open_mythos.nn.auxiliary` describes; pass False where two models are compared.
 
         Returns:
             (B, T, vocab_size).
@@ -106,7 +106,7 @@ class OpenMythos(Generates):
     def hidden(
         self, input_ids: Tensor, n_loops: int | None = None, *args: Any, last: int | None = None, **options: Any
     ) -> Tensor:
-        """What the head reads, (B, T, dim), or of the ``last`` positions alone; arguments as :meth:`states`."""
+        """The head's input, (B, T, dim), or only that of the ``last`` positions; arguments as :meth:`states`."""
         return self.decode(*self.states(input_ids, n_loops, *args, **options), last=last)
 
     def states(
@@ -145,11 +145,11 @@ class OpenMythos(Generates):
         """Check the input and run the prelude.
 
         Args:
-            input_ids: (B, T), or what ``model.embed`` makes of them, (B, T, dim).
+            input_ids: (B, T) tokens, or their embeddings as ``model.embed`` returns them, (B, T, dim).
             cache, start_pos, attention_mask, n_loops: as :meth:`forward`.
             positions: (B or 1, T) integers for rotary embedding; counted from each row's first real token if None.
-            keys: (B,) int64, what decides the noise of each row (:mod:`open_mythos.ops.draws`).
-            rope_factor: for the config's, for these tokens alone.
+            keys: (B,) int64, each row's key for random draws (:mod:`open_mythos.ops.draws`).
+            rope_factor: used for these tokens in place of ``cfg.rope_factor``.
 
         Returns:
             The encoded input e (B, T, dim), and the context of its tokens.
@@ -157,7 +157,7 @@ class OpenMythos(Generates):
         past, valid = self._checked(input_ids, cache, start_pos, attention_mask, n_loops)
         T, device = input_ids.shape[1], input_ids.device
         documents = None if attention_mask is None else document_numbers(attention_mask)
-        # A mask may stand on the CPU, where it has just been looked at without a wait for the device.
+        # A mask on the CPU was checked above without waiting for the device; it is copied to the device here.
         valid, documents = (None if x is None else x.to(device, non_blocking=True) for x in (valid, documents))
         must(
             documents is None or (cache is None and not start_pos),
@@ -185,7 +185,7 @@ class OpenMythos(Generates):
         self, input_ids: Tensor, positions: Tensor, mask: AttentionMask, cache: Cache | None = None,
         keys: Tensor | None = None, rope_factor: float | None = None,
     ) -> tuple[Tensor, Context]:  # fmt: skip
-        """:meth:`encode` of tokens whose ``positions`` (T,) or (B, T) and mask are known to fit."""
+        """:meth:`encode` without its checks, given ``positions`` (T,) or (B, T) and a mask that are known to fit."""
         x = (input_ids if input_ids.is_floating_point() else self.embed(input_ids)) * math.sqrt(self.cfg.dim)
         if mask.valid is not None:
             x = mask.without_padding(x)
@@ -197,7 +197,7 @@ class OpenMythos(Generates):
         return self.input_norm(x), ctx
 
     def first_state(self, e: Tensor, ctx: Context) -> Tensor:
-        """The state before the first loop, as ``cfg.state_init`` says: (B, T, dim), or what the loops carry."""
+        """The initial state, set by ``cfg.state_init``: (B, T, dim), or the recurrent block's own form."""
         if self.cfg.state_init == "input":
             return self.recurrent.begin(e)
         if self.cfg.state_init == "noise" and self.training and not is_evaluating():
@@ -208,10 +208,10 @@ class OpenMythos(Generates):
         """Run the coda and the last norm on states (B, T, dim): (B, T or last, dim), ready for the head.
 
         Args:
-            h, ctx: as :meth:`states` gave them; a cache gets the rows of all T.
-            loop: for states that are not the last: what each loop's states give the coda is cached apart.
-            last: how many of the last positions are wanted, 1 to T; all if None. The coda's last block, where
-                nothing goes on to other positions, does no more.
+            h, ctx: as :meth:`states` returned them; a cache gets the key/value rows of all T.
+            loop: the loop of intermediate states, None for the final ones: the coda's rows are cached for each loop.
+            last: return only this many last positions, 1 to T; all if None. The coda's last block then skips the
+                others, as no later block attends to them.
         """
         h, end = self.recurrent.output(h), len(self.coda) - 1
         for layer, block in enumerate(self.coda):
@@ -220,9 +220,9 @@ class OpenMythos(Generates):
         return h if ctx.mask.valid is None else ctx.mask.without_padding(h)
 
     def readout(self, ctx: Context) -> Readout:
-        """Reads predictions from states: ``(h (B, T, dim), loop) -> (B, T, vocab_size)``, as exits need them.
+        """A function from states to logits, for exits: ``(h (B, T, dim), loop) -> (B, T, vocab_size)``.
 
-        With a cache in ``ctx``, what each loop's states give the coda is kept apart; without, the loop plays no part.
+        With a cache in ``ctx``, the coda's rows are cached for each loop; without one, ``loop`` is ignored.
         """
         return lambda h, loop: self.head(self.decode(h, ctx, loop))
 
@@ -230,7 +230,7 @@ class OpenMythos(Generates):
     def iterate(
         self, input_ids: Tensor, n_loops: int | None = None, exit: Exit | None = None, **inputs: Any
     ) -> Iterator[tuple[LoopState, Tensor]]:
-        """After every loop, what happened in it and the logits (B, T, vocab_size) if it were the last.
+        """Yield, for every loop, its :class:`LoopState` and the logits (B, T, vocab_size) if it were the last.
 
         Args:
             input_ids: (B, T).
@@ -246,7 +246,7 @@ class OpenMythos(Generates):
     def _checked(
         self, input_ids: Tensor, cache: Cache | None, start_pos: int | None, attention_mask: Tensor | None, n_loops: int
     ) -> tuple[int, Tensor | None]:
-        """Tokens held by the cache, and (B, past + T) bool of real tokens or None. ValueError if input does not fit."""
+        """Check input; return the number of cached tokens, and the mask of real tokens, (B, past + T) bool or None."""
         check_input(self.cfg, input_ids)
         B, T = input_ids.shape[:2]
         past = cache.length if cache is not None else 0
@@ -267,7 +267,7 @@ class OpenMythos(Generates):
         return past, self._valid(attention_mask, B, T, past, cache)
 
     def _check_slots(self, cache: Cache, past: int, n_loops: int) -> None:
-        # No slot holds more than the one before it, so the last of those that loops share, or have each, tells of all.
+        # No slot holds more tokens than that of an earlier loop, so it is enough to look at the last slot in use.
         last = min(n_loops, cache.cache_loops or n_loops) - 1
         if past == 0 or cache.slot_length(loop_slot(last, cache)) == past:
             return
@@ -315,7 +315,7 @@ class OpenMythos(Generates):
             return None
         begun = valid.cumsum(1) > 0
         is_outside = not bool((begun[:, :-1] & ~valid[:, :-1] & valid[:, 1:]).any())
-        self._check_sides(is_outside or has_documents(attention_mask))  # which may have some between them
+        self._check_sides(is_outside or has_documents(attention_mask))  # documents may have padding between them
         if cache is not None:
             cache.ends_in_padding = ends_in_padding(valid)
         return valid
@@ -325,11 +325,11 @@ class OpenMythos(Generates):
         must(
             is_outside or not reads_neighbours,
             f"there is padding between tokens of a row, and a model with conv_taps={self.cfg.conv_taps} and "
-            f"local_window={self.cfg.local_window} counts places; pad on the left, or after the last token of a row",
+            f"local_window={self.cfg.local_window} reads neighbours; pad on the left, or after the last token of a row",
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:
-        """A head and an embedding that are one tensor stay one, which leaving the meta device would undo."""
+        """Keep a tied head tied: moving off the meta device would make two tensors of the shared one."""
         was_tied = getattr(self.head, "weight", None) is self.embed.weight
         super()._apply(fn, recurse)
         if was_tied and self.head.weight is not self.embed.weight:
@@ -346,7 +346,7 @@ class OpenMythos(Generates):
     @classmethod
     @checked
     def from_pretrained(cls, source: str | Path, verify: bool = True) -> OpenMythos:
-        """A model that :meth:`save_pretrained` wrote, or one that comes with the package, by its name, in eval mode.
+        """Load a model that :meth:`save_pretrained` wrote, or a shipped one by its name, in eval mode.
 
         See :func:`open_mythos.checkpoint.load`.
         """
@@ -354,7 +354,7 @@ class OpenMythos(Generates):
 
 
 class UnrolledMythos(OpenMythos):
-    """:class:`OpenMythos` with :class:`UntiedBlocks`: as deep as ``cfg.max_loop_iters`` loops, and never deeper."""
+    """:class:`OpenMythos` whose loops have weights of their own (:class:`UntiedBlocks`): at most ``max_loop_iters``."""
 
     LAYERS = (*Model.LAYERS, "max_loop_iters")
 
@@ -364,9 +364,9 @@ class UnrolledMythos(OpenMythos):
 
 
 class PlainMythos(UnrolledMythos):
-    """A plain pre-norm transformer as deep as :class:`UnrolledMythos`, the control for what that adds to one.
+    """A plain pre-norm transformer as deep as :class:`UnrolledMythos`: the control for what that one adds.
 
-    Its blocks read what the last one left: no input again, no leak, no LoRA, no norm but those of blocks and head.
+    A block reads only the previous output: no injection of e, no decay A, no LoRA, no norms but the blocks' and head's.
     """
 
     def __init__(self, cfg: MythosConfig) -> None:
@@ -376,7 +376,7 @@ class PlainMythos(UnrolledMythos):
 
 
 def _tie_assigned(model: OpenMythos, incompatible_keys: Any) -> None:
-    """A tied head stays tied where tensors were assigned, as to a model without storage (``assign=True``)."""
+    """Keep a tied head tied where tensors were assigned (``assign=True``), as to a model on the meta device."""
     head, embed = model.head.weight, model.embed.weight
     if model.cfg.tied_head and head is not embed and (head.is_meta or head.data_ptr() == embed.data_ptr()):
         model.head.weight = embed

@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
     tokenizer.FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
-"""Of a pretrained model, beside its weights; the first is what the others add to."""
+"""Tokenizer files beside a pretrained model's weights; the others only add to the first."""
 
 
 @checked
@@ -77,7 +77,7 @@ def load_model(source: str | Path) -> OpenMythos:
 
 @checked
 def tokenizer_of(source: str | Path) -> Tokenizer:
-    """What the model found by :func:`model_dir` reads and writes text with.
+    """The tokenizer of the model found by :func:`model_dir`.
 
     Raises:
         ValueError: as :func:`model_dir`, for a damaged ``tokenizer.json``, or if there is none.
@@ -94,7 +94,7 @@ def tokenizer_of(source: str | Path) -> Tokenizer:
 
 @checked
 def card_of(source: str | Path) -> str:
-    """What the card of the model found by :func:`model_dir` says, Markdown: of shipped models, how good they are.
+    """The card of the model found by :func:`model_dir`, as Markdown; a shipped model's says how good it is.
 
     Raises:
         ValueError: as :func:`model_dir`, or if there is none.
@@ -106,7 +106,7 @@ def card_of(source: str | Path) -> str:
 
 @checked
 def save_model(model: OpenMythos, directory: str | Path, source: str | Path = "") -> None:
-    """Write a model, with the tokenizer of the one found by ``source``, which it started from, if that has one."""
+    """Write a model, with the tokenizer, if there is one, of the model ``source`` that its training started from."""
     model.save_pretrained(directory)
     copy_tokenizer(source, Path(directory))
 

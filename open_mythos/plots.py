@@ -32,7 +32,7 @@ STYLE: Any = {
 
 
 def require_matplotlib() -> None:
-    """Raise ImportError, naming the extra, if matplotlib is not installed: before long work that ends in a plot."""
+    """Raise ImportError, naming the extra, if matplotlib is not installed; called before long work for a plot."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -75,8 +75,8 @@ def scores_by_loops(
 ) -> None:
     """Scores against the number of loops: one panel per metric, one line per task.
 
-    An axis is that of a share, 0 to 1, if all scores of a panel are, and else no shorter than a tenth of the largest:
-    cut closer, noise would look like a gain.
+    A panel's y axis runs from 0 to 1 if all its scores do. Otherwise it spans at least a tenth of the largest score:
+    with a shorter one, noise would look like a gain.
 
     Args:
         panels: for each metric and task, at each loop count, the score and its standard error or None.
@@ -215,7 +215,7 @@ def state_change(delta: ArrayLike, path: str | Path) -> None:
             axes.fill_between(loops, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="min to max")
             axes.plot(loops, mean, color=COLOURS[0], marker="o", label="mean of those that move")
             axes.set(yscale="log", ylim=(low.min() / 1.5, high.max() * 1.5))
-            # ticks at 2s and 5s too below three decades
+            # below three decades, ticks at 2 and 5 of each decade as well
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high.max() < 1000 * low.min() else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(NullLocator())

@@ -1,6 +1,6 @@
-"""The whole model written in the plainest way from a model's parameters, for tests: slow, differentiable in each.
+"""A plain, slow implementation of the whole model on a model's parameters, for tests; differentiable in each of them.
 
-Every position is computed at every loop; what halting or padding leaves out is put back by ``torch.where``.
+Every position is computed at every loop; ``torch.where`` then restores what halting or padding must not change.
 """
 
 import math
@@ -71,7 +71,7 @@ def reference_logits(
 
 @dataclass
 class Positions:
-    """What attention needs to know of the tokens: which are real (B, T), their positions (B, T), ``cfg.rope[1:]``."""
+    """What attention needs: which tokens are real (B, T), their positions (B, T), ``cfg.rope[1:]``, ``cfg.causal``."""
 
     real_BT: Tensor
     index_BT: Tensor
@@ -79,7 +79,7 @@ class Positions:
     causal: bool
 
     def allowed(self, n_heads: int, n_local_heads: int, window: int) -> Tensor:
-        """(B, H, T, T) bool: itself, and real keys, not later if causal, nearer than ``window`` in the first heads."""
+        """(B, H, T, T) bool: a query sees itself, and real keys: earlier ones if causal, nearer ones in local heads."""
         T = self.real_BT.shape[1]
         query, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
         causal = key <= query if self.causal else torch.ones(T, T, dtype=torch.bool)
@@ -188,7 +188,7 @@ def _mla(attn: MLAttention, x: Tensor, where: Positions, *loop: Any) -> tuple[Te
 def _convolved(
     raw: dict[str, Tensor], convs: dict[str, Any], where: Positions, running: Tensor | None, old: Rows | None
 ) -> Rows:
-    """Rows where positions run, those of the loop before elsewhere; zeros where there were none, and at padding."""
+    """New rows where positions run, the previous loop's elsewhere; zeros if there were none, and at padding."""
     raw = {name: torch.where(where.real_BT[..., None], rows, 0.0) for name, rows in raw.items()}
     raw = _kept(raw, running, None if old is None else old.raw)
     final = {name: _conv(convs[name], rows, where.causal) for name, rows in raw.items()}
@@ -196,7 +196,7 @@ def _convolved(
 
 
 def _kept(new: dict[str, Tensor], running: Tensor | None, old: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """``new`` rows (B, T, C) where positions run, ``old`` ones elsewhere, zeros where there never were any."""
+    """``new`` rows (B, T, C) where positions run; elsewhere ``old`` ones, or zeros if there are none."""
     if running is None:
         return new
     return {name: torch.where(running[..., None], rows, old[name] if old else 0.0) for name, rows in new.items()}
@@ -261,6 +261,6 @@ def _linear(linear: Linear, x: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    if not isinstance(norm, RMSNorm):  # there is none
+    if not isinstance(norm, RMSNorm):  # nn.Identity
         return x
     return norm.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + norm.eps)

@@ -15,7 +15,7 @@ from open_mythos.inputs import check_ids, check_left_padding, check_n_loops, che
 from open_mythos.model import OpenMythos
 from open_mythos.nn.modes import evaluating
 
-IGNORED = -100  # in a target: no token, and nothing is asked; as in cross_entropy and transformers
+IGNORED = -100  # in a target: no token, and no loss; as in cross_entropy and transformers
 
 
 @checked
@@ -118,7 +118,7 @@ class Seq2Seq(nn.Module):
         check_ids(source, "source")
         unknown = self.decoder.embed.weight.new_zeros(1).expand(*source.shape, self.decoder.cfg.dim)
         decoding = dict(max_new_tokens=max_new_tokens, n_loops=n_loops, attention_mask=source_mask, **options)
-        self.decoder.stream(unknown, **decoding)  # judges all before anything is encoded
+        self.decoder.stream(unknown, **decoding)  # checks all arguments before anything is encoded
         with torch.no_grad():
             prefix = evaluating(self.encoder, self.encode, source, encoder_loops, source_mask)
         return self.decoder.generate(prefix, **decoding)

@@ -25,9 +25,10 @@ def mythos_800k() -> MythosConfig:
 
 
 def dense_beside(cfg: MythosConfig) -> MythosConfig | None:
-    """The dense Transformer that was measured beside a model of this shape, at any length and number of loops, or None.
+    """The dense transformer that was measured beside :func:`mythos_800k`; None for a model of any other shape.
 
-    Six blocks: the recurrent block, run once, is one more layer, with an ordinary feed-forward and no local heads.
+    The context length and number of loops of ``cfg`` do not matter. The dense model has six blocks: its recurrent block
+    is one more layer, run once, with an ordinary feed-forward and no local heads.
     """
     looped = mythos_800k()
     if replace(cfg, max_seq_len=looped.max_seq_len, max_loop_iters=looped.max_loop_iters, halting=False) != looped:
@@ -38,7 +39,7 @@ def dense_beside(cfg: MythosConfig) -> MythosConfig | None:
     )  # fmt: skip
 
 
-# Of these two, held-out bits per byte by loops, the mean of three seeds; benchmarks/dense.py trains and measures them.
+# Held-out bits per byte of these two by number of loops, mean of three seeds; benchmarks/dense.py measures them.
 LOOPED_BITS, DENSE_BITS = {1: 2.142, 2: 2.111, 4: 2.112, 8: 2.114}, {1: 2.116}
 
 

@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, with a checksum of the tensors' bytes in the metadata, which others pass over."""
+"""Files of weights: safetensors, with a checksum of the tensors' bytes in the metadata, which other readers ignore."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ from torch import Tensor
 from open_mythos import files
 
 CHECKSUM = "open_mythos.checksum"
-INDEX = ".index.json"  # what a name ends in whose file says which others have the weights
-_WIDTH = 521  # 8-byte words; odd, so that what changes places by pages, sectors or rows stands in another column
+INDEX = ".index.json"  # suffix of the file that says which shard holds each tensor
+_WIDTH = 521  # 8-byte words; odd, so that data moved by pages, sectors or rows lands in another column
 _ROW = 8 * _WIDTH  # bytes
-_BLOCK = 512 * _ROW  # bytes that are copied and summed together, while they are in a cache
+_BLOCK = 512 * _ROW  # bytes that are copied and then summed, while they are in the CPU's cache
 
 
 class CheckpointError(ValueError):
@@ -33,10 +33,10 @@ class CheckpointError(ValueError):
 
 
 def write(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write tensors with their checksum, each as it comes; OSError, naming the file, if that cannot be done.
+    """Write tensors with their checksum, one after the other; OSError, naming the file, if it cannot be written.
 
-    Besides tensors there may be what has a ``shape`` and a ``dtype`` and gives the tensor where it is indexed with (),
-    as those on disk: no more than one is in memory at a time. Equal tensors are equal files.
+    A value may also be lazy, with a ``shape`` and a ``dtype``, and be read by indexing with (), as tensors on disk are:
+    no more than one is in memory at a time. Equal tensors make equal files.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so all are aligned
     ends = list(accumulate((size_of(tensors[name]) for name in names), initial=0))
@@ -59,12 +59,12 @@ def _append(file: BinaryIO, of: Any) -> bytes:
 
 
 def size_of(tensor: Any) -> int:
-    """Bytes of what :func:`write` takes."""
+    """Bytes of a tensor, or of a lazy one as :func:`write` takes it."""
     return prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _header(sums: dict[str, bytes], placed: dict[str, Any]) -> bytes:
-    """What a file begins with; of the same length for any ``sums``."""
+    """The header of a safetensors file; its length does not depend on ``sums``."""
     said = {"__metadata__": {"format": "pt", CHECKSUM: _checksum(sums)}, **placed}
     content = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
     content = content.ljust(-(-len(content) // 8) * 8)
@@ -73,18 +73,18 @@ def _header(sums: dict[str, bytes], placed: dict[str, Any]) -> bytes:
 
 @cache
 def _kind(dtype: torch.dtype) -> str:
-    """What safetensors calls it."""
+    """The name of a dtype in safetensors."""
     return json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
 
 
 def write_divided(path: Path, tensors: Mapping[str, Any], most: int) -> list[Path]:
-    """As :func:`write`, to files of at most ``most`` bytes of tensors each, or of one that is larger.
+    """As :func:`write`, into one file if all tensors fit ``most`` bytes, else into shards of at most that.
 
-    Named, and listed in ``path.index.json``, as transformers does, unless one file at ``path`` has room for all. The
-    index, written last, knows the files' checksums: those of two savings are not taken for one.
+    A tensor that is larger has a shard of its own. Shards are named, and listed in ``path.index.json``, as transformers
+    does. The index is written last, with a checksum of the shards' checksums, so that those of two saves do not mix.
 
     Returns:
-        What was written.
+        The files written.
     """
     parts, room = list[dict[str, Any]](), 0
     for name, tensor in tensors.items():
@@ -108,9 +108,9 @@ def write_divided(path: Path, tensors: Mapping[str, Any], most: int) -> list[Pat
 
 
 def files_of(path: Path, verify: bool = True) -> list[Path]:
-    """``path``, or if it is an index, the files of its folder that it names; CheckpointError for one that is none.
+    """``path``, or the shards in its folder that it lists if it is an index; CheckpointError for a damaged index.
 
-    With ``verify`` also for other files than it was written with, if it says what these were.
+    With ``verify`` also for shards of another save, if the index has a checksum.
     """
     if not path.name.endswith(INDEX):
         return [path]
@@ -156,13 +156,13 @@ def shapes(path: Path) -> dict[str, torch.Size]:
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether :func:`read` has something to compare its tensors with. Errors as :func:`read`."""
+    """Whether the file has a checksum for :func:`read` to verify. Errors as :func:`read`."""
     with opened(path) as file:
         return CHECKSUM in (file.metadata() or {})
 
 
 def read(path: Path, verify: bool = True) -> dict[str, Tensor]:
-    """The tensors of a file, compared with its checksum if it has one and ``verify``.
+    """The tensors of a file, verified against its checksum if it has one and ``verify`` is set.
 
     Raises:
         CheckpointError: naming it, if it is missing, truncated, damaged, or no safetensors file.
@@ -186,9 +186,9 @@ def read(path: Path, verify: bool = True) -> dict[str, Tensor]:
 
 
 def check_archive(file: Path | BytesIO) -> bool:
-    """Whether it is an archive, as torch.save writes; CheckpointError for one with packed entries, which it never does.
+    """Whether ``file`` is a zip archive, as torch.save writes; CheckpointError if it has compressed entries.
 
-    Those could unpack to any size, and PyTorch would read them as if they were not packed.
+    torch.save writes none. They could unpack to any size, and PyTorch would read them as if they were not compressed.
     """
     if not zipfile.is_zipfile(file):
         return False
@@ -200,7 +200,7 @@ def check_archive(file: Path | BytesIO) -> bool:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file for safetensors to read; whatever fails inside is a CheckpointError that names it."""
+    """Open a file with safetensors; any error inside the block becomes a CheckpointError that names the file."""
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -216,10 +216,10 @@ def _checksum(sums: dict[str, bytes]) -> str:
 
 
 def _sums(tensor: Tensor, to: Tensor | None = None) -> bytes:
-    """What a checksum is of: dtype, shape, and of each block of a tensor's bytes the sums of its columns.
+    """What the checksum covers of a tensor: dtype, shape, and the column sums of each block of its bytes.
 
-    Sums are as fast as memory, which no checksum of the standard library is. One changed bit changes one, and what
-    changes places changes several. ``tensor`` is copied ``to`` on the way.
+    Sums run at the speed of memory, which no checksum of the standard library does. A changed bit changes one of them,
+    data that has moved several. ``tensor`` is copied into ``to`` on the way.
     """
     sums = [f"{tensor.dtype}{tuple(tensor.shape)};".encode()]
     source = _bytes(tensor)
@@ -239,5 +239,5 @@ def _sums(tensor: Tensor, to: Tensor | None = None) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """(nbytes,) uint8, the memory of a contiguous tensor of the CPU."""
+    """(nbytes,) uint8, a view of the memory of a contiguous tensor on the CPU."""
     return tensor.view(-1).view(torch.uint8)
