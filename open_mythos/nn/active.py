@@ -1,4 +1,4 @@
-"""The positions that still run when others have halted."""
+"""Running loops on the positions that still run, when others have halted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from open_mythos.context import Context
 from open_mythos.ops.attention import AttentionMask
 
-# With STAY times the width of the packed queries above T, to attend with all T takes less time than a bias of their own
-# and keys beyond the window do. A card of problems of 512 tokens takes two thirds of the processor's time, at 2 to 16.
+# If STAY times the width of the packed queries is above T, attention with all T queries is faster: packed ones need a
+# bias of their own and read keys beyond the window. Problems of 512 tokens then take 2/3 of the CPU time, at 2 to 16.
 STAY = 3
 
 
@@ -21,10 +21,9 @@ class ActiveTokens:
     """Bookkeeping for running one block on some of the (B, T) positions of a batch.
 
     Where positions are *packed*, position-wise work is done on the N running ones as one (1, N, ...) sequence; for
-    attention the queries are packed to the front of each row, (B, width, ...), width being the most that any row still
-    runs. Else, as on a GPU, which would have to wait for these numbers, all positions are computed at fixed shapes. A
-    halted position keeps the key and value rows of the last loop that it ran. While all positions run, every method
-    returns what it was given.
+    attention the queries are packed to the front of each row, (B, width, ...), width being the most that still run in
+    any row. Otherwise, as on a GPU, which the host would have to wait for, all positions are computed at fixed shapes.
+    A halted position keeps the key/value rows of its last loop. While all run, methods return their argument unchanged.
 
     Args:
         running: (B, T) bool.
@@ -38,7 +37,7 @@ class ActiveTokens:
         self.rows = rows or {}
 
     def only(self, running: Tensor) -> ActiveTokens:
-        """Those of these positions that still run, with the rows of the loop that is over."""
+        """The subset ``running`` of these positions, with the rows of the loop just run."""
         still = ActiveTokens(running, self.packs, self.rows)
         return self if self.packs and len(still) == len(self) else still
 
@@ -57,13 +56,13 @@ class ActiveTokens:
 
     @cached_property
     def _packed_at(self) -> tuple[Tensor, Tensor]:
-        """Row of each running position, and its place among those of the row."""
+        """Row of each running position, and its index among the running ones of that row."""
         row, col = self._at
         return row, (self.running.cumsum(1) - 1)[row, col]
 
     @cached_property
     def width(self) -> int:
-        """Most positions that any row of the batch still runs."""
+        """Most positions that still run in any row of the batch."""
         return int(self.running.sum(1).max())
 
     @property
@@ -85,14 +84,14 @@ class ActiveTokens:
 
     @cached_property
     def queries_stay(self) -> bool:
-        """Whether queries stay at their places: so many run that it takes less to attend with all.
+        """Whether queries stay at their places, as so many run that attention with all T of them is faster.
 
-        All T have the mask of every loop, one that kernels know or that is made once, and keys of a window alone.
+        All T queries share one mask in every loop, which is built once or known to the kernels, and windowed keys.
         """
         return STAY * self.width > self.running.shape[1]
 
     def pack(self, x: Tensor) -> Tensor:
-        """(1, N, ...) -> (B, width, ...), zeros behind each row's last; or (B, T, ...), zeros where none runs."""
+        """(1, N, ...) -> (B, width, ...), padded with zeros; or (B, T, ...), zeros where positions have halted."""
         if not self.is_packed:
             return x
         if self.queries_stay:
@@ -101,7 +100,7 @@ class ActiveTokens:
         return packed.index_put(self._packed_at, x[0])
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """:meth:`pack`'s -> (1, N, ...)."""
+        """The inverse of :meth:`pack`: -> (1, N, ...)."""
         if not self.is_packed:
             return packed
         return self.gather(packed) if self.queries_stay else packed[self._packed_at].unsqueeze(0)
@@ -111,7 +110,7 @@ class ActiveTokens:
         return self.scatter(raw, self.rows[layer][0]) if layer in self.rows else raw
 
     def merge(self, layer: Any, raw: Tensor, rows: Tensor) -> Tensor:
-        """Final rows (B, T, ...) likewise; a halted position's stay as they are, whatever its neighbours do."""
+        """Final rows (B, T, ...), merged likewise: a halted position's do not change with those of its neighbours."""
         if layer in self.rows and (self.is_packed or not self.packs):
             running = self.running.view(*self.running.shape, *[1] * (rows.ndim - 2))
             rows = torch.where(running, rows, self.rows[layer][1])
@@ -119,7 +118,7 @@ class ActiveTokens:
         return rows
 
     def context(self, whole: Context) -> Context:
-        """``whole``, the context of all T positions of the batch, for the running ones."""
+        """The context of the running positions, given ``whole``, that of all T positions of the batch."""
         if not self.is_packed:
             return replace(whole, active=self)
         mask = whole.mask

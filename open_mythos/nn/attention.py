@@ -1,4 +1,4 @@
-"""Attention: grouped queries or latents, a short convolution before the cache, and heads with a window."""
+"""Attention: grouped-query or latent, with a short convolution before the cache, and local heads."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from open_mythos.ops.rope import apply_rope
 
 
 class ShortConv(nn.Module):
-    """The taps of a depth-wise convolution of keys and values over the last few tokens; called, it returns them.
+    """The taps of a depth-wise convolution of keys and values over the last few tokens; ``forward`` returns them.
 
-    It gives attention a direct view of the previous token, so that information moves one position along at every loop
-    without a head having to learn it (the idea of Canon layers, Allen-Zhu 2025).
+    The convolution mixes the previous token into each key and value, so that information can move by one position per
+    loop without a head having to learn it (the idea of Canon layers, Allen-Zhu 2025).
 
     Like the matrices of :class:`~open_mythos.nn.linear.Linear`, taps are stored at the scale of ``std``.
 
     Args:
         channels: width of the rows.
-        n_taps: tokens each output sees, its own included.
-        share: neighbouring channels that have the same taps; 2 for rotated keys, whose channels rotate in pairs and
-            must keep doing so for scores to depend on distances alone.
+        n_taps: tokens that each output reads, its own included.
+        share: number of neighbouring channels that share taps; 2 for keys, whose channels are rotated in pairs: with
+            different taps in a pair, scores would no longer depend on relative positions alone.
         std: see above.
     """
 
@@ -50,14 +50,14 @@ class ShortConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Base of :class:`GQAttention` and :class:`MLAttention`: the order of work around a score function.
+    """Base of :class:`GQAttention` and :class:`MLAttention`: projection, convolution, cache update, attention, output.
 
     A subclass says how tokens become queries and rows (:meth:`project`), how rows are convolved (:meth:`kernel`), and
-    how queries read all rows (:meth:`read`). A row is (G, W): what attention reads of one token.
+    how queries attend to all rows (:meth:`read`). A row is (G, W): what attention reads of one token.
 
     Args:
         cfg: reads n_heads, n_local_heads, conv_taps.
-        local_window: if above 0, ``cfg.n_local_heads`` of the heads see tokens nearer than this only.
+        local_window: if above 0, ``cfg.n_local_heads`` of the heads see only tokens nearer than this.
     """
 
     wo: Linear
@@ -75,17 +75,17 @@ class Attention(nn.Module):
         """Attend.
 
         Args:
-            x: tokens, (B, T, dim); or the running ones alone, (1, N, dim), if the context says so.
-            freqs: the :class:`Context` of these tokens, and then neither mask nor cache; or their rotary phasors or
+            x: tokens, (B, T, dim); or only the running ones, (1, N, dim), if the context's ``active`` packs them.
+            freqs: the :class:`Context` of these tokens, which replaces mask and kv_cache; or their rotary phasors or
                 (cos, sin) pairs, see :func:`open_mythos.ops.rope.apply_rope`. A table of more positions than tokens is
-                read from the first position that the cache lacks.
-            mask: who sees whom, see :func:`~open_mythos.context.as_mask`; causal if None.
+                read from the first position that is not cached.
+            mask: which keys each query may attend to, see :func:`~open_mythos.context.as_mask`; causal if None.
             kv_cache: rows of earlier tokens; this call's are appended.
             cache_key: slot of the cache.
-            last: how many of the last tokens are queries; all if None. The rows of all of them are cached and seen.
+            last: how many of the last tokens are queries; all if None. The rows of all T are cached and attended to.
 
         Returns:
-            As x, of the tokens that are queries.
+            The outputs of the tokens that are queries, in the shape of x.
         """
         ctx = freqs if isinstance(freqs, Context) else as_context(freqs, mask, kv_cache, cache_key, x.shape[1])
         mask, active = ctx.mask, ctx.active
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         if active is not None:
             queries, raw = [active.pack(q) for q in queries], active.merge_raw(layer, raw)
         if mask.valid is not None:
-            # The norm of a zero row multiplies gradients by a thousand, which overflows over a few loops.
+            # RMSNorm of an all-zero row multiplies gradients by a thousand, which overflows after a few loops.
             raw = mask.without_padding(raw)
         n_raw, before, slot = max(self.n_taps - 1, 0), None, None
         if ctx.cache is not None:
@@ -113,19 +113,19 @@ class Attention(nn.Module):
         return call(self.wo, (active.unpack(out) if active is not None else out).flatten(2))
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Queries, as parts (B, T, H, ...), and raw rows (B, T, G, W)."""
+        """Queries, as a list of parts (B, T, H, ...), and raw rows (B, T, G, W)."""
         raise NotImplementedError
 
     def kernel(self, own: int = 0) -> Tensor:
-        """Taps of every number of a row: (n_taps, G, W); that of the token itself is the one at ``own``."""
+        """Taps of every channel of a row: (n_taps, G, W); index ``own`` is the token's own tap."""
         raise NotImplementedError
 
     def read(self, queries: list[Tensor], rows: Tensor, mask: AttentionMask) -> Tensor:
-        """What the queries find in all rows (B, S, G, W): (B, T, H, Dv)."""
+        """Attention of the queries to all rows (B, S, G, W): (B, T, H, Dv)."""
         raise NotImplementedError
 
     def _convolve(self, raw: Tensor, before: Tensor | None, ctx: Context, mask: AttentionMask) -> Tensor:
-        """``y[t] = sum_j taps[j] raw[t - j]`` in each document: (B, T, G, W); centred where attention sees ahead."""
+        """``y[t] = sum_j taps[j] raw[t - j]`` in each document: (B, T, G, W); centred if attention is not causal."""
         K, T, constants = self.n_taps, raw.shape[1], ctx.constants
         ahead = 0 if mask.causal else (K - 1) // 2
         taps = None if constants is None else constants.get(self)
@@ -180,7 +180,7 @@ class GQAttention(Attention):
         return self.rotate(torch.cat([q, k], -1), v, rotary)
 
     def rotate(self, qk: Tensor, v: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
-        """:meth:`project`, from queries and keys next to each other (B, T, (H + G) D) and values (B, T, G D)."""
+        """:meth:`project`, given the products: concatenated queries and keys (B, T, (H + G) D), values (B, T, G D)."""
         q, k = apply_rope(qk.unflatten(-1, (-1, self.head_dim)), rotary).split([self.n_heads, self.n_kv_heads], 2)
         return [q], torch.cat([k, v.unflatten(-1, (-1, self.head_dim))], -1)
 
@@ -194,14 +194,14 @@ class GQAttention(Attention):
 
 
 class LatentUp(Linear):
-    """From a latent to ``n_heads`` keys and values; or that map moved to the other side of a product.
+    """The map from a latent to ``n_heads`` keys and values; or, absorbed, from queries to latents and back to values.
 
-    ``q . (U c)`` is ``(U^T q) . c``: with ``absorb="keys"`` queries (N, H, key_dim) become (N, H, in_features), and
-    with ``absorb="values"`` mixtures of latents (N, H, in_features) become values (N, H, value_dim).
+    As ``q . (U c) = (U^T q) . c``, ``absorb="keys"`` maps queries (N, H, key_dim) to (N, H, in_features), and
+    ``absorb="values"`` maps attention-weighted latents (N, H, in_features) to values (N, H, value_dim).
 
     Args:
-        in_features: R, of a latent.
-        n_heads, key_dim, value_dim: of the keys and values.
+        in_features: R, channels of a latent.
+        n_heads, key_dim, value_dim: number of heads, and channels of a head's key and value.
         std: as :class:`Linear`.
     """
 
@@ -221,12 +221,12 @@ class LatentUp(Linear):
 class MLAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-    Queries and keys/values pass through low-rank latents; position travels on a separate rotary part, whose key
-    is one for all heads. A row holds that latent and that key, (1, kv_lora_rank + qk_rope_head_dim), and nothing else.
+    Queries and keys/values pass through low-rank latents; positions are encoded in a separate rotary part, whose key
+    is shared by all heads. A row holds only that latent and that key, (1, kv_lora_rank + qk_rope_head_dim).
 
     There are two ways to read it, equal up to rounding. *Expanded* turns every latent into the keys and values of
-    all heads. *Absorbed* moves the expansion to the queries and the output, so the latents are read as they are.
-    :meth:`read` takes whichever needs fewer multiplications: expanded for a long prompt, absorbed in decoding.
+    all heads. *Absorbed* moves the expansion to the queries and the output, so that the latents are read as they are.
+    :meth:`read` chooses the one with fewer multiplications: expanded for a long prompt, absorbed in decoding.
 
     Args:
         cfg: reads dim, n_heads, the five MLA sizes, conv_taps.
@@ -257,7 +257,7 @@ class MLAttention(Attention):
         )
 
     def rotate(self, q: Tensor, c_kv: Tensor, k_rope: Tensor, rotary: Tensor) -> tuple[list[Tensor], Tensor]:
-        """:meth:`project`, from queries (B, T, H (N + P)), latents (B, T, R) and rotary keys (B, T, P)."""
+        """:meth:`project`, given queries (B, T, H (N + P)), latents (B, T, R) and rotary keys (B, T, P)."""
         q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
         rotated = apply_rope(torch.cat([q_rope, k_rope.unsqueeze(2)], 2), rotary)
         q_rope, k_rope = rotated.split([self.n_heads, 1], 2)
@@ -278,12 +278,12 @@ class MLAttention(Attention):
         n_new = q_nope.shape[1]
         expanded = n_all * per_token + n_new * n_all * per_pair_expanded
         absorbed = n_new * per_token + n_new * n_all * per_pair_absorbed
-        can_absorb = isinstance(self.kv_up, LatentUp)  # an adapter put around it cannot
+        can_absorb = isinstance(self.kv_up, LatentUp)  # not if an adapter wraps it
         read = self.read_absorbed if can_absorb and absorbed < expanded else self.read_expanded
         return read(q_nope, q_rope, rows, mask)
 
     def read_expanded(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: AttentionMask) -> Tensor:
-        """Every latent becomes H keys and values."""
+        """Attention that expands every latent into the keys and values of H heads."""
         c_kv, k_rope = rows.split([self.latent_dim, self.rope_dim], -1)
         up = call(self.kv_up, c_kv.squeeze(2)).unflatten(-1, (self.n_heads, -1))
         k_nope, v = up.split([self.nope_dim, self.v_dim], dim=-1)
@@ -291,7 +291,7 @@ class MLAttention(Attention):
         return attend(q, torch.cat(kv, -1), mask, self.score_scale, self.n_local_heads, self.local_window)
 
     def read_absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: AttentionMask) -> Tensor:
-        """The rows are the keys, and the latents in them the values, of one shared head."""
+        """Attention with one shared head, whose keys are the rows, and whose values are the latents in them."""
         B, T = q_nope.shape[:2]
         q_latent = self.kv_up(q_nope.flatten(0, 1), absorb="keys").unflatten(0, (B, T))
         q = torch.cat([q_latent, q_rope], -1)

@@ -1,17 +1,17 @@
-"""What a training step does for a model beside its loss: experts are balanced, and the gate learns when to halt.
+"""What a training step does besides the caller's loss: it balances the experts, and trains the gate to halt.
 
-A loop of one's own, ``loss = f(model(ids)); loss.backward(); optimizer.step()``, has all of it without another line:
+A plain training loop, ``loss = f(model(ids)); loss.backward(); optimizer.step()``, gets all of it without another line:
 
 - **Expert balance** (DeepSeek-V3, arXiv:2412.19437): forward passes count how many tokens each expert gets; after the
   optimizer's step each router's bias moves towards the mean load.
-- **Gate**: one row in eight is also run to full depth without gradient. Its states teach the gate which of them have
-  converged, by a loss whose gradient joins the caller's backward pass.
-- **Warm starts** (``cfg.warm_start``): the step then starts these rows from the states they met at depth.
-- **Trained loops**: depth-wise LoRA learns how deep a model was trained.
+- **Gate**: one row in eight is also run to full depth without gradient. The gate is trained to tell which of its states
+  have converged; the gradient of that loss joins the caller's backward pass.
+- **Warm starts** (``cfg.warm_start``): the step then starts these rows from their own states after some loops.
+- **Trained loops**: depth-wise LoRA records the largest number of loops trained.
 
-None of it happens in eval mode, without gradient, to weights that are not trained, or with ``auxiliary=False``, as
-where two models are compared (DPO, GRPO). The :class:`~open_mythos.training.trainer.Trainer` has its own schedule of
-depths, and calls :func:`balance` itself.
+None of it happens in eval mode, without gradient, to frozen weights, or with ``auxiliary=False``, for where two models
+are compared (DPO, GRPO). The :class:`~open_mythos.training.trainer.Trainer` has its own schedule of loops, and calls
+:func:`balance` itself.
 """
 
 import math
@@ -31,8 +31,8 @@ from open_mythos.nn.halting import gate_loss
 from open_mythos.nn.modes import evaluating
 from open_mythos.ops.dispatch import in_backward, is_training_step
 
-EXPLORED_ROWS = 8  # one row in so many of a batch is also run to full depth
-GATE_LOSS_WEIGHT = 0.02  # Adam is scale-free; small so that the gate hardly contributes to the clipped norm
+EXPLORED_ROWS = 8  # one row in this many of a batch is also run to full depth
+GATE_LOSS_WEIGHT = 0.02  # no matter to Adam; small, so that the gate hardly adds to the gradient norm that is clipped
 
 
 class Loops(Protocol):
@@ -56,9 +56,9 @@ def experts(model: Any) -> list[Any]:
 
 
 def count_choices(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
-    """Add each expert's share of real tokens to ``load`` (E,), in a training step; padding is all zeros.
+    """Add the number of real tokens that chose each expert to ``load`` (E,), in a training step; padding is all zeros.
 
-    Recomputation by activation checkpointing is not counted.
+    The second forward pass of activation checkpointing is not counted.
     """
     if tokens_ND.requires_grad:
         torch.ops.open_mythos.count_choices(load, chosen_NK, tokens_ND.detach())
@@ -66,9 +66,9 @@ def count_choices(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
 
 @torch.library.custom_op("open_mythos::count_choices", mutates_args=("load",))
 def _count(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
-    """An operator, so that compiled code asks again at every call whether a gradient is being computed."""
+    """A custom operator, so that compiled code evaluates :func:`in_backward` at every call."""
     if not in_backward():
-        # Behind a norm no squares vanish but those of zeros.
+        # After a norm, only an all-zero token has a squared norm of 0.
         live_N1 = torch.linalg.vecdot(tokens_ND, tokens_ND).ne(0).unsqueeze(-1)
         load.scatter_add_(0, chosen_NK.flatten(), live_N1.expand_as(chosen_NK).flatten().to(load.dtype))
 
@@ -82,8 +82,8 @@ def _(load: Tensor, chosen_NK: Tensor, tokens_ND: Tensor) -> None:
 def balance(model: nn.Module | Loops) -> None:
     """Move each router's bias by ``cfg.router_bias_rate`` towards the mean load, and start a new count.
 
-    Frozen experts, as under adapters, keep their router as it is: no adapter's file could hold what moved. Of several
-    processes all have to call it: they balance the load of all.
+    Routers of frozen experts, as under adapters, stay as they are: an adapter's file could not store the change. With
+    several processes, every one has to call it: the load is summed over all.
     """
     for ffn in experts(model):
         if not ffn.gate_up.requires_grad:
@@ -95,16 +95,16 @@ def balance(model: nn.Module | Loops) -> None:
         ffn.expert_load.zero_()
 
 
-# -- what a forward pass of a loop of one's own does
+# -- in the forward pass of a plain training loop
 
 
 def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int) -> tuple[Tensor, Callable]:
-    """The states (B, T, dim) that a training step starts its loops from, and what to do with those it ends with.
+    """The states (B, T, dim) that a training step starts its loops from, and a function for those it ends with.
 
     The first rows of the batch, one in ``EXPLORED_ROWS``, are run without gradient for all ``cfg.max_loop_iters``
-    loops. Their states teach the gate which of them have converged. With ``cfg.warm_start`` the step then starts these
-    rows not from ``h`` but from their states after 1, 2, ... loops, evenly spread; a batch too small for a whole row
-    has none.
+    loops. The gate is trained to tell which of their states have converged. With ``cfg.warm_start`` the step then
+    starts these rows not from ``h`` but from their states after 1, 2, ... loops, evenly spread over the loops; a batch
+    of fewer than ``EXPLORED_ROWS`` rows has no warm starts.
 
     Args:
         core: the recurrent block, in training mode.
@@ -113,8 +113,8 @@ def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int)
         n_loops: that the step runs.
 
     Returns:
-        The states to start from; and a function of the last states, which returns them as they are, and has whatever
-        is trained through them train the gate as well.
+        The states to start from; and a function that returns the last states unchanged, and adds the gate's gradient to
+        any backward pass through them.
     """
     if not is_training_step():
         return h, lambda last: last
@@ -137,7 +137,7 @@ def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int)
             live = ctx.mask.without_padding(torch.ones_like(e[..., 0], dtype=torch.bool))[:n]
             with torch.enable_grad():
                 loss = GATE_LOSS_WEIGHT * gate_loss(core.act, states, live, cfg.halting_tolerance)
-                if loss.requires_grad:  # or somebody has put another gate in the place of this one
+                if loss.requires_grad:  # not if the gate was replaced
                     gradients = list(torch.autograd.grad(loss, gate, allow_unused=True, materialize_grads=True))
             _pending[core].add(gradients)
     if cfg.recurrence != "injected" or not gate or not (learns or _has_peers()):
@@ -146,9 +146,9 @@ def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int)
 
 
 class _WithGradients(torch.autograd.Function):
-    """Identity on ``x`` whose backward also gives each of ``parameters`` a gradient made beforehand.
+    """Identity on ``x`` whose backward pass also gives each of ``parameters`` a gradient computed beforehand.
 
-    Of several processes each parameter needs one, if only zeros: DistributedDataParallel waits for it.
+    With several processes each parameter needs one, if only zeros: DistributedDataParallel waits for it.
     """
 
     @staticmethod
@@ -170,12 +170,12 @@ def _has_peers() -> bool:
 
 @dataclass
 class _Pending:
-    """What the training steps of a block since its optimizer's last have left to do.
+    """What forward passes of a block have left to do at the next optimizer step.
 
     Attributes:
         is_counted: whether experts are to be balanced.
-        n_runs: runs that teach the gate.
-        gradients: of the gate, their sum.
+        n_runs: forward passes that train the gate.
+        gradients: of the gate, summed over these passes.
     """
 
     is_counted: bool = True
@@ -183,7 +183,7 @@ class _Pending:
     gradients: list[Tensor] = field(default_factory=list)
 
     def add(self, gradients: list[Tensor]) -> None:
-        """Add those of a run; of one that is not finite zeros, as its step is skipped and this sum is not."""
+        """Add a pass's gradients; zeros if they are not finite, as a skipped step does not clear this sum."""
         self.n_runs += 1
         finite = torch.stack([x.isfinite().all() for x in gradients]).all()
         gradients = [torch.where(finite, x, 0) for x in gradients]
@@ -192,7 +192,7 @@ class _Pending:
 
 
 _pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
-"""Blocks that ran in a training step since their optimizer's last."""
+"""Blocks that ran forward in training since the last step of their optimizer."""
 
 
 def _watch(core: Any) -> None:
@@ -208,9 +208,9 @@ def _updated(optimizer: Optimizer, module: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """The gate's gradient is the mean over the runs of a step, whatever the caller made of his loss.
+    """Set the gate's gradient to its mean over the forward passes of a step, however the caller scaled the loss.
 
-    He may divide it by the number of micro-batches, or multiply it for float16.
+    The loss may be divided by the number of micro-batches, or scaled up for float16.
     """
     for core, pending in list(_pending.items()):
         mine = {id(p) for p in _updated(optimizer, core.act)} if pending.n_runs else set()
@@ -218,17 +218,17 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, gradient in zip(gate, pending.gradients, strict=False):
             if parameter.grad is None or id(parameter) not in mine:
                 continue
-            if _has_peers():  # which have averaged theirs
+            if _has_peers():  # the gradient is already averaged over processes; ours is of this one alone
                 parameter.grad /= pending.n_runs
                 continue
             parameter.grad.copy_(gradient / pending.n_runs)
-            scale = getattr(optimizer, "grad_scale", None)  # a GradScaler's, for an optimizer that divides by itself
+            scale = getattr(optimizer, "grad_scale", None)  # of a GradScaler, if the optimizer itself unscales
             if scale is not None:
                 parameter.grad *= scale
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Of several optimizers the first balances the experts, and the gate's own ends its runs."""
+    """Balance experts after the first of a block's optimizers, and clear the pending work after the gate's own."""
     for core, pending in list(_pending.items()):
         if not _updated(optimizer, core):
             continue

@@ -17,12 +17,12 @@ from open_mythos.ops.draws import uniform
 
 
 class Dropout(nn.Dropout):
-    """Dropout that :func:`~open_mythos.nn.modes.evaluating` stops too."""
+    """Dropout that :func:`~open_mythos.nn.modes.evaluating` also turns off."""
 
     is_stopped = True
 
     def forward(self, x: Tensor, keys: Tensor | None = None, site: int = 0) -> Tensor:
-        """``x`` (B, ...), some of it zero: which, the ``keys`` of its rows decide, or torch's own random numbers."""
+        """Dropout of ``x`` (B, ...), drawn with the ``keys`` of its rows at ``site``, or by torch if they are None."""
         if keys is None or not self.training or is_evaluating():
             return F.dropout(x, self.p, self.training and not is_evaluating(), self.inplace)
         return x * (uniform(keys, site, x) >= self.p) / (1 - self.p)
@@ -35,8 +35,8 @@ class TransformerBlock(nn.Module):
 
     Args:
         cfg: the model's config.
-        use_moe: the recurrent block's kind: experts in place of the dense feed-forward if ``cfg.n_experts`` is set,
-            and three quarters of the heads local if ``cfg.local_window`` is.
+        use_moe: build a block of the recurrent kind: experts in place of the dense feed-forward if ``cfg.n_experts`` is
+            above 0, and ``cfg.n_local_heads`` local heads.
     """
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False) -> None:
@@ -66,8 +66,8 @@ class CoreBlocks(nn.ModuleList):
     """Several blocks of the recurrent kind that a loop runs in turn, called as one :class:`TransformerBlock` is.
 
     Args:
-        cfg: of the blocks.
-        n: how many there are; ``cfg.core_layers`` if None.
+        cfg: the blocks' config.
+        n: number of blocks; ``cfg.core_layers`` if None.
     """
 
     def __init__(self, cfg: MythosConfig, n: int | None = None) -> None:

@@ -1,8 +1,8 @@
-"""Exits: when a position may stop looping. Settings only; what is carried from loop to loop is handed back and forth.
+"""Exits: rules for when a position may stop looping. An exit holds settings only; its state is passed between loops.
 
-Every exit here but :class:`Gate` works on any trained model. They all stop when something has converged, which is not
-the same as being done: where an answer must travel, a position far from what it depends on does not move until that
-arrives. ``patience`` helps against short waits only; :class:`Gate` learns to tell the two apart.
+Every exit here but :class:`Gate` works on any trained model. They all stop when something has converged, which does not
+mean that it is done: a position far from what it depends on does not change until that information has arrived.
+``patience`` helps with short waits only; :class:`Gate` learns to tell the two apart.
 """
 
 import math
@@ -23,10 +23,10 @@ Carried = tuple[Tensor, ...]
 
 @dataclass
 class LoopState:
-    """What happened in one loop. What costs something is computed when it is first read.
+    """The outcome of one loop. ``change`` and ``halting`` are computed when they are first read.
 
     Attributes:
-        loop: number of the loop, from 0; the largest, if rows are at different ones.
+        loop: number of the loop, from 0; always 0 in depth batching, where rows are at different loops.
         h: (B, T, dim) state after it.
         ran: (B, T) bool, the positions that this loop computed.
         before: (B, T, dim) state before it; None in training, when nothing halts.
@@ -48,26 +48,26 @@ class LoopState:
 
     @cached_property
     def halting(self) -> Tensor | None:
-        """(B, T) probability that the gate gives; None in training."""
+        """(B, T) halting probability of the gate; None in training."""
         return None if self.gate is None or self.change is None else halting_probability(self.gate, self.h, self.change)
 
 
 class Exit(ABC):
-    """Decides after each loop which positions may stop; those that have are not checked again.
+    """Decides after each loop which positions may stop; positions that have stopped stay so.
 
     Attributes:
-        needs_predictions: whether ``check`` reads ``state.logits``. They cost a pass through coda and head each loop.
+        needs_predictions: whether ``check`` reads ``state.logits``, which cost a pass through coda and head each loop.
     """
 
     needs_predictions: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, h: Tensor) -> Carried:
-        """What to carry into the first loop, which starts from the states ``h`` (B, T, dim)."""
+        """The exit's state before the first loop, which starts from the states ``h`` (B, T, dim)."""
 
     @abstractmethod
     def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
-        """(B, T) bool, True where a position may stop after this loop, and what to carry into the next."""
+        """(B, T) bool, True where a position may stop after this loop, and the exit's state for the next loop."""
 
 
 @checked
@@ -76,7 +76,7 @@ class Gate(Exit):
     """The learned gate: stop when its probabilities add up to ``threshold`` (Graves 2016, arXiv:1603.08983).
 
     The output of a position is its state at that loop, not Graves' mean over loops, which ties a model to its trained
-    depth. With ``cfg.halting`` this is what a model uses unless told otherwise, at ``cfg.act_threshold``.
+    depth. This is the default exit of a model with ``cfg.halting``, at ``cfg.act_threshold``.
 
     Args:
         threshold: in (0, 1].
@@ -97,7 +97,7 @@ class Gate(Exit):
 
 
 class ConvergenceExit(Exit):
-    """Stop after ``patience`` loops in a row in which what the exit watches has converged: by less than ``threshold``.
+    """Base of exits that stop after ``patience`` loops in a row whose watched value changed by less than ``threshold``.
 
     Args:
         threshold: above 0; of :class:`PredictionKL` in nats.
@@ -108,7 +108,7 @@ class ConvergenceExit(Exit):
     """
 
     patience: int
-    compares: ClassVar[int] = 2  # how many loops' values `is_still` compares
+    compares: ClassVar[int] = 2  # how many loops' values `is_still` takes
 
     def __post_init__(self) -> None:
         threshold = getattr(self, "threshold", 1.0)
@@ -119,7 +119,7 @@ class ConvergenceExit(Exit):
         count = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
         if self.needs_predictions or self.compares == 1:
             return (count,)
-        # Of the states before the first nothing is known, and nothing is near it.
+        # States before the first are unknown; no comparison with NaN is true, so nothing counts as still.
         return (count, *[torch.full_like(h, math.nan)] * (self.compares - 2), h.detach())
 
     def check(self, carried: Carried, state: LoopState) -> tuple[Tensor, Carried]:
@@ -131,12 +131,12 @@ class ConvergenceExit(Exit):
         return count >= self.patience, (count, *seen[1:])
 
     def watch(self, state: LoopState) -> Tensor:
-        """What is compared from loop to loop, (B, T, ...): the state, unless a subclass overrides this."""
+        """The value that is compared from loop to loop, (B, T, ...): the state, unless a subclass overrides this."""
         return state.h.detach()
 
     @abstractmethod
     def is_still(self, *seen: Tensor) -> Tensor:
-        """(B, T) bool, given what was watched at the last ``compares`` loops, the latest last."""
+        """(B, T) bool, whether a position has converged, given the watched values of the last ``compares`` loops."""
 
 
 @checked
@@ -190,7 +190,7 @@ class PredictionKL(ConvergenceExit):
 @checked
 @dataclass(frozen=True)
 class StableArgmax(ConvergenceExit):
-    """Stop when the likeliest token is the one of the loop before."""
+    """Stop when the most likely token is the same as after the previous loop."""
 
     patience: int = 3
     needs_predictions: ClassVar[bool] = True
@@ -241,7 +241,7 @@ def parse(exit: str) -> Exit:
 
 
 def spell(exit: Exit) -> str:
-    """The text that :func:`parse` reads as ``exit``; one without a name is printed as Python does."""
+    """The text that :func:`parse` reads as ``exit``; ``str(exit)`` for an exit that is not in ``NAMES``."""
     name = next((name for name, kind in NAMES.items() if kind is type(exit)), None)
     settings = [f"{getattr(exit, field.name):g}" for field in fields(exit)] if name else []  # type: ignore[arg-type]
     return ":".join([name, *settings]) if name else str(exit)

@@ -23,7 +23,7 @@ class Expert(nn.Module):
     Args:
         dim: model width.
         expert_dim: hidden width.
-        n_layers: depth of the stack it stands in, which sets the size of its output at initialisation.
+        n_layers: depth of the stack that it is part of, which sets the scale of its output at initialisation.
         std: see :class:`Linear`.
     """
 
@@ -41,10 +41,10 @@ class MoEFFN(nn.Module):
     """Routed experts with top-k choice beside always-on shared experts: (..., dim) -> (..., dim).
 
     **Routing** (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the ``topk`` experts with the largest
-    ``router(x) + router_bias`` are chosen; they are mixed by ``sigmoid(router(x))``, normalised over the chosen (a
-    single one keeps its score, through which the router learns, as in Switch, arXiv:2101.03961), or with
-    ``router_score="softmax"`` by a softmax over the logits of the chosen (as in Mixtral, arXiv:2401.04088). So
-    ``router_bias`` moves the choice and never the weight.
+    ``router(x) + router_bias`` are chosen. Their mixing weights are ``sigmoid(router(x))``, normalised over the chosen
+    (not with ``topk=1``, where the router learns through the score itself, as in Switch, arXiv:2101.03961), or with
+    ``router_score="softmax"`` a softmax over the logits of the chosen (as in Mixtral, arXiv:2401.04088). So
+    ``router_bias`` affects the choice and never the weights.
 
     **Balance** needs no loss: a training step counts how many tokens each expert gets in ``expert_load``, and
     :func:`open_mythos.nn.auxiliary.balance` then moves ``router_bias`` towards the mean load.
@@ -54,7 +54,7 @@ class MoEFFN(nn.Module):
         router_bias: (n_experts,) float32 buffer; stays float32 under ``.to(dtype)``.
         expert_load: (n_experts,) int64 buffer, tokens since the last balance.
         topk: experts per token.
-        engine: what runs the chosen experts, with the arguments of :func:`~open_mythos.ops.experts.swiglu_experts`.
+        engine: the function that runs the chosen experts, called as :func:`~open_mythos.ops.experts.swiglu_experts`.
     """
 
     router_bias: Tensor
@@ -89,7 +89,7 @@ class MoEFFN(nn.Module):
         scores = logits.gather(-1, chosen)
         if self.is_softmax:
             return chosen, scores.softmax(-1)
-        # sigmoid / sum of sigmoids, but with a gradient where all of them underflow
+        # equals sigmoid / sum of sigmoids, but keeps a gradient where all of these underflow
         return chosen, F.logsigmoid(scores).softmax(-1) if self.topk > 1 else scores.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class MoEFFN(nn.Module):
         return self.engine(tokens, self.gate_up, self.down, chosen, weights, scales, shared)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
-        """Keep the bias in float32: steps of 1e-2 are lost in a bfloat16 sum."""
+        """Keep ``router_bias`` in float32: steps of 1e-2 would be rounded away in bfloat16."""
         exact = self.router_bias
         super()._apply(fn, recurse)
         if self.router_bias.dtype != torch.float32:

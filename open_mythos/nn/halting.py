@@ -1,4 +1,4 @@
-"""The halting gate: which positions have finished thinking, and how it learns to say so."""
+"""The halting gate, which predicts the positions that have converged, and its loss."""
 
 from contextvars import ContextVar
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from open_mythos.nn.linear import WEIGHT_STD, Linear, call
 from open_mythos.ops.dispatch import is_traced
 
-MIN_CHANGE = 1e-3  # changes below it look alike to a gate: bfloat16 knows none that are smaller
-EARLY_EXIT_WEIGHT = 30.0  # how much worse it is to halt a state that still moves than to run one that has converged
-INITIAL_LOGIT = -4.0  # a new gate lets 50 loops pass before it halts anything
+MIN_CHANGE = 1e-3  # smaller changes look alike to the gate: bfloat16 cannot tell them apart
+EARLY_EXIT_WEIGHT = 30.0  # loss weight of halting a state that still moves, relative to running a converged one
+INITIAL_LOGIT = -4.0  # an untrained gate halts nothing before 50 loops
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
@@ -22,10 +22,10 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
 
 
 class ACTHalting(nn.Module):
-    """The halting gate: a probability for each position, from its state and how far that has just moved.
+    """The halting gate: a probability for each position, from its state and the state's change in the last loop.
 
-    Both are needed. A position that the solution has not reached yet may sit as still as one that is done, and a state
-    that is only passing through may look like a final one.
+    Both are needed. A position that information has not reached yet may be as still as one that is done, and a
+    transient state may look like a final one.
 
     Args:
         dim: width of the state.
@@ -35,13 +35,13 @@ class ACTHalting(nn.Module):
     def __init__(self, dim: int, std: float = WEIGHT_STD) -> None:
         super().__init__()
         self.hidden = Linear(dim, min(dim, 256), std=std)
-        self.motion = nn.Parameter(torch.zeros(min(dim, 256)))  # what a hidden unit makes of the change
+        self.motion = nn.Parameter(torch.zeros(min(dim, 256)))  # each hidden unit's weight of the log change
         self.halt = nn.Linear(min(dim, 256), 1)
         self.std = std
         self.reset()
 
     def reset(self) -> None:
-        """Treat all states alike again; the hidden layer keeps what it has learned to see."""
+        """Reset the output layer, so that all states get the same probability; the hidden layer keeps its weights."""
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, INITIAL_LOGIT * self.std)
 
@@ -55,13 +55,13 @@ class ACTHalting(nn.Module):
 
 
 _at_hand: ContextVar[Tensor | None] = ContextVar("at_hand", default=None)
-"""What the states have moved that a replaced gate, which is given states alone, is asked about."""
+"""The relative change for a replaced gate that wraps an :class:`ACTHalting`, as it is called with states alone."""
 
 OWN_GATE = ACTHalting.forward
 
 
 def is_replaced(act: nn.Module) -> bool:
-    """Whether somebody has put another gate in the place of ``act``, or in that of its ``forward``."""
+    """Whether ``act`` is not an :class:`ACTHalting`, or its ``forward`` was replaced."""
     return getattr(act.forward, "__func__", None) is not OWN_GATE
 
 
@@ -69,7 +69,7 @@ def halting_probability(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
     """(B, T) probabilities of the gate ``act``, from states and their :func:`relative_change`.
 
     Args:
-        act: an :class:`ACTHalting`, or what was put in its place or its ``forward``'s, which gets states alone.
+        act: an :class:`ACTHalting`, or a replacement of it or of its ``forward``, which is called with states alone.
         h: (B, T, dim).
         change: (B, T).
     """
@@ -83,20 +83,20 @@ def halting_probability(act: nn.Module, h: Tensor, change: Tensor) -> Tensor:
 
 
 def holds_from_here_on(holds: Tensor) -> Tensor:
-    """Where (loops, ...) bool holds at this loop and at every later one."""
+    """(loops, ...) bool: whether ``holds`` is True at this loop and at every later one."""
     return holds.flip(0).cumprod(0).flip(0).bool()
 
 
 def converged(states: Tensor, tolerance: float, end: Tensor | None = None) -> Tensor:
-    """Which states are final: from that loop on, never further than ``tolerance`` from where the position ends.
+    """Which states have converged: from that loop on, never further than ``tolerance`` from the final state.
 
     Args:
         states: (loops, B, T, dim), one after each loop.
         tolerance: distance relative to the norm of ``end``.
-        end: (B, T, dim), where they end; the last of ``states`` if None.
+        end: (B, T, dim), the final states; the last of ``states`` if None.
 
     Returns:
-        (loops, B, T) bool, once True then True.
+        (loops, B, T) bool; once True for a position, it stays True.
     """
     end = (states[-1] if end is None else end).float()
     return holds_from_here_on((states.float() - end).norm(dim=-1) <= tolerance * end.norm(dim=-1))
@@ -105,7 +105,7 @@ def converged(states: Tensor, tolerance: float, end: Tensor | None = None) -> Te
 def gate_cross_entropy(probability: Tensor, may_stop: Tensor, early_exit_weight: float) -> Tensor:
     """Cross-entropy of the gate for labels ``may_stop``, weighted by ``early_exit_weight`` where it should not stop.
 
-    Shapes are those given; float32.
+    In the shape of the arguments, float32.
     """
     p = probability.float().clamp(1e-6, 1 - 1e-6)
     # Written out, since F.binary_cross_entropy refuses to run under CUDA autocast.
@@ -113,7 +113,7 @@ def gate_cross_entropy(probability: Tensor, may_stop: Tensor, early_exit_weight:
 
 
 def gate_loss(act: nn.Module, states: Tensor, live: Tensor, tolerance: float) -> Tensor:
-    """:func:`gate_cross_entropy` against :func:`converged`, on states without their history: a scalar.
+    """:func:`gate_cross_entropy` with :func:`converged` as labels, on detached states, averaged: a scalar.
 
     Args:
         act: the gate.
@@ -122,7 +122,7 @@ def gate_loss(act: nn.Module, states: Tensor, live: Tensor, tolerance: float) ->
         tolerance: see :func:`converged`.
     """
     states = states.detach()
-    known = states[1:-1]  # whether the last has converged is not known
+    known = states[1:-1]  # the last state is the reference itself, so its label is unknown
     change = relative_change(states[:-2], known)
     probability = halting_probability(act, known.flatten(0, 1), change.flatten(0, 1)).view(known.shape[:-1])
     losses = gate_cross_entropy(probability, converged(states[1:], tolerance)[:-1], EARLY_EXIT_WEIGHT)

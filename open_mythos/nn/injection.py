@@ -1,4 +1,4 @@
-"""What a loop reads: linear injection, a bridge for pretrained layers, and depth-wise LoRA."""
+"""How a loop reads the encoded input: linear injection, a bridge for pretrained layers, and depth-wise LoRA."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from open_mythos.nn.feed_forward import Expert
 from open_mythos.nn.linear import WEIGHT_STD, Linear, RMSNorm, call
 
 MARGIN = 2.0**-7
-"""What A keeps from 0 and 1; exact in bfloat16 and float16, so A stays inside (0, 1) there too."""
+"""Least distance of A from 0 and 1; exact in bfloat16 and float16, so A stays inside (0, 1) there too."""
 
 
 class LTIInjection(nn.Module):
@@ -25,7 +25,7 @@ class LTIInjection(nn.Module):
         dim: channels.
         decay: initial A.
         gain: initial B.
-        margin: with 0, A may be 0 or 1, for which stability then holds no longer.
+        margin: least distance of A from 0 and 1; with 0, A may be 1, which is not stable.
     """
 
     def __init__(self, dim: int, decay: float = 0.7, gain: float = 0.7, margin: float = MARGIN) -> None:
@@ -48,9 +48,9 @@ class LTIInjection(nn.Module):
         """One step of the recurrence, (..., dim).
 
         Args:
-            h: state, (..., dim); None for A and ``B * e`` apart, which are the same in every loop.
+            h: state, (..., dim); with None, the pair A and ``B * e``, the same in every loop, is returned.
             e: encoded input, (..., dim).
-            transformer_out: what the block adds, (..., dim); left out, only the linear part is returned.
+            transformer_out: what the block adds, (..., dim); if None, only the linear part is returned.
         """
         decay, injected = self.get_A(), self.B * e
         if h is None:
@@ -62,10 +62,10 @@ class LTIInjection(nn.Module):
 class Bridge(nn.Module):
     """``SwiGLU(RMSNorm(h - e))``, added to what a loop reads: an adapter for pretrained layers that are looped.
 
-    Such layers read what the prelude leaves, e, and not what they leave themselves; the bridge turns what the loops
-    have changed into something that they can read. There are no biases, so it adds nothing where nothing has been
-    changed: in the first loop of ``state_init="input"``, and so in a model at one loop, whatever its weights. Its
-    ``down`` starts at zero, so that a new one adds nothing in any loop.
+    Such layers were trained to read the prelude's output e, not their own output; the bridge maps what the loops have
+    changed, ``h - e``, to something that they can read. There are no biases, so it adds nothing where ``h = e``: in the
+    first loop with ``state_init="input"``, and so in a model at one loop, whatever its weights. Its ``down`` starts at
+    zero, so that a new one adds nothing in any loop.
 
     Args:
         dim: model width.
@@ -88,10 +88,10 @@ class Bridge(nn.Module):
 class LoRAAdapter(nn.Module):
     """``B(scale[loop] * down(x))``, added to the block's output (after Relaxed Recursive Transformers, 2410.20672).
 
-    The recurrent block gives it the encoded input e, not the state: a low-rank map of the state that is applied at
-    every loop grows like a power and undoes solved states at depths beyond the trained one. ``B`` starts at zero, so
-    a new model computes exactly what it would without the adapter. Loops deeper than any that was trained
-    (``trained_loops``, see :mod:`open_mythos.nn.auxiliary`) use the scale of the deepest that was.
+    The recurrent block applies it to the encoded input e, not the state: a low-rank map of the state that is applied at
+    every loop compounds like a power and destroys solved states beyond the trained depth. ``B`` starts at zero, so
+    a new model computes exactly what it would without the adapter. Loops beyond the trained ones
+    (``trained_loops``, see :mod:`open_mythos.nn.auxiliary`) use the scale of the last trained one.
 
     Args:
         dim: model width.
@@ -113,9 +113,9 @@ class LoRAAdapter(nn.Module):
     def forward(
         self, x: Tensor, loop_t: int | Tensor, prepared: tuple[Tensor, tuple[Tensor, ...]] | None = None
     ) -> Tensor:
-        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0; (B, 1) integers for one of each row.
+        """(..., dim) -> (..., dim) for loop ``loop_t``, counted from 0; or (B, 1) integers, one for each row.
 
-        ``prepared``, if given, is what :meth:`prepare` made of ``x``.
+        ``prepared``, if given, is :meth:`prepare` of ``x``.
         """
         low_rank, scales = self.prepare(x) if prepared is None else prepared
         last = len(scales) - 1
@@ -123,12 +123,12 @@ class LoRAAdapter(nn.Module):
         return nn.functional.linear(low_rank * row, self.B)
 
     def prepare(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What is the same in every loop: ``down(x)`` (..., rank), and for each loop its scale (rank,)."""
+        """What is computed once for all loops: ``down(x)`` (..., rank), and the scale (rank,) of each loop."""
         loops = torch.arange(self.scale.num_embeddings, device=x.device)
         return call(self.down, x), self.scale(loops.clamp(max=(self.trained_loops - 1).clamp(min=0))).unbind(0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Fit a table saved with another ``max_loops``: grow to it, or repeat its last row. Nothing trained is cut."""
+        """Load a table saved with another ``max_loops``: grow to a longer one, repeat the last row of a shorter one."""
         key = prefix + "scale.weight"
         if key in state_dict:
             n_saved, rank = state_dict[key].shape

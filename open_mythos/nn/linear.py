@@ -1,4 +1,4 @@
-"""Linear layers whose learning speed does not depend on their width, and the norm before them."""
+"""Linear layers whose effective learning rate does not depend on their width, and RMSNorm."""
 
 import math
 
@@ -16,7 +16,7 @@ def fan_in_scale(fan_in: int, gain: float, std: float) -> float:
 
 
 def residual_gain(n_layers: int) -> float:
-    """Gain of the two projections a layer adds to the residual stream (GPT-2: ``1 / sqrt(2 n_layers)``)."""
+    """Gain of a layer's two projections into the residual stream (GPT-2: ``1 / sqrt(2 n_layers)``)."""
     return 1.0 / math.sqrt(2 * n_layers)
 
 
@@ -44,7 +44,7 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
-        """(..., in_features) -> (..., out_features); ``scale``, if given, in place of the layer's own."""
+        """(..., in_features) -> (..., out_features); ``scale``, if given, replaces the layer's own."""
         return scaled_linear(x, self.weight, self.scale if scale is None else scale)
 
     def extra_repr(self) -> str:
@@ -69,10 +69,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def scaled_linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
-    """``scale * x @ weight.T``: (..., I) -> (..., O), with the factor inside of the product."""
+    """``scale * x @ weight.T``: (..., I) -> (..., O), with the scale as alpha of one matrix product."""
     if scale == 1:
         return F.linear(x, weight_OI)
-    if type(weight_OI) not in (Tensor, nn.Parameter):  # quantised and distributed weights know F.linear alone
+    if type(weight_OI) not in (Tensor, nn.Parameter):  # quantised and distributed weights support F.linear only
         return F.linear(x, weight_OI) * scale
     ignored = weight_OI.detach()[:1, 0]  # beta is 0
     out_NO = torch.addmm(ignored, x.reshape(-1, x.shape[-1]), weight_OI.t(), beta=0, alpha=scale)
@@ -80,10 +80,10 @@ def scaled_linear(x: Tensor, weight_OI: Tensor, scale: float) -> Tensor:
 
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a :class:`Linear` makes of ``x``, or what was put around one, as by PEFT.
+    """``layer(x)``, for a :class:`Linear` or a module that wraps one as ``base_layer``, as PEFT's adapters do.
 
-    The scale is then applied to the sum of layer and adapter, so that an adapter that is merged into the weight, as it
-    is stored, computes what it did before.
+    A wrapped layer's scale is applied to the sum of layer and adapter, so that merging the adapter into the stored
+    weight does not change the output.
     """
     if isinstance(layer, Linear):
         return layer(x)
@@ -96,10 +96,10 @@ def call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each of several layers makes of one input."""
+    """The outputs of several layers for one input."""
     scales = [layer.scale for layer in layers if isinstance(layer, Linear)]
     if x.requires_grad and len(scales) == len(layers) and len(set(scales)) == 1:
-        x = x * scales[0]  # once, and its gradient once, in place of those of each weight
+        x = x * scales[0]  # scale the input once, and its gradient once, not each layer's weight
         return [layer(x, scale=1.0) for layer in layers]
     return [call(layer, x) for layer in layers]
 

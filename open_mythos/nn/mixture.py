@@ -1,4 +1,4 @@
-"""The recurrence of the public reference: every loop's state counts, as much as a halting gate says."""
+"""The recurrence of the public reference: the output is a mean of all loops' states, weighted by a halting gate."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from open_mythos.nn.recurrent import LoopInput, RecurrentBlock, step_slot
 
 
 class MixtureGate(nn.Module):
-    """``sigmoid(w h + b)``, the share of a mixture that a state gets.
+    """``sigmoid(w h + b)``, the weight of a state in the mixture.
 
     Args:
         dim: width of h.
@@ -28,22 +28,22 @@ class MixtureGate(nn.Module):
         nn.init.zeros_(self.halt.bias)
 
     def forward(self, state: Tensor) -> Tensor:
-        """(B, T, dim), or states with what :class:`MixtureBlock` carries next to h, to (B, T)."""
+        """(B, T, dim), or the wider states of :class:`MixtureBlock`, whose first dim channels are h, to (B, T)."""
         return self.halt(state[..., : self.halt.in_features].to(self.halt.weight.dtype)).squeeze(-1).sigmoid()
 
 
 class MixtureBlock(RecurrentBlock):
-    """``h <- A h + B e + Transformer(norm(h + e))``; to the coda goes a mean of all h (Graves 2016, arXiv:1603.08983).
+    """``h <- A h + B e + Transformer(norm(h + e))``; the coda reads a mean of all h (Graves 2016, arXiv:1603.08983).
 
-    ``Transformer`` includes its residual stream, and LoRA adapts its output. Each h has the weight that the gate gives
-    it until these add up to ``cfg.act_threshold``; the one that reaches it has what is left of 1, and later ones none.
-    Weights of too few loops add up to less than 1. All of it has gradient, so the gate needs no loss of its own.
+    ``Transformer`` includes its residual stream, and LoRA reads and adapts its output. The gate's value weights each h,
+    until the weights add up to ``cfg.act_threshold``: the h that reaches it gets the rest of 1, later ones 0. If the
+    loops end before, the sum is less than 1. All of it is differentiable, so the gate needs no loss of its own.
 
     With ``cfg.halting`` a position stops, in eval mode, when its mixture is complete. Others then go on reading its
-    last keys and values, which makes a slight difference; without, every position runs every loop.
+    last keys and values, which changes the result slightly; without it, every position runs every loop.
 
-    The state that loops hand on is (B, T, 2 dim + 1), of float32 or more: h, its mixture so far, and the weight spent.
-    Any A in [0, 1] is possible.
+    The state passed between loops is (B, T, 2 dim + 1), float32 or wider: h, the mixture so far, and the weight spent.
+    A may be anywhere in [0, 1], the ends included.
 
     Args:
         cfg: the model's config.

@@ -1,4 +1,4 @@
-"""Eval mode for a while, in this thread alone: other threads may be using the modules, whose own modes stay."""
+"""Temporary eval mode for the current thread only: modules' own modes stay, as other threads may be using them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _evaluates: ContextVar[bool] = ContextVar("evaluates", default=False)
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """:func:`evaluating` for what is inside, which must not be handed out of it, as by a generator's ``yield``."""
+    """:func:`evaluating` as a context manager, whose block must not ``yield`` to other code, as in a generator."""
     _check_modes(model)
     before = _evaluates.get()
     try:
@@ -27,14 +27,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def evaluating(model: nn.Module | None, call: Callable[..., Result], *args: Any) -> Result:
-    """``call(*args)``, in which this library's modules, in this thread alone, compute as in eval mode, and keep theirs.
+    """``call(*args)`` with this library's modules computing as in eval mode, in this thread only; their modes stay.
 
     Raises:
-        ValueError: for a ``model`` in training mode with modules that know no mode but their own, and need eval mode.
+        ValueError: for a ``model`` in training mode with dropout or batch norm that only their own mode switches.
     """
     if model is not None:
         _check_modes(model)
-    return copy_context().run(_evaluate, call, *args)  # which nothing outlasts, wherever it is interrupted
+    return copy_context().run(_evaluate, call, *args)  # the copy ends with the call, wherever it is interrupted
 
 
 def _evaluate(call: Callable[..., Result], *args: Any) -> Result:
@@ -43,7 +43,7 @@ def _evaluate(call: Callable[..., Result], *args: Any) -> Result:
 
 
 def is_evaluating() -> bool:
-    """Whether what is in training mode is to compute as in eval mode. Code that is traced goes by modes alone."""
+    """Whether modules in training mode are to compute as in eval mode; False, under torch.compile, for traced code."""
     return not is_traced() and _evaluates.get()
 
 

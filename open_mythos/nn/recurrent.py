@@ -1,4 +1,4 @@
-"""The recurrent block, and the driver of its loops, which training, decoding and every measurement use."""
+"""The recurrent block, and the driver of its loops for training, decoding and measurements."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Readout = Callable[[Tensor, int], Tensor]
 
 
 class LoopInput(NamedTuple):
-    """What every loop reads beside its state, (B, T, ...): the encoded input, and what is made of it once.
+    """What every loop reads besides its state, (B, T, ...): the encoded input, and what is computed from it once.
 
     Attributes:
         e: the encoded input, (B, T, dim).
         injected: ``B * e``.
-        low_rank: of e, (B, T, rank), without LoRA None.
-        scales: of LoRA, for each loop, (rank,).
+        low_rank: LoRA's down projection of e, (B, T, rank); None without LoRA.
+        scales: LoRA's scale of each loop, (rank,).
         decay: A of the injection, (dim,).
     """
 
@@ -48,17 +48,17 @@ class LoopInput(NamedTuple):
     decay: Tensor | None = None
 
     def map(self, select: Callable[[Tensor], Tensor]) -> LoopInput:
-        """The same of some rows or positions."""
+        """The input of some rows or positions, as ``select`` picks them."""
         injected, low_rank = (None if x is None else select(x) for x in (self.injected, self.low_rank))
         return self._replace(e=select(self.e), injected=injected, low_rank=low_rank)
 
 
 class LoopBlock(nn.Module):
-    """What one loop computes: ``norm(u + Transformer(u))`` with ``u = A h + B e``, plus ``bridge(h, e)`` where
-    ``cfg.bridge_dim`` says that there is a :class:`Bridge`.
+    """What one loop computes: ``norm(u + Transformer(u))`` with ``u = A h + B e``, plus ``bridge(h, e)`` if
+    ``cfg.bridge_dim`` is above 0 (:class:`Bridge`).
 
-    ``Transformer`` is what the block's attention and feed-forward, or those of ``cfg.core_layers`` blocks one after the
-    other, add to their residual stream.
+    ``Transformer`` is what the attention and feed-forward of ``cfg.core_layers`` blocks, run one after the other, add
+    to the residual stream.
 
     Args:
         cfg: the model's config.
@@ -85,9 +85,9 @@ class LoopBlock(nn.Module):
         return LoopInput(e, injected, low_rank, scales, decay)
 
     def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
-        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) of the positions that the context says still run.
+        """One loop: (B, T, dim) -> (B, T, dim), or (1, N, dim) of the positions that still run, see ``ctx.active``.
 
-        ``loop`` may be (B, 1) integers, one of each row, with a cache that knows them.
+        ``loop`` may be (B, 1) integers, one for each row, with a :class:`~open_mythos.generation.lanes.LaneCache`.
         """
         e = e if isinstance(e, LoopInput) else self.prepare(e)
         assert e.injected is not None and e.decay is not None
@@ -104,7 +104,7 @@ class LoopBlock(nn.Module):
         return h
 
     def _with_loop_index(self, x: Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
-        """``x`` with the code of the loop's number, if the config has one."""
+        """``x`` plus the embedding of the loop number, if ``cfg.loop_index_dim`` is above 0."""
         if not self.cfg.loop_index_dim:
             return x
         return _without_padding(loop_index_embedding(x, loop, self.cfg.loop_index_dim), ctx)
@@ -126,7 +126,7 @@ class Loops(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the blocks are compiled: code that found what an earlier loop left would be compiled again."""
+        """Whether the blocks are compiled: then no values are kept between loops, as finding them would recompile."""
         return any(layer._compiled_call_impl is not None for layer in self.layers)
 
     def forward(
@@ -137,20 +137,20 @@ class Loops(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Run the loops.
 
-        In training every position runs every loop. In eval mode a position stops when an exit says so, which is the
-        gate with ``cfg.halting``: its state stays, it is no longer computed, and others go on reading its last keys and
-        values.
+        In training every position runs every loop. In eval mode a position stops when the exit in use, by default the
+        gate if ``cfg.halting``, says so: its state is frozen, it is no longer computed, and others go on reading its
+        last keys and values.
 
         Args:
             h: first state, (B, T, dim), as :meth:`begin` gives it.
             e: encoded input, injected again at every loop, (B, T, dim).
             freqs, mask, kv_cache: a :class:`Context`, or what makes one; see :meth:`Attention.forward`.
             n_loops: at least 1; ``cfg.max_loop_iters`` if None.
-            exit: when a position stops; with None, when the gate says so if ``cfg.halting``, else after the last loop.
-            readout: predictions from states, called after every loop for an exit that needs them, and else never.
-            auxiliary: in a training step, also what :mod:`open_mythos.nn.auxiliary` does.
-            recompute: in training, keep only each loop's first state, and compute the loop again in the backward pass.
-            seen: gets the states before the first loop and after each one, (B, T, dim).
+            exit: the early-exit rule; with None, the gate if ``cfg.halting``, else none.
+            readout: computes predictions from states, for an exit that needs them; called after every loop.
+            auxiliary: in a training step, also do what :mod:`open_mythos.nn.auxiliary` describes.
+            recompute: in training, keep only each loop's input state, and compute the loop again in the backward pass.
+            seen: a list to which the states before the first loop and after each one, (B, T, dim), are added.
 
         Returns:
             (B, T, dim): each position's state at the loop where it halted, or after the last.
@@ -174,11 +174,11 @@ class Loops(nn.Module):
         return finish(h)
 
     def begin(self, h: Tensor) -> Tensor:
-        """The state that the loops start from and hand on, given a first ``h`` (B, T, dim): here ``h`` itself."""
+        """The state that the first loop starts from, given an initial ``h`` (B, T, dim): here ``h`` itself."""
         return h
 
     def output(self, state: Tensor) -> Tensor:
-        """What goes on to the coda, (B, T, dim), of a state: here the state itself."""
+        """What the coda reads, (B, T, dim), given a state: here the state itself."""
         return state
 
     def states(self, h: Tensor, e: Tensor, ctx: Context, n_loops: int) -> list[Tensor]:
@@ -191,10 +191,10 @@ class Loops(nn.Module):
         self, h: Tensor, e: Tensor, ctx: Context, n_loops: int | None = None, exit: Exit | None = None,
         readout: Readout | None = None, first_loop: int = 0, recompute: bool = False,
     ) -> Iterator[LoopState]:  # fmt: skip
-        """As :meth:`forward`, handing out the state after every loop; ends early when all positions have halted.
+        """As :meth:`forward`, yielding the state after every loop; ends early when all positions have halted.
 
         Args:
-            first_loop: loops that were run before, if ``h`` is the state after them; no exit may be in use then.
+            first_loop: how many loops ``h`` has already run; above 0 only without an exit.
         """
         if type(n_loops) is not int or n_loops < 1:
             n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
@@ -213,7 +213,7 @@ class Loops(nn.Module):
         return self._running_positions(h, loop_input, ctx, n_loops, exit, readout)
 
     def choose_exit(self, exit: Exit | None) -> Exit | None:
-        """``exit``, or for None the gate if ``cfg.halting``; None in training. ValueError for an exit in training."""
+        """``exit``, or if None the gate if ``cfg.halting``; None in training. ValueError for an exit in training."""
         trains = self.training and not is_evaluating()
         if exit is None:
             return Gate(self.cfg.act_threshold) if self.cfg.halting and not trains else None
@@ -237,8 +237,8 @@ class Loops(nn.Module):
         self, h: Tensor, e: LoopInput, ctx: Context, n_loops: int, exit: Exit, readout: Readout | None
     ) -> Iterator[LoopState]:
         carried, running = exit.init(h), _live(e.e, ctx)
-        # Padding runs the first loop, so that every position has rows. A GPU computes all positions at fixed shapes:
-        # it would have to wait for the numbers of those that still run.
+        # Padding runs the first loop too, so that every position has key/value rows. On a GPU all positions are
+        # computed, at fixed shapes: the host would have to wait for the number of those that still run.
         active = ActiveTokens(torch.ones_like(running), packs=shapes_follow_values(h))
         e_N, ctx_N = e, active.context(ctx)
         for loop in range(n_loops):
@@ -259,13 +259,13 @@ class Loops(nn.Module):
             fill_skipped_loops(ctx.cache, loop, n_loops, ctx.mask.first, self.cfg.core_layers)
 
     def scheduled(self, h: Tensor, e: Tensor, ctx: Context, schedule: Schedule) -> Iterator[Stage]:
-        """Run every sequence for its own number of loops, in training mode; hand out the loops that have gradient.
+        """Run every sequence for its own number of loops, in training mode; yield the loops that have gradient.
 
-        No sequence waits for another: a loop computes the rows that still run, and nothing else.
+        A loop computes only the rows that still run.
         """
         assert int(schedule.n_loops.min()) >= 1 and int(schedule.n_grad.min()) >= 1
         last, damping = schedule.last, schedule.damping
-        if self.lora is not None:  # whose scales this run trains, so that they have to be read
+        if self.lora is not None:  # first, as the scales of loops beyond trained_loops are not read, nor trained
             self.lora.trained_loops.clamp_(min=last)
         loop_input = self.prepare(e)
         no_grad_ctx = ctx if self.is_compiled else ctx.looping()
@@ -283,7 +283,7 @@ class Loops(nn.Module):
                 if not with_grad:
                     with torch.no_grad():
                         after = step(before, rows, others, loop, no_grad_ctx)
-                    h = put(h, rows, after)  # with gradient: the other rows' graphs go on
+                    h = put(h, rows, after)  # outside of no_grad, to keep the other rows' graphs
                     continue
                 before = before.detach() if schedule.detach else before
                 if schedule.recompute:
@@ -311,7 +311,7 @@ class RecurrentBlock(LoopBlock, Loops):
 
 
 def step_slot(loop: int | Tensor, ctx: Context) -> Slot:
-    """The first layer's slot of a step; of rows at different loops, one that knows these."""
+    """The cache slot of the core's first layer at ``loop``; ``Slot("loops")`` for rows at different loops."""
     if isinstance(loop, Tensor):
         return Slot("loops")
     n_slots = ctx.cache.cache_loops if ctx.cache is not None else None
@@ -321,10 +321,10 @@ def step_slot(loop: int | Tensor, ctx: Context) -> Slot:
 def advance(
     core: RecurrentBlock, h: Tensor, e: LoopInput, loop: Tensor, ctx: Context, exit: Exit | None, carried: Carried
 ) -> tuple[Tensor, Tensor | None, Carried]:
-    """One loop of rows (B, 1, dim) that are at different ones, ``loop`` (B, 1), for depth batching.
+    """Run one loop of rows (B, 1, dim), each at its own loop number, ``loop`` (B, 1), for depth batching.
 
     Returns:
-        The states after it, (B, 1, dim); whether each row stops, (B, 1) bool, None without an exit; and what to carry.
+        The states after it, (B, 1, dim); whether each row stops, (B, 1) bool, None without an exit; the exit's state.
     """
     before, h = h, core.step(h, e, loop, ctx)
     if exit is None:
@@ -334,13 +334,13 @@ def advance(
 
 
 def _live(e: Tensor, ctx: Context) -> Tensor:
-    """(B, T) bool, the positions that are no padding."""
+    """(B, T) bool, True at real tokens, False at padding."""
     if ctx.mask.valid is not None:
         return ctx.mask.valid[:, -e.shape[1] :]
     return torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
 
 
 def _without_padding(x: Tensor, ctx: Context) -> Tensor:
-    """``x`` (B, T, dim), zero at padding; the positions that still run where some have halted are none."""
+    """``x`` (B, T, dim) with zeros at padding; unchanged where running positions are packed, as none is padding."""
     is_packed = ctx.active is not None and ctx.active.is_packed
     return x if is_packed else ctx.mask.without_padding(x)

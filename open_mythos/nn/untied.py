@@ -1,4 +1,4 @@
-"""A block for each loop in place of one for all: the unrolled baseline."""
+"""The unrolled baseline: each loop has a block with weights of its own."""
 
 from dataclasses import replace
 from typing import cast
@@ -14,10 +14,10 @@ from open_mythos.nn.recurrent import LoopBlock, LoopInput, Loops, step_slot
 
 
 class PlainBlock(nn.Module):
-    """What a plain pre-norm transformer does in place of a loop: ``cfg.core_layers`` blocks, and nothing else.
+    """A loop's part of a plain pre-norm transformer: ``cfg.core_layers`` blocks, and nothing else.
 
     Args:
-        cfg: as of :class:`UntiedBlocks`. What a block adds is scaled by the number of all blocks, as in GPT-2.
+        cfg: as of :class:`UntiedBlocks`. Output projections are initialised for the number of all blocks, as in GPT-2.
     """
 
     injection = lora = None
@@ -40,8 +40,8 @@ class UntiedBlocks(Loops):
     """A recurrent block whose every loop has weights of its own: a deep transformer, to compare loops with.
 
     Args:
-        cfg: ``max_loop_iters`` is the number of blocks, and the one number of loops that there is.
-        made: what each loop runs.
+        cfg: ``max_loop_iters`` is the number of blocks, and the most loops that can be run.
+        made: the class of each loop's block.
     """
 
     def __init__(self, cfg: MythosConfig, made: type[LoopBlock] | type[PlainBlock] = LoopBlock) -> None:
@@ -56,7 +56,7 @@ class UntiedBlocks(Loops):
 
     @property
     def block(self) -> nn.Module:
-        """The first loop's block; likewise the others."""
+        """The first loop's transformer block."""
         return self.first.block
 
     @property
