@@ -1,7 +1,7 @@
-"""Attention by PyTorch's kernels: who sees whom, and what each kernel wants to know of it.
+"""Attention by PyTorch's kernels, and its mask in the form that each kernel takes.
 
 Shape letters: B rows, T queries, S keys, H query heads, G key/value heads, D channels of a head, W window.
-The slow, obvious twin is :func:`open_mythos.ops.reference.attention`.
+The plain, slow reference is :func:`open_mythos.ops.reference.attention`.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from open_mythos.ops.dispatch import is_traced
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-CHUNK = 32  # queries that windowed attention takes together
-# Up to so many queries the CPU trains by the kernel that keeps its probabilities. The other computes them again from
-# scores, and at scores of a million, as after an update far too large, its gradients are noise.
+CHUNK = 32  # queries in a chunk of windowed attention
+# Up to this many queries, training on the CPU uses the math kernel, which keeps its probabilities. The other recomputes
+# them from the scores, and at scores of a million, as after a far too large update, its gradients are noise.
 EXACT_QUERIES = 16
-# Up to so many queries and keys, one call with a bias for each head is cheaper than one for each kind of heads.
+# Up to this many queries and keys, one call with a bias for each head is cheaper than two, for local and other heads.
 ONE_CALL_QUERIES, ONE_CALL_KEYS = 64, 256
 
 
 @dataclass
 class AttentionMask:
-    """Who sees whom, as a predicate, and what attention kernels want to know of it.
+    """Which keys each query may attend to, as a predicate, and in the form that each attention kernel takes.
 
     A query sees every key of its document that is no padding, up to its own position if ``causal``; and always itself,
-    so that no softmax is over nothing. Kernels take it as ``is_causal`` or a bias (:meth:`sdpa`), in chunks
+    so that no softmax is empty. Kernels take it as ``is_causal`` or a bias (:meth:`sdpa`), in chunks
     (:meth:`chunk_bias`), or as FlexAttention's block mask (:meth:`block_mask`).
 
     Args:
         n_queries: T.
         n_keys: S; query i stands at key position ``S - T + i`` unless ``positions`` says otherwise.
         valid: (B, S) bool, False at padding; None if there is none.
-        documents: (B, S) integers, the same for neighbours of one document; None if a row is one.
-        positions: (B, T) key position of each query, for queries that are not the last T tokens in order.
-        first: position of the first new token, from which on queries stand; ``S - T`` if below 0.
-        causal: False lets a query see keys after its own too.
+        documents: (B, S) integers, the document of each token; None if every row is one document.
+        positions: (B, T) key position of each query, if the queries are not the last T tokens in order.
+        first: key position of the first new token, at or after which all queries are; ``S - T`` if below 0.
+        causal: False lets a query see later keys too.
         given: (B or 1, H or 1, T, S), added to the scores in place of the predicate.
     """
 
@@ -62,28 +62,28 @@ class AttentionMask:
 
     @property
     def is_same_for_all(self) -> bool:
-        """True where no row of the batch differs from another."""
+        """Whether the mask is the same for every row of the batch."""
         return self.valid is None and self.documents is None and self.positions is None and self.given is None
 
     @property
     def is_full(self) -> bool:
-        """True where every query sees every key."""
+        """Whether every query sees every key."""
         return self.is_same_for_all and (self.n_queries == 1 or not self.causal)
 
     @property
     def has_chunks(self) -> bool:
-        """True for causal masks whose queries are the last T tokens in order, which :meth:`chunk_bias` can write."""
+        """Whether :meth:`chunk_bias` supports the mask: causal, and the queries are the last T tokens in order."""
         return self.causal and self.positions is None and self.given is None
 
     def without_padding(self, x: Tensor) -> Tensor:
-        """``x`` (B, n, ...) of the last n tokens, zero at padding, where no gradient passes either."""
+        """``x`` (B, n, ...) of the last n tokens with zeros at padding, through which no gradient passes either."""
         if self.valid is None:
             return x
         padding = ~self.valid[:, -x.shape[1] :]
         return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0)
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
-        """The predicate, for positions (B or 1, T, 1) of queries and (S,) or (B or 1, T, W) of keys that exist."""
+        """The predicate, for positions (B or 1, T, 1) of queries, and (S,) or (B or 1, T, W) of keys, all in range."""
         seen = torch.ones_like(key <= query) if not self.causal else key <= query
         if window is not None:
             seen = seen & (key > query - window) & (key < query + window)
@@ -100,7 +100,7 @@ class AttentionMask:
         return self._once(("bias", window, like.dtype), lambda: self._bias(like, window)), False
 
     def by_head(self, like: Tensor, n_local: int, window: int) -> Tensor:
-        """Bias (B or 1, H, T, S) for queries ``like`` (B, T, H, D), whose first ``n_local`` heads have a window."""
+        """Bias (B or 1, H, T, S) for queries ``like`` (B, T, H, D) whose first ``n_local`` heads are local."""
 
         def make() -> Tensor:
             near, far = (self._bias(like, w) for w in (window, None))
@@ -110,9 +110,9 @@ class AttentionMask:
         return self._once(("heads", n_local, window, like.dtype), make)
 
     def chunk_bias(self, like: Tensor, window: int, chunk: int) -> Tensor:
-        """(B or 1, chunks, 1, chunk, chunk + W - 1): the bias of queries in chunks, and the keys that any of them sees.
+        """(B or 1, chunks, 1, chunk, chunk + W - 1): the bias between each chunk of queries and the keys in its window.
 
-        For masks that have chunks, see :attr:`has_chunks`.
+        Only for masks with :attr:`has_chunks`.
         """
 
         def make() -> Tensor:
@@ -136,7 +136,7 @@ class AttentionMask:
         n_heads: int | None = None,
         device: torch.device | str = "cpu",
     ) -> BlockMask:
-        """The predicate for FlexAttention; ``window`` is of the first ``n_local`` of ``n_heads``, or of all if 0."""
+        """The mask for FlexAttention; ``window`` applies to the first ``n_local`` of ``n_heads``, or to all if 0."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         assert self.given is None, "FlexAttention takes a predicate"
@@ -159,7 +159,7 @@ class AttentionMask:
         return create_block_mask(sees, rows, heads, self.n_queries, self.n_keys, device=device)
 
     def ending(self, n_queries: int) -> AttentionMask:
-        """The mask of the last queries alone, which see the same keys; for queries that are the last T tokens."""
+        """The mask of the last ``n_queries`` alone, over the same keys; only if queries are the last T tokens."""
         assert self.positions is None and n_queries <= self.n_queries
         given = None if self.given is None else self.given[..., -n_queries:, :]
         return replace(self, n_queries=n_queries, given=given)
@@ -180,7 +180,7 @@ class AttentionMask:
         if self.given is None:
             return _as_bias(self.allowed(query, key, window), like.dtype).unsqueeze(1)
         given = self.given.to(like.dtype)
-        if self.positions is not None:  # of all new tokens, in order; these are some of them
+        if self.positions is not None:  # ``given`` has all new tokens, in order, and queries are some of them
             at = (self.positions - self.first)[:, None, :, None]
             given = given.expand(len(at), -1, -1, -1)
             given = given.gather(2, at.expand(-1, given.shape[1], -1, given.shape[3]))
@@ -189,7 +189,7 @@ class AttentionMask:
         return given + _as_bias((key > query - window) & (key < query + window), like.dtype).unsqueeze(1)
 
     def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        if is_traced():  # a compiled function that finds what another left here is compiled again
+        if is_traced():  # compiled code that found a value kept by another would be recompiled
             return make()
         if key not in self._made:
             self._made[key] = make()
@@ -209,11 +209,11 @@ def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_mask(mask: AttentionMask | Tensor | None, n_queries: int, n_keys: int) -> AttentionMask:
-    """A mask for attention layers that are called by themselves: plain causal if None.
+    """A mask for an attention layer that is called by itself: plain causal if None.
 
     Args:
-        mask: None; or a tensor that broadcasts to (B, H, T, S): bool, True where a query may look, or numbers that are
-            added to the scores, as for :func:`torch.nn.functional.scaled_dot_product_attention`.
+        mask: None; or a tensor that broadcasts to (B, H, T, S): bool, True where a query may attend, or numbers that
+            are added to the scores, as for :func:`torch.nn.functional.scaled_dot_product_attention`.
         n_queries, n_keys: T and S.
 
     Raises:
@@ -234,22 +234,22 @@ def as_mask(mask: AttentionMask | Tensor | None, n_queries: int, n_keys: int) ->
 
 
 def ends_in_padding(valid: Tensor) -> bool:
-    """Whether the last token of a row is padding, and one before it is not."""
+    """Whether any row ends in padding and has a real token before it."""
     return bool((valid.any(1) & ~valid[:, -1]).any())
 
 
 def has_documents(attention_mask: Tensor | None) -> bool:
-    """Whether ``attention_mask`` numbers documents packed in rows, 1, 2, ..., and does not tell padding alone."""
+    """Whether ``attention_mask`` numbers documents packed in rows, 1, 2, ..., rather than only marking padding."""
     return attention_mask is not None and attention_mask.dtype != torch.bool and bool((attention_mask > 1).any())
 
 
 def document_starts(numbers: Tensor) -> Tensor:
-    """(B, T) bool, the first token of each document, given the document's number at every token."""
+    """(B, T) bool, True at the first token of each document, given the document's number at every token."""
     return F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
 
 
 def document_numbers(attention_mask: Tensor) -> Tensor | None:
-    """(B, T) numbers of documents packed in rows; None where ``attention_mask`` tells padding alone."""
+    """(B, T) numbers of documents packed in rows; None if ``attention_mask`` only marks padding."""
     return document_starts(attention_mask).cumsum(1) if has_documents(attention_mask) else None
 
 
@@ -258,11 +258,11 @@ def attend(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, n_local: in
 
     Args:
         q: (B, T, H, D).
-        kv: (B, S, G, D + Dv), keys and values next to each other, G dividing H and Dv at most D; or (B, S, G, D),
+        kv: (B, S, G, D + Dv), concatenated keys and values, G dividing H and Dv at most D; or (B, S, G, D),
             rows that are both.
-        mask: who sees whom.
-        scale: of the scores.
-        n_local: the first so many heads see keys nearer than ``window`` only.
+        mask: which keys each query may attend to.
+        scale: factor of the scores.
+        n_local: the first this many heads see only keys nearer than ``window``.
         window: W.
 
     Returns:
@@ -275,7 +275,7 @@ def attend(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, n_local: in
         return _attend_window(q, kv, mask, scale, window)
     if not mask.has_chunks or (T <= ONE_CALL_QUERIES and kv.shape[1] <= ONE_CALL_KEYS):
         return sdpa(q, kv, mask.by_head(q, n_local, window), False, scale)
-    # Two calls, each for whole groups of heads: a group that has heads of both kinds is in both.
+    # Two calls, each for whole groups of heads: a group with heads of both kinds is computed in both.
     per_group = H // G if G > 1 else 1
     near_end, far_start = -(-n_local // per_group) * per_group, n_local // per_group * per_group
     near_groups, far_groups = slice(0, near_end // per_group), slice(far_start // per_group, None)
@@ -287,7 +287,7 @@ def attend(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, n_local: in
 
 
 def sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """PyTorch's attention for tensors as :func:`attend` takes them; ``bias`` broadcasts to (B, H, T, S)."""
+    """PyTorch's attention, on tensors as :func:`attend` takes them; ``bias`` broadcasts to (B, H, T, S)."""
     if q.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
         # The CPU's backward pass takes four times as long in half precision as in single.
         with torch.autocast("cpu", enabled=False):
@@ -303,7 +303,7 @@ def _sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: fl
     D = q.shape[-1]
     k, v = (kv, kv) if kv.shape[-1] == D else kv.split([D, kv.shape[-1] - D], -1)
     Dv = v.shape[-1]
-    if Dv < D:  # the kernels that keep no T x S scores want one width
+    if Dv < D:  # the memory-efficient kernels require one width
         v = F.pad(v, (0, D - Dv))
     if bias is not None and q.shape[2] != k.shape[2] and q.device.type != "cpu":
         return _ungrouped(q, k, v, bias, scale)[..., :Dv]
@@ -320,9 +320,9 @@ def _sdpa(q: Tensor, kv: Tensor, bias: Tensor | None, is_causal: bool, scale: fl
 
 
 def _ungrouped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Grouped heads as others: of a GPU's kernels that take a bias and keep no T x S scores, none knows groups.
+    """Attention with grouped heads by kernels without groups: no memory-efficient GPU kernel takes groups and a bias.
 
-    One query of all heads of a group is as many queries of one head, for which nothing moves.
+    With one query, the heads of a group are treated as queries of one head, and no key or value is copied.
     """
     (B, T, H, _), G = q.shape, k.shape[2]
     if T > 1:
@@ -336,7 +336,7 @@ def _ungrouped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> T
 
 
 def _attend_window(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, window: int) -> Tensor:
-    """Every head sees keys nearer than ``window`` only; cost T * W, not T * S, where there are many queries or one."""
+    """Attention to keys nearer than ``window`` only; costs T * W, not T * S, if there are many queries or one."""
     T = q.shape[1]
     if T > ONE_CALL_QUERIES and mask.has_chunks:
         return _attend_chunks(q, kv, mask, scale, window)
@@ -346,7 +346,7 @@ def _attend_window(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, win
 
 
 def _attend_chunks(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, window: int) -> Tensor:
-    """The last T positions, in chunks of queries and the keys that any of them sees."""
+    """Windowed attention of the last T positions, in chunks of queries with the keys that any of them sees."""
     B, T = q.shape[:2]
     chunk = max(CHUNK, window - 1)
     n_chunks = -(-T // chunk)
@@ -359,7 +359,7 @@ def _attend_chunks(q: Tensor, kv: Tensor, mask: AttentionMask, scale: float, win
 
 
 def _windows(x_BSGD: Tensor, T: int, window: int, chunk: int, n_chunks: int) -> Tensor:
-    """The rows that each chunk of the last T positions sees, zeros outside: (B * chunks, chunk + W - 1, G, D)."""
+    """The rows that each chunk of queries sees, zeros where there are none: (B * chunks, chunk + W - 1, G, D)."""
     first = x_BSGD.shape[1] - T - window + 1
     x_BSGD = F.pad(x_BSGD[:, max(first, 0) :], (0, 0, 0, 0, max(-first, 0), n_chunks * chunk - T))
     return x_BSGD.unfold(1, chunk + window - 1, chunk).movedim(-1, 2).flatten(0, 1)

@@ -1,7 +1,7 @@
-"""Random numbers that a key and a count decide, wherever and in whatever order they are drawn (Salmon et al. 2011).
+"""Counter-based random numbers: a function of key and counter, in whatever order they are drawn (Salmon et al. 2011).
 
-Rows of a batch have a key each, so that what is drawn for a row does not depend on the rows beside it, and a loop that
-is computed again draws what it drew before.
+Each row of a batch has its own key, so that a row's draws do not depend on the other rows, and a recomputed loop draws
+the same numbers again.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele et al. 2014): an odd stride, and the two factors of its finaliser, as signed numbers of 64 bits
+# SplitMix64 (Steele et al. 2014): its odd stride, and the two factors of its finaliser, as signed 64-bit integers
 _STRIDE, _FIRST, _SECOND = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
@@ -19,7 +19,7 @@ def row_keys(seed: int, step: int, n: int) -> Tensor:
 
 
 def uniform(keys_B: Tensor, site: int, like: Tensor) -> Tensor:
-    """Numbers in (0, 1) for the rows of ``like`` (B, ...), float32; ``site`` tells apart what a row draws for."""
+    """Numbers in (0, 1) in the shape of ``like`` (B, ...), float32; ``site`` numbers what a row draws them for."""
     counts = torch.arange(math.prod(like.shape[1:]), device=like.device) * _STRIDE
     bits = _mixed(_mixed(keys_B.to(like.device, non_blocking=True) + site).unsqueeze(1) + counts)
     return ((_shifted(bits, 40) + 0.5) * 2.0**-24).float().view(like.shape)
@@ -38,5 +38,5 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, n: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Logical right shift."""
     return (x >> n) & ((1 << (64 - n)) - 1)

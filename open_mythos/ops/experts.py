@@ -1,7 +1,7 @@
-"""Mixture-of-experts arithmetic: all experts in a few matrix products over tokens brought together by expert.
+"""Mixture-of-experts arithmetic: all experts in a few matrix products over tokens sorted by expert.
 
 Shape letters: N tokens, K experts per token, E experts, P = N K choices, D model width, F expert width.
-The slow, obvious twin is :func:`open_mythos.ops.reference.moe_loop`.
+The plain, slow reference is :func:`open_mythos.ops.reference.moe_loop`.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from open_mythos.ops.dispatch import compute_dtype, grouping_waits
 
-MAX_GATHERED = 8  # choices up to which reading their experts' matrices out of the whole costs less than sorting
-# Bytes of these up to which it does so on a GPU too, where sorting takes some fifteen launches more. An estimate, as
-# copies are written and read: in the time of a launch, some MB.
+MAX_GATHERED = 8  # choices up to which copying their experts' matrices costs less than sorting tokens by expert
+# Bytes of copied matrices up to which that holds on a GPU too, where sorting takes some fifteen launches more. An
+# estimate: copies are written and read again, some MB in the time of a launch.
 _GATHERED_BYTES = 2**26
-_ALIGN = 16  # bytes; F.grouped_mm wants every stride to be a multiple of this
+_ALIGN = 16  # bytes; F.grouped_mm requires strides that are multiples of this
 
 
 def swiglu_experts(
@@ -38,7 +38,7 @@ def swiglu_experts(
         experts_NK: chosen experts, integers in [0, E).
         weights_NK: mixing weights.
         scales: factors of ``gate_up`` and of ``down``.
-        to_ND: what the sum is added to.
+        to_ND: added to the sum.
 
     Returns:
         (N, D).
@@ -62,9 +62,9 @@ def swiglu_sorted(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, order_P: Tensor, ends_E: Tensor, weights_NK: Tensor,
     scales: tuple[float, float], to_ND: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """:func:`swiglu_experts`, of choices in the order of their experts, those of expert e up to ``ends_E[e]``.
+    """:func:`swiglu_experts` for choices that are sorted by expert, those of expert e ending at ``ends_E[e]``.
 
-    ``order_P`` are places in (N, K), some or all of them.
+    ``order_P`` are flat indices into (N, K), some or all of them.
     """
     dtype, token_P = compute_dtype(x_ND), order_P // weights_NK.shape[1]
     gate_up_E2FD, down_EDF, x_ND = gate_up_E2FD.to(dtype), down_EDF.to(dtype), x_ND.to(dtype)
@@ -76,7 +76,7 @@ def swiglu_sorted(
 
 
 def _are_gathered(x_ND: Tensor, n_choices: int, expert_bytes: float) -> bool:
-    """Whether the matrices of the chosen experts are copied out of the whole."""
+    """Whether to copy the matrices of the chosen experts rather than to sort tokens by expert."""
     if x_ND.requires_grad or not 0 < n_choices <= MAX_GATHERED:
         return False
     return x_ND.device.type == "cpu" or n_choices * expert_bytes <= _GATHERED_BYTES or grouping_waits(x_ND)
@@ -91,7 +91,7 @@ def _gathered(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor,
     scales: tuple[float, float], to_ND: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """For a token or two: products with the matrices of their experts."""
+    """:func:`swiglu_experts` for a few tokens: products with copies of their experts' matrices."""
     (N, K), experts_P, zero = experts_NK.shape, experts_NK.flatten(), x_ND.detach().flatten()[:1]
     x_P1D = x_ND.unsqueeze(1).expand(-1, K, -1).reshape(N * K, 1, -1)
     hidden_P12F = torch.baddbmm(zero, x_P1D, gate_up_E2FD[experts_P].transpose(1, 2), beta=0, alpha=scales[0])
@@ -101,9 +101,9 @@ def _gathered(
     return torch.baddbmm(to_N1D, weights_N1K, out_NKD, beta=0 if to_ND is None else 1, alpha=scales[1]).squeeze(1)
 
 
-# F.grouped_mm as an operator of our own: PyTorch's refuses float32 where shapes are traced, and strides that are no
-# multiple of 16 bytes anywhere. Not by torch.library.custom_op, with which the first call imports the compiler, in two
-# seconds. Named after the module, since an exported model brings one of its own.
+# F.grouped_mm as an operator of our own: PyTorch's rejects float32 under tracing, and strides that are not multiples of
+# 16 bytes everywhere. Not by torch.library.custom_op, whose first call imports the compiler, which takes two seconds.
+# Named after the module, since an exported model brings its own copy.
 _NAMESPACE = __name__.replace(".", "_")
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _OPERATORS = getattr(torch.ops, _NAMESPACE)
@@ -117,12 +117,12 @@ def _define(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tens
 
 
 def grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows times the matrix of their group, where the rows of group e end at ``ends_E[e]``: (P, N)."""
+    """Each row times the matrix of its group, where the rows of group e end at ``ends_E[e]``: (P, N)."""
     return _OPERATORS.grouped_mm(x_PK, weight_EKN, ends_E)
 
 
 def _grouped_mm(x_PK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
-    if x_PK.dtype == torch.float64:  # which F.grouped_mm does not know
+    if x_PK.dtype == torch.float64:  # not supported by F.grouped_mm
         return torch.cat([x @ weight for x, weight in zip(_groups(x_PK, ends_E), weight_EKN, strict=True)])
     n_out, multiple = weight_EKN.shape[2], _ALIGN // x_PK.element_size()
     pad_in, pad_out = -x_PK.shape[1] % multiple, -n_out % multiple
@@ -161,7 +161,7 @@ def _backward(ctx: Any, grad_PN: Tensor) -> tuple[Tensor | None, Tensor | None, 
     x_PK, weight_EKN, ends_E = ctx.saved_tensors
     needs_x, needs_weight, _ = ctx.needs_input_grad
     grad_x = grouped_mm(grad_PN, weight_EKN.transpose(1, 2), ends_E) if needs_x else None
-    # The outer product in the order that gives a contiguous gradient of the weight as it is stored, (E, N, K).
+    # In this order, the gradient is contiguous in the layout in which the weight is stored, (E, N, K).
     grad_weight = _OPERATORS.grouped_outer(grad_PN, x_PK, ends_E).transpose(1, 2) if needs_weight else None
     return grad_x, grad_weight, None
 

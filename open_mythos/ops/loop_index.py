@@ -12,8 +12,8 @@ def loop_index_embedding(h: Tensor, loop_t: int | Tensor, loop_dim: int, theta: 
 
     Args:
         h: state, (..., dim).
-        loop_t: loop number, from 0; or integers that broadcast with h's axes but the last, (B, 1) for one of each row.
-        loop_dim: channels to write, at most dim; of an odd number the last cosine is left out.
+        loop_t: loop number, from 0; or integers that broadcast with h's axes but the last, as (B, 1), one for each row.
+        loop_dim: channels to add to, at most dim; if odd, the last cosine is left out.
         theta: base of the frequencies.
 
     Returns:

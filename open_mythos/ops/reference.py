@@ -1,4 +1,4 @@
-"""Slow, obvious twins of this package's fast operations, for tests: loops and explicit masks, no tricks.
+"""Plain, slow references of this package's fast operations, for tests: loops and explicit masks.
 
 Each computes in the dtype it is given, keeps gradients, and shares no code with what it checks.
 
@@ -22,7 +22,7 @@ def rope_complex(x: Tensor, positions: Tensor, theta: float, factor: float = 1.0
         positions: (T,) or (B, T) integers.
         theta: base of the frequencies.
         factor, context: a pair that makes at most one turn in ``context`` positions is slowed ``factor`` times, one
-            that makes four or more is not, and those in between by a straight line in the number of turns.
+            that makes four or more is not; in between, frequencies are interpolated linearly in the number of turns.
 
     Returns:
         (B, T, H, D).
@@ -46,7 +46,7 @@ def attention(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, allowed: Tensor, s
         q_BTHD: queries.
         k_BSGD: keys; every one is read by H / G neighbouring query heads.
         v_BSGV: values.
-        allowed: bool, (T, S) or anything that broadcasts to (B, H, T, S); every query needs one True at least.
+        allowed: bool, (T, S) or anything that broadcasts to (B, H, T, S); every query needs at least one True.
         scale: of the scores.
 
     Returns:
@@ -102,7 +102,7 @@ def mla_expanded(
         q_nope_BTHN: content part of the queries.
         q_rope_BTHP: rotary part, rotated.
         c_kv_BSR: latents.
-        k_rope_BSP: the one rotary key of all heads, rotated.
+        k_rope_BSP: the rotary key that all heads share, rotated.
         up_k_HNR: each head's map from latent to content key.
         up_v_HVR: each head's map from latent to value.
         allowed: as in :func:`attention`; (B, H, T, S), (B, 1, T, S) or (T, S).

@@ -18,14 +18,14 @@ def rope_frequencies(
     context: int = 8192,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Radians by which each channel pair rotates from one position to the next: (dim // 2,) float64.
+    """Angle in radians by which each channel pair rotates per position: (dim // 2,) float64.
 
     Args:
         dim: channels to rotate, even.
         theta: base of the geometric frequencies, ``theta ** (-2i / dim)``.
         factor: by which wavelengths longer than ``context`` are stretched (Llama 3.1, arXiv:2407.21783, as published
-            with its weights); those in between by less.
-        context: positions that the model was trained on before it was stretched.
+            with its weights); those from a quarter of that on by less.
+        context: positions that the model was trained on before its context was extended.
         device: of the result.
     """
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
@@ -85,7 +85,7 @@ def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
     pairs = x.float().unflatten(-1, (-1, 2))
     if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
-        pairs = pairs.clone(memory_format=torch.contiguous_format)  # not where complex numbers can lie
+        pairs = pairs.clone(memory_format=torch.contiguous_format)  # view_as_complex needs aligned pairs
     return torch.view_as_real(torch.view_as_complex(pairs) * freqs.unsqueeze(-2)).flatten(-2).to(x.dtype)
 
 
