@@ -1,1 +1,1 @@
-"""Text generation: sampling rules and the loop around the model."""
+"""Text generation: sampling, engines that compute tokens, and the decoding loops around the model."""

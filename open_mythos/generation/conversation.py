@@ -1,4 +1,4 @@
-"""A text that a person and a model write in turns, over one cache."""
+"""A conversation of a user and a model, over one cache."""
 
 import codecs
 from collections.abc import Callable, Iterator
@@ -21,28 +21,28 @@ from open_mythos.nn.modes import eval_mode, evaluating
 from open_mythos.tasks.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
-"""As chat templates take them: ``{"role": "user" or "assistant", "content": text}`` each."""
+"""Messages as chat templates take them: ``{"role": "user" or "assistant", "content": text}`` each."""
 Template = Callable[[Messages], list[int]]
-"""From messages, the last a user's, to the tokens that a reply should follow."""
+"""From messages, the last a user's, to the prompt tokens of the reply."""
 SURE = 0.5
-"""How probable each word of an answer has to be, of a model that is asked questions, or it ends there: if it is the
-first one, after ``UNSURE``."""
+"""For models that answer questions: an answer ends after the first word whose probability is below this; if that is
+its first word, ``UNSURE`` stands before it."""
 UNSURE = "I am not sure: "
 
 
 class Conversation:
-    """What was said, and what the model says next.
+    """The turns so far, and the model's next reply.
 
-    Without a ``template`` a reply is simply how the text goes on: all turns so far, each on a line of its own. Of a
-    model whose tokenizer has a mark that asks, what does not end in it is kept and gets no reply.
+    Without a ``template`` a reply continues the text of all turns so far, each on a line of its own. If the tokenizer
+    has a token that ends questions (``asks``), messages that do not end in it are kept as context and get no reply.
 
     Args:
-        model: computes as in eval mode, whatever its own is.
-        tokenizer: what the model was trained with.
+        model: computes as in eval mode, whatever mode it is in.
+        tokenizer: the one that the model was trained with.
         n_loops: loops for every token, ``cfg.max_loop_iters`` if None; may be changed at any time (:attr:`n_loops`).
         sampling: how tokens are drawn; may be changed at any time.
-        exit: when a position stops looping; see :meth:`OpenMythos.forward`.
-        template: turns messages into tokens, for a model that was taught to chat.
+        exit: the early-exit rule; see :meth:`OpenMythos.forward`.
+        template: turns messages into tokens, for a model that was trained to chat.
         generator: random state to draw from.
 
     Raises:
@@ -73,15 +73,15 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget all turns."""
         self.messages: Messages = []
-        self.ids: list[int] = []  # the whole text, the last reply included
-        self.n_replied = 0  # tokens of that
+        self.ids: list[int] = []  # tokens of the whole text, the last reply included
+        self.n_replied = 0  # tokens of the last reply
         self._forget_cache()
 
     @property
     def n_loops(self) -> int:
-        """Loops for every token. Setting it leaves what was said, which is then read again."""
+        """Loops for every token. Setting it keeps the turns, which are then read again."""
         return self._n_loops
 
     @n_loops.setter
@@ -91,17 +91,17 @@ class Conversation:
 
     @checked
     def reply(self, said: str, max_new_tokens: int = 256) -> Iterator[str]:
-        """What the model answers, in pieces of whole characters, as they come.
+        """Yield the model's reply, in pieces of whole characters, as they are computed.
 
-        Whoever stops listening leaves a reply that ends there. After an error, or Ctrl-C while the model computes,
-        nothing has been said. Of a text too long for the model the oldest part is forgotten.
+        If the iterator is closed early, the reply ends there. After an error, or Ctrl-C while the model computes, the
+        conversation is as it was before the call. If the text is too long for the model, its oldest part is dropped.
 
         Args:
-            said: by the user.
-            max_new_tokens: of the reply, at most; half of what the model can hold is the limit.
+            said: the user's message.
+            max_new_tokens: most tokens of the reply; at most half of ``cfg.max_seq_len``.
 
         Raises:
-            ValueError: at the call, for what cannot be said; and once logits are not finite.
+            ValueError: at the call, for an invalid message or length; and once logits are not finite.
         """
         must(max_new_tokens >= 0, f"max_new_tokens={max_new_tokens}; use 0 or more")
         try:
@@ -138,7 +138,7 @@ class Conversation:
             logits = self._logits()
             token = int(self.sampling.draw(logits, self.generator))
             is_end = token == self.tokenizer.eos
-            repeats = asks is not None and self.n_replied > 0 and token == self.ids[-1]  # at too few loops to end
+            repeats = asks is not None and self.n_replied > 0 and token == self.ids[-1]  # if loops are too few to end
             if repeats or (is_end and (asks is None or self.n_replied)):
                 break
             self.ids.append(token)
@@ -159,13 +159,13 @@ class Conversation:
     @checked
     @torch.no_grad()
     def trace(self, n: int | None = None) -> tuple[list[int], list[list[tuple[int, float]]]]:
-        """What the model would have said after each loop where the last ``n`` tokens of the text stand.
+        """What the model predicts after each loop in place of the last ``n`` tokens of the text.
 
-        ``n`` is 8 if left out; of a model that is asked questions, it is then the question mark's place alone.
+        ``n`` is 8 if None; for a model that answers questions, only the first token of its answer is then traced.
 
         Returns:
-            These tokens, n or as many as there are; and for each loop the likeliest token at each place and its
-            probability. Loops end where every position has halted.
+            These tokens, n or as many as there are; and for each loop the most likely token at each position and its
+            probability. Loops end when every position has halted.
 
         Raises:
             ValueError: if nothing was said.
@@ -186,15 +186,15 @@ class Conversation:
         return self.ids[-n:][: 1 if is_answer else n], by_loop
 
     def _worded(self, word: str, is_unsure: bool) -> str:
-        """A word of an answer with what stands before it; "" is an answer that ends before it begins."""
+        """A word of an answer, with a space or ``UNSURE`` before it; an empty answer is spelt out."""
         return (" " if self.n_replied else UNSURE if is_unsure else "") + (word or "I have no answer")
 
     def _piece(self, token: int) -> bytes:
-        # A model may have more tokens than its tokenizer, so that their number is round.
+        # A model may have more tokens than its tokenizer, as its vocabulary size is rounded up.
         return self.tokenizer.pieces[token] if token < len(self.tokenizer.pieces) else b""
 
     def _prompt(self, room: int) -> list[int]:
-        """All that a reply follows, in at most ``room`` tokens."""
+        """The tokens that the reply continues, at most ``room``; the oldest turns or tokens are dropped."""
         if self.template is not None:
             while len(ids := self.template(self.messages)) > room and len(self.messages) > 1:
                 del self.messages[:2]
@@ -206,8 +206,8 @@ class Conversation:
         return ((self.ids or start) + self.tokenizer.encode([said]).tolist())[-room:]
 
     def _logits(self) -> Tensor:
-        """Of what follows ``ids``, (1, vocab_size); what the cache holds of them is not computed again."""
-        held, self._held = self._held, []  # an interruption leaves half a token in the cache
+        """Logits of the token after ``ids``, (1, vocab_size); cached tokens are not computed again."""
+        held, self._held = self._held, []  # after an interruption, the cache may hold a token in part
         logits = evaluating(self.model, self._read, held)
         self._held = list(self.ids)
         return logits

@@ -1,8 +1,8 @@
 """Continuous depth batching: sequences that are decoded together, each at its own token and its own loop.
 
 In a plain batch every token waits for the slowest row's. Here a step runs one loop of the recurrent block for all rows,
-whichever loop each is at. A row whose token has halted leaves, gives its next token and comes back at loop 0, while the
-others go on (continuous batching as in Orca, OSDI 2022, with loops in place of tokens; for looped models
+whichever loop each is at. A row whose token has halted leaves the batch, computes its next token and comes back at loop
+0, while the others go on (continuous batching as in Orca, OSDI 2022, with loops in place of tokens; for looped models
 arXiv:2608.09444).
 """
 
@@ -32,7 +32,7 @@ from open_mythos.nn.recurrent import LoopInput, advance
 from open_mythos.ops.attention import AttentionMask
 
 MIN_FINISHED_FRACTION = 0.25
-"""Run coda, head and sampling only when this fraction of rows has finished looping; it amortises their fixed cost."""
+"""Run coda, head and sampling only when this fraction of rows has finished looping, to amortise their fixed cost."""
 
 
 @dataclass(eq=False)
@@ -43,10 +43,10 @@ class Request:
         prompt: (T,) token ids.
         max_new_tokens, n_loops, sampling, generator: as :meth:`OpenMythos.generate_many`.
         ends: tokens that end it.
-        tokens: made so far, with the one that ended it.
-        loops: run by each token that was fed in after the prompt.
-        done: whether there will be no more.
-        error: why not, if it is not that all are there.
+        tokens: new tokens so far, including the one that ended it.
+        loops: number of loops of each token that was fed in after the prompt.
+        done: whether there will be no more tokens.
+        error: why the request ended early, if it did.
     """
 
     prompt: Tensor
@@ -66,8 +66,8 @@ class _Row:
     """A request that is being decoded: its lane of the cache, and where its newest token is.
 
     Attributes:
-        loop: the next to run.
-        finished: state (1, 1, dim) and rotary phasors, once it has finished looping.
+        loop: the next loop to run.
+        finished: its state (1, 1, dim) and rotary phasors, once it has finished looping.
     """
 
     request: Request
@@ -78,12 +78,12 @@ class _Row:
 
 
 class DepthBatch:
-    """Decodes requests together, every row at its own depth; what a greedy request gets is what it gets alone.
+    """Decodes requests together, every row at its own loop; greedy tokens are those that a request gets alone.
 
     Args:
         model: in eval mode.
-        exit: when a token stops looping; with None, when the gate says so if ``cfg.halting``, else after its last loop.
-        max_rows: requests decoded at once; others wait.
+        exit: the early-exit rule; with None, the gate if ``cfg.halting``, else none.
+        max_rows: most requests decoded at once; others wait.
 
     Raises:
         ValueError: for a model in training mode, and for an exit that reads predictions.
@@ -103,21 +103,21 @@ class DepthBatch:
             f"StateChange or Acceleration, or model.generate for a plain batch",
         )
         self.model = model
-        self._steps = model if why_not_fused(model) else fuse(model)  # computes tokens that come one by one
+        self._steps = model if why_not_fused(model) else fuse(model)  # the model for single tokens
         cfg = model.cfg
-        # How far back the recurrent block looks, if all its heads are local.
+        # How many tokens the recurrent block attends to, if all its heads are local.
         self._reach = cfg.local_window if cfg.n_local_heads == cfg.n_heads else None
         self._layers = [Slot("prelude", i) for i in range(cfg.prelude_layers)]
         self._layers += [Slot("coda", i) for i in range(cfg.coda_layers)]
         self._lanes = max_rows, cfg.core_layers, max(cfg.conv_taps - 1, 0)
         self._queue: deque[Request] = deque()
         self._forget()
-        # Of the running rows: h, rotary, loop, what each loop reads, and what the exit carries, (n, 1, ...) each.
+        # Of the running rows, (n, 1, ...) each: h, rotary phasors, loop, the input of all loops, the exit's state.
         self._state: tuple[Tensor, Tensor, Tensor, LoopInput, tuple[Tensor, ...]]
         self._place: Place
 
     def _forget(self) -> None:
-        """Decode nothing, and hold nothing."""
+        """Drop all rows and the cache."""
         self._cache = LaneCache(*self._lanes)
         self._free = list(reversed(range(self._cache.n_lanes)))
         self._running: list[_Row] = []
@@ -154,10 +154,10 @@ class DepthBatch:
     def step(self) -> list[Request]:
         """Start requests that fit, and run one loop of every row. Returns the requests that got a token.
 
-        A step that is interrupted has not been: all requests are as they were, and the next one goes on.
+        If a step is interrupted, all requests are restored to their state before it, and the next step continues.
 
         Raises:
-            ValueError: where the logits of a request are not finite. It is ``done``, with this ``error``; others go on.
+            ValueError: if the logits of a request are not finite. It is ``done``, with this ``error``; others go on.
         """
         rows = [row.request for row in (*self._finished, *self._running)]
         rows += itertools.islice(self._queue, len(self._free))
@@ -192,9 +192,9 @@ class DepthBatch:
         return served
 
     def _start(self, request: Request) -> bool:
-        """Read the prompt by itself, which gives the first new token; whether there is a new one.
+        """Read the prompt, draw the first new token, and add the row to the batch; return whether there is a new token.
 
-        A request that was interrupted has some tokens, which are read too, and goes on from its last.
+        A request that was interrupted already has tokens; these are read too, and decoding goes on from the last.
         """
         engine, is_new = ModuleEngine(self.model, Depth(request.n_loops, self.exit)), not request.tokens
         text = torch.cat([request.prompt, request.prompt.new_tensor(request.tokens[:-1])])
@@ -207,7 +207,7 @@ class DepthBatch:
         return is_new
 
     def _accept(self, request: Request, token: int | None) -> bool:
-        """Note a new token, None if there can be none; whether another one is wanted."""
+        """Append a new token, or set the error if it is None; return whether the request goes on."""
         if token is None:
             depth, text = Depth(request.n_loops, self.exit), [*request.prompt.tolist(), *request.tokens]
             request.error = not_finite(self.model, depth, [request.prompt.new_tensor(text).unsqueeze(0)])
@@ -218,7 +218,7 @@ class DepthBatch:
         return not request.done
 
     def _loop(self) -> None:
-        """One loop of every running row; those that halt, or have run all of theirs, finish."""
+        """Run one loop of every running row; rows that halt, or have run all their loops, become finished."""
         rows, (h, rotary, loop, e, carried) = self._running, self._state
         self._cache.reserve(0, max(row.loop for row in rows) + 1, h.device)
         self._cache.go_to(self._place, loop)
@@ -242,7 +242,7 @@ class DepthBatch:
             self._place = self._place.select(at)
 
     def _next_tokens(self) -> None:
-        """Coda, head and choice of a token for the rows that have finished; those that go on enter the loops again."""
+        """Run coda and head and draw a token for the finished rows; rows that go on enter the loops again."""
         rows, self._finished = self._finished, []
         lanes, positions = [row.lane for row in rows], [row.position for row in rows]
         self._cache.retire(lanes, positions, [row.loop - 1 for row in rows])
@@ -261,7 +261,7 @@ class DepthBatch:
             self._enter(on)
 
     def _outside_loops(self, lanes: list[int], positions: list[int]) -> AttentionMask:
-        """Turn the cache to these tokens, for prelude and coda; the mask that they need."""
+        """Set the cache to these tokens for prelude and coda, and return their mask."""
         if not self._layers:
             return AttentionMask(1, 1)
         place = self._cache.place(lanes, positions)
@@ -270,7 +270,7 @@ class DepthBatch:
 
     @staticmethod
     def _draw(requests: list[Request], logits: Tensor) -> list[int | None]:
-        """A token for each row of ``logits`` (n, vocab_size), drawn as its request says; None if none is finite."""
+        """A token for each row of ``logits`` (n, vocab_size), drawn as its request says; None if not finite."""
         greedy, finite = torch.stack([logits.argmax(-1), logits.amax(-1).isfinite()]).tolist()
         return [
             None if not fine
@@ -280,7 +280,7 @@ class DepthBatch:
         ]  # fmt: skip
 
     def _enter(self, rows: list[_Row]) -> None:
-        """Run the prelude on the newest token of each row and put it before its first loop."""
+        """Run the prelude on the newest token of each row, and add the rows to those that run loops."""
         lanes, positions = [row.lane for row in rows], [row.position for row in rows]
         device = self.model.embed.weight.device
         ids = torch.tensor([[row.request.tokens[-1]] for row in rows], device=device)
@@ -297,7 +297,7 @@ class DepthBatch:
 
 
 def _joined(old: Any, new: Any) -> Any:
-    """Rows of two batches, in tensors or in tuples of them."""
+    """The rows of two batches, concatenated; in tensors or in tuples of them."""
     if isinstance(old, LoopInput):
         e, injected, low_rank = (
             None if x is None else torch.cat([x, y]) for x, y in zip(old[:3], new[:3], strict=True)
@@ -312,7 +312,7 @@ def generate_many(
     model: Model, prompts: Sequence[Tensor], n_loops: int | Sequence[int] | None, exit: Exit | None, max_rows: int,
     **request: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """See :meth:`OpenMythos.generate_many`; ``request`` is what each prompt's :meth:`DepthBatch.add` takes besides."""
+    """See :meth:`OpenMythos.generate_many`; ``request`` holds further arguments of :meth:`DepthBatch.add`."""
     loops = list(n_loops) if isinstance(n_loops, Sequence) else [n_loops] * len(prompts)
     if len(loops) != len(prompts):
         raise ValueError(f"n_loops holds {len(loops)} numbers for {len(prompts)} prompts; give one for each, or one")

@@ -1,4 +1,4 @@
-"""What an engine is, and the one that every model has: its own modules."""
+"""The protocol of engines, and the one that works for every model: its own modules."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,12 +16,12 @@ from open_mythos.ops.dispatch import use_tf32
 
 @dataclass(frozen=True)
 class Depth:
-    """How deep an engine runs every token.
+    """How many loops an engine runs for every token.
 
     Args:
-        n_loops: loops, or the most.
-        exit: stops positions earlier; None if nothing does.
-        cache_loops: slots that the loops share; see :class:`KVCache`.
+        n_loops: loops, or the maximum with an exit.
+        exit: early-exit rule; None for a fixed number of loops.
+        cache_loops: number of cache slots that the loops share; see :class:`KVCache`.
     """
 
     n_loops: int
@@ -30,40 +30,40 @@ class Depth:
 
 
 class Engine(Protocol):
-    """Tokens in, logits out, over a cache of its own."""
+    """Maps tokens to logits, with a cache of its own."""
 
     @property
     def cache(self) -> KVCache:
-        """The tokens that were given so far."""
+        """The cache of the tokens read so far."""
 
     @property
     def state(self) -> Tensor:
         """The last position's state after its last loop, (B, 1, dim)."""
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Read tokens (B, T), behind those of the cache: logits (B, vocab_size) of what follows."""
+        """Read tokens (B, T) after those of the cache; logits (B, vocab_size) of the next token."""
 
     def step(self, tokens: Tensor, first: Tensor | None = None) -> Tensor:
-        """Read one token of each row, (B, 1), from the states ``first`` (B, 1, dim) on, if given: as :meth:`extend`."""
+        """As :meth:`extend`, for one token of each row, (B, 1); the loops start from ``first`` (B, 1, dim) if given."""
 
     def draft(self, tokens: Tensor, n_loops: int) -> Tensor:
-        """As :meth:`step`, at fewer loops; :meth:`verify` then runs the others."""
+        """As :meth:`step`, for the first ``n_loops`` loops only; :meth:`verify` then runs the rest."""
 
     def verify(self) -> Tensor:
-        """Logits (B, n, vocab_size) after all n tokens since the last call that were drafted, at full depth."""
+        """Full-depth logits (B, n, vocab_size) after each of the n tokens drafted since the last call."""
 
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
 
 
 class ModuleEngine:
-    """The model's own modules; those of a fused model are few and large.
+    """The engine that calls the modules of the model, or of a fused model with fewer and larger ones.
 
     Args:
         model: in eval mode while it is used.
-        depth: of every token.
-        room: tokens to make room for in the cache.
-        step_model: what computes tokens that come one by one, if it is another than reads prompts.
+        depth: how many loops each token runs.
+        room: tokens to allocate in the cache.
+        step_model: the model for single tokens, if not ``model``, which reads prompts.
     """
 
     def __init__(self, model: Model, depth: Depth, room: int = 0, step_model: Model | None = None) -> None:
@@ -107,7 +107,7 @@ class ModuleEngine:
         self._drafted = []
         e, h, T = torch.cat(inputs, 1), torch.cat(states, 1), len(states)
         mask = AttentionMask(T, self.cache.length, self.cache.valid)
-        tokens = -2 if contexts[0].rotary.is_complex() else -3  # compiled blocks have it as pairs of real numbers
+        tokens = -2 if contexts[0].rotary.is_complex() else -3  # the tokens' axis; compiled blocks have real pairs
         ctx = replace(contexts[0], rotary=torch.cat([x.rotary for x in contexts], tokens), mask=mask)
         for state in model.recurrent.iterate(h, e, ctx, self.depth.n_loops, first_loop=self._draft_loops):
             h = state.h
@@ -118,7 +118,7 @@ class ModuleEngine:
         self.cache.truncate(length)
 
     def _encode(self, tokens: Tensor) -> tuple[Tensor, Context]:
-        """The encoded input of tokens that are known to fit."""
+        """The encoded input and context of new tokens, unchecked: they are known to fit."""
         (B, T), past, cache = tokens.shape, self.cache.length, self.cache
         if cache.valid is None:
             positions = torch.arange(past, past + T, device=tokens.device)

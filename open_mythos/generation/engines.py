@@ -1,10 +1,10 @@
-"""Engines: what computes new tokens. All give the same logits up to rounding, behind one protocol.
+"""Engines, which compute new tokens. All give the same logits up to rounding, behind one protocol.
 
 ========  ===========================================================================================================
-modules   the model's own layers, called: for every model, with hooks, adapters, offload, quantised weights and all
-fused     the same with projections of one input in one matrix (:mod:`open_mythos.generation.fused`)
-graph     on CUDA: fused, over a cache of fixed size, in a captured graph (:mod:`open_mythos.generation.graph`)
-native    on a CPU in float32: a whole token in one call of C code, which the machine's compiler makes
+modules   the model's own layers: for every model, also with hooks, adapters, offload or quantised weights
+fused     the same, with the projections of one input merged into one matrix (:mod:`open_mythos.generation.fused`)
+graph     on CUDA: fused, over a cache of fixed size, as a captured CUDA graph (:mod:`open_mythos.generation.graph`)
+native    on a CPU in float32: a whole token in one call of C code, compiled on this machine
 ========  ===========================================================================================================
 """
 
@@ -32,7 +32,7 @@ class _Choice:
 
 
 def _native(model: Model, depth: Depth, drafts: bool) -> str | None:
-    """Why C code cannot decode; the folder may not have come along, as in one for transformers."""
+    """Why the native engine cannot serve; its folder may be missing, as in an export with remote code."""
     try:
         return import_module(_NATIVE).why_not(model, depth, drafts)
     except ModuleNotFoundError as error:
@@ -49,24 +49,24 @@ _ENGINES: dict[str, _Choice] = {
     ),
     "modules": _Choice(lambda model, depth, drafts: None, ModuleEngine),
 }
-"""From the fastest on."""
+"""Engines by name, the fastest first."""
 
 
 def check_engine(name: str, model: Model, depth: Depth, drafts: bool = False) -> None:
-    """ValueError, saying what to change, unless there is an engine of this name and it serves."""
+    """ValueError, saying what to change, unless there is an engine of this name that can serve the model."""
     must(name in NAMES, f"there is no engine {name!r}; {nearest(name, NAMES)}")
     if name != "auto" and (why := _ENGINES[name].why_not(model, depth, drafts)) is not None:
         raise ValueError(f"engine={name!r} is not available: {why}; use engine='auto', or change that")
 
 
 def make_engine(name: str, model: Model, depth: Depth, room: int = 0, drafts: bool = False) -> Engine:
-    """The engine of this name; for "auto" the fastest that serves. What a machine lacks for C is reported, once.
+    """Make the engine of this name; for "auto" the fastest that can serve. A missing C compiler is logged once.
 
     Args:
-        name: of :data:`NAMES`.
+        name: one of :data:`NAMES`.
         model: in eval mode while the engine is used.
-        depth: of every token.
-        room: tokens to make room for.
+        depth: how many loops each token runs.
+        room: tokens to allocate in the cache.
         drafts: whether tokens will be drafted.
     """
     if name != "auto":

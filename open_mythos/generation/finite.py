@@ -1,4 +1,4 @@
-"""Why logits are not finite: one pass of the modules, which names the first whose output is not."""
+"""Diagnosis of logits that are not finite: another forward pass finds the first module whose output is not."""
 
 from collections import OrderedDict
 from typing import Any
@@ -17,9 +17,9 @@ def not_finite(model: Model, depth: Depth, text: list[Tensor], attention_mask: T
     """The error for logits that are not finite: it names the first layer whose output was not.
 
     Args:
-        model, depth: that made the logits.
-        text: (B, n) tokens each, or embeddings (B, n, dim) first; one after the other they are what was read.
-        attention_mask: of the first; 0 at padding.
+        model, depth: with which the logits were computed.
+        text: what was read, in order: parts of (B, n) tokens each, of which the first may be embeddings (B, n, dim).
+        attention_mask: of the first part; 0 at padding.
     """
     first, *new = text
     found: list[str] = [] if not first.is_floating_point() or bool(first.isfinite().all()) else ["input_ids"]
@@ -48,7 +48,7 @@ def not_finite(model: Model, depth: Depth, text: list[Tensor], attention_mask: T
 
 
 def _twin(module: Any, known: dict[nn.Module, Any]) -> Any:
-    """The same module of the same tensors, with hooks of its own: other threads may be calling the first."""
+    """A copy of a module tree that shares its tensors but not its hooks, as other threads may be using the original."""
     if module not in known:
         twin = known[module] = shallow_copy(module)
         twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(module._forward_hooks), OrderedDict()

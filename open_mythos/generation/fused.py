@@ -1,8 +1,8 @@
-"""A model whose blocks are fewer, larger products, for a few new tokens at a time.
+"""A model whose blocks run fewer, larger matrix products, for a few new tokens at a time.
 
-At one token a step, time goes not by multiplications but by operations. So what depends on the weights alone is done
-once for a whole text: factors, norms and projections of one input become one matrix. What is computed is what the
-modules compute, up to rounding; they are the reference.
+At one token a step, the time depends on the number of operations, not of multiplications. So all that depends on the
+weights alone is done once for a whole text: scales, norm weights and the projections of one input are merged into one
+matrix. The result is that of the modules up to rounding; they are the reference.
 """
 
 from typing import Any, cast
@@ -25,7 +25,7 @@ from open_mythos.ops.experts import swiglu_experts
 
 
 class Matrix(nn.Module):
-    """A product with a matrix (O, I) made beforehand."""
+    """A product with a matrix (O, I) that was computed beforehand."""
 
     def __init__(self, weight_OI: Tensor) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Matrix(nn.Module):
 
 
 def folded(layer: nn.Module, norm: nn.Module | None = None) -> Tensor:
-    """The matrix (O, I) that a layer multiplies with, behind a norm without its weight."""
+    """The matrix (O, I) of a layer with its scale, and the weight of the ``norm`` before it, multiplied in."""
     assert isinstance(layer, Linear)
     weight = layer.weight.detach().float() * layer.scale
     return (weight if norm is None else weight * cast(RMSNorm, norm).weight.float()).to(layer.weight.dtype)
 
 
 class FusedGQA(GQAttention):
-    """:class:`GQAttention` of normalised tokens, by one matrix."""
+    """:class:`GQAttention` of normalised tokens, with one matrix for queries, keys and values."""
 
     def __init__(self, attn: GQAttention, norm: RMSNorm) -> None:
         _take_settings(self, attn)
@@ -84,7 +84,7 @@ class FusedMLA(MLAttention):
 
 
 class FusedBlock(nn.Module):
-    """:class:`TransformerBlock`: its norms, shared expert and router in one product."""
+    """:class:`TransformerBlock` with norm weights merged, and shared expert and router in one product."""
 
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 
 def _take_settings(new: Attention, attn: Attention) -> None:
-    """Make ``new`` a module with the numbers of ``attn``, but none of its layers."""
+    """Initialise ``new`` as a module with the plain attributes of ``attn``, but none of its layers."""
     nn.Module.__init__(new)
     own = vars(nn.Module()).keys()
     new.__dict__.update({name: value for name, value in vars(attn).items() if name not in own})
@@ -132,7 +132,7 @@ def _take_settings(new: Attention, attn: Attention) -> None:
 
 @torch.no_grad()
 def fuse(model: Model) -> Model:
-    """A model that shares all of ``model`` but its blocks, which are fused; made of the weights as they are."""
+    """A model that shares everything with ``model`` but its blocks, which are fused from the current weights."""
     fused: Any = shallow_copy(model)
     fused.recurrent = shallow_copy(model.recurrent)
     for part in ("prelude", "coda"):
@@ -150,7 +150,7 @@ def _fused(block: nn.Module) -> nn.Module:
 
 
 def shallow_copy(module: Any) -> Any:
-    """A module of the same parts, which can be replaced in it alone."""
+    """A module that shares the submodules of ``module``; replacing one does not change ``module``."""
     new = object.__new__(type(module))
     new.__dict__.update(vars(module) | {"_modules": dict(module._modules)})
     return new
@@ -165,8 +165,8 @@ _OWN = (
 def why_not_fused(model: Model) -> str | None:
     """Why the blocks cannot be fused; None if they can.
 
-    A hook would see nothing of fused blocks, an adapter in place of a layer would not take part, quantised weights
-    would be taken apart, and autocast chooses dtypes for products that are written otherwise here.
+    Hooks would not run on fused blocks, adapters in place of layers would be left out, quantised weights cannot be
+    merged, and autocast chooses dtypes by operation, while the operations differ here.
     """
     if autocasts(model.embed.weight.device):
         return "autocast is on"
@@ -179,7 +179,7 @@ def why_not_fused(model: Model) -> str | None:
 
 
 def is_own(part: nn.Module, own: tuple[type[nn.Module], ...]) -> bool:
-    """Whether all of a module is of the classes ``own`` themselves, with plain weights, and without hooks."""
+    """Whether all submodules are exactly of the classes ``own``, with plain weights, and without hooks."""
     for module in part.modules():
         if type(module) not in own or module._forward_hooks or module._forward_pre_hooks:
             return False

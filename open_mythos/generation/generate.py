@@ -23,16 +23,16 @@ from open_mythos.interface import Model
 from open_mythos.nn.exits import Exit
 from open_mythos.nn.modes import evaluating
 
-ROOM = 512  # new tokens that a cache has room for before it grows
+ROOM = 512  # most new tokens that a cache is allocated for at first
 
 
 class _Watched:
-    """An engine whose logits are looked at: where they are not finite there is no next token.
+    """An engine that checks its logits, and raises an error if they are not finite.
 
-    On CUDA nothing waits for that: what was seen is read when it has arrived, a token or so later, and at the end.
+    On CUDA nothing waits for the check: its result is read when it has arrived, a token or so later, and at the end.
 
     Args:
-        engine, model, depth: the engine, and what it was made of.
+        engine, model, depth: the engine, and the arguments that it was made with.
     """
 
     def __init__(self, engine: Engine, model: Model, depth: Depth) -> None:
@@ -69,14 +69,14 @@ class _Watched:
         self._engine.truncate(length)
 
     def end(self) -> None:
-        """ValueError for what was seen and not yet read."""
+        """Wait for the pending checks; ValueError if one fails."""
         while self._pending:
             arrived, total = self._pending.popleft()
             arrived.synchronize()
             self._check(total)
 
     def _seen(self, logits: Tensor) -> Tensor:
-        # NaN and infinity reach the sum of the largest, and so does a row without any finite number.
+        # The sum of the rows' maxima is not finite if a row has a NaN or +inf, or only -inf.
         total = logits.amax() if len(logits) == 1 else logits.amax(-1).sum(dtype=torch.float64)
         if not logits.is_cuda:
             self._check(total)
@@ -101,15 +101,15 @@ def stream(
     draft: Draft | None = None, engine: str = "auto", cache_loops: int | None = None, warm_start: bool = False,
     **old: Any,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """New tokens as they are made, (B,) at a time; ends early once every row has produced an ``eos_token_id``.
+    """New tokens as they are computed, (B,) at a time; ends early once every row has produced an ``eos_token_id``.
 
     Args:
-        model: computes as in eval mode, whatever its own is.
+        model: computes as in eval mode, whatever mode it is in.
         input_ids, max_new_tokens, n_loops, eos_token_id, attention_mask, exit, draft, engine, cache_loops, warm_start:
             as :meth:`OpenMythos.generate`.
         sampling: how to draw; ``Sampling()`` if None.
         generator: random state to draw from; on the model's device.
-        old: names of the version before: ``draft_loops``, ``draft_tokens``, ``compile``.
+        old: arguments of the previous version: ``draft_loops``, ``draft_tokens``, ``compile``.
 
     Raises:
         ValueError: at the call, before anything is computed, for input or lengths that do not fit.
@@ -154,7 +154,7 @@ def stream(
 def _one_by_one(
     model: Model, engine: Engine, logits: Tensor, sampling: Sampling, generator: torch.Generator | None, warm: bool
 ) -> Iterator[Tensor]:
-    """(B, 1) tokens without end."""
+    """(B, 1) tokens, one after the other, without end."""
     while True:
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
@@ -165,7 +165,7 @@ def _one_by_one(
 def _until_done(
     blocks: Iterator[Tensor], max_new_tokens: int, ends: tuple[int, ...], end: Callable[[], None]
 ) -> Iterator[Tensor]:
-    """The columns of (B, n) blocks, each row's first end token repeated, until all rows have one."""
+    """The columns of (B, n) blocks, with each row's first end token repeated, until all rows have one."""
     columns = itertools.chain.from_iterable(block.unbind(1) for block in blocks)
     last: Tensor | None = None  # each row's end token, -1 before it
     for new in itertools.islice(columns, max_new_tokens):
@@ -193,7 +193,7 @@ def _old_names(
 
 
 def _check_draft(draft: Draft, depth: Depth) -> None:
-    """ValueError unless drafted tokens can be what a plain run makes."""
+    """ValueError unless drafting can give the tokens of plain decoding."""
     n_loops, cache_loops = depth.n_loops, depth.cache_loops
     must(draft.loops < n_loops, f"draft_loops={draft.loops} of n_loops={n_loops}; use fewer, or leave the draft out")
     must(
@@ -209,7 +209,7 @@ def _check_draft(draft: Draft, depth: Depth) -> None:
 
 
 def _check_warm_start(model: Model, draft: Draft | None) -> None:
-    """ValueError unless the model was trained to start anywhere, and tokens are made one by one."""
+    """ValueError unless the model was trained to start from noise, and tokens are computed one by one."""
     must(
         model.cfg.state_init == "noise",
         f"warm_start=True, but the model was trained to start from state_init={model.cfg.state_init!r} and nothing "

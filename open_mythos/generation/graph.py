@@ -1,7 +1,7 @@
-"""Decoding on CUDA: one captured graph a token, over caches of fixed size, with the position in a tensor.
+"""Decoding on CUDA: one captured graph per token, over caches of fixed size, with the position in a tensor.
 
-A loop of one token is some fifty small operations, and on a GPU each is a launch that takes longer than its work. A
-graph launches all of them at once. It reads the weights where they are, and is captured anew when a buffer has grown.
+A loop of one token is some fifty small operations, whose launches take longer than their work on a GPU. A graph
+launches all of them at once. It reads the weights in place, and is captured again when a cache buffer has grown.
 """
 
 import torch
@@ -28,10 +28,10 @@ def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
 
 
 class Place:
-    """Where a token stands in buffers of fixed size; found once for all of them.
+    """A token's indices into buffers of fixed size, computed once for all buffers.
 
     Args:
-        at: (1,) its position, from which graphs are captured.
+        at: (1,) its position: the tensor that captured graphs read.
     """
 
     def __init__(self, at: Tensor) -> None:
@@ -39,7 +39,7 @@ class Place:
         self._in_rings = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]()
 
     def in_ring(self, size: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """In a ring of so many tokens: (1,) its own, (n,) of those before it, (1, n, 1, 1) which of these are none."""
+        """Indices in the ring: (1,) its own, (n,) of those before it, (1, n, 1, 1) which of these do not exist."""
         if (size, n) not in self._in_rings:
             positions = self.at + torch.arange(-n, 1, device=self.at.device)
             before, own = (positions % size).split([n, 1])
@@ -48,7 +48,7 @@ class Place:
 
 
 class FixedSlot:
-    """A :class:`CacheSlot` whose buffers stay where they are, read whole, and written at a place in a tensor."""
+    """A :class:`CacheSlot` with fixed buffers, read as a whole, and written at the index that a tensor holds."""
 
     def __init__(self, slot: CacheSlot, place: Place) -> None:
         assert slot._rows is not None
@@ -80,7 +80,7 @@ class FixedCache:
 
 
 class GraphEngine(ModuleEngine):
-    """:class:`ModuleEngine` whose single tokens are replayed from a graph, unless the host has to wait within one.
+    """:class:`ModuleEngine` that replays a graph for single tokens, unless computing one makes the host wait.
 
     Args:
         model, depth, room: as :class:`ModuleEngine`.
@@ -120,10 +120,10 @@ class GraphEngine(ModuleEngine):
         return self._logits_out.clone()
 
     def _open(self, tokens: Tensor, capacity: int) -> None:
-        """Fixed buffers for so many tokens, and on CUDA a graph over them."""
+        """Set up fixed buffers for ``capacity`` tokens, and on CUDA capture a graph over them."""
         self._capacity, self._tokens = capacity, tokens.clone()
         self._at = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-        for slot in self.cache._slots.values():  # what no token has written yet is read, and counts for nothing
+        for slot in self.cache._slots.values():  # rows not yet written are read, and then masked
             assert slot._rows is not None
             slot._rows[:, slot.length :] = 0
         valid, self._padding = self.cache.valid, None
@@ -135,7 +135,7 @@ class GraphEngine(ModuleEngine):
         self._at.fill_(self.cache.length)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are chosen and workspaces made outside of the capture
+        with torch.cuda.stream(stream):  # a warm-up: kernels and workspaces are chosen outside of the capture
             self._compute()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
@@ -143,13 +143,13 @@ class GraphEngine(ModuleEngine):
             self._compute()
 
     def _waits(self, rows: int) -> bool:
-        """Whether the host waits for the device within a token, which nothing that is captured may do."""
+        """Whether the host waits for the device while a token is computed, which a captured graph must not do."""
         cfg = self.model.cfg
         is_grouped = cfg.n_experts > 1 and rows * cfg.n_experts_per_tok > MAX_GATHERED
         return is_grouped and grouping_waits(self.model.embed.weight)
 
     def _compute(self) -> None:
-        """One token of each row, at ``_at``, from fixed inputs into fixed outputs; writes nothing but its own rows."""
+        """Compute one token of each row, at ``_at``, from fixed inputs into fixed outputs; only its own rows change."""
         model, B = self.step_model, len(self._tokens)
         valid = None if self._padding is None else self._valid
         at = self._at.expand(B, 1)

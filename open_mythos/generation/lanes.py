@@ -11,20 +11,20 @@ from torch import Tensor
 from open_mythos.cache import CacheSlot, KVCache, Slot, loop_slot
 from open_mythos.ops.attention import AttentionMask
 
-_STILL_RUNS = 1 << 40  # the loop at which a token retired that has not
+_STILL_RUNS = 1 << 40  # stands for the last loop of a token that has not retired
 
 
 @dataclass
 class Place:
-    """Where n tokens stand, one of each of n lanes, and what each may look at; made by :meth:`LaneCache.place`.
+    """Buffer indices of n tokens, one of each of n lanes, and of what each attends to; see :meth:`LaneCache.place`.
 
     Attributes:
-        write: (n, 1), where the token is, counted through all lanes.
-        read: (n, S), where the tokens are that it may look at, itself the last; (n, 1) zeros stand for none.
+        write: (n, 1), flat index of the token, counted through all lanes.
+        read: (n, S), flat indices of the tokens that it may attend to, itself the last; place 0 of its lane for none.
         retired_at: (n, S), the last loop that each of these has run.
-        ring: (n, K), where the raw rows of the token and of those before it are, the token's own last.
+        ring: (n, K), flat indices of the raw rows of the token and of those before it, the token's own last.
         ring_retired_at: (n, K), the last loop that each of these has run.
-        mask: of these queries and keys.
+        mask: attention mask of these queries and keys.
     """
 
     write: Tensor
@@ -35,7 +35,7 @@ class Place:
     mask: AttentionMask
 
     def select(self, rows: Tensor) -> Place:
-        """Some of the n."""
+        """The place of some of the n tokens."""
         mask = self.mask if self.mask.valid is None else replace(self.mask, valid=self.mask.valid[rows])
         tensors = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, mask=mask, **tensors)
@@ -44,8 +44,8 @@ class Place:
 class LaneSlot(CacheSlot):
     """Rows of one layer, or of all loops of a layer of the core: a buffer (lanes, 1 + tokens, loops, G, W).
 
-    What stands before a lane's first token is read from its place 0, which is zeros. Of raw rows there is a ring for
-    each lane, (lanes, 1 + K, loops, G, W), whose place 0 is zeros too.
+    Place 0 of a lane is zeros, and is read for positions before its first token. Raw rows are in a ring for each lane,
+    (lanes, 1 + K, loops, G, W), whose place 0 is zeros too.
     """
 
     def __init__(self, lanes: LaneCache, is_looped: bool) -> None:
@@ -54,7 +54,7 @@ class LaneSlot(CacheSlot):
         self._ring: Tensor | None = None
 
     def raw_before(self, at: int, n: int) -> Tensor | None:
-        """The ``n`` raw rows before each lane's token, (lanes, n, G, W); where each stands, its lane knows."""
+        """The ``n`` raw rows before each lane's token, (lanes, n, G, W); positions are the cache's, not ``at``."""
         place, loop = self._lanes.now
         if n == 0 or self._ring is None:
             return None
@@ -62,7 +62,7 @@ class LaneSlot(CacheSlot):
         return self._gathered(self._ring, place.ring[:, :-1], place.ring_retired_at[:, :-1], loop)
 
     def update(self, rows: Tensor, raw: Tensor | None = None, at: int | None = None, n_raw: int = 0) -> Tensor:
-        """Write ``rows`` (n, 1, G, W) and return what their tokens may look at, (n, S, G, W)."""
+        """Write ``rows`` (n, 1, G, W) and return the rows that their tokens may attend to, (n, S, G, W)."""
         place, loop = self._lanes.now
         if raw is not None:
             self.raw_buffer(raw)
@@ -73,12 +73,12 @@ class LaneSlot(CacheSlot):
         return self._gathered(buffer, place.read, place.retired_at, loop)
 
     def buffer(self, like: Tensor) -> Tensor:
-        """The rows, in a buffer as large as the cache has become."""
+        """The buffer of rows, grown to the current size of the cache."""
         self._rows = self._grown(self._rows, self._lanes.tokens, like)
         return self._rows
 
     def raw_buffer(self, like: Tensor) -> Tensor:
-        """The same for the ring of raw rows."""
+        """The ring buffer of raw rows, likewise."""
         self._ring = self._grown(self._ring, self._lanes.n_raw + 1, like)
         return self._ring
 
@@ -88,7 +88,7 @@ class LaneSlot(CacheSlot):
             return old
         like = old[:, :, 0] if old is not None else like
         assert like is not None
-        grown = like.new_empty(*shape, *like.shape[2:])  # nothing is read that has not been written, but place 0
+        grown = like.new_empty(*shape, *like.shape[2:])  # only place 0 is read without having been written
         grown[:, 0] = 0
         if old is not None:
             grown[:, : old.shape[1], : old.shape[2]] = old
@@ -106,15 +106,15 @@ class LaneSlot(CacheSlot):
 
 
 class LaneCache(KVCache):
-    """Keys and values of ``n_lanes`` sequences, each at its own token and, with that, at its own loop.
+    """Keys and values of ``n_lanes`` sequences, each at its own token and, in that token, at its own loop.
 
-    A token that retired after fewer loops than a later one runs is read at the last loop that it had: this is looked up
-    when it is read, and nothing is copied when it retires.
+    If a token retired after fewer loops than a later one runs, the later one reads the rows of its last loop: these are
+    looked up when they are read, and nothing is copied when a token retires.
 
     Args:
         n_lanes: sequences held at once.
-        n_layers: of the recurrent block.
-        n_raw: raw rows before its own that a token's convolution reads.
+        n_layers: number of layers of the recurrent block.
+        n_raw: how many raw rows before its own a token's convolution reads.
     """
 
     def __init__(self, n_lanes: int, n_layers: int = 1, n_raw: int = 0) -> None:
@@ -131,7 +131,7 @@ class LaneCache(KVCache):
         return self._lane_slots[slot]
 
     def reserve(self, tokens: int, depth: int, device: torch.device) -> None:
-        """Make room for sequences of so many tokens, at so many loops."""
+        """Make room for sequences of up to ``tokens`` tokens and ``depth`` loops."""
         if depth > self.depth:
             self.depth = max(depth, 2 * self.depth)
         if tokens > self.tokens:
@@ -140,15 +140,15 @@ class LaneCache(KVCache):
             self.tokens, self._retired_at = tokens, grown
 
     def fill(self, lane: int, prompt: KVCache, layers: Iterable[Slot], n_loops: int) -> None:
-        """Let a lane hold what one row of an ordinary cache does, and nothing else.
+        """Fill a lane with the content of an ordinary cache of one row, replacing what it held.
 
         Args:
-            lane: which; there is room.
-            prompt: of one row, filled by one call.
-            layers: its slots that are not of a loop.
-            n_loops: that the call was allowed.
+            lane: index of the lane; it has room for the prompt.
+            prompt: a cache of one row, filled by one call.
+            layers: the slots of prelude and coda.
+            n_loops: maximum number of loops of that call.
         """
-        filled = [loop for loop in range(n_loops) if prompt.slot(loop_slot(loop)).batch_size]  # as deep as a token came
+        filled = [loop for loop in range(n_loops) if prompt.slot(loop_slot(loop)).batch_size]  # loops that were run
         length = prompt.length
         self.reserve(length, len(filled), self._retired_at.device)
         self._retired_at[lane, 1:] = _STILL_RUNS
@@ -164,7 +164,7 @@ class LaneCache(KVCache):
                 slot.raw_buffer(raw)[lane, places, loop] = raw[0]
 
     def place(self, lanes: list[int], positions: list[int], reach: int | None = None) -> Place:
-        """The place of tokens at ``positions`` of ``lanes``, n each, that see the ``reach`` last tokens, or all."""
+        """The :class:`Place` of n tokens at ``positions`` of ``lanes``, which see the last ``reach`` tokens, or all."""
         n_keys, device = min(max(positions) + 1, reach or max(positions) + 1), self._retired_at.device
         lane, position = torch.tensor([lanes, positions], device=device).unsqueeze(-1)
         first = lane * (self.tokens + 1)
@@ -179,10 +179,10 @@ class LaneCache(KVCache):
         )  # fmt: skip
 
     def go_to(self, place: Place, loop: Tensor | None = None) -> None:
-        """Let updates be of the tokens at ``place``; ``loop`` (n, 1) is the one that each runs."""
+        """Set the tokens that the next updates are for; ``loop`` (n, 1) is the loop that each of them runs."""
         self.now = place, loop
 
     def retire(self, lanes: list[int], positions: list[int], loops: list[int]) -> None:
-        """These tokens run no loop after these: later ones find what they had there."""
+        """Record the last loop of tokens that stopped: at deeper loops, later tokens read their rows of that loop."""
         lane, position, loop = torch.tensor([lanes, positions, loops], device=self._retired_at.device)
         self._retired_at[lane, position + 1] = loop

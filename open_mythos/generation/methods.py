@@ -1,4 +1,4 @@
-"""The methods of a model that make text."""
+"""The methods of a model that generate text."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,26 +26,26 @@ class Generates(Model):
         generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
         draft: Draft | None = None, engine: str = "auto", **options: Any,
     ) -> Tensor:  # fmt: skip
-        """Continue every row by ``max_new_tokens``, as in eval mode, with a cache.
+        """Continue every row by ``max_new_tokens``, computing as in eval mode, with a cache.
 
         Args:
-            input_ids: (B, T) prompt, padded on the left where rows differ in length; or, as (B, T, dim), embeddings.
+            input_ids: (B, T) prompt, padded on the left where rows differ in length; or embeddings (B, T, dim).
             max_new_tokens: how many tokens to add.
             n_loops: loops for every token; ``cfg.max_loop_iters`` if None.
             temperature, top_k, top_p, min_p: see :class:`~open_mythos.generation.sampling.Sampling`; 0 is greedy.
             eos_token_id: a token, or a tuple of several; a row that produced one repeats it from then on.
             attention_mask: (B, T), 0 at padding.
             generator: random state to draw from.
-            exit: when a position stops looping; see :meth:`forward`.
+            exit: the early-exit rule; see :meth:`forward`.
             sampling: in place of the four keywords above.
-            draft: guess tokens at fewer loops first, and verify several at once: faster for one row or few, with the
-                same tokens, or the same distribution of them; see :mod:`open_mythos.generation.speculative`.
-            engine: what computes the new tokens, the same up to rounding; "auto" takes the fastest that can. See
+            draft: draft tokens at fewer loops and verify several at once (:mod:`open_mythos.generation.speculative`):
+                faster for one row or few, with the same greedy tokens, or the same distribution of sampled ones.
+            engine: what computes the new tokens, the same up to rounding; "auto" takes the fastest that can serve. See
                 :mod:`open_mythos.generation.engines`.
-            options: ``cache_loops``, to share the loops' keys and values among so many slots of a
-                :class:`~open_mythos.cache.KVCache`, and need less memory; ``warm_start``, to start each new token from
-                the last state of the one before it (Huginn, arXiv:2502.05171), for models with ``state_init="noise"``;
-                and, for one more version, ``draft_loops``, ``draft_tokens`` and ``compile``.
+            options: ``cache_loops``, the number of :class:`~open_mythos.cache.KVCache` slots that the loops share, to
+                save memory; ``warm_start``, to start each new token from the previous token's last state (Huginn,
+                arXiv:2502.05171), for models with ``state_init="noise"``; and, for one more version, ``draft_loops``,
+                ``draft_tokens`` and ``compile``.
 
         Returns:
             (B, T + max_new_tokens); after embeddings, the new tokens alone.
@@ -76,7 +76,7 @@ class Generates(Model):
         generator: torch.Generator | None = None, exit: Exit | None = None, *, sampling: Sampling | None = None,
         draft: Draft | None = None, engine: str = "auto", **options: Any,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """As :meth:`generate`, handing out one (B,) tensor of new tokens at a time, as they are made."""
+        """As :meth:`generate`, yielding one (B,) tensor of new tokens at a time, as they are computed."""
         sampling = sampling or Sampling(temperature, top_k, top_p, min_p)
         return stream(
             self, input_ids, max_new_tokens, n_loops=n_loops, sampling=sampling, eos_token_id=eos_token_id,
@@ -90,10 +90,10 @@ class Generates(Model):
         eos_token_id: int | tuple[int, ...] | None = None, generator: torch.Generator | None = None,
         exit: Exit | None = None, max_rows: int = 32, *, sampling: Sampling | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """Continue prompts of any lengths together; no token waits for the loops of another sequence's.
+        """Continue prompts of any lengths together, such that no token waits for another sequence's loops.
 
-        Greedy tokens are those that :meth:`generate` gives for each prompt alone. It pays with an exit, or with
-        ``n_loops`` that differ: see :class:`~open_mythos.generation.depth_batching.DepthBatch`.
+        Greedy tokens are those that :meth:`generate` gives for each prompt alone. It pays off with an exit, or with
+        different ``n_loops``: see :class:`~open_mythos.generation.depth_batching.DepthBatch`.
 
         Args:
             prompts: (T,) token ids each, without padding.
@@ -101,9 +101,9 @@ class Generates(Model):
             n_loops: loops for every token; one number for each prompt, or one for all.
             temperature, top_k, top_p, min_p, sampling: as :meth:`generate`.
             eos_token_id: a token that ends a sequence, or a tuple of several.
-            generator: random state to draw from, in the order in which tokens come.
-            exit: as :meth:`forward`; none that reads predictions.
-            max_rows: sequences decoded at once; others follow as these end.
+            generator: random state to draw from, in the order in which tokens are computed.
+            exit: as :meth:`forward`, but not one that reads predictions.
+            max_rows: most sequences decoded at once; others start as these end.
 
         Returns:
             For each prompt, it and its new tokens, (T + new,); ends with a token of ``eos_token_id`` if that came.

@@ -13,13 +13,13 @@ from open_mythos.arguments import checked
 @checked
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, checked when it is made.
+    """How tokens are drawn; validated at construction.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_k: draw from this many likeliest tokens; None for all.
-        top_p: draw from the fewest tokens whose probability reaches this, in (0, 1]; None for all.
-        min_p: drop tokens less likely than this share of the likeliest, in [0, 1]; None for all.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draw from this many most likely tokens; None for all.
+        top_p: draw from the fewest tokens whose total probability reaches this, in (0, 1]; None for all.
+        min_p: drop tokens less probable than this fraction of the most likely one, in [0, 1]; None for all.
 
     Raises:
         ValueError: naming what is out of range.
@@ -59,7 +59,7 @@ class Sampling:
         return self.choose(logits if self.temperature == 0 else self.probabilities(logits), generator)
 
     def choose(self, weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One token for each row of (B, vocab) probabilities, or of anything that grows with them if greedy: (B,)."""
+        """One token for each row of (B, vocab) probabilities, or if greedy of anything in their order: (B,)."""
         return weights.argmax(-1) if self.temperature == 0 else choose(weights, generator)
 
 
@@ -69,7 +69,7 @@ def choose(probabilities: Tensor, generator: torch.Generator | None = None) -> T
 
 
 def random_state(generator: torch.Generator | None, device: torch.device) -> Callable[[], None]:
-    """What puts ``generator``, or the device's own if None, back to its state of now."""
+    """A function that restores the current state of ``generator``, or of the device's default one if None."""
     if generator is None:
         generator = (
             torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
@@ -83,10 +83,10 @@ def random_state(generator: torch.Generator | None, device: torch.device) -> Cal
 
 
 class Undrawn(Generator[Tensor, None, None]):
-    """Tokens as ``tokens`` hands them out; if it raises, what it drew for the one that did not come is undrawn.
+    """Yields the tokens of ``tokens``; if it raises, the random state from before the failed token is restored.
 
     Args:
-        tokens: a generator of them.
+        tokens: an iterator of them.
         generator, device: as :func:`random_state`.
     """
 
@@ -115,7 +115,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """-inf outside the smallest set of likeliest tokens whose probability reaches ``p`` (Holtzman 2019, 1904.09751)."""
+    """-inf outside the smallest set of most likely tokens that has probability ``p`` (Holtzman 2019, 1904.09751)."""
     ordered, order = logits.sort(dim=-1, descending=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     drop = (before >= p).scatter(-1, order, before >= p)
@@ -124,6 +124,6 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """-inf where a token is less likely than ``p`` times the likeliest (Nguyen 2024, 2407.01082)."""
+    """-inf where a token is less probable than ``p`` times the most likely one (Nguyen 2024, 2407.01082)."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf"))

@@ -1,9 +1,9 @@
 """Self-speculative decoding: few loops draft, the other loops verify (Leviathan et al. 2023, arXiv:2211.17192).
 
-A looped model holds its own draft model, the same weights run for fewer loops, and what that computes is the beginning
-of what the whole model computes: state, keys and values of a token after the draft's loops are those of the full pass.
-So nothing is computed twice but the coda. Tokens are drafted one by one, and then the loops that are left run once for
-all of them together, which where one token does not fill the machine costs little more than for one.
+A looped model contains its own draft model: the same weights run for fewer loops. The draft's computation is the start
+of the full pass: a token's state, keys and values after the draft's loops are the same. So nothing but the coda is
+computed twice. Tokens are drafted one by one, and then the remaining loops run once for all of them together, which
+costs little more than for one token where that does not use the hardware fully.
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ from open_mythos.nn.modes import evaluating
 @checked
 @dataclass(frozen=True)
 class Draft:
-    """How tokens are drafted, checked when it is made.
+    """How tokens are drafted; validated at construction.
 
     Args:
-        loops: of a draft; few enough to be cheap, enough to agree mostly.
-        tokens: drafted at a time, 1 to 63: a cache can be cut back by no more.
+        loops: run for a drafted token; few enough to be cheap, enough that most drafts are accepted.
+        tokens: drafted at a time, 1 to 63: a cache can be truncated by no more.
 
     Raises:
         ValueError: naming what is out of range.
@@ -49,8 +49,8 @@ def drafted(
 ) -> Iterator[Tensor]:  # fmt: skip
     """New tokens as they are accepted, ``max_new_tokens`` in all: (B, 1 to draft.tokens + 1) at a time.
 
-    ``engine`` has read the prompt, and ``logits`` (B, vocab_size) are of what follows it. A row goes on with any tokens
-    after one of ``ends``.
+    ``engine`` has read the prompt, and ``logits`` (B, vocab_size) are for the token after it. After one of ``ends``, a
+    row's tokens are arbitrary.
     """
 
     def is_end(tokens: Tensor) -> Tensor:
@@ -79,19 +79,19 @@ def drafted(
 
 
 def accept(p: Tensor, q: Tensor, y: Tensor, free: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The tokens that a round of speculation ends with: drawn from ``p``, whatever ``q`` was.
+    """The tokens that a round of speculation accepts: distributed as ``p``, whatever ``q`` was.
 
-    A drafted token is kept with probability ``min(1, p / q)``; the first that is not is drawn anew from what ``p`` has
-    more than ``q``, and behind K kept tokens another is drawn from ``p``. All rows of a batch end where its first ends,
-    with a token that was kept or drawn anew. Rows that could have gone on are no less drawn from ``p``: where a row is
-    cut depends on other rows and on its own tokens up to there, never on those that it loses, and what comes in their
-    place is drawn given the same past.
+    A drafted token is kept with probability ``min(1, p / q)``; the first one rejected is redrawn from the positive part
+    of ``p - q``, and after K kept tokens another is drawn from ``p``. All rows of a batch are cut where the first row
+    rejects a token, and end in a token that was kept or redrawn. Rows that kept more are still distributed as ``p``:
+    where a row is cut depends on other rows and on its own tokens up to there, never on the dropped ones, and those are
+    drawn anew given the same past.
 
     Args:
         p: (B, K + 1, vocab_size) probabilities to draw from.
         q: (B, K, vocab_size) probabilities that the draft was drawn from.
         y: (B, K) drafted tokens.
-        free: (B, K) bool, where any token will do.
+        free: (B, K) bool, True where any token is accepted.
         generator: random state to draw from.
 
     Returns:
@@ -99,12 +99,12 @@ def accept(p: Tensor, q: Tensor, y: Tensor, free: Tensor, generator: torch.Gener
     """
     K = y.shape[1]
     p_y, q_y = (x[:, :K].gather(-1, y.unsqueeze(-1)).squeeze(-1) for x in (p, q))
-    # As p_y / q_y > u, without dividing; u is below 1, so that where p is q everything is kept.
+    # p_y / q_y > u, without a division; u < 1, so that everything is kept where p equals q.
     kept = free | (torch.rand(y.shape, generator=generator, device=y.device) * q_y < p_y)
     n = int(kept.cumprod(1).sum(1).min())
     if n == K:
         return torch.cat([y, choose(p[:, K], generator).unsqueeze(1)], 1)
     left = (p[:, n] - q[:, n]).clamp(min=0)
-    # Nothing is left only where p is q up to rounding.
+    # ``left`` is all zero only if p equals q up to rounding.
     drawn = choose(torch.where(left.sum(-1, keepdim=True) > 0, left, p[:, n]), generator)
     return torch.cat([y[:, :n], torch.where(kept[:, n], y[:, n], drawn).unsqueeze(1)], 1)

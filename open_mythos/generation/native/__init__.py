@@ -1,1 +1,1 @@
-"""Decoding by C code that the machine's own compiler makes: see :mod:`open_mythos.generation.native.engine`."""
+"""Decoding by C code that is compiled on this machine: see :mod:`open_mythos.generation.native.engine`."""

@@ -1,4 +1,4 @@
-"""``decode.c``, compiled once for this machine by its own compiler, and loaded."""
+"""Compiles ``decode.c`` once for this machine, with its own compiler, and loads it."""
 
 import atexit
 import ctypes
@@ -18,13 +18,13 @@ from open_mythos import files
 from open_mythos.install import cache_dir
 
 SOURCE = Path(__file__).with_name("decode.c")
-# Of the liberties of -ffast-math only those that no result shows.
+# Of -ffast-math only the parts that do not change results.
 FLAGS = [
     "-std=gnu11", "-O3", "-fPIC", "-pthread",
     "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 ]  # fmt: skip
 LACKS = "no C"
-NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that this compiler knows
+NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler accepts is used
 
 
 def compiler() -> list[str] | None:
@@ -38,11 +38,11 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The compiled code, from the user's cache directory if it is there; or why there is none, in one line.
+    """The compiled library, from the user's cache directory if it is there; or why there is none, in one line.
 
-    What this machine lacks begins with :data:`LACKS`. A failure is kept: a process without a compiler will not get one.
+    A reason that is this machine's begins with :data:`LACKS`. Failures are cached for the process: it would fail again.
     """
-    if not SOURCE.is_file():  # as in a folder for transformers, which brings Python alone
+    if not SOURCE.is_file():  # as in an export for transformers, which has only the Python files
         return f"{SOURCE.name} did not come along; it is in the installed package"
     command = compiler()
     if command is None:
@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | str:
 
 
 def _folder() -> Path:
-    """Where compiled code is kept; one of this process alone where others could put theirs in its place."""
+    """The folder of compiled code: the user's cache, or a temporary one if other users could write to that."""
     folder = cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -81,9 +81,9 @@ def _folder() -> Path:
 
 
 def _compiled(words: list[str], folder: Path) -> Path | str:
-    """The library, whose name ends in the hash of its content; or what went wrong.
+    """The library's file, whose name ends in the hash of its content; or what went wrong.
 
-    A file that was cut short would end the process as soon as its missing part is read.
+    The hash is checked, as loading a truncated file would crash the process.
     """
     name = f"{SOURCE.stem}-{_key(words)}"
     for path in folder.glob(f"{name}-*.so"):
@@ -98,7 +98,7 @@ def _hash(content: bytes) -> str:
 
 
 def _key(words: list[str]) -> str:
-    """Differs wherever the result could: a home directory may be shared by unlike machines."""
+    """A hash of all that the compiled code depends on: different machines may share a home directory."""
     known = [
         *(path.read_bytes() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]),
         shlex.join(words).encode(),
@@ -109,7 +109,7 @@ def _key(words: list[str]) -> str:
 
 
 def _cpu() -> bytes:
-    """What ``-march=native`` looks at, as far as the system tells."""
+    """What ``-march=native`` depends on, as far as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_bytes().split(b"\n\n")[0].splitlines() if info.is_file() else []
     told = [line for line in lines if line.split(b"\t")[0] in (b"model name", b"flags", b"Features", b"CPU part")]
@@ -117,7 +117,7 @@ def _cpu() -> bytes:
 
 
 def _compile(words: list[str], folder: Path, name: str) -> Path | str:
-    """The library; or what is not to be had, and why, in one line."""
+    """Compile the library; its file, or in one line what is missing and why."""
     failed = ""
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         made = Path(directory, "made.so")

@@ -1,8 +1,8 @@
 """The native engine: one new token of each row in one call of C code.
 
-What a fused model still spends at a token is calls of operations, some forty a loop. ``decode.c`` makes none: it walks
-through the whole model with a few threads, on the matrices of a fused model, and writes to the buffers of the same
-cache, which all else goes on reading. With an exit, each row of the batch stops at its own loop.
+At a token, a fused model still spends its time on calls of operations, some forty a loop. ``decode.c`` needs none: it
+computes the whole model with a few threads, on the matrices of a fused model, and writes into the buffers of an
+ordinary cache, which other code can read. With an exit, each row of the batch stops at its own loop.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ _AROUND = (RMSNorm, LoRAAdapter, Linear, Head, nn.Embedding, nn.Identity)
 
 
 def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
-    """Why this engine cannot serve, in words that follow a colon; None if it can. The model is in eval mode."""
+    """Why this engine cannot serve, as a phrase to follow a colon; None if it can. The model is in eval mode."""
     if os.environ.get("OPEN_MYTHOS_NATIVE") == "0":
         return "OPEN_MYTHOS_NATIVE=0 is set"
     cfg, weight = model.cfg, model.embed.weight
@@ -87,15 +87,15 @@ _CStep = _struct("Step", "ids h state logits slots used starts", "batch position
 
 
 class NativeEngine(ModuleEngine):
-    """One new token of each row in C, more at once by the modules.
+    """The engine that computes single tokens of each row in C, and several at once by the modules.
 
-    Made of a model's weights as they are; make a new one when they change. Uses ``torch.get_num_threads()`` threads,
-    which last as long as it does.
+    It is built from the current weights; make a new one when they change. Uses ``torch.get_num_threads()`` threads,
+    which live as long as the engine.
 
     Args:
-        model: one that :func:`why_not` has nothing against.
-        depth: of every token.
-        room: tokens to make room for in the cache.
+        model: one for which :func:`why_not` returns None.
+        depth: how many loops each token runs.
+        room: tokens to allocate in the cache.
 
     Attributes:
         used: loops that each row ran at the last step.
@@ -121,12 +121,12 @@ class NativeEngine(ModuleEngine):
         self._slots = [Slot("prelude", layer) for layer in range(len(fused.prelude))]
         self._slots += [loop_slot(i, self.cache, layer) for i in range(n_slots) for layer in range(len(core))]
         self._slots += [Slot("coda", layer) for layer in range(len(fused.coda))]
-        self._addresses: list[tuple[int, int, int, int]] = []  # what these hold
+        self._addresses: list[tuple[int, int, int, int]] = []  # those in _c_slots
         self._c_slots = (_CSlot * len(self._slots))()
         self._job = _CStep(slots=ctypes.addressof(self._c_slots), n_loops=n_loops, n_slots=n_slots)
 
     def _start_workers(self) -> None:
-        """Of this process: a forked child has none of its parent's threads."""
+        """Start the threads of this process: a forked child has none of its parent's."""
         pool = self._code.mythos_open(ctypes.byref(self._c_model), ctypes.c_int64(self._threads))
         if not pool:
             raise MemoryError(
@@ -151,7 +151,7 @@ class NativeEngine(ModuleEngine):
         if os.getpid() != self._process:
             self._start_workers()
         first = None if first is None else first.float().contiguous()
-        # neither the dtype nor the device that somebody has made torch's default
+        # explicit, as torch's default dtype and device may have been changed
         own: Any = {"dtype": torch.float32, "device": "cpu"}
         self.state, logits = torch.empty(B, 1, cfg.dim, **own), torch.empty(B, cfg.vocab_size, **own)
         self._open_slots(at)
@@ -165,7 +165,7 @@ class NativeEngine(ModuleEngine):
         return logits
 
     def _open_slots(self, at: int) -> None:
-        """Make room for a row at ``at``. There are many slots, so what can be kept from the step before is."""
+        """Make room for a row at ``at``, and update the C structs only if a buffer moved: there are many slots."""
         addresses = [self.cache.slot(slot).addresses(at) for slot in self._slots]
         if addresses != self._addresses:
             for c_slot, (rows, raw, room, _) in zip(self._c_slots, addresses, strict=True):
@@ -173,7 +173,7 @@ class NativeEngine(ModuleEngine):
             self._addresses = addresses
 
     def _read_padding(self) -> list[int]:
-        """How much of it each row holds, if any does; the new tokens are marked as real."""
+        """Number of padding tokens in each row, [] if there are none; marks the new tokens as real."""
         valid = self.cache.valid
         if valid is None:
             return []
@@ -183,7 +183,7 @@ class NativeEngine(ModuleEngine):
     # -- structs
 
     def _at(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
-        """Address of a tensor's numbers, row by row; they stay there as long as this engine."""
+        """Address of a tensor's contiguous data, which is kept alive as long as this engine."""
         self._held.append(tensor.detach().to(dtype).contiguous())
         return self._held[-1].data_ptr()
 
@@ -247,7 +247,7 @@ class NativeEngine(ModuleEngine):
 
 
 def _close(code: ctypes.CDLL, pool: ctypes.c_void_p, process: int) -> None:
-    if os.getpid() == process:  # else its threads are not here to be waited for
+    if os.getpid() == process:  # a forked child has no threads to wait for
         code.mythos_close(pool)
 
 
@@ -256,7 +256,7 @@ def _blocks(part: nn.Module) -> list[FusedBlock]:
 
 
 def _attention_sizes(attn: Any) -> dict[str, Any]:
-    """The letters of pool.h."""
+    """The attention sizes, named by the letters of pool.h."""
     if isinstance(attn, FusedGQA):
         D = attn.head_dim
         return dict(G=attn.n_kv_heads, W=2 * D, K=D, value_at=D, D=D, V=D, P=D, score_scale=D**-0.5)
