@@ -1,1 +1,1 @@
-"""Bridges to what others have made. Each imports its library where it is used, and names the extra if it is missing."""
+"""Bridges to other libraries. Each is imported where it is used; if it is missing, the error names the extra."""

@@ -17,20 +17,20 @@ import torch
 from open_mythos.fields import must
 from open_mythos.install import missing
 
-_NEW_TOKENS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"  # the first that is given counts
+_NEW_TOKENS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"  # the first one given is used
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one task by loops.
+    """One metric of one task by number of loops.
 
     Attributes:
-        task, metric: as the harness names them, with the filter behind the metric where there is one.
+        task, metric: as the harness names them, the filter, if any, after the metric's name.
         higher_is_better: None where the harness does not say.
-        loops: those that were run.
-        values: one for each.
+        loops: loop counts that were run.
+        values: one for each loop count.
         errors: standard errors; None where the harness has none.
-        n: documents that were scored.
+        n: number of documents scored.
     """
 
     task: str
@@ -57,18 +57,18 @@ def harness(
     Args:
         directory: a model with its tokenizer, as ``AutoModelForCausalLM`` and ``AutoTokenizer`` load them.
         tasks: names of tasks or groups that the harness knows or finds in ``include``.
-        loops: counts, at least 1 each.
+        loops: loop counts, at least 1 each.
         include: directory with tasks of your own, a YAML file each.
-        limit: documents of each task, the first ones; all if None.
+        limit: use only this many first documents of each task; all if None.
         batch_size: rows of a batch.
-        begin: called as each loop count begins, with a few words.
+        begin: called with a short message as each loop count begins.
         device: where the model runs.
 
     Raises:
         ImportError: naming the extra, if the harness is not installed.
-        ValueError: for a task that does not exist or cannot be run, or asks for more new tokens than the model holds, a
-            count that is none, a directory without a tokenizer, a tokenizer that does not fit the model, or data that
-            would have to come from a hub that cannot be reached.
+        ValueError: for a task that does not exist or cannot be run, or asks for more new tokens than the model holds,
+            an invalid loop count, a directory without a tokenizer, a tokenizer that does not fit the model, or data on
+            a hub that cannot be reached.
     """
     loops, names = list(loops), list(tasks)
     whole = all(isinstance(count, int) and count >= 1 for count in loops)
@@ -95,13 +95,13 @@ def harness(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness says of itself, and its bars if nobody watches; its errors stay."""
+    """Silence the harness's messages but errors, and, unless stderr is a terminal, its progress bars."""
     from lm_eval import evaluator
 
     logger = logging.getLogger("lm_eval")
     before = logger.level, evaluator.get_git_commit_hash, evaluator.add_env_info
     logger.setLevel(logging.ERROR)
-    # git complains where there is no repository, and to list what is installed takes seconds; nobody reads either
+    # git complains where there is no repository, and listing the environment takes seconds; neither is used
     evaluator.get_git_commit_hash, evaluator.add_env_info = str, bool
     watched = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
@@ -113,19 +113,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path | None) -> Any:
-    """What knows the tasks ``names``. ValueError if there is no such thing."""
+    """The task manager that knows the tasks ``names``; ValueError for an unknown one."""
     import yaml  # type: ignore[import-untyped]
 
     where = None if include is None else str(include)
     if where is not None:
         must(Path(where).is_dir(), f"include={where!r} is no directory; give one that holds tasks, a YAML file each")
-        own = new(include_path=where, include_defaults=False)  # reading the harness's thousands takes seconds
+        own = new(include_path=where, include_defaults=False)  # reading the harness's thousands of tasks takes seconds
         if set(names) <= set(own.all_tasks):
             return own
         for path in sorted(Path(where).rglob("*.yaml")):
             try:
                 list(yaml.parse(path.read_text()))
-            except yaml.YAMLError as error:  # the harness passes over such files without a word
+            except yaml.YAMLError as error:  # the harness silently skips such files
                 raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     manager = new(include_path=where)
     unknown = next((name for name in names if name not in manager.all_tasks), None)
@@ -137,7 +137,7 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
 
 
 def _load(directory: str | Path, batch_size: int, device: torch.device | str = "cpu") -> tuple[Any, Any]:
-    """The model, and the harness's view of it."""
+    """The model, and the harness's wrapper of it."""
     from lm_eval.models.huggingface import HFLM
 
     from open_mythos.integrations.hf import OpenMythosConfig, OpenMythosForCausalLM
@@ -149,7 +149,7 @@ def _load(directory: str | Path, batch_size: int, device: torch.device | str = "
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     class Checked(HFLM):
-        """The harness's view of a model, which says what to change where it would fail an assertion."""
+        """The harness's wrapper, with a clear error where it would fail an assertion."""
 
         def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[str]:
             most, room = model.core.cfg.max_seq_len, model.core.cfg.max_text_len
@@ -175,7 +175,7 @@ def _load(directory: str | Path, batch_size: int, device: torch.device | str = "
 
 @contextmanager
 def _blaming(tasks: list[str]) -> Iterator[None]:
-    """ValueErrors that name the tasks, in place of all that the harness, a task and its data may raise."""
+    """Turn all that the harness, a task or its data may raise into a ValueError that names the tasks."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
@@ -185,7 +185,7 @@ def _blaming(tasks: list[str]) -> Iterator[None]:
             f"the data of {', '.join(tasks)} could not be fetched ({error}); tasks that the harness ships need the "
             f"Hugging Face hub, so connect once, or use tasks of your own on local files"
         ) from error
-    except Exception as error:  # there is no common base
+    except Exception as error:  # they have no common base class
         said = f"{type(error).__name__}: {error}; see the task's YAML file, and the data that it names"
         said = str(error) if isinstance(error, ValueError) else said
         raise ValueError(f"cannot run {', '.join(tasks)}: {said}") from error

@@ -1,4 +1,4 @@
-"""The harness's own command line, with this library's models known to it, so that no source need be trusted::
+"""The harness's own command line, with this library's models registered, so that no remote code need be trusted::
 
 python -m open_mythos.integrations.lm_eval run --model hf --model_args pretrained=FOLDER,num_loops=8 --tasks …
 """
@@ -7,12 +7,12 @@ from open_mythos.install import missing
 
 
 def main() -> None:
-    """What ``lm_eval`` does. ImportError, naming the extra, if the harness is not installed."""
+    """Run the ``lm_eval`` command. ImportError, naming the extra, if the harness is not installed."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise missing("the harness is not installed", "eval") from error
-    import open_mythos.integrations.hf  # noqa: F401  (tells the Auto classes)
+    import open_mythos.integrations.hf  # noqa: F401  (registers with the Auto classes)
 
     cli_evaluate()
 

@@ -1,4 +1,4 @@
-"""The pretrained model that a retrofit starts from: where it lies, and whether it is one that ours can be."""
+"""The pretrained model that a retrofit starts from: finding and loading it, and whether it is supported."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     """A pretrained causal language model in float32 and eval mode, and its tokenizer.
 
     Args:
-        source: a directory as transformers writes them, one with a single GGUF file, such a file, or a name on the
+        source: a directory that transformers wrote, one with a single GGUF file, a GGUF file, or a name on the
             Hugging Face hub.
 
     Raises:
-        ValueError: saying what is missing.
-        ImportError: naming the extra to install, without transformers.
+        ValueError: saying what is missing or not supported.
+        ImportError: naming the extra to install, if transformers is missing.
     """
     if not Path(source).exists():
         find_hub()
@@ -37,7 +37,7 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     directory, options = _located(Path(source)) if Path(source).exists() else (str(source), {})
     try:
         with _quietly(transformers):
-            if not options:  # of a GGUF file, reading the config takes as long as reading it all
+            if not options:  # for a GGUF file, reading the config takes as long as reading all of it
                 check_kind(transformers.PreTrainedConfig.get_config_dict(directory)[0].get("model_type"), source)
                 check_family(transformers.AutoConfig.from_pretrained(directory))
             try:
@@ -60,13 +60,13 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
 
 
 def check_kind(kind: str | None, source: str | Path = "the original") -> None:
-    """Raise ValueError for a ``model_type`` that is not Llama's, which need not be one that transformers knows."""
+    """Raise ValueError for a ``model_type`` that is not Llama's, even one that transformers does not know."""
     must(kind != MODEL_TYPE, f"{source} is a recurrent-depth model already; train it with mythos train heal start=DIR")
     must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
 
 
 def check_family(config: Any) -> None:
-    """Raise ValueError for an architecture whose layers are not what ours compute."""
+    """Raise ValueError for a config whose layers compute something that this library's do not."""
     check_kind(config.model_type)
     rope = dict(config.rope_parameters)
     kind = rope.get("rope_type", "default")
@@ -86,7 +86,7 @@ def check_family(config: Any) -> None:
 
 
 def _located(path: Path) -> tuple[Path, dict[str, str]]:
-    """The directory, and options that name a GGUF file if that is what there is."""
+    """The directory, and loading options that name the GGUF file, if there is one."""
     if path.is_file():
         must(path.suffix == ".gguf", f"{path} is a file; give its directory, or a GGUF file")
         return path.parent, {"gguf_file": path.name}
@@ -102,7 +102,7 @@ def _located(path: Path) -> tuple[Path, dict[str, str]]:
 
 @contextlib.contextmanager
 def _quietly(transformers: Any) -> Iterator[None]:
-    """Without bars, and without remarks of libraries that it imports."""
+    """Silence progress bars, and warnings of all libraries, inside the block."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)

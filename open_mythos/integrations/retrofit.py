@@ -1,4 +1,4 @@
-"""Surgery that makes a pretrained decoder a recurrent-depth model. Needs the ``hf`` extra.
+"""Converting a pretrained decoder to a recurrent-depth model. Needs the ``hf`` extra.
 
 The first layers become the prelude, the last the coda, those right before it the core, and the rest is dropped (McLeish
 et al. 2025, "Retrofitted Recurrence", arXiv:2511.07384, who add a linear adapter and start from noise). Here the state
@@ -21,16 +21,16 @@ from open_mythos.integrations.original import check_family
 from open_mythos.model import OpenMythos
 
 TOLERANCE = 1e-4
-"""Greatest difference between the logits of an original and of what was made of it, in units of its largest logit
-where that is above 1."""
+"""Largest accepted difference between the logits of the original's kept layers and of the new model at one loop, in
+units of the largest logit where that is above 1."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How many layers go into each part, checked when it is made.
+    """How many layers go into each part; validated at construction.
 
     Raises:
-        ValueError: for a number below 0, or a core of none.
+        ValueError: for a number below 0, or a core of no layers.
     """
 
     prelude: int = 4
@@ -43,7 +43,7 @@ class Split:
             must(isinstance(n, int) and n >= least, f"{name}={n!r}; use a whole number of at least {least}")
 
     def layers(self, n_layers: int) -> tuple[range, range, range]:
-        """Layers of the original, counted from 0, that become prelude, core and coda.
+        """The original's layers, counted from 0, that become prelude, core and coda.
 
         Raises:
             ValueError: if the original has too few.
@@ -59,19 +59,19 @@ class Split:
 
 
 def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) -> OpenMythos:
-    """A recurrent-depth model made of an original's layers.
+    """Build a recurrent-depth model from the layers of a pretrained one.
 
     Args:
         original: a Llama of transformers.
-        split: layers of each part.
-        loops: run by default.
-        decay: A, the share of the state in what a loop reads; that of the encoded input is what is left of 1.
+        split: number of layers of each part.
+        loops: default number of loops.
+        decay: A, the weight of the state in a loop's input; the encoded input has weight ``1 - decay``.
 
     Returns:
         The model, float32, in eval mode. It does not halt; its loops beyond the first have yet to be trained.
 
     Raises:
-        ValueError: for an original of a kind that is not supported, or a split that does not fit.
+        ValueError: for an unsupported architecture, or a split that does not fit.
     """
     check_family(original.config)
     parts = split.layers(len(original.model.layers))
@@ -91,7 +91,7 @@ def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) ->
     model = OpenMythos(cfg)
     blocks = *model.prelude, *model.recurrent.layers, *model.coda
     with torch.no_grad():
-        # Ours multiplies embeddings by sqrt(dim). A tied head has to undo that, and the last norm does it.
+        # Embeddings are multiplied by sqrt(dim) here, so they are divided; with a tied head, the last norm undoes that.
         root = cfg.dim**0.5
         model.embed.weight.copy_(original.model.embed_tokens.weight / root)
         model.norm.weight.copy_(original.model.norm.weight * (root if cfg.tied_head else 1.0))
@@ -111,13 +111,13 @@ def _copy_layer(block: Any, layer: Any) -> None:
         (ffn.gate, old_ffn.gate_proj), (ffn.up, old_ffn.up_proj), (ffn.down, old_ffn.down_proj),
     ):  # fmt: skip
         weight = old.weight
-        if linear in (attn.wq, attn.wk):  # rotary embedding turns channels i and D/2 + i there, and 2i and 2i + 1 here
+        if linear in (attn.wq, attn.wk):  # RoPE rotates channels i and D/2 + i in the original, 2i and 2i + 1 here
             weight = weight.unflatten(0, (-1, 2, attn.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         linear.weight.copy_(weight / linear.scale)
 
 
 def truncate(original: Any, split: Split) -> None:
-    """Leave in ``original`` only the layers that ``split`` keeps, so that it is what the new model equals."""
+    """Remove the layers from ``original`` that ``split`` drops, so that the new model at one loop equals it."""
     layers = original.model.layers
     kept = [layers[i] for part in split.layers(len(layers)) for i in part]
     original.model.layers, original.config.num_hidden_layers = nn.ModuleList(kept), len(kept)
@@ -130,17 +130,17 @@ def logits_of(original: Any, ids: Tensor) -> Tensor:
 
 
 def difference(model: OpenMythos, logits: Tensor, ids: Tensor) -> float:
-    """Greatest difference of the model's logits at one loop from ``logits``, in units as :data:`TOLERANCE` is."""
+    """Largest difference between the model's logits at one loop and ``logits``, in the units of :data:`TOLERANCE`."""
     with torch.no_grad():
         apart = (model(ids, n_loops=1) - logits).abs().max()
     return float(apart / logits.abs().max().clamp(min=1))
 
 
 def save(model: OpenMythos, tokenizer: Any, directory: str | Path, generation: Any = None) -> None:
-    """Write the model's files, and beside them its tokenizer's and the tokens at which ``generate()`` stops.
+    """Write the model, its tokenizer, and a generation config with the special tokens.
 
-    Those are the ends of ``generation``, the original's generation config, and the tokenizer's; other special tokens
-    are the tokenizer's where ``generation`` names none.
+    End tokens are those of ``generation``, the original's generation config, and of the tokenizer; other special tokens
+    are the tokenizer's where ``generation`` has none.
     """
     from transformers import GenerationConfig
 

@@ -1,4 +1,4 @@
-"""What the models of transformers share: a wrapper around the one implementation there is."""
+"""Base class of this library's transformers models: a wrapper around :class:`~open_mythos.OpenMythos`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from open_mythos.ops.attention import has_documents
 
 # What transformers calls a cache in arguments and outputs: `cache` from 5.24 on. Models here take both names.
 CACHE = ({field.name for field in dataclasses.fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}).pop()
-_TIED = "core.head.weight"  # of most models the same tensor as that of the embedding, so not stored
+_TIED = "core.head.weight"  # not stored if tied to the embedding, as in most models
 _AUTO_MAP = {
     "AutoConfig": "configuration_open_mythos.OpenMythosConfig",
     "AutoModel": "modeling_open_mythos.OpenMythosModel",
     "AutoModelForCausalLM": "modeling_open_mythos.OpenMythosForCausalLM",
     "AutoModelForSequenceClassification": "modeling_open_mythos.OpenMythosForSequenceClassification",
 }
-# Arguments that libraries send to any model, and that change nothing here
+# Arguments that libraries pass to any model, and that change nothing here
 _LET_PASS = {"cache_position", "ignore_index", "num_items_in_batch", "shift_labels", "token_type_ids"}
-_AS_POSITIONS = {"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"}  # say the same
+_AS_POSITIONS = {"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"}  # follow from positions
 _INSTEAD = {"exit": "model.core(…, exit=…)", "kv_cache": "cache", "n_loops": "num_loops", "start_pos": "position_ids"}
 _LIVE = ("max_loop_iters", "max_seq_len", "halting", "act_threshold")  # config fields that may change at any time
 
@@ -60,7 +60,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar = ["router_bias"]
     _tied_weights_keys: dict[str, str] = {_TIED: "core.embed.weight"}  # noqa: RUF012 (another for an untied head)
     without_head: ClassVar[type[PreTrainedModel]]
-    write_code: ClassVar[Any] = None  # where the whole package is: what writes its source beside saved weights
+    write_code: ClassVar[Any] = None  # function that writes the source beside saved weights; None in remote code
 
     def __init__(self, config: OpenMythosConfig, core: OpenMythos | None = None) -> None:
         super().__init__(config)
@@ -71,7 +71,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             cfg.max_loop_iters = config.lora_loops or cfg.max_loop_iters
             core = OpenMythos(cfg)
             for module in core.modules():
-                if isinstance(module, MoEFFN):  # also where the default dtype is another
+                if isinstance(module, MoEFFN):  # float32 under another default dtype too
                     module.router_bias = module.router_bias.float()
         self.core = core
         if not core.cfg.tied_head:
@@ -87,13 +87,13 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         return cls(OpenMythosConfig.from_mythos(core.cfg, dtype=core.embed.weight.dtype, **others), core)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The core makes its own; what is new in a subclass is made there."""
+        """Nothing: the core initialises its own weights, and a subclass those that it adds."""
 
     # -- files
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; also a folder of ours, or the name of a model that comes with the package.
+        """As in transformers; also for a folder of this library's ``save_pretrained``, or the name of a shipped model.
 
         Raises:
             ValueError: for a config or weights of another model, or of a newer version.
@@ -123,13 +123,13 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             ) from error
         lacks = set(info["missing_keys"]) - model._tied_weights_keys.keys()
         missing = sorted(key for key in lacks if key.startswith("core."))
-        of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # then so is `info`
+        of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # then `info` is of the adapter
         if missing and not of_adapter and kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
             raise ValueError(
                 f"{name} is not a checkpoint of an open_mythos model: it lacks {len(missing)} tensors such as "
                 f"{missing[0]!r}; load it with the class that wrote it, or save it again"
             )
-        model._notice_untied()  # where a file of old says one thing and holds another
+        model._notice_untied()  # for old files whose config says tied and whose weights are not
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -142,21 +142,21 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     ) -> None:
         """As in transformers. The folder is also one for :meth:`OpenMythos.from_pretrained`.
 
-        With ``register_for_auto_class``, the model's source goes along, for where this package is not installed.
-        Files are written aside and moved to their places when all are there, but with ``distributed_checkpoint``, where
-        several processes write.
+        With ``register_for_auto_class``, the model's source is saved too, for machines without this package. Files are
+        written to a temporary folder and moved to their places when all are complete, except with
+        ``distributed_checkpoint``, where several processes write.
 
         Raises:
-            ValueError: for weights that a file of plain numbers cannot hold, as int8 ones.
+            ValueError: for weights that safetensors cannot hold, such as int8 ones.
             OSError: if the folder cannot be written; it is then as it was.
         """
-        if state_dict is None and getattr(self, "hf_quantizer", None) is None:  # which saves what it made
+        if state_dict is None and getattr(self, "hf_quantizer", None) is None:  # a quantizer saves its own format
             check_plain(self)
         self._notice_untied()
-        if self._auto_class is not None:  # all of them are in the source that goes along
+        if self._auto_class is not None:  # the saved source has all of these classes
             self.config.auto_map = dict(_AUTO_MAP)
         if hasattr(getattr(self, "generation_config", None), "num_loops"):
-            self.generation_config._from_model_config = False  # else only what all models have is read again
+            self.generation_config._from_model_config = False  # else num_loops would not be read again
         writes = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
         if not writes or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
@@ -166,19 +166,19 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         with files.replacing_folder(save_directory) as partial:
             try:
                 super().save_pretrained(partial, is_main_process, state_dict, push_to_hub, **kwargs)
-            except SafetensorError as error:  # its way to say that the disk is full
+            except SafetensorError as error:  # raised when the disk is full
                 raise OSError(str(error)) from error
             if self._auto_class is not None and self.write_code is not None:
                 type(self).write_code(partial)
             made = {file.name for file in partial.iterdir()}
         remove_earlier(Path(save_directory), made)
 
-    # -- what tools ask for
+    # -- what tools need
 
     @property
     def base_model(self) -> nn.Module:
-        """The core as the model without a head, sharing its weights."""
-        is_made = "core" in self._modules  # transformers asks before it is
+        """The model without its head, which shares the core's weights."""
+        is_made = "core" in self._modules  # transformers reads this before the core is made
         return self if not is_made or isinstance(self, self.without_head) else self.without_head(self.config, self.core)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -190,12 +190,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             self.core.head.weight, self.core.head.out_features = value.weight, value.num_embeddings
 
     def _notice_untied(self) -> None:
-        """Let the configs say so where the head has become another tensor than the embedding, as in a merge by PEFT."""
+        """Mark the configs as untied if the head is no longer the embedding's tensor, as after a merge by PEFT."""
         if isinstance(self.core.head, nn.Linear) and self.core.cfg.tied_head and not is_tied(self.core):
             self.core.cfg.tied_head = self.config.tied_head = self.config.tie_word_embeddings = False
             self._tied_weights_keys = {}
 
-    # -- the work
+    # -- forward pass
 
     def run(
         self,
@@ -208,10 +208,10 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         auxiliary: bool = False,
         **options: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the core, without the head, its last state of the ``last`` positions if so many are all that is wanted.
+        """Run the core without the head; ``last``, if given, limits the last hidden state to this many last positions.
 
-        ``others`` are checked. ``options`` are ``cache``, ``past_key_values``, ``use_cache``, ``num_loops`` and
-        ``output_…``, as are all else those of :meth:`OpenMythosForCausalLM.forward`.
+        ``others`` are checked to be harmless. ``options`` are ``cache``, ``past_key_values``, ``use_cache``,
+        ``num_loops`` and ``output_…``. All arguments are those of :meth:`OpenMythosForCausalLM.forward`.
         """
         config, core = self.config, self.core
         cache, past_key_values = options["cache"], options["past_key_values"]
@@ -235,7 +235,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
                 cache = DynamicCache()
         slots = None if cache is None else SlotCache(cache)
         past = 0 if slots is None else slots.length
-        if input_ids is not None and (past == 0 or input_ids.device.type == "cpu"):  # it makes a GPU wait
+        if input_ids is not None and (past == 0 or input_ids.device.type == "cpu"):  # on a GPU, the check makes it wait
             highest, n_known = int(input_ids.max()) if input_ids.numel() else 0, core.cfg.vocab_size
             must(
                 highest < n_known,
@@ -253,7 +253,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             tokens, n_loops, slots, attention_mask=attention_mask, positions=position_ids, seen=seen,
             auxiliary=auxiliary, recompute=self.gradient_checkpointing,
         )  # fmt: skip
-        if seen is not None:  # where all positions halt early, their states stay
+        if seen is not None:  # if all positions halted early, their last states are repeated
             seen += seen[-1:] * (n_loops + 1 - len(seen))
             seen = [core.recurrent.output(state) for state in seen]
         return BaseModelOutputWithPast(
@@ -264,13 +264,13 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
 
 
 def _tell_peft() -> None:
-    """PEFT keeps adapters of embedding and head one (``ensure_weight_tying``) if a list of its own has their names."""
+    """Add our names to PEFT's list of embedding layers: it ties adapters (``ensure_weight_tying``) of these only."""
     names = getattr(sys.modules.get("peft.utils.constants"), "EMBEDDING_LAYER_NAMES", [])
     names += [name for name in ("embed", "head") if name not in names]
 
 
 def _check_others(others: dict[str, Any], has_positions: bool) -> None:
-    """ValueError for arguments that would change something elsewhere and do nothing here."""
+    """ValueError for arguments that other models use and that would be ignored here."""
     for name, value in others.items():
         says_nothing = value is None or name in _LET_PASS or (name.startswith("output_") and value is False)
         if says_nothing or (has_positions and name in _AS_POSITIONS):
@@ -281,7 +281,7 @@ def _check_others(others: dict[str, Any], has_positions: bool) -> None:
 
 
 def _numbered(mask: Tensor | None, positions: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """``mask``, or where ``positions`` of real tokens start again within a row, (B, T) numbers of its documents."""
+    """``mask``, or (B, T) document numbers if the ``positions`` of real tokens start again within a row."""
     if positions is None or positions.shape[-1] < 2 or (mask is not None and mask.shape != tokens.shape[:2]):
         return mask
     real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()

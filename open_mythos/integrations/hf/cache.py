@@ -1,7 +1,7 @@
-"""Our caches' interface over a cache of transformers.
+"""This library's cache interface over a transformers cache.
 
-A slot, of one layer and loop, is one layer of the ``Cache``: the halves of its rows are keys and values, (batch,
-groups, tokens, width / 2). With a convolution, another one holds the last raw rows. Slots take layers in the order in
+A slot (one layer and loop) is one layer of the ``Cache``: the halves of its rows are stored as keys and values, (batch,
+groups, tokens, width / 2). With a convolution, another layer holds the last raw rows. Slots get layers in the order in
 which they are first written; layers are added as loops need them, so that any number of loops fits any cache.
 """
 
@@ -20,12 +20,12 @@ from open_mythos.cache import Cache as BaseCache
 from open_mythos.fields import must
 
 _SLOTS = "_open_mythos_slots"  # on the Cache: the layer of each slot, by name
-_SPARE = "_open_mythos_spare"  # on the Cache: an unused layer, to be copied
-_RAW = "/raw"  # ends the name of the layer with a slot's raw rows
+_SPARE = "_open_mythos_spare"  # on the Cache: an unused layer, copied to make new ones
+_RAW = "/raw"  # suffix of the name of the layer with a slot's raw rows
 
 
 class RawLayer(DynamicLayer):
-    """The last raw rows of a slot, with ``seen`` tokens in all; reordered and repeated with the others."""
+    """The last raw rows of a slot, after ``seen`` tokens in all; reordered and repeated like other layers."""
 
     keys: Any
     values: Any
@@ -36,7 +36,7 @@ class RawLayer(DynamicLayer):
         self.seen = 0
 
     def append(self, raw: Tensor, at: int, kept: int) -> None:
-        """Add raw rows (B, G, T, W) at position ``at``, and keep so many of the last."""
+        """Add raw rows (B, G, T, W) at position ``at``, and keep the last ``kept`` rows."""
         if not self.is_initialized:
             self.lazy_initialization(raw, raw)
         held = raw if at == 0 else torch.cat([self.before(at, self.keys.shape[2]), raw], 2)
@@ -50,7 +50,7 @@ class RawLayer(DynamicLayer):
         return self.seen
 
     def crop(self, *args: Any) -> None:
-        """Nothing: the rows of the slot tell how many tokens are left."""
+        """Nothing to do: the length of the slot's rows says how many tokens are left."""
 
     def reset(self) -> None:
         self.keys, self.values, self.is_initialized, self.seen = None, None, False, 0
@@ -60,10 +60,10 @@ class SlotCache(BaseCache):
     """A ``Cache`` of transformers seen through the interface of :class:`~open_mythos.KVCache`, for one call.
 
     Args:
-        cache: it; crop it, reorder its rows, copy it at will between calls.
+        cache: may be cropped, reordered and copied between calls.
 
     Raises:
-        ValueError: for something else, and for a cache that another model has filled.
+        ValueError: for anything but a ``Cache``, and for one that another model has filled.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -77,7 +77,7 @@ class SlotCache(BaseCache):
             cache.layers.clear()
         self.cache = cache
         self._slots: dict[str, _Slot] = {}
-        self.valid = None  # of this call: transformers gives the whole mask at every one
+        self.valid = None  # set at every call, as transformers always passes the whole mask
 
     @property
     def batch_size(self) -> int:
@@ -92,27 +92,27 @@ class SlotCache(BaseCache):
         return {name: int(self.cache.get_seq_length(layer)) for name, layer in layers if not name.endswith(_RAW)}
 
     def layer_of(self, name: str) -> int:
-        """The layer of a slot, made if it is new."""
+        """The index of a slot's layer, which is added if it is new."""
         layers: dict[str, int] = getattr(self.cache, _SLOTS)
         layer, spare = layers.setdefault(name, len(layers)), getattr(self.cache, _SPARE)
         is_raw = name.endswith(_RAW)
-        while len(self.cache.layers) <= layer and (is_raw or spare is not None):  # else the cache adds its own
+        while len(self.cache.layers) <= layer and (is_raw or spare is not None):  # else the Cache adds its own layers
             self.cache.layers.append(RawLayer() if is_raw else copy.deepcopy(spare))
         return layer
 
     def raw_layer(self, name: str) -> RawLayer:
-        """The raw rows of a slot whose rows have a layer."""
+        """The layer of raw rows of a slot that has been written."""
         layer = self.cache.layers[self.layer_of(name + _RAW)]
         assert isinstance(layer, RawLayer)
         return layer
 
 
 class _Slot:
-    """A slot in this call. Like those of a plain dict, it only ever gets new rows behind its last."""
+    """A slot during one call. As with plain dicts, new rows are always appended."""
 
     def __init__(self, cache: SlotCache, name: str) -> None:
         self._cache, self._name = cache, name
-        self.rows: Tensor  # all of it, once this call has written some
+        self.rows: Tensor  # all rows, set once this call has written some
 
     @property
     def length(self) -> int:
@@ -136,7 +136,7 @@ class _Slot:
         keys, values = (part.transpose(1, 2) for part in rows.split([half, rows.shape[-1] - half], -1))
         layer = self._cache.layer_of(self._name)
         held = self._cache.cache.update(keys, values, layer)
-        length = self.length  # a static layer hands out all its room
+        length = self.length  # a static layer returns its whole buffer
         self.rows = torch.cat([part[:, :, :length] for part in held], -1).transpose(1, 2)
         if raw is not None:
             self._cache.raw_layer(self._name).append(raw.transpose(1, 2), start, ROLLBACK + n_raw)

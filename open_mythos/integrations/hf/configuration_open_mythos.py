@@ -1,4 +1,4 @@
-"""The model's config as transformers knows configs."""
+"""The model's config as a transformers config."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from transformers import PreTrainedConfig
 from open_mythos import files
 from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig, model_fields
 
-# Arguments that transformers' own config takes beside its fields
+# Arguments that transformers' own config takes besides its fields
 _ARGUMENTS = {"attn_implementation", "experts_implementation", "name_or_path", "per_layer_config", "use_return_dict"}
 
 
 class OpenMythosConfig(PreTrainedConfig):
-    """Every field of :class:`~open_mythos.MythosConfig`, under its own name, and what transformers wants to know.
+    """Every field of :class:`~open_mythos.MythosConfig`, under its own name, and the fields that transformers needs.
 
-    Usual names reach the fields too: ``hidden_size`` is ``dim``, ``num_attention_heads`` is ``n_heads``, and so on.
+    Usual names are aliases: ``hidden_size`` is ``dim``, ``num_attention_heads`` is ``n_heads``, and so on.
 
     Args:
-        num_loops: loops to run when a call does not say; the same as ``max_loop_iters``, and not a limit.
-        lora_loops: rows of the table of depth-wise LoRA, which stays when ``num_loops`` changes; ``max_loop_iters``
+        num_loops: default number of loops; the same as ``max_loop_iters``, and not a limit.
+        lora_loops: rows of the depth-wise LoRA table, which do not change with ``num_loops``; ``max_loop_iters``
             if None.
-        use_cache: whether a call in eval mode returns a cache unless told otherwise.
+        use_cache: whether a call in eval mode returns a cache by default.
 
     Raises:
         ValueError: for a field or combination that :class:`~open_mythos.MythosConfig` refuses, an unknown field, a
@@ -43,7 +43,7 @@ class OpenMythosConfig(PreTrainedConfig):
         "num_key_value_heads": "n_kv_heads",
         "num_loops": "max_loop_iters",
     }
-    write_code: ClassVar[Any] = None  # where the whole package is: what writes its source beside a saved config
+    write_code: ClassVar[Any] = None  # function that writes the source beside a saved config; None in remote code
 
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -72,18 +72,18 @@ class OpenMythosConfig(PreTrainedConfig):
 
     @classmethod
     def from_mythos(cls, cfg: MythosConfig, **others: Any) -> Self:
-        """The config of a model of this library; ``others`` are fields of transformers, such as ``eos_token_id``."""
+        """Build from a :class:`MythosConfig`; ``others`` are fields of transformers, such as ``eos_token_id``."""
         return cls(**cfg.to_dict(), **others)
 
     def mythos(self) -> MythosConfig:
-        """The config of the model of this library, checked anew.
+        """The :class:`MythosConfig` of the fields, validated again.
 
         Raises:
-            ValueError: if a field has been set to what does not hold.
+            ValueError: if a field has been set to an invalid value.
         """
         return MythosConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(MythosConfig)})
 
-    # -- what tools ask for
+    # -- what tools need
 
     @property
     def num_hidden_layers(self) -> int:
@@ -96,7 +96,7 @@ class OpenMythosConfig(PreTrainedConfig):
         return self.mythos().head_dim
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, but whole or not at all; the source goes along with ``register_for_auto_class``."""
+        """As in transformers, but whole or not at all; with ``register_for_auto_class``, the source is saved too."""
         if push_to_hub:
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with files.replacing_folder(save_directory) as partial:

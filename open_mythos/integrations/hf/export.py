@@ -1,4 +1,4 @@
-"""A trained model as a folder for transformers: weights, tokenizer, and the source that loads it anywhere."""
+"""Export of a trained model for transformers: weights, tokenizer, and the source code to load it anywhere."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from open_mythos.training.fit import averaged, save_beside
 def export(source: str | Path, directory: str | Path, max_shard_size: int | str = SHARD) -> bool:
     """Write a model into ``directory``.
 
-    Of a checkpoint the averaged weights are read from whichever files have them, one tensor at a time: no more is ever
-    in memory, however large the model.
+    A checkpoint's averaged weights are read from whichever of its files hold them, one tensor at a time: no more is
+    ever in memory, however large the model.
 
     Args:
         source: what :func:`~open_mythos.models.model_dir` finds, or a checkpoint of a run.
         directory: as above.
-        max_shard_size: as of :meth:`~open_mythos.OpenMythos.save_pretrained`.
+        max_shard_size: as in :meth:`~open_mythos.OpenMythos.save_pretrained`.
 
     Returns:
-        Whether it had a tokenizer, which then lies there too.
+        Whether the model has a tokenizer, which is then written too.
 
     Raises:
         ValueError: if there is no such model, or it is a baseline without a loop.
-        OSError: if it cannot be written; nothing is left then that was not there.
+        OSError: if it cannot be written; partial files are removed.
     """
     most, cfg = weights.n_bytes(max_shard_size), None
     if checkpoints.is_one(Path(source)):
@@ -55,7 +55,7 @@ def export(source: str | Path, directory: str | Path, max_shard_size: int | str 
             named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
             made = weights.write_divided(partial / WEIGHTS_FILE, named, most)
             remove_earlier(partial, {path.name for path in made})
-        except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+        except Exception as error:  # safetensors and tokenizers raise their own errors for a full disk
             if "os error" not in str(error):
                 raise
             raise OSError(str(error)) from error
@@ -63,7 +63,7 @@ def export(source: str | Path, directory: str | Path, max_shard_size: int | str 
 
 
 def _write(core: OpenMythos, home: Path, directory: Path) -> bool:
-    """Write all but the weights: what tells transformers of ``core``, and what lies beside it in ``home``."""
+    """Write all but the weights: config and source of ``core``, and the files beside it in ``home``."""
     has_tokenizer, ends = (home / tokenizer.FILE).is_file(), {}
     if has_tokenizer:
         words = load_tokenizer(home, core.cfg.vocab_size)
@@ -74,10 +74,10 @@ def _write(core: OpenMythos, home: Path, directory: Path) -> bool:
         OpenMythosConfig.register_for_auto_class()
         OpenMythosForCausalLM.register_for_auto_class("AutoModelForCausalLM")
         lm = OpenMythosForCausalLM.wrap(core, **ends)
-        if (home / GENERATION_CONFIG_NAME).is_file():  # of a retrofit, which may have several ends
+        if (home / GENERATION_CONFIG_NAME).is_file():  # of a retrofit, which may have several end tokens
             lm.generation_config = GenerationConfig.from_pretrained(home)
         lm.save_pretrained(directory, state_dict={})
-        if (trained := home / TRAINING_FILE).is_file():  # what eval, report and train-gate ask for
+        if (trained := home / TRAINING_FILE).is_file():  # needed by eval, report and train-gate
             files.write(directory / TRAINING_FILE, files.read_bytes(trained))
     finally:
         OpenMythosConfig._auto_class, OpenMythosForCausalLM._auto_class = before
@@ -85,12 +85,12 @@ def _write(core: OpenMythos, home: Path, directory: Path) -> bool:
 
 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> Any:
-    """The tokenizer in ``directory``, with a token that ends texts and one that fills them up, as most tools want.
+    """The tokenizer in ``directory``, with an end token and a padding token, as most tools require.
 
-    Where it names none, that is token 0, which stands for no text in any of this library's.
+    If it names none, the end token is token 0, which stands for no text in any of this library's tokenizers.
 
     Raises:
-        ValueError: if there is none that transformers reads, or it has more than the ``vocab_size`` tokens of a model.
+        ValueError: if there is none that transformers reads, or it has more than the model's ``vocab_size`` tokens.
     """
     try:
         words = AutoTokenizer.from_pretrained(directory)
@@ -104,7 +104,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> Any:
     must(n <= vocab_size, said)
     words.eos_token = words.eos_token or words.convert_ids_to_tokens(0)
     words.pad_token = words.pad_token or words.eos_token
-    # As in this library's tokenizers, "<eos>" in a text is five characters; in what a template makes, it is a token.
+    # As in this library's tokenizers, "<eos>" in a text is five characters; with a chat template, it must be a token.
     words.split_special_tokens = words.chat_template is None
-    words.init_kwargs["split_special_tokens"] = words.split_special_tokens  # which is what is saved
+    words.init_kwargs["split_special_tokens"] = words.split_special_tokens  # init_kwargs are what is saved
     return words

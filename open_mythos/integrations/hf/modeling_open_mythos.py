@@ -1,4 +1,4 @@
-"""The models that the ``Auto`` classes of transformers give."""
+"""The models that the ``Auto`` classes of transformers return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from open_mythos.integrations.hf.base import CACHE, OpenMythosPreTrainedModel
 
 
 class OpenMythosModel(OpenMythosPreTrainedModel):
-    """The model without its head: ``AutoModel`` gives it."""
+    """The model without its head, for ``AutoModel``."""
 
     @can_return_tuple
     def forward(
@@ -38,7 +38,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """What the head reads, (B, T, dim); arguments as :meth:`OpenMythosForCausalLM.forward`."""
+        """The last hidden states, (B, T, dim); arguments as :meth:`OpenMythosForCausalLM.forward`."""
         return self.run(
             input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=cache,
             past_key_values=past_key_values, use_cache=use_cache, num_loops=num_loops,
@@ -50,15 +50,15 @@ OpenMythosPreTrainedModel.without_head = OpenMythosModel
 
 
 class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
-    """The language model: ``AutoModelForCausalLM`` gives it."""
+    """The causal language model, for ``AutoModelForCausalLM``."""
 
-    model = OpenMythosPreTrainedModel.base_model  # as language models of transformers call it
+    model = OpenMythosPreTrainedModel.base_model  # the name in transformers' language models
 
     def get_output_embeddings(self) -> nn.Module:
         return self.core.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Another head, which is then no longer the embedding unless it shares its weight."""
+        """Replace the head, which is then untied unless it shares the embedding's weight."""
         self.core.head = new_embeddings
         self._notice_untied()
 
@@ -84,20 +84,20 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T).
             attention_mask: (B, T) or, with a cache, (B, past + T), 0 at padding. Without a cache, it may number
-                documents packed in a row, 1, 2, …: each gives the logits it gives alone.
-            position_ids: (B or 1, T); counted from each row's first real token if None. Without a cache, a document
-                begins wherever they do not rise, as in what ``DataCollatorWithFlattening`` and TRL's packing make.
-            past_key_values: the same as ``cache``, which is what transformers before 5.24 calls it.
-            inputs_embeds: (B, T, dim), in place of ``input_ids``: what ``get_input_embeddings()`` makes of tokens.
-            labels: (B, T), -100 where nothing is asked; gives a loss.
-            use_cache: whether to return a cache; in eval mode, as the config says, and not of packed documents.
+                documents packed in a row, 1, 2, …: each gets the logits that it gets alone.
+            position_ids: (B or 1, T); counted from each row's first real token if None. Without a cache, a new document
+                begins wherever they do not increase, as ``DataCollatorWithFlattening`` and TRL's packing set them.
+            past_key_values: the same as ``cache``; its name in transformers before 5.24.
+            inputs_embeds: (B, T, dim), in place of ``input_ids``, as ``get_input_embeddings()`` returns them.
+            labels: (B, T), -100 at positions without a loss; if given, a loss is returned.
+            use_cache: whether to return a cache, in eval mode only; None: as the config says, not for packed documents.
             num_loops: loops to run, any number of at least 1; ``config.num_loops`` if None.
             output_hidden_states: whether to return the state before the first loop and after each one:
                 ``num_loops + 1`` tensors (B, T, dim).
             output_attentions: not available.
-            logits_to_keep: only the logits of so many last positions, or of these; 0: all.
-            cache: a cache of transformers; any kind. One cache, one number of loops.
-            kwargs: what the loss takes, such as ``num_items_in_batch``, and what libraries send to any model.
+            logits_to_keep: return only the logits of this many last positions, or of these indices; 0: all.
+            cache: a transformers cache of any kind. All calls with one cache must use the same number of loops.
+            kwargs: arguments of the loss, such as ``num_items_in_batch``, and those that libraries pass to any model.
 
         Raises:
             ValueError: for input that does not fit, or an argument that is not known.
@@ -117,18 +117,18 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
     # -- generate()
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[GenerationConfig, dict]:
-        """``num_loops`` may also stand in a generation config."""
+        """As in transformers; ``num_loops`` may also be set in a generation config."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         num_loops = getattr(generation_config, "num_loops", None)
         return generation_config, model_kwargs if num_loops is None else {"num_loops": num_loops, **model_kwargs}
 
     def _get_candidate_generator(self, **arguments: Any) -> Any:
-        """What drafts for this model: an assistant runs the loops of its own config, and need not know of any."""
+        """As in transformers, but ``num_loops`` is not passed on: an assistant model uses its own config's, if any."""
         config = copy.copy(arguments["generation_config"])
         vars(config).pop("num_loops", None)
         kwargs = {name: value for name, value in arguments["model_kwargs"].items() if name != "num_loops"}
         made = super()._get_candidate_generator(**arguments | {"generation_config": config, "model_kwargs": kwargs})
-        propose, most = made.get_candidates, config.max_length - 1  # a prompt lookup goes on beyond the end
+        propose, most = made.get_candidates, config.max_length - 1  # prompt lookup may propose tokens beyond the end
 
         def within(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             ids, logits = propose(*args, **kwargs)
@@ -139,17 +139,17 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config: Any, inputs_embeds: Any, attention_mask: Any, **others: Any) -> Any:
-        """Padding is all that the core asks for, with a static cache too."""
+        """Return the padding mask as it is: the core needs no other, even with a static cache."""
         return attention_mask
 
     def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
-        return False  # the number of keys changes at every token, and halting decides what runs
+        return False  # shapes change at every token, and with halting
 
 
 class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
     """One vector of scores for each text, read at its last token; with one label, a reward model."""
 
-    def post_init(self) -> None:  # which then initializes it, if it is not loaded
+    def post_init(self) -> None:  # the score layer is added before it, to be initialised unless it is loaded
         self.score = nn.Linear(self.config.dim, self.config.num_labels, bias=False)
         super().post_init()
 
@@ -175,8 +175,8 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Scores (B, num_labels) of each row's last real token; arguments as :meth:`OpenMythosForCausalLM.forward`.
 
-        What is real, ``attention_mask`` says or, without one, ``config.pad_token_id``; without either, all tokens are.
-        ``labels`` are (B,) classes, or (B, num_labels) numbers, as ``config.problem_type`` says.
+        Padding is marked by ``attention_mask`` or, without one, by ``config.pad_token_id``; without either, there is
+        none. ``labels`` are (B,) classes, or (B, num_labels) numbers, depending on ``config.problem_type``.
         """
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
@@ -200,6 +200,6 @@ class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
         )
 
 
-# By these names Trainer knows whose labels are to be shifted where it smooths them, and pipelines what they may run.
+# Trainer looks these names up to decide whether label smoothing shifts labels, and pipelines to see what they can run.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = "OpenMythosForCausalLM"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[MODEL_TYPE] = "OpenMythosForSequenceClassification"

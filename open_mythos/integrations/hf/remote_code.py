@@ -1,4 +1,4 @@
-"""The model's source as flat modules with relative imports, which transformers loads where the package is not there."""
+"""The model's source as flat modules with relative imports, for transformers to load without this package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(directory: str | Path) -> None:
 
 @cache
 def needed() -> dict[str, str]:
-    """By module, the source of config and models, and of all that they need as they are imported."""
+    """Source code by module name: config and models, and all modules of this package that they import."""
     sources: dict[str, str] = {}
     waiting = list(_ROOTS)
     while waiting:
@@ -51,12 +51,12 @@ def _rewritten(found: re.Match[str], sources: dict[str, str]) -> str:
     if set(modules.values()) <= sources.keys():
         lines = []
         for name, flat in zip(modules, map(_flat, modules.values()), strict=True):
-            # transformers copies only what is named right behind the dot
+            # transformers copies only modules that are named right after the dot
             lines += [f"{indent}from .{flat} import __name__ as _", f"{indent}from . import {flat} as {name}"]
         return "\n".join(lines)
     return f"{indent}from .{_flat(module)} import {names}" if module in sources else found[0]
 
 
 def _flat(module: str) -> str:
-    """``open_mythos.nn.gqa`` as ``open_mythos_nn_gqa``; the two that transformers asks for keep their last names."""
+    """``open_mythos.nn.gqa`` as ``open_mythos_nn_gqa``; the two that transformers loads keep their last name."""
     return module.rpartition(".")[2] if module in _ROOTS else module.replace(".", "_")

@@ -1,4 +1,4 @@
-"""From a checkpoint of the reference to a model of this library, with what differs only by a factor folded in."""
+"""Conversion of a reference checkpoint to a model of this library, with constant factors folded into the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEMANTICS: dict[str, Any] = dict(
     recurrence="mixture", router_score="softmax", state_norm=True, state_init="input", input_norm=False, conv_taps=0,
     local_window=0, halting=False, warm_start=False, state_noise=0.0,
 )  # fmt: skip
-"""Fields of this library's config with which a model computes what the reference does, besides ``loop_index_dim``."""
+"""Config fields with which this library's model computes what the reference does, besides ``loop_index_dim``."""
 _NEEDED = (
     "embed.weight", "norm.weight", "recurrent.injection.log_A", "recurrent.injection.log_dt",
     "recurrent.act.halt.weight", "recurrent.lora.scale.weight", "recurrent.norm.weight",
@@ -36,12 +36,12 @@ _TABLES = {"freqs_cis", "freqs_cis_mla"}
 
 @dataclass
 class Conversion:
-    """A converted model and how it came about.
+    """A converted model, with a report of the conversion.
 
     Attributes:
         model: in eval mode, float32.
-        folded: sentences, what the weights now hold.
-        notes: sentences, what the user should know or check.
+        folded: phrases that say what was folded into the weights.
+        notes: sentences on what the user should know or check.
     """
 
     model: OpenMythos
@@ -51,17 +51,17 @@ class Conversion:
 
 @torch.no_grad()
 def convert(source: str | Path, config: str | Path | None = None, settings: Iterable[str] = ()) -> Conversion:
-    """A model of this library that gives the logits of a reference's checkpoint.
+    """Convert a checkpoint of the reference to a model of this library with the same logits.
 
     Args:
         source: a file of ``torch.save`` (a ``state_dict``, or what the reference's training script saves), a
             safetensors file, or a Hugging Face folder with either and ``config.json``.
-        config: JSON file with the reference's config, before any that the checkpoint holds.
-        settings: ``name=value`` texts that come before both, for what neither says.
+        config: JSON file with the reference's config, used instead of the checkpoint's own.
+        settings: ``name=value`` texts, which take precedence over both.
 
     Raises:
-        CheckpointError: saying what the checkpoint is instead, or what is missing, and what to do. Nothing in a file is
-            ever run.
+        CheckpointError: for another kind of checkpoint, or if something is missing, saying what to do. No code in a
+            file is ever run.
     """
     checkpoint = read(Path(source))
     _check_architecture(checkpoint)
@@ -123,9 +123,9 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
 
 
 def _tensors(checkpoint: Checkpoint, model: OpenMythos) -> dict[str, Tensor]:
-    """Everything that ``model`` loads but the tied head, in float32.
+    """All tensors of ``model`` but the tied head, made from the checkpoint.
 
-    CheckpointError for a tensor that is missing, of another shape, not finite, or not known.
+    CheckpointError for a tensor that is missing, of another shape, not finite, or unknown.
     """
     source = _Source(checkpoint)
     scales = {f"{name}.weight": part.scale for name, part in model.named_modules() if isinstance(part, Linear)}
@@ -136,7 +136,7 @@ def _tensors(checkpoint: Checkpoint, model: OpenMythos) -> dict[str, Tensor]:
 
 
 class _Source:
-    """Tensors of a checkpoint, each checked when it is taken, and a record of which were."""
+    """The tensors of a checkpoint: each is checked when it is taken, and the names taken are recorded."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path, self.tensors, self._taken = checkpoint.path, checkpoint.tensors, set[str]()
@@ -163,7 +163,7 @@ class _Source:
         return tensor
 
     def check_all_taken(self) -> None:
-        """CheckpointError for tensors that nobody asked for; RoPE tables are made anew, and a tied head is no news."""
+        """CheckpointError for tensors that were not used, other than RoPE tables and a tied head."""
         rest = {name for name, tensor in self.tensors.items() if tensor.numel()} - self._taken - _TABLES
         if "head.weight" in rest:
             rest.remove("head.weight")
@@ -195,10 +195,10 @@ def _made(name: str, like: Tensor, source: _Source, model: OpenMythos) -> Tensor
             return torch.cat(parts).view(like.shape) / ffn.gate_up_scale
         case "expert_load":
             return torch.zeros(like.shape)
-        case "trained_loops":  # rows of the table that may be used, which is all
+        case "trained_loops":  # all rows of the LoRA table count as trained
             return torch.tensor(len(source.tensors["recurrent.lora.scale.weight"]))
         case "raw_A":
-            # As the reference computes it, to the last bit
+            # The same operations as in the reference, for the same bits
             rate = source.take(f"{place}.log_dt", 1) + source.take(f"{place}.log_A", cfg.dim)
             return torch.exp(-torch.exp(rate.clamp(-20, 20)))
     if name == "embed.weight":  # which this library multiplies by the root of dim

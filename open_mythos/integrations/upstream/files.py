@@ -1,4 +1,4 @@
-"""Reading a checkpoint of the reference. Tensors and plain values come out of a file; no code in it is run."""
+"""Reading a checkpoint of the reference. Only tensors and plain values are read from a file; no code in it is run."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ BIN_FILE = "pytorch_model.bin"
 _TENSORS_UNDER = ("model", "model_state_dict", "state_dict")
 _CONFIG_UNDER = ("cfg", "config")
 _CONFIG_CLASS = "open_mythos.main.MythosConfig"  # as the reference's training script pickles it
-# Names that wrappers put into the names of tensors: torch.compile, DDP, FSDP, activation checkpointing
+# Parts that wrappers add to the names of tensors: torch.compile, DDP, FSDP, activation checkpointing
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ANCHOR = "recurrent.injection.log_A"
 
 
 @dataclass
 class Checkpoint:
-    """What a file or folder holds."""
+    """The content of a checkpoint's file or folder."""
 
     path: Path
-    tensors: dict[str, Tensor]  # by the names that the reference gives them
+    tensors: dict[str, Tensor]  # by their names in the reference
     fields: dict[str, Any] = field(default_factory=dict)  # its config as plain values; empty if it has none
-    fields_from: str = ""  # where they were found
+    fields_from: str = ""  # the file that they were found in
 
 
 class _Record:
-    """What a pickled config of the reference becomes: its fields as attributes, and nothing of its class."""
+    """Stands in for the class of the reference's config when it is unpickled: holds its fields as attributes."""
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint from a file of ``torch.save`` or of safetensors, or a folder that holds either and a config.json.
+    """Read a checkpoint from a torch.save or safetensors file, or a folder with either and a config.json.
 
-    CheckpointError says what the file is instead, and what to do.
+    CheckpointError for any other file, saying what it is and what to do.
     """
     if path.is_dir():
         parts, config = _weight_files(path), path / CONFIG_FILE
@@ -101,13 +101,13 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
     if path.suffix == ".safetensors":
         return weights.read(path), {}
-    try:  # PyTorch's unpickler for weights builds tensors and plain values only
+    try:  # weights_only: PyTorch's unpickler then builds tensors and plain values only
         is_archive = weights.check_archive(path)
         with torch.serialization.safe_globals([(_Record, _CONFIG_CLASS)]):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # bytes that are no pickle make it raise anything
+    except Exception as error:  # on bytes that are no pickle, any exception may be raised
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is None:
             raise CheckpointError(
@@ -137,7 +137,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _reference_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without what wrappers have put into their names, or before them."""
+    """The tensors under the reference's names, without what wrappers have added to or put before these."""
     plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in tensors.items()}
     prefix = next((name.removesuffix(_ANCHOR) for name in plain if name.endswith("." + _ANCHOR)), "")
     plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}

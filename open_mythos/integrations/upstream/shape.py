@@ -1,4 +1,4 @@
-"""The reference's config of a checkpoint: what is given, what its tensors say, and what nobody says."""
+"""The reference's config of a checkpoint: fields that are given, inferred from its tensors, or left at defaults."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from open_mythos.integrations.upstream.files import Checkpoint
 from open_mythos.ops.rope import precompute_rope_freqs
 
 SPECS = {spec.name: spec for spec in dataclasses.fields(MythosConfig)[:23]}
-"""The fields of the reference's config, which are the first of ours, with the same defaults."""
+"""The fields of the reference's config, which are the first ones of ``MythosConfig``, with the same defaults."""
 _HUGGING_FACE = OF_TRANSFORMERS - {"lora_loops", "quantization_config"} | {"model_type"}
-_MAY_DIFFER = {"max_seq_len", "max_loop_iters"}  # may be changed at any time, here as there
-# Fields that have to be known and of which tensors may show nothing, with examples
+_MAY_DIFFER = {"max_seq_len", "max_loop_iters"}  # may be changed at any time, in both libraries
+# Required fields that may not follow from the tensors, with example values
 _ASKED = {"act_threshold": "0.99", "n_experts_per_tok": "4", "n_heads": "8", "rope_theta": "500000"}
 _LATENT_ONLY = {"kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"}
 _HERE = "recurrent.block.attn."
 
 
 def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """All fields of the reference's config, and the names of those that have their default since nobody says.
+    """All fields of the reference's config, and the names of those left at their default for want of information.
 
-    ``settings`` come before the checkpoint's own config. CheckpointError for fields that the reference does not have,
-    that contradict the tensors, or that matter and are not known.
+    ``settings`` take precedence over the checkpoint's own config. CheckpointError for fields that the reference does
+    not have, that contradict the tensors, or that are required and unknown.
     """
     strange = sorted(checkpoint.fields.keys() - SPECS.keys() - _HUGGING_FACE)
     if strange:
@@ -64,12 +64,12 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
     defaults = {name: spec.default for name, spec in SPECS.items()}
     fields = defaults | fields | {name: defaults[name] for name in idle}
     if fields["attn_type"] == "mla":
-        fields["n_kv_heads"] = fields["n_heads"]  # any that fits
+        fields["n_kv_heads"] = fields["n_heads"]  # unused by MLA; any valid number will do
     return fields, assumed
 
 
 def parse(settings: Iterable[str]) -> dict[str, Any]:
-    """Values by name of ``name=value`` texts; CheckpointError for anything else."""
+    """Parse ``name=value`` texts to values by name; CheckpointError for anything else."""
     found = {}
     for setting in settings:
         name, equals, text = (part.strip() for part in setting.partition("="))
@@ -87,7 +87,7 @@ def parse(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def inferred(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields that tensors, whose names are known to be there, show without doubt."""
+    """The fields that follow from the tensors, whose names were checked before."""
     experts = tensors["recurrent.block.ffn.routed_experts.0.gate.weight"]
     shared = tensors.get("recurrent.block.ffn.shared_experts.0.gate.weight")
     found: dict[str, Any] = {
@@ -131,14 +131,14 @@ def inferred(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _count(tensors: dict[str, Tensor], name: str) -> int:
-    """How many of ``name`` with 0, 1, ... in the place of ``{}`` there are."""
+    """How many tensors are named ``name``, with 0, 1, ... in place of ``{}``."""
     return next(n for n in itertools.count() if name.format(n) not in tensors)
 
 
 def table_of(tensors: dict[str, Tensor]) -> Tensor | None:
-    """The rotary phasors (positions, channels / 2) of the attention in use, complex; None where they are not stored.
+    """The rotary phasors (positions, channels / 2) of the attention in use, complex; None if they are not stored.
 
-    Casting a model of the reference to another dtype leaves the real half of them only, which is of no use.
+    Casting a reference model to another dtype keeps only their real parts, for which None is returned too.
     """
     table = tensors.get("freqs_cis_mla" if f"{_HERE}kv_down.weight" in tensors else "freqs_cis")
     if table is not None and not table.is_complex():
@@ -149,7 +149,7 @@ def table_of(tensors: dict[str, Tensor]) -> Tensor | None:
 def _theta(table: Tensor) -> float:
     """The base of the frequencies that made a table of phasors."""
     pairs = table.shape[-1]
-    angle = float(table[1, -1].angle())  # of position 1, in the channels that turn slowest
+    angle = float(table[1, -1].angle())  # of position 1, in the channel pair that rotates slowest
     theta = angle ** (-pairs / (pairs - 1)) if angle > 0 else math.nan
     short = float(f"{theta:.5g}")
     theta = short if math.isclose(short, theta, rel_tol=2e-6) else theta
@@ -162,7 +162,7 @@ def _theta(table: Tensor) -> float:
 
 
 def _turns(table: Tensor | None, *thetas: Any) -> bool:
-    """Whether these bases make this table, as far as its own float32 angles let one see."""
+    """Whether each of ``thetas`` gives this table, within the error of its float32 angles."""
     if table is None or not all(isinstance(theta, int | float) and theta > 0 for theta in thetas):
         return False
     first = table[:64]
