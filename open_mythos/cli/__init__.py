@@ -56,7 +56,7 @@ EXAMPLES = {
     "diagnose": "mythos diagnose parity-tiny",
     "doctor": "mythos doctor",
 }
-"""What ends each command's help, and works as it stands; convert needs a checkpoint of that name."""
+"""Shown at the end of each command's help; each can be run as it is, but convert needs a checkpoint of that name."""
 FIRST = """\
 OpenMythos {version}: transformers that run the same block of weights in a loop. More loops solve harder problems.
 
@@ -84,7 +84,7 @@ class LazyCommand(TyperCommand):
         takes_settings = any(parameter.name == "overrides" for parameter in command.params)
         try:
             context = command.make_context(info_name, args, parent, **extra)
-        except Exception as error:  # of click, which some versions of typer bring along
+        except Exception as error:  # click's exceptions; some versions of typer have their own copy of click
             if (said := getattr(error, "message", "")) and said.endswith(" is a file."):
                 error.message = f"{said[:-1]}; name a directory, which need not be there"  # type: ignore[attr-defined]
             if said.endswith(" is a directory."):
@@ -108,7 +108,7 @@ class LazyCommand(TyperCommand):
 
 
 def check_place(name: str | None, value: Any) -> None:
-    """Fail before anything is computed for a path that is a broken link, or one to write to that cannot be."""
+    """Fail, before anything is computed, for a path that is a broken link, or an output path that cannot be written."""
     if not isinstance(value, Path):
         return
     if os.path.lexists(value) and not os.path.exists(value):
@@ -116,7 +116,7 @@ def check_place(name: str | None, value: Any) -> None:
     if name not in ("out", "plots", "directory"):
         return
     with contextlib.suppress(FileNotFoundError):
-        os.lstat(value)  # OSError for a name that is too long, and for one below a file
+        os.lstat(value)  # raises OSError for a name that is too long, and for a path below a file
     there = next(place for place in (value, *value.absolute().parents) if os.path.exists(place))
     if not os.access(there, os.W_OK):
         fail(f"{value} cannot be written: {there} is read-only; name another")
@@ -151,7 +151,7 @@ def mythos(
 
 
 def main() -> None:
-    """Entry point of the ``mythos`` script, on whose screen other libraries say nothing."""
+    """Entry point of the ``mythos`` script; silences warnings and logs of other libraries."""
     warnings.filterwarnings("ignore")
     for name in ("torch", "torch.utils._pytree", "torchao", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -160,5 +160,5 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # names of files need not be writable in the terminal's encoding
+            stream.reconfigure(errors="replace")  # the terminal's encoding may not have all characters of file names
     app(prog_name="mythos")

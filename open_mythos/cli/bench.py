@@ -1,4 +1,4 @@
-"""``mythos bench``: how fast a model runs here, and what share of the machine's own rates that is."""
+"""``mythos bench``: how fast a model runs on this machine, and what share of its peak rates that is."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from open_mythos.fields import must
 if TYPE_CHECKING:
     from open_mythos.diagnostics.speed import Speed
 
-_SIZES = {"train": (8, 256), "prefill": (1, 1024), "decode": (1, 512)}  # rows and tokens of each
+_SIZES = {"train": (8, 256), "prefill": (1, 1024), "decode": (1, 512)}  # default rows, and tokens of a row
 
 
 Work = StrEnum("Work", ["train", "prefill", "decode"])
@@ -35,11 +35,11 @@ def bench(
     dtype: Annotated[Dtype, typer.Option(help="bf16: training by autocast, the rest in bf16 weights.")] = Dtype.fp32,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows; 8 for training, else 1.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a row: 256 trained on, 1024 read, 512 before decoding.")
+        int | None, typer.Option(min=1, help="Of a row; 256 for training, 1024 for prefill, 512 before decoding.")
     ] = None,
     only: Annotated[list[Work] | None, typer.Option(help="What to time; may be repeated.  [all three]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; as many as torch takes.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; torch's default.")] = None,
     seconds: Annotated[
         float, typer.Option(min=0, max=86_400, help="For each thing timed; three repetitions at least.")
     ] = 6.0,
@@ -98,7 +98,7 @@ def bench(
 
 
 def show_prices(per_hour: float, rows: list[dict[str, Any]]) -> None:
-    """Print what a million tokens cost: a line for each depth, and one for the dense model."""
+    """Print what a million tokens cost: a row for each number of loops, and one for the dense model, if any."""
     has_dense, works = rows[-1]["model"] == "dense", list(rows[0]["per_million_tokens"])
     quality = ["bits per byte"] if has_dense else []
     shown = table(f"a million tokens, at {per_hour:g} an hour", "", *works, *quality)
@@ -121,7 +121,7 @@ def show_prices(per_hour: float, rows: list[dict[str, Any]]) -> None:
 def show(
     title: str, found: list["Speed"], peak: float, reading: float, conditions: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Print a table; return what it shows of each work, and everything that came from."""
+    """Print a table of speeds; return, for each work, its rates and the measurements that they are computed from."""
     shown, works = table(title, "", "tokens", "tokens/s", "FLOP/s", "of peak", "B/s", "of peak"), {}
     for one in found:
         flops_share, read = one.flops_per_second / peak, one.bytes_per_second

@@ -1,4 +1,4 @@
-"""``mythos chat``: talk to a model of text in the terminal, at any depth, and see what it thought after each loop."""
+"""``mythos chat``: talk to a model of text in the terminal, at any depth, and see its predictions after each loop."""
 
 import dataclasses
 import sys
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from open_mythos.generation.conversation import Conversation, Messages, Template
     from open_mythos.tasks import Task
 
-_COLUMN = 10  # characters of a terminal, for a column of /trace
+_COLUMN = 10  # characters of the terminal for each column of /trace
 HELP = """\
-/example [N]    forgets what was said, and asks a model of problems one of N steps (2) that is new to it
-/again          forgets what was said, and asks the last example once more
+/example [N]    forget what was said, and ask a new problem of N steps (2), if the model was trained on problems
+/again          forget what was said, and ask the last example once more
 /loops N        think for N loops from now on; the same weights, deeper
-/trace [N]      the likeliest token after each loop, where the last N tokens stand (8; or at the question mark)
+/trace [N]      the likeliest token after each loop, at the last N tokens (8; or at the question mark)
 /temperature T  0 takes the likeliest token
 /reset          forget what was said
 /help           this
@@ -40,7 +40,7 @@ def chat(
     loops: Annotated[int | None, typer.Option(min=1, help="For every token; the model's own if left out.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 256,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 takes the likeliest token; 0.8, or 0 of a model that is asked.")
+        float | None, typer.Option(min=0.0, help="0 takes the likeliest token; 0.8, or 0 if it answers questions.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = 50,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens of this probability.")] = None,
@@ -62,7 +62,7 @@ def chat(
     at = find_device(device)
     loaded, tokenizer = load_model(model).to(at), tokenizer_of(model)
     if at.type == "cpu":
-        loaded.float()  # which a CPU does faster than half precision
+        loaded.float()  # faster than half precision on a CPU
     generator = torch.Generator(at)
     _ = generator.seed() if seed is None else generator.manual_seed(seed)
     if temperature is None:
@@ -87,10 +87,10 @@ def chat(
 
 
 class Problems:
-    """Problems of the task that a model was trained on, of the split that training never saw.
+    """Held-out problems of the task that a model was trained on.
 
     Attributes:
-        question, answer: the last one, "" before the first.
+        question, answer: of the last problem, "" before the first.
     """
 
     def __init__(self, model: str, generator: "torch.Generator") -> None:
@@ -99,7 +99,7 @@ class Problems:
         self._task: Task | None = None
 
     def draw(self, difficulty: int) -> None:
-        """A new one.
+        """Draw a new problem.
 
         Raises:
             ValueError: for a model of text, or a difficulty that its task does not have.
@@ -122,10 +122,10 @@ class Problems:
 
 
 def template_of(directory: Path) -> "Template | None":
-    """The chat template that lies beside a model, if one does.
+    """The chat template in a model's directory, if there is one.
 
     Raises:
-        ImportError: naming the extra to install, without ``transformers``.
+        ImportError: naming the extra to install, if ``transformers`` is missing.
     """
     config, beside = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     if not beside.is_file() and not (config.is_file() and "chat_template" in files.read_json(files.own(config))):
@@ -133,7 +133,7 @@ def template_of(directory: Path) -> "Template | None":
     try:
         from transformers import AutoTokenizer
 
-        import open_mythos.integrations.hf  # noqa: F401  (without it transformers warns of the model beside)
+        import open_mythos.integrations.hf  # noqa: F401  (else transformers warns about the unknown model type)
     except ImportError as error:
         raise missing("this model's chat template needs transformers", "hf") from error
     theirs = AutoTokenizer.from_pretrained(directory)
@@ -141,18 +141,18 @@ def template_of(directory: Path) -> "Template | None":
     def tokens(messages: "Messages") -> list[int]:
         try:
             return list(theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # whatever the template raises
+        except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template of {directory} refuses: {error}") from error
 
     return tokens
 
 
 def lines() -> Iterator[str]:
-    """What the user types, without empty lines; of a pipe its lines."""
+    """The lines that the user types, or those of a pipe, without empty ones."""
     if sys.stdin is None:  # closed
         return
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8
+        sys.stdin.reconfigure(errors="replace")  # of bytes that are not UTF-8
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         return
@@ -169,7 +169,7 @@ def lines() -> Iterator[str]:
 
 
 def answer(talk: "Conversation", line: str, max_tokens: int) -> None:
-    """Print a reply as it comes. Ctrl-C ends it, and nothing else."""
+    """Print a reply as it comes. Ctrl-C ends the reply only, not the chat."""
     n_before, started = 0, None
     try:
         for text in talk.reply(line, max_tokens):
@@ -191,12 +191,12 @@ def answer(talk: "Conversation", line: str, max_tokens: int) -> None:
 
 
 def shown(text: str) -> str:
-    """Text as a terminal may print it: without its control characters."""
+    """Text that is safe to print in a terminal: control characters are replaced."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
 def command(talk: "Conversation", problems: Problems, line: str) -> bool:
-    """Do what a line that begins with a slash says; whether the last of the problems is to be asked."""
+    """Run a command line that begins with a slash; return whether to ask the last of the problems."""
     name, *values = line.split()
     try:
         match name, values:
@@ -236,7 +236,7 @@ def command(talk: "Conversation", problems: Problems, line: str) -> bool:
 
 
 def show_trace(talk: "Conversation", n: int | None) -> None:
-    """A row for each loop, a column for each of the last tokens; bold from where it stays."""
+    """Show a row for each loop, a column for each of the last tokens; bold once a token no longer changes."""
     room = max(8, console.width // _COLUMN)
     said, loops = talk.trace(n if n is None else min(n, room))
 
@@ -253,7 +253,7 @@ def show_trace(talk: "Conversation", n: int | None) -> None:
     console.print("the likeliest token after each loop, and its probability", style="bold")
     grid, n_rows = table("", "loop", *map(word, said)), len(loops)
     first_still = next(loop for loop in range(n_rows) if all(stays(loop, i) for i in range(len(said))))
-    left_out = max(0, n_rows - first_still - 2)  # that change nothing more, between the first of these and the last
+    left_out = max(0, n_rows - first_still - 2)  # unchanged loops between the first unchanged one and the last
     left_out = left_out if left_out > 1 else 0
     for loop in (*range(n_rows - 1 - left_out), n_rows - 1):
         cells = (

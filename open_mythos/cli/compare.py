@@ -1,4 +1,4 @@
-"""``mythos compare``: a recipe's looped model against four neighbours that do not loop."""
+"""``mythos compare``: a recipe's looped model against four baselines without loops."""
 
 from functools import partial
 from pathlib import Path

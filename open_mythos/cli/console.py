@@ -1,6 +1,6 @@
 """Shared output helpers of the subcommands: messages, errors, tables, numbers, progress bars.
 
-Text comes from files and users: nothing in it is markup, wherever it is printed.
+Text may come from files and users, so it is never interpreted as markup.
 """
 
 import itertools
@@ -22,35 +22,35 @@ from rich.text import Text
 
 from open_mythos.fields import must
 
-SILENCE = 5.0  # seconds after which something is said where no bar moves
+SILENCE = 5.0  # seconds between progress lines where no bar is shown
 
 console = Console(markup=False, emoji=False, highlight=False)
 _errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
-_TO_TYPE = "\ue000", "\ue001"  # stand around a line to type, which is printed bold
+_TO_TYPE = "\ue000", "\ue001"  # mark the start and end of a command to type, which is printed bold
 
 
 def fail(message: str, everywhere: bool = False) -> NoReturn:
-    """Print one red line to stderr and exit with a usage error; of a machine's processes the first does, or all."""
-    # Only torchrun says which process of a machine it is; a scheduler that numbers machines has a log of each.
+    """Print one red line to stderr, from a machine's first process or from all if ``everywhere``; exit with code 2."""
+    # Only torchrun sets LOCAL_RANK; under other schedulers, each process has its own log.
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         _errors.print(Text(f"error: {message}", style="red"), soft_wrap=True)
     raise typer.Exit(2)
 
 
 def note(*lines: str) -> None:
-    """Print lines without wrapping, what :func:`mythos` gave bold."""
+    """Print lines without wrapping, with the results of :func:`mythos` in bold."""
     before, *parts = re.split("(?=\ue000)|\ue001", "\n".join(lines))
     bold = ((part.removeprefix(_TO_TYPE[0]), "bold" if part[:1] == _TO_TYPE[0] else "") for part in parts)
     console.print(Text.assemble(before, *bold), soft_wrap=True)
 
 
 def mythos(*words: object) -> str:
-    """A line of ours to type next, for :func:`note`; it works as it stands in a shell."""
+    """A ``mythos`` command to type next, for :func:`note`; quoted for a shell."""
     return typed(*words).join(_TO_TYPE)
 
 
 def typed(*words: object) -> str:
-    """The same, as it is."""
+    """A ``mythos`` command as plain text, quoted for a shell."""
     return shlex.join(["mythos", *map(str, words)])
 
 
@@ -74,7 +74,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:
-    """Parse the comma-separated integers of ``option``; ValueError, with an example, if they are none."""
+    """Parse the comma-separated integers of ``option``; ValueError, with an example, for anything else."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
@@ -82,7 +82,7 @@ def whole_numbers(option: str, text: str, example: str) -> list[int]:
 
 
 def numbers(option: str, text: str, example: str) -> list[float]:
-    """As :func:`whole_numbers`, of positive numbers of any kind."""
+    """As :func:`whole_numbers`, for positive numbers of any kind."""
     try:
         found = [float(word) for word in text.split(",")]
     except ValueError:
@@ -112,10 +112,10 @@ def announce(message: str) -> None:
 
 @contextmanager
 def live(total: float, first: str = "", is_shown: bool = True) -> Iterator[Callable[..., None]]:
-    """Show what is being done: a transient bar on a terminal's stderr, elsewhere a line every ``SILENCE`` seconds.
+    """Show progress: a transient bar if stderr is a terminal, elsewhere a line every ``SILENCE`` seconds.
 
-    Call the yielded function with what that is, and the ``completed`` and the ``total`` of the bar if they change.
-    Nothing is, unless ``is_shown``: of several processes, one shows what all are doing.
+    Call the yielded function with a description of the current work, and the bar's ``completed`` and ``total`` if they
+    change. Nothing is shown unless ``is_shown``: with several processes, only one should show progress.
     """
     doing, started, over = first, time.monotonic(), Event()
     columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
@@ -144,7 +144,7 @@ def live(total: float, first: str = "", is_shown: bool = True) -> Iterator[Calla
 
 @contextmanager
 def progress(n_steps: int) -> Iterator[Callable[[str], None]]:
-    """:func:`live`, of steps of which each begins with a call of the yielded function."""
+    """:func:`live` for ``n_steps`` steps; call the yielded function, with a description, as each step begins."""
     with live(n_steps) as update:
         counter = itertools.count()
         yield lambda step: update(step, completed=next(counter))

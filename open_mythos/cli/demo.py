@@ -1,4 +1,4 @@
-"""``mythos demo``: accuracy on running parity by number of loops, of a model trained now or shipped."""
+"""``mythos demo``: accuracy on running parity by number of loops, of a model that is trained now or shipped."""
 
 from contextlib import nullcontext
 from pathlib import Path

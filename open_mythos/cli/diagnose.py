@@ -52,13 +52,13 @@ def diagnose(
         n_loops, cache = len(found.delta), KVCache()
         model(ids, n_loops, kv_cache=cache)
         radius, n_bytes = spectral_radius(model), cache_bytes(cache)
-        loops_on = not isinstance(model, UnrolledMythos)  # which has a block for each loop, and none for one more
+        loops_on = not isinstance(model, UnrolledMythos)  # whose depth is fixed, so that no further loop can be run
         gain = loop_gain(model, ids, n_loops) if loops_on else math.nan
         if plots is not None:
             begin("drawing")
             words, used = symbols(model_dir(checkpoint), ids[0].tolist()), found.loops_used[0]
             draw.state_change(found.delta, plots / "state_change.png")
-            if model.cfg.halting:  # else all loops are run, and nobody has trained the gate
+            if model.cfg.halting:  # else all loops are run, and the gate is untrained
                 draw.halting_map(used, plots / "loops_used.png", words)
                 draw.halting_map(found.halting[:, 0].float(), plots / "halting.png", words, used)
             if model.cfg.n_experts > 1:
@@ -84,8 +84,8 @@ def diagnose(
 
 
 def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, "Tensor"]:
-    """The source of the tokens, and the tokens (1, T): the prompt, the checkpoint's example, a problem of the task that
-    it was trained for, or random ones."""
+    """The tokens (1, T), and words that say where they are from: the prompt, the checkpoint's example, a problem of its
+    training task, or random ones. Returned as (source, tokens)."""
     import torch
 
     example = checkpoint / EXAMPLE_FILE
@@ -110,7 +110,7 @@ def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tu
 
 
 def task_of(checkpoint: Path) -> "tuple[Task, int] | None":
-    """The task that the model was trained for, and its most difficulty in training; None if unknown, or text."""
+    """The task that the model was trained on, and its maximum difficulty in training; None if unknown, or for text."""
     from open_mythos import tasks
     from open_mythos.models import TRAINING_FILE
     from open_mythos.training.runs import held_out_options, training_config
@@ -122,7 +122,7 @@ def task_of(checkpoint: Path) -> "tuple[Task, int] | None":
 
 
 def symbols(checkpoint: Path, ids: list[int]) -> list[str]:
-    """What the tokens stand for, by the model's tokenizer or task; where neither is known, their ids."""
+    """The tokens as text, by the model's tokenizer or its task's vocabulary; their ids if neither is known."""
     from open_mythos.models import TOKENIZER_FILES, tokenizer_of
 
     if (checkpoint / TOKENIZER_FILES[0]).is_file():
@@ -170,7 +170,7 @@ def show_experts(load: "Tensor") -> None:
 
 
 def bars(counts: "np.ndarray") -> str:
-    """Counts as blocks of eight heights; neighbours share one where there are too many for a line."""
+    """Counts as block characters of eight heights; neighbours are averaged if there are more than ``MOST_BLOCKS``."""
     import numpy as np
 
     means = [part.mean() for part in np.array_split(counts, min(len(counts), MOST_BLOCKS))]

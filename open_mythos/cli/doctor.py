@@ -77,7 +77,7 @@ def check_files(source: str, as_json: bool) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """Versions, processor and accelerators; a driver that PyTorch complains of is one line."""
+    """Versions, processor and accelerators; a warning of PyTorch's about a driver is kept as one line."""
     import torch
 
     from open_mythos.diagnostics.machine import describe, free_memory
@@ -94,7 +94,7 @@ def hardware() -> dict[str, Any]:
 
 
 def places() -> dict[str, Any]:
-    """The cache folder, which need not exist yet, and the room on its disk and on this one."""
+    """The cache folder, which may not exist yet, and the free space on its disk and on the current folder's."""
     cache = cache_dir().absolute()
     nearest = next(place for place in (cache, *cache.parents) if place.exists())
     writable = nearest.is_dir() and os.access(nearest, os.W_OK)
@@ -124,7 +124,7 @@ def extras() -> dict[str, dict[str, str | None]]:
 
 
 def demo_seconds() -> float:
-    """What ``mythos demo`` would take here, by a few of its steps."""
+    """Estimated seconds of ``mythos demo`` on this machine, from a few of its steps."""
     from open_mythos.training.cost import run_cost
     from open_mythos.training.recipes import configured
 
@@ -133,7 +133,7 @@ def demo_seconds() -> float:
 
 
 def rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """What there is of each thing, and what that means."""
+    """Rows of the table: a part of the machine, what is there, and what that means."""
     build = facts["built_for"]
     yield "torch", f"{facts['torch']}, Python {facts['python']}", f"built for {f'GPUs, {build}' if build else 'CPUs'}"
     for name, called in facts["gpus"].items():

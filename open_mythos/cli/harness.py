@@ -51,7 +51,7 @@ def show(curves: list[Curve]) -> None:
     counts = curves[0].loops
     shown = table("score by loops (± standard error)", "task", "metric", "of", *(str(count) for count in counts))
     for column in shown.columns:
-        column.overflow = "fold"  # a score with its end cut off is another
+        column.overflow = "fold"  # a truncated score would read as another
     shown.columns[1].no_wrap = True
     for curve in curves:
         best = None if curve.higher_is_better is None else (max if curve.higher_is_better else min)(curve.values)

@@ -54,7 +54,7 @@ def find_config(name: str) -> MythosConfig:
 
 
 def training_at(file: Path) -> "TrainConfig | None":
-    """What a file says of a training, None if it is the config of a model; ValueError for a bad one."""
+    """The training config in a file; None if it holds a model's config; ValueError for an invalid one."""
     if not {"task", "model"} <= files.read_json(file).keys():
         return None
     from open_mythos.training.config import TrainConfig

@@ -1,4 +1,4 @@
-"""Evaluation on tasks of this library for ``mythos eval``, and tables of results that ``mythos train`` shows too."""
+"""Evaluation on this library's tasks for ``mythos eval``, and tables of results, also for ``mythos train``."""
 
 import dataclasses
 from pathlib import Path
@@ -25,16 +25,16 @@ from open_mythos.training.recipes import recipe
 from open_mythos.training.runs import held_out_options, training_config
 
 SHALLOW, DEEP = 8, 32  # loop counts whose relative difference in bits is shown
-HARM = 0.005  # of accuracy, or share of bits: an exit that loses more stops too early
+HARM = 0.005  # loss of accuracy, or relative increase of bits, above which an exit is said to stop too early
 
 
 def settings(
     checkpoint: str, model: MythosConfig, task: str | None, options: list[str], difficulties: str | None,
     loops: str | None, examples: int | None,
 ) -> TrainConfig:  # fmt: skip
-    """The config of the checkpoint's training, with task and evaluation overridden.
+    """The checkpoint's training config, with task and evaluation overridden.
 
-    Without one, of a model of text: that which would train it further."""
+    For a text model without one: the config of recipe ``heal``, which would train it further."""
     directory = model_dir(checkpoint)
     has_config, is_text = (directory / TRAINING_FILE).is_file(), (directory / tokenizer.FILE).is_file()
     if task is None and is_text and not has_config:
@@ -91,16 +91,16 @@ def show_metrics(evaluation: Evaluation) -> None:
 
 
 def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None, out: Path) -> Path:
-    """Bits per byte at each length and loop count, written to ``evaluation.json`` and shown."""
+    """Measure bits per byte at each length and loop count, write ``evaluation.json``, and show tables."""
     settings, rule = cfg.evaluation, None if exit is None else parse(exit)
-    scores = {}  # by length: bits, and loops that a position ran; of all loops, and with the exit if there is one
+    scores = {}  # by length: bits and mean loops of a position, first without the exit, then with it if there is one
     with progress(len(settings.difficulties)) as begin:
         for length in settings.difficulties:
             begin(f"{length} {task.unit}")
             asked = settings.loops, length, settings.examples
             scores[length] = [text_scores(model, task, *asked, one) for one in ((None, rule) if rule else (None,))]
     full, bits = ({length: found[i][0] for length, found in scores.items()} for i in (0, -1))
-    # "bits_per_byte", of the first length, is as in the evaluation.json of training
+    # "bits_per_byte" is that of the first length, as in the evaluation.json that training writes
     data = {"bits_per_byte": next(iter(bits.values())), "by_length": bits, "windows": settings.examples}
     data |= {"task": task.name, "options": task.to_dict(), "exit": exit, "all_loops": full}
     out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None,
 
 
 def show_cost(exit: str, loops: int, unit: str, costs: list[tuple[int, str, str, float, float]]) -> None:
-    """At each difficulty: with all loops, with the exit, the share that it loses, and the loops that a position ran."""
+    """Show, for each difficulty: the score with all loops and with the exit, what it loses, and the mean loops run."""
     title = f"what the exit {exit} costs: the same problems with all {loops} loops"
     rows = table(title, unit, "all loops", "with the exit", "lost", "loops run")
     for difficulty, most, left, lost, used in costs:
@@ -131,8 +131,8 @@ def show_cost(exit: str, loops: int, unit: str, costs: list[tuple[int, str, str,
 
 
 def show_grid(evaluation: Evaluation, trained: int) -> None:
-    """A column per difficulty, those up to ``trained`` marked, the best accuracies bold; then the kinds of problems of
-    which the task is made, and what an exit costs."""
+    """Show accuracies, a column per difficulty, those up to ``trained`` marked, the best bold; then the same for each
+    kind of problem in the task, and what an exit costs."""
     grid = evaluation.grids[0]
     show_accuracy(evaluation.grids, trained)
     for kind in evaluation.kinds:
@@ -159,7 +159,7 @@ def show_accuracy(grids: list[DepthGrid], trained: int) -> None:
 
 
 def show_halting(evaluation: Evaluation) -> None:
-    """Savings of the exit, or else of the gate, and the gate's accuracy at matched FLOPs; nothing without either."""
+    """Show the savings of the exit, or else of the gate, and the gate's accuracy at matched FLOPs, if there is one."""
     halting, matched = evaluation.metrics["halting"], evaluation.metrics["compute_matched"]
     if halting is None:
         return
@@ -180,7 +180,7 @@ def show_halting(evaluation: Evaluation) -> None:
 
 
 def show_text(bits: dict[int, dict[int, float]], rule: str = "no early exit") -> None:
-    """A column per length; the minimum bits bold."""
+    """Show bits per byte, a column per length; the minimum is bold."""
     rows = table(f"bits per byte of held-out text, {rule}", "loops", *(f"{length} tokens" for length in bits))
     curves = list(bits.values())
     for n in curves[0]:

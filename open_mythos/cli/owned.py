@@ -1,4 +1,4 @@
-"""Which files a command may replace: those that it wrote, or an earlier one of its kind, and no others."""
+"""Which files a command may replace: only those that this command, or an earlier run of it, wrote."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,9 @@ from open_mythos.fields import must
 from open_mythos.models import CARD, TOKENIZER_FILES, TRAINING_FILE
 from open_mythos.training import runs
 
-MARK = b"OpenMythos"  # in the first bytes of our pages and pictures
+MARK = b"OpenMythos"  # in the first bytes of our HTML pages and pictures
 _AHEAD = 4096
-_OURS: dict[str, Callable[[Any], bool]] = {  # what our files of numbers hold
+_OURS: dict[str, Callable[[Any], bool]] = {  # by name, how our JSON files are recognised
     "evaluation.json": lambda data: "grids" in data or "bits_per_byte" in data,
     "compare.json": lambda data: "contenders" in data,
     "harness.json": lambda data: all("higher_is_better" in curve for curve in data),
@@ -23,7 +23,7 @@ _OURS: dict[str, Callable[[Any], bool]] = {  # what our files of numbers hold
 
 
 def may_replace(*paths: Path) -> None:
-    """ValueError, before anything is computed, for a file that no command wrote."""
+    """ValueError, before anything is computed, for an existing file that no command of this library wrote."""
     for path in paths:
         must(
             not (path.exists() or path.is_symlink()) or _is_ours(path),
@@ -33,9 +33,9 @@ def may_replace(*paths: Path) -> None:
 
 
 def may_replace_model(directory: Path, is_agreed: bool) -> None:
-    """As :func:`may_replace`, of a folder with a model's files: its config says whose they are.
+    """As :func:`may_replace`, for a folder with a model's files: the config says whether they are of this library.
 
-    A model of ours goes if that is ``is_agreed``: the place is where the command writes by itself, or the user says so.
+    An existing model may be replaced only if ``is_agreed``: in the command's default place, or if the user said so.
     """
     is_run = (directory / runs.MODEL).is_dir() or (directory / runs.CHECKPOINTS).is_dir()
     must(not is_run, f"{directory} is a run; name another directory")
@@ -48,7 +48,7 @@ def may_replace_model(directory: Path, is_agreed: bool) -> None:
 
 
 def may_replace_run(run: Path) -> None:
-    """As :func:`may_replace`, of what training writes: all that is beside a run's config is the run's."""
+    """As :func:`may_replace`, for all that training writes: files beside a run's config belong to the run."""
     if not (run / runs.RUN_CONFIG).exists():
         may_replace_model(run / runs.MODEL, is_agreed=True)
         may_replace(run / runs.METRICS, run / runs.CHECKPOINTS, run / runs.EVALUATION)

@@ -1,4 +1,4 @@
-"""``mythos plan``: how to share the training of a model over GPUs, and what that takes, before there are any."""
+"""``mythos plan``: how to distribute the training of a model over GPUs, and its estimated cost; needs no GPU."""
 
 import json as json_text
 import math
@@ -30,12 +30,12 @@ def plan(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Such as device=h200 length=8192 parallel.expert=8 watts=650."),
     ] = None,
-    gpus: Annotated[int, typer.Option(help="All of them; machines have node=8.")] = 8,
+    gpus: Annotated[int, typer.Option(help="In all; machines have node=8 each.")] = 8,
     memory: Annotated[float | None, typer.Option(metavar="GB", help="Of one GPU; the device's own.")] = None,
     interconnect: Annotated[
-        str, typer.Option(help="Of a machine and of machines, as in nvlink, pcie,ethernet or 25 (GB/s).")
+        str, typer.Option(help="In a machine and between them, as in nvlink, pcie,ethernet or 25 (GB/s).")
     ] = "",
-    tokens: Annotated[str | None, typer.Option(help="To train on: also days, energy and price, as in 300B.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="To train on, as in 300B: for days, energy and price.")] = None,
     price: Annotated[float | None, typer.Option(metavar="PER_HOUR", help="Of one GPU, in any currency.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> None:
@@ -73,10 +73,10 @@ def plan(
 
 
 def find_job(name: str) -> tuple[MythosConfig, Settings]:
-    """The model of a name, and how it is trained if that is a recipe's or a run's.
+    """The model's config by name or path, and its training settings if that is a recipe or a run, else defaults.
 
     Raises:
-        ValueError: if it is none of them, or its config is bad.
+        ValueError: if there is no such model, or its config is invalid.
     """
     from open_mythos.training import runs
     from open_mythos.training.recipes import configured
@@ -91,18 +91,18 @@ def find_job(name: str) -> tuple[MythosConfig, Settings]:
 
 
 def is_recipe(name: str) -> bool:
-    """Whether it is the name of a recipe, and no path."""
+    """Whether ``name`` is a recipe's, and not an existing path."""
     from open_mythos.training.recipes import RECIPES
 
     return name in RECIPES and not Path(name).exists()
 
 
 def of_training(cfg: "TrainConfig") -> tuple[MythosConfig, Settings]:
-    """Model and settings of a run, at its greatest difficulty and the loops that it trains."""
+    """Model and settings of a run, at its maximum difficulty and number of trained loops."""
     from open_mythos import tasks
 
     hardest, loops = cfg.task.max_difficulty, cfg.loops.trained
-    is_text = cfg.task.name == "text"  # whose difficulty is tokens, and whose corpus may be long to read
+    is_text = cfg.task.name == "text"  # its difficulty is the length; loading it would read the corpus
     length = hardest if is_text else tasks.load(cfg.task.name, **cfg.task.options).length(hardest)
     grad = {"all": loops, "each": loops, "one_step": 1}.get(cfg.loops.gradient, min(cfg.loops.grad_loops, loops))
     return cfg.model, Settings(
@@ -112,7 +112,7 @@ def of_training(cfg: "TrainConfig") -> tuple[MythosConfig, Settings]:
 
 
 def count(text: str) -> float:
-    """A number of tokens such as ``3e11`` or ``300B``; ValueError if it is none."""
+    """Parse a number of tokens such as ``3e11`` or ``300B``; ValueError for anything else."""
     digits, factor = (text[:-1], _SUFFIXES[text[-1].upper()]) if text[-1:].upper() in _SUFFIXES else (text, 1.0)
     try:
         number = float(digits) * factor
@@ -136,7 +136,7 @@ def refusal(name: str, found: "Found") -> str:
 
 
 def sharded_alone(found: "Found") -> str:
-    """What FSDP alone would take, where that does not fit."""
+    """A phrase on the memory of FSDP alone if that does not fit, else ``""``."""
     sheet = found.sharded
     if sheet is None or sheet.layout.shard == 1 or sheet.memory.total <= sheet.job.room:
         return ""
@@ -149,7 +149,7 @@ def sharded_alone(found: "Found") -> str:
 
 
 def costs(sheet: "Sheet", tokens: float, price: float | None) -> dict[str, float]:
-    """Of training on so many tokens: steps, days, energy of the GPUs alone, and money."""
+    """The cost of training on ``tokens`` tokens: steps, days, GPU-hours, energy of the GPUs alone, and price."""
     job, hours = sheet.job, tokens / sheet.tokens_per_second / 3600
     steps = tokens / (job.batch_size * job.length)
     bill = {"steps": steps, "days": hours / 24, "GPU-hours": hours * job.gpus}
@@ -158,7 +158,7 @@ def costs(sheet: "Sheet", tokens: float, price: float | None) -> dict[str, float
 
 
 def kept_and_recomputed(sheet: "Sheet") -> "dict[str, Sheet]":
-    """A sheet and its like, by what becomes of loops."""
+    """Two versions of a sheet: with the activations of loops kept, and with loops recomputed."""
     kinds = {"loops kept": False, "recomputed": True}
     return {kind: type(sheet)(sheet.job, replace(sheet.layout, recompute=again)) for kind, again in kinds.items()}
 

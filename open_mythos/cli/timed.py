@@ -1,4 +1,4 @@
-"""The models that ``mythos bench`` times, and what their speed costs."""
+"""The models that ``mythos bench`` times, and the price of their tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +14,14 @@ from open_mythos.models import load_model, model_dir
 from open_mythos.training.allocator import keep_freed_memory
 from open_mythos.variants import DENSE_BITS, LOOPED_BITS
 
-_HEAD, _VOCABULARY = 64, 8192  # of the shapes that --dim makes
+_HEAD, _VOCABULARY = 64, 8192  # head width and vocabulary of models made by --dim
 
 
 def build(model: str | None, dim: int | None, attn: str | None, experts: int | None, loops: int | None) -> OpenMythos:
     """The model to time, with every position running every loop.
 
     Raises:
-        ValueError: for a model and a shape at once, or either that does not do.
+        ValueError: if both a model and a shape are given, or one of them is invalid.
     """
     shape = {"--dim": dim, "--attn": attn, "--experts": experts}
     if model is None:
@@ -36,12 +36,12 @@ def build(model: str | None, dim: int | None, attn: str | None, experts: int | N
         else:
             made = load_model(model)
     made.cfg.halting = False
-    made.cfg.max_loop_iters = loops or made.cfg.max_loop_iters  # what training explores, too
+    made.cfg.max_loop_iters = loops or made.cfg.max_loop_iters  # also the depth of the rows explored in training
     return made
 
 
 def shaped(dim: int, attn: str, experts: int, loops: int) -> MythosConfig:
-    """A model of a width, other sizes in proportion: heads of 64, experts as wide as the model, two for each token."""
+    """A model of width ``dim``, other sizes in proportion: heads of 64, experts of width dim, two for each token."""
     heads = dim // _HEAD
     must(dim % _HEAD == 0, f"--dim {dim} is no multiple of {_HEAD}, the width of a head; use {heads * _HEAD}")
     return MythosConfig(
@@ -56,7 +56,7 @@ def time_works(
     model: OpenMythos, n_loops: int, sizes: dict[Any, tuple[int, int]], dtype: torch.dtype, seconds: float,
     begin: Callable[[str], None],
 ) -> list[Speed]:  # fmt: skip
-    """Time each work of ``sizes``, rows and tokens by name, at a depth that training does not go beyond either."""
+    """Time each work of ``sizes`` (by name: rows and tokens) at ``n_loops``, also the maximum depth in training."""
     model.cfg.max_loop_iters = n_loops
     model.cfg.max_seq_len = max(model.cfg.max_seq_len, *(length + 64 for _, length in sizes.values()))
     found = []
@@ -72,9 +72,9 @@ def time_works(
 
 
 def prices(per_hour: float, looped: list[list[Speed]], dense: list[Speed]) -> list[dict[str, Any]]:
-    """Money for a million tokens of each work: of the model at every depth, and of the dense one, if there is one.
+    """The price of a million tokens of each work: for the model at every depth, and for the dense one, if any.
 
-    Quality is known where there is one: held-out bits per byte, None at depths that were not measured.
+    Quality is known only if there is a dense one: held-out bits per byte, None at depths that were not measured.
     """
     rows = []
     for name, speeds, bits in [*(("looped", one, LOOPED_BITS) for one in looped), ("dense", dense, DENSE_BITS)]:

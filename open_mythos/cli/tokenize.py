@@ -1,4 +1,4 @@
-"""``mythos tokenize``: text to a folder of tokens, by several processes."""
+"""``mythos tokenize``: tokenise text into a folder of shards, by several processes."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import typer
 from open_mythos.cli.console import live, mythos, note, si, typed
 from open_mythos.fields import must
 
-WORTH = 1 << 24  # bytes of text that a process more is worth waiting for
+WORTH = 1 << 24  # bytes of text from which on one more process pays off
 
 
 def tokenize(
@@ -37,7 +37,7 @@ def tokenize(
     from open_mythos.tasks.filling import fill
     from open_mythos.training.owner import owned
 
-    out = files.real(out) if out.is_symlink() else out  # a folder does not take the place of a link
+    out = files.real(out) if out.is_symlink() else out  # a folder cannot replace a link
     is_free = not out.exists() or not any(out.iterdir())
     whole = f"train on it with {typed('train', 'text', f'data={out}')}, or " if store.is_store(out) else ""
     must(is_free, f"{out} is there, and stays as it is; {whole}name another --out")

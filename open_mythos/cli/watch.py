@@ -17,7 +17,7 @@ from open_mythos.training.trainer import Lost, TrainingError
 
 @contextmanager
 def reading(overrides: list[str]) -> Iterator[None]:
-    """Show that text is being read, which may take a while."""
+    """Show, inside the block, that text is being read, which may take a while."""
     sources = [text for text in overrides if text.startswith("data=")]
     if sources and distributed.rank() == 0:
         log(f"reading {sources[-1]}")
@@ -31,9 +31,9 @@ def log(message: str) -> None:
 
 @contextmanager
 def watching(cfg: TrainConfig, again: str = "") -> Iterator[Watch]:
-    """A live line of the steps, then of what is done after training: so many stages of gate and evaluation.
+    """Show a live line of the training steps, and then of the stages after training: gate and evaluation.
 
-    ``again`` is the command that goes on with the run. A training that cannot go on is :func:`fail`'s.
+    ``again`` is the command that resumes the run. A TrainingError ends the command by :func:`fail`.
     """
     n_stages, stage = stages(cfg), itertools.count(1)
     with live(cfg.steps, "the first steps", distributed.rank() == 0) as update:
@@ -52,7 +52,7 @@ def watching(cfg: TrainConfig, again: str = "") -> Iterator[Watch]:
 
 
 def live_line(numbers: Record, steps: int) -> str:
-    """The metrics of a step in one line, without missing ones."""
+    """The metrics of a step in one line; missing ones are left out."""
     parts = [f"step {numbers['step']}/{steps}"]
     for key, form in (
         ("loss", "loss {:.4f}"),

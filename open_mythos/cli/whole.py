@@ -1,4 +1,4 @@
-"""Whether the files of a model or a run are whole, for ``mythos doctor PATH``."""
+"""Integrity checks of the files of a model, a run or a folder of tokens, for ``mythos doctor PATH``."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,7 +17,7 @@ from open_mythos.training.config import TrainConfig
 
 
 def examine(source: str) -> Iterator[tuple[Path, bool, str]]:
-    """Of each file that is there: its path, whether it is whole, and what was checked or what is wrong.
+    """For each existing file: its path, whether it is whole, and what was checked or what is wrong.
 
     Raises:
         ValueError: if ``source`` is no model and no run.
@@ -47,7 +47,7 @@ def _of_tokens(folder: Path) -> Iterator[tuple[Path, Callable[[Path], str]]]:
     yield folder / tokenizer.FILE, lambda path: f"{len(tokenizer.load(folder).pieces)} tokens"
     try:
         index = store.read_index(folder)
-    except (OSError, ValueError):  # it has been said above
+    except (OSError, ValueError):  # already reported by the checks above
         return
     for name in store.PARTS:
         for before, shard in pairwise([store.Shard(), *index[name]]):
@@ -87,7 +87,7 @@ def _weights(directory: Path, parts: list[Path]) -> str:
     try:
         load_model(directory)  # compares the config with the names and shapes, and each file with its checksum
     except ValueError as error:
-        if TRAINING_FILE not in str(error):  # which has a line of its own
+        if TRAINING_FILE not in str(error):  # that file has a check of its own
             raise
         for part in parts:
             weights.read(part)
