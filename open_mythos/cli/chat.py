@@ -42,7 +42,7 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 takes the likeliest token; 0.8, or 0 if it answers questions.")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = 50,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: from all.")] = 50,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens of this probability.")] = None,
     exit: Annotated[
         str | None, typer.Option(help="Let tokens stop early: gate, change:0.03:2, acceleration, kl:5e-4, argmax:3.")

@@ -43,7 +43,7 @@ def _evaluate(call: Callable[..., Result], *args: Any) -> Result:
 
 
 def is_evaluating() -> bool:
-    """Whether modules in training mode are to compute as in eval mode; False, under torch.compile, for traced code."""
+    """Whether modules in training mode are to compute as in eval mode; always False in code that is traced."""
     return not is_traced() and _evaluates.get()
 
 
