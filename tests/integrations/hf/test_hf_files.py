@@ -160,7 +160,7 @@ def test_int8_weights_are_not_saved(tmp_path):
     from open_mythos.quantization import quantize_int8
 
     lm = OpenMythosForCausalLM.wrap(quantize_int8(tiny_model()))
-    with pytest.raises(CheckpointError, match="is of Int8Weight, which cannot be saved; save the model before that"):
+    with pytest.raises(CheckpointError, match="Int8Weight, which cannot be saved; save the model before it is"):
         lm.save_pretrained(tmp_path)
 
 
