@@ -113,7 +113,7 @@ def markdown(results: dict[str, Any]) -> str:
                 f"{hops}, {when}", *(f"{curve[n]:.3f}" for n in ("1", "2", "3")),
                 f"{curve[str(hops + 2)]:.3f}", f"{curve[str(2 * hops + 4)]:.3f}",
             ])  # fmt: skip
-    columns = "hops", "1 loop", "2", "3", "hops + 2", "2 hops + 4"
+    columns = "hops", "1 loop", "2", "3", "hops + 2", "2 × hops + 4"
     prompts = f"{size['batch']} prompts of up to {size['sentences']} sentences and {size['hops']} hops"
     lines = [f"Accuracy, with 16 possible answers; training was {size['steps']} steps of {prompts}:", ""]
     lines += [*table(columns, rows, numbers=True), ""]

@@ -77,8 +77,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"{at['name']}, {at['threads']} of {at['cores']} cores, torch {at['torch']}, float32, {at['date']}: matrix "
         f"products {results['peaks']['matmul'] / 1e9:.0f} GFLOP/s, reading {results['peaks']['read'] / 1e9:.0f} GB/s. "
-        f"Width {DIM}, one prelude and one coda block, 8 routed experts of which a token meets 2, GQA, 4 loops, where "
-        f"a table does not say otherwise. Training: steps of {TRAINED[0]} x {TRAINED[1]} tokens. Decoding: one row, "
+        f"Width {DIM}, one prelude and one coda block, 8 routed experts, 2 per token, GQA and 4 loops, unless "
+        f"the table says otherwise. Training: steps of {TRAINED[0]} x {TRAINED[1]} tokens. Decoding: one row, "
         f"after {READ} tokens. Prompts: {READ} tokens.",
     ]
     for title, columns, rows in (loops_table(results), experts_table(results), context_table(results)):
@@ -91,8 +91,8 @@ Content = tuple[str, list[str], Iterator[list[str]]]
 
 def loops_table(results: dict[str, Any]) -> Content:
     kept, recomputed = results["memory"]["kept"], results["memory"]["recomputed"]
-    columns = ["loops", "MFLOP to decode a token", "decoding, ms a token", "prompts, tokens/s", "training, tokens/s",
-               "cache, kB a token", "a step's memory, MB", "recomputed, MB"]  # fmt: skip
+    columns = ["loops", "MFLOP to decode a token", "decoding, ms per token", "prompts, tokens/s", "training, tokens/s",
+               "cache, kB per token", "memory of a training step, MB", "with recomputed loops, MB"]  # fmt: skip
     rows = (
         [
             str(line["loops"]), f"{line['flops'] / 1e6:.1f}", f"{1000 * line['decode']:.1f}", f"{line['prefill']:,.0f}",
@@ -105,7 +105,7 @@ def loops_table(results: dict[str, Any]) -> Content:
 
 
 def experts_table(results: dict[str, Any]) -> Content:
-    columns = ["routed experts", "parameters, M", "active, M", "MFLOP to decode a token", "decoding, ms a token",
+    columns = ["routed experts", "parameters, M", "active, M", "MFLOP to decode a token", "decoding, ms per token",
                "prompts, tokens/s", "training, tokens/s"]  # fmt: skip
     rows = (
         [
@@ -119,7 +119,7 @@ def experts_table(results: dict[str, Any]) -> Content:
 
 
 def context_table(results: dict[str, Any]) -> Content:
-    columns = ["attention, context", "cache, MB", "MFLOP to decode a token", "decoding, ms a token",
+    columns = ["attention, context", "cache, MB", "MFLOP to decode a token", "decoding, ms per token",
                "prompt of that length, tokens/s"]  # fmt: skip
     rows = (
         [

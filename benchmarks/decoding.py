@@ -309,7 +309,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines: list[str] = []
     if "budget" in results:
         lines += table(
-            ("model", "loops", "tokens a call", "slots", "bytes per token", "quality"),
+            ("model", "loops", "tokens per call", "slots", "bytes per token", "quality"),
             (
                 (r["model"], r["loops"], r["chunk"], r["slots"] or "one per loop", f"{r['bytes_per_token']:.0f}",
                  f"{r['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in r else f"{r['accuracy']:.4f} right")
@@ -318,8 +318,8 @@ def markdown(results: dict[str, Any]) -> str:
         )  # fmt: skip
     if "speculation" in results:
         lines += table(
-            ("rows", "temperature", "loops", "draft loops", "draft tokens", "kept", "tokens a round", "tokens/s plain",
-             "drafted", "faster"),
+            ("rows", "temperature", "loops", "draft loops", "draft tokens", "share kept", "tokens per round",
+             "tokens/s without drafts", "with drafts", "speedup"),
             (
                 (r["rows"], f"{r['temperature']:g}", r["loops"], r["draft_loops"], r["draft_tokens"],
                  f"{r['kept']:.2f}", f"{r['per_round']:.2f}", f"{r['plain_per_second']:.0f}",
@@ -329,7 +329,7 @@ def markdown(results: dict[str, Any]) -> str:
         )  # fmt: skip
     if "warm" in results:
         lines += table(
-            ("model", "start", *(f"stop below {t:g}: bits (loops)" for t in THRESHOLDS)),
+            ("model", "start", *(f"stop below {t:g}: bits per byte (loops)" for t in THRESHOLDS)),
             (
                 (name, start, *(
                     f"{r['bits_per_byte']:.4f} ({r['loops']:.2f})"
@@ -348,7 +348,7 @@ def markdown(results: dict[str, Any]) -> str:
             ),
         )  # fmt: skip
         lines += table(
-            ("model", "loops", "weights", "MB", "prompt tokens/s", "tokens/s", "for bfloat16's"),
+            ("model", "loops", "weights", "MB", "prompt tokens/s", "tokens/s", "over bfloat16's"),
             (
                 (r["model"], r["loops"], r["format"], f"{r['bytes'] / 1e6:.2f}", f"{r['prompt_per_second']:.0f}",
                  f"{r['tokens_per_second']:.1f}", f"{r['for_bfloat16']:.2f}x")

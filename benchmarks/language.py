@@ -29,9 +29,12 @@ from open_mythos.training.fit import load_evaluation
 ROOT = Path(__file__).parent.parent
 RUNS, PAGE = ROOT / "runs" / "language", ROOT / "docs" / "language.md"
 NAMES = {
-    "looped": "looped", "single": "single: its parameters, one pass", "wide": "wide: its operations, one pass",
-    "unrolled": "unrolled: four blocks of their own", "plain": "plain: as deep, without injection and state norm",
-}  # fmt: skip
+    "looped": "looped",
+    "single": "single: the parameters of looped, one pass",
+    "wide": "wide: the operations of looped, one pass",
+    "unrolled": "unrolled: four blocks with weights of their own",
+    "plain": "plain: the same depth, without injection and state norm",
+}
 SHALLOW, DEEPER = 0.05, 0.005  # bits that one loop may lose to single, and four times the trained loops to these
 
 
@@ -64,7 +67,8 @@ def markdown(results: dict[str, Any]) -> str:
             NAMES[one["kind"]], f"{one['parameters']:,}", f"{one['training_flops']:.1e}", f"{one['lr']:g}",
             f"{one['mean'][0][column]:.4f} ({one['worst'][0][column]:.4f})", f"{low:.4f} – {high:.4f}",
         ])  # fmt: skip
-    columns = "model", "parameters", "FLOPs of training", "rate", "bits per byte: mean (worst seed)", "95% interval"
+    columns = ["model", "parameters", "training FLOPs", "learning rate", "bits per byte: mean (worst seed)"]
+    columns.append("95% interval")
     lines = [f"## At {loops} loops", "", *table(columns, rows, numbers=True), "", *compared["worth"], ""]
     kinds = list(compared["contenders"][0]["by_token"])
     rows = [[one["kind"], *(f"{one['by_token'][kind]:.3f}" for kind in kinds)] for one in compared["contenders"]]

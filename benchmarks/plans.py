@@ -28,8 +28,8 @@ PLANNED = [  # variant, GPUs, GB of each, settings
     ("1t", 2048, 180, "device=b200"),
 ]
 COLUMNS = [
-    "`mythos plan`", "replicate x shard x tensor, expert", "micro-batches x rows, loops", "GB of a GPU",
-    "FSDP alone, GB", "step, s", "tokens/s", "bound by",
+    "`mythos plan`", "replicate x shard x tensor, expert", "micro-batches x rows, activations of loops", "GB per GPU",
+    "GB per GPU with FSDP alone", "step, s", "tokens/s", "bound by",
 ]  # fmt: skip
 
 

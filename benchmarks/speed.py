@@ -217,7 +217,7 @@ def markdown(kinds: dict[str, dict[str, Any]]) -> str:
     lines, columns = [], ["workload", "compared"]
     for kind in RESULTS:
         lines.append(f"- **{kind}**: {where(kinds[kind]) if kind in kinds else 'not measured.'}")
-        columns += [f"{kind}: ratio, median (min – max)", f"{kind}: both sides"]
+        columns += [f"{kind}: ratio, median (min – max)", f"{kind}: figures of both sides"]
     cells: dict[str, dict[tuple[str, str], list[str]]] = {}  # of each workload and comparison: two a kind, and a note
     for k, kind in enumerate(RESULTS):
         for found in kinds.get(kind, {"results": {}})["results"].values():

@@ -84,7 +84,7 @@ def mean_and_worst(values: list[float]) -> str:
 
 def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
     """Mean and worst of the seeds, and whether what is asked for holds."""
-    columns = "a loop early", "in time", f"{DEEPER} times the loops", "with halting", "its loops", "bar", ""
+    columns = "one loop fewer", "in time", f"{DEEPER} times the loops", "with halting", "loops run", "required", ""
     rich = Table("", tasks.load(task).unit, *columns, title=task)
     for i, (options, difficulty, least, worst) in enumerate(BARS[task]):
         found = of_seeds([result[i] for result in results])
@@ -103,7 +103,8 @@ def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of the docs: of each task, mean and worst seed."""
-    columns, lines = ("", "in time", f"{DEEPER} times the loops", "with halting", "of these loops", "bar"), []
+    columns = "", "in time", f"{DEEPER} times the loops", "with halting", "loops run with halting", "required in time"
+    lines = []
     for task, found in results.items():
         for (options, difficulty, least, _), *rows in zip(BARS[task], *found["rows"], strict=True):
             row = of_seeds(rows)
