@@ -1,11 +1,11 @@
-"""Put trained reasoners into the package, each with a model card of figures that it was just measured to have.
+"""Put trained models into the package, each with a model card whose figures are measured on it.
 
     python benchmarks/ship.py [--seed 0] [--gates | --run DIR [--note TEXT]] [--only NAME ...]
 
-With --run it is that run, of the one model that --only names; its card says --note of how it was made. With --gates the
-models that are there stay as they are but for their halting gates, which are taught again. Else it takes the runs of
-benchmarks/reasoners.py; the seed is chosen beforehand, not by its figures. tests/test_pretrained.py measures every card
-again. The model of text is stored in bfloat16, and measured in single precision as it is stored.
+--run names the run of the one model that --only names; --note is added to its card, under "How it was made". With
+--gates, only the halting gates of the shipped models are trained again. Otherwise the runs of benchmarks/reasoners.py
+are taken; the seed is chosen beforehand, not by its results. tests/test_pretrained.py measures every card again. The
+text model is stored in bfloat16, and its stored weights are measured in float32.
 """
 
 import argparse
@@ -42,11 +42,11 @@ NAMES = {
 }
 EXAMPLES = 32
 CARD, KINDS = "README.md", "kinds.json"
-MOST_BYTES = {"words-tiny": 6_000_000}  # of weights; of others 1 MB
+MOST_BYTES = {"words-tiny": 6_000_000}  # of weights; 1 MB for the others
 
 
 def ship(name: str, run: Path, note: str = "") -> Path:
-    """Write ``open_mythos/pretrained/NAME`` from a run, or with another gate from itself, and return its path."""
+    """Write ``open_mythos/pretrained/NAME`` from a run, or from itself with a new gate, and return its path."""
     cfg = TrainConfig.load(model_dir(run) / TRAINING_FILE)
     model, target = load_model(run), SHIPPED / name
     task = tasks.load(cfg.task.name, **cfg.task.options)
@@ -56,7 +56,7 @@ def ship(name: str, run: Path, note: str = "") -> Path:
     if isinstance(task, Text):
         model.to(torch.bfloat16)
     model.save_pretrained(target)
-    if cfg.start:  # a run of this machine's
+    if cfg.start:  # the path of a run on this machine
         cfg.start = f"runs/{Path(cfg.start).name}"
     cfg.save(target / TRAINING_FILE)
     save_tokenizer(task, target)
@@ -72,7 +72,7 @@ def ship(name: str, run: Path, note: str = "") -> Path:
 def of_problems(
     name: str, model: OpenMythos, task: tasks.Task, cfg: TrainConfig, note: str
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """Accuracy by difficulty and loops, and the card that shows it."""
+    """The accuracy by difficulty and loops, and the card that shows it."""
     loops = [n for n in cfg.evaluation.loops if n <= 256]
     task = task.held_out()
     grid = depth_grid(model, task, cfg.evaluation.difficulties, loops, EXAMPLES)
@@ -88,7 +88,7 @@ def of_problems(
 
 
 def of_text(name: str, model: OpenMythos, task: Text, cfg: TrainConfig) -> tuple[dict[str, Any], str]:
-    """Bits per byte by loops, and the card that shows them."""
+    """The bits per byte by loops, and the card that shows them."""
     length, windows = cfg.evaluation.difficulties[0], cfg.evaluation.examples
     held_out = replace(task, split="held_out")
     bits = bits_per_byte(model.float(), held_out, cfg.evaluation.loops, length, windows)
@@ -104,8 +104,9 @@ def count(model: OpenMythos) -> int:
 
 
 def text_card(name: str, cfg: TrainConfig, figures: dict[str, Any], n_parameters: int) -> str:
-    """A model card in Markdown, of a model of text."""
+    """The model card of a text model, in Markdown."""
     rows = "\n".join(f"| {n} | {bits:.4f} |" for n, bits in figures["bits_per_byte"].items())
+    seen = cfg.steps * cfg.batch_size * figures["length"]
     return f"""---
 license: mit
 library_name: open_mythos
@@ -114,9 +115,10 @@ tags: [recurrent-depth, {cfg.task.name}]
 
 # {name}
 
-A recurrent-depth transformer of {n_parameters:,} parameters that predicts the next byte of Python source. Trained for
-a few minutes on the standard library's own modules, at {cfg.loops.mean:g} loops. It is here to try decoding
-on, not to write code: it knows indentation, keywords and common names, and little more. Byte b is token 1 + b.
+A recurrent-depth transformer of {n_parameters:,} parameters that predicts the next byte of Python source code. It was
+trained for a few minutes on the modules of the standard library, at {cfg.loops.mean:g} loops. It is meant for trying
+out decoding, not for writing code: it has learned indentation, keywords and common names, and little more. Byte b is
+token 1 + b.
 
 ```python
 import torch
@@ -127,33 +129,33 @@ ids = torch.tensor([task.encode("import os\\n\\n\\ndef ")])
 print(task.decode(model.generate(ids, 64, temperature=0)[0].tolist()))
 ```
 
-Weights are stored, and load, in bfloat16; `.float()` computes in single precision, which a CPU does faster.
+Weights are stored and loaded in bfloat16; `.float()` converts them to float32, which is faster on a CPU.
 
 ## Bits per byte by loops
 
-Of the modules that training left out, {figures["windows"]} windows of {figures["length"]} bytes, in single precision,
-on the library of Python {figures["python"]}; that of another Python gives slightly other figures.
+Measured in float32 on {figures["windows"]} windows of {figures["length"]} bytes from held-out modules of the standard
+library of Python {figures["python"]}; with another version of Python, the figures differ slightly.
 
 | loops | bits per byte |
 |---|---|
 {rows}
 
-Measure it again with `mythos eval {name}`.
+`mythos eval {name}` measures this again.
 
 ## How it was made
 
 `mythos train {cfg.recipe} seed={cfg.seed}`: {cfg.steps} steps of {cfg.batch_size} windows of {figures["length"]} bytes;
-all settings are in `training.json`. The seed was chosen before training; three seeds of the recipe, beside models
-without a loop, are in `docs/language.md`. How it decodes is in `benchmarks/results/decoding.json`.
+all settings are in `training.json`. The seed was chosen before training. `docs/language.md` has the results of three
+seeds of the recipe, next to models without a loop, and `benchmarks/results/decoding.json` measurements of decoding.
 
 ## Limits
 
-It saw less than a megabyte of text. It has no halting gate, and was trained on windows of {figures["length"]} bytes.
+It was trained on windows of {figures["length"]} bytes, {seen / 1e6:.0f} MB of text in all. It has no halting gate.
 """
 
 
 def card(name: str, cfg: TrainConfig, grid: DepthGrid, lost: float, n_parameters: int) -> str:
-    """A model card in Markdown, of a reasoner whose gate loses so much accuracy against running the most loops."""
+    """The model card of a reasoner, in Markdown; ``lost`` is the accuracy that its gate loses against all loops."""
     trained = f"{cfg.task.min_difficulty} to {cfg.task.max_difficulty} {grid.unit}"
     heads = " | ".join(f"{n} {grid.unit}" for n in grid.difficulties)
     rows = rows_of(grid)
@@ -167,8 +169,9 @@ tags: [recurrent-depth, {cfg.task.name}]
 
 # {name}
 
-A recurrent-depth transformer of {n_parameters:,} parameters that solves `{cfg.task.name}`. Trained on {trained} at
-{cfg.loops.minimum} to {cfg.loops.maximum} loops; the same weights, run for more, solve longer problems.
+A recurrent-depth transformer of {n_parameters:,} parameters that solves problems of the task `{cfg.task.name}`.
+It was trained on problems of {trained}, with {cfg.loops.minimum} to {cfg.loops.maximum} loops.
+Run for more loops, the same weights solve larger problems.
 
 ```python
 import torch
@@ -183,38 +186,42 @@ with torch.inference_mode():
 
 ## Accuracy by difficulty and loops
 
-Share of scored tokens that are right, mean over {grid.examples} new problems of each difficulty (seed {grid.seed}),
-with the halting gate on; in brackets the loops that a position ran, on average. Guessing gets {grid.chance:.3f}.
-Against running all {grid.loops[-1]} loops at every position, the gate loses at most {max(lost, 0):.4f} of it.
+The share of answer tokens that are right, with the halting gate on, as a mean over {grid.examples} new problems of each
+difficulty (seed {grid.seed}); in brackets, the mean number of loops that a position ran. Chance is {grid.chance:.3f}.
+Compared with all {grid.loops[-1]} loops at every position, the gate loses at most {max(lost, 0):.4f} of accuracy.
 
-| loops, at most | {heads} |
+| maximum loops | {heads} |
 |---|{"---|" * len(grid.difficulties)}
 {chr(10).join(rows)}
 
-Measure it again with `mythos eval {name} --exit gate --examples {grid.examples}`; the figures above, in full, are in
-`figures.json`.
+`mythos eval {name} --exit gate --examples {grid.examples}` measures this again.
+`figures.json` has the unrounded figures.
 
 ## How it was made
 
 `{made}`: {cfg.steps} steps of {cfg.batch_size} problems; all settings are in `training.json`. The seed was chosen
-before training; `benchmarks/results/reasoners.json` has three seeds and both baselines.
+before training. `benchmarks/results/reasoners.json` has the results of three seeds and of both baselines without a
+loop.
 
 ## Limits
 
-It knows this one task, in this task's own tokens. Beyond the difficulties above nothing was measured.
+It has learned this one task only, in the task's own tokens. Difficulties beyond those above were not measured.
 """
 
 
 def words_card(
     name: str, cfg: TrainConfig, grids: list[DepthGrid], lost: float, model: OpenMythos, note: str
 ) -> str:  # fmt: skip
-    """A model card in Markdown, of a model that answers questions in words; grids of all its tasks and of each."""
+    """The model card of a model that answers questions in words, in Markdown.
+
+    ``grids`` has the accuracy over all tasks first, then that of each task.
+    """
     tables = "\n\n".join(
-        f"### {grid.task.replace('_', ' ')}\n\n| loops, at most | "
+        f"### {grid.task.replace('_', ' ')}\n\n| maximum loops | "
         + " | ".join(f"{n} {grid.unit}" for n in grid.difficulties)
         + f" |\n|---|{'---|' * len(grid.difficulties)}\n"
         + "\n".join(rows_of(grid))
-        + f"\n\nGuessing gets {grid.chance:.3f}."
+        + f"\n\nChance is {grid.chance:.3f}."
         for grid in grids
     )
     weights, first = SHIPPED / name / WEIGHTS_FILE, grids[0]
@@ -228,29 +235,30 @@ tags: [recurrent-depth, {", ".join(grid.task for grid in grids)}]
 # {name}
 
 A recurrent-depth transformer of {count(model):,} parameters ({weights.stat().st_size / 1e6:.1f} MB) that answers
-questions about what it is told, in a vocabulary of {cfg.model.vocab_size} words. The same weights,
-run for more loops, take more steps.
+questions about facts that it is told, in a vocabulary of {cfg.model.vocab_size} words. Run for more loops, the same
+weights solve problems of more steps.
 
 ```
 $ mythos chat {name}
 > Ana has what Ben has. Ben keeps a key. What does Ana have?
 > /trace          the answer after each loop
-> /example 4      a problem that training never saw, the answer, and what is right
+> /example 4      a problem of 4 steps that was never in training, the model's answer, and the right one
 > /loops 2
-> /again          the same in fewer loops than it takes
+> /again          the same problem, with fewer loops than it takes
 ```
 
 ## Accuracy by kind, difficulty and loops
 
-Share of answers that are right, mean over {first.examples} new problems of each difficulty (seed {first.seed}), whose
-sentences and pairs of names were never in training, with the halting gate on; in brackets the loops that a position
-ran, on average. Against running all {first.loops[-1]} loops, the gate loses at most {max(lost, 0):.4f}. Trained on
-{cfg.task.min_difficulty} to {cfg.task.max_difficulty} {first.unit}, at up to {cfg.loops.maximum} loops.
+The share of answers that are right, with the halting gate on, as a mean over {first.examples} new problems of each
+difficulty (seed {first.seed}), whose sentences and pairs of names were never in training; in brackets, the mean number
+of loops that a position ran. The first table is for all four kinds together. Compared with all {first.loops[-1]}
+loops at every position, the gate loses at most {max(lost, 0):.4f} of accuracy. The model was trained on problems of
+{cfg.task.min_difficulty} to {cfg.task.max_difficulty} {first.unit}, with up to {cfg.loops.maximum} loops.
 
 {tables}
 
-Measure it again with `mythos eval {name} --exit gate --examples {first.examples}`; the figures above, in full, are in
-`figures.json` and `kinds.json`.
+`mythos eval {name} --exit gate --examples {first.examples}` measures this again.
+`figures.json` and `kinds.json` have the unrounded figures.
 
 ## How it was made
 
@@ -259,24 +267,24 @@ all settings are in `training.json`.{note and " " + note}
 
 ## Limits
 
-It knows the sentences of its four tasks, with numbers from 0 to 6, and no other English; a sentence unlike them may get
-a sure answer that is wrong. So may a question about somebody of whom nothing was said, as every question in training
-has an answer, and one kind of question after another: `/reset` in between. Beyond the difficulties above nothing was
-measured.
+It has learned the sentences of its four tasks, with numbers from 0 to 6, and no other English: a sentence unlike those
+may get a wrong answer with high probability. So may a question about somebody of whom nothing was said, since every
+question in training has an answer, and a question of another kind than the facts so far were told for; use `/reset` in
+between. Difficulties beyond those above were not measured.
 """
 
 
 def overrides_of(cfg: TrainConfig) -> list[str]:
-    """What was set beside the recipe; of a model that was trained further, only what differs from its own config."""
+    """Settings that differ from the recipe's, ``seed`` always; with ``start``, those of the model are left out."""
     usual = recipe(cfg.recipe)
-    if cfg.start:  # has a config of its own, but for the loops that it runs
+    if cfg.start:  # the model has a config of its own, except for the number of loops
         usual.model = replace(cfg.model, max_loop_iters=1)
     changed = {key: value for key, (_, value) in differences(usual, cfg).items() if key not in RESUMABLE_CHANGES}
     return [f"{key}={value}" for key, value in ({"seed": cfg.seed} | changed).items()]
 
 
 def rows_of(grid: DepthGrid) -> list[str]:
-    """Rows of a table: of each number of loops the accuracies, and the loops that a position ran."""
+    """A table row for each number of loops: the accuracies, each with the loops that a position ran."""
     return [
         f"| {n} | " + " | ".join(f"{accuracy:.4f} ({used:.1f})" for accuracy, used in zip(a, u, strict=True)) + " |"
         for n, a, u in zip(grid.loops, grid.accuracy.T.tolist(), grid.loops_used.T.tolist(), strict=True)
@@ -287,19 +295,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--gates", action="store_true", help="teach the gates of the shipped models again")
-    source.add_argument("--run", type=Path, help="of the one model that --only names")
-    parser.add_argument("--note", default="", help="what else its card should say of how it was made")
+    source.add_argument("--gates", action="store_true", help="train the halting gates of the shipped models again")
+    source.add_argument("--run", type=Path, help="the run of the one model that --only names")
+    parser.add_argument("--note", default="", help="more about how the model was made, for its card")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     args = parser.parse_args()
     if args.run and len(args.only) != 1:
-        parser.error("--run is of one model; name it with --only")
+        parser.error("--run is the run of one model; name it with --only")
     for name in args.only:
         run = args.run or (SHIPPED / name if args.gates else RUNS / NAMES[name] / f"looped-{args.seed}")
         has_gate = run.is_dir() and TrainConfig.load(model_dir(run) / TRAINING_FILE).gate.steps > 0
         if has_gate if args.gates else (run / "evaluation.json").is_file():
             print(f"{name}: {ship(name, run, args.note)}")
-    print(f"{CONFIG_FILE}, {WEIGHTS_FILE}, {TRAINING_FILE}, {FIGURES} and {CARD} of each are in {SHIPPED}.")
+    print(f"{CONFIG_FILE}, {WEIGHTS_FILE}, {TRAINING_FILE}, {FIGURES} and {CARD} of each model are in {SHIPPED}.")
 
 
 if __name__ == "__main__":
