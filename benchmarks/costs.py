@@ -1,9 +1,9 @@
-"""What loops, experts, attention and context cost, measured on this CPU; fills the tables of docs/costs.md.
+"""What loops, experts, attention and context cost, measured on this CPU; fills in the tables of docs/costs.md.
 
     python benchmarks/costs.py [--threads N] [--seconds S] [--out benchmarks/results/costs.json]
 
-The models are those of `mythos bench --dim 256`. Memory is measured as in speed.py, each figure in a fresh process.
-Three minutes; keep the machine free of other work, above all for the times of decoding.
+The models are those of `mythos bench --dim 256`. Memory is measured as in speed.py, each figure in a new process.
+Takes three minutes. Other work on the machine distorts the results, the times of decoding most of all.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "costs.md"
 DIM, FP32 = 256, 4
 BASE: dict[str, Any] = dict(attn="gqa", experts=8, loops=4)
-TRAINED, READ = (4, 128), 512  # rows and tokens of a step; tokens of a prompt, and before decoding
+TRAINED, READ = (4, 128), 512  # rows and tokens of a training step; tokens of a prompt, also before decoding
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "loops": [BASE | {"loops": n} for n in (1, 2, 4, 8, 16, 32)],
     "experts": [BASE | {"experts": n} for n in (1, 8, 64, 256)],
@@ -42,7 +42,7 @@ MEMORY = (4, 16, 32)  # loops
 
 
 def measure(sweep: str, line: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """One line of a table: its settings, what it costs by formula, and how fast it was."""
+    """One line of a table: its settings, its costs by formula, and its measured speeds."""
     loops, context = line["loops"], line.get("context", READ)
     torch.manual_seed(0)
     model = OpenMythos(cfg := shaped(DIM, line["attn"], line["experts"], loops))
@@ -60,7 +60,7 @@ def measure(sweep: str, line: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def memory(loops: int, recompute: bool, threads: int) -> float:
-    """Megabytes that a step of training adds to a process."""
+    """Megabytes by which a training step increases the memory of a process."""
     cfg = shaped(DIM, BASE["attn"], BASE["experts"], loops)
     model = {name: value for name, value in json.loads(cfg.to_json()).items() if name != "halting"}
     task = Task("ours", "memory", model, loops, *TRAINED, recompute=recompute)
@@ -134,7 +134,7 @@ def context_table(results: dict[str, Any]) -> Content:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure; three repetitions at least")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per figure; at least three repetitions")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "costs.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

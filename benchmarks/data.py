@@ -1,6 +1,6 @@
-"""Text at scale: how fast it is tokenised by so many processes, how long a step waits for rows, what a process holds.
+"""Text at scale: speed of tokenising by number of processes, time that a step waits for rows, memory of a process.
 
-    python benchmarks/data.py            # a minute; docs/text.md has a machine of two cores
+    python benchmarks/data.py            # a minute; docs/text.md has the results of a machine with two cores
 
 Each folder of tokens is measured in a process of its own.
 """
@@ -18,7 +18,7 @@ from open_mythos.tasks.filling import fill
 from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer
 
-SIZES = (1, 22)  # times the standard library's sources
+SIZES = (1, 22)  # multiples of the standard library's source code
 ROWS, LENGTH, BATCH = 60_000, 256, 64
 SMALL = ("model.dim=16", "model.n_heads=2", "model.n_kv_heads=2", "loops.maximum=1", "evaluation.loops=1")
 
@@ -31,7 +31,7 @@ def tokenised(folder: Path, kind: str, workers: int) -> None:
 
 
 def measured(folder: str) -> None:
-    """Memory of this process, and the wait of its steps."""
+    """Print the memory of this process, and how long its steps wait for their rows."""
     trainer = Trainer(configured("text", [f"data={folder}", f"length={LENGTH}", f"batch_size={BATCH}", *SMALL]))
     ahead = trainer.ahead
     assert ahead is not None

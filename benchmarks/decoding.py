@@ -1,11 +1,10 @@
-"""Decoding that uses recurrence, on the shipped models: memory of the loops' cache, drafting ahead, warm starts; and
-int8 weights.
+"""Decoding options that use recurrence, on the shipped models: memory of the cache, drafts, warm starts; int8 weights.
 
     python benchmarks/decoding.py [--only budget speculation warm int8] [--out benchmarks/results/decoding.json]
 
-One thread. Eight minutes, and five more the first time, to train the model that warm starts need (runs/decoding). Bits
-per byte are of text-tiny's held-out text, fed through the cache; accuracy is of problems fed token by token (int8: in
-one pass). Figures of a part that is not asked for are kept.
+Uses one thread. Takes eight minutes, and five more the first time, to train the model that warm starts need
+(runs/decoding). Bits per byte are measured on held-out text, fed through the cache of text-tiny; accuracy on problems
+that are fed token by token (for int8, in one pass). The figures of parts not in --only are kept.
 """
 
 import argparse
@@ -53,11 +52,11 @@ BY_MODULES = "bfloat16, by modules"
 FORMATS: dict[str, Callable[[OpenMythos], OpenMythos]] = {
     "float32": OpenMythos.float,
     "bfloat16": OpenMythos.bfloat16,
-    BY_MODULES: lambda model: watched(model.bfloat16()),  # what int8 decodes with, to tell the two apart
+    BY_MODULES: lambda model: watched(model.bfloat16()),  # int8 decodes by modules: to tell their effects apart
     "int8, float32 products": lambda model: quantize_int8(model.float()),
     "int8, bfloat16 products": lambda model: quantize_int8(model.bfloat16()),
 }
-KINDS = [name for name in FORMATS if name != BY_MODULES]  # those that may differ in quality
+KINDS = [name for name in FORMATS if name != BY_MODULES]  # formats that may differ in quality
 LARGE = MythosConfig(
     vocab_size=256, dim=1024, n_heads=16, n_kv_heads=4, max_seq_len=512, prelude_layers=1, coda_layers=1, n_experts=8,
     n_experts_per_tok=2, n_shared_experts=1, expert_dim=2048, attn_type="gqa", halting=False,
@@ -76,12 +75,12 @@ def text_model() -> OpenMythos:
 
 
 def fed(model: OpenMythos, ids: Tensor, n_loops: int, kv_cache: KVCache, chunk: int) -> Tensor:
-    """Logits of (B, T) tokens that go through the cache ``chunk`` at a time."""
+    """Logits of (B, T) tokens that are fed through the cache, ``chunk`` at a time."""
     return torch.cat([model(part, n_loops, kv_cache) for part in ids.split(chunk, 1)], 1)
 
 
 def bits(logits: Tensor, targets: Tensor) -> float:
-    """Bits per byte; a token of text-tiny is a byte."""
+    """Bits per byte, as a token of text-tiny is a byte."""
     return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten())) / math.log(2)
 
 
@@ -89,7 +88,7 @@ def bits(logits: Tensor, targets: Tensor) -> float:
 
 
 def budget() -> dict[str, Any]:
-    """Bytes of the cache for a token, and what is lost, by number of slots."""
+    """Cache bytes per token, and quality, by the number of cache slots that loops share."""
     batch, rows = text().windows(WINDOW, WINDOWS), []
     with measuring(text_model()):
         for chunk in (1, 16):
@@ -122,9 +121,9 @@ def budget() -> dict[str, Any]:
 
 
 def speculation() -> dict[str, Any]:
-    """Tokens per second with and without a draft, each prompt with one after the other."""
+    """Tokens per second with and without drafts, on each prompt in turn."""
     prompts, rows = text().windows(PROMPT, PROMPTS).ids, []
-    continued(prompts, 2, 0.0, Draft(1), seed=0)  # what is done once is not timed
+    continued(prompts, 2, 0.0, Draft(1), seed=0)  # work done once is not timed
     settings = [
         (rows_at_once, temperature, n_loops, drafts)
         for rows_at_once, loops in ((1, tuple(DRAFTS)), (BATCH, (8,)))
@@ -158,7 +157,7 @@ def speculation() -> dict[str, Any]:
 
 
 def continued(prompt: Tensor, n_loops: int, temperature: float, draft: Draft | None, seed: int) -> list[Tensor]:
-    """``NEW`` tokens, (B, n) at a time."""
+    """``NEW`` tokens, in blocks of (B, n)."""
     generator = torch.Generator().manual_seed(seed)
     if draft is None:
         new = text_model().stream(prompt, NEW, n_loops, temperature, generator=generator, engine="fused")
@@ -169,7 +168,7 @@ def continued(prompt: Tensor, n_loops: int, temperature: float, draft: Draft | N
 
 
 def acceptance(sizes: list[int], draft: Draft) -> float:
-    """Share of the drafted tokens which were put to the test that were kept."""
+    """Share of drafted tokens that were accepted, out of those that were verified."""
     kept = sum(size - 1 for size in sizes)
     return kept / (kept + sum(size <= draft.tokens for size in sizes))
 
@@ -178,7 +177,7 @@ def acceptance(sizes: list[int], draft: Draft) -> float:
 
 
 class Counting(Exit):
-    """Another exit, and how many loops were run with it."""
+    """Wraps an exit, and counts the loops that are run with it."""
 
     def __init__(self, exit: Exit) -> None:
         self.exit, self.ran = exit, 0
@@ -192,7 +191,7 @@ class Counting(Exit):
 
 
 def warm() -> dict[str, Any]:
-    """Loops and bits per byte where a token stops once its state rests, by where its state starts."""
+    """Loops and bits per byte when a token stops once its state hardly changes, by the initial state."""
     rows: list[dict[str, Any]] = []
     for name, model, starts in (
         ("trained from noise", noise_model(), ("zeros", "noise", "predecessor")),
@@ -207,7 +206,7 @@ def warm() -> dict[str, Any]:
 
 
 def one_by_one(model: OpenMythos, start: str, threshold: float) -> dict[str, float]:
-    """Bits per byte and mean loops of text fed a token at a time."""
+    """Bits per byte, and mean loops per token, of text that is fed one token at a time."""
     batch, held, exit = text().windows(WINDOW, WINDOWS), KVCache(), Counting(StateChange(threshold))
     generator = torch.Generator().manual_seed(0)
     found, first = [], None
@@ -220,7 +219,7 @@ def one_by_one(model: OpenMythos, start: str, threshold: float) -> dict[str, flo
 
 
 def noise_model() -> OpenMythos:
-    """The text recipe's model, trained to start from random states; trained now if there is none."""
+    """The text recipe's model, trained with random initial states; it is trained now unless that has been done."""
     if not (NOISE_RUN / "evaluation.json").is_file():
         command = [sys.executable, "-m", "open_mythos", "train", "text", "model.state_init=noise"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -232,13 +231,13 @@ def noise_model() -> OpenMythos:
 
 
 def watched(model: OpenMythos) -> OpenMythos:
-    """With a hook, which makes it decode by its modules."""
+    """The model with a hook, which makes it decode by its modules."""
     model.recurrent.block.register_forward_hook(lambda *_: None)
     return model
 
 
 def int8() -> dict[str, Any]:
-    """Quality of the shipped models by format of their weights, and speed of text-tiny and of a large random model."""
+    """Quality of shipped models by weight format, and speed of text-tiny and of a large model with random weights."""
     torch.manual_seed(0)
     batch, large = text().windows(WINDOW, WINDOWS), OpenMythos(LARGE).eval()
     texts = {name: change(deepcopy(text_model())) for name, change in FORMATS.items()}
@@ -259,7 +258,7 @@ def int8() -> dict[str, Any]:
 
 
 def solved(name: str, change: Callable[[OpenMythos], OpenMythos]) -> dict[str, Any]:
-    """Loops and share of right answers of a shipped reasoner."""
+    """Loops, difficulty and accuracy of a shipped reasoner."""
     (difficulty, loops), trained = REASONERS[name], training_config(name).task
     model = change(OpenMythos.from_pretrained(name))
     problems = tasks.load(trained.name, **trained.options).batch(
@@ -271,12 +270,12 @@ def solved(name: str, change: Callable[[OpenMythos], OpenMythos]) -> dict[str, A
 
 
 def speeds(models: dict[str, OpenMythos], n_loops: int) -> list[dict[str, Any]]:
-    """Prompt and new tokens per second of one row, the models taking turns; medians."""
+    """Prompt tokens and new tokens per second for one row, as medians; the models take turns."""
     prompt = text().windows(PROMPT, 1).ids
     prompts, steps = {name: [] for name in models}, {name: [] for name in models}
     plain = {name for name, model in models.items() if why_not_fused(model) is None}
-    engines = {name: "fused" if name in plain else "modules" for name in models}  # by operations, not by C code
-    for turn in range(ROUNDS + 1):  # the first is not counted
+    engines = {name: "fused" if name in plain else "modules" for name in models}  # PyTorch operators, not C code
+    for turn in range(ROUNDS + 1):  # the first turn is not counted
         for name, model in models.items():
             started = time.perf_counter()
             stream = model.stream(prompt, NEW, n_loops, temperature=0, engine=engines[name])

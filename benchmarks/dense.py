@@ -1,12 +1,13 @@
-"""A looped model with experts beside a dense Transformer of twice the parameters; fills docs/dense.md.
+"""A looped model with experts compared with a dense Transformer of twice the parameters; fills in docs/dense.md.
 
     python benchmarks/dense.py [--seeds 0 1 2] [--jobs 2] [--repeat 7] [--only loss|speed] [--out FILE]
 
-Both are this library's own blocks, trained by the same text, steps and optimizer; each takes the learning rate, of
-three, with which it does best on seed 0. The looped model is trained once, at 1 to 8 loops at random, and measured at
-every depth; at 8 loops it does as many operations a token as the dense one. Speed and memory are measured as in
-speed.py: a process each, which take turns, one thread. A quarter of an hour on two cores; trained models are kept in
-runs/dense, and training goes on where it was stopped. Keep the machine free of other work.
+Both consist of this library's own blocks and are trained on the same text, for the same steps, with the same optimizer,
+each with the learning rate, out of three, that is best for it on seed 0. The looped model is trained once, with 1 to 8
+loops at random, and measured at several depths; at 8 loops it does as many operations per token as the dense model.
+Speed and memory are measured as in speed.py: in processes that take turns, with one thread each. Takes a quarter of an
+hour on two cores. Trained models are kept in runs/dense, and stopped training is resumed. Other work on the machine
+distorts the results.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def run_config(name: str, rate: float, seed: int) -> TrainConfig:
 
 
 def bits(cfg: TrainConfig, run: Path) -> dict[int, float]:
-    """Held-out bits per byte by loops of a run, which is made or finished first if need be."""
+    """Held-out bits per byte of a run by loops; the run is started or resumed first unless it has ended."""
     torch.set_num_threads(1)
     if not (run / "evaluation.json").is_file():
         fit(cfg, run, "auto", Watch(log=lambda message: None))
@@ -74,7 +75,7 @@ def bits(cfg: TrainConfig, run: Path) -> dict[int, float]:
 
 
 def losses(seeds: list[int], jobs: int) -> dict[str, Any]:
-    """Of each model: the rate that was best on the first seed at most loops, what all gave, and bits of every seed."""
+    """For each model: the best rate (first seed, most loops), the bits at every rate, and the bits of every seed."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
 
         def all_bits(asked: list[tuple[str, float, int]], what: str) -> list[dict[int, float]]:
@@ -102,7 +103,7 @@ def losses(seeds: list[int], jobs: int) -> dict[str, Any]:
 
 
 def case(work: str, what: str, engine: str = "fused") -> Case:
-    """The dense model and every depth of the looped one at a piece of work, and what each takes beside the dense."""
+    """The dense model and the looped model at every number of loops, doing this work; ratios are to the dense model."""
     batch, tokens = TRAINED if work in ("train", "memory") else (1, CONTEXT)
     sides = {}
     for name, (model, loops) in MODELS.items():
@@ -123,11 +124,11 @@ CASES = {
     "compiled": case("decode", "decoding, compiled", "native"),
     "memory": case("memory", "memory of a training step"),
 }
-UNIT = {"memory": "growth MB"}  # of the others: tokens/s
+UNIT = {"memory": "growth MB"}  # for the others: tokens/s
 
 
 def speeds(repeat: int, say: Any) -> dict[str, Any]:
-    """For every case and side, what each turn measured."""
+    """For every case and side, the measurement of each turn."""
     found = {}
     for name, asked in CASES.items():
         turns = measure(asked, {"ours": Path(sys.executable)}, 1, repeat, partial(_say, say, name))
@@ -144,7 +145,7 @@ def _say(say: Any, name: str, what: str) -> None:
 
 
 def rows(results: dict[str, Any]) -> Iterator[list[str]]:
-    """A line for each depth of the looped model, and one for the dense."""
+    """A line for each number of loops of the looped model, and one for the dense model."""
     loss, speed = results["loss"], results["speed"]
     for name, (cfg, loops) in MODELS.items():
         count = parameters(cfg)
@@ -167,7 +168,7 @@ def rows(results: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The page's table."""
+    """The table of the page."""
     columns = [
         "model", "parameters, M (active)", "held-out bits per byte: mean (min – max)", "MFLOP per token", "prompt, ms",
         "decoding, ms per token", "decoding in compiled C, ms per token", "training step, ms",
@@ -184,9 +185,9 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="models that are trained at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="models trained at the same time, with one thread each")
     parser.add_argument("--repeat", type=int, default=7, help="turns that every side takes")
-    parser.add_argument("--only", choices=("loss", "speed"), help="keep the rest of the last results")
+    parser.add_argument("--only", choices=("loss", "speed"), help="measure only this, keep the other results")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "dense.json")
     args = parser.parse_args()
     console, screen = Console(), Console(stderr=True)

@@ -1,15 +1,16 @@
-"""What the library reaches on a GPU, in ten minutes, unattended; on a machine without one, what a CPU can show of it.
+"""What the library reaches on a GPU, in ten minutes, unattended; without a GPU, what a CPU can show of it.
 
     python benchmarks/gpu.py [--minutes 10] [--only NAME ...] [--out benchmarks/results/gpu.json]
     python benchmarks/gpu.py --device cpu [--tiny]
 
-Parts, in this order: the same numbers as on the CPU; training a looped mixture of experts of the 100M class beside a
-Llama of equal operations; its attention kernels; launches, graph breaks and waits of a step; memory beside the plan;
-decoding by captured graphs; operators. Results are written after every part, so that a cut loses nothing; a part that
-fails leaves its traceback in its place and the rest goes on. The exit code is 1 if a part failed or a bar was missed.
+Parts, in this order: agreement with the CPU's numbers; training of a looped mixture of experts of the 100M class next
+to a Llama of equal operations; its attention kernels; launches, graph breaks and synchronisations of a step; memory
+compared with the plan; decoding by captured graphs; operators. Results are written after every part, so an interruption
+loses nothing that was measured. If a part fails, its traceback is recorded and the others run. The exit code is 1 if a
+part failed or a bar (a required value) was missed.
 
-On a CPU nothing of speed is judged. Steps at toy sizes show graph breaks and the CPU's kernels; steps at full size, on
-a device that is not there (benchmarks/pretend.py), what they would launch, wait for, choose and hold.
+On a CPU, speed is not judged. Steps at toy sizes show graph breaks and the CPU's kernels. Steps at full size run on a
+simulated GPU (benchmarks/pretend.py) and show kernel launches, synchronisations, attention kernels and memory.
 """
 
 import argparse
@@ -47,21 +48,21 @@ from open_mythos.planning.hardware import DEVICES
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-ROWS, TOKENS, CONTEXT = 32, 1024, 1024  # of a step; tokens that decoding sees
-SECONDS = {"train": 25.0, "decode": 4.0}  # of ten minutes, each; compiling takes most of the rest
+ROWS, TOKENS, CONTEXT = 32, 1024, 1024  # rows and tokens of a step; tokens before decoding
+SECONDS = {"train": 25.0, "decode": 4.0}  # each, of ten minutes; compilation takes most of the rest
 PEAK, BESIDE_LLAMA, BANDWIDTH = 0.40, 1.0, 0.60  # bars: shares, and a ratio
-CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}  # norm of what differs, relative
-PLANNED = 1.1  # of the plan's bytes, at most
-WAITED, WAITS = "waits for the device a step", 1  # its numbers are read at its end
+CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}  # bars: relative norm of the difference
+PLANNED = 1.1  # bar: at most this multiple of the planned bytes
+WAITED, WAITS = "waits for the device a step", 1  # its figures are read at its end
 
 
 class Bench:
-    """Device, sizes, and what has been measured so far.
+    """Device, sizes, and the results so far.
 
     Args:
         device: cuda or cpu.
-        tiny: toy sizes everywhere, to see that all of it runs.
-        minutes: after which no part is to be begun.
+        tiny: toy sizes everywhere, to test that everything runs.
+        minutes: after this time no further part is started.
     """
 
     def __init__(self, device: torch.device, tiny: bool = False, minutes: float = 10.0) -> None:
@@ -76,7 +77,7 @@ class Bench:
         return self.scale * SECONDS[work] if self.is_gpu else 0.0
 
     def training(self, name: str, device: torch.device | None = None) -> Training:
-        """Of the model of this name, made once: of full size on a GPU, be it one that is not there."""
+        """The training of the model of this name, built once; at full size on a GPU, whether real or simulated."""
         device = device or self.device
         small = self.tiny or device.type == "cpu"
         if (name, device.type) not in self.trainings:
@@ -88,7 +89,7 @@ class Bench:
     # -- parts
 
     def machine(self) -> Found:
-        """The rates that the others are shares of: as the maker says, where the device is known, else as measured."""
+        """The peak rates, to which others are compared: the manufacturer's for known devices, else those measured."""
         if not self.is_gpu:
             return {"not judged": "speed, on a CPU"}
         name = torch.cuda.get_device_name(self.device).lower().replace(" ", "")
@@ -102,7 +103,7 @@ class Bench:
         return found | {"peak_flops_per_second": peak, "catalogue": known and asdict(known), "bandwidth": fastest}
 
     def parity(self) -> Found:
-        """Logits and gradients beside those of the CPU in float32: in float32 without TF32, and in bfloat16."""
+        """Logits and gradients, in float32 without TF32 and in bfloat16, against those of the CPU in float32."""
         found: Found = {}
         for kind, cfg in models(tiny=True).items():
             torch.manual_seed(0)
@@ -116,7 +117,7 @@ class Bench:
         return found | {"bars": bars}
 
     def train(self, name: str) -> Found:
-        """Tokens a second beside a Llama's, and the share of the device's peak; rows are halved until both fit."""
+        """Tokens per second next to a Llama's, and the share of peak FLOP/s; rows are halved until both models fit."""
         try:
             found = self.training(name).speed(self.seconds("train"))
         except torch.cuda.OutOfMemoryError:
@@ -136,7 +137,7 @@ class Bench:
         return found | {"share": share, "bars": bars}
 
     def attention(self, name: str) -> Found:
-        """Which kernels attention takes in a step: none that writes all scores, and flash, cuDNN's or Flex's."""
+        """The attention kernels of a step: required are flash, cuDNN's or Flex's, and none that writes all scores."""
         training = self.training(name)
         names, (n_full, n_local) = training.profiled(), training.n_attentions
         if self.is_gpu:
@@ -148,7 +149,7 @@ class Bench:
         return {"flash": flash, "bars": [at_least("by flash attention for CPUs", flash, n_full + n_local)]}
 
     def step(self, name: str) -> Found:
-        """Graph breaks, and on a GPU launches of a step and of each loop in it, and waits for the device."""
+        """Graph breaks; on a GPU also launches per step and per loop, and synchronisations with the device."""
         from torch._dynamo.utils import counters
 
         training = self.training(name)
@@ -166,19 +167,19 @@ class Bench:
         return found | {"bars": [*bars, at_most("compiled again", again, 0)]}
 
     def memory(self, name: str) -> Found:
-        """The most bytes of a step beside those of the plan."""
+        """Peak bytes of a step, compared with the plan."""
         training = self.training(name)
         _ = training.trainer
         return beside_plan(training, training.peak)
 
     def pretended(self, name: str) -> Found:
-        """A step of full size, not compiled, on a GPU that is not there: launches, waits, attention, bytes."""
+        """A full-size step, not compiled, on a simulated GPU: launches, synchronisations, attention kernels, bytes."""
         with Pretend() as gpu:
             training = self.training(name, torch.device(NAME, 0))
             step = training.trainer.step
 
             def launches() -> int:
-                gc.collect()  # what an earlier step left in cycles
+                gc.collect()  # reference cycles of earlier steps
                 gpu.reset()
                 step()
                 return sum(gpu.launches.values())
@@ -195,7 +196,7 @@ class Bench:
         return found | beside | {"operators": dict(gpu.launches), "bars": bars + beside["bars"]}
 
     def decode(self, name: str, batch: int, engine: str) -> Found:
-        """New tokens in bfloat16; without a GPU, what a token of the graph engine would launch and wait for."""
+        """Decoding in bfloat16; without a GPU, the launches and synchronisations of a token of the graph engine."""
         cfg = models(self.tiny)[name] if name in models(False) else LARGE[name](self.tiny)
         if not self.is_gpu:
             return self.token(cfg, batch) if engine == "graph" else {"skipped": "for a GPU"}
@@ -210,7 +211,7 @@ class Bench:
         return asdict(found) | {"tokens_per_second": found.tokens_per_second, "share": share, "bars": bars}
 
     def token(self, cfg: MythosConfig, batch: int) -> Found:
-        """What :class:`GraphEngine` computes for a token, on a GPU that is not there."""
+        """What :class:`GraphEngine` computes for a token, on a simulated GPU."""
         found = []
         with Pretend() as gpu, torch.inference_mode():
             with torch.device("meta"):
@@ -231,7 +232,7 @@ class Bench:
 
 
 def beside_plan(training: Training, peak: int | None) -> Found:
-    """The most bytes of a step, and those that ``mythos plan`` says."""
+    """Peak bytes of a step, and those that ``mythos plan`` predicts."""
     planned = training.plan().memory
     share = (peak or 0) / planned.total
     found = {"rows": training.rows, "peak_bytes": peak, "planned_bytes": planned.total, "plan": asdict(planned)}
@@ -239,7 +240,7 @@ def beside_plan(training: Training, peak: int | None) -> Found:
 
 
 def outcome(model: OpenMythos, ids: torch.Tensor, device: torch.device, dtype: str) -> list[torch.Tensor]:
-    """Logits and gradients in float32 on the CPU, computed elsewhere."""
+    """Logits and gradients computed on ``device`` in ``dtype``, returned on the CPU in float32."""
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     model, ids = model.to(device).eval(), ids.to(device)
     model.zero_grad()
@@ -255,7 +256,7 @@ def outcome(model: OpenMythos, ids: torch.Tensor, device: torch.device, dtype: s
 
 
 def waited(step: Callable[[], Any]) -> list[str]:
-    """Where a step made the host wait for the device."""
+    """The lines at which a step made the host wait for the device."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -286,7 +287,7 @@ def at_most(what: str, value: float, bar: float) -> Found:
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], Found]]:
-    """What is measured, by name, the most important first; each needs what ``machine`` found."""
+    """The parts by name, the most important first; each needs the results of ``machine``."""
     made: dict[str, Callable[[], Found]] = {"parity": bench.parity}
     for name in models(bench.tiny):
         for part in (bench.train, bench.attention, bench.step, bench.memory if bench.is_gpu else bench.pretended):
@@ -297,7 +298,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], Found]]:
     for name in models(bench.tiny):
         made[f"decode graph {name}, batch 32"] = partial(bench.decode, name, 32, "graph")
         made[f"decode fused {name}, batch 1"] = partial(bench.decode, name, 1, "fused")
-    if bench.tiny or bench.is_gpu:  # of a CPU they say nothing
+    if bench.tiny or bench.is_gpu:  # these say nothing about a CPU
         for n_experts in (4, 8) if bench.tiny else (32, 256):
             made[f"experts {n_experts}"] = partial(gpu_ops.experts, bench.device, n_experts, bench.tiny)
         for kind in ("gqa", "mla"):
@@ -309,7 +310,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], Found]]:
 
 
 def tests(bench: Bench) -> Found:
-    """tests/test_cuda.py, all of it, or what there is time for."""
+    """Run tests/test_cuda.py in the time that is left; skipped if that is not enough."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "tests/test_cuda.py"]
     left = max(30.0, bench.ends - time.perf_counter())
     try:
@@ -320,7 +321,7 @@ def tests(bench: Bench) -> Found:
 
 
 def end(bench: Bench, name: str) -> Found:
-    """Leave the memory of a model's parts to the next."""
+    """Free the memory of this model's training for the next one."""
     for key in [key for key in bench.trainings if key[0] == name]:
         del bench.trainings[key]
     gc.collect()
@@ -333,8 +334,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="toy sizes in all parts")
-    parser.add_argument("--minutes", type=float, default=10.0, help="after which no part is begun")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="parts whose name begins so")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no part is started after this time")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="only parts whose names begin so")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -370,7 +371,7 @@ def are_met(found: Found) -> bool:
 
 
 def table(results: dict[str, Found]) -> Table:
-    """Every bar, and whether it was reached."""
+    """Every bar, and whether it was met."""
     made = Table("part", "what", "found", "bar", "")
     for name, found in results.items():
         for bar in found.get("bars", []):

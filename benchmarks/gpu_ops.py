@@ -1,4 +1,4 @@
-"""Operators of benchmarks/gpu.py, timed against each other in bfloat16: attention kernels, and ways to run experts."""
+"""Operators for benchmarks/gpu.py, timed against each other in bfloat16: attention kernels, and ways to run experts."""
 
 import warnings
 from collections.abc import Callable
@@ -25,12 +25,12 @@ Found = dict[str, Any]
 
 
 def compiler(device: torch.device) -> str:
-    """torch.compile's backend. A CPU's generated code takes a minute to build, and says nothing about a GPU's."""
+    """The backend of torch.compile. On a CPU, generated code takes a minute to build and says nothing about a GPU."""
     return "inductor" if device.type == "cuda" else "eager"
 
 
 def experts(device: torch.device, n_experts: int, tiny: bool) -> Found:
-    """Forward and backward of the routed experts: one grouped product, and a loop over experts. Milliseconds."""
+    """Milliseconds of forward and backward of the routed experts, by one grouped product and by a loop over experts."""
     N, D, width, K = (32, 16, 16, 2) if tiny else (8192, 768, 768, 4)
     new = partial(torch.randn, device=device, dtype=torch.bfloat16)
     x_ND, gate_up_E2FD = new(N, D), new(n_experts, 2 * width, D) * D**-0.5
@@ -49,7 +49,7 @@ def experts(device: torch.device, n_experts: int, tiny: bool) -> Found:
 def looped_swiglu(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_NK: Tensor, weights_NK: Tensor
 ) -> Tensor:
-    """As ``swiglu_experts``, one expert after another."""
+    """The same as ``swiglu_experts``, computing one expert after the other."""
     order_M = experts_NK.flatten().argsort(stable=True)
     token_M, weight_M1 = order_M // experts_NK.shape[1], weights_NK.flatten()[order_M].unsqueeze(-1)
     ends = experts_NK.flatten().bincount(minlength=len(gate_up_E2FD)).cumsum(0).tolist()
@@ -62,9 +62,10 @@ def looped_swiglu(
 
 
 def attention(device: torch.device, kind: str, work: str, tiny: bool) -> Found:
-    """SDPA's backends and FlexAttention at one shape, milliseconds, forward and backward unless it is decoding.
+    """Milliseconds of SDPA's backends and FlexAttention at one shape: forward and backward, or forward in decoding.
 
-    What cannot run says why. ``padded`` is the flash kernel with values as wide as keys, which it asks for.
+    For a kernel that cannot run, the reason is given instead. ``padded`` is the flash kernel with values padded to the
+    width of the keys, which it requires.
     """
     B, S = (2, 32) if tiny else (8, 2048) if work == "train" else (8, 4096)
     (H, G, D, Dv), T = HEADS[kind, work], S if work == "train" else 1
@@ -105,7 +106,7 @@ def milliseconds(work: Callable[[], Any], device: torch.device, tiny: bool) -> f
 def milliseconds_or_why(work: Callable[[], Any], device: torch.device, tiny: bool) -> float | str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what cannot run says why more than once
+            warnings.simplefilter("ignore")  # the reason why a kernel cannot run is warned of more than once
             return milliseconds(work, device, tiny)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return str(error).strip().splitlines()[0][:120]

@@ -1,7 +1,7 @@
 """Training for benchmarks/gpu.py: a looped model by the library's own Trainer, and a plain Llama of equal operations.
 
-Both take bfloat16 autocast over float32 weights, the same batch, loss, fused AdamW, clipping and averaged weights, and
-are compiled block by block.
+Both use bfloat16 autocast over float32 weights, with the same batch, loss, fused AdamW, clipping and averaged weights,
+and both are compiled block by block.
 """
 
 import re
@@ -32,15 +32,15 @@ from open_mythos.training.optim import EMA, Optimizer
 from open_mythos.training.trainer import Drawn, Trainer
 from open_mythos.variants import variant
 
-FUSED = {  # kernels of attention that keep no T x S scores, by what their names have in them; forward ones
+FUSED = {  # forward attention kernels that do not write T x S scores, as patterns of their names
     "cudnn": r"cudnn.*(sdpa|fprop|flash)(?!.*bprop)", "flash": r"flash_fwd|flash.*fprop",
     "efficient": r"fmha_cutlassF|_scaled_dot_product_efficient_attention$", "flex": r"flex_attention|tem_fused_flex",
 }  # fmt: skip
 
 
 def models(tiny: bool) -> dict[str, MythosConfig]:
-    """Looped mixtures of experts of about 0.1B parameters: many small experts behind latent attention, as the variant
-    100m has them; and a few wide ones behind grouped queries.
+    """Looped mixtures of experts of about 0.1B parameters: many small experts with latent attention (the variant
+    100m), and a few wide experts with grouped-query attention.
     """
     wide = MythosConfig(
         vocab_size=32000, dim=1024, n_heads=16, n_kv_heads=4, max_seq_len=2048, max_loop_iters=8, prelude_layers=1,
@@ -52,7 +52,7 @@ def models(tiny: bool) -> dict[str, MythosConfig]:
 
 
 def large(tiny: bool) -> MythosConfig:
-    """3B parameters in three wide dense blocks, which no cache of a processor holds."""
+    """3B parameters in three wide dense blocks, too large for any on-chip cache."""
     cfg = MythosConfig(
         vocab_size=32000, dim=8192, n_heads=64, n_kv_heads=8, max_seq_len=2048, max_loop_iters=4, prelude_layers=1,
         coda_layers=1, attn_type="gqa", n_experts=0, n_experts_per_tok=1, n_shared_experts=0, dense_dim=28672,
@@ -76,13 +76,13 @@ def without_gate(cfg: MythosConfig) -> MythosConfig:
 
 
 class Training:
-    """A looped model and a Llama beside it, made when they are first asked for.
+    """A looped model, and a Llama to compare it with, each built when it is first used.
 
     Args:
-        cfg: of the looped model, trained at ``max_loop_iters`` loops with gradient through all.
-        device: "pretend" too, for the looped model.
-        rows, tokens: of a step.
-        use_llama: transformers' own, where it is installed; else this library's plain stack, as deep and wide.
+        cfg: config of the looped model, which is trained at ``max_loop_iters`` loops with gradient through all.
+        device: the device; for the looped model, "pretend" (simulated) is possible too.
+        rows, tokens: the size of a step.
+        use_llama: use transformers' Llama where it is installed; else this library's plain stack of the same size.
     """
 
     def __init__(self, cfg: MythosConfig, device: torch.device, rows: int, tokens: int, use_llama: bool = True) -> None:
@@ -91,7 +91,7 @@ class Training:
 
     @cached_property
     def trainer(self) -> Trainer:
-        """After its first steps; where the device counts its memory, ``peak`` is that of one more."""
+        """The trainer after its first steps; on CUDA, ``peak`` is the peak memory of one further step."""
         trainer = self._made()
         for _ in range(1 if self.device.type == NAME else 3):
             trainer.step()
@@ -104,7 +104,7 @@ class Training:
     def _made(self) -> Trainer:
         n = self.cfg.max_loop_iters
         loops = LoopConfig("fixed", mean=float(n), maximum=n, gradient="all")
-        one_length = TaskConfig(min_difficulty=8, max_difficulty=8)  # whatever it is, as batches are made here
+        one_length = TaskConfig(min_difficulty=8, max_difficulty=8)  # unused: batches are made here
         how = {"precision": "bf16", "device": str(self.device), "compile": self.device.type == "cuda"}
         trainer = Trainer(TrainConfig(model=self.cfg, task=one_length, loops=loops, batch_size=self.rows, **how))
         if self.device.type == "cpu":
@@ -127,13 +127,13 @@ class Training:
 
     @cached_property
     def llama_shape(self) -> dict[str, Any]:
-        """Of equal operations, its feed-forward rounded to a width that tensor cores like."""
+        """The config of a Llama of equal operations, its feed-forward rounded to a width that suits tensor cores."""
         shape = llama_config(asdict(self.cfg), self.cfg.max_loop_iters, self.tokens, training=True)
         multiple = 64 if shape["intermediate_size"] > 640 else 8
         return shape | {"intermediate_size": multiple * round(shape["intermediate_size"] / multiple)}
 
     def llama_step(self) -> tuple[str, Callable[[], float]]:
-        """What is beside ours, and a step of it, which returns its loss."""
+        """The name of the model that ours is compared with, and a function that runs a step and returns its loss."""
         torch.manual_seed(0)
         name, model, read, head, layer = self._llama()
         model.to(self.device).train()
@@ -181,7 +181,7 @@ class Training:
     # -- what is measured
 
     def speed(self, seconds: float) -> Found:
-        """Tokens a second of both sides, in turns, and what the compiler did meanwhile."""
+        """Tokens per second of both models, which take turns, and what the compiler did meanwhile."""
         from torch._dynamo.utils import counters
 
         trainer, (name, llama) = self.trainer, self.llama_step()
@@ -208,7 +208,7 @@ class Training:
         }  # fmt: skip
 
     def launched(self, count: Callable[[], int]) -> Found:
-        """What ``count`` says of a step at half the loops and then at all of them: at all, and for each loop."""
+        """Launches per step and per loop, from ``count`` at half of the loops and at all of them."""
         loops, most, found = self.trainer.cfg.loops, self.cfg.max_loop_iters, []
         for n in (most // 2, most):
             loops.mean = float(n)
@@ -216,7 +216,7 @@ class Training:
         return {"launches": found[1], "launches_a_loop": (found[1] - found[0]) / (most - most // 2)}
 
     def profiled(self) -> Counter[str]:
-        """Kernels of a step by name, as a profiler sees them: of a GPU those that ran there, of a CPU operators."""
+        """Kernels of a step by name, according to the profiler: those run on a GPU, or operators on a CPU."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
@@ -231,12 +231,12 @@ class Training:
 
     @property
     def n_attentions(self) -> tuple[int, int]:
-        """Calls of a kernel in a forward pass: by heads that see all, and by local heads, which have their own."""
+        """Attention calls in a forward pass: for heads that attend to all tokens, and for local heads, if separate."""
         cfg, in_loops = self.cfg, self.cfg.max_loop_iters * self.cfg.core_layers
         return cfg.prelude_layers + cfg.coda_layers + in_loops, in_loops * (0 < cfg.n_local_heads < cfg.n_heads)
 
     def plan(self) -> Sheet:
-        """What ``mythos plan`` says of the same step."""
+        """The plan of ``mythos plan`` for the same step."""
         cfg = self.cfg
         job = Settings(batch_size=self.rows, length=self.tokens, loops=cfg.max_loop_iters, checkpoint_loops="false")
         return Sheet(Job(cfg, 1, job, n_parameters=parameters(cfg).total), Layout(rows=self.rows))
@@ -250,7 +250,7 @@ def attention_kernels(names: Counter[str]) -> dict[str, int]:
 
 
 def compile_all(model: nn.Module, kind: type[nn.Module], device: torch.device) -> None:
-    """As the trainer compiles blocks whose shapes do not change."""
+    """Compile blocks the way the trainer compiles those whose shapes do not change."""
     for module in model.modules():
         if isinstance(module, kind):
             module.compile(backend=compiler(device))

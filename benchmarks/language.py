@@ -1,13 +1,13 @@
-"""Do loops pay on text? A looped model beside its four neighbours, and one model at any number of loops.
+"""Do loops pay on text? A looped model compared with its four baselines, and one model at any number of loops.
 
     python benchmarks/language.py [--steps 2000] [--seeds 0 1 2] [--rates 5e-4 1e-3]
                                   [--out benchmarks/results/language.json]
 
-Both parts train on the sources of Python's standard library, as the recipe `text` does. The first is `mythos compare`
-of a model that is asked after its last loop alone, and whose state keeps more of the one before: how much of the gap
-between one pass and unrolled loops it closes. The second is the recipe itself, which is asked after every loop, and so
-is right at one loop too. Runs are kept in runs/language; those that have ended are not run again. About four hours, as
-one run after the other has one thread.
+Both parts train on the source code of Python's standard library, as the recipe `text` does. The first is `mythos
+compare` of a model that is supervised after its last loop only, and whose state keeps more of the previous one: it
+measures how much of the gap between one pass and unrolled loops is closed. The second is the recipe itself, which is
+supervised after every loop, and therefore also predicts well at one loop. Runs are kept in runs/language; finished runs
+are not repeated. Takes about four hours: runs are made one after the other, with one thread.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NAMES = {
     "unrolled": "unrolled: four blocks with weights of their own",
     "plain": "plain: the same depth, without injection and state norm",
 }
-SHALLOW, DEEPER = 0.05, 0.005  # bits that one loop may lose to single, and four times the trained loops to these
+SHALLOW, DEEPER = 0.05, 0.005  # bits that may be lost: one loop against single; 4 times the trained loops against these
 
 
 def mythos(*words: str) -> None:
@@ -45,7 +45,7 @@ def mythos(*words: str) -> None:
 
 
 def any_depth(steps: int, seeds: list[int]) -> list[dict[str, float]]:
-    """Bits per byte of the recipe's model by loops, of each seed."""
+    """Bits per byte of the recipe's model by loops, for each seed."""
     found = []
     for seed in seeds:
         run = RUNS / f"any-depth-{seed}"

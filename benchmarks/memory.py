@@ -1,9 +1,9 @@
-"""Peak memory of a training step by loop count, with and without keeping every loop's activations.
+"""Peak memory of a training step by loop count, with the loops' activations kept or recomputed.
 
     python benchmarks/memory.py [--out benchmarks/results/memory.json]
 
-Each figure is the growth of a fresh process' greatest resident size over one step, gradient through all loops. Half a
-minute on one core.
+Each figure is the growth of the peak resident size of a new process over one step, with gradient through all loops.
+Takes half a minute on one core.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent
 
 
 def peak(n_loops: int, recompute: bool) -> float:
-    """Megabytes that one step of the text recipe's model adds to this process."""
+    """Megabytes by which one step of the text recipe's model increases the memory of this process."""
     from open_mythos.tasks import Batch
     from open_mythos.training.baselines import build
     from open_mythos.training.objective import Objective

@@ -1,4 +1,4 @@
-"""Tables in pages: how they are written, and where they stand in a page."""
+"""Tables of pages: their Markdown, and their place in a page."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def fill(page: str, tables: str) -> str:
-    """The page with what stands between its marks replaced."""
+    """The page, with ``tables`` in place of the text between its marks."""
     head, rest = page.split(BEGIN)
     return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
@@ -18,13 +18,13 @@ def write(page: Path, tables: str) -> None:
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = False) -> list[str]:
-    """Its lines in Markdown; with ``numbers``, all columns but the first are aligned on the right."""
+    """The lines of a Markdown table; with ``numbers``, all columns except the first are right-aligned."""
     columns = list(columns)
     rule = "|---" + ("|---:" if numbers else "|---") * (len(columns) - 1) + "|"
     return ["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Mean (min – max), or the one value there is."""
+    """Mean (min – max), or the value itself if there is only one."""
     around = f" ({min(values):.{digits}f} – {max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{around}"

@@ -1,4 +1,4 @@
-"""Write the tables of docs/scale.md: each line is one ``mythos plan``, on GPUs that are not here."""
+"""Write the table of docs/scale.md: each line is the result of one ``mythos plan``, which needs no GPUs."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from open_mythos.planning.search import search, would_fit
 from open_mythos.training.overrides import override
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
-PLANNED = [  # variant, GPUs, GB of each, settings
+PLANNED = [  # variant, number of GPUs, GB of each GPU, settings
     ("nano", 1, 24, "device=rtx4090"),
     ("800k", 1, 24, "device=rtx4090"),
     ("micro", 1, 24, "device=rtx4090"),
@@ -34,7 +34,7 @@ COLUMNS = [
 
 
 def line(variant: str, gpus: int, memory: int, settings: str) -> list[str]:
-    """A line of the table: the plan, or what would have to change."""
+    """A line of the table: the plan, or if none fits, what would have to change."""
     cfg, own = find_job(variant)
     job = Job(cfg, gpus, override(own, settings.split()), 1e9 * memory, n_parameters=parameters(cfg).total)
     found, said = search(job), f"`{variant} {settings} --gpus {gpus} --memory {memory}`"

@@ -1,9 +1,9 @@
-"""A GPU that is not there: what a step would ask of it, found on a CPU by running the step on tensors without storage.
+"""A simulated GPU: what a step would require of a GPU, found on a CPU by running the step on tensors without storage.
 
-``with Pretend() as gpu:`` tensors of the device "pretend" have shapes, dtypes and a place, but no numbers. So the code
-takes the paths that it takes on a GPU, autocast and fused optimizer included, and what would go wrong there goes wrong
-here: tensors of two devices in one operator, a shape that depends on numbers. Counted are operators that launch
-something, how often the host would wait for the device, which kernel attention takes, and bytes.
+Within ``with Pretend() as gpu:``, tensors on the device "pretend" have shapes, dtypes and a device, but no data. So the
+code takes the same paths as on a GPU, autocast and the fused optimizer included, and errors of a GPU also occur here:
+tensors of two devices in one operator, a shape that depends on data. It counts operators that launch kernels,
+synchronisations of the host with the device, the kernels that attention takes, and bytes.
 """
 
 import sys
@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from open_mythos.planning.rank import Live
 
 NAME = "pretend"
-CAST = ("linear", "addmm", "mm", "bmm", "baddbmm", "matmul")  # what autocast for CUDA runs in half precision, of ours
+CAST = ("linear", "addmm", "mm", "bmm", "baddbmm", "matmul")  # that CUDA's autocast runs in half precision
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "device", "lift_fresh"}
 _registered: list[Any] = []
 
 
 def register() -> None:
-    """Tell PyTorch of the device, and how autocast treats what runs there.
+    """Register the device with PyTorch, and how autocast treats operators on it.
 
-    Once in a process, before its first backward pass, which looks what devices there are.
+    Called once per process, before its first backward pass, which looks up the devices that exist.
     """
     if _registered:
         return
@@ -59,13 +59,13 @@ def _half(x: Any) -> Any:
 
 
 class Pretend(Live):
-    """See above; counts what happens inside.
+    """The simulated GPU as a context, which counts what happens inside it.
 
     Attributes:
-        launches: how often each operator ran that starts a kernel, one at least.
-        waits: where in the code the host waited for the device, once a line and visit.
+        launches: how often each operator that starts at least one kernel was run.
+        waits: the lines of code at which the host waited for the device, once for each visit of a line.
         kernels: how often attention took each kernel, see :func:`kernel`.
-        bytes, peak: of tensors on the device that live, and the most that did.
+        bytes, peak: the bytes of live tensors on the device, now and at most.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Pretend(Live):
         self._fake.__exit__(*error)
 
     def reset(self) -> None:
-        """Count anew; what lives goes on living."""
+        """Start counting again; live tensors stay counted in ``bytes``."""
         self.launches.clear()
         self.kernels.clear()
         self.waits.clear()
@@ -107,7 +107,7 @@ class Pretend(Live):
             with unset_fake_temporarily():
                 return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if not here and to != NAME:
-            if any(isinstance(x, FakeTensor) for x in tensors):  # as torch.tensor() makes them
+            if any(isinstance(x, FakeTensor) for x in tensors):  # such as those made by torch.tensor()
                 return func(*args, **kwargs)
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -134,7 +134,7 @@ class Pretend(Live):
 
 
 def place(frame: FrameType | None) -> str:
-    """The innermost line of this library that a frame was called from."""
+    """The innermost line of this library on the call stack of ``frame``."""
     while frame is not None and "open_mythos/" not in frame.f_code.co_filename:
         frame = frame.f_back
     if frame is None:
@@ -143,7 +143,7 @@ def place(frame: FrameType | None) -> str:
 
 
 class _Attention(TorchFunctionMode):
-    """Runs attention by the kernel that a GPU would take."""
+    """Runs attention with the kernel that a GPU would choose."""
 
     def __init__(self, counts: Pretend) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class _Attention(TorchFunctionMode):
 
 
 class _Norm(torch.autograd.Function):
-    """RMS norm as CUDA's fused kernels run it, which PyTorch would take apart for a device that it does not know."""
+    """RMS norm as one fused kernel, as on CUDA; for a device that it does not know, PyTorch would decompose it."""
 
     @staticmethod
     def forward(ctx: Any, counts: Pretend, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -188,7 +188,8 @@ class _Norm(torch.autograd.Function):
 def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> str:
     """The kernel for tensors (B, H, T, D), by the rules of PyTorch's ``sdp_utils.cpp`` for compute capability 9.
 
-    cuDNN's, which recent versions prefer where it is at hand, is left out, and so is what only versions after 2.14 can.
+    cuDNN's kernel, which recent versions prefer where it is available, is left out, as are cases that only versions
+    after 2.14 support.
     """
     D, Dv, is_half = q.shape[-1], v.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
     is_square = q.shape[2] == k.shape[2]

@@ -1,9 +1,9 @@
-"""Every recipe with a goal, trained from three seeds, beside both baselines; fills docs/results.md and the README.
+"""Every recipe with a goal, trained from three seeds, and two baselines; fills in docs/results.md and the README.
 
     python benchmarks/reasoners.py [--recipes parity p_hop] [--jobs 2] [--out benchmarks/results/reasoners.json]
 
-Runs are kept in runs/reasoners; one that has ended is not run again, one that was stopped goes on. Each has one
-thread. About three hours on two cores. The baselines have one seed. --no-train fills the pages from what is there.
+Runs are kept in runs/reasoners; finished runs are not repeated, and stopped runs are resumed. Each run uses one thread;
+the baselines have one seed. Takes about three hours on two cores. --no-train fills in the pages from existing runs.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from open_mythos.training.runs import load_model, training_config
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 RUNS = ROOT / "runs" / "reasoners"
-RUN_BY_RUN = (("looped", 0), ("single", 0), ("looped", 1), ("looped", 2), ("unrolled", 0))  # the dearest last
-BEYOND = 8  # times the loops needed, at which nothing may be lost
+RUN_BY_RUN = (("looped", 0), ("single", 0), ("looped", 1), ("looped", 2), ("unrolled", 0))  # the most expensive last
+BEYOND = 8  # multiple of the loops needed, at which no accuracy may be lost
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a recipe must reach: ``measure`` at a difficulty and a number of loops, mean and worst of its seeds."""
+    """What a recipe must reach in ``measure`` at a difficulty and number of loops: mean and worst over seeds."""
 
     difficulty: int
     loops: int
@@ -67,7 +67,7 @@ WHAT = {
 
 
 def train(recipe: str, kind: str, seed: int) -> Path:
-    """Run a recipe unless its evaluation is there, and say where it is."""
+    """Run a recipe unless its evaluation exists, and return the run's folder."""
     run = RUNS / recipe / f"{kind}-{seed}"
     if not ended(run):
         command = [sys.executable, "-m", "open_mythos", "train", recipe, f"seed={seed}", f"kind={kind}"]
@@ -82,24 +82,24 @@ def train(recipe: str, kind: str, seed: int) -> Path:
 
 
 def ended(run: Path) -> bool:
-    """Whether the run is trained and measured."""
+    """Whether the run has been trained and evaluated."""
     return (run / "evaluation.json").is_file()
 
 
 def minutes(run: Path) -> float:
-    """Of training, evaluation left out."""
+    """Minutes of training, without evaluation."""
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] / 60
 
 
 def at(found: Evaluation, difficulty: int, loops: int | None = None, measure: str = "accuracy") -> float:
-    """One cell of the grid; the last column, a baseline's only one, without ``loops``."""
+    """One cell of the grid; without ``loops``, that of the last column, which is a baseline's only one."""
     grid = found.grids[0]
     column = -1 if loops is None else grid.loops.index(loops)
     return float(getattr(grid, measure)[grid.difficulties.index(difficulty)][column])
 
 
 def beyond(recipe: str, run: Path) -> list[dict[str, float]]:
-    """For each bar's difficulty, the loops it needs, and accuracy there and at ``BEYOND`` times as many."""
+    """For each bar's difficulty: the loops needed, the accuracy at those, and at ``BEYOND`` times as many."""
     kept = run / "beyond.json"
     if not kept.is_file():
         model, cfg = load_model(str(run)), training_config(str(run))
@@ -115,13 +115,13 @@ def beyond(recipe: str, run: Path) -> list[dict[str, float]]:
 
 
 def least_step(found: Evaluation) -> float:
-    """The worst that any number of loops does to the accuracy at fewer: 0 or, if accuracy falls somewhere, below."""
+    """The largest fall of accuracy below the best at fewer loops, as a negative number, or 0 if it never falls."""
     accuracy = found.grids[0].accuracy
     return float((accuracy - accuracy.cummax(1).values).min())
 
 
 def fall(found: Evaluation) -> float:
-    """The most that accuracy falls from its best depth to a deeper one, at any difficulty."""
+    """The largest drop of accuracy from its best number of loops to a larger one, at any difficulty."""
     accuracy = found.grids[0].accuracy
     return max(float(row.max() - row[int(row.argmax()) :].min()) for row in accuracy)
 
@@ -153,7 +153,7 @@ def collect(recipe: str) -> dict[str, Any]:
 
 
 def shown(values: list[float], digits: int = 4) -> str:
-    """Mean, and the worst of several; a dash for none."""
+    """The mean, and the worst if there are several values; a dash if there are none."""
     if not values:
         return "–"
     worst = f" ({min(values):.{digits}f})" if len(values) > 1 else ""
@@ -161,27 +161,27 @@ def shown(values: list[float], digits: int = 4) -> str:
 
 
 def signed(x: float) -> str:
-    """Four digits, and no minus before a zero."""
+    """Four digits, without a minus before zero."""
     return f"{round(x, 4) + 0.0:.4f}"
 
 
 def extra(values: list[float]) -> str:
-    """Mean, and the highest of several, signed; of what is lost."""
+    """Mean and worst (the largest) of accuracies lost, signed."""
     return f"{signed(mean(values))} ({signed(max(values))})"
 
 
 def lost(gains: list[dict[str, float]]) -> list[float]:
-    """Accuracy that early exit costs, by seed."""
+    """Accuracy that early exit loses, by seed."""
     return [gain["accuracy_fixed"] - gain["accuracy_halting"] for gain in gains]
 
 
 def shares(gains: list[dict[str, float]]) -> list[float]:
-    """Loops that positions run with early exit, of the fixed number, by seed."""
+    """Loops that positions run with early exit, as a share of the fixed number, by seed."""
     return [gain["loops_halting"] / gain["loops_fixed"] for gain in gains]
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The README's table: of every recipe its hardest problems."""
+    """The README's table: the hardest problems of every recipe."""
     columns = (
         "task", "trained on at most", "evaluated on", "accuracy, mean of 3 seeds (worst)", "no loop, same parameters",
         "no loop, same compute", "early exit, worst seed: loops run, accuracy lost",
@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--no-train", action="store_true", help="collect what has ended, and train nothing")
+    parser.add_argument("--no-train", action="store_true", help="collect finished runs, and train nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "reasoners.json")
     args = parser.parse_args()
     work = [] if args.no_train else [(recipe, kind, seed) for kind, seed in RUN_BY_RUN for recipe in args.recipes]

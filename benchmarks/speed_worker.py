@@ -2,9 +2,10 @@
 
     PYTHON benchmarks/speed_worker.py TASK        TASK as speed.py's ``Task``, in JSON
 
-The reference implementation has this library's import name, so each side runs under an interpreter of its own, and a
-side is imported where it is used. Speaks JSON, a line each: first what was built, or ``{"missing": why}``; then, for
-each line that comes in, what one repetition measured, after one that does not count.
+The reference implementation has this library's import name, so each side runs in an interpreter of its own, and imports
+its package only where it is used. The process writes lines of JSON: first a description of what was built, or
+``{"missing": why}``; then, for each line that it reads, the measurements of one repetition, after one that does not
+count.
 """
 
 import copy
@@ -22,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NEW = 24  # tokens that a repetition of decoding makes
-STEPS = 3  # of training that a repetition takes
+NEW = 24  # tokens that are generated in a repetition of decoding
+STEPS = 3  # training steps in a repetition
 Measured = dict[str, float]
 
 
@@ -31,9 +32,9 @@ Measured = dict[str, float]
 
 
 class Ours:
-    """This library; positions run the loops asked for and no others, as ``halting`` and ``warm_start`` are off.
+    """This library; with ``halting`` and ``warm_start`` off, positions run exactly the given number of loops.
 
-    The modules are decoded with as where somebody looks on: a hook keeps every engine from passing them by.
+    For the engine "modules", a hook is registered, so that no other engine bypasses the modules.
     """
 
     def __init__(self, model: dict[str, Any], loops: int, engine: str = "modules") -> None:
@@ -51,31 +52,31 @@ class Ours:
         return self.model(ids, self.loops)
 
     def logits_recomputed(self, ids: Tensor) -> Tensor:
-        """As :meth:`logits`, for a backward pass that computes each loop again instead of keeping it."""
+        """As :meth:`logits`, but the backward pass recomputes each loop instead of keeping its activations."""
         return self.model.head(self.model.hidden(ids, self.loops, recompute=True))
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Logits of the last position, and a cache of all is left."""
+        """Logits of the last position, with a cache of all positions filled."""
         return self.model.head(self.model.hidden(ids, self.loops, self.new_cache(), last=1))
 
     def read(self, ids: Tensor) -> Any:
-        """What :meth:`next` goes on from: all of this read, as generation reads a prompt."""
+        """The state that :meth:`next` continues from, after reading ``ids`` as generation reads a prompt."""
         engine = self.new_engine()
         engine.extend(ids)
         return engine
 
     def rewound(self, engine: Any, length: int) -> Any:
-        """The same with the prompt alone."""
+        """The same state, cut back to the prompt."""
         engine.truncate(length)
         return engine
 
     def next(self, ids: Tensor, engine: Any, position: int) -> Tensor:
-        """Logits (B, vocab_size) of what follows."""
+        """Logits (B, vocab_size) of the next token."""
         return engine.step(ids)
 
 
 class Reference(Ours):
-    """open-mythos 0.5.0; its gate is held shut, or it would leave loops out and weigh states by it."""
+    """open-mythos 0.5.0; its gate is kept closed, since otherwise it would skip loops and weight states."""
 
     def __init__(self, model: dict[str, Any], loops: int, engine: str = "") -> None:
         from open_mythos.main import MythosConfig, OpenMythos
@@ -84,7 +85,7 @@ class Reference(Ours):
         nn.init.constant_(self.model.recurrent.act.halt.bias, -3.0)
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Its forward pass knows logits of all positions only."""
+        """Its forward pass always computes the logits of all positions."""
         return self.model(ids, self.loops, kv_cache={})[:, -1:]
 
     def read(self, ids: Tensor) -> Any:
@@ -100,7 +101,7 @@ class Reference(Ours):
 
 
 class Llama:
-    """A dense decoder of Hugging Face transformers, its depth its layers."""
+    """A dense decoder of Hugging Face transformers, whose depth is its number of layers."""
 
     def __init__(self, model: dict[str, Any], loops: int, engine: str = "") -> None:
         from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -130,7 +131,7 @@ SIDES: dict[str, Any] = {"ours": Ours, "reference": Reference, "llama": Llama}
 
 @torch.no_grad()
 def router_inputs(side: Ours, ids: Tensor) -> list[Tensor]:
-    """What the router sees at each loop, (N, dim)."""
+    """The inputs of the router at each loop, (N, dim)."""
     seen: list[Tensor] = []
     hook = side.model.recurrent.block.ffn.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2)))
     side.model.eval()
@@ -142,7 +143,7 @@ def router_inputs(side: Ours, ids: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def experts_used(side: Ours, ids: Tensor) -> float:
-    """Experts that get a token of the batch, the mean over loops."""
+    """The number of experts that get a token of the batch, as a mean over loops."""
     ffn = side.model.recurrent.block.ffn
     chosen = [(ffn.router(x) + ffn.router_bias).topk(ffn.topk).indices for x in router_inputs(side, ids)]
     return sum(len(of_loop.unique()) for of_loop in chosen) / len(chosen)
@@ -150,13 +151,13 @@ def experts_used(side: Ours, ids: Tensor) -> float:
 
 @torch.no_grad()
 def spread_experts(side: Ours, ids: Tensor) -> None:
-    """Make the router blind to what all tokens of a loop have in common, so that it tells them apart.
+    """Project the mean of each loop's tokens out of the router's weights, so that it distinguishes the tokens.
 
-    The reference's tokens all look alike at initialisation, and it sends them to the same few experts. Scaling its
-    weights would change nothing, as the choice is of the largest.
+    At initialisation, the reference's tokens are all similar, and it sends them to the same few experts. Scaling its
+    weights would change nothing, since the largest scores are chosen.
     """
     router = side.model.recurrent.block.ffn.router
-    for _ in range(2):  # what the router does changes what it sees at the next loop
+    for _ in range(2):  # the routing at a loop changes the inputs of the next
         common = torch.stack([x.mean(0) for x in router_inputs(side, ids)])
         directions = torch.linalg.qr(common.T).Q
         router.weight -= (router.weight @ directions) @ directions.T
@@ -166,13 +167,13 @@ def spread_experts(side: Ours, ids: Tensor) -> None:
 
 
 def clock() -> float:
-    """Seconds; with one thread those that this process worked, as other work on the machine lengthens the rest."""
+    """Seconds; with one thread, the CPU time of this process, which other work on the machine affects less."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def training_step(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], None]:
-    """Forward, cross-entropy, backward, AdamW."""
-    # Experts that were spread would gather again within ten steps: at a learning rate of 0 the arithmetic is the same.
+    """A step of forward, cross-entropy, backward and AdamW."""
+    # Within ten steps, tokens would go to few experts again; at a learning rate of 0 the arithmetic is the same.
     optimizer = torch.optim.AdamW(side.model.parameters(), lr=0.0 if task["spread"] else 1e-4)
     logits = side.logits_recomputed if task["recompute"] else side.logits
 
@@ -199,7 +200,7 @@ def training(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], Measu
 
 
 def memory(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], Measured]:
-    """What the first training step adds to the greatest resident size of this process."""
+    """The growth of this process's peak resident size in the first training step."""
     step = training_step(side, ids, task)
 
     def repetition() -> Measured:
@@ -211,9 +212,9 @@ def memory(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], Measure
 
 
 def resident() -> float:
-    """Greatest resident size of this process so far, in megabytes."""
+    """Peak resident size of this process so far, in megabytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss begins at the size of the process that started this one
+    if status.exists():  # on Linux, ru_maxrss starts at the size of the parent process
         kilobytes = dict(line.split(":", 1) for line in status.read_text().splitlines())["VmHWM"]
         return int(kilobytes.split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -232,7 +233,7 @@ def prefill(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], Measur
 
 
 def decoding(side: Any, ids: Tensor, task: dict[str, Any]) -> Callable[[], Measured]:
-    """The likeliest token, ``NEW`` times, after a prompt that is in the cache."""
+    """Greedy decoding of ``NEW`` tokens after a prompt that is in the cache."""
     side.model.eval()
     length = task["tokens"]
     with torch.inference_mode():
@@ -255,7 +256,7 @@ WORKS = {"train": training, "memory": memory, "prefill": prefill, "decode": deco
 def main() -> None:
     task = json.loads(sys.argv[1])
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a package prints
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # in case a package prints something
 
     def reply(found: dict[str, Any]) -> None:
         print(json.dumps(found), file=replies, flush=True)
@@ -265,7 +266,7 @@ def main() -> None:
         reply(built)
         for _ in sys.stdin:
             if task["work"] != "memory":
-                repetition()  # who has waited for a turn has lost its place in caches, and perhaps pages
+                repetition()  # while waiting for its turn, it has lost its data in CPU caches, and perhaps pages
             reply(repetition())
     except ImportError as error:
         reply({"missing": str(error)})
@@ -274,7 +275,7 @@ def main() -> None:
 
 
 def make_ready(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Measured]]:
-    """What was built, and its repetition, which has been run once unless it measures memory."""
+    """A description of what was built, and its repetition, which has been run once unless it measures memory."""
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
     side = SIDES[task["side"]](task["model"], task["loops"], task["engine"])

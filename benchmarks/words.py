@@ -1,10 +1,10 @@
-"""The recipes of tasks in words, from several seeds, on sentences that were never in training.
+"""The recipes of tasks in words, from several seeds, measured on sentences that were never in training.
 
     python benchmarks/words.py [--tasks assignments word_problems relations registers] [--seeds 0 1 2]
                                [--examples 256] [--out benchmarks/results/words.json]
 
-Runs are kept in runs/words; one that has ended is not run again, one that was stopped goes on. One after the other,
-each with all threads: a quarter to half an hour each on two cores. Tasks that are not run keep their results in --out.
+Runs are kept in runs/words; finished runs are not repeated, and stopped runs are resumed. They run one after the other,
+with all threads, a quarter to half an hour each on two cores. Tasks not in --tasks keep their results in --out.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from open_mythos.training.runs import load_model
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "words"
-# of each task: options of its problems, their difficulty, and what the mean and the worst seed must reach in the loops
-# that the solution takes
+# for each task: options of its problems, their difficulty, and the accuracies that the mean over seeds and the worst
+# seed must reach in time, that is, with exactly the loops that the solution takes
 BARS: dict[str, list[tuple[dict[str, int], int, float, float]]] = {
     "assignments": [
         *(({"sentences": 32}, hops, 0.99, 0.98) for hops in (1, 3, 6)), ({"sentences": 32}, 12, 0.98, 0.0),
@@ -40,13 +40,13 @@ BARS: dict[str, list[tuple[dict[str, int], int, float, float]]] = {
     "relations": [*(({}, hops, 0.98, 0.0) for hops in (1, 2, 3)), ({}, 6, 0.95, 0.0)],
     "registers": [*(({"lines": 24}, lines, 0.98, 0.0) for lines in (3, 6, 12)), ({"lines": 24}, 24, 0.95, 0.0)],
 }  # fmt: skip
-DEEPER = 4  # times the loops needed, at which at most .01 may be lost
+DEEPER = 4  # multiple of these loops, at which at most .01 may be lost
 LOST_BY_HALTING = 0.005
-SHARE_OF_LOOPS = 0.6  # which halting may run, of that many
+SHARE_OF_LOOPS = 0.6  # of those, which halting may run at most
 
 
 def train(task: str, seed: int) -> Path:
-    """Run the recipe unless its evaluation is there, and say where it is."""
+    """Run the recipe unless its evaluation exists, and return the run's folder."""
     run = RUNS / f"{task}-{seed}"
     if not (run / "evaluation.json").is_file():
         command = [sys.executable, "-m", "open_mythos", "train", task, f"seed={seed}"]
@@ -55,7 +55,7 @@ def train(task: str, seed: int) -> Path:
 
 
 def measured(task: str, run: Path, examples: int) -> list[dict[str, Any]]:
-    """Accuracy of each row of ``BARS`` on the held-out split: a loop early, in time, deep, and deep with halting."""
+    """Accuracy of each row of ``BARS``, held out: in time, one loop fewer or more, 4 times the loops, with halting."""
     model, rows = load_model(run), []
     for options, difficulty, *_ in track(BARS[task], f"evaluating {run.name}"):
         problems = tasks.load(task, **options, split="held_out")
@@ -71,7 +71,7 @@ def measured(task: str, run: Path, examples: int) -> list[dict[str, Any]]:
 
 
 def of_seeds(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """A row of each seed, by what was measured; lists of halting are empty without a gate."""
+    """Lists over seeds for one row of ``BARS``, by measurement; those of halting are empty without a gate."""
     names, gated = ("early", "in time", "a loop late", "deep"), [row for row in rows if "halted" in row]
     found = {name: [list(row["accuracy"].values())[i] for row in rows] for i, name in enumerate(names)}
     found |= {"halted": [row["halted"] for row in gated], "used": [row["loops_used"] for row in gated]}
@@ -83,7 +83,7 @@ def mean_and_worst(values: list[float]) -> str:
 
 
 def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
-    """Mean and worst of the seeds, and whether what is asked for holds."""
+    """Mean and worst over seeds, and whether the requirements are met."""
     columns = "one loop fewer", "in time", f"{DEEPER} times the loops", "with halting", "loops run", "required", ""
     rich = Table("", tasks.load(task).unit, *columns, title=task)
     for i, (options, difficulty, least, worst) in enumerate(BARS[task]):
@@ -102,7 +102,7 @@ def shown(task: str, results: list[list[dict[str, Any]]]) -> Table:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table of the docs: of each task, mean and worst seed."""
+    """The table of the docs: mean and worst seed for each task."""
     columns = "", "in time", f"{DEEPER} times the loops", "with halting", "loops run with halting", "required in time"
     lines = []
     for task, found in results.items():

@@ -2,7 +2,8 @@
 
     python examples/chain_sum.py [--seed 0] [--out runs/chain_sum]
 
-Prints one JSON line and draws accuracy by loops, in distribution and on longer sums. About a minute on one core.
+Prints one line of JSON, and draws the accuracy by loops on sums as long as in training and on longer ones. Takes about
+a minute on one core.
 """
 
 import argparse

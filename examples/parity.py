@@ -2,7 +2,8 @@
 
     python examples/parity.py [--seed 0] [--out runs/parity]
 
-Prints one JSON line and draws accuracy by loops and one sequence's halting map. About a minute on one CPU core.
+Prints one line of JSON, and draws the accuracy by loops and the halting map of one sequence. Takes about a minute on
+one CPU core.
 """
 
 import argparse
@@ -28,7 +29,7 @@ LOOPS = range(1, 17)
 
 
 def batch(n: int, length: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bits as tokens 1 and 2, and the parity of every prefix, likewise; (n, length) each."""
+    """Random bits as tokens 1 and 2, and the parity of every prefix in the same form; (n, length) each."""
     bits = torch.randint(0, 2, (n, length))
     return bits + 1, bits.cumsum(1) % 2 + 1
 
@@ -46,7 +47,7 @@ def train(model: OpenMythos, steps: int = 600) -> None:
 
 
 def accuracy(model: OpenMythos, x: torch.Tensor, y: torch.Tensor, halting: bool) -> dict[int, float]:
-    """At each number of loops, all from one run."""
+    """Accuracy at each number of loops, all from a single run of the loops."""
     model.eval()
     model.cfg.halting = halting
     scores = depth.accuracy_by_loops(model, x, y, LOOPS)
@@ -55,7 +56,7 @@ def accuracy(model: OpenMythos, x: torch.Tensor, y: torch.Tensor, halting: bool)
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation; ties share their mean rank."""
+    """Spearman's rank correlation; ties get their mean rank."""
     ranks = [(v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) + 1) / 2 for v in (a.double(), b.double())]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 

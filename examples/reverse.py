@@ -2,8 +2,8 @@
 
     python examples/reverse.py [--seed 0] [--steps 400] [--out runs/reverse]
 
-Trains both from scratch and saves them. Prints a few words, and one JSON line with the share of words that are right to
-the last letter, by loops of the decoder. Half a minute on one CPU core.
+Trains both from scratch and saves them. Prints a few words, and one line of JSON with the share of words that are
+entirely right, by loops of the decoder. Takes half a minute on one CPU core.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def make() -> Seq2Seq:
 
 
 def batch(n: int, longest: int = LONGEST) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Words (n, longest) padded on the left, their masks, and targets (n, longest + 1): reversed, END, then -100."""
+    """Words (n, longest), padded on the left; their masks; and targets (n, longest + 1): reversed word, END, -100s."""
     lengths = torch.randint(2, longest + 1, (n, 1))
     letters = torch.randint(FIRST, 28, (n, longest))
     mask, at = torch.arange(longest) >= longest - lengths, torch.arange(longest + 1)
@@ -54,13 +54,13 @@ def train(model: Seq2Seq, steps: int, longest: int = LONGEST) -> None:
 
 
 def write(model: Seq2Seq, source: torch.Tensor, mask: torch.Tensor, n_loops: int) -> torch.Tensor:
-    """The decoder's likeliest letters, (n, longest + 1), END from a word's end on."""
+    """The decoder's greedy output, (n, longest + 1), with END from the end of a word on."""
     length = source.shape[1] + 1
     return model.generate(source, length, n_loops, 2, mask, temperature=0, eos_token_id=END)
 
 
 def share_right(written: torch.Tensor, target: torch.Tensor) -> float:
-    """Of words, to the last letter and the end."""
+    """The share of words that are right in every letter and in their end."""
     return (written == target.where(target != IGNORED, END)).all(1).float().mean().item()
 
 

@@ -1,8 +1,8 @@
-"""Run notebooks from top to bottom and keep what they print and draw.
+"""Run notebooks from top to bottom and save their output in them.
 
     python notebooks/execute.py [notebooks/*.ipynb]
 
-The test suite runs them the same way, and fails where one does. Needs the ``notebooks`` extra.
+The test suite runs them in the same way, and fails if a notebook fails. Needs the extra ``notebooks``.
 """
 
 import sys
@@ -16,12 +16,15 @@ HERE = Path(__file__).parent
 
 
 def execute(path: Path, where: Path, *more: str) -> NotebookNode:
-    """A notebook after it was run in the directory ``where``, one cell after the other; it must not fail.
+    """Run a notebook in the directory ``where``, cell by cell, and return it with its output.
 
     Args:
-        path: of the notebook, which is left as it is.
-        where: directory to run in.
-        more: code to run after its last cell, which is not kept.
+        path: the notebook's file, which is not changed.
+        where: the directory to run in.
+        more: code to run after the last cell; it is not part of the result.
+
+    Raises:
+        CellExecutionError: of nbclient, if a cell fails.
     """
     notebook = nbformat.read(path, as_version=4)
     kept = len(notebook.cells)
