@@ -111,7 +111,8 @@ def markdown(results: dict[str, Any]) -> str:
             share = f"{mean(row['share']):.0%}" if row["share"] else ""
             made = ", ".join([f"`{task}`", *(f"{n} {key}" for key, n in options.items())])
             cells = [mean_and_worst(row[key]) for key in ("in time", "deep", "halted")]
-            lines.append([f"{made}, {difficulty} {tasks.load(task).unit}", *cells, share, f"{least:g}"])
+            unit = tasks.load(task).unit.removesuffix("s" if difficulty == 1 else "")
+            lines.append([f"{made}, {difficulty} {unit}", *cells, share, f"{least:g}"])
     return "\n".join(table(columns, lines, numbers=True))
 
 
