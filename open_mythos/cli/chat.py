@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 _COLUMN = 10  # characters of the terminal for each column of /trace
 HELP = """\
-/example [N]    forget what was said, and ask a new problem of N steps (2), if the model was trained on problems
-/again          forget what was said, and ask the last example once more
-/loops N        think for N loops from now on; the same weights, deeper
+/example [N]    clear the conversation, and ask a new problem of N steps (2), if the model was trained on problems
+/again          clear the conversation, and ask the last example once more
+/loops N        run N loops from now on: the same weights, deeper
 /trace [N]      the likeliest token after each loop, at the last N tokens (8; or at the question mark)
 /temperature T  0 takes the likeliest token
-/reset          forget what was said
+/reset          clear the conversation
 /help           this
 /quit           leave; so does the end of the input. Ctrl-C ends a reply"""
 
@@ -209,7 +209,7 @@ def command(talk: "Conversation", problems: Problems, line: str) -> bool:
                 console.print(f"temperature {talk.sampling.temperature:g}", style="dim")
             case "/reset", []:
                 talk.reset()
-                console.print("forgotten", style="dim")
+                console.print("conversation cleared", style="dim")
             case "/trace", [] | [_]:
                 show_trace(talk, int(values[0]) if values else None)
             case "/example", [] | [_]:
@@ -225,12 +225,12 @@ def command(talk: "Conversation", problems: Problems, line: str) -> bool:
             case "/help", []:
                 console.print(HELP)
             case "/loops" | "/temperature" | "/reset" | "/trace" | "/example" | "/again" | "/help", _:
-                raise ValueError("that is not how")
+                raise ValueError("invalid arguments")
             case _:
-                console.print(f"there is no {name}", style="red")
+                console.print(f"unknown command {name}", style="red")
                 console.print(HELP, style="dim")
     except ValueError as error:
-        reason = "that is not how" if "literal" in str(error) else error
+        reason = "invalid arguments" if "literal" in str(error) else error
         console.print(Text(f"{line}: {reason}; see /help", style="red"), soft_wrap=True)
     return False
 
@@ -262,6 +262,6 @@ def show_trace(talk: "Conversation", n: int | None) -> None:
         )
         grid.add_row(str(loop + 1), *cells)
     console.print(grid)
-    more = f" Nor do {left_out} loops that are left out." if left_out else ""
-    more += f" There is room for the last {room} tokens." if n is not None and n > room == len(said) else ""
-    console.print(f"bold: it does not change any more.{more} Above each column, what was said.", style="dim")
+    more = f" {left_out} loops without a change are not shown." if left_out else ""
+    more += f" The terminal has room for the last {room} tokens." if n is not None and n > room == len(said) else ""
+    console.print(f"bold: final, unchanged by later loops.{more} Columns are headed by the token of the reply.", style="dim")

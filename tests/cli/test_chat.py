@@ -40,12 +40,12 @@ def test_what_is_not_a_command_and_what_is_no_number() -> None:
     commands = "/foo\n/loops x\n/loops 0\n/trace\n/temperature\n  /temperature 0.5\n/reset\n/help\n"
     done = chat(commands, "text-tiny")
     text = " ".join(done.output.split())
-    assert done.exit_code == 0 and "there is no /foo" in text and "forgotten" in text and "temperature 0.5" in text
+    assert done.exit_code == 0 and "unknown command /foo" in text and "conversation cleared" in text and "temperature 0.5" in text
     assert (
-        "/loops x: that is not how; see /help" in text and "/loops 0: n_loops=0; use an integer of at least 1" in text
+        "/loops x: invalid arguments; see /help" in text and "/loops 0: n_loops=0; use an integer of at least 1" in text
     )
     assert (
-        "/trace: there is nothing to trace yet; say something first" in text and "/temperature: that is not how" in text
+        "/trace: there is nothing to trace yet; say something first" in text and "/temperature: invalid arguments" in text
     )
 
 
@@ -122,7 +122,7 @@ def test_examples_are_problems_of_its_task_and_are_asked_again(tmp_path: Path) -
     assert len(questions) == 2 and questions[0] != questions[1] and len(right) == 3 and right[0] == right[1]
     assert all(word in VOCABULARY for word in (*" ".join(questions).split(), *right))
     assert len(re.findall(r"^│ \d+ +│", done.output, re.MULTILINE)) == 1, "the trace of what was asked again"
-    assert "/example x: that is not how" in text and "words counts steps, from 1 to" in text
+    assert "/example x: invalid arguments" in text and "words counts steps, from 1 to" in text
     refused = " ".join(chat("/example\n", "text-tiny").output.split())
     assert "/example: text-tiny was trained on text, which has no problems to ask; see /help" in refused
 
@@ -138,10 +138,10 @@ def test_a_trace_shows_loops_until_nothing_changes_and_the_last(capsys: pytest.C
     show_trace(talk, None)  # type: ignore[arg-type]
     said = capsys.readouterr().out
     assert re.findall(r"^│ (\d+) +│", said, re.MULTILINE) == ["1", "2", "3", "9"]
-    assert "Nor do 5 loops that are left out." in said
+    assert "5 loops without a change are not shown." in said
 
 
 def test_a_trace_has_as_many_columns_as_there_is_room_for(capsys: pytest.CaptureFixture[str]) -> None:
     talk = SimpleNamespace(tokenizer=Tokenizer(), trace=lambda n: ([1] * n, [[(2, 0.5)] * n]))
     show_trace(talk, 500)  # type: ignore[arg-type]
-    assert "There is room for the last 8 tokens." in " ".join(capsys.readouterr().out.split())
+    assert "The terminal has room for the last 8 tokens." in " ".join(capsys.readouterr().out.split())
