@@ -264,4 +264,6 @@ def show_trace(talk: "Conversation", n: int | None) -> None:
     console.print(grid)
     more = f" {left_out} loops without a change are not shown." if left_out else ""
     more += f" The terminal has room for the last {room} tokens." if n is not None and n > room == len(said) else ""
-    console.print(f"bold: final, unchanged by later loops.{more} Columns are headed by the token of the reply.", style="dim")
+    console.print(
+        f"bold: final, unchanged by later loops.{more} Columns are headed by the token of the reply.", style="dim"
+    )

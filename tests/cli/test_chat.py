@@ -40,12 +40,18 @@ def test_what_is_not_a_command_and_what_is_no_number() -> None:
     commands = "/foo\n/loops x\n/loops 0\n/trace\n/temperature\n  /temperature 0.5\n/reset\n/help\n"
     done = chat(commands, "text-tiny")
     text = " ".join(done.output.split())
-    assert done.exit_code == 0 and "unknown command /foo" in text and "conversation cleared" in text and "temperature 0.5" in text
+    assert (
+        done.exit_code == 0
+        and "unknown command /foo" in text
+        and "conversation cleared" in text
+        and "temperature 0.5" in text
+    )
     assert (
         "/loops x: invalid arguments; see /help" in text and "/loops 0: n_loops=0; use an integer of at least 1" in text
     )
     assert (
-        "/trace: there is nothing to trace yet; say something first" in text and "/temperature: invalid arguments" in text
+        "/trace: there is nothing to trace yet; say something first" in text
+        and "/temperature: invalid arguments" in text
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fabricated import fabricate_run
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from open_mythos import models
 from open_mythos.cli import app
-from open_mythos.cli.own_tasks import share
+from open_mythos.cli.own_tasks import share, show_halting
 from open_mythos.evaluation import Evaluation
 from open_mythos.training import runs
 from open_mythos.training.baselines import UnrolledMythos
@@ -170,3 +171,21 @@ def test_mistakes(run: Path, args: list[str], message: str) -> None:
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:
     assert run_eval(tmp_path / "nothing").exit_code == 2
+
+
+@pytest.mark.parametrize("saved, fixed, matched, is_said", [
+    (0.007, 13.0, True, True), (0.4, 13.0, True, False), (0.0, 1.0, True, False), (0.0, 13.0, False, False),
+])  # fmt: skip
+def test_a_gate_that_stops_nothing_is_said_to(
+    capsys: pytest.CaptureFixture[str], saved: float, fixed: float, matched: bool, is_said: bool
+) -> None:
+    halting = {
+        "accuracy_fixed": 1.0,
+        "accuracy_halting": 1.0,
+        "loops_fixed": fixed,
+        "loops_halting": fixed * (1 - saved),
+    }
+    curves = {"difficulty": 8, "halting": {}} if matched else None  # only of a gate, not of another exit
+    metrics = {"halting": halting | {"saved": saved}, "compute_matched": curves}
+    show_halting(SimpleNamespace(metrics=metrics, grids=[SimpleNamespace(unit="bits")]))  # type: ignore[arg-type]
+    assert ("loss.fixed_point=1" in capsys.readouterr().out) == is_said
