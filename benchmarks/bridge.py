@@ -128,7 +128,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="a Llama, as a folder or a name on the hub; default: the one in the wheel")
-    parser.add_argument("--gpu", action="store_true", help=f"settings that take ten minutes on a GPU: {GPU}")
+    parser.add_argument("--gpu", action="store_true", help=f"settings meant for ten minutes on a GPU: {GPU}")
     for name, kind in (("steps", int), ("sentences", int), ("hops", int), ("batch", int), ("precision", str)):
         parser.add_argument(f"--{name}", type=kind, help=f"default: {CPU[name]}")
     parser.add_argument("--examples", type=int, default=64, help="problems for each number of hops")

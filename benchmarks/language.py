@@ -67,8 +67,9 @@ def markdown(results: dict[str, Any]) -> str:
             NAMES[one["kind"]], f"{one['parameters']:,}", f"{one['training_flops']:.1e}", f"{one['lr']:g}",
             f"{one['mean'][0][column]:.4f} ({one['worst'][0][column]:.4f})", f"{low:.4f} – {high:.4f}",
         ])  # fmt: skip
-    columns = ["model", "parameters", "training FLOPs", "learning rate", "bits per byte: mean (worst seed)"]
-    columns.append("95% interval")
+    columns = (
+        "model", "parameters", "training FLOPs", "learning rate", "bits per byte: mean (worst seed)", "95% interval",
+    )  # fmt: skip
     lines = [f"## At {loops} loops", "", *table(columns, rows, numbers=True), "", *compared["worth"], ""]
     kinds = list(compared["contenders"][0]["by_token"])
     rows = [[one["kind"], *(f"{one['by_token'][kind]:.3f}" for kind in kinds)] for one in compared["contenders"]]

@@ -25,6 +25,7 @@ from open_mythos.training.recipes import recipe
 from open_mythos.training.runs import held_out_options, training_config
 
 SHALLOW, DEEP = 8, 32  # loop counts whose relative difference in bits is shown
+IDLE, FEW = 0.02, 4  # a gate that saves less than this share of at least so many loops is said to stop hardly anything
 HARM = 0.005  # loss of accuracy, or relative increase of bits, above which an exit is said to stop too early
 
 
@@ -158,9 +159,6 @@ def show_accuracy(grids: list[DepthGrid], trained: int) -> None:
     console.print(rows)
 
 
-_IDLE, _FEW = 0.02, 4  # share of loops saved below which a gate is idle, where so many loops or more could be saved
-
-
 def show_halting(evaluation: Evaluation) -> None:
     """Show the savings of the exit, or else of the gate, and the gate's accuracy at matched FLOPs, if there is one."""
     halting, matched = evaluation.metrics["halting"], evaluation.metrics["compute_matched"]
@@ -171,11 +169,11 @@ def show_halting(evaluation: Evaluation) -> None:
     lost = halting["accuracy_fixed"] - halting["accuracy_halting"]
     rows.append(("", f"{lost:.2%} lost", f"{halting['saved']:.0%} saved"))
     console.print(table("difficulties mixed in one batch", "", "accuracy", "loops", rows=rows))
-    if matched is not None and halting["saved"] < _IDLE and halting["loops_fixed"] >= _FEW:
+    if matched is None:  # an exit other than the gate
+        return
+    if halting["saved"] < IDLE and halting["loops_fixed"] >= FEW:
         idle = "The gate hardly stops any position: it is untrained, or stopping would cost accuracy. States that keep"
         console.print(f"{idle} changing (converged, above) can be trained to settle: loss.fixed_point=1.", style="dim")
-    if matched is None:
-        return
     title = f"gate at matched FLOPs, {matched['difficulty']} {evaluation.grids[0].unit}"
     points = table(title, "act_threshold", "loops", "a token", "with gate", "fixed depth")
     for threshold, curve in matched["halting"].items():
