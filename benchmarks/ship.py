@@ -11,6 +11,7 @@ text model is stored in bfloat16, and its stored weights are measured in float32
 import argparse
 import json
 import platform
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def ship(name: str, run: Path, note: str = "") -> Path:
     if isinstance(task, Text):
         model.to(torch.bfloat16)
     model.save_pretrained(target)
-    if cfg.start:  # the path of a run on this machine
+    if cfg.start and not (SHIPPED / cfg.start).is_dir():  # the path of a run on this machine
         cfg.start = f"runs/{Path(cfg.start).name}"
     cfg.save(target / TRAINING_FILE)
     save_tokenizer(task, target)
@@ -280,7 +281,8 @@ def overrides_of(cfg: TrainConfig) -> list[str]:
     if cfg.start:  # the model has a config of its own, except for the number of loops
         usual.model = replace(cfg.model, max_loop_iters=1)
     changed = {key: value for key, (_, value) in differences(usual, cfg).items() if key not in RESUMABLE_CHANGES}
-    return [f"{key}={value}" for key, value in ({"seed": cfg.seed} | changed).items()]
+    texts = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in changed.items()}
+    return [shlex.quote(f"{key}={value}") for key, value in ({"seed": cfg.seed} | texts).items()]
 
 
 def rows_of(grid: DepthGrid) -> list[str]:

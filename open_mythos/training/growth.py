@@ -37,6 +37,11 @@ class Growth:
     right: float = 0.0
     steps: int = 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether problems are of full size."""
+        return self.size == 1
+
     def of(self, task: Task, cfg: TaskConfig) -> tuple[Task, int]:
         """The task at this size, and its greatest difficulty within that of ``cfg``."""
         task = task.sized(self.size)
@@ -44,19 +49,19 @@ class Growth:
 
     def loops(self, cfg: LoopConfig) -> LoopConfig:
         """``cfg`` with maximum, minimum and spare loops lowered to what this size allows."""
-        spare = cfg.spare if self.size == 1 else min(cfg.spare, _SPARE)
+        spare = cfg.spare if self.is_full else min(cfg.spare, _SPARE)
         more = max(0, cfg.maximum - (cfg.spare - spare) - _FEWEST_LOOPS)  # loops that growth adds in all
         maximum = min(cfg.maximum, _FEWEST_LOOPS + int(more * min(1.0, self.size / cfg.grown)))
         return replace(cfg, minimum=min(cfg.minimum, maximum), maximum=maximum, spare=spare)
 
     def is_mastered(self, enough: float) -> bool:
         """Whether problems are of full size, and mean accuracy is still close to ``enough`` or above."""
-        return self.size == 1 and self.right >= _STILL * enough
+        return self.is_full and self.right >= _STILL * enough
 
     def add(self, accuracy: float, enough: float) -> None:
         """Add the accuracy of a step to the running mean, and grow if that has reached ``enough``."""
         self.right, self.steps = _MEMORY * self.right + (1 - _MEMORY) * accuracy, self.steps + 1
-        if self.size < 1 and self.right >= enough and self.steps >= _LEAST:
+        if not self.is_full and self.right >= enough and self.steps >= _LEAST:
             self.size, self.steps = min(1.0, self.size + _STRIDE), 0
 
 
@@ -75,7 +80,7 @@ def due(shares: list[Share], growths: Mapping[str, Growth], enough: float, step:
 
 def wait_with_dropout(model: nn.Module, growths: Mapping[str, Growth], p: float) -> None:
     """Set dropout to ``p`` once all tasks are of full size, and to 0 before, where it would only slow growth down."""
-    p = p if all(growth.size == 1 for growth in growths.values()) else 0.0
+    p = p if all(growth.is_full for growth in growths.values()) else 0.0
     for module in model.modules():
         if isinstance(module, Dropout):
             module.p = p

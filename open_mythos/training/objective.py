@@ -86,7 +86,7 @@ class Objective:
         loss is off, since it only slows growth down.
         """
         loops = self.cfg.loops if growth is None else growth.loops(self.cfg.loops)
-        progress, rests = step / self.cfg.steps, torch.full((n,), growth is None or growth.size == 1)
+        progress, rests = step / self.cfg.steps, torch.full((n,), growth is None or growth.is_full)
         most = loops.maximum
         outcome = torch.full((n,), progress >= 1 - self.cfg.loss.outcome)
         model = self.cfg.model
