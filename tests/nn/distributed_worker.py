@@ -1,4 +1,4 @@
-"""One of two processes that train models: python distributed_worker.py RANK STORE. Prints what it ends with."""
+"""One of two processes that train models: python distributed_worker.py RANK STORE. Prints router bias and gate."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     print(json.dumps({way: trained(rank, way) for way in WAYS}), flush=True)
     dist.barrier()
-    os._exit(0)  # taking gloo down hangs now and then on a busy machine, and is not what is tested
+    os._exit(0)  # shutting gloo down sometimes hangs on a busy machine, and is not tested here
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bridge: nothing in the first loop, whatever its weights, and in a new model nothing in any."""
+"""The bridge adds nothing in the first loop, whatever its weights, and in a new model nothing in any loop."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def trained() -> Bridge:
     return bridge
 
 
-def test_formula():
+def test_the_bridge_follows_its_formula():
     bridge, h, e = trained(), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     changed = h - e
     x = changed / (changed.square().mean(-1, keepdim=True) + 1e-6).sqrt() * bridge.norm.weight
@@ -26,12 +26,12 @@ def test_formula():
     assert_near(bridge(h, e), expected)
 
 
-def test_it_adds_nothing_where_nothing_was_changed():
+def test_the_bridge_adds_nothing_to_an_unchanged_state():
     bridge, e = trained(), torch.randn(2, 5, 8)
     assert bridge(e, e).eq(0).all()
 
 
-def test_a_new_one_adds_nothing_in_any_loop_and_learns():
+def test_a_new_bridge_adds_nothing_in_any_loop_and_gets_a_gradient():
     torch.manual_seed(0)
     with_bridge = OpenMythos(tiny_config(bridge_dim=12, halting=False)).train()
     without = OpenMythos(tiny_config(halting=False)).train()
@@ -44,7 +44,7 @@ def test_a_new_one_adds_nothing_in_any_loop_and_learns():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_one_loop_is_the_model_without_it_whatever_its_weights(padded):
+def test_with_one_loop_the_bridge_does_not_change_the_logits(padded):
     model = tiny_model(bridge_dim=12, halting=False)
     without = OpenMythos(tiny_config(halting=False)).eval()
     without.load_state_dict(model.state_dict(), strict=False)

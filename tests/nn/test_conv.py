@@ -1,4 +1,4 @@
-"""The short convolution of keys and values, before the cache and inside of documents."""
+"""The short convolution of keys and values, with a cache and within documents."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from open_mythos.ops.rope import rope_table
 
 
 class Rows(GQAttention):
-    """Attention that reads nothing and returns the rows that it would read."""
+    """Attention that attends to nothing and records the rows that it would read."""
 
     def read(self, queries, rows, mask):
         self.seen = rows
@@ -40,7 +40,7 @@ def raw_rows(attn: Rows, x: Tensor) -> Tensor:
 
 
 @given(K=st.integers(1, 6), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_it_is_the_double_loop_however_tokens_come(K, sizes, seed):
+def test_the_convolution_equals_a_double_loop_for_any_split_of_the_tokens(K, sizes, seed):
     torch.manual_seed(seed)
     attn, x = Rows(tiny_config(conv_taps=K)), torch.randn(2, sum(sizes), 32)
     raw, kernel = raw_rows(attn, x), attn.kernel()
@@ -54,7 +54,7 @@ def test_it_is_the_double_loop_however_tokens_come(K, sizes, seed):
 
 
 @given(K=st.integers(1, 6), T=st.integers(1, 9), seed=st.integers(0, 99))
-def test_documents_keep_to_themselves(K, T, seed):
+def test_the_convolution_does_not_cross_documents(K, T, seed):
     torch.manual_seed(seed)
     attn, x, documents = Rows(tiny_config(conv_taps=K)), torch.randn(1, T, 32), torch.rand(1, T).lt(0.3).cumsum(1)
     raw, found = raw_rows(attn, x), convolved(attn, x, documents=documents)
@@ -64,7 +64,7 @@ def test_documents_keep_to_themselves(K, T, seed):
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
-def test_without_causality_it_is_centred(K):
+def test_the_convolution_is_centred_without_causality(K):
     attn, x = Rows(tiny_config(conv_taps=K)), torch.randn(2, 8, 32)
     raw, kernel, ahead = raw_rows(attn, x).flatten(2), attn.kernel().flatten(1), (K - 1) // 2
     shifted = torch.cat([raw, raw.new_zeros(2, ahead, raw.shape[2])], 1)
@@ -72,7 +72,7 @@ def test_without_causality_it_is_centred(K):
     assert_near(convolved(attn, x, causal=False).flatten(2), expected)
 
 
-def test_rotary_keys_of_latents_are_not_convolved():
+def test_rotary_keys_of_mla_are_not_convolved():
     attn = MLAttention(tiny_config("mla"))
     kernel = attn.kernel()
     assert kernel.shape == (3, 1, 12 + 6)
@@ -80,8 +80,8 @@ def test_rotary_keys_of_latents_are_not_convolved():
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_one_context_serves_two_losses(attn_type):
-    """Taps may be computed once for all loops, but not for both: each has a backward pass of its own."""
+def test_one_context_can_be_used_for_two_backward_passes(attn_type):
+    """The taps may be computed once for all loops, but not once for both losses: each has its own backward pass."""
     model, ids = tiny_model(attn_type, halting=False).train(), tokens(2, 6)
     with torch.no_grad():
         e, ctx = model.encode(ids)

@@ -1,4 +1,4 @@
-"""Two processes that train one model end with one model, however they divide it."""
+"""Two processes that train one model end with the same weights, with DDP and with FSDP."""
 
 import json
 import os
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, list]]]:
-    """What each of two processes ends with, for each way."""
+    """The final router bias and gate of each of two processes, for each of ``WAYS``."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     store, found = tmp_path_factory.mktemp("distributed") / "store", []
     workers = [
@@ -32,9 +32,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_processes_stay_one_model(way, results):
+def test_two_processes_end_with_the_same_router_bias_and_gate(way, results):
     """DistributedDataParallel, FSDP2 of every block, and a gate that gets no gradient."""
     first, second = (found[way] for found in results)
     assert first == second
-    if way == "sharded":  # experts are balanced over the tokens of all
+    if way == "sharded":  # experts are balanced over the tokens of all processes
         assert first["bias"] == pytest.approx(train(new_model(), slice(None))["bias"])

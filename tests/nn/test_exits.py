@@ -1,4 +1,4 @@
-"""Exits: each rule on sequences whose answer is known, and in the model against a plain loop over all positions."""
+"""Exits: each rule on sequences with known results, and in the model against a plain loop over all positions."""
 
 import math
 
@@ -22,7 +22,7 @@ each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
 
 def stops(rule: Exit, first: list[float], states: list[list[float]], logits: bool = False) -> list[bool]:
-    """What the rule says of one position after each loop; ``states`` are its states, or its logits."""
+    """Whether the rule stops one position after each loop; ``states`` are its states, or its logits."""
     before = torch.tensor([[first]])
     carried, found = rule.init(before), []
     for loop, values in enumerate(states):
@@ -39,24 +39,24 @@ def stops(rule: Exit, first: list[float], states: list[list[float]], logits: boo
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_state_change_is_relative_and_wants_patience_in_a_row(scale):
+def test_state_change_is_relative_and_counts_consecutive_loops(scale):
     states = [[scale * x, 0.0] for x in (2.0, 2.02, 3.0, 3.01, 3.02)]
     first = [scale, 0.0]
     assert stops(StateChange(0.03), first, states) == [False, True, False, True, True]
     assert stops(StateChange(0.03, patience=2), first, states) == [False, False, False, False, True]
 
 
-def test_state_change_sees_the_first_loop_and_a_turn():
+def test_state_change_applies_from_the_first_loop_and_detects_rotations():
     assert stops(StateChange(0.03), [1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]]) == [True, False]
 
 
-def test_acceleration_lets_even_motion_stop_and_needs_three_states():
+def test_acceleration_stops_at_constant_velocity_and_needs_three_states():
     states = [[2.0], [3.0], [4.0], [6.0], [8.0]]
     assert stops(Acceleration(0.03), [1.0], states) == [False, True, True, False, True]
     assert not any(stops(StateChange(0.03), [1.0], states))
 
 
-def test_prediction_kl_is_the_divergence_of_this_loops_from_the_last_ones():
+def test_prediction_kl_compares_the_predictions_of_consecutive_loops():
     def odds(p: float) -> list[float]:
         return [math.log(p) + 5, math.log(1 - p) + 5]  # logits are known up to a constant
 
@@ -66,7 +66,7 @@ def test_prediction_kl_is_the_divergence_of_this_loops_from_the_last_ones():
     assert stops(PredictionKL(divergence * 0.99), [0.0], predictions, logits=True) == [False, False, True]
 
 
-def test_stable_argmax_counts_loops_that_change_nothing():
+def test_stable_argmax_counts_loops_with_an_unchanged_argmax():
     first, second = [1.0, 0.0], [0.2, 0.3]
     predictions = [first, [9.0, 0.0], second, second, [0.0, 5.0], second]
     found = stops(StableArgmax(3), [0.0], predictions, logits=True)
@@ -77,7 +77,7 @@ def test_stable_argmax_counts_loops_that_change_nothing():
 
 
 def plain(rule: Exit, past_h: list[Tensor], past_logits: list[Tensor], mass: float, cell: tuple[int, int]) -> bool:
-    """Whether one position may stop, from all its states so far, the first one included, and predictions."""
+    """Whether one position may stop, given its states so far, with the initial one, and its predictions."""
 
     def rest(now: int) -> bool:
         if isinstance(rule, PredictionKL):
@@ -104,7 +104,7 @@ def plain(rule: Exit, past_h: list[Tensor], past_logits: list[Tensor], mass: flo
 
 
 def slow(model: OpenMythos, ids: Tensor, rule: Exit, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits and loops used, every position computed at every loop and what has stopped put back."""
+    """Logits and loops used; all positions are computed at every loop, and stopped ones keep their last state."""
     real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
     where = reference.Positions(real, (real.cumsum(1) - 1).clamp(min=0), model.cfg.rope[1:], causal=True)
     x = torch.where(real[..., None], model.embed.weight[ids] * math.sqrt(model.cfg.dim), 0.0)
@@ -136,7 +136,7 @@ def slow(model: OpenMythos, ids: Tensor, rule: Exit, valid: Tensor | None = None
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type, padded", [("gqa", False), ("mla", True)])
 @each_rule
-def test_the_model_is_a_plain_loop_over_all_positions(attn_type, rule, padded):
+def test_logits_and_loops_used_equal_a_plain_loop_over_all_positions(attn_type, rule, padded):
     model, ids = tiny_model(attn_type, halting=False), tokens(2, 8)
     mask = left_padding([8, 5], 8) if padded else torch.ones(2, 8, dtype=torch.bool)
     expected, used = slow(model, ids, rule, mask)
@@ -147,7 +147,7 @@ def test_the_model_is_a_plain_loop_over_all_positions(attn_type, rule, padded):
 
 @torch.no_grad()
 @each_rule
-def test_what_has_stopped_is_not_computed(rule, monkeypatch):
+def test_stopped_positions_are_not_computed(rule, monkeypatch):
     model, ids, seen = tiny_model(halting=False), tokens(3, 8), []
     used = loops_used(model, ids, LOOPS, exit=rule)
     original = model.recurrent.block.ffn.forward
@@ -159,7 +159,7 @@ def test_what_has_stopped_is_not_computed(rule, monkeypatch):
 
 @torch.no_grad()
 @each_rule
-def test_predictions_are_read_only_by_those_who_need_them(rule, monkeypatch):
+def test_predictions_are_computed_only_for_exits_that_need_them(rule, monkeypatch):
     model, calls = tiny_model(halting=False), []
     original = model.decode
     monkeypatch.setattr(model, "decode", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
@@ -169,17 +169,17 @@ def test_predictions_are_read_only_by_those_who_need_them(rule, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rule", [None, *RULES], ids=str)
-def test_the_gate_is_asked_only_by_who_heeds_it(rule, monkeypatch):
-    model, asked = tiny_model(halting=False), []
-    monkeypatch.setattr(exits, "halting_probability", lambda *args: asked.append(1) or halting_probability(*args))
+def test_the_gate_is_called_only_for_exits_that_use_it(rule, monkeypatch):
+    model, calls = tiny_model(halting=False), []
+    monkeypatch.setattr(exits, "halting_probability", lambda *args: calls.append(1) or halting_probability(*args))
     model(tokens(2, 6), 3, exit=rule)
-    assert len(asked) == (3 if isinstance(rule, Gate) else 0)
+    assert len(calls) == (3 if isinstance(rule, Gate) else 0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type, cache_type", [("gqa", KVCache), ("mla", dict)])
 @each_rule
-def test_a_cache_nobody_can_tell_is_there(attn_type, rule, cache_type):
+def test_a_cache_does_not_change_the_logits(attn_type, rule, cache_type):
     model, ids, mask = tiny_model(attn_type, halting=False), tokens(2, 9), left_padding([9, 5], 9)
     whole = model(ids, LOOPS, attention_mask=mask, exit=rule)
     cache, parts = cache_type(), []
@@ -190,7 +190,7 @@ def test_a_cache_nobody_can_tell_is_there(attn_type, rule, cache_type):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
-def test_who_runs_longer_than_the_cached_prompt_reads_its_last_predictions(cache_type):
+def test_tokens_may_run_more_loops_than_the_cached_prompt(cache_type):
     model, ids, rule, cache = tiny_model(halting=False, coda_layers=2), tokens(1, 6), PredictionKL(0.01), cache_type()
     used = loops_used(model, ids, LOOPS, exit=rule)
     assert used[:, :3].max() < used[:, 3:].max()
@@ -199,7 +199,7 @@ def test_who_runs_longer_than_the_cached_prompt_reads_its_last_predictions(cache
 
 
 @torch.no_grad()
-def test_rows_of_a_mixed_batch_stop_as_they_do_alone():
+def test_rows_of_a_batch_stop_as_they_do_alone():
     model, ids = tiny_model(halting=False), tokens(4, 8)
     for rule in (StateChange(0.06), PredictionKL(5e-3)):
         together = loops_used(model, ids, LOOPS, exit=rule)
@@ -217,7 +217,7 @@ def test_without_an_exit_the_gate_decides_if_halting_is_on(halting):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rule", [StateChange(0.06), PredictionKL(5e-3)], ids=str)
-def test_generation_takes_an_exit(rule):
+def test_generate_and_stream_accept_an_exit(rule):
     model, ids = tiny_model(halting=False), tokens(2, 5)
     by_hand = ids
     for _ in range(3):
@@ -228,24 +228,24 @@ def test_generation_takes_an_exit(rule):
 
 
 @torch.no_grad()
-def test_iterate_hands_out_the_predictions_that_the_exit_read():
+def test_iterate_yields_the_predictions_that_the_exit_used():
     model, ids = tiny_model(halting=False), tokens(2, 5)
     for state, logits in model.iterate(ids, 3, exit=StableArgmax(9)):
         assert logits is state.logits
         assert_near(logits, model(ids, state.loop + 1))
 
 
-# -- what does not fit
+# -- errors
 
 
-def test_exits_belong_to_eval_mode():
+def test_an_exit_in_training_mode_is_refused():
     model, cache = tiny_model().train(), KVCache()
     with pytest.raises(ValueError, match=r"StateChange.*training mode.*eval\(\)"):
         model(tokens(1, 4), 2, cache, exit=StateChange())
     assert cache.length == 0
 
 
-def test_a_block_alone_has_no_predictions():
+def test_exits_on_predictions_are_refused_for_a_block_alone():
     model, e = tiny_model(), torch.randn(1, 4, 32)
     _, ctx = model.encode(tokens(1, 4))
     with pytest.raises(ValueError, match="reads predictions"):
@@ -259,7 +259,7 @@ def test_a_cache_filled_without_predictions_is_refused(cache_type):
     model(tokens(1, 4), 3, cache)
     with pytest.raises(ValueError, match="lacks those of its 4 tokens"):
         model(tokens(1, 1), 3, cache, exit=PredictionKL())
-    model(tokens(1, 1), 3, cache, exit=StateChange())  # reads none
+    model(tokens(1, 1), 3, cache, exit=StateChange())  # needs no predictions
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -267,17 +267,17 @@ def test_a_cache_filled_without_predictions_is_refused(cache_type):
     ("kl:5e-4", PredictionKL(5e-4)), ("kl:1e-3:2", PredictionKL(1e-3, 2)), ("argmax:5", StableArgmax(5)),
     ("acceleration:0.2", Acceleration(0.2)),
 ])  # fmt: skip
-def test_exits_by_name(text, expected):
+def test_exits_are_parsed_from_their_names(text, expected):
     assert exits.parse(text) == expected
     assert exits.parse(exits.spell(expected)) == expected
 
 
-def test_an_exit_is_named_as_on_the_command_line():
+def test_an_exit_is_spelled_as_on_the_command_line():
     class Mine(Gate):
         pass
 
     assert exits.spell(StateChange(0.001, 4)) == "change:0.001:4" and exits.spell(PredictionKL()) == "kl:0.0005:1"
-    assert "Mine" in exits.spell(Mine()), "which has no name there"
+    assert "Mine" in exits.spell(Mine()), "a class of the user has no name there"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -286,6 +286,6 @@ def test_an_exit_is_named_as_on_the_command_line():
     ("kl:-1", "'kl:-1': threshold=-1.0; use a number above 0"), ("change:.1:0", "patience=0"),
     ("gate:2", r"threshold=2.0; use a number in \(0, 1\]"),
 ])  # fmt: skip
-def test_names_and_settings_that_do_not_exist(text, message):
+def test_unknown_exits_and_invalid_settings_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         exits.parse(text)

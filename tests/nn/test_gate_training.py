@@ -1,4 +1,4 @@
-"""The gate learns from the user's own training loop, and nothing else notices."""
+"""The gate is trained within the user's own training loop, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def gradients(model: OpenMythos, **inputs) -> dict[str, torch.Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_converged_means_near_the_end_from_there_on():
-    ends = torch.tensor([[3.0], [1.0], [1.0], [1.0]])  # one position, width 1: passes by its end, then returns to it
+def test_converged_means_near_the_final_state_from_that_loop_on():
+    ends = torch.tensor([[3.0], [1.0], [1.0], [1.0]])  # one position of width 1, its states at four loops
     passes_by = torch.tensor([[1.0], [3.0], [1.05], [1.0]])
     found = converged(torch.stack([ends, passes_by], dim=1).unsqueeze(-1), tolerance=0.1)
     assert found[:, 0, 0].tolist() == [False, True, True, True]
@@ -28,7 +28,7 @@ def test_converged_means_near_the_end_from_there_on():
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_gate_gets_a_gradient_and_nothing_else_changes(attn_type, padded):
+def test_the_gate_gets_a_gradient_and_other_gradients_are_unchanged(attn_type, padded):
     mask = left_padding([8, 6, 3], 8) if padded else None
     with_gate = gradients(tiny_model(attn_type, halting=True), attention_mask=mask)
     without = gradients(tiny_model(attn_type, halting=False), attention_mask=mask)
@@ -39,7 +39,7 @@ def test_the_gate_gets_a_gradient_and_nothing_else_changes(attn_type, padded):
             assert_near(grad, without[name], 1e-6, name)
 
 
-def test_learning_leaves_no_other_trace():
+def test_training_the_gate_changes_neither_mode_nor_buffers():
     models = [tiny_model(halting=halting).train() for halting in (True, False)]
     for model in models:
         model(tokens(3, 8), 2)
@@ -49,7 +49,7 @@ def test_learning_leaves_no_other_trace():
 
 
 @pytest.mark.parametrize("setting", ["eval", "no_grad", "auxiliary=False"])
-def test_no_gate_is_taught_without_gradients_or_in_eval_mode_or_if_asked_not_to(setting, monkeypatch):
+def test_the_gate_is_not_trained_in_eval_mode_without_gradients_or_auxiliary(setting, monkeypatch):
     model, calls = tiny_model().train(setting != "eval"), []
     monkeypatch.setattr(model.recurrent, "states", lambda *args: calls.append(args))
     with torch.set_grad_enabled(setting != "no_grad"):
@@ -57,31 +57,31 @@ def test_no_gate_is_taught_without_gradients_or_in_eval_mode_or_if_asked_not_to(
     assert not calls
 
 
-def test_a_gate_without_parameters_is_left_alone():
+def test_a_gate_without_trainable_parameters_is_not_trained():
     model = tiny_model().train()
     model.recurrent.act.forward = lambda h: h.new_full(h.shape[:2], 0.5)
     model.recurrent.act.requires_grad_(False)
     model(tokens(2, 4), 2).mean().backward()
 
 
-def test_a_gate_that_does_not_read_its_parameters_is_left_alone():
+def test_a_gate_that_does_not_use_its_parameters_is_not_trained():
     model = tiny_model().train()
     model.recurrent.act.forward = lambda h: h.new_full(h.shape[:2], 0.5)
     model(tokens(2, 4), 2).mean().backward()
 
 
-def test_a_gate_may_be_trained_in_part():
+def test_a_part_of_the_gate_can_be_frozen():
     model = tiny_model().train()
     model.recurrent.act.hidden.requires_grad_(False)
     model(tokens(2, 4), 2).mean().backward()
     assert model.recurrent.act.halt.bias.grad.abs() > 0 and model.recurrent.act.hidden.weight.grad is None
 
 
-def test_the_gate_learns_what_settling_looks_like():
+def test_the_gate_learns_to_recognise_converged_states():
     torch.manual_seed(0)
     act = ACTHalting(8)
     optimizer = torch.optim.AdamW(act.parameters(), lr=1e-3)
-    done, moving = torch.randn(64, 8) + 2, torch.randn(3, 64, 8) - 2  # settled states are recognisable
+    done, moving = torch.randn(64, 8) + 2, torch.randn(3, 64, 8) - 2  # converged states are recognisable
 
     def states(first_done: int) -> torch.Tensor:
         loops = [moving[t] if t < first_done else done for t in range(4)]
@@ -97,18 +97,18 @@ def test_the_gate_learns_what_settling_looks_like():
         assert act(done.unsqueeze(1)).mean() > 0.9 and act(moving[0].unsqueeze(1)).mean() < 0.05
 
 
-def test_padding_teaches_nothing():
+def test_padding_does_not_affect_the_gate_loss():
     act, states = ACTHalting(4), torch.randn(4, 2, 5, 4)
     torch.nn.init.normal_(act.halt.weight)
     live = torch.tensor([[True] * 5, [False] * 5])
     assert_near(gate_loss(act, states, live, 0.1), gate_loss(act, states[:, :1], live[:1], 0.1), 1e-6)
 
 
-# -- whatever the caller makes of his loss
+# -- scaled losses, accumulation and optimizers of the caller
 
 
 def gate_gradients(model: OpenMythos, batches: list[torch.Tensor], scale: float) -> list[torch.Tensor]:
-    """The gate's gradients as an optimizer's step finds them, after runs of ``batches`` with scaled losses."""
+    """The gate's gradients that an optimizer's step gets, after backward passes of ``batches`` with scaled losses."""
     model.zero_grad()
     for ids in batches:
         (model(ids, 2).square().mean() * scale).backward()
@@ -116,7 +116,7 @@ def gate_gradients(model: OpenMythos, batches: list[torch.Tensor], scale: float)
     return [p.grad.clone() for p in model.recurrent.act.parameters()]
 
 
-def test_neither_a_scaled_loss_nor_gradient_accumulation_changes_what_the_gate_learns():
+def test_loss_scale_and_accumulation_do_not_change_the_gates_gradients():
     model, batches = tiny_model(router_bias_rate=0.0).train(), list(tokens(3, 4, 6))
     alone = [gate_gradients(model, [ids], 1.0) for ids in batches]
     mean = [sum(grads) / 3 for grads in zip(*alone, strict=True)]
@@ -127,8 +127,8 @@ def test_neither_a_scaled_loss_nor_gradient_accumulation_changes_what_the_gate_l
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_grad_scaler_changes_nothing(fused):
-    """A fused optimizer divides by the scale in its step, others before."""
+def test_a_grad_scaler_does_not_change_training(fused):
+    """A fused optimizer unscales gradients in its step, others before it."""
     steps = {}
     for scaled in (False, True):
         model, ids = tiny_model(warm_start=False).train(), tokens(4, 6)
@@ -146,8 +146,8 @@ def test_a_grad_scaler_changes_nothing(fused):
     assert not torch.equal(steps[True]["recurrent.act.halt.bias"], before["recurrent.act.halt.bias"])
 
 
-def test_the_gate_may_have_an_optimizer_of_its_own():
-    """As matrices and the rest often have; whichever steps first."""
+def test_the_gate_can_have_its_own_optimizer():
+    """As is common for matrices and other parameters; whichever steps first."""
     found = []
     for order in ((0,), (1, 2), (2, 1)):
         model = tiny_model(router_bias_rate=0.01).train()
@@ -167,8 +167,8 @@ def test_the_gate_may_have_an_optimizer_of_its_own():
     assert found[0]["recurrent.block.ffn.router_bias"].abs().max() > 0.01
 
 
-def test_whoever_never_steps_gathers_nothing():
-    """Gradients of inputs, or updates made by hand."""
+def test_pending_gradients_do_not_grow_without_optimizer_steps():
+    """For users of input gradients only, or of updates made by hand."""
     from open_mythos.nn import auxiliary
 
     model = tiny_model().train()
@@ -178,8 +178,8 @@ def test_whoever_never_steps_gathers_nothing():
     assert pending.n_runs == 3 and len(pending.gradients) == len(list(model.recurrent.act.parameters()))
 
 
-def test_a_batch_that_was_skipped_leaves_the_gate_alone():
-    """As a GradScaler skips what is not finite, or a training loop of one's own."""
+def test_a_batch_skipped_as_not_finite_leaves_the_gate_finite():
+    """A GradScaler skips such batches, as does many a training loop."""
     model, ids = tiny_model(warm_start=False).train(), tokens(4, 6)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

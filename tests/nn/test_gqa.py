@@ -21,7 +21,7 @@ def far_influence(attn: GQAttention, T: int = 10) -> Tensor:
 
 
 @pytest.mark.parametrize("n_heads, n_kv_heads", [(1, 1), (2, 1), (4, 2), (6, 3), (6, 2), (5, 5), (3, 1)])
-def test_the_first_heads_are_local_and_at_least_one_is_not(n_heads, n_kv_heads):
+def test_the_first_heads_are_local_and_at_least_one_is_global(n_heads, n_kv_heads):
     torch.manual_seed(0)
     cfg = tiny_config(n_heads=n_heads, n_kv_heads=n_kv_heads, dim=8 * n_heads, local_window=4)
     n_local = cfg.n_local_heads
@@ -32,14 +32,14 @@ def test_the_first_heads_are_local_and_at_least_one_is_not(n_heads, n_kv_heads):
     assert far_influence(GQAttention(cfg, local_window=10)).gt(0).all()
 
 
-def test_scores_depend_on_distances_alone():
+def test_outputs_depend_on_relative_positions_only():
     torch.manual_seed(0)
     attn, x = GQAttention(tiny_config(), local_window=3), torch.randn(2, 6, 32)
     out = [attn(x, rope_table(torch.arange(start, start + 6), 8)) for start in (0, 500)]
     assert_near(out[1], out[0], 1e-4)
 
 
-def test_short_conv_gives_every_channel_its_taps_and_starts_near_the_identity():
+def test_short_conv_shares_taps_between_channels_and_starts_near_identity():
     torch.manual_seed(0)
     conv = ShortConv(6, 3, share=2)
     assert_near(conv(), conv.taps.repeat_interleave(2, 1) / conv.std, 0.0)

@@ -39,7 +39,7 @@ def injection(values: list[float], dtype: torch.dtype) -> LTIInjection:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=20))
-def test_every_decay_is_strictly_inside_0_1(dtype, values):
+def test_every_decay_is_strictly_between_0_and_1(dtype, values):
     A = injection(values + EXTREMES, dtype).get_A()
     assert A.dtype == dtype
     assert (A > 0).all() and (A < 1).all()
@@ -48,14 +48,14 @@ def test_every_decay_is_strictly_inside_0_1(dtype, values):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20))
-def test_the_gradient_is_never_zero(dtype, values):
+def test_the_gradient_of_the_decay_is_never_zero(dtype, values):
     module = injection(values + EXTREMES, dtype)
     (gradient,) = torch.autograd.grad(module.get_A().sum(), module.raw_A)
     assert gradient.abs().eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_of_any_size_keeps_it_stable(dtype):
+def test_the_decay_stays_in_range_after_huge_optimizer_steps(dtype):
     torch.manual_seed(0)
     module = LTIInjection(64).to(dtype)
     optimizer = torch.optim.SGD([module.raw_A], lr=1e3)
@@ -67,23 +67,23 @@ def test_a_step_of_any_size_keeps_it_stable(dtype):
         optimizer.step()
         A = module.get_A()
         assert (A > 0).all() and (A < 1).all()
-    assert module.raw_A.abs().max() > 100  # it was pushed far, not held back
+    assert module.raw_A.abs().max() > 100  # the parameter itself is not held back
 
 
 @pytest.mark.parametrize("decay", [0.01, 0.3, 0.7, 0.99])
-def test_it_starts_at_the_values_given(decay):
+def test_decay_and_gain_start_at_the_given_values(decay):
     module = LTIInjection(5, decay=decay, gain=0.4)
     assert_near(module.get_A(), torch.full((5,), decay), 1e-6)
     assert_near(module.B, torch.full((5,), 0.4), 1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.001, 0.999])
-def test_a_decay_given_near_the_ends_is_still_inside(decay):
+def test_an_initial_decay_near_0_or_1_stays_in_range(decay):
     A = LTIInjection(5, decay=decay).get_A()
     assert (A > 0).all() and (A < 1).all() and (A - decay).abs().max() < 0.02
 
 
-def test_folding_is_continuous():
+def test_the_decay_is_continuous_in_its_parameter():
     values = torch.linspace(-3, 3, 20001)
     A = injection(values.tolist(), torch.float32).get_A()
     assert A.diff().abs().max() <= values.diff().abs().max() * 1.01
@@ -94,7 +94,7 @@ def test_one_step_is_a_h_plus_b_e_plus_the_transformer():
     linear = module.get_A() * h + module.B * e
     assert_near(module(h, e), linear, 1e-6)
     assert_near(module(h, e, out), linear + out, 1e-6)
-    decay, injected = module(None, e)  # what all steps have in common
+    decay, injected = module(None, e)  # the part that is the same in all loops
     assert_near(decay * h + injected, linear, 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Depth-wise LoRA: nothing at first, then something different at every loop, and well defined beyond."""
+"""Depth-wise LoRA: zero when new, a scale for each trained loop, and well defined at deeper loops."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from open_mythos.nn.injection import LoRAAdapter
 
 
 def trained(max_loops: int, n_loops: int, rank: int = 3) -> LoRAAdapter:
-    """An adapter with random weights, that training has run for ``n_loops`` loops."""
+    """An adapter with random weights, of which ``n_loops`` loops count as trained."""
     torch.manual_seed(0)
     lora = LoRAAdapter(8, rank, max_loops)
     lora.B.data.normal_()
@@ -26,7 +26,7 @@ def test_a_new_adapter_adds_nothing():
         assert lora(torch.randn(2, 5, 8), loop).eq(0).all()
 
 
-def test_formula():
+def test_the_adapter_follows_its_formula():
     lora, x = trained(6, 6), torch.randn(2, 5, 8)
     for loop in range(6):
         expected = (x @ lora.down.weight.T * lora.down.scale * lora.scale.weight[loop]) @ lora.B.T
@@ -44,7 +44,7 @@ def test_loops_deeper_than_trained_use_the_deepest_trained_scale(seen):
 
 
 @pytest.mark.parametrize("setting", ["eval", "no_grad", "auxiliary=False"])
-def test_loops_that_train_nothing_do_not_count_as_trained(setting):
+def test_loops_without_training_do_not_count_as_trained(setting):
     model = tiny_model().train(setting != "eval")
     with torch.set_grad_enabled(setting != "no_grad"):
         model(tokens(2, 4), 5, auxiliary=setting != "auxiliary=False")
@@ -53,7 +53,7 @@ def test_loops_that_train_nothing_do_not_count_as_trained(setting):
     assert model.recurrent.lora.trained_loops == 5
 
 
-def test_a_mode_chooses_no_other_scale():
+def test_train_and_eval_mode_use_the_same_scales():
     """What training computes is what eval mode computes, at any number of loops."""
     model, ids = tiny_model(halting=False, max_loop_iters=8), tokens(2, 5)
     for n_loops in (2, 3, 6):
@@ -61,7 +61,7 @@ def test_a_mode_chooses_no_other_scale():
         assert_near(*found, 1e-6)
 
 
-def test_every_trained_loop_has_a_scale_of_its_own():
+def test_every_trained_loop_has_its_own_scale():
     lora, x = trained(6, 6).train(), torch.randn(4, 8)
     for loop in range(8):
         (gradient,) = torch.autograd.grad(lora(x, loop).sum(), lora.scale.weight)
@@ -70,7 +70,7 @@ def test_every_trained_loop_has_a_scale_of_its_own():
 
 @pytest.mark.parametrize("rows", [2, 4, 6, 9])
 @pytest.mark.parametrize("seen", [0, 3, 6])
-def test_a_table_saved_with_another_length_is_cut_or_extended(rows, seen):
+def test_a_scale_table_of_another_length_is_cut_or_extended_on_load(rows, seen):
     old, x = trained(6, seen), torch.randn(2, 8)
     new = LoRAAdapter(8, 3, rows).eval()
     new.load_state_dict(old.state_dict())
@@ -83,13 +83,13 @@ def test_a_table_saved_with_another_length_is_cut_or_extended(rows, seen):
             assert_near(new(x, loop), old(x, loop), 0.0)
 
 
-def test_loading_leaves_the_callers_state_dict_alone():
+def test_loading_does_not_modify_the_state_dict():
     state = trained(6, 6).state_dict()
     LoRAAdapter(8, 3, 2).load_state_dict(state)
     assert state["scale.weight"].shape == (6, 3)
 
 
-def test_a_model_trained_shallow_runs_deep():
+def test_a_model_trained_with_few_loops_runs_with_many():
     torch.manual_seed(0)
     model = OpenMythos(tiny_config(lora_rank=3, max_loop_iters=8)).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -102,11 +102,11 @@ def test_a_model_trained_shallow_runs_deep():
         assert model.eval()(tokens(2, 6), 20).isfinite().all()
 
 
-def test_rank_zero_means_none():
+def test_rank_zero_means_no_adapter():
     assert tiny_model(lora_rank=0).recurrent.lora is None
 
 
-def test_rows_at_different_loops_have_each_their_scale():
+def test_rows_at_different_loops_use_the_scales_of_their_loops():
     lora, x = trained(6, 5), torch.randn(4, 1, 8)
     loops = torch.tensor([[0], [3], [4], [9]])
     alone = torch.cat([lora(row[None], int(loop)) for row, loop in zip(x, loops, strict=True)])

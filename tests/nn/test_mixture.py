@@ -1,4 +1,4 @@
-"""The recurrence of the public reference, inside this library: exact, cached, trained, decoded, looked into."""
+"""The mixture recurrence, as in the public reference: exactness, caching, training, decoding, diagnostics."""
 
 import pytest
 import torch
@@ -26,33 +26,33 @@ def mixture(attn_type: str = "gqa", **changes) -> OpenMythos:
     dict(state_init="zero", act_threshold=0.4), dict(router_score="sigmoid", loop_index_dim=0),
     dict(n_experts_per_tok=1),
 ], ids=str)  # fmt: skip
-def test_model_and_gradients_are_those_of_the_plain_twin(attn_type, training, changes):
+def test_logits_and_gradients_equal_the_plain_reference(attn_type, training, changes):
     model, ids = mixture(attn_type, **changes).train(training), tokens(3, 8)
     real = left_padding([8, 5, 2], 8)
     weight = torch.randn(3, 8, 23, generator=torch.Generator().manual_seed(1)) * real[..., None]
     for n_loops in (1, 2, 7):
-        actual, expected = (run(model, ids, n_loops, attention_mask=real) for run in (OpenMythos.__call__, twin))
+        actual, expected = (run(model, ids, n_loops, attention_mask=real) for run in (OpenMythos.__call__, plain))
         assert_near(actual[real], expected[real], what=f"{n_loops} loops")
     found, wanted = (gradients(model, (logits * weight).sum()) for logits in (actual, expected))
     for name, gradient in wanted.items():
         assert_near(found[name], gradient, 1e-4, name)
 
 
-def twin(model, ids, n_loops, attention_mask):
+def plain(model, ids, n_loops, attention_mask):
     return reference_logits(model, ids, n_loops, attention_mask)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("halting", [False, True])
 @pytest.mark.parametrize("chunks", [[1] * 8, [5, 3], [2, 1, 5]], ids=str)
-def test_a_cache_changes_nothing(attn_type, halting, chunks):
+def test_a_cache_does_not_change_the_logits(attn_type, halting, chunks):
     model, ids = mixture(attn_type, halting=halting), tokens(2, 8)
     whole, cache = model(ids, 5), KVCache()
     parts = [model(part, 5, kv_cache=cache) for part in ids.split(chunks, 1)]
     assert_near(torch.cat(parts, 1), whole)
 
 
-def test_the_shares_are_those_of_the_gate_and_what_is_left_goes_to_the_loop_that_reaches_the_threshold():
+def test_mixture_weights_follow_the_gate_and_the_last_loop_gets_the_rest():
     model = mixture(act_threshold=0.9).double()
     model.recurrent.act.forward = lambda state: torch.full(state.shape[:2], 0.4, dtype=torch.float64)
     e = torch.randn(1, 1, 32, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_the_shares_are_those_of_the_gate_and_what_is_left_goes_to_the_loop_that
         assert_near(model.recurrent.output(states[n_loops - 1]), wanted, 1e-12)
 
 
-def test_halting_stops_a_position_when_its_mixture_is_made():
+def test_halting_stops_a_position_when_its_mixture_is_complete():
     ids = tokens(2, 8)
     made, whole = mixture(halting=True, act_threshold=0.5), mixture(act_threshold=0.5)
     used = loops_used(made, ids, 12)
@@ -73,7 +73,7 @@ def test_halting_stops_a_position_when_its_mixture_is_made():
     assert_near(made(ids, 12), whole(ids, 12, exit=Gate(0.5)))
 
 
-def test_a_may_be_zero_or_one_where_it_is_asked_for():
+def test_the_decay_may_be_zero_or_one_without_a_margin():
     injection = LTIInjection(4, margin=0.0)
     with torch.no_grad():
         injection.raw_A.copy_(torch.tensor([0.0, 1.0, 0.9999, 1e-6]))
@@ -81,7 +81,7 @@ def test_a_may_be_zero_or_one_where_it_is_asked_for():
     assert mixture().recurrent.injection.margin == 0 and 0 < tiny_model().recurrent.injection.margin < 0.01
 
 
-def test_router_scores_are_the_softmax_over_all_experts_normalised_over_the_chosen():
+def test_softmax_router_weights_are_normalised_over_the_chosen_experts():
     ffn, x = mixture(n_experts_per_tok=3).recurrent.block.ffn, torch.randn(50, 32)
     chosen, weights = ffn.route(x)
     scores = ffn.router(x).softmax(-1).gather(1, chosen)
@@ -92,7 +92,7 @@ def test_router_scores_are_the_softmax_over_all_experts_normalised_over_the_chos
 @pytest.mark.parametrize("options", [
     dict(), dict(draft_loops=1), dict(cache_loops=2), dict(exit=Gate(0.9)), dict(exit=PredictionKL(0.1)),
 ], ids=str)  # fmt: skip
-def test_it_generates(options):
+def test_generation_works_with_drafts_cached_loops_and_exits(options):
     model, ids = mixture(), tokens(2, 4)
     made = model.generate(ids, 6, n_loops=4, temperature=0, **options)
     if options.keys() <= {"draft_loops"}:
@@ -110,28 +110,28 @@ def test_rows_at_different_loops_are_decoded_together():
         assert made.equal(model.generate(prompt[None], 4, n_loops=n_loops, temperature=0)[0])
 
 
-def test_compiled_decoding_says_what_it_does_not_know():
+def test_native_decoding_refuses_a_mixture_and_softmax_scores():
     for model in (mixture(router_score="sigmoid"), tiny_model(router_score="softmax", halting=False)):
         with pytest.raises(ValueError, match="it knows recurrence='injected', router_score='sigmoid'"):
             model.generate(tokens(1, 3), 2, engine="native")
 
 
-def test_int8_weights_and_half_precision_stay_near():
+def test_int8_and_bfloat16_logits_stay_close():
     ids = tokens(2, 6)
     wanted = mixture()(ids, 3)
     assert (mixture().bfloat16()(ids, 3).float() - wanted).abs().max() < 0.1 * wanted.abs().max()
     assert (quantize_int8(mixture())(ids, 3) - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
-def test_a_disturbance_is_measured_in_the_state_alone():
+def test_loop_gain_is_measured_in_the_state_only():
     model = mixture(lora_rank=0)
     gain = loop_gain(model, tokens(1, 5), 3)
     with torch.no_grad():
-        model.recurrent.act.halt.bias.fill_(-20.0)  # nothing of what is carried beside the state matters
+        model.recurrent.act.halt.bias.fill_(-20.0)  # what is carried beside the state does not matter
     assert loop_gain(model, tokens(1, 5), 3) == pytest.approx(gain)
 
 
-def test_the_gate_is_counted_with_halting_and_without():
+def test_flops_count_the_gate_with_and_without_halting():
     with_gate, without = (flops_per_token(tiny_config(**{**MIXTURE, "halting": on}), 4, 5) for on in (True, False))
     assert with_gate == without
     more = tiny_config(**{**MIXTURE, "lora_rank": 0, "recurrence": "injected", "halting": False})
@@ -142,7 +142,7 @@ def test_the_unrolled_baseline_has_no_mixture():
     assert UnrolledMythos(tiny_config(**MIXTURE)).cfg.recurrence == "injected"
 
 
-def test_plain_training_lowers_the_loss_and_moves_the_gate():
+def test_training_lowers_the_loss_and_updates_the_gate():
     model, ids = mixture(halting=True).train(), tokens(16, 8)
     gate = model.recurrent.act.halt.weight.clone()
     optimizer, losses = torch.optim.Adam(model.parameters(), 1e-3), []

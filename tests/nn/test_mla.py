@@ -1,4 +1,4 @@
-"""Multi-head latent attention: absorbed is expanded, and the cheaper one is taken."""
+"""Multi-head latent attention: the absorbed and the expanded form agree, and the cheaper one is used."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def plain(attn: MLAttention, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask:
 
 
 @given(problems())
-def test_absorbed_is_expanded_is_plain_in_outputs_and_gradients(problem):
+def test_outputs_and_gradients_of_both_forms_equal_the_reference(problem):
     attn, q_nope, q_rope, rows, mask = problem
     inputs = [q_nope, q_rope, rows, attn.kv_up.weight]
     expected = plain(attn, q_nope, q_rope, rows, mask)
@@ -62,7 +62,7 @@ def test_absorbed_is_expanded_is_plain_in_outputs_and_gradients(problem):
 
 
 @pytest.mark.parametrize("n_new, n_all, form", [(64, 64, "expanded"), (1, 64, "absorbed"), (2, 512, "absorbed")])
-def test_long_prompts_are_expanded_and_decoding_is_absorbed(monkeypatch, n_new, n_all, form):
+def test_long_prompts_use_the_expanded_form_and_decoding_the_absorbed_one(monkeypatch, n_new, n_all, form):
     cfg = tiny_config("mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
     attn, taken = MLAttention(cfg), []
     monkeypatch.setattr(attn, "read_expanded", lambda *a: taken.append("expanded"))

@@ -1,4 +1,4 @@
-"""Layers are called as modules, so that what PyTorch and others do to modules works on them."""
+"""Layers are called as modules, so that hooks, pruning, parametrizations, torch.func and export work on them."""
 
 import threading
 from copy import deepcopy
@@ -21,7 +21,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("n_experts", [0, 4])
-def test_every_linear_layer_calls_its_hooks_for_a_prompt_and_for_a_token(attn_type, n_experts):
+def test_every_linear_layer_calls_its_hooks_for_prompts_and_single_tokens(attn_type, n_experts):
     model, cache = tiny_model(attn_type, n_experts=n_experts, halting=False), KVCache()
     layers, called = linears(model), set()
     assert len(layers) > 15
@@ -34,7 +34,7 @@ def test_every_linear_layer_calls_its_hooks_for_a_prompt_and_for_a_token(attn_ty
 
 
 @torch.no_grad()
-def test_what_a_hook_returns_is_used():
+def test_the_return_value_of_a_forward_hook_is_used():
     model, ids = tiny_model(halting=False), tokens(1, 6)
     steered = deepcopy(model)
     steered.recurrent.block.attn.wv.register_forward_hook(lambda _, args, out: out * 0)
@@ -43,7 +43,7 @@ def test_what_a_hook_returns_is_used():
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_pruned_layers_compute_with_what_is_left_and_train(attn_type):
+def test_pruned_layers_compute_with_the_remaining_weights_and_train(attn_type):
     model, ids = tiny_model(attn_type, halting=False, tied_head=False), tokens(2, 6)
     plain = deepcopy(model)
     for layer in linears(model).values():
@@ -64,7 +64,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_parametrized_layers(attn_type):
+def test_parametrized_layers_compute_with_the_parametrized_weight(attn_type):
     model, ids = tiny_model(attn_type, halting=False), tokens(2, 6)
     plain = deepcopy(model)
     names = [name for name in linears(model) if name != "head"]
@@ -75,8 +75,8 @@ def test_parametrized_layers(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_functional_calls_and_gradients(attn_type):
-    """Of dense models: PyTorch transforms no operators of others, as the product of experts is one."""
+def test_gradients_of_functional_call_equal_those_of_backward(attn_type):
+    """Of dense models only: torch.func cannot transform custom operators, such as the product of experts."""
     model, ids = tiny_model(attn_type, halting=False, n_experts=0), tokens(2, 6)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     moved = {name: 1.1 * p for name, p in parameters.items()}
@@ -95,20 +95,20 @@ def test_functional_calls_and_gradients(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_threads_share_a_model(attn_type):
-    """No call leaves anything on a module that another could find."""
+def test_threads_can_share_a_model(attn_type):
+    """No call stores anything on a module that another call could read."""
     model = tiny_model(attn_type)
     texts = [tokens(1, n, seed=n) for n in (5, 9, 14, 7)]
     with torch.no_grad():
         alone = [model(ids, 3) for ids in texts]
     wrong: list[float] = []
 
-    def ask(i: int) -> None:
+    def call_model(i: int) -> None:
         with torch.no_grad():
             for _ in range(15):
                 wrong.append((model(texts[i], 3) - alone[i]).abs().max().item())
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    threads = [threading.Thread(target=call_model, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -118,7 +118,7 @@ def test_threads_share_a_model(attn_type):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_shapes_are_known_without_numbers(attn_type):
+def test_models_run_on_fake_and_meta_tensors(attn_type):
     with FakeTensorMode():
         model = tiny_model(attn_type, halting=False)
         assert model(torch.zeros(2, 7, dtype=torch.int64), 3).shape == (2, 7, 23)
@@ -144,8 +144,8 @@ class Deep(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
-@pytest.mark.filterwarnings("default")  # of PyTorch's own code
-def test_a_whole_pass_can_be_exported(attn_type):
+@pytest.mark.filterwarnings("default")  # warnings of PyTorch itself
+def test_a_whole_forward_pass_can_be_exported(attn_type):
     model, ids = tiny_model(attn_type, halting=False), tokens(2, 7)
     program = torch.export.export(Deep(model), (ids,))
     other = tokens(2, 7, seed=5)
@@ -156,7 +156,7 @@ def test_a_whole_pass_can_be_exported(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_untied_blocks_are_as_many_and_each_of_its_own(attn_type):
+def test_an_unrolled_model_trains_a_separate_block_for_every_loop(attn_type):
     torch.manual_seed(0)
     model, ids = UnrolledMythos(tiny_config(attn_type, max_loop_iters=3)).eval(), tokens(2, 6)
     with torch.no_grad():

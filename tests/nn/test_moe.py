@@ -1,4 +1,4 @@
-"""Sparse experts: the arithmetic is the double loop, and the load balances itself once per optimizer step."""
+"""Sparse experts: results equal a double loop, and loads are balanced once per optimizer step."""
 
 from copy import deepcopy
 from functools import partial
@@ -55,10 +55,10 @@ def moved(bias: Tensor, load: Tensor) -> Tensor:
     n_experts=st.integers(1, 7), topk=st.integers(1, 7), width=st.integers(1, 9), dim=st.integers(1, 20),
     shared=st.integers(0, 2), n_tokens=st.integers(1, 9), skew=st.sampled_from([0.0, 50.0]),
 )  # fmt: skip
-def test_outputs_and_gradients_are_the_double_loops(n_experts, topk, width, dim, shared, n_tokens, skew):
+def test_outputs_and_gradients_equal_a_double_loop(n_experts, topk, width, dim, shared, n_tokens, skew):
     ffn = experts(attn_type="mla", n_heads=1, n_kv_heads=1, n_experts=n_experts, n_experts_per_tok=min(topk, n_experts),
                   expert_dim=width, dim=dim, n_shared_experts=shared)  # fmt: skip
-    ffn.router_bias.copy_(skew * torch.randn(n_experts))  # with skew, some experts get nothing
+    ffn.router_bias.copy_(skew * torch.randn(n_experts))  # with skew, some experts get no tokens
     x = torch.randn(1, n_tokens, dim, requires_grad=True)
     out, expected = ffn(x), plain(ffn, x)
     assert_near(out, expected)
@@ -71,28 +71,28 @@ def test_outputs_and_gradients_are_the_double_loops(n_experts, topk, width, dim,
 
 
 @pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32), (2, 2, 2, 32)])
-def test_any_shape(shape):
+def test_inputs_may_have_any_number_of_axes(shape):
     ffn, x = experts(), torch.randn(shape)
     assert_near(ffn(x), plain(ffn, x))
 
 
-def test_strided_input():
+def test_inputs_may_be_strided():
     ffn, x = experts(), torch.randn(5, 3, 32).transpose(0, 1)
     assert_near(ffn(x), plain(ffn, x))
 
 
-def test_shared_experts_are_on_for_every_token():
+def test_shared_experts_run_for_every_token():
     ffn, x = experts(n_shared_experts=2), torch.randn(6, 32)
     routed = ffn(x) - ffn.shared(x)
     ffn.shared = None
     assert_near(routed, ffn(x))
 
 
-# -- choice and weight
+# -- routing
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4))
-def test_the_bias_moves_the_choice_and_never_the_weight(bias):
+def test_the_router_bias_changes_the_choice_but_not_the_weights(bias):
     ffn, x = experts(), torch.randn(20, 32)
     ffn.router_bias.copy_(torch.tensor(bias))
     logits = ffn.router(x)
@@ -103,7 +103,7 @@ def test_the_bias_moves_the_choice_and_never_the_weight(bias):
     assert_near(weights.sum(1), torch.ones(20))
 
 
-def test_a_large_bias_brings_an_expert_in_without_making_it_louder():
+def test_a_large_router_bias_does_not_raise_the_weight_of_an_expert():
     ffn, x = experts(n_experts_per_tok=4), torch.randn(9, 32)
     before = ffn(x)
     ffn.router_bias[3] = 1000.0
@@ -111,7 +111,7 @@ def test_a_large_bias_brings_an_expert_in_without_making_it_louder():
     assert_near(ffn(x), before)
 
 
-def test_the_bias_is_a_buffer_that_is_saved():
+def test_the_router_bias_is_a_saved_buffer():
     ffn = experts()
     assert "router_bias" in ffn.state_dict() and "router_bias" not in dict(ffn.named_parameters())
     assert not ffn.router_bias.requires_grad
@@ -143,7 +143,7 @@ def test_tokens_are_counted_until_the_experts_are_balanced(wrap):
     assert expected.ne(0).any()
 
 
-def test_nothing_is_counted_in_eval_mode_or_without_gradients():
+def test_tokens_are_not_counted_in_eval_mode_or_without_gradients():
     ffn, x = experts(), torch.randn(16, 32, requires_grad=True)
     ffn.eval()(x)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_nothing_is_counted_in_eval_mode_or_without_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_bias_stays_float32_and_keeps_small_steps(dtype):
+def test_the_router_bias_stays_float32_and_keeps_small_updates(dtype):
     ffn = experts()
     ffn.router_bias.fill_(2.0)
     for convert in (lambda: ffn.to(dtype), lambda: ffn.half(), lambda: ffn.bfloat16(), lambda: ffn.float()):
@@ -238,7 +238,7 @@ def test_activation_checkpointing_of_the_block_changes_nothing():
     (torch.optim.AdamW, dict(fused=True)), (torch.optim.RMSprop, {}),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_any_optimizers_step_balances_the_experts_once(make, options, micro_batches):
+def test_a_step_of_any_optimizer_balances_the_experts_once(make, options, micro_batches):
     model = tiny_model(router_bias_rate=RATE).train()
     ffn, optimizer = model.recurrent.block.ffn, make(model.parameters(), lr=1e-3, **options)
     expected = ffn.router_bias.clone()
@@ -252,7 +252,7 @@ def test_any_optimizers_step_balances_the_experts_once(make, options, micro_batc
         assert_near(ffn.router_bias, expected, 1e-7)
 
 
-def test_an_optimizer_of_something_else_moves_nothing():
+def test_an_optimizer_of_another_model_does_not_balance_the_experts():
     model, other = tiny_model().train(), tiny_model().train()
     model(tokens(2, 5), 2).sum().backward()
     other(tokens(2, 5), 2).sum().backward()
@@ -262,10 +262,10 @@ def test_an_optimizer_of_something_else_moves_nothing():
 
 
 @pytest.mark.parametrize("setting", ["eval", "no_grad", "auxiliary=False", "frozen experts"])
-def test_the_bias_stays_where_nothing_of_it_is_trained(setting):
+def test_the_router_bias_is_not_updated_when_experts_are_not_trained(setting):
     model, ids = tiny_model().train(setting != "eval"), tokens(4, 6)
     ffn = model.recurrent.block.ffn
-    if setting == "frozen experts":  # as under adapters
+    if setting == "frozen experts":  # as with adapters
         ffn.requires_grad_(False)
     before = ffn.router_bias.clone()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
@@ -278,7 +278,7 @@ def test_the_bias_stays_where_nothing_of_it_is_trained(setting):
     assert torch.equal(ffn.router_bias, before)
 
 
-def test_an_average_of_weights_may_be_made_before_the_first_step():
+def test_an_averaged_model_can_be_made_before_the_first_step():
     model, optimizer = new_run()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     train(model, optimizer, tokens(2, 3, 7))
@@ -317,7 +317,7 @@ def test_resuming_from_a_state_dict_changes_nothing():
     assert model.recurrent.block.ffn.router_bias.ne(0).any()
 
 
-def test_saving_and_loading_between_forward_and_step_keeps_the_count():
+def test_saving_and_loading_between_forward_and_step_keeps_token_counts():
     model, _ = new_run()
     model(tokens(2, 5), 2)
     twin = OpenMythos(model.cfg).train()
@@ -325,7 +325,7 @@ def test_saving_and_loading_between_forward_and_step_keeps_the_count():
     assert torch.equal(twin.recurrent.block.ffn.expert_load, model.recurrent.block.ffn.expert_load)
 
 
-def test_all_loops_count_and_padding_and_generation_do_not():
+def test_expert_load_counts_all_loops_but_not_padding_or_generation():
     model, _ = new_run()
     model(tokens(2, 6), 5, attention_mask=left_padding([6, 4], 6)).sum().backward()
     ffn = model.recurrent.block.ffn
@@ -334,7 +334,7 @@ def test_all_loops_count_and_padding_and_generation_do_not():
     assert ffn.expert_load.sum() == 10 * 5 * 2 and ffn.router_bias.dtype == torch.float32
 
 
-def test_the_router_learns_through_a_single_expert():
+def test_the_router_gets_a_gradient_with_one_expert_per_token():
     ffn, x = experts(n_experts_per_tok=1), torch.randn(16, 32)
     ffn(x).square().sum().backward()
     assert ffn.router.weight.grad.abs().max() > 1e-3

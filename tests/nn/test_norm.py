@@ -9,7 +9,7 @@ from open_mythos.nn.linear import RMSNorm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [300.0, 60000.0, 1.0])
-def test_inputs_of_one_size_become_plus_minus_one(dtype, size):
+def test_inputs_of_equal_magnitude_are_normalised_to_plus_minus_one(dtype, size):
     """300 squared is more than float16 can hold."""
     signs = torch.randint(2, (4, 64)) * 2.0 - 1.0
     norm = RMSNorm(64).to(dtype)
@@ -37,5 +37,5 @@ def test_zeros_stay_zeros():
 
 
 def test_small_half_precision_inputs_do_not_vanish():
-    x = torch.full((1, 16), 1e-2, dtype=torch.float16)  # its square is below half of float16's digits
+    x = torch.full((1, 16), 1e-2, dtype=torch.float16)  # its square is close to float16's smallest normal number
     assert_near(RMSNorm(16).half()(x).float(), torch.ones(1, 16), 0.01)

@@ -1,4 +1,4 @@
-"""A training loop of one's own under DistributedDataParallel and fully_shard is the one without, in one process."""
+"""A user's training loop with DistributedDataParallel or fully_shard equals the plain loop, in one process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from open_mythos import OpenMythos
 from open_mythos.nn.block import TransformerBlock
 
-pytestmark = pytest.mark.filterwarnings("default")  # of PyTorch's own
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of PyTorch itself
 
 
 @contextmanager
@@ -42,24 +42,24 @@ def alone(attn_type: str = "gqa", micro_batches: int = 1, **changes) -> dict[str
     return model.state_dict()
 
 
-def is_same(model: OpenMythos, expected: dict[str, torch.Tensor]) -> None:
+def assert_same(model: OpenMythos, expected: dict[str, torch.Tensor]) -> None:
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         assert_near(whole.float(), expected[name].float(), 1e-5, name)
 
 
 @pytest.mark.parametrize("halting, micro_batches", [(True, 1), (True, 2), (False, 1)])
-def test_data_parallel_training_is_training(halting, micro_batches):
-    """Without halting too, where the gate learns nothing, and still has to give every process a gradient."""
+def test_ddp_training_equals_plain_training(halting, micro_batches):
+    """Also without halting, where the gate is not trained but still needs a gradient in every process."""
     expected = alone(micro_batches=micro_batches, halting=halting)
     with one_process():
         model = tiny_model(warm_start=True, halting=halting).train()
         train(DistributedDataParallel(model), micro_batches)
-        is_same(model, expected)
+        assert_same(model, expected)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_every_block_may_be_sharded(attn_type):
+def test_training_with_fully_sharded_blocks_equals_plain_training(attn_type):
     expected = alone(attn_type)
     with one_process():
         model, mesh = tiny_model(attn_type, warm_start=True).train(), init_device_mesh("cpu", (1,))
@@ -68,4 +68,4 @@ def test_every_block_may_be_sharded(attn_type):
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
         train(model)
-        is_same(model, expected)
+        assert_same(model, expected)

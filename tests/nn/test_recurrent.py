@@ -1,4 +1,4 @@
-"""The loop: it stops where the gate says so, and then really computes less."""
+"""The recurrent loop: positions stop where the gate halts them, and are not computed from then on."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from open_mythos.ops.rope import precompute_rope_freqs, rope_table
 
 
 def set_gate(model: OpenMythos, probability: float) -> None:
-    """Make the gate answer ``probability`` to everything."""
+    """Make the gate return ``probability`` for every state."""
     model.recurrent.act.forward = lambda h: h.new_full(h.shape[:2], probability)
 
 
@@ -57,7 +57,7 @@ def test_halted_positions_are_not_computed(attn_type, padded, ffn_tokens):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("probability, loops", [(1.0, 1), (0.9, 1), (0.5, 2), (0.25, 4), (0.0, 7)])
-def test_a_constant_gate_stops_all_at_once(attn_type, probability, loops, ffn_tokens):
+def test_a_constant_gate_halts_all_positions_at_the_same_loop(attn_type, probability, loops, ffn_tokens):
     model, ids = tiny_model(attn_type, act_threshold=0.9), tokens(2, 5)
     set_gate(model, probability)
     seen = ffn_tokens(model)
@@ -73,14 +73,14 @@ def test_all_loops_run_with_halting_off_and_in_training(setting, ffn_tokens):
     model, ids = tiny_model(halting=setting != "off").train(setting == "training"), tokens(2, 5)
     set_gate(model, 1.0)
     seen = ffn_tokens(model)
-    with torch.no_grad():  # with gradients, training also teaches the gate, on loops of its own
+    with torch.no_grad():  # with gradients, training mode also trains the gate, in separate loops
         model(ids, 6)
     assert seen == [10] * 6
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("halting", [False, True])
-def test_a_replaced_gate_is_called_once_a_loop_with_all_states(attn_type, halting):
+def test_a_replaced_gate_is_called_once_per_loop_with_all_states(attn_type, halting):
     model, ids = tiny_model(attn_type, gate_bias=-20.0, halting=halting), tokens(2, 5)
     original, calls = model.recurrent.act.forward, []
 
@@ -96,8 +96,8 @@ def test_a_replaced_gate_is_called_once_a_loop_with_all_states(attn_type, haltin
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_watching_the_gate_changes_nothing(attn_type):
-    """What stands in the place of its ``forward`` and hands the states on gets what the gate says of their change."""
+def test_wrapping_the_forward_of_the_gate_does_not_change_halting(attn_type):
+    """A replacement of ``forward`` that passes the states on gets the gate's probabilities for their change."""
     model, ids, seen = tiny_model(attn_type), tokens(2, 8), []
     with torch.no_grad():
         model.recurrent.act.motion.mul_(10)
@@ -108,10 +108,10 @@ def test_watching_the_gate_changes_nothing(attn_type):
     reached = torch.stack(seen).cumsum(0) >= model.cfg.act_threshold
     assert torch.equal(torch.where(reached.any(0), reached.int().argmax(0) + 1, 12), used)
     assert used.min() < used.max()
-    assert original(torch.ones(1, 3, 32)).shape == (1, 3), "and asked by itself it needs to know of no change"
+    assert original(torch.ones(1, 3, 32)).shape == (1, 3), "called directly, the gate needs no change of the states"
 
 
-def test_a_replaced_gate_decides():
+def test_a_replaced_gate_decides_when_positions_halt():
     model, ids = tiny_model(act_threshold=0.99), tokens(1, 6)
     model.recurrent.act.forward = lambda h: torch.tensor([[1.0, 0.5, 0.34, 0.25, 0.2, 0.0]])
     assert loops_used(model, ids, 8).tolist() == [[1, 2, 3, 4, 5, 8]]
@@ -149,7 +149,7 @@ def test_output_is_the_state_at_the_loop_where_a_position_halted(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_each_loop_is_numbered_and_the_last_may_come_early(attn_type):
+def test_iterate_numbers_its_loops_and_may_end_early(attn_type):
     model, ids = tiny_model(attn_type), tokens(1, 4)
     set_gate(model, 0.3)
     with torch.no_grad():
@@ -159,8 +159,8 @@ def test_each_loop_is_numbered_and_the_last_may_come_early(attn_type):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("training", [False, True])
-def test_the_block_runs_by_itself_with_a_table_of_phasors(attn_type, training):
-    """As in the reference implementation: whole tables, no mask object."""
+def test_the_recurrent_block_can_be_called_with_a_rotary_table(attn_type, training):
+    """As in the reference implementation: a table of all positions, no mask object."""
     model = tiny_model(attn_type).train(training)
     e = torch.randn(2, 6, 32)
     table = precompute_rope_freqs(model.cfg.rope_dim, 32, model.cfg.rope_theta)
@@ -175,7 +175,7 @@ def test_the_block_runs_by_itself_with_a_table_of_phasors(attn_type, training):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_transformer_block_runs_by_itself(attn_type):
+def test_a_transformer_block_can_be_called_by_itself(attn_type):
     block = tiny_model(attn_type).recurrent.block
     cfg = tiny_model(attn_type).cfg
     x, table = torch.randn(2, 6, 32), precompute_rope_freqs(cfg.rope_dim, 32, cfg.rope_theta)
@@ -191,8 +191,8 @@ def test_a_transformer_block_runs_by_itself(attn_type):
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("kind", ["bool", "added", "for each row"])
-def test_a_block_takes_a_mask_that_a_caller_made(attn_type, kind):
-    """Whole, and in loops in which positions halt and are packed, or all are run."""
+def test_a_block_accepts_a_mask_made_by_the_caller(attn_type, kind):
+    """In one call, and in loops in which positions halt and are packed, or all run."""
     model = tiny_model(attn_type, conv_taps=0)
     e, (cfg, core) = torch.randn(2, 6, 32), (model.cfg, model.recurrent)
     table = precompute_rope_freqs(cfg.rope_dim, 6, cfg.rope_theta)
@@ -207,7 +207,7 @@ def test_a_block_takes_a_mask_that_a_caller_made(attn_type, kind):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_given_mask_of_every_row_trains(attn_type):
+def test_a_given_mask_for_each_row_works_in_training(attn_type):
     core = tiny_model(attn_type, warm_start=True).recurrent.train()
     e = torch.randn(8, 6, 32, requires_grad=True)
     table = precompute_rope_freqs(core.layers[0].attn.rope_dim if attn_type == "mla" else 8, 6)
@@ -218,7 +218,7 @@ def test_a_given_mask_of_every_row_trains(attn_type):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_token_may_be_hidden_by_a_given_mask(attn_type):
+def test_a_given_mask_can_hide_a_token(attn_type):
     block, cfg = tiny_model(attn_type, conv_taps=0, local_window=0).recurrent.block, tiny_model(attn_type).cfg
     x, table = torch.randn(1, 5, 32), precompute_rope_freqs(cfg.rope_dim, 5, cfg.rope_theta)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
@@ -234,7 +234,7 @@ def context(x: torch.Tensor, table: torch.Tensor) -> Context:
     return Context(table, AttentionMask(x.shape[1], x.shape[1]))
 
 
-def test_loop_index_changes_what_each_loop_does():
+def test_a_loop_index_embedding_changes_the_output():
     plain, coded = tiny_model(loop_index_dim=0), tiny_model(loop_index_dim=8)
     with torch.no_grad():
         assert not torch.equal(plain(tokens(1, 4), 2), coded(tokens(1, 4), 2))
@@ -242,7 +242,7 @@ def test_loop_index_changes_what_each_loop_does():
 
 
 @pytest.mark.parametrize("stay", [False, True])
-def test_active_tokens_bring_back_what_they_took(stay, monkeypatch):
+def test_scatter_and_unpack_invert_gather_and_pack(stay, monkeypatch):
     monkeypatch.setattr("open_mythos.nn.active.STAY", 2 if stay else 1)
     running = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
     active, x = ActiveTokens(running, packs=True), torch.randn(3, 4, 5)
@@ -261,8 +261,8 @@ def test_active_tokens_bring_back_what_they_took(stay, monkeypatch):
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @pytest.mark.parametrize("changes", [{}, dict(local_share=1.0), dict(local_window=0), dict(causal=False)], ids=str)
-def test_queries_that_stay_at_their_places_find_what_packed_ones_find(attn_type, changes, monkeypatch):
-    model, ids = tiny_model(attn_type, max_seq_len=80, **changes), tokens(3, 80)  # more than one call attends
+def test_queries_left_in_place_give_the_results_of_packed_ones(attn_type, changes, monkeypatch):
+    model, ids = tiny_model(attn_type, max_seq_len=80, **changes), tokens(3, 80)  # attention takes several calls
     valid = torch.ones(3, 80, dtype=torch.long)
     valid[1, :7] = 0
     found, halts = list[torch.Tensor](), False
@@ -276,13 +276,13 @@ def test_queries_that_stay_at_their_places_find_what_packed_ones_find(attn_type,
     assert_near(found[1][valid > 0], found[3][valid > 0])
 
 
-def test_active_tokens_hand_everything_through_while_all_run():
+def test_active_tokens_return_their_input_while_all_positions_run():
     active, x = ActiveTokens(torch.ones(2, 3, dtype=torch.bool), packs=True), torch.randn(2, 3, 5)
     assert active.gather(x) is active.pack(x) is active.unpack(x) is active.scatter(x, into=x) is x
 
 
-def test_halted_positions_keep_their_last_rows():
-    """Raw ones, and final ones too, whatever a convolution would make of their neighbours' new ones."""
+def test_halted_positions_keep_their_last_keys_and_values():
+    """Raw rows and final ones, whatever a convolution would compute from the new rows of their neighbours."""
     all_run, some = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[True, False, True]])
     first, second, final = torch.randn(1, 3, 2), torch.randn(1, 3, 2), torch.randn(1, 3, 2)
     for packs in (True, False):
@@ -300,8 +300,8 @@ def test_halted_positions_keep_their_last_rows():
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("exit", [None, StateChange(0.06), PredictionKL(5e-3)], ids=str)
-def test_fixed_shapes_give_what_packed_positions_give(attn_type, cached, exit, monkeypatch):
-    """As on a GPU, which would have to wait for the numbers of those that still run."""
+def test_fixed_shapes_give_the_results_of_packed_positions(attn_type, cached, exit, monkeypatch):
+    """As used on a GPU, where packing would have to wait for the number of positions that still run."""
     model, ids, mask = tiny_model(attn_type, core_layers=2), tokens(3, 9), left_padding([9, 6, 2], 9)
 
     def run() -> torch.Tensor:
@@ -323,8 +323,8 @@ def test_fixed_shapes_give_what_packed_positions_give(attn_type, cached, exit, m
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("first_loop", [1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_loops_go_on_where_they_left_off(attn_type, first_loop, padded):
-    """States, keys and values of the first loops, made one token at a time; the others for all tokens at once."""
+def test_iterate_can_continue_from_a_later_first_loop(attn_type, first_loop, padded):
+    """The first loops run one token at a time and fill the cache; the other loops run for all tokens at once."""
     model, ids = tiny_model(attn_type, halting=False, state_init="zero"), tokens(2, 6)
     mask = left_padding([6, 4], 6) if padded else None
     cache = KVCache()
@@ -340,7 +340,7 @@ def test_loops_go_on_where_they_left_off(attn_type, first_loop, padded):
     assert_near(h, whole[:, 3:])
 
 
-def test_loops_that_cannot_go_on():
+def test_an_invalid_first_loop_is_refused():
     model, ids = tiny_model(halting=False), tokens(2, 5)
     e, ctx = model.encode(ids)
     for first_loop in (-1, 4):

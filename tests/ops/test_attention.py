@@ -1,4 +1,4 @@
-"""Who sees whom, and attention on every path it can take, against loops and explicit softmax."""
+"""Masks, and every code path of attention, against loops and an explicit softmax."""
 
 from dataclasses import replace
 from itertools import product
@@ -17,7 +17,7 @@ from open_mythos.ops.attention import AttentionMask, as_mask, attend
 
 
 def seen(mask: AttentionMask, B: int, n_heads: int = 1, n_local: int = 0, window: int = 0) -> Tensor:
-    """(B, H, T, S), decided one pair at a time."""
+    """(B, H, T, S) whether a query sees a key, decided one pair at a time."""
     T, S = mask.n_queries, mask.n_keys
     far, near = (torch.zeros(B, 1, T, S, dtype=torch.bool) for _ in range(2))
     valid, documents, positions = (
@@ -58,7 +58,7 @@ def problems(draw):
 
 
 def check(q: Tensor, kv: Tensor, mask: AttentionMask, n_local: int, window: int, is_both: bool = False) -> None:
-    """Outputs and gradients are those of the softmax written out."""
+    """Compare outputs and gradients with an explicit softmax."""
     D = q.shape[-1]
     inputs = [x.requires_grad_() for x in (q, kv)]
     fast = attend(q, kv, mask, 0.3, n_local, window)
@@ -72,12 +72,12 @@ def check(q: Tensor, kv: Tensor, mask: AttentionMask, n_local: int, window: int,
 
 
 @given(problems())
-def test_attend_is_explicit_softmax(problem):
+def test_attend_equals_an_explicit_softmax(problem):
     check(*problem)
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.data())
-def test_every_form_of_a_mask_says_what_the_double_loop_says(B, S, data):
+def test_every_form_of_a_mask_equals_the_double_loop(B, S, data):
     mask, window = data.draw(masks(B, S)), data.draw(st.integers(1, 6))
     q = torch.empty(B, mask.n_queries, 3, 1)
     for width, expected in ((None, seen(mask, B)), (window, seen(mask, B, 1, 1, window))):
@@ -95,8 +95,8 @@ def test_every_form_of_a_mask_says_what_the_double_loop_says(B, S, data):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "padding", "documents", "packed"])
-def test_a_block_mask_is_the_dense_one(kind, causal):
-    """FlexAttention's, of which it computes the blocks that are not empty."""
+def test_the_predicate_of_a_block_mask_equals_the_dense_mask(kind, causal):
+    """FlexAttention's mask, of which it computes only the blocks that are not empty."""
     torch.manual_seed(0)
     B, T, S = 2, 24, 32
     valid = left_padding([32, 17], S) if kind == "padding" else None
@@ -104,7 +104,7 @@ def test_a_block_mask_is_the_dense_one(kind, causal):
     positions = torch.stack([torch.randperm(S)[:T].sort().values for _ in range(B)]) if kind == "packed" else None
     mask = AttentionMask(T, S, valid, documents, positions, causal=causal)
     for window, n_local in ((None, 0), (5, 0), (5, 2)):
-        # The predicate itself, pair by pair; `BlockMask.to_dense` tells of whole blocks only.
+        # The predicate itself, pair by pair; `BlockMask.to_dense` shows whole blocks only.
         n_heads = 3
         predicate = mask.block_mask(window, n_local, n_heads).mask_mod
         at = torch.cartesian_prod(*map(torch.arange, (B, n_heads, T, S)))
@@ -115,7 +115,7 @@ def test_a_block_mask_is_the_dense_one(kind, causal):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("n_local, window", [(0, None), (0, 5), (2, 5)])
-def test_flex_attention_with_a_block_mask_is_attend(n_local, window):
+def test_flex_attention_with_a_block_mask_equals_attend(n_local, window):
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = AttentionMask(24, 32, left_padding([32, 17], 32))
@@ -126,7 +126,7 @@ def test_flex_attention_with_a_block_mask_is_attend(n_local, window):
     assert_near(out.transpose(1, 2), attend(q, kv, mask, 0.5, n_near, window or 0))
 
 
-# -- the paths
+# -- code paths
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -136,8 +136,8 @@ def test_flex_attention_with_a_block_mask_is_attend(n_local, window):
     (5, 300, 6),  # two calls, few queries
     (70, 70, 6), (64, 64, 33), (65, 90, 50),  # in chunks of queries
 ], ids=str)  # fmt: skip
-def test_two_kinds_of_heads_share_groups(T, S, window, n_local, padded):
-    """Eight heads in two groups: of six local ones, two read the same keys as the two that see everything."""
+def test_local_and_global_heads_can_share_a_kv_group(T, S, window, n_local, padded):
+    """Eight heads in two groups: of six local heads, two read the same keys as the two global ones."""
     torch.manual_seed(0)
     B = 2
     valid = left_padding([S, S // 3], S) if padded else None
@@ -145,16 +145,16 @@ def test_two_kinds_of_heads_share_groups(T, S, window, n_local, padded):
 
 
 @pytest.mark.parametrize("T, S", [(1, 40), (70, 80)])
-def test_rows_that_are_both_keys_and_values(T, S):
-    """As of latents: one row for all heads."""
+def test_rows_can_be_both_keys_and_values(T, S):
+    """As with latents: one row for all heads."""
     check(torch.randn(2, T, 4, 7), torch.randn(2, S, 1, 7), AttentionMask(T, S), 3, 5, is_both=True)
 
 
 @pytest.mark.parametrize("heads", [1, 6], ids=["one bias", "a bias for each head"])
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("G", [1, 2])
-def test_heads_in_groups_as_kernels_of_a_gpu_take_them(T, G, heads):
-    """With a bias these know no groups: what they are given says the same, and so do its gradients."""
+def test_ungrouped_heads_for_gpu_kernels_equal_grouped_heads(T, G, heads):
+    """With a bias, GPU kernels support no groups: outputs and gradients have to be the same without them."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, h, 4, requires_grad=True) for n, h in ((T, 6), (7, G), (7, G)))
     bias, found = torch.randn(2, heads, T, 7), []
@@ -168,26 +168,26 @@ def test_heads_in_groups_as_kernels_of_a_gpu_take_them(T, G, heads):
         assert_near(ours, theirs)
 
 
-def test_documents_in_chunks():
+def test_documents_with_queries_in_chunks():
     documents = torch.rand(2, 70, generator=torch.Generator().manual_seed(0)).lt(0.1).cumsum(1)
     check(torch.randn(2, 70, 4, 6), torch.randn(2, 70, 2, 9), AttentionMask(70, 70, documents=documents), 3, 6)
 
 
-def test_queries_that_see_both_ways():
+def test_attention_without_causality():
     check(torch.randn(2, 70, 4, 6), torch.randn(2, 70, 2, 9), AttentionMask(70, 70, causal=False), 3, 6)
 
 
-def test_a_window_costs_no_scores_of_all_pairs(monkeypatch):
+def test_a_window_does_not_compute_the_scores_of_all_pairs(monkeypatch):
     sizes = []
     plain = attention_module.sdpa
     monkeypatch.setattr(
         attention_module, "sdpa", lambda q, kv, *a: sizes.append(q.shape[1] * kv.shape[1]) or plain(q, kv, *a)
     )
     attend(torch.randn(1, 1024, 2, 4), torch.randn(1, 1024, 2, 8), AttentionMask(1024, 1024), 1.0, 2, 6)
-    assert max(sizes) < 64 * 64  # of a chunk
+    assert max(sizes) < 64 * 64  # the scores of one chunk
 
 
-def test_half_precision_has_gradients_near_those_of_single():
+def test_bfloat16_gradients_are_close_to_those_of_float32():
     q, kv = torch.randn(2, 9, 4, 6), torch.randn(2, 9, 2, 12)
     grads = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -200,13 +200,13 @@ def test_half_precision_has_gradients_near_those_of_single():
 
 
 def test_huge_scores_have_finite_gradients():
-    """As in a model that an optimizer has run away with."""
+    """As in a model whose training has diverged."""
     q, kv = torch.randn(1, 90, 2, 16).mul(1e4), torch.randn(1, 90, 2, 32).mul(1e4)
     out = attend(q.requires_grad_(), kv.requires_grad_(), AttentionMask(90, 90), 0.25, 1, 5)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, kv)))
 
 
-def test_the_reference_keeps_kv_heads_apart():
+def test_the_reference_maps_query_heads_to_their_kv_heads():
     """Four query heads on two kv heads: 0 and 1 read the first, 2 and 3 the second."""
     v = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1).expand(1, 3, 2, 1)
     out = reference.attention(torch.randn(1, 3, 4, 5), torch.randn(1, 3, 2, 5), v, torch.ones(3, 3).tril().bool(), 1.0)
@@ -214,26 +214,26 @@ def test_the_reference_keeps_kv_heads_apart():
 
 
 @pytest.mark.parametrize("valid", [None, left_padding([4, 2, 0], 4)], ids=["no padding", "padding"])
-def test_plain_masks_are_left_to_the_kernel(valid):
+def test_plain_masks_are_left_to_the_kernel_without_a_bias(valid):
     like = torch.empty(3, 1, 1, 1)
     for T in (1, 4):
         assert (AttentionMask(T, 4, valid).sdpa(like)[0] is None) == (valid is None)
     assert AttentionMask(2, 4, valid).sdpa(like)[0] is not None
 
 
-def test_a_row_of_nothing_but_padding_is_finite():
+def test_a_row_of_padding_only_has_finite_outputs():
     valid = torch.zeros(2, 5, dtype=torch.bool)
     q, kv = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 8)
     mask = AttentionMask(5, 5, valid)
     for n_local in (0, 1, 2):
-        assert_near(attend(q, kv, mask, 1.0, n_local, 3), kv[..., 4:])  # each query sees itself alone
+        assert_near(attend(q, kv, mask, 1.0, n_local, 3), kv[..., 4:])  # each query sees only itself
 
 
-# -- masks that a caller gives
+# -- masks given by the caller
 
 
 @given(st.integers(1, 2), st.integers(1, 6), st.sampled_from([2, 3, 4]), st.booleans())
-def test_a_given_mask_takes_the_place_of_the_predicate(B, S, n_axes, is_bool):
+def test_a_given_mask_replaces_the_causal_mask(B, S, n_axes, is_bool):
     q, kv = torch.randn(B, S, 4, 3), torch.randn(B, S, 2, 6)
     allowed = torch.rand((B, 4, S, S)[-n_axes:] if n_axes != 3 else (4, S, S)).lt(0.5) | torch.eye(S).bool()
     given = allowed if is_bool else torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
@@ -245,7 +245,7 @@ def test_a_given_mask_takes_the_place_of_the_predicate(B, S, n_axes, is_bool):
         assert_near(attend(q, kv, mask, 0.5, n_local, 2), expected)
 
 
-def test_numbers_are_added_to_the_scores():
+def test_a_float_mask_is_added_to_the_scores():
     q, kv, bias = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 8), torch.randn(2, 1, 5, 5)
     scores = torch.einsum("bthd,bshd->bhts", q, kv[..., :4]) * 0.5 + bias
     expected = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), kv[..., 4:])
@@ -258,7 +258,7 @@ def test_a_given_mask_that_does_not_fit_is_refused(mask, what):
         as_mask(mask, 5, 5)
 
 
-def test_a_given_mask_of_some_rows_and_of_queries_that_are_packed():
+def test_a_given_mask_can_be_cut_to_rows_and_packed_queries():
     given = torch.randn(3, 1, 6, 6)
     whole, q = as_mask(given, 6, 6), torch.empty(3, 2, 4, 1)
     assert torch.equal(whole.rows(slice(1, 3)).sdpa(q)[0], given[1:])
@@ -271,7 +271,7 @@ def test_a_given_mask_of_some_rows_and_of_queries_that_are_packed():
 
 
 @given(st.integers(1, 3), st.integers(2, 9), st.data())
-def test_the_mask_of_some_rows_or_of_the_last_queries(B, S, data):
+def test_a_mask_can_be_cut_to_rows_or_to_the_last_queries(B, S, data):
     mask = data.draw(masks(B, S))
     expected, q = seen(mask, B), torch.empty(B, mask.n_queries, 1, 1)
 

@@ -1,11 +1,11 @@
-"""What a row draws is its own: it depends on its key and on what it draws for, and on nothing beside it."""
+"""The random numbers of a row depend on its key and on the purpose of the draw, not on other rows."""
 
 import torch
 
 from open_mythos.ops.draws import normal, row_keys, uniform
 
 
-def test_a_row_draws_the_same_wherever_it_is():
+def test_a_row_draws_the_same_at_any_place_in_a_batch():
     keys, like = row_keys(0, 3, 6), torch.empty(6, 4, 5)
     whole = uniform(keys, 7, like)
     assert torch.equal(whole[2:4], uniform(keys[2:4], 7, like[2:4]))
@@ -15,13 +15,13 @@ def test_a_row_draws_the_same_wherever_it_is():
     assert len(torch.cat([whole, *other]).unique()) > 0.99 * 4 * whole.numel()
 
 
-def test_numbers_are_uniform_and_normal():
+def test_draws_are_uniform_and_normal():
     like = torch.empty(64, 4096)
     flat = uniform(row_keys(5, 0, 64), 0, like)
     assert flat.min() > 0 and flat.max() < 1
     counts = torch.histc(flat, 16) / flat.numel()
     assert (counts * 16 - 1).abs().max() < 0.03
     rows = (flat - 0.5) * 12**0.5
-    assert (rows @ rows.t() / 4096 - torch.eye(64)).abs().max() < 0.08  # rows know nothing of each other
+    assert (rows @ rows.t() / 4096 - torch.eye(64)).abs().max() < 0.08  # rows are uncorrelated
     x = normal(row_keys(5, 0, 64), 0, like)
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs((x**4).mean() - 3) < 0.1

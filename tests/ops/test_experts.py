@@ -25,7 +25,7 @@ def problems(draw):
 
 
 @given(problems(), st.booleans())
-def test_outputs_and_gradients_are_those_of_the_double_loop(problem, has_shared):
+def test_outputs_and_gradients_equal_the_double_loop(problem, has_shared):
     x, gate_up, down, experts, weights, to = problem
     options = ((0.7, 1.5), to if has_shared else None)
     fast = swiglu_experts(x, gate_up, down, experts, weights, *options)
@@ -43,7 +43,7 @@ def test_outputs_and_gradients_are_those_of_the_double_loop(problem, has_shared)
 
 @torch.no_grad()
 @pytest.mark.parametrize("N, K, gathered", [(1, 2, True), (4, 2, True), (5, 2, False)])
-def test_the_matrices_of_a_token_or_two_are_read_out_of_the_whole(N, K, gathered, monkeypatch):
+def test_few_tokens_gather_their_matrices_instead_of_a_grouped_product(N, K, gathered, monkeypatch):
     calls, plain = [], experts_module.grouped_mm
     monkeypatch.setattr(experts_module, "grouped_mm", lambda *args: calls.append(1) or plain(*args))
     x, gate_up, down = torch.randn(N, 7), torch.randn(4, 10, 7), torch.randn(4, 7, 5)
@@ -52,8 +52,8 @@ def test_the_matrices_of_a_token_or_two_are_read_out_of_the_whole(N, K, gathered
     assert bool(calls) != gathered
 
 
-def test_a_gpu_reads_large_matrices_where_they_are(monkeypatch):
-    """Copies of them would be written and read once more, unless grouped products wait for the device."""
+def test_large_matrices_are_not_gathered_on_a_gpu(monkeypatch):
+    """Gathered copies have to be written and read once more; they pay only if grouped products wait for the device."""
     are_gathered, cpu, gpu = experts_module._are_gathered, torch.empty(1, 8), torch.empty(1, 8, device="meta")
     assert are_gathered(cpu, 4, 2**26) and are_gathered(gpu, 4, 2**20) and not are_gathered(gpu, 4, 2**26)
     assert not are_gathered(gpu, 9, 1) and not are_gathered(gpu.requires_grad_(), 4, 1)
@@ -63,7 +63,7 @@ def test_a_gpu_reads_large_matrices_where_they_are(monkeypatch):
 
 @pytest.mark.parametrize("N", [2, 9])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.005), (torch.float64, 1e-12)])
-def test_other_precisions(dtype, tolerance, N):
+def test_other_dtypes_stay_within_their_tolerance(dtype, tolerance, N):
     torch.manual_seed(0)
     x, gate_up, down = (
         torch.randn(N, 13).to(dtype),
@@ -78,7 +78,7 @@ def test_other_precisions(dtype, tolerance, N):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_autocast_decides_the_precision_of_products(dtype):
+def test_autocast_sets_the_dtype_of_products(dtype):
     gate_up, down = torch.randn(3, 12, 8).to(dtype), torch.randn(3, 8, 6).to(dtype)
     for N in (2, 9):
         x, chosen, weights = torch.randn(N, 8).to(dtype), torch.rand(N, 3).topk(2).indices, torch.rand(N, 2)
@@ -94,7 +94,7 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero():
     assert gradient[1].eq(0).all() and gradient[0].ne(0).any() and gradient[2].ne(0).any()
 
 
-def test_no_tokens_are_no_problem():
+def test_zero_tokens_give_an_empty_result():
     out = swiglu_experts(torch.randn(0, 8), torch.randn(3, 12, 8), torch.randn(3, 8, 6),
                          torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2))  # fmt: skip
     assert out.shape == (0, 8)
@@ -102,7 +102,7 @@ def test_no_tokens_are_no_problem():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=6), K=st.integers(1, 9), N=st.integers(1, 9))
-def test_groups_of_any_sizes_are_products_of_their_own(dtype, counts, K, N):
+def test_grouped_mm_equals_a_separate_product_for_each_group(dtype, counts, K, N):
     ends = torch.tensor(counts).cumsum(0).int()
     x, weight = torch.randn(sum(counts), K, dtype=dtype), torch.randn(len(counts), N, K, dtype=dtype).transpose(1, 2)
     inputs = [x.requires_grad_(), weight.requires_grad_()]
@@ -115,7 +115,7 @@ def test_groups_of_any_sizes_are_products_of_their_own(dtype, counts, K, N):
         assert_near(got, wanted)
 
 
-def test_it_compiles_and_trains():
+def test_compiled_experts_have_the_same_gradients():
     """Inductor cannot lower ``grouped_mm`` in float32, so compiled code calls it as an operator."""
     torch.manual_seed(0)
     parts = torch.randn(6, 5), torch.randn(3, 14, 5), torch.randn(3, 5, 7), torch.rand(6, 2)

@@ -31,7 +31,7 @@ def test_wavelengths_beyond_a_context_are_stretched(pairs, theta, factor, contex
     torch.testing.assert_close(stretched[turns <= 1], plain[turns <= 1] / factor)
 
 
-def test_each_row_may_have_positions_of_its_own():
+def test_each_row_may_have_its_own_positions():
     x, positions = torch.randn(3, 4, 2, 6), torch.randint(100, (3, 4))
     expected = rope_complex(x, positions, 1e4)
     table = rope_table(positions, 6, 1e4)
@@ -39,7 +39,7 @@ def test_each_row_may_have_positions_of_its_own():
     assert_near(apply_rope(x, torch.view_as_complex(table)), expected)
 
 
-def test_gradients():
+def test_gradients_equal_those_of_complex_multiplication():
     x = torch.randn(2, 5, 3, 8, requires_grad=True)
     weight = torch.randn(2, 5, 3, 8)
     fast = torch.autograd.grad((apply_rope(x, rope_table(torch.arange(5), 8, 1e4)) * weight).sum(), x)[0]
@@ -47,20 +47,20 @@ def test_gradients():
     assert_near(fast, slow)
 
 
-def test_scores_depend_on_distances_alone_and_lengths_stay():
+def test_scores_depend_on_relative_positions_and_norms_are_preserved():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(query_at: int, key_at: int) -> float:
-        turned = [apply_rope(x, rope_table(torch.tensor([at]), 16, 1e4)) for x, at in ((q, query_at), (k, key_at))]
-        assert turned[0].norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
-        return (turned[0] * turned[1]).sum().item()
+        rotated = [apply_rope(x, rope_table(torch.tensor([at]), 16, 1e4)) for x, at in ((q, query_at), (k, key_at))]
+        assert rotated[0].norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
+        return (rotated[0] * rotated[1]).sum().item()
 
     assert score(3, 1) == pytest.approx(score(1003, 1001), abs=1e-3)
     assert score(0, 0) == pytest.approx((q * k).sum().item(), abs=1e-5)
     assert abs(score(3, 1) - score(5, 1)) > 1e-4
 
 
-def test_the_table_is_unit_phasors_of_the_documented_angles():
+def test_the_table_has_unit_phasors_of_the_documented_angles():
     freqs = precompute_rope_freqs(8, 32, 100.0)
     assert freqs.shape == (32, 4) and freqs.dtype == torch.complex64
     assert_near(freqs.abs(), torch.ones(32, 4), 1e-6)
@@ -70,13 +70,13 @@ def test_the_table_is_unit_phasors_of_the_documented_angles():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_arithmetic_is_single_precision_in_half_precision_too(dtype):
+def test_half_precision_inputs_are_rotated_in_float32(dtype):
     x = torch.randn(1, 64, 2, 8).to(dtype)
     positions = torch.arange(4000, 4064)
-    turned = apply_rope(x, rope_table(positions, 8, 1e4))
-    assert turned.dtype == dtype
+    rotated = apply_rope(x, rope_table(positions, 8, 1e4))
+    assert rotated.dtype == dtype
     # One rounding, at the end: half a unit in the last place of numbers below 8.
-    assert_near(turned.float(), rope_complex(x.float(), positions, 1e4), torch.finfo(dtype).eps)
+    assert_near(rotated.float(), rope_complex(x.float(), positions, 1e4), torch.finfo(dtype).eps)
 
 
 def test_a_wrong_number_of_positions_is_an_error():
@@ -84,7 +84,7 @@ def test_a_wrong_number_of_positions_is_an_error():
         apply_rope(torch.randn(1, 8, 2, 4), precompute_rope_freqs(4, 32))
 
 
-def test_rope_rows_reads_a_table_from_where_the_cache_ends():
+def test_rope_rows_reads_the_table_from_the_end_of_the_cache():
     table = precompute_rope_freqs(4, 20)
     assert torch.equal(rope_rows(table, 7, 3), table[7:10])
     assert torch.equal(rope_rows(torch.view_as_real(table), 7, 3), torch.view_as_real(table[7:10]))
@@ -93,7 +93,7 @@ def test_rope_rows_reads_a_table_from_where_the_cache_ends():
     assert rope_rows(by_row, 7, 3) is by_row
 
 
-def test_another_default_dtype_changes_no_turned_channel():
+def test_the_default_dtype_does_not_affect_the_rotation():
     x, table = torch.randn(2, 9, 4, 8), rope_table(torch.arange(9), 8)
     expected = apply_rope(x, table)
     torch.set_default_dtype(torch.float64)
@@ -103,13 +103,13 @@ def test_another_default_dtype_changes_no_turned_channel():
         torch.set_default_dtype(torch.float32)
 
 
-def test_compiled_code_turns_alike_without_complex_numbers():
+def test_compiled_code_rotates_alike_without_complex_numbers():
     x, table = torch.randn(2, 5, 3, 8), rope_table(torch.arange(5), 8)
     compiled = torch.compile(apply_rope, fullgraph=True, backend="aot_eager")
     assert_near(compiled(x, table), apply_rope(x, table), 1e-6)
 
 
-def test_channels_behind_an_odd_number_of_others():
-    """As of one token whose latent is 3 wide."""
+def test_rotated_channels_may_start_at_an_odd_offset():
+    """As for one token with a latent of width 3."""
     x, table = torch.randn(1, 1, 1, 7), rope_table(torch.tensor([5]), 4)
     assert_near(apply_rope(x[..., 3:], table), apply_rope(x[..., 3:].clone(), table))

@@ -1,7 +1,7 @@
-"""``kill -9`` at random moments in training, saving, exporting and compiling; then the same again, to the same end.
+"""``kill -9`` at random moments of training, saving, exporting and compiling; run again, each ends as if undisturbed.
 
-``python tests/training/killing.py FOLDER [MOMENTS] [SEED]`` prints how many were tried and held. One process imports
-all that there is, and each moment is two forks of it.
+``python tests/training/killing.py FOLDER [MOMENTS] [SEED]`` prints how many kills were tried and how many of the
+runs recovered. One process imports everything; each kill needs two forks of it, the second to run the same again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def train(run: Path) -> None:
 
 
 def save(folder: Path) -> None:
-    """Three models, each in the place of the one before; what lies there is whole at any time."""
+    """Save three models to the same folder, which has to hold a complete model at any time."""
     if folder.exists() and any(folder.glob("config.json")):
         OpenMythos.from_pretrained(folder)
     for seed in range(3):
@@ -47,13 +47,13 @@ def save(folder: Path) -> None:
 def export(folder: Path) -> None:
     from open_mythos.integrations.hf.export import export
 
-    assert not folder.exists() or (folder / "model.safetensors").is_file(), "there is a part of it"
+    assert not folder.exists() or (folder / "model.safetensors").is_file(), "a partial export was left"
     if not folder.exists():
         export(folder.parent / "training", folder)
 
 
 def compile_(folder: Path) -> None:
-    """With a script for a compiler, which writes in several parts."""
+    """Compile with a script in place of a compiler, which writes its output in several parts."""
     folder.mkdir(exist_ok=True)
     build.NATIVE = ([],)
     found = build._compiled([str(folder.parent / "cc")], folder)
@@ -86,7 +86,7 @@ def finished(work: Callable[[Path], None], folder: Path) -> bool:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """The files that are meant, but for clocks, by name; a checkpoint's state without them."""
+    """Files by name, except temporary ones: the content, a checkpoint's trainer state, or nothing if it has timings."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -100,7 +100,7 @@ def content(folder: Path) -> dict[str, object]:
 def main(folder: Path, moments: int, seed: int) -> int:
     torch.set_num_threads(1)
     torch.set_printoptions(profile="full", precision=9)
-    draw, tried, held = random.Random(seed), Counter[str](), Counter[str]()
+    draw, tried, recovered = random.Random(seed), Counter[str](), Counter[str]()
     compiler = folder / "cc"
     compiler.write_text(
         '#!/bin/sh\nfor word; do [ "$last" = -o ] && out=$word; last=$word; done\n'
@@ -121,11 +121,11 @@ def main(folder: Path, moments: int, seed: int) -> int:
         os.waitpid(victim, 0)
         tried[name] += 1
         if finished(WORKS[name], place) and content(place) == whole[name]:
-            held[name] += 1
+            recovered[name] += 1
         else:
-            print(f"moment {i}: {name} did not end as it does alone", file=sys.stderr)
-    print(", ".join(f"{name}: {held[name]} of {n} went on, bit for bit" for name, n in tried.items()))
-    return int(held != tried)
+            print(f"moment {i}: {name} did not end as it does undisturbed", file=sys.stderr)
+    print(", ".join(f"{name}: {recovered[name]} of {n} resumed bit for bit" for name, n in tried.items()))
+    return int(recovered != tried)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the machine does to a run: disks that are full or gone, memory that is, numbers that go bad, kills, clocks."""
+"""Runs under failures of the machine: full or vanished disks, no memory, non-finite losses, kills, clock changes."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _disk: dict[str, Any] = {"under": None}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run to compare with."""
     run = tmp_path_factory.mktemp("whole") / "run"
     fit(tiny_run(), run, watch=quiet())
     return run
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    """Every call of the system that needs room fails from one on."""
+    """Makes system calls that need disk space fail, from a certain one on."""
     under = _disk["under"]
     if under is None or not (event in _WRITES or (event == "open" and isinstance(args[2], int) and args[2] & 3)):
         return
     if str(args[0]).startswith(under):
-        write(str(args[0]))
+        count_write(str(args[0]))
 
 
-def write(path: str) -> None:
+def count_write(path: str) -> None:
     _disk["count"] += 1
     if _disk["count"] >= _disk["first"]:
         raise OSError(errno.ENOSPC, "No space left on device", path)
@@ -56,7 +56,7 @@ def write(path: str) -> None:
 
 @contextmanager
 def full_disk(under: Path, first: int) -> Iterator[None]:
-    """The ``first`` write below a folder and all after it fail, until the end."""
+    """Within this context, write number ``first`` below a folder and all later ones fail."""
     if "hook" not in _disk:
         sys.addaudithook(_audit)
         _disk["hook"] = True
@@ -67,18 +67,18 @@ def full_disk(under: Path, first: int) -> Iterator[None]:
         _disk["under"] = None
 
 
-def test_a_disk_that_is_full_at_any_write_leaves_what_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    """``OPEN_MYTHOS_LONG=1``: at every one."""
+def test_a_run_resumes_exactly_after_the_disk_was_full_at_any_write(tmp_path: Path) -> None:
+    """With ``OPEN_MYTHOS_LONG=1``: at every write."""
     cfg = tiny_run("steps=20", "save_every=5", "model.prelude_layers=1", "model.n_experts=2", "evaluation.loops=1")
     with full_disk(tmp_path, 10**9):
         fit(cfg, tmp_path / "whole", watch=quiet())
         n_writes = _disk["count"]
     assert n_writes > 50
     for first in range(1, n_writes + 1) if LONG else (1, 3, 23, n_writes - 4, n_writes):
-        run, said = tmp_path / "run", list[str]()
+        run, messages = tmp_path / "run", list[str]()
         with full_disk(run, first), pytest.raises(OSError, match="No space left") as failed:
-            fit(cfg, run, watch=quiet(said))
-        assert str(run) in str(failed.value), "it says which file"
+            fit(cfg, run, watch=quiet(messages))
+        assert str(run) in str(failed.value), "the error names the file"
         assert not [path for path in tmp_path.rglob("*.partial")]
         for checkpoint in checkpoints.newest_first(run / "checkpoints"):
             checkpoints.load(checkpoint)
@@ -89,33 +89,33 @@ def test_a_disk_that_is_full_at_any_write_leaves_what_goes_on_to_the_same_end(tm
         shutil.rmtree(run)
 
 
-def test_room_that_comes_back_costs_nothing(tmp_path: Path, whole: Path) -> None:
-    said: list[str] = []
+def test_a_disk_that_is_full_for_a_while_does_not_change_the_run(tmp_path: Path, undisturbed: Path) -> None:
+    messages: list[str] = []
 
     def record(line: Any) -> None:
         _disk["under"] = str(tmp_path / "run") if line["step"] in (3, 4, 7, 8) else None
 
     with full_disk(tmp_path / "run", 1):
         _disk["under"] = None
-        fit(tiny_run(), tmp_path / "run", watch=Watch(record, said.append))
-    assert "step 4: metrics not written" in said[0] and "metrics.jsonl" in said[0]
-    assert "step 4: checkpoint not written" in said[1] and "step 8: checkpoint not written" in said[-2]
-    assert_same_run(tmp_path / "run", whole)
+        fit(tiny_run(), tmp_path / "run", watch=Watch(record, messages.append))
+    assert "step 4: metrics not written" in messages[0] and "metrics.jsonl" in messages[0]
+    assert "step 4: checkpoint not written" in messages[1] and "step 8: checkpoint not written" in messages[-2]
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_folder_that_vanishes_is_said_and_not_made_anew(tmp_path: Path, whole: Path) -> None:
-    run, said = tmp_path / "run", list[str]()
+def test_a_run_folder_that_vanishes_is_reported_and_not_created_again(tmp_path: Path, undisturbed: Path) -> None:
+    run, messages = tmp_path / "run", list[str]()
 
     def record(line: Any) -> None:
         if line["step"] == 6:
             run.rename(tmp_path / "away")
 
     with pytest.raises(OSError, match=r"metrics.jsonl"):
-        fit(tiny_run(), run, watch=Watch(record, said.append))
-    assert not run.exists() and "metrics not written" in said[0]
+        fit(tiny_run(), run, watch=Watch(record, messages.append))
+    assert not run.exists() and "metrics not written" in messages[0]
     (tmp_path / "away").rename(run)
     fit(tiny_run(), run, "auto", quiet())
-    assert_same_run(run, whole)
+    assert_same_run(run, undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_folder_that_vanishes_is_said_and_not_made_anew(tmp_path: Path, whole:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_memory_that_is_full_is_said(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_running_out_of_memory_names_the_checkpoint_to_resume_from(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     call, calls = Objective.__call__, [0]
 
@@ -142,10 +142,10 @@ def test_memory_that_is_full_is_said(
     with pytest.raises(TrainingError, match=rf"memory is full \({error}.*step_00000004 is saved; go on from it"):
         fit(tiny_run(), tmp_path / "run", watch=quiet())
     fit(tiny_run(), tmp_path / "run", "auto", quiet())
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_clock_that_jumps_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     fit(tiny_run(), tmp_path, watch=quiet())
@@ -153,19 +153,19 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     assert len(lines) == 12 and all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines)
 
 
-def test_a_run_that_goes_bad_keeps_its_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, *range(5, 12))
     with pytest.raises(TrainingError) as stopped:
         fit(tiny_run("save_every=1", "keep=1", "max_bad_steps=4"), tmp_path, watch=quiet())
     kept = tmp_path / "checkpoints/step_00000005"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
-    said = str(stopped.value)
-    assert "up to step 9" in said and "the gradients of embed.weight, " in said and f"{kept} is saved" in said
+    error = str(stopped.value)
+    assert "up to step 9" in error and "the gradients of embed.weight, " in error and f"{kept} is saved" in error
     state = checkpoints.load(kept)["trainer"]
     assert state["skipped"] == [0, 0] and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def test_a_checkpoint_that_was_due_at_a_skipped_step_is_made_up_for(
+def test_a_checkpoint_due_at_a_skipped_step_is_saved_at_the_next_good_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, 3, 4)
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_was_due_at_a_skipped_step_is_made_up_for(
     assert names == ["06", "08", "12"]
 
 
-def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(tmp_path: Path) -> None:
+def test_resuming_from_an_earlier_checkpoint_removes_the_later_ones(tmp_path: Path) -> None:
     fit(tiny_run("keep=3"), tmp_path / "run", watch=quiet())
     fit(tiny_run("keep=1"), tmp_path / "run", str(tmp_path / "run/checkpoints/step_00000004"), quiet())
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000012"]
@@ -182,27 +182,27 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(tmp_path: Path
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_checkpoints_of_many_hours_are_kept_beside_the_newest(tmp_path: Path) -> None:
+def test_keep_hours_keeps_older_checkpoints_beside_the_newest(tmp_path: Path) -> None:
     fit(tiny_run("keep=1", "keep_hours=1e-9", "evaluation.loops=1"), tmp_path, watch=quiet())
     names = sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["04", "08", "12"]
 
 
-def test_a_config_that_was_cut_short_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
-    cfg, said = tiny_run("steps=4"), list[str]()
+def test_a_run_resumes_when_its_config_file_is_truncated(tmp_path: Path) -> None:
+    cfg, messages = tiny_run("steps=4"), list[str]()
     fit(cfg, tmp_path, watch=quiet())
     (tmp_path / "config.json").write_text('{"model": {')
-    fit(cfg, tmp_path, "auto", quiet(said))
-    assert "config.json" in said[0] and TrainConfig.load(tmp_path / "config.json") == cfg
+    fit(cfg, tmp_path, "auto", quiet(messages))
+    assert "config.json" in messages[0] and TrainConfig.load(tmp_path / "config.json") == cfg
     (tmp_path / "config.json").write_text('{"model": {')
     with pytest.raises(ValueError, match=r"other settings: optim\.lr"):
         fit(tiny_run("steps=4", "optim.lr=0.5"), tmp_path, "auto", quiet())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the moments are forks of one process")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.timeout(3600 if LONG else 420)
-def test_killed_at_random_moments_all_ends_as_it_does_alone(tmp_path: Path) -> None:
-    """``OPEN_MYTHOS_LONG=1``: at 300."""
+def test_work_killed_at_random_moments_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    """With ``OPEN_MYTHOS_LONG=1``: at 300 moments."""
     script, moments = Path(__file__).with_name("killing.py"), "300" if LONG else "30"
     done = subprocess.run([sys.executable, script, tmp_path, moments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The baselines are what their names say, and load from what they save."""
+"""The baselines have the structure that their names promise, and load what they save."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_single_has_the_looped_models_parameters_and_one_loop():
     assert single.cfg.max_loop_iters == 1 and looped.cfg.max_loop_iters == 4
 
 
-def test_unrolled_has_a_block_of_its_own_for_every_loop():
+def test_unrolled_has_a_separate_block_for_every_loop():
     looped, unrolled = build(config("looped")).eval(), build(config("unrolled")).eval()
     assert n_parameters(unrolled) == 3 * n_parameters(looped)
     tied = unrolled.recurrent.blocks
@@ -46,7 +46,7 @@ def test_unrolled_has_a_block_of_its_own_for_every_loop():
     {}, {"core_layers": 2}, {"lora_rank": 3}, {"attn_type": "mla"}, {"n_experts": 0, "dense_dim": 40},
     {"tied_head": False},
 ], ids=str)  # fmt: skip
-def test_wide_takes_the_operations_of_all_loops_in_one(change):
+def test_wide_spends_the_flops_of_all_loops_in_one(change):
     cfg = TrainConfig(
         model=tiny_config(**{"lora_rank": 0, "halting": False, **change}), loops=LoopConfig(maximum=6), kind="wide"
     )
@@ -72,7 +72,7 @@ def test_plain_is_a_pre_norm_stack_and_nothing_else():
 
 
 @pytest.mark.parametrize("core_layers", [1, 2])
-def test_plain_generates_from_its_cache_what_it_says_without(core_layers):
+def test_plain_generates_the_same_tokens_with_and_without_a_cache(core_layers):
     torch.manual_seed(0)
     plain = build(TrainConfig(model=tiny_config(core_layers=core_layers), loops=LoopConfig(maximum=3), kind="plain"))
     ids = plain.eval().generate(IDS, 6, temperature=0)
@@ -86,18 +86,18 @@ def test_plain_generates_from_its_cache_what_it_says_without(core_layers):
     (LoopConfig("lognormal", mean=9, maximum=6), 6),
     (LoopConfig("curriculum", mean=2, maximum=5), 5),
 ])  # fmt: skip
-def test_baselines_are_as_deep_as_the_loops_of_training(loops, depth):
+def test_baselines_are_as_deep_as_the_loops_in_training(loops, depth):
     for kind in ("unrolled", "plain"):
         cfg = TrainConfig(model=tiny_config(), loops=loops, kind=kind)
         assert cfg.depths == [depth] and counted(cfg).cfg.max_loop_iters == depth
 
 
-def test_unrolled_cannot_go_deeper():
+def test_unrolled_refuses_more_loops_than_it_has_blocks():
     with pytest.raises(ValueError, match=r"n_loops=4.*3 blocks"):
         build(config("unrolled"))(IDS, n_loops=4)
 
 
-def test_they_train_at_their_depth_alone_and_have_no_gate():
+def test_models_of_every_kind_train_without_gate_and_warm_start():
     for kind in KINDS:
         model = build(config(kind)).train()
         model(IDS.expand(9, -1)).square().mean().backward()
@@ -106,7 +106,7 @@ def test_they_train_at_their_depth_alone_and_have_no_gate():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded(kind, tmp_path):
+def test_a_model_of_every_kind_is_saved_and_loads_again(kind, tmp_path):
     torch.manual_seed(0)
     model = build(config(kind)).eval()
     model.save_pretrained(tmp_path)

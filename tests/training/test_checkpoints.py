@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: torn files, full disks and crashes leave the one before, and say so."""
+"""A checkpoint is complete or absent: after damage, a full disk or a crash the previous one is used, with a message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_what_is_saved_comes_back_and_old_ones_go(tmp_path: Path) -> None:
+def test_a_saved_state_is_loaded_and_old_checkpoints_are_removed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         path = checkpoints.save(tmp_path, step, state(step), keep=2)
     assert names(tmp_path) == ["step_00000002", "step_00000003"]
@@ -34,7 +34,7 @@ def test_what_is_saved_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     )
 
 
-def cut_short(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -47,34 +47,34 @@ def flip_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("state.pt", cut_short, "state.pt has .* bytes of the .* in its manifest"),
+        ("state.pt", truncate, "state.pt has .* bytes of the .* in its manifest"),
         ("state.pt", flip_a_bit, "state.pt is damaged: its checksum"),
         ("state.pt", Path.unlink, "state.pt cannot be read .No such file"),
         ("manifest.json", Path.unlink, "manifest.json is missing: the checkpoint was not finished"),
-        ("manifest.json", cut_short, "manifest.json is damaged"),
+        ("manifest.json", truncate, "manifest.json is damaged"),
         ("manifest.json", lambda path: path.write_text("[]"), "manifest.json is damaged"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path: Path, file: str, damage: Any, message: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, file: str, damage: Any, message: str) -> None:
     checkpoints.save(tmp_path, 1, state(1), keep=2)
     torn = checkpoints.save(tmp_path, 2, state(2), keep=2)
     damage(torn / file)
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(torn)
-    said: list[str] = []
-    found = checkpoints.newest(tmp_path, said.append)
+    messages: list[str] = []
+    found = checkpoints.newest(tmp_path, messages.append)
     assert found is not None and found[1]["value"] == 1
-    assert len(said) == 1 and "skipping checkpoint step_00000002" in said[0]
-    checkpoints.save(tmp_path, 2, state(2), keep=2)  # made again in its place
+    assert len(messages) == 1 and "skipping checkpoint step_00000002" in messages[0]
+    checkpoints.save(tmp_path, 2, state(2), keep=2)  # saved again over the damaged one
     assert checkpoints.load(torn)["value"] == 2
 
 
-def test_none_is_found_where_there_is_none(tmp_path: Path) -> None:
+def test_newest_returns_none_without_checkpoints(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path / "nowhere", print) is None
 
 
 @pytest.mark.parametrize("broken", ["write", "fsync", "replace"])
-def test_a_full_disk_leaves_the_checkpoints_there_are(
+def test_a_full_disk_keeps_the_earlier_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     checkpoints.save(tmp_path, 1, state(1), keep=1)
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_checkpoints_there_are(
     assert checkpoints.load(tmp_path / "step_00000001")["value"] == 1
 
 
-def test_what_a_crash_left_half_written_is_neither_loaded_nor_counted(tmp_path: Path) -> None:
+def test_a_partial_checkpoint_of_a_crash_is_neither_loaded_nor_kept(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, 1, state(1), keep=2)
     (tmp_path / "step_00000009.partial").mkdir()
     (tmp_path / "step_00000009.partial" / "state.pt").write_bytes(b"half")
@@ -99,14 +99,14 @@ def test_what_a_crash_left_half_written_is_neither_loaded_nor_counted(tmp_path: 
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
 
 
-def test_nothing_but_data_is_loaded(tmp_path: Path) -> None:
+def test_a_checkpoint_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     path = checkpoints.save(tmp_path, 1, {"trap": Path("/")}, keep=1)
     with pytest.raises(CheckpointError, match=r"state.pt cannot be read"):
         checkpoints.load(path)
     assert json.loads((path / "manifest.json").read_text())["step"] == 1
 
 
-# -- of several processes
+# -- several processes
 
 WHOLE = torch.arange(35.0).view(7, 5)
 ROWS = {2: ((0, 4), (4, 7)), 3: ((0, 3), (3, 6), (6, 7))}
@@ -114,8 +114,8 @@ Run = Callable[[Callable[[int], Any]], list[Any]]
 
 
 @pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """What a function of the rank returns, or raises, in each of two processes: threads, which exchange as those do."""
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Calls a function of the rank in two processes, simulated by threads; gives what each returned or raised."""
     own, meeting, given = threading.local(), threading.Barrier(2), list[Any]([None, None])
 
     def gathered(mine: Any, group: Any = None) -> list[Any]:
@@ -150,8 +150,8 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def divided(rank: int, value: int = 0, n: int = 2) -> dict[str, Any]:
-    """A state of which each process has some rows of one tensor, and the first all of another."""
+def sharded_state(rank: int, value: int = 0, n: int = 2) -> dict[str, Any]:
+    """A state in which each process holds some rows of one tensor, and the first process all of another."""
     first, end = ROWS[n][rank]
     rows = checkpoints.Part(WHOLE[first:end] + value, (7, 5), (first, 0), True)
     both = checkpoints.Part(WHOLE[0] + value, (5,), (0,), rank == 0)
@@ -163,16 +163,16 @@ def divided(rank: int, value: int = 0, n: int = 2) -> dict[str, Any]:
     }
 
 
-def saved(two: Run, folder: Path, value: int, keep: int = 2) -> Path:
-    paths = two(lambda rank: checkpoints.save(folder, value, divided(rank, value), keep))
+def save_from_two(two_processes: Run, folder: Path, value: int, keep: int = 2) -> Path:
+    paths = two_processes(lambda rank: checkpoints.save(folder, value, sharded_state(rank, value), keep))
     assert paths[0] == paths[1]
     return paths[0]
 
 
-def test_any_part_of_what_processes_divided_is_read_by_any_number(tmp_path: Path, two: Run) -> None:
-    path = saved(two, tmp_path, 1)
+def test_any_slice_of_a_sharded_tensor_loads_on_any_number_of_processes(tmp_path: Path, two_processes: Run) -> None:
+    path = save_from_two(two_processes, tmp_path, 1)
     assert names(path) == ["manifest.json", "pieces_00000.safetensors", "pieces_00001.safetensors", "state.pt"]
-    for state in (checkpoints.load(path), *two(lambda rank: checkpoints.load(path))):
+    for state in (checkpoints.load(path), *two_processes(lambda rank: checkpoints.load(path))):
         rows = state["list"][0]["rows"]
         assert state["step"] == 1 and torch.equal(state["both"][()], WHOLE[0] + 1) and state["row"].keys() == {0, 1}
         for first, end in ((0, 7), (3, 5), (5, 7), (4, 4)):
@@ -184,29 +184,31 @@ def test_any_part_of_what_processes_divided_is_read_by_any_number(tmp_path: Path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_short, "pieces_00001.safetensors has .* bytes of the .* in its manifest"),
+        (truncate, "pieces_00001.safetensors has .* bytes of the .* in its manifest"),
         (flip_a_bit, "pieces_00001.safetensors is damaged: its checksum"),
         (Path.unlink, "pieces_00001.safetensors cannot be read .No such file"),
     ],
 )
-def test_a_piece_that_is_torn_or_missing_leads_all_to_the_checkpoint_before(
-    tmp_path: Path, two: Run, damage: Callable[[Path], None], message: str
+def test_all_processes_use_the_previous_checkpoint_if_one_shard_is_damaged(
+    tmp_path: Path, two_processes: Run, damage: Callable[[Path], None], message: str
 ) -> None:
-    saved(two, tmp_path, 1)
-    damage(saved(two, tmp_path, 2) / "pieces_00001.safetensors")
-    said: list[str] = []
-    found = two(lambda rank: checkpoints.newest(tmp_path, said.append if rank == 0 else lambda message: None))
+    save_from_two(two_processes, tmp_path, 1)
+    damage(save_from_two(two_processes, tmp_path, 2) / "pieces_00001.safetensors")
+    messages: list[str] = []
+    found = two_processes(
+        lambda rank: checkpoints.newest(tmp_path, messages.append if rank == 0 else lambda message: None)
+    )
     assert [state["step"] for _, state in found] == [1, 1]
-    (line,) = said
+    (line,) = messages
     assert line.startswith("skipping checkpoint step_00000002: ")
     with pytest.raises(CheckpointError, match=message):
         raise CheckpointError(line)
 
 
-def test_a_disk_that_is_full_for_one_process_fails_all_and_leaves_the_checkpoint_before(
-    tmp_path: Path, two: Run, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_of_one_process_fails_all_and_keeps_the_last_checkpoint(
+    tmp_path: Path, two_processes: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved(two, tmp_path, 1)
+    save_from_two(two_processes, tmp_path, 1)
     write = checkpoints.weights.write
 
     def full(path: Path, tensors: Any) -> None:
@@ -215,12 +217,12 @@ def test_a_disk_that_is_full_for_one_process_fails_all_and_leaves_the_checkpoint
         write(path, tensors)
 
     monkeypatch.setattr(checkpoints.weights, "write", full)
-    for error in two(lambda rank: checkpoints.save(tmp_path, 2, divided(rank, 2), 1)):
+    for error in two_processes(lambda rank: checkpoints.save(tmp_path, 2, sharded_state(rank, 2), 1)):
         assert isinstance(error, OSError) and "process 1: " in str(error) and "pieces_00001" in str(error)
     assert names(tmp_path) == ["step_00000001"]
 
 
-def test_a_tensor_that_is_not_whole_is_refused_before_room_is_made_for_it(tmp_path: Path) -> None:
+def test_a_tensor_with_missing_shards_is_refused_before_allocation(tmp_path: Path) -> None:
     part = checkpoints.Part(WHOLE, (1 << 50, 5), (0, 0), True)
     state = checkpoints.load(checkpoints.save(tmp_path, 1, {"part": part}, 1))
     with pytest.raises(CheckpointError, match=r"part is not whole in .*pieces_00000"):
@@ -228,7 +230,7 @@ def test_a_tensor_that_is_not_whole_is_refused_before_room_is_made_for_it(tmp_pa
 
 
 @pytest.mark.parametrize("file", ["../step_00000001/pieces_00000.safetensors", "other.safetensors"])
-def test_an_index_leads_only_to_files_of_the_folder_that_its_manifest_knows(
+def test_an_index_may_name_only_files_that_the_manifest_lists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     at = [{"file": file, "start": [0], "size": [5]}]
@@ -237,7 +239,7 @@ def test_an_index_leads_only_to_files_of_the_folder_that_its_manifest_knows(
         checkpoints.load(path)
 
 
-def test_the_newest_stay_and_the_first_of_each_so_many_hours(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_and_one_per_period_are_kept(tmp_path: Path) -> None:
     for step in range(1, 10):
         checkpoints.save(tmp_path, step, {"meter": {"seconds": 1800.0 * step}}, 2, hours=1.5)
     assert [int(name[-2:]) for name in names(tmp_path)] == [1, 3, 6, 8, 9]

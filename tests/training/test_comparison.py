@@ -1,4 +1,4 @@
-"""Five models of the same data and steps; what is said of them follows from the numbers."""
+"""Comparisons of five kinds of models on the same data and steps, and the verdicts that follow from the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compared(tmp_path_factory):
     return cfg, out, compare(cfg, out, seeds=[0, 1])
 
 
-def test_five_kinds_of_the_same_data_and_steps(compared):
+def test_all_five_kinds_train_on_the_same_data_and_steps(compared):
     cfg, out, found = compared
     assert [contender.kind for contender in found.contenders] == list(KINDS)
     assert [contender.loops for contender in found.contenders] == [[1, 3, 6], [1], [1], [3], [3]]
@@ -42,23 +42,23 @@ def test_five_kinds_of_the_same_data_and_steps(compared):
     assert json.loads((out / "compare.json").read_text()) == json.loads(json.dumps(found.to_dict()))
 
 
-def test_numbers_are_those_of_the_runs(compared):
+def test_reported_numbers_are_those_of_the_runs(compared):
     cfg, out, found = compared
     looped, single, wide, unrolled, plain = found.contenders
     grids = [load_evaluation(out / f"looped-seed{seed}").grids[0].accuracy for seed in (0, 1)]
     np.testing.assert_allclose(looped.mean, (grids[0] + grids[1]) / 2)
     np.testing.assert_array_equal(looped.worst, grids[0].minimum(grids[1]))
-    assert not np.array_equal(looped.mean, looped.worst), "the seeds differ, or this test says nothing"
+    assert not np.array_equal(looped.mean, looped.worst), "the seeds have to differ for this test to mean anything"
     assert looped.parameters == single.parameters == parameters(cfg.model).total < unrolled.parameters
     assert plain.parameters < unrolled.parameters < wide.parameters
     assert single.training_flops < looped.training_flops < unrolled.training_flops == plain.training_flops
     assert wide.training_flops == pytest.approx(unrolled.training_flops, rel=0.05)
-    assert unrolled.flops_per_token[0] == [flops_per_token(cfg.model, 3, 2)]  # of 4 tokens, one sees 2 on average
+    assert unrolled.flops_per_token[0] == [flops_per_token(cfg.model, 3, 2)]  # each of 4 tokens attends to 2 on average
     assert wide.flops_per_token[0][0] == pytest.approx(unrolled.flops_per_token[0][0], rel=0.03)
     assert looped.flops_per_token[1] == [flops_per_token(cfg.model, n, 3) for n in (1, 3, 6)]
 
 
-def test_runs_that_have_ended_are_not_run_again_and_a_stopped_one_goes_on(compared, monkeypatch):
+def test_finished_runs_are_not_repeated_and_a_stopped_one_resumes(compared, monkeypatch):
     cfg, out, found = compared
     (out / "single-seed1" / runs.EVALUATION).unlink()
     ran, fit = [], planned.fit
@@ -68,7 +68,7 @@ def test_runs_that_have_ended_are_not_run_again_and_a_stopped_one_goes_on(compar
     assert again.to_dict() == found.to_dict()
 
 
-def test_other_settings_are_refused(compared):
+def test_a_comparison_with_other_settings_than_its_folder_is_refused(compared):
     cfg, out, _ = compared
     with pytest.raises(ValueError, match=r"batch_size was 4 and is 8.*another --out"):
         compare(dataclasses.replace(cfg, batch_size=8), out, seeds=[0])
@@ -90,14 +90,14 @@ def test_text_is_compared_by_bits_per_byte(tmp_path, monkeypatch):
     (line,) = found.verdicts()
     assert "no real difference between looped, 6 loops 2.1000 and unrolled 2.1030." in line
     assert line.endswith("looped, 3 loops 2.0000 is ahead of unrolled 2.1030.")
-    assert found.contenders[0].low < found.contenders[0].mean < found.contenders[0].high, "though above 1"
+    assert found.contenders[0].low < found.contenders[0].mean < found.contenders[0].high, "also with a measure above 1"
     assert found.closed[0].mean == pytest.approx(0.5 / 0.397) and found.exponent[0].mean > 1
     assert found.worth()[0].startswith(
         "4 bits: of the gap from single to unrolled, 3 loops close 126% (worst 126%); φ "
     )
 
 
-def test_what_a_loop_is_worth_is_paired_by_seed(tmp_path, monkeypatch):
+def test_the_worth_of_loops_is_computed_per_seed(tmp_path, monkeypatch):
     bits = {  # seed 1 has no gap; unrolled is better than single in the mean of all
         "looped": [2.40, 1.90, 2.20], "single": [2.50, 2.00, 2.40], "unrolled": [2.00, 2.10, 2.00],
         "wide": [2.0] * 3, "plain": [2.0] * 3,
@@ -124,7 +124,7 @@ def test_what_a_loop_is_worth_is_paired_by_seed(tmp_path, monkeypatch):
     ]
 
 
-def test_each_kind_takes_its_best_rate(tmp_path, monkeypatch):
+def test_each_kind_is_compared_at_its_best_learning_rate(tmp_path, monkeypatch):
     best, ran = {"looped": 0.1, "single": 0.03, "wide": 0.01, "unrolled": 0.1, "plain": 0.03}, []
 
     def evaluation(run):
@@ -144,7 +144,7 @@ def test_each_kind_takes_its_best_rate(tmp_path, monkeypatch):
     assert len({run for run in ran}) == Plan(configured("debug", TINY), tmp_path, [5, 7], [0.01, 0.03, 0.1]).n_runs
 
 
-def made(looped, single, unrolled, worst=0.0):
+def comparison_of(looped, single, unrolled, worst=0.0):
     """A comparison at one difficulty; ``looped`` at 4 loops, as many as the unrolled model has, and at 8."""
 
     def contender(kind, loops, means):
@@ -156,25 +156,27 @@ def made(looped, single, unrolled, worst=0.0):
     return Comparison("parity", "bits", "accuracy", [24], 24, 4, [0, 1], contenders)
 
 
-def test_verdict_names_the_best_whoever_it_is():
-    (line,) = made([0.7, 0.9], 0.6, 0.8).verdicts()
+def test_the_verdict_names_the_best_model_of_any_kind():
+    (line,) = comparison_of([0.7, 0.9], 0.6, 0.8).verdicts()
     assert line == (
         "24 bits: looped, 8 loops 90.0% is ahead of unrolled 80.0%. "
         "With as many operations as the unrolled model: unrolled 80.0% is ahead of looped, 4 loops 70.0%."
     )
-    assert "24 bits: single 95.0% is ahead of looped, 8 loops 90.0%." in made([0.7, 0.9], 0.95, 0.8).verdicts()[0]
+    assert (
+        "24 bits: single 95.0% is ahead of looped, 8 loops 90.0%." in comparison_of([0.7, 0.9], 0.95, 0.8).verdicts()[0]
+    )
 
 
-def test_verdict_is_careful():
+def test_the_verdict_mentions_small_differences_and_the_worst_seed():
     assert (
         "no real difference between unrolled 90.4% and looped, 8 loops 90.0%."
-        in made([0.7, 0.9], 0.5, 0.904).verdicts()[0]
+        in comparison_of([0.7, 0.9], 0.5, 0.904).verdicts()[0]
     )
-    assert "on average, but not in its worst seed." in made([0.7, 0.9], 0.6, 0.85, worst=0.1).verdicts()[0]
+    assert "on average, but not in its worst seed." in comparison_of([0.7, 0.9], 0.6, 0.85, worst=0.1).verdicts()[0]
 
 
-def test_entries_and_curves():
-    found = made([0.7, 0.9], 0.6, 0.8)
+def test_entries_and_curves_have_the_means_of_all_contenders():
+    found = comparison_of([0.7, 0.9], 0.6, 0.8)
     assert [entry.name for entry in found.entries()] == ["looped, 8 loops", "looped, 4 loops", "single", "unrolled"]
     assert [entry.mean for entry in found.entries()] == [[0.9], [0.7], [0.6], [0.8]]
     assert found.curves(24) == {"looped": {4: 0.7, 8: 0.9}, "single": {1: 0.6}, "unrolled": {4: 0.8}}

@@ -1,4 +1,4 @@
-"""Compiled blocks: the steps of plain ones, and nothing compiled again for other loops, problems or steps."""
+"""Compiled blocks train like plain ones, and are not recompiled for other loop counts, problem lengths or steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from open_mythos.training.trainer import Trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised in the compiler
 
 FIXED = ("task.min_difficulty=6", "task.max_difficulty=6")
 VARIED = ("task.min_difficulty=5", "task.max_difficulty=12")
@@ -27,8 +27,8 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_its_steps_are_those_of_plain_blocks() -> None:
-    """With everything that meets it: experts that balance, micro-batches, recomputed loops, averages, checkpoints."""
+def test_compiled_blocks_train_like_plain_ones() -> None:
+    """Together with load-balanced experts, micro-batches, recomputed loops, weight averages and checkpoints."""
     overrides = *FIXED, "accumulate=2", "checkpoint_loops=true", "model.n_experts_per_tok=2"
     plain, compiled = Trainer(tiny_run(*overrides)), Trainer(tiny_run(*overrides, "compile=true"))
     for step in range(4):
@@ -45,7 +45,7 @@ def test_its_steps_are_those_of_plain_blocks() -> None:
     assert moved.any() and torch.equal(compiled.model.recurrent.block.ffn.router_bias, moved)
     torch.testing.assert_close(compiled.state_dict()["ema"], plain.state_dict()["ema"], rtol=1e-4, atol=1e-4)
     plain.load_state_dict(compiled.state_dict())
-    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):  # what is kept is a plain model
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):  # the averaged model is not compiled
         compiled.averaged()(torch.zeros(1, 5, dtype=torch.long), 2)
 
 
@@ -56,8 +56,8 @@ def test_its_steps_are_those_of_plain_blocks() -> None:
         ((*FIXED, "model.attn_type=mla", "model.core_layers=2", "precision=bf16", "loss.depth=uniform"), 3),
     ],
 )
-def test_neither_loops_nor_lengths_compile_anything_anew(overrides: tuple[str, ...], kinds: int) -> None:
-    """Code is made for the core with gradient and without, and for prelude and coda; layers of one kind share it."""
+def test_other_loop_counts_and_lengths_cause_no_recompilation(overrides: tuple[str, ...], kinds: int) -> None:
+    """Code is compiled for the core with and without gradient, and for prelude and coda; equal layers share it."""
     trainer = Trainer(tiny_run(*overrides, "compile=true", "loops.minimum=3"))
     loops = trainer.cfg.loops
     with torch.compiler.set_stance(force_backend="eager"):

@@ -1,4 +1,4 @@
-"""A run leaves what it says, and stopping it and going on changes nothing, bit for bit."""
+"""The files that a run writes, and resuming: a stopped and resumed run equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def stop_after(step: int) -> Watch:
     return Watch(record, log=lambda message: None)
 
 
-def quiet(said: list[str] | None = None) -> Watch:
-    return Watch(log=(said if said is not None else []).append)
+def quiet(messages: list[str] | None = None) -> Watch:
+    return Watch(log=(messages if messages is not None else []).append)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def plain(state: Any) -> Any:
-    """``state`` with lists for tensors, which == compares exactly."""
+    """``state`` with tensors as lists, which == compares exactly."""
     if isinstance(state, torch.Tensor | checkpoints.Stored):
         return str(state[()].dtype), state[()].tolist()
     if isinstance(state, dict):
@@ -64,10 +64,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
 
 
-# -- what is left
+# -- output files
 
 
-def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
+def test_a_run_writes_its_config_metrics_checkpoints_model_and_evaluation(tmp_path: Path) -> None:
     cfg, seen = tiny_run("log_every=5", "gate.steps=2", "gate.batch_size=2"), list[Any]()
     assert fit(cfg, tmp_path, watch=Watch(seen.append, pytest.fail)) == tmp_path / "model"
     assert TrainConfig.load(tmp_path / "config.json") == TrainConfig.load(tmp_path / "model/training.json") == cfg
@@ -81,13 +81,13 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "loops"), [("single", 1), ("wide", 1), ("unrolled", 3), ("plain", 3)])
-def test_a_baseline_is_measured_at_its_one_depth_and_loads_again(tmp_path: Path, kind: str, loops: int) -> None:
+def test_a_baseline_is_evaluated_at_its_own_depth_and_loads_again(tmp_path: Path, kind: str, loops: int) -> None:
     fit(tiny_run(f"kind={kind}", "gate.steps=2"), tmp_path, watch=quiet())
     assert Evaluation.load(tmp_path).grids[0].loops == [loops]
     assert runs.load_model(tmp_path).cfg.max_loop_iters == loops
 
 
-def test_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) -> None:
+def test_metrics_are_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
     fit(tiny_run(), tmp_path / "each", watch=quiet())
     fit(tiny_run("log_every=4"), tmp_path / "fourth", watch=quiet())
     each, fourth = metrics(tmp_path / "each"), metrics(tmp_path / "fourth")
@@ -95,7 +95,7 @@ def test_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) -> None:
         assert fourth[1][key] == pytest.approx(sum(line[key] for line in each[4:8]) / 4)
 
 
-def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
+def test_text_is_evaluated_in_bits_per_byte(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for i in range(60):
         (tmp_path / "corpus" / f"{i}.txt").write_text(f"the same weights, run for {i} loops, think deeper\n" * 20)
@@ -107,7 +107,7 @@ def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
     assert "bits_per_byte" in (tmp_path / "run/evaluation.json").read_text()
 
 
-# -- stopping and going on
+# -- stopping and resuming
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
     ],
     ids=["experts-and-stale-states", "muon", "sequence-bf16", "progressive", "unrolled"],
 )
-def test_going_on_after_a_stop_changes_nothing(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     cfg = tiny_run(*overrides)
     fit(cfg, tmp_path / "whole", watch=quiet())
     with pytest.raises(Stopped):
@@ -131,8 +131,8 @@ def test_going_on_after_a_stop_changes_nothing(tmp_path: Path, overrides: tuple[
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_going_on_right_after_skipped_steps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router's load is counted over the steps that its bias has not answered yet, skipped ones left out."""
+def test_resuming_right_after_skipped_steps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts' load is summed over the steps since the last update of the router bias, without skipped steps."""
     spoil(monkeypatch, 3, 6)
     cfg = tiny_run("save_every=2")
     fit(cfg, tmp_path / "whole", watch=quiet())
@@ -144,7 +144,7 @@ def test_going_on_right_after_skipped_steps_changes_nothing(tmp_path: Path, monk
     assert metrics(tmp_path / "whole")[-1]["skipped"] == 2 and metrics(tmp_path / "whole")[3]["loss"] is None
 
 
-def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     cfg = tiny_run("steps=12", "save_every=3")
     cfg.save(tmp_path / "cfg.json")
     program = (
@@ -167,20 +167,20 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_torn_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_previous_one(tmp_path: Path) -> None:
     cfg = tiny_run()
     fit(cfg, tmp_path / "whole", watch=quiet())
     with pytest.raises(Stopped):
         fit(cfg, tmp_path / "torn", watch=stop_after(9))
     state = tmp_path / "torn/checkpoints/step_00000008/state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    said: list[str] = []
-    fit(cfg, tmp_path / "torn", resume="auto", watch=quiet(said))
-    assert "skipping checkpoint step_00000008" in said[0] and "step_00000004" in said[1]
+    messages: list[str] = []
+    fit(cfg, tmp_path / "torn", resume="auto", watch=quiet(messages))
+    assert "skipping checkpoint step_00000008" in messages[0] and "step_00000004" in messages[1]
     assert_same_run(tmp_path / "whole", tmp_path / "torn")
 
 
-def test_a_checkpoint_by_its_path_goes_on_elsewhere(tmp_path: Path) -> None:
+def test_a_checkpoint_given_by_path_resumes_in_another_folder(tmp_path: Path) -> None:
     fit(tiny_run(), tmp_path / "whole", watch=quiet())
     fit(tiny_run(), tmp_path / "branch", resume=str(tmp_path / "whole/checkpoints/step_00000008"), watch=quiet())
     assert metrics(tmp_path / "branch") == metrics(tmp_path / "whole")[8:]
@@ -190,23 +190,23 @@ def test_a_checkpoint_by_its_path_goes_on_elsewhere(tmp_path: Path) -> None:
         fit(tiny_run(), tmp_path / "branch", resume=str(tmp_path / "whole/checkpoints/step_00000008"), watch=quiet())
 
 
-def test_without_a_checkpoint_auto_starts_afresh(tmp_path: Path) -> None:
+def test_resume_auto_without_a_checkpoint_starts_from_scratch(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         fit(tiny_run(), tmp_path, watch=stop_after(2))
     fit(tiny_run(), tmp_path, resume="auto", watch=quiet())
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
 
 
-# -- what is refused, and what is survived
+# -- errors and recovery
 
 
-def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_new_run_does_not_overwrite_an_existing_one(tmp_path: Path) -> None:
     fit(tiny_run("steps=1"), tmp_path, watch=quiet())
     with pytest.raises(ValueError, match="holds a run; resume it with --resume auto, or choose another --out"):
         fit(tiny_run("steps=1"), tmp_path, watch=quiet())
 
 
-def test_only_what_does_not_touch_training_may_change(tmp_path: Path) -> None:
+def test_only_settings_that_do_not_affect_training_may_change_on_resume(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         fit(tiny_run(), tmp_path, watch=stop_after(5))
     with pytest.raises(ValueError, match=r"other settings: optim.lr was 0.001 and is 0.5, steps was 12 and is 99"):
@@ -215,8 +215,8 @@ def test_only_what_does_not_touch_training_may_change(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000012"]
 
 
-def test_a_full_disk_is_said_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, said = checkpoints.save, list[str]()
+def test_a_failed_checkpoint_ends_a_run_only_at_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, messages = checkpoints.save, list[str]()
 
     def full(directory: Path, step: int, *args: Any) -> Path:
         if step == 8:
@@ -224,14 +224,14 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path: Path, monkeypatch: p
         return save(directory, step, *args)
 
     monkeypatch.setattr(checkpoints, "save", full)
-    fit(tiny_run(), tmp_path, watch=quiet(said))
-    assert len(said) == 1 and "step 8: checkpoint not written" in said[0] and "No space left" in said[0]
+    fit(tiny_run(), tmp_path, watch=quiet(messages))
+    assert len(messages) == 1 and "step 8: checkpoint not written" in messages[0] and "No space left" in messages[0]
     monkeypatch.setattr(checkpoints, "save", lambda *args: full(tmp_path, 8))
     with pytest.raises(OSError, match=r"the last checkpoint was not written .*No space left.*--resume auto"):
-        fit(tiny_run("save_every=12"), tmp_path / "last", watch=quiet(said))
+        fit(tiny_run("save_every=12"), tmp_path / "last", watch=quiet(messages))
 
 
-def test_a_run_that_is_not_finite_ends_with_its_metrics_written(
+def test_a_run_that_diverges_writes_its_metrics_before_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, 3, 4)
@@ -240,20 +240,22 @@ def test_a_run_that_is_not_finite_ends_with_its_metrics_written(
     assert [line["loss"] is None for line in metrics(tmp_path)] == [False] * 3 + [True] * 2
 
 
-def test_a_saved_model_reads_longer_prompts_if_it_is_stretched(tmp_path: Path) -> None:
+def test_stretch_sets_the_rotary_factor_of_the_saved_model(tmp_path: Path) -> None:
     plain, stretched = (
         fit(tiny_run(f"stretch={factor}", "model.rope_context=4"), tmp_path / factor) for factor in "12"
     )
     a, b = OpenMythos.from_pretrained(plain), OpenMythos.from_pretrained(stretched)
     assert (a.cfg.rope_factor, b.cfg.rope_factor) == (1.0, 2.0)
-    assert not torch.equal(a.embed.weight, b.embed.weight), "training was not stretched"
+    assert not torch.equal(a.embed.weight, b.embed.weight), "stretch had no effect on training"
     with pytest.raises(
         ValueError, match=r"stretch=2 sets model\.rope_factor after training, and it is 3; use 1 for it"
     ):
         tiny_run("stretch=2", "model.rope_factor=3")
 
 
-def test_an_evaluation_of_other_settings_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_with_other_evaluation_settings_discards_the_old_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit(tiny_run(), tmp_path)
     assert Evaluation.load(tmp_path).grids[0].difficulties == [4]
 
@@ -268,10 +270,10 @@ def test_an_evaluation_of_other_settings_is_not_kept(tmp_path: Path, monkeypatch
     assert Evaluation.load(tmp_path).grids[0].difficulties == [5]
 
 
-@pytest.mark.parametrize("warmup, says", [(2, False), (11, False), (12, True), (48, True)])
-def test_a_warmup_that_never_ends_is_told(tmp_path: Path, warmup: int, says: bool) -> None:
-    said: list[str] = []
-    fit(tiny_run(f"optim.warmup={warmup}"), tmp_path / "run", watch=quiet(said))
-    told = [line for line in said if "optim.warmup" in line]
-    assert bool(told) == says
-    assert not told or f"the learning rate rises to {12 / warmup:.0%} of optim.lr" in told[0]
+@pytest.mark.parametrize("warmup, warns", [(2, False), (11, False), (12, True), (48, True)])
+def test_a_warmup_as_long_as_the_run_is_warned_about(tmp_path: Path, warmup: int, warns: bool) -> None:
+    messages: list[str] = []
+    fit(tiny_run(f"optim.warmup={warmup}"), tmp_path / "run", watch=quiet(messages))
+    warnings = [line for line in messages if "optim.warmup" in line]
+    assert bool(warnings) == warns
+    assert not warnings or f"the learning rate rises to {12 / warmup:.0%} of optim.lr" in warnings[0]

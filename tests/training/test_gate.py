@@ -1,4 +1,4 @@
-"""The gate, trained after the fact, on a model whose every position is known to be done at a certain loop."""
+"""Training the gate after the model, where it is known at which loop each position of the model converges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOPS = 8
 
 
 class Echo(Task):
-    """Say the token that is there; its number is what it takes :func:`echo_model` loops to do so."""
+    """Predict the input token; for token k, :func:`echo_model` needs k loops."""
 
     name = "echo"
     unit = "steps"
@@ -34,7 +34,7 @@ class Echo(Task):
 
 
 def echo_model(early: float = -1.0) -> OpenMythos:
-    """Token k's state is ``early`` times what it ends as, until loop k, and from then on what it ends as."""
+    """The state of token k is ``early`` times its final state until loop k, and from then on the final state."""
     model = tiny_model(halting=False, prelude_layers=0, coda_layers=0)
 
     def step(h: Tensor, given: LoopInput, loop: int, *_) -> Tensor:
@@ -53,26 +53,26 @@ def weights(model: OpenMythos, gate: bool) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in model.state_dict().items() if (".act." in name) is gate}
 
 
-def assert_as_long_as_it_has_to(model: OpenMythos, doubts: int = 1) -> None:
-    """A gate sure to nine tenths makes sure once more."""
+def assert_halts_when_converged(model: OpenMythos, n_extra: int = 1) -> None:
+    """Within ``n_extra`` loops, since a gate that is 90% sure runs one more loop."""
     ids = Echo().batch(8, 6, generator(1)).ids
     used = loops_used(model, ids, LOOPS)
-    assert (used >= ids).all() and (used <= ids + doubts).all(), used - ids
+    assert (used >= ids).all() and (used <= ids + n_extra).all(), used - ids
 
 
-def test_every_position_runs_as_long_as_it_has_to():
-    model, told = echo_model(), []
-    found = train_gate(model, Echo(), GateConfig(steps=120, loops=LOOPS), 2, 6, generator(), told.append)
-    assert model.cfg.halting and set(found) == MEASURED and told
-    assert_as_long_as_it_has_to(model)
+def test_a_trained_gate_halts_each_position_when_it_has_converged():
+    model, messages = echo_model(), []
+    found = train_gate(model, Echo(), GateConfig(steps=120, loops=LOOPS), 2, 6, generator(), messages.append)
+    assert model.cfg.halting and set(found) == MEASURED and messages
+    assert_halts_when_converged(model)
     assert found["accuracy_fixed"] == found["accuracy_halting"] == 1
-    assert found["loops_fixed"] == LOOPS and 1.5 < found["loops_halting"] < 4.5  # a draw from 1 to 2, ... or 6
+    assert found["loops_fixed"] == LOOPS and 1.5 < found["loops_halting"] < 4.5  # drawn from 1 to 2, ..., or 1 to 6
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_nothing_but_the_gate_changes(training):
+def test_train_gate_changes_nothing_but_the_gate(training):
     model = tiny_model(halting=False).train(training)
-    model.requires_grad_(False)  # as an average of weights is
+    model.requires_grad_(False)  # as averaged weights are
     own, gate = weights(model, gate=False), weights(model, gate=True)
     train_gate(model, Echo(), GateConfig(steps=6, batch_size=4, loops=3), 1, 3, generator())
     assert all(torch.equal(x, own[name]) for name, x in weights(model, gate=False).items())
@@ -89,46 +89,46 @@ def test_the_same_generator_gives_the_same_gate():
     assert all(torch.equal(x, gates[1][name]) for name, x in gates[0].items())
 
 
-def test_a_gate_that_is_there_may_be_taught_again():
+def test_an_existing_gate_can_be_trained_again():
     model = echo_model()
     model.cfg.halting = True
     torch.nn.init.constant_(model.recurrent.act.halt.bias, 1.0)  # it halts everything at once
     train_gate(model, Echo(), GateConfig(steps=120, loops=LOOPS), 2, 6, generator())
-    assert_as_long_as_it_has_to(model)
+    assert_halts_when_converged(model)
 
 
 def labels(model: OpenMythos, batch: Batch, closed: bool = False) -> tuple[int, int]:
-    """How many states may stop, and how many may not."""
+    """The number of states labelled as may stop, and the number labelled as may not."""
     found = examples(model, batch, LOOPS, 0.01, generator(), closed)
-    told = torch.cat([may_stop for _, _, may_stop in found])
-    return int(told.sum()), int((~told).sum())
+    label = torch.cat([may_stop for _, _, may_stop in found])
+    return int(label.sum()), int((~label).sum())
 
 
-def test_a_position_may_stop_once_its_prediction_is_its_last():
+def test_a_position_may_stop_once_its_prediction_is_final():
     ids = torch.tensor([[1, 3, 5]])
     assert labels(echo_model(), Batch(ids, ids)) == (LOOPS + (LOOPS - 2) + (LOOPS - 4), 0 + 2 + 4)
-    assert labels(echo_model(early=0.1), Batch(ids, ids)) == (3 * LOOPS, 0)  # which does not see a state's size
+    assert labels(echo_model(early=0.1), Batch(ids, ids)) == (3 * LOOPS, 0)  # the size of a state does not matter
 
 
-def test_where_nothing_is_asked_the_state_has_to_be_its_last():
+def test_an_unscored_position_may_stop_once_its_state_is_final():
     ids = torch.tensor([[1, 3, 5]])
     for early in (-1.0, 0.1):
         found = labels(echo_model(early), Batch(ids, torch.full_like(ids, UNSCORED)))
         assert found == (LOOPS + (LOOPS - 2) + (LOOPS - 4), 0 + 2 + 4)
 
 
-def test_a_wrong_answer_does_not_teach_when_to_stop():
+def test_a_position_with_a_wrong_final_answer_is_no_example_of_stopping():
     ids, targets = torch.tensor([[1, 3, 5]]), torch.tensor([[1, 4, 5]])
     assert labels(echo_model(), Batch(ids, targets)) == (LOOPS + (LOOPS - 4), 0 + 2 + 4)
 
 
-def test_padding_teaches_nothing():
+def test_padding_gives_no_examples():
     ids = torch.tensor([[1, 3, 5], [2, 0, 0]])
     batch = Batch(ids, torch.where(ids == 0, UNSCORED, ids), ids != 0)
     assert labels(echo_model(), batch) == (LOOPS + (LOOPS - 2) + (LOOPS - 4) + (LOOPS - 1), 0 + 2 + 4 + 1)
 
 
-def test_a_gate_in_charge_is_taught_where_it_stopped_wrongly():
+def test_closed_loop_adds_examples_where_the_gate_stopped_wrongly():
     model = echo_model()
     torch.nn.init.zeros_(model.recurrent.act.halt.weight)
     torch.nn.init.constant_(model.recurrent.act.halt.bias, 1.0)  # it halts everything after one loop
@@ -138,7 +138,7 @@ def test_a_gate_in_charge_is_taught_where_it_stopped_wrongly():
 
 
 class Hasty(nn.Module):
-    """A gate that ranks states well, small ones below large ones, and lets all of them go."""
+    """A gate that ranks states correctly, small ones below large ones, but halts all of them."""
 
     std = 1.0
 
@@ -151,16 +151,16 @@ class Hasty(nn.Module):
         return (self.halt.bias + torch.where(h.norm(dim=-1) > 1, 10.0, 5.0)).sigmoid()
 
 
-def test_the_line_is_drawn_where_nothing_is_lost():
+def test_calibration_corrects_a_gate_that_halts_too_early():
     model, task = echo_model(early=-0.1), Echo()
     model.cfg.halting, model.recurrent.act = True, Hasty()
     problems = task.mixed([6] * 32, generator(2))
     assert loops_used(model, problems.ids, LOOPS).eq(1).all()
     calibrate(model, task, problems, LOOPS)
-    assert_as_long_as_it_has_to(model, doubts=2)
+    assert_halts_when_converged(model, n_extra=2)
 
 
-def test_what_cannot_be_trained_is_refused():
+def test_train_gate_refuses_zero_steps_and_an_empty_difficulty_range():
     with pytest.raises(ValueError, match="steps=0 trains no gate"):
         train_gate(tiny_model(), Echo(), GateConfig(steps=0), 1, 2, generator())
     with pytest.raises(ValueError, match="min_difficulty=3 is above max_difficulty=2"):

@@ -1,4 +1,4 @@
-"""Problems that grow once the present ones are solved."""
+"""Problems that grow once those of the present size are solved."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_the_smallest_problems_have_the_fewest_sentences_and_two_loops():
     assert [Growth(size).loops(later).maximum for size in (0.0, 0.2, 0.5, 0.8)] == [2, 3, 5, 8]
 
 
-def test_text_has_no_answers_to_grow_by():
+def test_growth_is_refused_for_text():
     with pytest.raises(
         ValueError, match=r"task\.growth=0\.5 follows the share of answers that are right, and text has"
     ):
         configured("text", ["task.growth=0.5"])
 
 
-def test_loops_to_spare_are_few_until_problems_are_of_full_size():
+def test_spare_loops_are_few_until_problems_have_their_full_size():
     cfg = LoopConfig("by_steps", maximum=13, spare=6)
     small, grown = Growth(0.9).loops(cfg), Growth(1.0).loops(cfg)
     assert (small.spare, small.maximum, grown) == (2, 9, cfg)
@@ -52,7 +52,7 @@ def test_loops_to_spare_are_few_until_problems_are_of_full_size():
         assert drawn == set(range(7, most + 1))
 
 
-def test_a_trainer_starts_small_and_goes_on_at_the_size_that_was_reached():
+def test_a_trainer_starts_small_and_resumes_at_the_size_it_has_reached():
     cfg = tiny_run("task.growth=0.9", "loops.minimum=3", "loops.maximum=5")
     trainer = Trainer(cfg)
     assert trainer.step().loops == 2 and trainer.gauges()["size"] == 0
@@ -60,13 +60,13 @@ def test_a_trainer_starts_small_and_goes_on_at_the_size_that_was_reached():
     again = Trainer(cfg)
     again.load_state_dict(trainer.state_dict())
     assert again.growths == trainer.growths and again.step().loops >= 3
-    older = trainer.state_dict() | {"growth": vars(trainer.growths["parity"])}  # of one task, with no name
+    older = trainer.state_dict() | {"growth": vars(trainer.growths["parity"])}  # one task, without its name
     again.load_state_dict(older)
     assert again.growths == trainer.growths
 
 
-def test_each_of_several_tasks_grows_by_itself_and_all_are_in_every_step():
-    """One that is slow to learn neither holds up the others nor is overtaken by them."""
+def test_tasks_grow_independently_and_all_are_in_every_step():
+    """A task that is slow to learn neither holds up the others nor grows with them."""
     weights = {"assignments": 3, "registers": 1}
     trainer = Trainer(configured("words", [f"task.options.weights={weights}", "batch_size=4"]))
     trainer.growths["registers"] = Growth(size=1.0, right=1.0, steps=20)
@@ -82,7 +82,7 @@ def test_each_of_several_tasks_grows_by_itself_and_all_are_in_every_step():
     assert trainer.growths["registers"].right == pytest.approx(0.95 + 0.05 * of_registers)
 
 
-def test_what_is_mastered_is_rehearsed_in_one_step_of_three_while_others_are_not():
+def test_a_mastered_task_is_trained_every_third_step_until_all_are():
     weights = {"assignments": 3, "registers": 1}
     trainer = Trainer(configured("words", [f"task.options.weights={weights}", "batch_size=2"]))
     mastered, other = Growth(size=1.0, right=0.99), Growth(size=0.96, right=0.99)
@@ -94,14 +94,13 @@ def test_what_is_mastered_is_rehearsed_in_one_step_of_three_while_others_are_not
     trainer.step_number = 4
     result = trainer.step()
     assert len(result.by_task) == 1 and mastered.steps == 0 and other.steps == 1
-    mastered.right = 0.5  # it is forgotten
+    mastered.right = 0.5  # its accuracy has dropped
     assert len(trainer.draw()) == 2
-    mastered.right, other.size = 0.99, 1.0  # nothing is left to learn
+    mastered.right, other.size = 0.99, 1.0  # both are mastered
     assert len(trainer.draw()) == 2
 
 
-def test_a_step_of_two_tasks_is_their_weighted_mean():
-    """Gradients and loss; a step of one is that task's alone."""
+def test_loss_and_gradients_of_two_tasks_are_their_weighted_mean():
     losses, gradients, alone = [], [], []
     for weights in ({"relations": 1}, {"registers": 1}, {"relations": 3, "registers": 1}):
         trainer = Trainer(configured("words", [
@@ -124,12 +123,12 @@ def test_without_growth_all_loops_are_run_from_the_start():
     assert trainer.step().loops >= 3 and trainer.gauges()["size"] == 1
 
 
-def test_problems_may_begin_beyond_the_smallest_that_there_are():
+def test_min_difficulty_may_be_above_the_smallest_problems():
     trainer = Trainer(configured("word_problems", ["task.min_difficulty=3", "batch_size=2", "model.dim=16"]))
     assert trainer.draw()[0].batch.ids.shape[0] == 2
 
 
-def test_dropout_begins_when_problems_are_of_full_size():
+def test_dropout_begins_when_problems_have_their_full_size():
     trainer = Trainer(tiny_run("task.growth=0.9", "model.dropout=0.25"))
     drops = {module for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
     for size, p in ((0.5, 0.0), (1.0, 0.25)):

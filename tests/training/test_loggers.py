@@ -1,4 +1,4 @@
-"""metrics.jsonl has each step once, whatever happened; other loggers get the same numbers."""
+"""metrics.jsonl has each step once, also after a resume; other loggers get the same metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(path: Path, after_step: int, *steps: int) -> None:
     file.close()
 
 
-def test_going_on_drops_the_steps_that_are_made_again(tmp_path: Path) -> None:
+def test_resuming_drops_the_lines_of_steps_that_are_repeated(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, 1, 2, 3, 4)
     path.write_text(path.read_text() + '{"step": 5, "lo')  # killed in the middle of a line
@@ -33,7 +33,7 @@ def test_going_on_drops_the_steps_that_are_made_again(tmp_path: Path) -> None:
     assert path.read_text().endswith("\n")
 
 
-def test_a_line_is_there_at_once_and_is_plain_json(tmp_path: Path) -> None:
+def test_a_line_is_written_at_once_as_plain_json(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.log({"step": 1, "loss": float("nan"), "norm": float("inf"), "balance": None})
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -41,7 +41,7 @@ def test_a_line_is_there_at_once_and_is_plain_json(tmp_path: Path) -> None:
     assert json.loads(text) == {"step": 1, "loss": None, "norm": None, "balance": None}
 
 
-def test_an_unknown_logger_gets_the_nearest_name(tmp_path: Path) -> None:
+def test_an_unknown_logger_suggests_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown logger 'wanbd'; did you mean 'wandb'"):
         open_loggers("tensorboard, wanbd", tmp_path, {}, 0)
 
@@ -53,7 +53,7 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
         open_loggers(name, tmp_path, {}, 0)
 
 
-def test_trackers_and_tensorboard_get_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_and_tensorboard_get_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def keep(name: str) -> Any:
@@ -100,7 +100,7 @@ for logger in loggers:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
-def test_the_packages_themselves_take_the_numbers_without_a_network(tmp_path: Path, name: str) -> None:
+def test_the_real_packages_record_metrics_without_a_network(tmp_path: Path, name: str) -> None:
     pytest.importorskip(name)
     here = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
     command = [sys.executable, "-c", REAL, name]

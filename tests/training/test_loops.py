@@ -1,4 +1,4 @@
-"""Loop counts follow their schedule, stay within bounds, and come from the given generator alone."""
+"""Loop counts follow their schedule, stay within bounds, and depend on the given generator alone."""
 
 import pytest
 import torch
@@ -26,16 +26,16 @@ def test_counts_stay_within_bounds_and_depend_on_the_generator_alone(schedule, l
     assert torch.equal(first, drawn(n=50, seed=seed, schedule=schedule, minimum=low, maximum=low + width))
 
 
-def test_per_batch_is_one_number_and_per_sequence_many():
+def test_per_batch_draws_one_count_and_per_sequence_many():
     assert len(drawn(per="batch").unique()) == 1
     assert len(drawn(per="sequence").unique()) > 5
 
 
-def test_fixed():
+def test_fixed_always_gives_the_mean():
     assert drawn(schedule="fixed").unique().tolist() == [6]
 
 
-def test_uniform_reaches_both_ends_evenly():
+def test_uniform_is_even_over_the_whole_range():
     counts = drawn(schedule="uniform", n=22_000).bincount()
     assert counts[:2].sum() == 0 and len(counts) == 13
     assert counts[2:].min() > 1700 and counts[2:].max() < 2300
@@ -55,6 +55,6 @@ def test_curriculum_grows_to_its_maximum():
     assert greatest == [2, 7, 12, 12]
 
 
-def test_by_length():
+def test_by_length_gives_per_token_loops_rounded_up():
     assert drawn(schedule="by_length", length=10, per_token=0.5).unique().tolist() == [5]
     assert drawn(schedule="by_length", length=11, per_token=0.5).unique().tolist() == [6]

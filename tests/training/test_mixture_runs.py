@@ -1,4 +1,4 @@
-"""Training and measuring a model with the reference's recurrence, which carries more than a state from loop to loop."""
+"""Training and evaluation with the mixture recurrence, which carries more than a state from loop to loop."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from open_mythos.training.trainer import Trainer
 MIXTURE = ("model.recurrence=mixture", "model.router_score=softmax", "model.loop_index_dim=3")
 
 
-def test_every_part_of_a_step_and_the_measures_go_with_it():
+def test_training_and_evaluation_work_with_a_mixture_recurrence():
     trainer = Trainer(tiny_run(*MIXTURE, "loss.fixed_point=0.1", "loss.depth=uniform", checkpoint_loops=True))
     for _ in range(3):
         result = trainer.step()
@@ -25,7 +25,7 @@ def test_every_part_of_a_step_and_the_measures_go_with_it():
     assert gain.loops_fixed == 3 >= gain.loops_halting
 
 
-def test_its_gate_is_not_taught_apart():
+def test_training_the_gate_of_a_mixture_separately_is_refused():
     with pytest.raises(ValueError, match=r"gate.steps=9 .*use gate.steps=0"):
         tiny_run(*MIXTURE, "gate.steps=9")
     model = Trainer(tiny_run(*MIXTURE)).model

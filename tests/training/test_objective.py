@@ -1,4 +1,4 @@
-"""The loss is what its config says: of which depths and tokens, from which states, in micro-batches or whole."""
+"""The loss as configured: supervised depths and tokens, starting states, extra terms, micro-batches."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def gradient(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_each_step_reads_with_a_rotary_factor_of_its_own_up_to_stretch(batch):
+def test_each_step_draws_a_rotary_factor_between_1_and_stretch(batch):
     cfg, model = config({"schedule": "fixed", "mean": 3.0}, stretch=2.0), tiny_model("gqa", rope_context=4).train()
     results = [outcome(model, batch, cfg, seed) for seed in range(20)]
     factors = [float(plan.rope_factor.unique()) for _, plan in results]
@@ -64,7 +64,7 @@ def test_each_step_reads_with_a_rotary_factor_of_its_own_up_to_stretch(batch):
         logits = stretched(model, factor)(batch.ids, n_loops=3)
         expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=UNSCORED)
         torch.testing.assert_close(result.loss, expected)
-    assert abs(float((results[0][0].loss - results[1][0].loss).detach())) > 1e-4  # else the factor was not used
+    assert abs(float((results[0][0].loss - results[1][0].loss).detach())) > 1e-4  # equal if the factor were not used
 
 
 def test_final_loss_is_cross_entropy_of_the_models_own_logits(model, batch):
@@ -75,7 +75,7 @@ def test_final_loss_is_cross_entropy_of_the_models_own_logits(model, batch):
     assert result.n_loops == int(plan.n_loops[0])
 
 
-def test_depths_are_weighted_as_named(model, batch):
+def test_losses_of_several_depths_have_the_configured_weights(model, batch):
     def losses(n_loops):
         for n in range(1, n_loops + 1):
             yield F.cross_entropy(model(batch.ids, n_loops=n).flatten(0, 1), batch.targets.flatten())
@@ -91,7 +91,7 @@ def test_depths_are_weighted_as_named(model, batch):
 
 
 @pytest.mark.parametrize("depth", ["final", "uniform", "geometric"])
-def test_recomputed_loops_and_answers_have_the_same_gradients(model, batch, depth):
+def test_recomputed_loops_and_readouts_have_the_same_gradients(model, batch, depth):
     loss = {"depth": depth, "z": 1e-2}
     kept, _ = outcome(model, batch, config(loss=loss))
     expected = gradient(model, kept.loss)
@@ -104,7 +104,7 @@ def test_recomputed_loops_and_answers_have_the_same_gradients(model, batch, dept
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_progressive_mixes_a_second_run(model, batch):
+def test_progressive_mixes_in_the_loss_of_a_run_with_fewer_loops(model, batch):
     loops = {"schedule": "fixed", "mean": 5.0, "gradient": "all"}
     whole, plan = outcome(model, batch, config(loops))
     mixed, _ = outcome(model, batch, config(loops, {"depth": "progressive", "progressive": 0.25}))
@@ -117,17 +117,17 @@ def test_progressive_mixes_a_second_run(model, batch):
     assert all(1 <= p.short_grad[0] <= p.short_loops[0] <= 5 for p in plans)
     assert {int(p.short_loops[0] - p.short_grad[0]) for p in plans} == {0, 1, 2, 3, 4}
     small = [Objective(config(loops)).plan(0, 2, T, generator(seed), growth=Growth()) for seed in range(50)]
-    assert {int(p.short_loops[0]) for p in small} == {1, 2}, "no more than there are yet"
+    assert {int(p.short_loops[0]) for p in small} == {1, 2}, "no more loops than growth allows yet"
 
 
 @pytest.mark.parametrize("kind, expected", [("all", 5), ("last", 3), ("phantom", 3), ("one_step", 1)])
-def test_gradient_reaches_as_many_loops_as_the_switch_says(kind, expected):
+def test_gradient_reaches_the_configured_number_of_loops(kind, expected):
     loops = {"schedule": "fixed", "mean": 5.0, "gradient": kind, "grad_loops": 3}
     plan = Objective(config(loops)).plan(0, N, T, generator())
     assert plan.n_loops.unique().tolist() == [5] and plan.n_grad.unique().tolist() == [expected]
 
 
-def test_fixed_point_and_z_terms(model, batch):
+def test_fixed_point_and_z_terms_are_added_to_the_loss(model, batch):
     plain, plan = outcome(model, batch, config())
     steadied, _ = outcome(model, batch, config(loss={"fixed_point": 0.5, "z": 0.1}))
     e, ctx = model.encode(batch.ids)
@@ -145,7 +145,7 @@ def test_fixed_point_and_z_terms(model, batch):
         still(model, batch, still.plan(0, N, T, generator(), 2, Growth(size=size)), n_scored(batch)).parts["change"]
         for size in (0.9, 1.0)
     ]
-    assert parts[0] == 0 < parts[1], "states may change as long as problems grow"
+    assert parts[0] == 0 < parts[1], "the fixed-point term is off as long as problems grow"
 
 
 @pytest.mark.parametrize("loss", [{}, {"depth": "geometric", "fixed_point": 0.3, "z": 0.01}, {"depth": "progressive"}])
@@ -164,7 +164,7 @@ def test_micro_batches_add_up_to_the_batch(model, batch, loss):
         torch.testing.assert_close(whole[name], summed[name], atol=1e-5, rtol=1e-4)
 
 
-def test_padding_changes_nothing(model, batch):
+def test_padding_does_not_change_the_loss(model, batch):
     cfg = config({"per": "sequence"})
     plain, plan = outcome(model, batch, cfg)
     wider = Batch(
@@ -190,17 +190,17 @@ def test_chunked_readout_has_the_same_loss_and_gradients():
     torch.testing.assert_close(results[0][0], (F.cross_entropy(head(x), targets, reduction="none") * weights).sum())
 
 
-def test_chunks_bound_the_logits_that_exist(model, batch):
+def test_chunks_bound_the_number_of_logits_in_memory(model, batch):
     sizes = []
     model.head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[0]))
     outcome(model, batch, config(loss={"chunk": 8}))
-    assert max(sizes) <= 8 and sum(sizes) == n_scored(batch)  # where nothing is scored the head has nothing to say
+    assert max(sizes) <= 8 and sum(sizes) == n_scored(batch)  # the head runs only where tokens are scored
 
 
 @pytest.mark.parametrize("mask", [torch.arange(T) < torch.arange(4, 4 + N)[:, None], PACKED, None])
 @pytest.mark.parametrize("changes", [{}, {"checkpoint_loops": True}])
-def test_no_number_on_the_device_is_looked_at(batch, mask, changes):
-    """Where there are none, looking fails; a GPU would have to be waited for."""
+def test_the_loss_never_synchronises_with_the_device(batch, mask, changes):
+    """On the meta device, reading a value fails; on a GPU, it would wait for the device."""
     model = tiny_model("mla", halting=False).train().to("meta")
     cfg = config({"per": "sequence", "stale": 0.5}, {"depth": "uniform", "z": 0.1, "fixed_point": 0.1}, **changes)
     objective, drawn = Objective(cfg), generator()
@@ -211,7 +211,7 @@ def test_no_number_on_the_device_is_looked_at(batch, mask, changes):
     assert all(x.is_meta for x in (found.loss, found.n_right, *found.parts.values()))
 
 
-def test_stale_rows_start_from_what_the_last_step_left(model, batch):
+def test_stale_rows_start_from_the_states_of_the_previous_step(model, batch):
     starts = []
     step = model.recurrent.step
     model.recurrent.step = lambda h, *rest: starts.append(h) or step(h, *rest)
@@ -227,11 +227,11 @@ def test_stale_rows_start_from_what_the_last_step_left(model, batch):
     objective(model, short, plan, 10)
     torch.testing.assert_close(starts[1][rows], left[rows][:, :5])
     torch.testing.assert_close(starts[1][~rows], own[~rows][:, :5])
-    objective(model, batch, plan, n_scored(batch))  # states of 5 tokens for 9: the rest are the row's own
+    objective(model, batch, plan, n_scored(batch))  # states of 5 tokens for 9: the rest start from the row's own
     torch.testing.assert_close(starts[2][:, 5:], own[:, 5:])
 
 
-def test_later_steps_depend_on_nothing_but_the_states_left(model, batch):
+def test_an_objective_carries_nothing_but_states_between_steps(model, batch):
     cfg = config({"stale": 1.0})
     objective, again = Objective(cfg), Objective(cfg)
     drawn = generator()
@@ -253,14 +253,14 @@ def test_baselines_have_one_depth(kind, n_loops):
 
 @pytest.fixture
 def solved(batch):
-    """A batch whose solutions take three steps, the last of them the target."""
+    """A batch with three solution steps for each token, the last of which is the target."""
     known = torch.randint(1, 23, (N, T, 2), generator=generator(8)).masked_fill(
         (batch.targets == UNSCORED)[..., None], UNSCORED
     )
     return Batch(batch.ids, batch.targets, steps=torch.cat([known, batch.targets[..., None]], 2))
 
 
-def test_loop_k_is_asked_for_what_is_known_after_k_minus_1_steps(model, solved):
+def test_loop_k_is_supervised_with_the_kth_solution_step(model, solved):
     def losses(n_loops):
         for n in range(1, n_loops + 1):
             due = solved.steps[..., min(n, 3) - 1]
@@ -271,10 +271,10 @@ def test_loop_k_is_asked_for_what_is_known_after_k_minus_1_steps(model, solved):
     torch.testing.assert_close(result.loss, sum(losses(5)) / 5)
     single, _ = outcome(model, solved, config(fixed, {"depth": "steps"}, kind="single"))
     answer = F.cross_entropy(model(solved.ids, n_loops=1).flatten(0, 1), solved.targets.flatten())
-    torch.testing.assert_close(single.loss, answer)  # which has no loop to say a step at
+    torch.testing.assert_close(single.loss, answer)  # a model of one loop is supervised with the answer
 
 
-def test_at_the_end_of_a_run_the_answer_alone_may_be_asked_for(model, solved):
+def test_outcome_supervises_only_the_answer_at_the_end_of_a_run(model, solved):
     cfg = config({"schedule": "fixed", "mean": 4.0}, {"depth": "steps", "outcome": 0.25}, steps=8)
     objective = Objective(cfg)
     early, late = (objective.plan(step, N, T, generator()) for step in (5, 6))
@@ -284,7 +284,7 @@ def test_at_the_end_of_a_run_the_answer_alone_may_be_asked_for(model, solved):
         F.cross_entropy(model(solved.ids, n_loops=n).flatten(0, 1), solved.targets.flatten()) for n in (3, 4)
     )
     chance = (solved.steps[..., :2] == solved.targets[..., None]) & (solved.targets != UNSCORED)[..., None]
-    for n in (1, 2):  # a step that happens to be the answer is one
+    for n in (1, 2):  # a solution step that equals the answer is supervised too
         hits = chance[..., n - 1]
         if hits.any():
             logits = model(solved.ids, n_loops=n)
@@ -294,15 +294,15 @@ def test_at_the_end_of_a_run_the_answer_alone_may_be_asked_for(model, solved):
     torch.testing.assert_close(found, expected / 4)
 
 
-def test_loops_may_be_as_many_as_the_steps_and_a_few_more():
+def test_by_steps_runs_one_loop_per_solution_step_and_some_spare_ones():
     objective = Objective(config({"schedule": "by_steps", "maximum": 9, "spare": 2}))
     drawn = {int(objective.plan(0, N, T, generator(seed), 4).n_loops[0]) for seed in range(40)}
     assert drawn == {4, 5, 6}
-    few = Growth(size=0.18)  # five loops
+    few = Growth(size=0.18)  # at most five loops
     assert {int(objective.plan(0, N, T, generator(seed), 4, few).n_loops[0]) for seed in range(40)} == {4, 5}
 
 
-def test_each_loop_may_be_trained_by_what_is_asked_of_itself_alone(model, solved):
+def test_gradient_each_trains_every_loop_with_its_own_loss_only(model, solved):
     cfg = config({"schedule": "fixed", "mean": 3.0, "gradient": "each"}, {"depth": "steps"})
     found = gradient(model, outcome(model, solved, cfg)[0].loss)
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -320,8 +320,8 @@ def test_each_loop_may_be_trained_by_what_is_asked_of_itself_alone(model, solved
 
 
 @pytest.mark.parametrize("n_loops", [1, 2, 3])
-def test_what_is_not_known_yet_is_not_asked_for_and_not_wrong(model, batch, n_loops):
-    """Tokens are known after 0, 1 and 2 steps, in turn: accuracy is over those that are known after the last loop."""
+def test_accuracy_counts_only_tokens_known_at_the_last_loop(model, batch, n_loops):
+    """Tokens are known after 0, 1 and 2 solution steps, in turn."""
     known = torch.arange(T) % 3
     steps = torch.where(torch.arange(3) < known[:, None], UNSCORED, batch.targets[..., None])
     cfg = config({"schedule": "fixed", "mean": float(n_loops)}, {"depth": "steps"})

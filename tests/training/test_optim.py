@@ -1,4 +1,4 @@
-"""What decays, how the rate moves, and what is averaged."""
+"""Weight decay, learning-rate schedules, weight averages, and training of some parameters only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from open_mythos.training.trainer import Trainer, check_room
 # -- groups
 
 
-def test_matrices_decay_and_nothing_else_does() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     for attention in ("gqa", "mla"):
         names = dict(tiny_model(attention).named_parameters())
         decaying = {name for name, p in names.items() if decays(name, p)}
@@ -52,8 +52,8 @@ def test_every_parameter_is_updated_once(optimizer: str) -> None:
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
 
 
-def test_muon_takes_the_matrices_of_blocks_at_the_size_of_adams_steps() -> None:
-    model = tiny_model(dim=128)  # narrow ones do not tell Muon's ways of scaling apart
+def test_muon_updates_the_matrices_of_blocks_with_steps_of_adamw_size() -> None:
+    model = tiny_model(dim=128)  # in narrow models Muon's ways of scaling are alike
     _, muon = Optimizer(model, OptimConfig(optimizer="muon", muon_lr=5e-3, weight_decay=0.0)).parts
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in taken}
@@ -72,7 +72,7 @@ def test_muon_takes_the_matrices_of_blocks_at_the_size_of_adams_steps() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_loaded_optimizer_goes_on_exactly(optimizer: str) -> None:
+def test_a_loaded_optimizer_takes_exactly_the_same_steps(optimizer: str) -> None:
     def gradients(model: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for p in model.parameters():
@@ -96,14 +96,14 @@ def test_a_loaded_optimizer_goes_on_exactly(optimizer: str) -> None:
 # -- schedules
 
 
-def test_wsd_warms_up_stays_and_falls() -> None:
+def test_wsd_warms_up_stays_constant_and_decays() -> None:
     cfg = OptimConfig(schedule="wsd", warmup=10, decay=0.2, floor=0.1)
     rates = [lr_factor(cfg, step, 100) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == rates[80] == 1.0
     assert rates[90] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
 
 
-def test_cosine_falls_from_the_end_of_warm_up() -> None:
+def test_cosine_decays_from_the_end_of_warmup() -> None:
     cfg = OptimConfig(schedule="cosine", warmup=10, floor=0.1)
     assert lr_factor(cfg, 10, 110) == 1.0
     assert lr_factor(cfg, 60, 110) == pytest.approx(0.55)
@@ -112,16 +112,16 @@ def test_cosine_falls_from_the_end_of_warm_up() -> None:
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
 @pytest.mark.parametrize(("warmup", "decay", "steps"), [(0, 0.0, 5), (0, 1.0, 5), (9, 0.2, 5), (5, 0.5, 5)])
-def test_odd_schedules_stay_positive(schedule: str, warmup: int, decay: float, steps: int) -> None:
+def test_extreme_schedules_stay_between_0_and_1(schedule: str, warmup: int, decay: float, steps: int) -> None:
     cfg = OptimConfig(schedule=schedule, warmup=warmup, decay=decay)
     assert all(0 < lr_factor(cfg, step, steps) <= 1 for step in range(steps))
-    assert 0 <= lr_factor(cfg, 3 * steps, steps) <= 1, "of a trial that is longer"
+    assert 0 <= lr_factor(cfg, 3 * steps, steps) <= 1, "also after the last step, as in a trial that is longer"
 
 
 # -- averages
 
 
-def test_the_average_follows_its_formula() -> None:
+def test_the_weight_average_follows_its_formula() -> None:
     model = nn.Linear(1, 1, bias=False)
     expected = 1.0
     nn.init.constant_(model.weight, expected)
@@ -134,7 +134,7 @@ def test_the_average_follows_its_formula() -> None:
     assert math.isclose(ema.average["weight"].item(), expected, rel_tol=1e-6)
 
 
-def test_without_decay_the_average_is_the_model() -> None:
+def test_with_decay_0_the_average_equals_the_model() -> None:
     model = tiny_model()
     ema = EMA(dict(model.named_parameters()), decay=0.0)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_without_decay_the_average_is_the_model() -> None:
     assert all(torch.equal(ema.average[name], p) for name, p in model.named_parameters())
 
 
-def test_what_is_not_trained_stays_as_it_is() -> None:
+def test_optim_only_leaves_all_other_parameters_unchanged() -> None:
     trainer = Trainer(tiny_run("optim.only=lora", "optim.weight_decay=0.5"))
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     for _ in range(3):
@@ -154,7 +154,7 @@ def test_what_is_not_trained_stays_as_it_is() -> None:
     assert all(".lora." in name or name.endswith("expert_load") for name in moved), moved
 
 
-def test_what_is_not_trained_takes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_parameters_take_memory_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny_run("optim.only=lora")
     trainer = Trainer(cfg)
     for name, parameter in trainer.model.named_parameters():
@@ -169,14 +169,12 @@ def test_what_is_not_trained_takes_memory_once(monkeypatch: pytest.MonkeyPatch) 
         check_room(tiny_run(), trainer.task)
 
 
-@pytest.mark.parametrize(
-    "part", ["brige", "recurrent.act"], ids=["no parameter's", "of the gate, which learns afterwards"]
-)
-def test_a_part_of_nothing_that_is_trained(part: str) -> None:
+@pytest.mark.parametrize("part", ["brige", "recurrent.act"], ids=["no such name", "the gate, trained afterwards"])
+def test_optim_only_that_matches_no_trained_parameter_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match=rf"optim.only='{part}' is in the name of no parameter that is trained; "):
         Trainer(tiny_run(f"optim.only={part}"))
 
 
-def test_a_comparison_trains_all(tmp_path: Path) -> None:
+def test_a_comparison_refuses_optim_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optim\.only='lora': a comparison trains all weights of each kind; leave"):
         Plan(tiny_run("optim.only=lora"), tmp_path)

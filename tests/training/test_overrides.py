@@ -1,4 +1,4 @@
-"""`key=value` on a command line sets the field, in the field's type, or says what is wrong by the dotted key."""
+"""`key=value` on a command line sets the field, converted to its type; errors name the dotted key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from open_mythos.training.config import TrainConfig
 from open_mythos.training.overrides import differences, override
 
 
-def test_each_kind_of_field_is_read_as_its_type() -> None:
+def test_values_are_converted_to_the_type_of_their_field() -> None:
     cfg = override(
         TrainConfig(),
         [
@@ -33,13 +33,13 @@ def test_each_kind_of_field_is_read_as_its_type() -> None:
     assert cfg.loggers == "tensorboard,wandb"
 
 
-def test_the_given_config_stays_as_it_is() -> None:
+def test_override_does_not_modify_the_given_config() -> None:
     cfg = TrainConfig()
     override(cfg, ["optim.lr=1", "task.options.modulus=5", "task.options={'a': 1}"])
     assert cfg == TrainConfig()
 
 
-def test_fields_that_bound_each_other_may_come_in_any_order() -> None:
+def test_fields_that_constrain_each_other_can_be_set_in_any_order() -> None:
     assert override(TrainConfig(), ["loops.minimum=30", "loops.maximum=40"]).loops.minimum == 30
     assert override(TrainConfig(), ["accumulate=3", "batch_size=9"]).accumulate == 3
 

@@ -1,4 +1,4 @@
-"""One folder has one owner; others are told who that is, and the dead are not waited for."""
+"""A folder has one owner; other processes get an error that names it, and locks of dead processes are taken over."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def lock(folder: Path, **changes: object) -> None:
     (folder / LOCK).write_text(json.dumps(left | changes))
 
 
-def at_once(folder: Path, n: int = 8) -> tuple[list[str], list[str]]:
-    """What the owners among ``n`` that start at the same moment are told, and what the others are refused with."""
-    said, refused, start, end = list[str](), list[str](), threading.Barrier(n), threading.Barrier(n)
+def own_at_once(folder: Path, n: int = 8) -> tuple[list[str], list[str]]:
+    """Of ``n`` threads that start at once: an entry for each that owns the folder, and the errors of the others."""
+    owners, refused, start, end = list[str](), list[str](), threading.Barrier(n), threading.Barrier(n)
 
     def one() -> None:
         start.wait()
         try:
             with owned(folder, lambda message: None):
-                said.append("owner")
+                owners.append("owner")
                 end.wait()
         except ValueError as error:
             refused.append(str(error))
@@ -45,50 +45,50 @@ def at_once(folder: Path, n: int = 8) -> tuple[list[str], list[str]]:
         thread.start()
     for thread in threads:
         thread.join()
-    return said, refused
+    return owners, refused
 
 
-def test_of_several_that_start_at_once_one_owns_the_folder(tmp_path: Path) -> None:
+def test_of_several_simultaneous_starts_one_owns_the_folder(tmp_path: Path) -> None:
     for _ in range(20):
-        said, refused = at_once(tmp_path)
-        assert len(said) == 1 and len(refused) == 7
+        owners, refused = own_at_once(tmp_path)
+        assert len(owners) == 1 and len(refused) == 7
     assert f"{tmp_path} is written to by process {os.getpid()} of " in refused[0] and "stop it, or choose" in refused[0]
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no process can be asked there whether it lives")
-def test_a_dead_process_is_not_waited_for(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="cannot check whether a process is alive")
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     lock(tmp_path, process=dead.pid)
-    said: list[str] = []
-    with owned(tmp_path, said.append):
+    messages: list[str] = []
+    with owned(tmp_path, messages.append):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    assert len(said) == 1 and f"process {dead.pid} of " in said[0] and "it is taken over" in said[0]
+    assert len(messages) == 1 and f"process {dead.pid} of " in messages[0] and "it is taken over" in messages[0]
     for _ in range(20):
         lock(tmp_path, process=dead.pid)
-        assert len(at_once(tmp_path)[0]) == 1
+        assert len(own_at_once(tmp_path)[0]) == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say when a process has started")
-def test_another_process_with_the_number_of_a_dead_one_does_not_own_its_folders(tmp_path: Path) -> None:
-    said: list[str] = []
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="start times of processes are unknown")
+def test_a_process_with_a_reused_process_id_does_not_hold_the_lock(tmp_path: Path) -> None:
+    messages: list[str] = []
     lock(tmp_path, started=1)
-    with owned(tmp_path, said.append):
+    with owned(tmp_path, messages.append):
         pass
     killed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     lock(tmp_path, process=killed.pid, started=int(Path(f"/proc/{killed.pid}/stat").read_text().split()[21]))
     with pytest.raises(ValueError, match=f"process {killed.pid} of"), owned(tmp_path, pytest.fail):
         pass
     killed.kill()
-    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked how it ended
-    with owned(tmp_path, said.append):
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # dead, but not reaped yet
+    with owned(tmp_path, messages.append):
         pass
     killed.wait()
-    assert len(said) == 2
+    assert len(messages) == 2
 
 
-def test_another_machines_lock_is_respected(tmp_path: Path) -> None:
+def test_the_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
     lock(tmp_path, host="elsewhere")
     with pytest.raises(ValueError, match=rf"of elsewhere, since .*if that has ended, remove {tmp_path / LOCK}"):
         fit(tiny_run(), tmp_path, watch=quiet())
@@ -97,13 +97,13 @@ def test_another_machines_lock_is_respected(tmp_path: Path) -> None:
         fit(tiny_run(), tmp_path, watch=quiet())
 
 
-def test_a_folder_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_run_that_is_refused_creates_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 3 tokens"):
         fit(tiny_run("model.vocab_size=2"), tmp_path / "new", watch=quiet())
     assert not (tmp_path / "new").exists()
 
 
-def test_while_a_run_is_written_to_it_is_read_and_nobody_else_writes(tmp_path: Path) -> None:
+def test_a_locked_run_can_be_read_but_not_written_by_other_commands(tmp_path: Path) -> None:
     def mythos(*words: object) -> Result:
         return CliRunner().invoke(app, [*map(str, words)])
 

@@ -1,4 +1,4 @@
-"""Every recipe is a config that its task accepts, under a name that is easy to find."""
+"""Every recipe is a config that its task accepts; unknown names get a suggestion."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def test_a_recipe_fits_its_task(name: str) -> None:
     for difficulty in (cfg.task.min_difficulty, cfg.task.max_difficulty, *cfg.evaluation.difficulties):
         task.check(difficulty)
         assert task.length(difficulty) <= cfg.model.max_seq_len
-    assert RECIPES[name].__doc__, "a recipe says in one line what it trains"
+    assert RECIPES[name].__doc__, "a recipe needs a docstring that tells in one line what it trains"
 
 
-def test_an_unknown_recipe_gets_the_nearest_name() -> None:
+def test_an_unknown_recipe_suggests_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="unknown recipe 'partiy'; did you mean 'parity'"):
         recipe("partiy")
 
 
-def test_the_vocabulary_follows_the_task_unless_it_is_given() -> None:
+def test_the_vocabulary_size_follows_the_task_unless_it_is_set() -> None:
     assert configured("chain_sum", ["task.options.modulus=3"]).model.vocab_size < recipe("chain_sum").model.vocab_size
     assert configured("parity", ["model.vocab_size=9"]).model.vocab_size == 9

@@ -1,4 +1,4 @@
-"""Processes that torchrun started are killed, and all go on: with no other losses, and soon."""
+"""Worker processes of torchrun are killed at random; the job restarts within seconds and ends with the same result."""
 
 from __future__ import annotations
 
@@ -28,44 +28,46 @@ WORDS = [
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
-def lines(run: Path) -> int:
+def n_lines(run: Path) -> int:
     file = run / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def workers(agent: int) -> list[int]:
-    """Processes that an agent has started, by rank."""
+    """Process ids of the workers that a torchrun agent has started, in the order of ranks."""
     found = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    said = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in found}
-    ranks = {int(word[5:]): int(pid) for pid, words in said.items() for word in words if word.startswith(b"RANK=")}
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in found}
+    ranks = {
+        int(word[5:]): int(pid) for pid, words in environments.items() for word in words if word.startswith(b"RANK=")
+    }
     return [ranks[rank] for rank in sorted(ranks)]
 
 
 @pytest.mark.skipif(not LONG, reason="20 restarts of torchrun; OPEN_MYTHOS_LONG=1")
 @pytest.mark.timeout(1800)
-def test_processes_killed_at_random_steps_change_nothing(tmp_path: Path) -> None:
+def test_a_torchrun_job_restarts_after_random_kills_with_the_same_result(tmp_path: Path) -> None:
     draw, times = random.Random(0), list[float]()
     command = [*TORCHRUN, f"--max-restarts={KILLS}", "--nproc-per-node=2", "-m", "open_mythos", *WORDS]
     command += ["parallel.shard=2", "--resume", "auto", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=600)
     run = tmp_path / "run"
-    with (tmp_path / "said").open("w") as said:
-        agent = subprocess.Popen([*command, str(run)], stdout=said, stderr=said)
+    with (tmp_path / "output").open("w") as output:
+        agent = subprocess.Popen([*command, str(run)], stdout=output, stderr=output)
         for kill in range(KILLS):
             target = draw.randrange((kill + 1) * STEPS // (KILLS + 2), (kill + 2) * STEPS // (KILLS + 2))
-            while lines(run) < target:
-                assert agent.poll() is None, (tmp_path / "said").read_text()[-3000:]
+            while n_lines(run) < target:
+                assert agent.poll() is None, (tmp_path / "output").read_text()[-3000:]
                 time.sleep(0.005)
             os.kill(draw.choice(workers(agent.pid)), signal.SIGKILL)
             start = time.monotonic()
-            time.sleep(0.5)  # the other process may write a line yet
-            before = lines(run)
-            while (now := lines(run)) <= before:
-                assert agent.poll() is None, (tmp_path / "said").read_text()[-3000:]
-                before = now  # or less, when the lines after the checkpoint have gone
+            time.sleep(0.5)  # the other process may still write a line
+            before = n_lines(run)
+            while (now := n_lines(run)) <= before:
+                assert agent.poll() is None, (tmp_path / "output").read_text()[-3000:]
+                before = now  # or fewer, once the lines after the checkpoint are dropped
                 time.sleep(0.02)
             times.append(time.monotonic() - start)
-        assert agent.wait(300) == 0, (tmp_path / "said").read_text()[-3000:]
+        assert agent.wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
     print(f"{KILLS} kills; running again after {min(times):.1f} to {max(times):.1f} s, mean {sum(times) / KILLS:.1f} s")
     assert metrics(run) == metrics(tmp_path / "whole")
     for name in ("model/model.safetensors", "evaluation.json"):

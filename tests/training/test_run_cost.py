@@ -1,4 +1,4 @@
-"""What `--dry-run` says can be checked by hand."""
+"""The numbers of `--dry-run`, checked by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_flops_count_loops_with_gradient_three_times(overrides: tuple[str, ...],
 
 
 @pytest.mark.parametrize(("recomputed", "times"), [("false", 3), ("true", 4)])
-def test_flops_count_every_loop_that_is_asked(recomputed: str, times: int) -> None:
+def test_flops_count_the_readout_of_every_supervised_loop(recomputed: str, times: int) -> None:
     cfg = tiny_run(*FIXED, "loops.grad_loops=2", "loss.depth=uniform", f"checkpoint_loops={recomputed}")
     assert (cfg.model.prelude_layers, cfg.model.coda_layers) == (1, 1)
     outside, one = (flops_per_token(cfg.model, n, 3) for n in (0, 1))
@@ -41,14 +41,14 @@ def test_flops_count_every_loop_that_is_asked(recomputed: str, times: int) -> No
     assert flops_per_step(cfg) == pytest.approx(8 * 5 * expected)
 
 
-def test_weights_gradients_adam_and_average_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_TRIAL_STEPS", 3)  # tests of commands, which may come in between, have another
+def test_memory_counts_weights_gradients_adam_states_and_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_TRIAL_STEPS", 3)  # tests of commands, which may run before, change it
     found = run_cost(tiny_run(*FIXED))
     assert found.weight_bytes == pytest.approx(4 * found.parameters * 5, rel=0.1)
     assert found.seconds_per_step > 0 and found.trial_steps == 3
 
 
-def test_activations_shrink_with_micro_batches_and_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_memory_shrinks_with_micro_batches_and_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_TRIAL_STEPS", 1)
 
     def kept(*overrides: str) -> int:
@@ -58,7 +58,7 @@ def test_activations_shrink_with_micro_batches_and_recomputation(monkeypatch: py
     assert kept("accumulate=4") < 0.5 * whole and kept("checkpoint_loops=true") < 0.8 * whole
 
 
-def test_several_tasks_are_several_batches_and_growing_ones_are_counted_at_their_full_size() -> None:
+def test_flops_add_up_over_tasks_and_growing_ones_count_at_full_size() -> None:
     sizes = ("model.dim=16", "model.expert_dim=16", "batch_size=2", "task.max_difficulty=2")
     both = configured("words", ["task.options.weights={'assignments': 1, 'relations': 1}", *sizes])
     names = "assignments", "relations"

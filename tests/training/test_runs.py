@@ -1,4 +1,4 @@
-"""What a run leaves behind, and how its model was trained."""
+"""Finding the model of a run, and how it was trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_run_and_its_model_are_found(tmp_path: Path) -> None:
     assert not runs.load_model(tmp_path).training
 
 
-def test_nothing_says_how_a_saved_model_was_trained(tmp_path: Path) -> None:
+def test_a_model_without_training_json_has_no_training_config(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"training.json is missing, so nothing says how .* was trained"):
         runs.training_config(tmp_path)

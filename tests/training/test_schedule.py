@@ -1,4 +1,4 @@
-"""Sequences of a batch run as many loops as each is given, with gradient through the last of them."""
+"""Each sequence of a batch runs its own number of loops, with gradient through the last of them."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def encoded(model, valid=None):
 
 
 def alone(model, i, h, e, valid, n, k, damping=1.0):
-    """The slow, obvious way: one sequence, (1, T, dim), in a context of its own."""
+    """The slow, obvious way: one sequence, (1, T, dim), in its own context."""
     h, e = h[i : i + 1], e[i : i + 1]
     _, ctx = model.encode(IDS[i : i + 1], attention_mask=None if valid is None else valid[i : i + 1])
     for loop in range(n):
@@ -44,7 +44,7 @@ def weights_grad(model, e, loss):
 @pytest.mark.parametrize("valid", [None, PADDED], ids=["whole", "padded"])
 @pytest.mark.parametrize("damping", [1.0, 0.5])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_equals_each_sequence_run_alone(model, valid, damping, recompute):
+def test_a_batch_equals_its_sequences_run_one_by_one(model, valid, damping, recompute):
     h, e, ctx = encoded(model, valid)
     finals = [None] * B
     for stage in model.recurrent.scheduled(h, e, ctx, Schedule(N_LOOPS, N_GRAD, damping, recompute)):
@@ -60,7 +60,7 @@ def test_equals_each_sequence_run_alone(model, valid, damping, recompute):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
 
 
-def test_stages_are_the_loops_with_gradient_and_no_sequence_waits_for_another(model):
+def test_stages_are_the_loops_with_gradient_and_no_extra_loop_is_run(model):
     seen = []
     model.recurrent.block.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     stages = list(model.recurrent.scheduled(*encoded(model), Schedule(N_LOOPS, N_GRAD)))
@@ -71,7 +71,7 @@ def test_stages_are_the_loops_with_gradient_and_no_sequence_waits_for_another(mo
     torch.testing.assert_close(stages[1].before[0], stages[0].after[0])
 
 
-def test_recompute_keeps_less_for_the_backward_pass(model):
+def test_recompute_saves_less_for_the_backward_pass(model):
     def saved(recompute):
         sizes, six = [], torch.full((B,), 6)
 
@@ -87,7 +87,7 @@ def test_recompute_keeps_less_for_the_backward_pass(model):
     assert saved(True) < saved(False) / 4
 
 
-def test_what_goes_around_loops_sees_the_states_before_those_that_are_recomputed_and_the_last(model):
+def test_around_gets_the_states_before_recomputed_loops_and_the_last_state(model):
     seen = []
 
     def around(h, loop):
@@ -117,7 +117,7 @@ def test_padding_gets_no_noise(model):
     assert torch.equal(noisy.ne(plain).any(-1), PADDED)
 
 
-def test_loops_that_were_trained_have_scales_of_their_own_from_then_on(model):
+def test_training_records_the_largest_number_of_trained_loops(model):
     model.recurrent.lora.trained_loops.zero_()
     list(model.recurrent.scheduled(*encoded(model), Schedule(N_LOOPS, N_GRAD)))
     assert model.recurrent.lora.trained_loops == 5

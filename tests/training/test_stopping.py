@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends its step, saves, says how to go on, and leaves with the code that is expected."""
+"""A run that gets a signal ends its step, saves, prints how to resume, and exits with the code of that signal."""
 
 from __future__ import annotations
 
@@ -63,41 +63,43 @@ launch(folder / "killed", 0, [("1", 6), ("0", 10)])
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run to compare with."""
     run = tmp_path_factory.mktemp("whole") / "run"
     fit(tiny_run(), run, watch=quiet())
     return run
 
 
-def asking(number: int, step: int, said: list[str], times: int = 1) -> Watch:
+def signal_at_step(number: int, step: int, messages: list[str], times: int = 1) -> Watch:
     def record(line: Any) -> None:
         for _ in range(times if line["step"] == step else 0):
             signal.raise_signal(number)
 
-    return Watch(record, said.append, again="mythos again")
+    return Watch(record, messages.append, again="mythos again")
 
 
-def left_with(number: int, error: BaseException) -> bool:
+def exited_by(number: int, error: BaseException) -> bool:
     return type(error) is KeyboardInterrupt if number == signal.SIGINT else error.args == (128 + number,)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path: Path, whole: Path, number: int) -> None:
-    before, said = [signal.getsignal(each) for each in SIGNALS], list[str]()
+def test_a_signal_ends_the_step_saves_and_prints_how_to_resume(tmp_path: Path, undisturbed: Path, number: int) -> None:
+    before, messages = [signal.getsignal(each) for each in SIGNALS], list[str]()
     with pytest.raises((KeyboardInterrupt, SystemExit)) as left:
-        fit(tiny_run(), tmp_path / "stopped", watch=asking(number, 6, said))
-    assert left_with(number, left.value)
+        fit(tiny_run(), tmp_path / "stopped", watch=signal_at_step(number, 6, messages))
+    assert exited_by(number, left.value)
     saved = tmp_path / "stopped/checkpoints/step_00000006"
     name = signal.Signals(number).name
-    assert said == [f"stopped by {name}; {saved} is saved; go on from it with mythos again"]
+    assert messages == [f"stopped by {name}; {saved} is saved; go on from it with mythos again"]
     assert saved.is_dir() and not (tmp_path / "stopped" / LOCK).exists()
     assert [signal.getsignal(each) for each in SIGNALS] == before
     fit(tiny_run(), tmp_path / "stopped", "auto", quiet())
-    assert_same_run(tmp_path / "stopped", whole)
+    assert_same_run(tmp_path / "stopped", undisturbed)
 
 
-def test_a_step_is_not_torn(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_within_a_step_lets_it_finish(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call, calls = Objective.__call__, [0]
 
     def interrupted(*args: Any) -> Any:
@@ -111,13 +113,11 @@ def test_a_step_is_not_torn(tmp_path: Path, whole: Path, monkeypatch: pytest.Mon
         fit(tiny_run(), tmp_path / "stopped", watch=quiet())
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step_00000003"]
     fit(tiny_run(), tmp_path / "stopped", "auto", quiet())
-    assert_same_run(tmp_path / "stopped", whole)
+    assert_same_run(tmp_path / "stopped", undisturbed)
 
 
 @pytest.mark.parametrize("call", [4, 5])
-def test_wherever_a_signal_comes_the_last_step_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
+def test_a_signal_between_steps_saves_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     is_asked, calls = Stop.is_asked, [0]
 
     def then_asked(stop: Stop) -> bool:
@@ -134,31 +134,31 @@ def test_wherever_a_signal_comes_the_last_step_is_saved(
     assert saved.name == f"step_{metrics(tmp_path)[-1]['step']:08}"
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    messages: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny_run(), tmp_path, watch=asking(signal.SIGINT, 6, said, times=2))
-    assert said == [
+        fit(tiny_run(), tmp_path, watch=signal_at_step(signal.SIGINT, 6, messages, times=2))
+    assert messages == [
         f"stopped by SIGINT; {tmp_path / 'checkpoints/step_00000004'} is saved; go on from it with mythos again"
     ]
 
 
 @pytest.mark.parametrize("stage", ["Trainer", "finish"])
-def test_before_and_after_training_there_is_no_step_to_wait_for(
+def test_a_signal_before_or_after_training_ends_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(fitting, stage, lambda *args: signal.raise_signal(signal.SIGHUP))
     with pytest.raises(SystemExit) as left:
-        fit(tiny_run(), tmp_path / "run", watch=asking(0, -1, said))
+        fit(tiny_run(), tmp_path / "run", watch=signal_at_step(0, -1, messages))
     assert left.value.code == 129
     if stage == "Trainer":
-        assert said == ["stopped by SIGHUP; nothing was saved"] and not (tmp_path / "run").exists()
+        assert messages == ["stopped by SIGHUP; nothing was saved"] and not (tmp_path / "run").exists()
     else:
-        assert "step_00000012 is saved; go on from it with mythos again" in said[0]
+        assert "step_00000012 is saved; go on from it with mythos again" in messages[0]
 
 
-def test_what_is_ignored_stays_so_and_other_threads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignored_signals_stay_ignored_and_other_threads_set_no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with Stop() as stop:
@@ -176,10 +176,10 @@ def test_what_is_ignored_stays_so_and_other_threads_are_left_alone(monkeypatch: 
     thread.join()
 
 
-def test_torchrun_is_stopped_or_its_processes_killed_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Its own agent, which passes a signal on to two processes; forked, as they then need not import anything.
+def test_a_stopped_or_killed_torchrun_job_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """torchrun's own agent passes a signal on to two processes, which are forked and so need not import anything.
 
-    A restart for each that is killed: first the second process, then the first, which holds the lock.
+    Each kill costs a restart: first the second process is killed, then the first, which holds the lock.
     """
     places = os.pathsep.join(str(Path(__file__).parents[i]) for i in range(3))
     done = subprocess.run(
@@ -187,7 +187,8 @@ def test_torchrun_is_stopped_or_its_processes_killed_and_goes_on_bit_for_bit(tmp
         env={**os.environ, "PYTHONPATH": places}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    saved = tmp_path / "stopped/checkpoints/step_00000007"  # step 6 had ended, and the next one's end tells all
+    # step 6 had ended; all processes learn of the signal at the end of the next step
+    saved = tmp_path / "stopped/checkpoints/step_00000007"
     assert f"stopped by SIGTERM; {saved} is saved; go on from it with mythos again" in done.stdout.splitlines()
     assert f"resuming from {saved}" in done.stdout.splitlines()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -197,12 +198,12 @@ def test_torchrun_is_stopped_or_its_processes_killed_and_goes_on_bit_for_bit(tmp
 
 @pytest.mark.skipif(not LONG, reason="three starts of torchrun; OPEN_MYTHOS_LONG=1")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_command_that_is_said_under_torchrun_goes_on_bit_for_bit(tmp_path: Path, number: int) -> None:
+def test_the_command_printed_under_torchrun_resumes_bit_for_bit(tmp_path: Path, number: int) -> None:
     words = ["train", "debug", "steps=40", "log_every=1", "evaluation.loops=1", "evaluation.examples=2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     torchrun += ["--nproc-per-node", "2", "-m", "open_mythos"]
-    run, whole = tmp_path / "a run", tmp_path / "whole"
-    victim = started([*torchrun, *words, "--out", str(run)], run)
+    run, undisturbed = tmp_path / "a run", tmp_path / "whole"
+    victim = start_training([*torchrun, *words, "--out", str(run)], run)
     victim.send_signal(number)
     output, _ = victim.communicate(timeout=60)
     (line,) = [line for line in output.splitlines() if f"stopped by {signal.Signals(number).name}" in line]
@@ -211,15 +212,15 @@ def test_the_command_that_is_said_under_torchrun_goes_on_bit_for_bit(tmp_path: P
         *words, "--out", str(run), "--resume", "auto",
     ]  # fmt: skip
     assert 3 <= int(line.partition("step_")[2][:8]) < 40
-    for again in (command[5:], [*words, "--out", str(whole)]):
+    for again in (command[5:], [*words, "--out", str(undisturbed)]):
         subprocess.run([*torchrun, *again], check=True, capture_output=True, timeout=300)
     for name in ("model/model.safetensors", "evaluation.json"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
-    assert metrics(run) == metrics(whole)
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert metrics(run) == metrics(undisturbed)
 
 
-def started(command: list[str], run: Path, **options: Any) -> subprocess.Popen[str]:
-    """A training that has written three lines of metrics."""
+def start_training(command: list[str], run: Path, **options: Any) -> subprocess.Popen[str]:
+    """Start a training and wait until it has written three lines of metrics."""
     victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     file, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not file.exists() or file.read_bytes().count(b"\n") < 3:
@@ -228,10 +229,10 @@ def started(command: list[str], run: Path, **options: Any) -> subprocess.Popen[s
     return victim
 
 
-def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
+def test_the_printed_command_resumes_the_run(tmp_path: Path) -> None:
     run = tmp_path / "a run"
     words = ["train", "debug", "steps=100000", "save_every=100000", "log_every=1", "--out", str(run)]
-    victim = started([sys.executable, "-m", "open_mythos", *words], run)
+    victim = start_training([sys.executable, "-m", "open_mythos", *words], run)
     victim.send_signal(signal.SIGTERM)
     output, _ = victim.communicate(timeout=60)
     assert victim.returncode == 143, output
@@ -239,10 +240,10 @@ def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
     command = shlex.split(line.partition("go on from it with ")[2])
     assert command[0] == "mythos" and command[1:] == [*words, "--resume", "auto"]
     step = int(line.partition("step_")[2][:8])
-    said: list[str] = []
+    shown: list[str] = []
     with pytest.MonkeyPatch.context() as patch:  # the same command, in this process, stopped at its first line
-        patch.setattr("open_mythos.cli.watch.live_line", lambda numbers, steps: said.append(numbers) or "")
+        patch.setattr("open_mythos.cli.watch.live_line", lambda numbers, steps: shown.append(numbers) or "")
         patch.setattr(Trainer, "check_going", lambda *args: signal.raise_signal(signal.SIGINT))
         done = CliRunner().invoke(app, command[1:])
     assert done.exit_code == 130 and "go on from it with mythos train" in done.output, done.output
-    assert said[0]["step"] == step + 1
+    assert shown[0]["step"] == step + 1

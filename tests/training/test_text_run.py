@@ -1,4 +1,4 @@
-"""Training on text of separate documents: stopped and gone on with, by one process or several, and what it keeps."""
+"""Training on text of separate documents: resuming, in one process or several, and what a run saves."""
 
 from __future__ import annotations
 
@@ -63,22 +63,24 @@ def text_run(corpus: Path, *overrides: str) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole")
     fit(text_run(corpus), run, watch=quiet())
     return run
 
 
-def test_going_on_after_a_stop_changes_nothing(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_stopped_and_resumed_text_run_equals_an_uninterrupted_one(
+    corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    messages: list[str] = []
     with pytest.raises(Stopped):
         fit(text_run(corpus), tmp_path, watch=stop_after(6))
-    fit(text_run(corpus), tmp_path, resume="auto", watch=quiet(said))
-    assert_same_run(whole, tmp_path)
-    assert "documents of" in said[-1] and "rows of 24" in said[-1]
+    fit(text_run(corpus), tmp_path, resume="auto", watch=quiet(messages))
+    assert_same_run(uninterrupted, tmp_path)
+    assert "documents of" in messages[-1] and "rows of 24" in messages[-1]
 
 
-def test_steps_go_through_the_text_in_turn(corpus: Path) -> None:
+def test_consecutive_steps_read_consecutive_rows_of_the_text(corpus: Path) -> None:
     trainer = Trainer(text_run(corpus))
     assert isinstance(trainer.task, Text)
     for step in range(3):
@@ -87,7 +89,7 @@ def test_steps_go_through_the_text_in_turn(corpus: Path) -> None:
         trainer.step()
 
 
-def test_text_that_has_changed_is_not_gone_on_with(whole: Path, tmp_path: Path) -> None:
+def test_resuming_on_text_that_has_changed_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for i in range(9):
         (tmp_path / "corpus" / f"{i}.txt").write_text("what was there\n" * (i + 1))
@@ -98,7 +100,7 @@ def test_text_that_has_changed_is_not_gone_on_with(whole: Path, tmp_path: Path) 
         fit(text_run(tmp_path / "corpus"), tmp_path / "run", resume="auto", watch=quiet())
 
 
-def test_a_run_keeps_its_tokenizer_and_is_measured_with_it(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_saves_its_tokenizer_and_is_evaluated_with_it(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     fit(text_run(corpus, "task.options.tokenizer=bpe:280", "steps=2"), tmp_path, watch=quiet())
     cfg, kept = runs.training_config(tmp_path), runs.tokenizer_of(tmp_path)
@@ -109,8 +111,8 @@ def test_a_run_keeps_its_tokenizer_and_is_measured_with_it(corpus: Path, tmp_pat
     assert found == pytest.approx(load_evaluation(tmp_path))
 
 
-def test_two_processes_make_the_steps_of_one(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    """On a model with experts, whose counts balance them; stopped half way and gone on with."""
+def test_two_processes_train_like_one(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """With a model of load-balanced experts, stopped half way and resumed."""
     cfg = text_run(corpus)
     cfg.save(tmp_path / "cfg.json")
     with socket.socket() as free:
@@ -124,15 +126,15 @@ def test_two_processes_make_the_steps_of_one(corpus: Path, whole: Path, tmp_path
     for process in started:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    for mine, theirs in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+    for mine, theirs in zip(metrics(tmp_path / "run"), metrics(uninterrupted), strict=True):
         for key in ("step", "loss", "accuracy", "grad_norm", "loops", "expert_balance"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3), (mine["step"], key)
     fit(cfg, tmp_path / "alone", resume=str(tmp_path / "run/checkpoints/step_00000008"), watch=quiet())
-    for mine, theirs in zip(metrics(tmp_path / "alone"), metrics(whole)[8:], strict=True):
+    for mine, theirs in zip(metrics(tmp_path / "alone"), metrics(uninterrupted)[8:], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3), mine["step"]
 
 
-def test_a_batch_divides_among_processes(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_divide_among_processes_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
         ValueError, match="batch_size=8 in accumulate=1 parts does not divide among 3 processes; use a mu"
@@ -140,7 +142,9 @@ def test_a_batch_divides_among_processes(corpus: Path, monkeypatch: pytest.Monke
         Trainer(text_run(corpus))
 
 
-def test_paths_lead_there_from_any_directory(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_a_config_do_not_depend_on_the_current_directory(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs.load_model("text-tiny").save_pretrained(corpus.parent / "looped")
     Tokenizer().save(corpus.parent / "looped")
     monkeypatch.chdir(corpus.parent)
@@ -149,11 +153,11 @@ def test_paths_lead_there_from_any_directory(corpus: Path, tmp_path: Path, monke
     up = os.path.relpath(corpus.parent)
     here = configured("heal", [f"start={up}/looped", f"data={up}/{corpus.name}/*.txt", f"loss.teacher={up}/looped"])
     assert here == there and Path(here.start).is_absolute()
-    assert configured("text", ["start=text-tiny"]).start == "text-tiny", "a name is no path"
+    assert configured("text", ["start=text-tiny"]).start == "text-tiny", "the name of a shipped model is not a path"
     assert runs.everywhere(f"hf:{up}:part") == f"hf:{corpus.parent}:part" and runs.everywhere("hf:a/b") == "hf:a/b"
 
 
-def test_short_keys(corpus: Path) -> None:
+def test_short_keys_set_the_options_of_text_recipes(corpus: Path) -> None:
     cfg = configured("text", [f"data={corpus}", "length=64", "tokenizer=bytes"])
     assert cfg.task.options == {"source": str(corpus), "separate": True, "tokenizer": "bytes"}
     assert (cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.evaluation.difficulties) == (64, 64, [64])

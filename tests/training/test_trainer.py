@@ -1,4 +1,4 @@
-"""One step: what it draws, what it updates, and what it leaves alone when the numbers are not finite."""
+"""One training step: what it draws and updates, and what stays unchanged when the loss is not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from open_mythos.training.recipes import configured
 from open_mythos.training.trainer import Trainer, TrainingError
 
 
-def test_a_checkpoint_of_another_model_is_said_to_be() -> None:
+def test_a_checkpoint_of_another_model_is_refused() -> None:
     trainer = Trainer(tiny_run())
     state = trainer.state_dict()
     for other, shape in (({}, "none"), ({"embed.weight": torch.zeros(1, 16)}, r"\(1, 16\)")):
@@ -26,7 +26,7 @@ def test_a_checkpoint_of_another_model_is_said_to_be() -> None:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Make the loss of these steps (from 0) not a number."""
+    """Make the loss of these steps (counted from 0) NaN."""
     plan, call, now = Objective.plan, Objective.__call__, [0]
 
     def planned(self: Objective, step: int, *args: Any) -> Any:
@@ -45,7 +45,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(Objective, "__call__", called)
 
 
-def test_training_learns() -> None:
+def test_training_lowers_the_loss() -> None:
     trainer = Trainer(tiny_run("task.max_difficulty=3", "steps=60", "batch_size=16", "loops.stale=0"))
     results = [trainer.step() for _ in range(60)]
     assert all(2 * 16 <= result.tokens <= 3 * 16 and 1 <= result.loops <= 3 for result in results)
@@ -54,7 +54,7 @@ def test_training_learns() -> None:
 
 
 def test_micro_batches_change_nothing_but_memory() -> None:
-    """Experts count in every micro-batch, and balance once a step."""
+    """Experts count tokens in every micro-batch and are balanced once a step."""
     whole, split = (Trainer(tiny_run(f"accumulate={n}", "loops.stale=0")) for n in (1, 4))
     torch.manual_seed(0)
     one = whole.step()
@@ -67,7 +67,7 @@ def test_micro_batches_change_nothing_but_memory() -> None:
         assert torch.equal(buffer, split.model.get_buffer(name))
 
 
-def test_the_same_seed_is_the_same_run_and_the_data_do_not_depend_on_the_model() -> None:
+def test_data_depend_on_the_seed_but_not_on_the_kind_of_model() -> None:
     first, same, baseline, other = (
         Trainer(tiny_run(*overrides)) for overrides in ((), (), ("kind=unrolled",), ("seed=1",))
     )
@@ -78,7 +78,7 @@ def test_the_same_seed_is_the_same_run_and_the_data_do_not_depend_on_the_model()
     assert not all(torch.equal(a, b) for a, b in zip(drawn, [first.draw()[0].batch.ids for _ in range(3)], strict=True))
 
 
-def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
+def test_bf16_runs_blocks_in_bfloat16_and_keeps_weights_in_float32() -> None:
     trainer = Trainer(tiny_run("precision=bf16"))
     seen: set[torch.dtype] = set()
     trainer.model.recurrent.block.attn.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
@@ -87,7 +87,7 @@ def test_bfloat16_runs_the_blocks_in_it_and_keeps_weights_in_float32() -> None:
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
-def test_a_gradient_above_the_greatest_norm_is_scaled_to_it_and_no_other_is_touched() -> None:
+def test_gradients_are_clipped_only_above_the_maximum_norm() -> None:
     grads = {}
     for clip in (1e-3, 1e3):
         trainer = Trainer(tiny_run(f"optim.clip={clip}"))
@@ -97,7 +97,7 @@ def test_a_gradient_above_the_greatest_norm_is_scaled_to_it_and_no_other_is_touc
     torch.testing.assert_close(grads[1e-3] * before / 1e-3, grads[1e3], rtol=1e-4, atol=1e-7)
 
 
-def test_the_average_is_what_is_kept() -> None:
+def test_the_saved_model_has_the_averaged_weights() -> None:
     trainer = Trainer(tiny_run("optim.ema=0.9"))
     for _ in range(3):
         trainer.step()
@@ -109,7 +109,7 @@ def test_the_average_is_what_is_kept() -> None:
     assert torch.equal(kept.recurrent.block.ffn.router_bias, trainer.model.recurrent.block.ffn.router_bias)
 
 
-def test_gauges() -> None:
+def test_gauges_report_rate_spectral_radius_and_expert_balance() -> None:
     trainer = Trainer(tiny_run("optim.warmup=4"))
     trainer.step()
     gauges = trainer.gauges()
@@ -123,7 +123,7 @@ def test_gauges() -> None:
 # -- steps that are not finite
 
 
-def test_a_step_that_is_not_finite_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_a_non_finite_loss_changes_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, 2)
     trainer = Trainer(tiny_run())
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(monkeypatch: pyte
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_too_many_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, 0, 2, 3)
     trainer = Trainer(tiny_run("max_bad_steps=2"))
     for _ in range(3):
@@ -151,7 +151,7 @@ def test_too_many_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.check_going(result)
 
 
-# -- what is refused at once
+# -- refused before training
 
 
 @pytest.mark.parametrize(
@@ -164,18 +164,18 @@ def test_too_many_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ("task.name=pariti", "unknown task 'pariti'; did you mean 'parity'"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_first_step(override: str, message: str) -> None:
+def test_settings_that_do_not_fit_are_refused_before_the_first_step(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(tiny_run(override))
 
 
-def test_a_gate_is_taught_no_easier_problems_than_the_model() -> None:
+def test_the_gate_cannot_be_trained_on_easier_problems_than_the_model() -> None:
     low = tiny_run().task.min_difficulty
     with pytest.raises(ValueError, match=f"gate.max_difficulty={low - 1} is below task.min_difficulty={low}; use 0"):
         tiny_run("gate.steps=2", f"gate.max_difficulty={low - 1}")
 
 
-def test_text_that_has_too_little_to_be_evaluated_on_is_refused_before_training(tmp_path: Path) -> None:
+def test_too_little_text_for_the_evaluation_is_refused_before_training(tmp_path: Path) -> None:
     for i in range(64):
         (tmp_path / f"{i}.txt").write_text(f"a few words, and {i}")
     cfg = configured("text", [

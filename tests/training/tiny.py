@@ -1,10 +1,10 @@
-"""A run that takes a fraction of a second and has something of everything."""
+"""A run that takes a fraction of a second and covers most features."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch._dynamo  # noqa: F401  an optimizer imports it, in two seconds, and what is forked from here need not
+import torch._dynamo  # noqa: F401  optimizers import it, in two seconds; forked processes share this import
 from helpers import TINY
 
 from open_mythos.config import MythosConfig

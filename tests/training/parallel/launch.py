@@ -17,7 +17,7 @@ Job = list[Any]
 
 
 def launch(folder: Path, groups: list[tuple[int, list[Job]]], timeout: float = 280) -> list[list[Any]]:
-    """What each job of each group of processes returns in process 0; an error in any process is one here."""
+    """What each job of each group returns in process 0; an error in any process is raised here."""
     places = os.pathsep.join(str(HERE.parents[i]) for i in range(3))
     done = subprocess.run(
         [sys.executable, HERE / "worker.py", folder], input=json.dumps(groups), text=True, capture_output=True,
@@ -33,15 +33,15 @@ def launch(folder: Path, groups: list[tuple[int, list[Job]]], timeout: float = 2
     return results
 
 
-def assert_gone_on(result: dict[str, Any], losses: list[float]) -> None:
-    """All of a state is bit for bit as it was saved: weights, averages, optimizers, rows to start from; and ``losses``
-    are those that follow."""
+def assert_resumed(result: dict[str, Any], losses: list[float]) -> None:
+    """The whole state is bit for bit as saved (weights, averages, optimizers, carried states), and the next losses are
+    ``losses``."""
     assert not result["differing"] and result["n"] > 100
     assert result["losses"] == pytest.approx(losses, rel=1e-5)
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
-    """Losses, norms and weights are those of one process."""
+    """Losses, norms and weights are those of ``expected``."""
     torch.testing.assert_close(found["steps"], expected["steps"], rtol=tolerance, atol=tolerance)
     for name, weights in expected["weights"].items():
         distance = (found["weights"][name].double() - weights.double()).norm()

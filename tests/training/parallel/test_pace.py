@@ -5,17 +5,17 @@ from __future__ import annotations
 from open_mythos.training.parallel.pace import WINDOW, Pace
 
 
-def said(*own: float, step: float = 1.0) -> str:
+def message(*own: float, step: float = 1.0) -> str:
     pace = Pace()
     found = [pace.add(list(own), step) for _ in range(WINDOW)]
-    assert not any(found[:-1]) and not pace.add(list(own), step)  # each window by itself
+    assert not any(found[:-1]) and not pace.add(list(own), step)  # each window is measured by itself
     return found[-1]
 
 
-def test_one_that_needs_much_longer_is_named() -> None:
-    assert said(0.2, 0.5, 0.2, 0.2).startswith("process 1 is slow: alone it needed 25 s of the last 50 steps' 50 s")
-    assert said(0.5, 0.2).startswith("process 0 is slow")
+def test_a_process_that_is_much_slower_than_the_others_is_named() -> None:
+    assert message(0.2, 0.5, 0.2, 0.2).startswith("process 1 is slow: alone it needed 25 s of the last 50 steps' 50 s")
+    assert message(0.5, 0.2).startswith("process 0 is slow")
 
 
-def test_nobody_is_named_for_what_costs_little() -> None:
-    assert not said(0.2, 0.29) and not said(0.01, 0.05) and not said(0.7)
+def test_small_differences_in_speed_are_not_reported() -> None:
+    assert not message(0.2, 0.29) and not message(0.01, 0.05) and not message(0.7)

@@ -1,4 +1,4 @@
-"""Who has which rows and weights, and layouts that cannot be."""
+"""Which process has which rows and weights, and layouts that are refused."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_every_row_belongs_to_one_tensor_group(monkeypatch: pytest.MonkeyPatch) 
     assert {(one.n_data, one.replicate) for one in made} == {(4, 2)}
 
 
-def test_rows_beside_are_those_of_the_processes_with_the_same_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 rows of four processes, two by two; each runs the first two of its four."""
+def test_beside_gives_the_rows_that_an_expert_group_runs_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows of four processes in two expert groups; each process runs the first two of its four rows."""
     for rank, expected in ((0, [0, 1, 4, 5]), (1, [0, 1, 4, 5]), (2, [8, 9, 12, 13]), (3, [8, 9, 12, 13])):
         rows = slice(4 * rank, 4 * rank + 2)
         assert grid(monkeypatch, 4, rank, expert=2).beside(rows, 16).tolist() == expected
@@ -41,12 +41,14 @@ def test_rows_beside_are_those_of_the_processes_with_the_same_experts(monkeypatc
         ),
     ],
 )
-def test_layouts_that_do_not_divide(sizes: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_that_do_not_divide_the_processes_are_refused(
+    sizes: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=message):
         grid(monkeypatch, 4, **sizes)
 
 
-def test_versions_of_torch_that_differ_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_versions_of_torch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = grid(monkeypatch, 2)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "gathered", lambda mine: [mine, "2.11.0"])
@@ -54,25 +56,25 @@ def test_versions_of_torch_that_differ_are_said(monkeypatch: pytest.MonkeyPatch)
         made.connect(torch.device("cpu"), 60)
 
 
-def test_nobody_waits_for_a_first_process_that_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[float] = []
+def test_other_processes_exit_when_the_first_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[float] = []
 
     def add_up(numbers: list[float]) -> list[float]:
-        said.extend(numbers)
+        sent.extend(numbers)
         return [1.0]
 
     monkeypatch.setattr(distributed, "add_up", add_up)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(OSError, match="no corpus"), distributed.first_process_first():
         raise OSError("no corpus")
-    assert said == [1.0]
+    assert sent == [1.0]
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit), distributed.first_process_first():
         pass
 
 
 def test_a_checkpoint_of_an_earlier_version_loads() -> None:
-    """It had buffers and generators of each process, and states of no row in particular."""
+    """It had buffers and random generators of each process, and carried states that belong to no row."""
     trainer = Trainer(tiny_run())
     for _ in range(2):
         trainer.step()

@@ -1,7 +1,7 @@
-"""``kill -9`` at random moments in a checkpoint that two processes write in the background; then what loads.
+"""``kill -9`` while two processes write checkpoints in the background; a complete checkpoint has to load then.
 
-``python torn_saves.py FOLDER [MOMENTS] [SEED]`` prints how many were tried and held. One process imports all that there
-is; each moment is two forks of it, which save after every step, and of which one or both are killed.
+``python torn_saves.py FOLDER [MOMENTS] [SEED]`` prints how many kills passed. One process imports everything; each kill
+needs two forks of it, which save after every step, and of which one or both are killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def train(rank: int, folder: Path, keep: int | None) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     store, patience = f"file://{folder / 'store'}", timedelta(seconds=20)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-    trainer, saving = worker.made(*OPTIONS), checkpoints.Saving(folder / "checkpoints")
+    trainer, saving = worker.new_trainer(*OPTIONS), checkpoints.Saving(folder / "checkpoints")
     for _ in range(STEPS):
         trainer.step()
         saving.end()
@@ -72,7 +72,7 @@ def digest(state: dict[str, Any]) -> int:
 def main(folder: Path, moments: int, seed: int) -> int:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    draw, held, torn, old = random.Random(seed), 0, 0, 0
+    draw, passed, torn, old = random.Random(seed), 0, 0, 0
     start = first = time.monotonic()
     whole = started(folder / "whole", None)
     while os.waitpid(whole[0], os.WNOHANG)[0] == 0:
@@ -100,12 +100,12 @@ def main(folder: Path, moments: int, seed: int) -> int:
         step, is_same = (found[1]["step"], digest(found[1]) == expected[found[1]["step"]]) if found else (0, True)
         ended, begun = number(place / "ended"), number(place / "begun")
         old += step < begun
-        if ended <= step <= begun + 1 and is_same:  # they say a moment later what they have begun
-            held += 1
+        if ended <= step <= begun + 1 and is_same:  # ``begun`` is written shortly after a save has begun
+            passed += 1
         else:
             print(f"moment {i}: step {step} loads, {ended} had ended and {begun} begun; the same: {is_same}")
-    print(f"{held} of {moments} held; {torn} left a part of a checkpoint, in {old} the one before loads")
-    return int(held != moments)
+    print(f"{passed} of {moments} passed; {torn} left a partial checkpoint, in {old} the previous one loads")
+    return int(passed != moments)
 
 
 if __name__ == "__main__":

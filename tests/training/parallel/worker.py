@@ -1,6 +1,6 @@
 """Forks processes that train tiny models: python worker.py FOLDER < groups, each [processes, [[function, ...], ...]].
 
-What each function returns in process 0, or the error in any, is in FOLDER/found.pt, by group and job.
+FOLDER/found.pt holds, by group and job, what the function returned in process 0, or the error of any process.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from open_mythos.training.parallel import experts as parallel_experts
 from open_mythos.training.trainer import Lost, Trainer
 
 FOLDER = Path()
-PATIENCE = 60  # seconds that processes wait for each other: a hang is an error
+PATIENCE = 60  # timeout of collectives in seconds, which turns a hang into an error
 
 
-def made(*overrides: str) -> Trainer:
+def new_trainer(*overrides: str) -> Trainer:
     return Trainer(tiny_run(f"parallel.timeout={PATIENCE}", *overrides))
 
 
 def trained(steps: int, *overrides: str, start: str = "", end: str = "") -> dict[str, Any]:
-    """Of so many steps, gone on from what is in ``start``: numbers of each, and whole weights and averages after."""
-    trainer = made(*overrides)
+    """Train from the checkpoint in ``start``, if given: the results of each step, and the full weights and averages."""
+    trainer = new_trainer(*overrides)
     if start:
         trainer.load_state_dict(newest(start))
     results = [trainer.step() for _ in range(steps)]
@@ -59,8 +59,8 @@ def trained(steps: int, *overrides: str, start: str = "", end: str = "") -> dict
     }
 
 
-def between(steps: int, *overrides: str) -> dict[str, Any]:
-    """As :func:`trained`, in two halves, the second by a trainer that has loaded the first's state."""
+def in_halves(steps: int, *overrides: str) -> dict[str, Any]:
+    """As :func:`trained`, in two halves, the second with a new trainer that loads the state of the first."""
     trained(steps // 2, *overrides, end="half")
     return trained(steps - steps // 2, *overrides, start="half")
 
@@ -71,32 +71,32 @@ def newest(folder: str) -> dict[str, Any]:
     return found[1]
 
 
-def saved(steps: int, more: int, folder: str, *overrides: str) -> list[float]:
-    """Losses of the steps after those whose state is to be written to ``folder``: several processes do it when all
-    steps are made."""
-    trainer, saving = made(*overrides), checkpoints.Saving(FOLDER / folder)
+def saved(steps: int, n_more: int, folder: str, *overrides: str) -> list[float]:
+    """Losses of ``n_more`` steps after ``steps``, whose state is saved to ``folder`` in the background: several
+    processes write it only when all steps have run."""
+    trainer, saving = new_trainer(*overrides), checkpoints.Saving(FOLDER / folder)
     for _ in range(steps):
         trainer.step()
     write, are_made = checkpoints.save, threading.Event()
     checkpoints.save = lambda *args: (saving.group is None or are_made.wait(), write(*args))[1]
     saving.begin(steps, trainer.state_dict(), None)
-    losses = [trainer.step().loss for _ in range(more)]
+    losses = [trainer.step().loss for _ in range(n_more)]
     are_made.set()
     saving.end()
     checkpoints.save = write
     return losses
 
 
-def loaded(more: int, folder: str, *overrides: str) -> dict[str, Any]:
-    """Of a trainer that goes on from ``folder``: what of its state is not bit for bit what was saved; its losses."""
-    trainer, again = made(*overrides), f"{folder}-{dist.get_world_size()}-{'-'.join(overrides)}"
+def loaded(n_more: int, folder: str, *overrides: str) -> dict[str, Any]:
+    """Resume from ``folder``: the parts of the state that are not bit for bit as saved, and the next losses."""
+    trainer, again = new_trainer(*overrides), f"{folder}-{dist.get_world_size()}-{'-'.join(overrides)}"
     trainer.load_state_dict(newest(folder))
     checkpoints.save(FOLDER / again, 1, trainer.state_dict(), None)
     states = [newest(name) for name in (again, folder)]
     mine, expected = (dict(leaves(state) if dist.get_rank() == 0 else ()) for state in states)
     differing = sorted(mine.keys() ^ expected.keys())
     differing += [name for name, value in expected.items() if name in mine and not same(value, mine[name])]
-    return {"differing": differing, "n": len(expected), "losses": [trainer.step().loss for _ in range(more)]}
+    return {"differing": differing, "n": len(expected), "losses": [trainer.step().loss for _ in range(n_more)]}
 
 
 def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -115,7 +115,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def stopped(folder: str, *overrides: str) -> list[Any]:
-    """The codes that both processes leave with, where the second is asked to stop while the third step is logged."""
+    """The exit codes of both processes, where the second gets a signal while the third step is logged."""
     processes, code = distributed.gathered(os.getpid()), None
 
     def record(line: Any) -> None:
@@ -130,15 +130,15 @@ def stopped(folder: str, *overrides: str) -> list[Any]:
 
 
 def slow(*overrides: str) -> list[Any]:
-    """What each of two processes has said of a step, in which the second was slow to draw its batch."""
-    trainer = made(*overrides)
+    """``StepResult.heard`` of a step in which the second of two processes was slow to draw its batch."""
+    trainer = new_trainer(*overrides)
     if dist.get_rank() == 1:
         trainer.draw = lambda draw=trainer.draw: (time.sleep(0.2), draw())[1]  # type: ignore[method-assign]
     return [trainer.step(dist.get_rank).heard for _ in range(3)][-1]
 
 
 class Collectives(TorchDispatchMode):
-    """Counts them, and the numbers that they hand round."""
+    """Counts collectives and the elements that they transfer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,8 +156,8 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives(*overrides: str) -> dict[str, Any]:
-    """Of forward and backward pass of the second step, and how many units there are, and how long a row is."""
-    trainer = made(*overrides)
+    """Collectives of the second step's forward and backward pass; the number of FSDP units, and the length of a row."""
+    trainer = new_trainer(*overrides)
     trainer.step()
     drawn = trainer.draw()
     with Collectives() as mode:
@@ -167,8 +167,8 @@ def collectives(*overrides: str) -> dict[str, Any]:
     return dict(mode.found) | own
 
 
-class Past(torch.nn.Module):
-    """A block's forward, without what stands around its call."""
+class WithoutHooks(torch.nn.Module):
+    """Calls a block's forward without its hooks."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -180,9 +180,9 @@ class Past(torch.nn.Module):
 
 
 def bypassed(*overrides: str) -> str:
-    """What is said where a block is gathered by hand, and called past FSDP's hooks."""
-    trainer = made(*overrides)
-    trainer.model.recurrent.block = Past(trainer.model.recurrent.block)
+    """The error when a block is unsharded by hand and called without FSDP's hooks."""
+    trainer = new_trainer(*overrides)
+    trainer.model.recurrent.block = WithoutHooks(trainer.model.recurrent.block)
     try:
         trainer.step()
     except RuntimeError as error:
@@ -191,8 +191,8 @@ def bypassed(*overrides: str) -> str:
 
 
 def abandoned(*overrides: str) -> str:
-    """What the first of two processes says when the other does not come to the second step."""
-    trainer = made(*overrides, "parallel.timeout=3")
+    """The error of the first of two processes when the other never reaches the second step."""
+    trainer = new_trainer(*overrides, "parallel.timeout=3")
     trainer.step()
     if dist.get_rank() == 1:
         time.sleep(8)
@@ -205,8 +205,8 @@ def abandoned(*overrides: str) -> str:
 
 
 def seconds(rows: int, *overrides: str) -> float:
-    """Of a routed layer's forward and backward pass over ``rows`` tokens, the median."""
-    trainer = made(*overrides)
+    """Median time of a routed layer's forward and backward pass over ``rows`` tokens."""
+    trainer = new_trainer(*overrides)
     ffn, times = trainer.model.recurrent.block.ffn, []
     dim = trainer.cfg.model.dim
     for _ in range(9):
@@ -218,9 +218,9 @@ def seconds(rows: int, *overrides: str) -> float:
 
 
 def dispatched(spent: int, dtype: str) -> float:
-    """Of 600 divided experts, how far results and gradients are from those of one process, at most, relative to these.
+    """Largest relative error of results and gradients of 600 experts divided among two processes, against one process.
 
-    The first process has 3 tokens, the second 5, then both none and 7; ``spent`` as in :mod:`.parallel.experts`.
+    The processes have 3 and 5 tokens, then 0 and 7; ``spent`` replaces ``_SPENT`` of :mod:`.parallel.experts`.
     """
     parallel_experts._SPENT, rank, found = spent, dist.get_rank(), 0.0
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def run(rank: int, world: int, jobs: list[Any], name: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    experts.MAX_GATHERED = 0  # a second way to the same numbers, for a token or two
+    experts.MAX_GATHERED = 0  # no separate code path for a token or two
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     store, patience = f"file://{FOLDER / name}.store", timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
@@ -267,7 +267,7 @@ def run(rank: int, world: int, jobs: list[Any], name: str) -> None:
             break
     if rank == 0 or len(found) < len(jobs):
         torch.save(found, FOLDER / f"{name}.{rank}")
-    os._exit(0)  # taking gloo down hangs now and then on a busy machine, and is not what is tested
+    os._exit(0)  # shutting gloo down sometimes hangs on a busy machine, and is not tested here
 
 
 def main() -> None:
