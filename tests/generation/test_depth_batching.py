@@ -1,4 +1,4 @@
-"""Depth batching is right when nobody can tell from a sequence what ran beside it."""
+"""Depth batching: a sequence's tokens do not depend on what runs in the same batch."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ def alone(model: OpenMythos, prompt: Tensor, n_new: int, n_loops: int, exit: Exi
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("exit", EXITS, ids=str)
-def test_greedy_tokens_are_those_of_each_prompt_alone(attn_type, exit):
-    """Prompts of every length, each with its own number of loops; with 3 rows, most start beside others' middle."""
+def test_greedy_tokens_equal_those_of_each_prompt_alone(attn_type, exit):
+    """Prompts of every length, each with its own number of loops; with 3 rows, most start while others are running."""
     model = model_of(attn_type)
     expected = [alone(model, prompt, 11, n, exit) for prompt, n in zip(PROMPTS, LOOPS, strict=True)]
     for max_rows in (1, 3, 32):
@@ -45,7 +45,7 @@ def test_greedy_tokens_are_those_of_each_prompt_alone(attn_type, exit):
     dict(loop_index_dim=8), dict(loop_index_dim=8, lora_rank=0, state_norm=False),
     dict(n_heads=6, n_kv_heads=3, dim=36), dict(core_layers=2), dict(core_layers=3, n_experts=0, bridge_dim=12),
 ], ids=str)  # fmt: skip
-def test_every_part_of_a_model_on_and_off(attn_type, changes):
+def test_every_model_option_gives_the_tokens_of_each_prompt_alone(attn_type, changes):
     model = model_of(attn_type, **changes)
     exit = None if changes.get("halting") else StateChange(0.06)
     together = model.generate_many(PROMPTS[:4], 8, LOOPS[:4], temperature=0, exit=exit)
@@ -54,7 +54,7 @@ def test_every_part_of_a_model_on_and_off(attn_type, changes):
 
 
 @pytest.mark.parametrize("exit", [StateChange(0.06), Gate(0.9)], ids=str)
-def test_a_token_runs_the_loops_that_it_needs_and_no_more(exit, monkeypatch):
+def test_each_token_runs_only_the_loops_until_its_exit(exit, monkeypatch):
     model, computed = model_of(), []
     original = model.recurrent.block.ffn.forward
     monkeypatch.setattr(
@@ -62,7 +62,7 @@ def test_a_token_runs_the_loops_that_it_needs_and_no_more(exit, monkeypatch):
     )
     batch = DepthBatch(model, exit)
     requests = [batch.add(prompt, 9, 7, GREEDY) for prompt in PROMPTS]
-    batch.step()  # prompts run by themselves
+    batch.step()  # each prompt is processed by itself
     del computed[:-1]
     while batch.busy:
         batch.step()
@@ -76,7 +76,7 @@ def test_a_token_runs_the_loops_that_it_needs_and_no_more(exit, monkeypatch):
     assert max(needed) <= steps < 1.3 * max(needed)
 
 
-def test_who_needs_few_loops_does_not_wait_for_others():
+def test_requests_with_few_loops_do_not_wait_for_those_with_many():
     batch = DepthBatch(model_of())
     quick, *slow = [batch.add(prompt, 12, n, GREEDY) for prompt, n in zip(PROMPTS, (1, 7, 7, 7), strict=False)]
     for _ in range(12):
@@ -84,7 +84,7 @@ def test_who_needs_few_loops_does_not_wait_for_others():
     assert quick.done and not any(len(request.tokens) > 3 for request in slow)
 
 
-def test_requests_come_and_go_while_others_run():
+def test_requests_are_added_and_finish_while_others_run():
     model, exit = model_of(), StateChange(0.06)
     batch = DepthBatch(model, exit, max_rows=2)
     first = batch.add(PROMPTS[0], 20, 7, GREEDY)
@@ -103,7 +103,7 @@ def test_requests_come_and_go_while_others_run():
     assert all(served.count(request) == len(request.tokens) for request in later)
 
 
-def test_a_row_ends_with_eos():
+def test_each_sequence_ends_at_its_eos():
     model = model_of()
     free = model.generate_many(PROMPTS, 12, 5, temperature=0)
     eos = int(free[0][len(PROMPTS[0]) + 2])
@@ -114,7 +114,7 @@ def test_a_row_ends_with_eos():
         assert torch.equal(found, whole[: len(prompt) + n])
 
 
-def test_drawn_tokens_follow_a_seed_and_the_models_probabilities():
+def test_sampled_tokens_follow_the_seed_and_the_models_probabilities():
     model = model_of()
 
     def drawn(seed: int, n: int) -> Tensor:
@@ -131,7 +131,7 @@ def test_drawn_tokens_follow_a_seed_and_the_models_probabilities():
     assert (of_first[:, 1].bincount(minlength=23) / len(of_first) - expected).abs().max() < 0.15
 
 
-def test_requests_may_be_drawn_differently():
+def test_each_request_has_its_own_sampling_options():
     model, batch = model_of(), DepthBatch(model_of())
     greedy = batch.add(PROMPTS[0], 6, 3, GREEDY)
     free = batch.add(PROMPTS[0], 6, 3, Sampling(5.0, None), generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def test_requests_may_be_drawn_differently():
     assert greedy.tokens == alone(model, PROMPTS[0], 6, 3)[5:].tolist() != free.tokens
 
 
-def test_modes_and_prompts_are_left_as_they_were():
+def test_modes_and_prompts_are_left_unchanged():
     model = model_of(dropout=0.5).train()
     prompt = PROMPTS[0].int()
     (found,) = model.generate_many([prompt], 4, 3, temperature=0)
@@ -157,12 +157,12 @@ def test_modes_and_prompts_are_left_as_they_were():
     (dict(max_new_tokens=70), "max_seq_len=64"), (dict(max_rows=0), "max_rows=0"),
     (dict(exit=PredictionKL()), "PredictionKL.*reads predictions"),
 ], ids=str)  # fmt: skip
-def test_what_does_not_fit(options, message):
+def test_invalid_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         model_of().generate_many(**{"prompts": PROMPTS[:1], "max_new_tokens": 4, **options})
 
 
-def test_models_that_have_no_rows_at_different_loops():
+def test_training_mode_and_unrolled_models_are_refused():
     with pytest.raises(ValueError, match=r"training mode.*eval\(\)"):
         DepthBatch(model_of().train())
     with pytest.raises(ValueError, match="a block for each loop"):

@@ -1,4 +1,4 @@
-"""Documents packed in a row: each is computed as if it stood alone."""
+"""Documents packed into one row: each is computed as if it were alone."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ VARIATIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", VARIATIONS, ids=str)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_packed_row_is_each_document_alone(attn_type: str, training: bool, changes: dict[str, Any]) -> None:
+def test_packed_documents_give_the_logits_and_gradients_of_each_alone(
+    attn_type: str, training: bool, changes: dict[str, Any]
+) -> None:
     model, ids, real = tiny_model(attn_type, **changes).train(training), tokens(3, 22), PACKED > 0
     weight = torch.randn(3, 22, 23, generator=torch.Generator().manual_seed(0)) * real[..., None]
     logits, expected = model(ids, 4, attention_mask=PACKED), reference_logits(model, ids, 4, PACKED)
     assert_near(logits[real], expected[real])
     actual = gradients(model, (logits * weight).sum())
     for name, gradient in gradients(model, (expected * weight).sum()).items():
-        if not (training and name.startswith("recurrent.act.")):  # the gate learns by rules of its own
+        if not (training and name.startswith("recurrent.act.")):  # the gate is trained by a loss of its own
             assert_near(actual[name], gradient, 1e-4, name)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @settings(max_examples=6)
 @given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4), n_loops=st.integers(1, 5))
-def test_documents_halt_as_they_do_alone(attn_type: str, lengths: list[int], n_loops: int) -> None:
+def test_packed_documents_halt_at_the_same_loops_as_alone(attn_type: str, lengths: list[int], n_loops: int) -> None:
     model = tiny_model(attn_type)
     model.cfg.max_seq_len = 64
     numbers = torch.repeat_interleave(torch.arange(1, 1 + len(lengths)), torch.tensor(lengths))[None]
@@ -64,8 +66,8 @@ def test_documents_halt_as_they_do_alone(attn_type: str, lengths: list[int], n_l
 
 
 @pytest.mark.parametrize("per", ["batch", "sequence"])
-def test_a_training_step_on_packed_rows_is_one_on_the_documents(per: str) -> None:
-    """Loss and gradients of the objective that training uses, through rows that run different numbers of loops."""
+def test_packed_rows_give_the_training_gradients_of_separate_documents(per: str) -> None:
+    """Loss and gradients of the training objective, with rows that run different numbers of loops."""
     cfg = TrainConfig(loops=LoopConfig("uniform", minimum=1, maximum=3, per=per, gradient="all"))
     model, objective, ids = tiny_model(halting=False).train(), Objective(cfg), tokens(3, 22)
     targets = torch.where(PACKED > 0, tokens(3, 22, seed=1), UNSCORED)
@@ -78,9 +80,9 @@ def test_a_training_step_on_packed_rows_is_one_on_the_documents(per: str) -> Non
             alone = Batch(ids[row, here][None], targets[row, here][None])
             loss = loss + objective(model, alone, plan[slice(row, row + 1)], n_scored).loss
     assert_near(packed, loss)
-    mine, theirs = gradients(model, packed), gradients(model, loss)
-    for name in mine:
-        assert_near(mine[name], theirs[name], 1e-4, name)
+    actual, expected = gradients(model, packed), gradients(model, loss)
+    for name in actual:
+        assert_near(actual[name], expected[name], 1e-4, name)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 40])
@@ -114,7 +116,7 @@ def test_a_convolution_stays_within_documents() -> None:
             assert_near(found[row, here], convolved(rows[row, here][None], None)[0])
 
 
-def test_one_document_a_row_is_plain_attention() -> None:
+def test_one_document_per_row_is_plain_attention() -> None:
     ones = torch.ones(2, 5, dtype=torch.int64)
     assert document_numbers(ones) is None and document_numbers(ones.bool()) is None
     assert document_numbers(torch.tensor([[0, 0, 1, 1]])) is None
@@ -124,7 +126,7 @@ def test_one_document_a_row_is_plain_attention() -> None:
     assert found is not None and found.diff(dim=1).tolist() == [[1, 0, 1, 0, 0, 1], [0, 1, 0, 1, 0, 0]]
 
 
-def test_no_cache_holds_packed_documents() -> None:
+def test_packed_documents_with_a_cache_are_refused() -> None:
     cache = KVCache()
     with pytest.raises(ValueError, match="attention_mask numbers documents, which start at 0 and which no cache"):
         tiny_model()(tokens(1, 22), 2, cache, attention_mask=PACKED[:1])
@@ -132,7 +134,7 @@ def test_no_cache_holds_packed_documents() -> None:
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_rows_that_start_deeper_in_training_stay_within_documents_too(attn_type: str) -> None:
+def test_warm_started_training_rows_stay_within_documents(attn_type: str) -> None:
     model, numbers = tiny_model(attn_type, warm_start=True).train(), torch.tensor([[1] * 5 + [2] * 6]).expand(8, -1)
     ids = tokens(8, 11)
     other = ids.clone()

@@ -1,4 +1,4 @@
-"""Engines give the logits of the model itself, for every kind of model, any split into calls, drafts and cuts."""
+"""Every engine gives the model's own logits, for every kind of model, and any calls, drafts and truncations."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ KINDS = {
     ),
     "zero start, no state norm": dict(attn_type="gqa", state_init="zero", state_norm=False, prelude_layers=0),
 }
-# A graph runs on CUDA; its arithmetic, over a cache of fixed size, runs anywhere.
+# Graphs need CUDA; without one, GraphEngine computes the same over its cache of fixed size on any device.
 FAST = {"fused": lambda *args: make_engine("fused", *args), "graph": GraphEngine}
 
 
@@ -39,7 +39,7 @@ def a_model(**changes) -> OpenMythos:
     )  # fmt: skip
     model = OpenMythos(MythosConfig(**cfg | changes)).eval()
     with torch.no_grad():
-        for weight in model.parameters():  # norms and adapters start as identities, which would hide mistakes
+        for weight in model.parameters():  # norms and adapters start as identities, which would hide errors
             weight.add_(0.5 * weight.abs().mean().clamp(min=0.02) * torch.randn_like(weight))
         if model.recurrent.lora is not None:
             model.recurrent.lora.trained_loops.fill_(3)
@@ -53,7 +53,7 @@ def ids_of(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_calls_of_any_length_are_one_pass_of_the_model(kind, padded):
+def test_calls_of_any_length_give_the_logits_of_one_forward_pass(kind, padded):
     model, ids = a_model(**KINDS[kind]), ids_of(3, 36)
     mask = left_padding([4, 2, 1] if padded else [4, 4, 4], 4)
     whole = model(ids, 5, attention_mask=torch.nn.functional.pad(mask, (0, 32), value=True))
@@ -75,7 +75,7 @@ def test_calls_of_any_length_are_one_pass_of_the_model(kind, padded):
 @pytest.mark.parametrize("make", [ModuleEngine, *FAST.values()], ids=["modules", *FAST])
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
-def test_a_state_to_start_from_takes_the_place_of_the_first(attn_type, make):
+def test_a_given_first_state_replaces_the_models_own(attn_type, make):
     model, ids = a_model(attn_type=attn_type), ids_of(2, 8)
     cache, engine = KVCache(), make(model, Depth(5))
     h, ctx = model.states(ids[:, :6], 5, cache)
@@ -91,7 +91,7 @@ def test_a_state_to_start_from_takes_the_place_of_the_first(attn_type, make):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["modules", "fused"])
 @torch.no_grad()
-def test_drafted_tokens_are_verified_together(kind, name, padded):
+def test_verifying_drafted_tokens_gives_the_logits_of_full_depth(kind, name, padded):
     model, ids = a_model(**KINDS[kind]), ids_of(2, 12)
     mask = left_padding([6, 2] if padded else [6, 6], 6)
     whole, shallow = (model(ids, n, attention_mask=torch.nn.functional.pad(mask, (0, 6), value=True)) for n in (5, 2))
@@ -105,7 +105,7 @@ def test_drafted_tokens_are_verified_together(kind, name, padded):
     for i in (7, 8):
         engine.draft(ids[:, i : i + 1], 2)
     assert_near(engine.verify(), whole[:, 6:9])
-    engine.truncate(8)  # the last was refused
+    engine.truncate(8)  # the last draft was rejected
     for i in range(8, 12):
         engine.draft(ids[:, i : i + 1], 2)
     assert_near(engine.verify(), whole[:, 8:])
@@ -117,9 +117,9 @@ def test_drafted_tokens_are_verified_together(kind, name, padded):
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("rows", [1, 3])
 @torch.no_grad()
-def test_tokens_stop_where_the_model_stops_them(attn_type, cache_loops, rows):
+def test_tokens_exit_at_the_same_loops_as_in_the_model(attn_type, cache_loops, rows):
     model, ids, exit = a_model(attn_type=attn_type), ids_of(rows, 30), StateChange(0.4)
-    assert len(loops_used(model, ids, 5, exit=exit).unique()) > 1, "some tokens stop before others"
+    assert len(loops_used(model, ids, 5, exit=exit).unique()) > 1, "some tokens exit before others"
     depth, cache = Depth(5, exit, cache_loops), KVCache(cache_loops)
     made = [make_engine(name, model, depth) for name in ("modules", "fused")]
     expected = model(ids[:, :7], 5, cache, exit=exit)[:, -1]
@@ -135,7 +135,7 @@ def test_tokens_stop_where_the_model_stops_them(attn_type, cache_loops, rows):
 
 @pytest.mark.parametrize("name", ["modules", "fused"])
 @torch.no_grad()
-def test_exits_that_read_predictions(name):
+def test_exits_that_read_predictions_match_the_model(name):
     model, ids, exit, cache = a_model(), ids_of(2, 9), PredictionKL(0.05), KVCache()
     engine = make_engine(name, model, Depth(5, exit))
     assert_near(engine.extend(ids[:, :6]), model(ids[:, :6], 5, cache, exit=exit)[:, -1])
@@ -144,7 +144,7 @@ def test_exits_that_read_predictions(name):
 
 
 @torch.no_grad()
-def test_a_graph_is_made_anew_when_its_buffers_have_grown_and_not_before(monkeypatch):
+def test_a_graph_is_captured_again_only_when_its_buffers_have_grown(monkeypatch):
     model, ids, opened = a_model(), ids_of(2, 40), []
     plain = GraphEngine._open
     monkeypatch.setattr(GraphEngine, "_open", lambda engine, *args: opened.append(args[1]) or plain(engine, *args))
@@ -155,8 +155,8 @@ def test_a_graph_is_made_anew_when_its_buffers_have_grown_and_not_before(monkeyp
     assert opened == [16, 32, 64]
 
 
-def test_what_waits_for_the_device_is_not_captured(monkeypatch):
-    """Grouped products wait on most GPUs, and are taken where rows choose more experts than are read one by one."""
+def test_operations_that_synchronise_are_not_captured_in_a_graph(monkeypatch):
+    """Grouped products synchronise on most GPUs; they are used if rows choose more experts than are gathered."""
     engine = GraphEngine(a_model(), Depth(5))
     assert not engine._waits(1000)
     monkeypatch.setattr(graph, "grouping_waits", lambda x: True)
@@ -164,27 +164,27 @@ def test_what_waits_for_the_device_is_not_captured(monkeypatch):
     assert engine._waits(graph.MAX_GATHERED // per_row + 1) and not engine._waits(graph.MAX_GATHERED // per_row)
 
 
-# -- which engine
+# -- choice of an engine
 
 
-def test_the_fastest_that_serves_is_taken(monkeypatch):
+def test_auto_selects_the_fastest_available_engine(monkeypatch):
     model, depth = a_model(), Depth(5)
     for name in ("native", "graph"):
         monkeypatch.setattr(engines._ENGINES[name], "why_not", lambda *_: "not here")
     engine = make_engine("auto", model, depth)
     assert type(engine) is ModuleEngine and isinstance(engine.step_model.recurrent.block, FusedBlock)
-    assert engine.model is model, "prompts are read by the modules"
+    assert engine.model is model, "prompts are processed by the modules"
     model.recurrent.block.attn.register_forward_hook(lambda *_: None)
     assert make_engine("auto", model, depth).step_model is model
 
 
-def test_generation_takes_an_engine_by_name_and_all_give_the_same_tokens(monkeypatch):
+def test_engines_selected_by_name_generate_the_same_tokens(monkeypatch):
     model, prompt = a_model(), ids_of(2, 7)
     found = [model.generate(prompt, 30, temperature=0, engine=name) for name in ("modules", "fused", "auto")]
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_engines_that_do_not_serve_say_why_at_the_call():
+def test_unavailable_engines_are_refused_at_the_call_with_the_reason():
     model = a_model()
     with pytest.raises(ValueError, match="there is no engine 'fast'; "):
         model.stream(ids_of(1, 3), engine="fast")
@@ -195,8 +195,8 @@ def test_engines_that_do_not_serve_say_why_at_the_call():
         check_engine("fused", model, Depth(5))
 
 
-def test_what_others_put_into_a_model_takes_part():
-    """Hooks, replaced layers and overridden methods are for the modules, so these decode then."""
+def test_hooks_and_replaced_layers_take_effect():
+    """A model with hooks, replaced layers or overridden methods is decoded by the modules."""
     model = a_model(attn_type="gqa")
     assert why_not_fused(model) is None
     handle, seen = model.recurrent.block.attn.register_forward_hook(lambda *_: seen.append(1)), []
@@ -207,13 +207,13 @@ def test_what_others_put_into_a_model_takes_part():
     assert why_not_fused(model) is None
     handle = model.recurrent.register_forward_hook(lambda module, inputs, output: 0 * output)
     silent = model.generate(torch.zeros(1, 3, dtype=torch.long), 4, temperature=0)
-    assert silent[0, 3:].eq(silent[0, 3]).all(), "of a state that is always the same"
+    assert silent[0, 3:].eq(silent[0, 3]).all(), "the hook makes all states the same"
     handle.remove()
     model.coda[0].attn.wq = torch.nn.Sequential(model.coda[0].attn.wq)
     assert why_not_fused(model)
 
 
-def test_fusing_leaves_the_model_as_it_was():
+def test_fusing_leaves_the_model_unchanged():
     model, ids = a_model(), ids_of(1, 5)
     before, names = model(ids), [name for name, _ in model.named_modules()]
     fused = fuse(model)

@@ -1,4 +1,4 @@
-"""Generation: sampling rules as pure functions, and the loop around the model."""
+"""Generation: sampling filters as pure functions, and the decoding loop around the model."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
 rows = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12, unique=True).map(lambda r: torch.tensor([r]))
 
 
-def by_hand(model: OpenMythos, ids: Tensor, n_new: int, n_loops: int) -> Tensor:
-    """Greedy decoding with the whole sequence run anew for every token."""
+def uncached_greedy(model: OpenMythos, ids: Tensor, n_new: int, n_loops: int) -> Tensor:
+    """Greedy decoding that computes the whole sequence again for every token."""
     for _ in range(n_new):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids, n_loops)[:, -1:].argmax(-1)], 1)
@@ -36,7 +36,7 @@ def test_temperature_divides_the_logits(logits, temperature):
 
 
 @given(rows)
-def test_temperature_zero_is_the_likeliest_token(logits):
+def test_temperature_zero_is_argmax(logits):
     assert torch.equal(
         probabilities(logits, temperature=0), torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1])
     )
@@ -44,7 +44,7 @@ def test_temperature_zero_is_the_likeliest_token(logits):
 
 
 @given(rows, st.integers(1, 15))
-def test_top_k_keeps_the_k_likeliest(logits, k):
+def test_top_k_keeps_the_k_most_likely_tokens(logits, k):
     kept = probabilities(logits, top_k=k) > 0
     n = min(k, logits.shape[1])
     assert kept.sum() == n
@@ -56,14 +56,14 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(logits, p):
     full = logits.softmax(-1)[0]
     kept = ~keep_top_p(logits, p)[0].isinf()
     assert kept[full.argmax()]
-    assert full[kept].sum() >= p - 1e-5  # they reach p,
+    assert full[kept].sum() >= p - 1e-5  # the kept tokens reach p,
     assert full[kept].sum() - full[kept].min() < p + 1e-5  # and without the least likely of them, they do not
     if not kept.all():
-        assert full[kept].min() >= full[~kept].max()  # no likelier token was dropped
+        assert full[kept].min() >= full[~kept].max()  # no more likely token was dropped
 
 
 @given(rows, st.floats(0.0, 1.0))
-def test_min_p_keeps_tokens_above_a_share_of_the_likeliest(logits, p):
+def test_min_p_keeps_tokens_above_a_fraction_of_the_top_probability(logits, p):
     full = logits.softmax(-1)
     kept = ~keep_min_p(logits, p).isinf()
     assert torch.equal(kept, full >= p * full.max())
@@ -71,20 +71,20 @@ def test_min_p_keeps_tokens_above_a_share_of_the_likeliest(logits, p):
 
 
 @given(rows, st.integers(1, 12), st.floats(0.1, 1), st.floats(0, 1), st.floats(0.1, 4))
-def test_filters_combine_in_order_and_leave_a_distribution(logits, top_k, top_p, min_p, temperature):
+def test_filters_apply_in_order_and_give_a_distribution(logits, top_k, top_p, min_p, temperature):
     actual = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = keep_min_p(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), min_p).softmax(-1)
     assert torch.equal(actual, expected)
     assert actual.sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_filters_treat_rows_apart():
+def test_filters_treat_rows_independently():
     logits = torch.tensor([[4.0, 0.0, 0.0, 0.0], [0.0, 3.9, 4.0, -9.0]])
     assert probabilities(logits, top_p=0.6).gt(0).tolist() == [[True, False, False, False], [False, True, True, False]]
     assert probabilities(logits, min_p=0.5).gt(0).tolist() == [[True, False, False, False], [False, True, True, False]]
 
 
-def test_draws_follow_the_probabilities():
+def test_sampled_tokens_follow_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(4000, 4)
     sampling = Sampling(temperature=1.3, top_k=3)
     drawn = sampling.draw(logits, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
@@ -105,28 +105,28 @@ def test_half_precision_logits_are_sampled_in_single_precision(dtype):
     dict(top_p=0.0), dict(top_p=1.1), dict(top_p=-1), dict(min_p=-0.1), dict(min_p=1.5), dict(top_k=2.5),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("call", ["generate", "stream"])
-def test_bad_options_are_named_at_the_call(bad, call):
+def test_invalid_sampling_options_are_refused_at_the_call(bad, call):
     name = next(iter(bad))
     with pytest.raises(ValueError, match=f"{name}="):
         getattr(MODELS["gqa"], call)(tokens(1, 3), 2, **bad)
 
 
-# -- the loop around the model
+# -- the decoding loop
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("n_loops", [1, 4, 6])
-def test_greedy_is_the_likeliest_token_at_every_step(attn_type, n_loops):
+def test_greedy_decoding_takes_the_argmax_at_every_step(attn_type, n_loops):
     model, ids = MODELS[attn_type], tokens(2, 5)
     out = model.generate(ids, 8, n_loops=n_loops, temperature=0)
-    assert torch.equal(out, by_hand(model, ids, 8, n_loops))
+    assert torch.equal(out, uncached_greedy(model, ids, 8, n_loops))
     assert out.dtype == ids.dtype and torch.equal(out[:, :5], ids)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_n_loops_defaults_to_the_configs(attn_type):
+def test_n_loops_defaults_to_max_loop_iters(attn_type):
     model, ids = MODELS[attn_type], tokens(2, 5)
-    assert torch.equal(model.generate(ids, 4, temperature=0), by_hand(model, ids, 4, model.cfg.max_loop_iters))
+    assert torch.equal(model.generate(ids, 4, temperature=0), uncached_greedy(model, ids, 4, model.cfg.max_loop_iters))
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
@@ -139,7 +139,7 @@ def test_top_k_of_one_is_greedy(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_padded_batch_generates_what_each_row_does_alone(attn_type):
+def test_a_left_padded_batch_generates_the_tokens_of_each_row_alone(attn_type):
     model, ids = MODELS[attn_type], tokens(3, 6)
     mask = left_padding([6, 3, 1], 6)
     together = model.generate(ids, 6, n_loops=5, temperature=0, attention_mask=mask)
@@ -148,8 +148,8 @@ def test_a_padded_batch_generates_what_each_row_does_alone(attn_type):
         assert torch.equal(together[row, 6:], alone[0, -6:])
 
 
-def test_padding_on_the_right_of_a_prompt_is_refused():
-    """The logits at the last column would be those of padding."""
+def test_a_right_padded_prompt_is_refused():
+    """The logits in the last column would be those of padding."""
     with pytest.raises(ValueError, match=r"attention_mask.*left"):
         MODELS["gqa"].generate(tokens(2, 4), 2, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
 
@@ -168,14 +168,14 @@ def test_a_seed_reproduces_generation():
     assert torch.equal(model.generate(ids, 12), by_global_seed)
 
 
-def test_a_generator_leaves_the_global_state_alone():
+def test_a_generator_leaves_the_global_random_state_unchanged():
     before = torch.get_rng_state()
     MODELS["gqa"].generate(tokens(1, 3), 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_row_repeats_eos_once_it_has_produced_it(attn_type):
+def test_a_row_is_filled_with_eos_after_its_first(attn_type):
     model, ids = MODELS[attn_type], tokens(4, 5)
     free = model.generate(ids, 8, temperature=0)
     eos = int(free[0, 6])
@@ -194,7 +194,7 @@ def test_generation_ends_when_every_row_has_produced_eos():
     assert model.generate(ids, 8, temperature=0, eos_token_id=eos).shape == (1, 13)
 
 
-def test_eos_in_the_prompt_ends_nothing():
+def test_eos_in_the_prompt_does_not_end_generation():
     model, ids = MODELS["gqa"], tokens(1, 5)
     free = model.generate(ids, 3, temperature=0)
     unseen = next(t for t in ids[0].tolist() if t not in free[0, 5:].tolist())
@@ -202,7 +202,7 @@ def test_eos_in_the_prompt_ends_nothing():
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_stream_hands_out_what_generate_returns(attn_type):
+def test_stream_yields_the_tokens_that_generate_returns(attn_type):
     model, ids = MODELS[attn_type], tokens(3, 4)
     options = dict(n_loops=3, temperature=0.8, top_k=5)
     whole = model.generate(ids, 7, generator=torch.Generator().manual_seed(3), **options)
@@ -211,7 +211,7 @@ def test_stream_hands_out_what_generate_returns(attn_type):
     assert torch.equal(torch.stack(parts, 1), whole[:, 4:])
 
 
-def test_stream_computes_each_token_when_it_is_asked_for():
+def test_stream_computes_each_token_lazily():
     model, calls = tiny_model(), []
     original = model.recurrent.forward
     model.recurrent.forward = lambda *args, **named: calls.append(args[0].shape[1]) or original(*args, **named)
@@ -223,7 +223,7 @@ def test_stream_computes_each_token_when_it_is_asked_for():
     assert calls == [5, 1]
 
 
-def test_no_new_tokens():
+def test_zero_new_tokens_return_the_prompt():
     ids = tokens(2, 4)
     assert torch.equal(MODELS["gqa"].generate(ids, 0), ids)
 
@@ -232,7 +232,7 @@ def modes(model: OpenMythos) -> list[bool]:
     return [module.training for module in model.modules()]
 
 
-def test_it_computes_as_in_eval_mode_and_leaves_every_modules_own():
+def test_generation_computes_as_in_eval_mode_without_changing_modes():
     model = tiny_model(dropout=0.5).train()
     model.prelude[0].eval()
     before, seen = modes(model), []
@@ -240,14 +240,14 @@ def test_it_computes_as_in_eval_mode_and_leaves_every_modules_own():
     model.recurrent.forward = lambda *args, **named: seen.append(modes(model)) or original(*args, **named)
     ids = tokens(1, 4)
     first = model.generate(ids, 3, temperature=0)
-    assert seen == [before] * 3 and modes(model) == before  # which other threads may rely on
+    assert seen == [before] * 3 and modes(model) == before  # other threads may rely on the modes
     assert torch.equal(model.generate(ids, 3, temperature=0), first)
     for _ in model.stream(ids, 3):
         assert modes(model) == before
     assert torch.equal(model.eval().generate(ids, 3, temperature=0), first)
 
 
-def test_modes_are_restored_after_an_error():
+def test_modes_are_unchanged_after_an_error():
     model = tiny_model().train()
     before = modes(model)
 
@@ -260,25 +260,25 @@ def test_modes_are_restored_after_an_error():
     assert modes(model) == before
 
 
-def test_generation_needs_no_gradient():
+def test_generation_records_no_gradient():
     model = tiny_model()
     assert not model.generate(tokens(1, 3), 2).requires_grad
     logits = model(tokens(1, 3), 2)
     model.generate(tokens(1, 3), 2)
-    logits.sum().backward()  # generating in between has not disturbed the graph
+    logits.sum().backward()  # generation in between leaves the autograd graph intact
     assert model.embed.weight.grad is not None
 
 
 @pytest.mark.parametrize(
     "max_new_tokens, message", [(-1, "max_new_tokens=-1"), (40, "max_seq_len=32"), (2.5, "max_new_tokens=2.5")]
 )
-def test_bad_lengths(max_new_tokens, message):
+def test_invalid_max_new_tokens_are_refused(max_new_tokens, message):
     for call in ("generate", "stream"):
         with pytest.raises(ValueError, match=message):
             getattr(MODELS["gqa"], call)(tokens(1, 4), max_new_tokens)
 
 
-def test_max_output_tokens():
+def test_more_than_max_output_tokens_are_refused():
     model = tiny_model(max_output_tokens=3)
     assert model.generate(tokens(1, 4), 3).shape == (1, 7)
     with pytest.raises(ValueError, match="max_output_tokens=3"):
@@ -288,12 +288,12 @@ def test_max_output_tokens():
 @pytest.mark.parametrize(
     "input_ids", [tokens(4), torch.zeros(1, 0, dtype=torch.long), [[1, 2]]], ids=["flat", "empty", "list"]
 )
-def test_bad_prompts(input_ids):
+def test_invalid_prompts_are_refused(input_ids):
     with pytest.raises(ValueError, match="input_ids"):
         MODELS["gqa"].generate(input_ids, 2)
 
 
-def test_a_mask_of_another_shape():
+def test_an_attention_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="attention_mask"):
         MODELS["gqa"].generate(tokens(1, 4), 2, attention_mask=torch.ones(1, 3))
 
@@ -303,7 +303,7 @@ def test_a_mask_of_another_shape():
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("exit", [None, StateChange(0.5)], ids=str)
-def test_a_warm_start_is_the_last_state_of_the_token_before(attn_type, exit):
+def test_a_warm_start_is_the_last_state_of_the_previous_token(attn_type, exit):
     model, ids, mask = tiny_model(attn_type, state_init="noise"), tokens(2, 5), left_padding([5, 3], 5)
     made, new, first, cache, valid, generator = [], ids, None, KVCache(), mask, torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_a_warm_start_is_the_last_state_of_the_token_before(attn_type, exit):
     assert not torch.equal(generated(), generated(warm_start=False))
 
 
-def test_only_models_trained_to_start_anywhere_start_warm():
+def test_a_warm_start_requires_noise_as_state_init_and_no_draft():
     for state_init in ("input", "zero"):
         with pytest.raises(ValueError, match=f"state_init='{state_init}'.*'noise'"):
             tiny_model(state_init=state_init).generate(tokens(1, 3), 2, warm_start=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C at any line: what a call leaves behind is what there was, or says what it is."""
+"""Ctrl-C at any line: all state is as before the call, or an error says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from open_mythos.nn.modes import is_evaluating
 from open_mythos.tasks.tokenizer import Tokenizer
 
 PACKAGE = str(Path(open_mythos.__file__).parent)
-LINES = int(os.environ.get("OPEN_MYTHOS_INTERRUPTS", 40))  # of each call
+LINES = int(os.environ.get("OPEN_MYTHOS_INTERRUPTS", 40))  # interrupted in each call
 SEED = int(os.environ.get("OPEN_MYTHOS_SEED", 0))
 
 
 class Interrupted(BaseException):
-    """As KeyboardInterrupt, but nobody else's."""
+    """Like KeyboardInterrupt, but raised only here."""
 
 
-def run_to(call: Callable[[], Any], last: int) -> tuple[bool, int]:
-    """Run ``call`` until it is to execute the package's line number ``last``; whether it was, and lines begun.
+def interrupt_at(call: Callable[[], Any], last: int) -> tuple[bool, int]:
+    """Run ``call`` up to the ``last``-th line of the package; whether it got there, and the number of lines begun.
 
-    Where a ``with`` is left does not count: Python looks for signals once ``__exit__`` was called, not before.
+    Lines where a ``with`` block is left do not count: Python checks for signals after ``__exit__``, not before.
     """
     n, at = [0], dict[int, int]()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "_close":  # at collection
+        if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "_close":  # garbage collection
             return None
         if event == "line":
             before, at[id(frame)] = at.get(id(frame), 0), frame.f_lineno
@@ -65,9 +65,9 @@ def run_to(call: Callable[[], Any], last: int) -> tuple[bool, int]:
     return False, n[0]
 
 
-def moments(call: Callable[[], Any], most: int = LINES) -> list[int]:
-    """Lines of a call: the first and last few, and some between."""
-    n = run_to(call, -1)[1]
+def lines_to_interrupt(call: Callable[[], Any], most: int = LINES) -> list[int]:
+    """Numbers of the lines of a call: the first and last few, and some between."""
+    n = interrupt_at(call, -1)[1]
     between = random.Random(SEED).sample(range(1, n + 1), min(most, n))
     return sorted({*range(1, min(7, n)), *range(max(1, n - 6), n + 1), *between})
 
@@ -76,7 +76,7 @@ def model() -> OpenMythos:
     return tiny_model(vocab_size=257, halting=True, act_threshold=0.5, max_seq_len=256).eval()
 
 
-def around(made: OpenMythos, generator: torch.Generator) -> Any:
+def outer_state(made: OpenMythos, generator: torch.Generator) -> Any:
     return (
         [module.training for module in made.modules()], torch.is_grad_enabled(), torch.get_rng_state().tolist(),
         generator.get_state().tolist(), is_evaluating(), [len(module._forward_hooks) for module in made.modules()],
@@ -84,7 +84,7 @@ def around(made: OpenMythos, generator: torch.Generator) -> Any:
 
 
 @pytest.mark.parametrize("way", ["generate", "engine", "stream", "generate_many", "draft", "given"])
-def test_generation_leaves_modes_gradients_and_random_state(way: str) -> None:
+def test_interrupted_generation_leaves_modes_gradients_and_random_state(way: str) -> None:
     made, ids, generator = model().train(), tokens(1, 4), torch.Generator().manual_seed(0)
 
     def call() -> Any:
@@ -99,15 +99,15 @@ def test_generation_leaves_modes_gradients_and_random_state(way: str) -> None:
             return next(made.stream(ids, 2, 2))
         return made.generate(ids, 2, 2, engine="fused" if way == "engine" else "auto")
 
-    for last in moments(call):
-        before = around(made, generator)
-        if run_to(call, last)[0]:
-            assert around(made, generator) == before, f"line {last}"
+    for last in lines_to_interrupt(call):
+        before = outer_state(made, generator)
+        if interrupt_at(call, last)[0]:
+            assert outer_state(made, generator) == before, f"line {last}"
 
 
 @pytest.mark.parametrize("make", [KVCache, dict, lambda: KVCache(2)], ids=["KVCache", "dict", "shared slots"])
 @pytest.mark.parametrize("n_new", [1, 5, 70])
-def test_a_cache_is_as_before_or_refused(make: Callable[[], Any], n_new: int) -> None:
+def test_after_an_interrupt_a_cache_is_as_before_or_refused(make: Callable[[], Any], n_new: int) -> None:
     made, ids, more, then = model(), tokens(1, 6), tokens(1, n_new, seed=1), tokens(1, 2, seed=2)
     exit = Gate(0.3) if make is KVCache else None
     with torch.no_grad():
@@ -115,9 +115,9 @@ def test_a_cache_is_as_before_or_refused(make: Callable[[], Any], n_new: int) ->
         made(ids, 3, filled, exit=exit)
         expected, refused = made(then, 3, copy.deepcopy(filled), exit=exit), 0
         caches = iter(lambda: copy.deepcopy(filled), None)
-        for last in moments(lambda: made(more, 3, next(caches), exit=exit)):
+        for last in lines_to_interrupt(lambda: made(more, 3, next(caches), exit=exit)):
             cache = next(caches)
-            if not run_to(lambda cache=cache: made(more, 3, cache, exit=exit), last)[0]:
+            if not interrupt_at(lambda cache=cache: made(more, 3, cache, exit=exit), last)[0]:
                 continue
             try:
                 torch.testing.assert_close(made(then, 3, cache, exit=exit), expected)
@@ -128,21 +128,21 @@ def test_a_cache_is_as_before_or_refused(make: Callable[[], Any], n_new: int) ->
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_conversation_is_without_the_half_turn(temperature: float) -> None:
+def test_an_interrupted_turn_is_not_part_of_the_conversation(temperature: float) -> None:
     made = model()
 
-    def talking() -> Conversation:
+    def start_conversation() -> Conversation:
         talk = Conversation(made, Tokenizer(True), 2, Sampling(temperature))
         "".join(talk.reply("hello", 3))
         return talk
 
-    counted = talking()
-    for last in moments(lambda: "".join(counted.reply("more", 3))):
+    other = start_conversation()
+    for last in lines_to_interrupt(lambda: "".join(other.reply("more", 3))):
         torch.manual_seed(last)
-        talk = talking()
+        talk = start_conversation()
         before, state = (copy.deepcopy(talk.messages), list(talk.ids)), torch.get_rng_state()
         twin = copy.deepcopy((talk.messages, talk.ids))
-        if not run_to(lambda talk=talk: "".join(talk.reply("more", 3)), last)[0]:
+        if not interrupt_at(lambda talk=talk: "".join(talk.reply("more", 3)), last)[0]:
             continue
         assert (talk.messages, talk.ids) == before and torch.equal(torch.get_rng_state(), state), f"line {last}"
         found = "".join(talk.reply("more", 3))
@@ -153,10 +153,10 @@ def test_a_conversation_is_without_the_half_turn(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_no_request_of_a_depth_batch_is_lost(temperature: float) -> None:
+def test_an_interrupted_depth_batch_loses_no_request(temperature: float) -> None:
     made, prompts = model(), [tokens(1, n, seed=n)[0] for n in (3, 5, 2, 4)]
 
-    def begun(n_steps: int) -> tuple[DepthBatch, list[Any]]:
+    def start_batch(n_steps: int) -> tuple[DepthBatch, list[Any]]:
         batch = DepthBatch(made, max_rows=3)
         requests = [
             batch.add(p, 4, 3, Sampling(temperature), generator=torch.Generator().manual_seed(i))
@@ -171,16 +171,16 @@ def test_no_request_of_a_depth_batch_is_lost(temperature: float) -> None:
             if not batch.busy:
                 return
             batch.step()
-        raise AssertionError("requests that never end")
+        raise AssertionError("requests did not finish")
 
     for n_steps in (0, 4):
-        batch, requests = begun(n_steps)
+        batch, requests = start_batch(n_steps)
         finish(batch)
         expected = [request.tokens for request in requests]
-        for last in moments(begun(n_steps)[0].step, LINES // 4):
-            batch, requests = begun(n_steps)
+        for last in lines_to_interrupt(start_batch(n_steps)[0].step, LINES // 4):
+            batch, requests = start_batch(n_steps)
             before = [(list(r.tokens), list(r.loops), r.done) for r in requests]
-            if not run_to(batch.step, last)[0]:
+            if not interrupt_at(batch.step, last)[0]:
                 continue
             held = {id(r) for r in (*batch._queue, *(row.request for row in (*batch._running, *batch._finished)))}
             assert {id(r) for r in requests if not r.done} <= held, f"line {last}"
@@ -190,14 +190,14 @@ def test_no_request_of_a_depth_batch_is_lost(temperature: float) -> None:
             assert [r.tokens for r in requests] == expected, f"line {last}"
 
 
-def test_logits_that_are_not_finite_end_their_request_and_no_other() -> None:
+def test_non_finite_logits_end_only_their_own_request() -> None:
     made = model()
     batch = DepthBatch(made, max_rows=2)
     good, bad = batch.add(tokens(1, 3)[0], 4, sampling=Sampling(0)), batch.add(torch.tensor([200, 7]), 4)
     expected = made.generate(good.prompt.unsqueeze(0), 4, temperature=0)[0, 3:].tolist()
     with torch.no_grad():
         made.embed.weight[200] = float("nan")
-    made.head.weight = torch.nn.Parameter(made.head.weight.detach().nan_to_num())  # of a tied head, the other half
+    made.head.weight = torch.nn.Parameter(made.head.weight.detach().nan_to_num())  # untied from the embedding
     with pytest.raises(ValueError, match=r"logits of what follows 2 tokens are not finite.*is that of embed"):
         batch.step()
     while batch.busy:
@@ -206,7 +206,7 @@ def test_logits_that_are_not_finite_end_their_request_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"engine": "modules"}, {"draft_loops": 1}])
-def test_the_first_layer_whose_output_is_not_finite_is_named(options: dict[str, Any]) -> None:
+def test_the_first_layer_with_non_finite_output_is_named(options: dict[str, Any]) -> None:
     made = tiny_model(halting=False).eval()
     with torch.no_grad():
         made.coda[0].ffn.down.weight.fill_(float("inf"))

@@ -1,4 +1,4 @@
-"""The native engine gives what the modules give, from the same cache, and says why where it cannot serve."""
+"""The native engine computes the same as the modules, from the same cache, and gives the reason where it cannot."""
 
 import copy
 import logging
@@ -59,10 +59,10 @@ def a_model(**changes) -> OpenMythos:
 
 
 class OwnGate(ACTHalting):
-    """Somebody's own."""
+    """A gate written by a user."""
 
 
-# Threads that share a core spend their time waiting for each other: most kinds run on one, and theirs are few tokens.
+# Threads that share a core mostly wait for each other: most kinds run on one thread, the others decode few tokens.
 THREADED = ["gqa", "mla, odd sizes", "three dense blocks in the core", "two blocks of experts, no state norm"]
 CASES = [*((kind, n_rows, 1) for kind in KINDS for n_rows in (1, 3)), *((kind, 2, 3) for kind in THREADED)]
 
@@ -70,8 +70,8 @@ CASES = [*((kind, n_rows, 1) for kind in KINDS for n_rows in (1, 3)), *((kind, 2
 @needs_compiler
 @pytest.mark.parametrize("kind, n_rows, n_threads", CASES)
 @torch.no_grad()
-def test_every_token_has_the_logits_of_one_pass(kind, n_rows, n_threads, threads):
-    """Far beyond the ring of raw rows, and through several sizes of the buffers of final ones."""
+def test_every_token_has_the_logits_of_one_forward_pass(kind, n_rows, n_threads, threads):
+    """Far beyond the ring buffer of raw rows, and through several sizes of the buffers of final ones."""
     threads(n_threads)
     model, text = a_model(**KINDS[kind]), tokens(n_rows, 110)
     whole, engine = model(text, 5), NativeEngine(model, Depth(5))
@@ -86,7 +86,7 @@ def test_every_token_has_the_logits_of_one_pass(kind, n_rows, n_threads, threads
 @needs_compiler
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @torch.no_grad()
-def test_it_takes_turns_with_the_modules_on_one_cache(attn_type):
+def test_native_steps_and_module_calls_alternate_on_one_cache(attn_type):
     model, text, at = a_model(attn_type=attn_type), tokens(2, 160), 4
     whole, engine = model(text, 5), NativeEngine(model, Depth(5))
     engine.extend(text[:, :at])
@@ -108,7 +108,7 @@ def test_it_takes_turns_with_the_modules_on_one_cache(attn_type):
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @pytest.mark.parametrize("n_threads", [1, 3])
 @torch.no_grad()
-def test_rows_are_padded_on_the_left(attn_type, n_threads, threads):
+def test_left_padded_rows_give_the_logits_of_one_forward_pass(attn_type, n_threads, threads):
     threads(n_threads)
     model, text = a_model(attn_type=attn_type), tokens(4, 90)
     whole, engine = model(text, 5, attention_mask=left_padding([90, 71, 87, 70], 90)), NativeEngine(model, Depth(5))
@@ -138,12 +138,12 @@ HALTING_KINDS = {
 
 
 def a_halting_model(**changes) -> OpenMythos:
-    """One whose gate stops some positions at every loop."""
+    """A model whose gate halts some positions at every loop."""
     return a_model(**dict(max_loop_iters=8, halting=True, act_threshold=0.7, gate_bias=-1.5) | changes)
 
 
 def by_modules(model, new, cache, exit):
-    """State and logits after tokens (B, 1), and the loops of each row."""
+    """State and logits after tokens (B, 1), and the number of loops of each row."""
     e, ctx = model.encode(new, cache)
     used = torch.zeros(len(new), dtype=torch.long)
     for state in model.recurrent.iterate(model.first_state(e, ctx), e, ctx, exit=exit):
@@ -155,7 +155,7 @@ def by_modules(model, new, cache, exit):
 @pytest.mark.parametrize("exit, cache_loops", EXITS, ids=str)
 @pytest.mark.parametrize("kind, n_threads", [*((kind, 1) for kind in HALTING_KINDS), ("mla", 3)])
 @torch.no_grad()
-def test_rows_stop_where_the_modules_stop_them(kind, n_threads, exit, cache_loops, threads):
+def test_rows_halt_at_the_same_loops_as_in_the_modules(kind, n_threads, exit, cache_loops, threads):
     threads(n_threads)
     padding = None if exit is None else left_padding([4, 2, 3], 4)
     model, text, cache = a_halting_model(**HALTING_KINDS[kind]), tokens(3, 24), KVCache(cache_loops)
@@ -168,7 +168,7 @@ def test_rows_stop_where_the_modules_stop_them(kind, n_threads, exit, cache_loop
         assert_near(engine.state, h, 1e-4)
         assert engine.used == used, f"token {i}"
         seen.add(tuple(used))
-    assert max(len(set(used)) for used in seen) > 1, "rows stop at loops of their own"
+    assert max(len(set(used)) for used in seen) > 1, "rows halt at different loops"
     assert engine.cache.lengths() == cache.lengths()
     for slot in cache._slots:
         expected, found = cache.slot(slot), engine.cache.slot(slot)
@@ -178,7 +178,7 @@ def test_rows_stop_where_the_modules_stop_them(kind, n_threads, exit, cache_loop
 
 @needs_compiler
 @torch.no_grad()
-def test_more_patience_than_loops_runs_them_all():
+def test_patience_above_the_number_of_loops_runs_all_loops():
     engine = NativeEngine(a_model(), Depth(5, StateChange(100.0, patience=2**40)))
     engine.extend(tokens(2, 4))
     engine.step(tokens(2, 1))
@@ -194,7 +194,7 @@ def test_more_patience_than_loops_runs_them_all():
 @pytest.mark.parametrize(
     "options", [{}, dict(cache_loops=2), dict(warm_start=True), dict(exit=StateChange(0.3)), dict(padded=True)], ids=str
 )
-def test_generation_gives_the_same_tokens(attn_type, n_rows, options):
+def test_generation_gives_the_tokens_of_the_modules(attn_type, n_rows, options):
     model, prompt = a_halting_model(attn_type=attn_type, state_init="noise").train(), tokens(n_rows, 7)
     if "padded" in options:
         options = dict(attention_mask=left_padding([4, 7, 5][:n_rows], 7))
@@ -204,7 +204,7 @@ def test_generation_gives_the_same_tokens(attn_type, n_rows, options):
 
 
 @needs_compiler
-def test_drawn_tokens_are_the_same_and_it_is_what_a_cpu_uses():
+def test_sampled_tokens_are_the_same_and_auto_selects_native_on_a_cpu():
     model, prompt = a_model(), tokens(2, 7)
     drawn = [
         model.generate(prompt, 20, engine=engine, generator=torch.Generator().manual_seed(3))
@@ -216,7 +216,7 @@ def test_drawn_tokens_are_the_same_and_it_is_what_a_cpu_uses():
 
 @needs_compiler
 @pytest.mark.parametrize("name, exit", [("parity-tiny", None), ("text-tiny", StateChange(0.1, patience=2))])
-def test_shipped_models_say_the_same(name, exit):
+def test_shipped_models_generate_the_same_tokens(name, exit):
     model = OpenMythos.from_pretrained(name).float()
     prompt = tokens(2, 9, high=model.cfg.vocab_size)
     expected = model.generate(prompt, 24, temperature=0, exit=exit, engine="modules")
@@ -224,7 +224,7 @@ def test_shipped_models_say_the_same(name, exit):
 
 
 @needs_compiler
-def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
+def test_interleaved_streams_with_a_pause_generate_the_same_tokens(threads):
     threads(2)
     model = a_model()
     expected = model.generate(tokens(1, 7), 12, temperature=0, engine="modules")[0, 7:].tolist()
@@ -233,16 +233,16 @@ def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
     for pair in zip(*texts, strict=True):
         found.append([int(token) for token in pair])
         if len(found) == 6:
-            torch.empty(1).new_ones(3_000_000).sort()  # longer than workers stay awake
+            torch.empty(1).new_ones(3_000_000).sort()  # longer than idle worker threads stay awake
     assert found == [[token, token] for token in expected]
 
 
-# -- where it cannot serve
+# -- where it is not available
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "change, depth, words",
+    "change, depth, reason",
     [
         (lambda model: model.bfloat16(), Depth(4), "in float32, and the model is torch.bfloat16 on cpu"),
         (lambda model: model.to("meta"), Depth(4), "CPU in float32, and the model is torch.float32 on meta"),
@@ -256,12 +256,12 @@ def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
         (lambda model: setattr(model, "norm", torch.nn.LayerNorm(32)), Depth(4), "has hooks, or replaced"),
     ],
 )  # fmt: skip
-def test_what_it_does_not_know_is_said(change, depth, words):
+def test_unsupported_models_and_exits_are_refused_with_the_reason(change, depth, reason):
     model = a_model()
     assert why_not(model, Depth(4), drafts=False) is None
     change(model)
-    assert words in why_not(model, depth, drafts=False)
-    with pytest.raises(ValueError, match=rf"engine='native' is not available: .*{words}"):
+    assert reason in why_not(model, depth, drafts=False)
+    with pytest.raises(ValueError, match=rf"engine='native' is not available: .*{reason}"):
         model.stream(tokens(1, 3), 4, n_loops=4, exit=depth.exit, engine="native")
 
 
@@ -269,12 +269,12 @@ def test_what_it_does_not_know_is_said(change, depth, words):
 @pytest.mark.parametrize(
     "changes", [dict(router_score="softmax"), dict(recurrence="mixture"), dict(causal=False)], ids=str
 )
-def test_other_kinds_of_models_are_left_to_the_modules(changes):
+def test_unsupported_architectures_are_left_to_the_modules(changes):
     assert "knows recurrence='injected'" in why_not(tiny_model(**changes), Depth(4), drafts=False)
 
 
 @needs_compiler
-def test_a_bridge_is_left_to_the_modules():
+def test_models_with_a_bridge_are_left_to_the_modules():
     model = tiny_model(bridge_dim=12)
     assert why_not(model, Depth(4), drafts=False) == "it knows no bridge, and the model has bridge_dim=12"
     ids = tokens(1, 5)
@@ -284,7 +284,7 @@ def test_a_bridge_is_left_to_the_modules():
 
 
 @needs_compiler
-def test_drafts_autocast_and_the_environment_are_reasons_as_well(monkeypatch):
+def test_drafts_autocast_and_open_mythos_native_0_rule_out_the_engine(monkeypatch):
     model = a_model()
     assert "drafts come several at once" in why_not(model, Depth(4), drafts=True)
     with torch.autocast("cpu"):
@@ -294,7 +294,7 @@ def test_drafts_autocast_and_the_environment_are_reasons_as_well(monkeypatch):
 
 
 @needs_compiler
-def test_a_gate_of_ones_own_hinders_no_other_exit():
+def test_a_hook_on_the_gate_does_not_rule_out_other_exits():
     model = a_model()
     model.recurrent.act.register_forward_hook(print)
     assert why_not(model, Depth(4, StateChange(0.3)), drafts=False) is None
@@ -304,8 +304,8 @@ def test_a_gate_of_ones_own_hinders_no_other_exit():
 
 
 @pytest.fixture
-def compile_anew(monkeypatch, tmp_path):
-    """As in a process that starts with an empty cache directory; it is given back."""
+def empty_compile_cache(monkeypatch, tmp_path):
+    """As in a process that starts with an empty cache directory; yields the folder of the compiled library."""
     monkeypatch.delenv("OPEN_MYTHOS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library.cache_clear()
@@ -314,67 +314,69 @@ def compile_anew(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command, words",
+    "command, reason",
     [
         (None, "no C compiler was found"),
         (["false"], "no C compiler that works here: false says: exit status 1"),
         (["sh", "-c", "echo one >&2; echo 'x.c:1: fatal error: no math.h' >&2; echo three >&2; exit 1"], "no math.h"),
-        (["true"], "OPEN_MYTHOS_CACHE sets the folder"),  # which writes nothing
+        (["true"], "OPEN_MYTHOS_CACHE sets the folder"),  # succeeds, but writes nothing
     ],
 )
-def test_without_a_compiler_generation_goes_on_and_says_so_once(command, words, compile_anew, monkeypatch, caplog):
+def test_without_a_compiler_generation_falls_back_and_warns_once(
+    command, reason, empty_compile_cache, monkeypatch, caplog
+):
     monkeypatch.setattr(build, "compiler", lambda: command)
     monkeypatch.setattr(engines, "_reported", set())
     model, prompt = a_model(), tokens(1, 3)
     with caplog.at_level(logging.WARNING, "open_mythos"):
         found = [model.generate(prompt, 4, temperature=0) for _ in range(2)]
     assert found[0].equal(found[1]) and found[0].equal(model.generate(prompt, 4, temperature=0, engine="modules"))
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert words in said and "\n" not in said
-    with pytest.raises(ValueError, match=words):
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert reason in warning and "\n" not in warning
+    with pytest.raises(ValueError, match=reason):
         model.generate(prompt, 4, engine="native")
 
 
-def test_python_without_its_c_is_told(compile_anew, monkeypatch, tmp_path):
-    """As in a folder for transformers."""
+def test_a_missing_c_source_is_reported(empty_compile_cache, monkeypatch, tmp_path):
+    """As in a folder exported for transformers."""
     monkeypatch.setattr(build, "SOURCE", tmp_path / "decode.c")
     assert why_not(a_model(), Depth(4), drafts=False) == "decode.c did not come along; it is in the installed package"
 
 
 @needs_compiler
-def test_it_is_compiled_once(compile_anew, monkeypatch):
+def test_the_library_is_compiled_once(empty_compile_cache, monkeypatch):
     for _ in range(2):
         assert not isinstance(build.library(), str)
         build.library.cache_clear()
         monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert [path.suffix for path in compile_anew.iterdir()] == [".so"]
-    assert len({build._key(words) for words in (["cc"], ["clang"], ["cc", "-O2"])}) == 3
+    assert [path.suffix for path in empty_compile_cache.iterdir()] == [".so"]
+    assert len({build._key(command) for command in (["cc"], ["clang"], ["cc", "-O2"])}) == 3
 
 
-def test_code_is_not_kept_where_others_may_write(monkeypatch, tmp_path, caplog):
+def test_compiled_code_is_not_kept_in_a_folder_writable_by_others(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("OPEN_MYTHOS_CACHE", str(tmp_path))
     tmp_path.chmod(0o700)
     assert build._folder() == tmp_path
     tmp_path.chmod(0o777)
     with caplog.at_level(logging.WARNING, "open_mythos"):
         assert build._folder() != tmp_path
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert str(tmp_path) in said and "others may write to it" in said
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert str(tmp_path) in warning and "others may write to it" in warning
 
 
 @needs_compiler
-def test_two_processes_that_compile_at_once_end_well(compile_anew):
+def test_two_processes_can_compile_at_the_same_time(empty_compile_cache):
     code = "from open_mythos.generation.native.build import library; raise SystemExit(isinstance(library(), str))"
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
-    assert [path.suffix for path in compile_anew.iterdir()] == [".so"]
+    assert [path.suffix for path in empty_compile_cache.iterdir()] == [".so"]
 
 
 def in_child(work) -> None:
-    """Do something in a forked process, which has none of this one's threads; it has 20 seconds."""
+    """Call ``work`` in a forked process, which has none of this one's threads, with a limit of 20 seconds."""
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # where it hangs
+        signal.alarm(20)  # ends the child if it hangs
         try:
             work()
             os._exit(0)
@@ -385,19 +387,19 @@ def in_child(work) -> None:
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_stream_goes_on_in_a_forked_child_and_in_its_parent(threads):
+def test_a_stream_continues_in_a_forked_child_and_in_its_parent(threads):
     threads(2)
     model, prompt = a_model(), tokens(1, 5)
     expected = model.generate(prompt, 12, temperature=0, engine="native")[0, 5:].tolist()
     stream = model.stream(prompt, 12, temperature=0, engine="native")
-    begun = [int(next(stream)) for _ in range(4)]
+    first = [int(next(stream)) for _ in range(4)]
 
-    def go_on() -> None:
-        assert begun + [int(token) for token in stream] == expected
+    def finish() -> None:
+        assert first + [int(token) for token in stream] == expected
         assert model.generate(prompt, 12, temperature=0, engine="native")[0, 5:].tolist() == expected
 
-    in_child(go_on)
-    go_on()
+    in_child(finish)
+    finish()
 
 
 def generated(model: OpenMythos, prompt: torch.Tensor) -> list[int]:
@@ -428,7 +430,7 @@ class Generated(torch.utils.data.Dataset):
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_workers_of_a_data_loader_generate():
+def test_data_loader_workers_generate_the_same_tokens():
     data = Generated(a_model())
     here = torch.stack([data[i] for i in range(2)])
     assert next(iter(torch.utils.data.DataLoader(data, batch_size=2, num_workers=1))).equal(here)
@@ -436,7 +438,7 @@ def test_workers_of_a_data_loader_generate():
 
 @needs_compiler
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copied_model_generates_the_same(copied):
+def test_a_copied_model_generates_the_same_tokens(copied):
     model, prompt = a_model(), tokens(1, 5)
     expected = generated(model, prompt)
     stream = model.stream(prompt, 6, temperature=0, engine="native")
@@ -446,10 +448,10 @@ def test_a_copied_model_generates_the_same(copied):
 
 
 @needs_compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of its instructions")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx"])
 @torch.no_grad()
-def test_machines_of_narrower_vectors_get_the_same(flags, compile_anew, monkeypatch):
+def test_narrower_vector_instructions_give_the_same_logits(flags, empty_compile_cache, monkeypatch):
     monkeypatch.setenv("CC", " ".join([*build.compiler(), flags]))
     for kind in ("mla", "gqa, odd sizes", "gqa, more than a vector"):
         model, text = a_model(**KINDS[kind]), tokens(2, 50)
@@ -461,7 +463,7 @@ def test_machines_of_narrower_vectors_get_the_same(flags, compile_anew, monkeypa
 
 @needs_compiler
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_the_dtype_and_device_that_torch_makes_tensors_in_play_no_part(attn_type):
+def test_torchs_default_dtype_and_device_have_no_effect(attn_type):
     model = a_model(attn_type=attn_type, loop_index_dim=6)
     logits = torch.cat([first_logits(model, engine) for engine in ("modules", "native")])
     assert_near(logits[:2], logits[2:])
@@ -478,7 +480,7 @@ def test_the_dtype_and_device_that_torch_makes_tensors_in_play_no_part(attn_type
 
 
 def first_logits(model, engine):
-    """Those of the first token that the engine makes of its own."""
+    """Logits of the first token that the engine itself decodes."""
     made = make_engine(engine, model, Depth(4))
     made.extend(torch.tensor([[1, 2, 3], [4, 5, 6]], device="cpu"))
     return made.step(torch.tensor([[7], [8]], device="cpu"))

@@ -1,4 +1,4 @@
-"""Drafting ahead changes how fast tokens come, not which, or how they are distributed."""
+"""Speculative decoding changes how fast tokens are generated, not which, nor their distribution."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ MODELS = {attn_type: tiny_model(attn_type, halting=False) for attn_type in ATTEN
 
 
 def chi_square_is_likely(counts: Tensor, expected: Tensor) -> bool:
-    """Whether counts lie within four standard deviations of a chi-square's mean; rare cells are put together."""
+    """Whether counts lie within four standard deviations of a chi-square's mean; rare cells are pooled."""
     rare = expected < 5
     counts = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).double()
@@ -42,7 +42,7 @@ def blocks(
     model: OpenMythos, ids: Tensor, n_new: int, n_loops: int, draft: Draft, sampling: Sampling,
     mask: Tensor | None = None, generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor], Engine]:  # fmt: skip
-    """New tokens as they are accepted, and the engine that made them."""
+    """The accepted tokens of each round, and the engine that computed them."""
     engine = make_engine("modules", model, Depth(n_loops), drafts=True)
     logits = engine.extend(ids, mask)
     return list(drafted(model, engine, logits, draft, sampling, (), generator, n_new)), engine
@@ -54,7 +54,7 @@ def blocks(
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("draft_loops, n_loops", [(1, 2), (1, 4), (2, 5), (4, 6)])
 @pytest.mark.parametrize("draft_tokens", [1, 2, 5, 30])
-def test_greedy_tokens_are_those_without_a_draft(attn_type, draft_loops, n_loops, draft_tokens):
+def test_greedy_tokens_equal_those_without_a_draft(attn_type, draft_loops, n_loops, draft_tokens):
     for seed, lengths in enumerate(([6], [6, 3, 1], [4, 6])):
         model, ids = tiny_model(attn_type, halting=False, seed=seed), tokens(len(lengths), 6, seed=seed)
         mask = left_padding(lengths, 6) if seed else None
@@ -68,15 +68,15 @@ def test_greedy_tokens_are_those_without_a_draft(attn_type, draft_loops, n_loops
     dict(state_init="noise"), dict(lora_rank=0, loop_index_dim=8),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_greedy_tokens_with_every_part_on_and_off(attn_type, changes):
+def test_every_model_option_gives_the_greedy_tokens_without_a_draft(attn_type, changes):
     model, ids = tiny_model(attn_type, halting=False, **changes), tokens(2, 5)
     options = dict(max_new_tokens=16, n_loops=5, temperature=0)
     assert torch.equal(model.generate(ids, draft_loops=2, draft_tokens=3, **options), model.generate(ids, **options))
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_drafts_of_these_models_are_often_wrong_and_often_right(attn_type):
-    """Or the tests above would not show anything."""
+def test_drafts_of_the_tested_models_are_often_accepted_and_often_rejected(attn_type):
+    """Otherwise the tests above would show nothing."""
     sizes = []
     for seed in range(6):
         model = tiny_model(attn_type, halting=False, seed=seed)
@@ -86,7 +86,7 @@ def test_drafts_of_these_models_are_often_wrong_and_often_right(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_the_end_of_text_is_where_it_is_without_a_draft(attn_type):
+def test_eos_ends_generation_as_without_a_draft(attn_type):
     model, ids = MODELS[attn_type], tokens(3, 5)
     free = model.generate(ids, 20, n_loops=4, temperature=0)
     for eos in {int(free[row, at]) for row in range(3) for at in (5, 7, 12)}:
@@ -98,7 +98,7 @@ def test_the_end_of_text_is_where_it_is_without_a_draft(attn_type):
 
 
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 28])
-def test_as_many_tokens_as_asked_for_up_to_the_longest_sequence(max_new_tokens):
+def test_drafting_generates_exactly_max_new_tokens(max_new_tokens):
     model, ids = MODELS["gqa"], tokens(2, 5)
     assert model.cfg.max_seq_len == 32
     out = model.generate(ids, max_new_tokens, n_loops=4, draft_loops=1, draft_tokens=9)
@@ -110,13 +110,13 @@ def test_as_many_tokens_as_asked_for_up_to_the_longest_sequence(max_new_tokens):
 
 @pytest.mark.parametrize("attn_type, n_loops, draft_loops", [("gqa", 4, 1), ("mla", 6, 2)])
 def test_sampled_tokens_have_the_distribution_of_full_depth(attn_type, n_loops, draft_loops):
-    """Both rows of a padded batch, eight times each, four tokens together, against all continuations that there are."""
+    """Four tokens, jointly, of both rows of a padded batch, eight times each, against all possible continuations."""
     model = tiny_model(attn_type, halting=False, vocab_size=4)
     ids, mask = tokens(2, 4, high=4), left_padding([4, 2], 4)
     sampling, n, times = Sampling(temperature=0.6, top_k=3), 400, 8
     expected = [joint(model, row[real], 4, n_loops, sampling) for row, real in zip(ids, mask, strict=True)]
     draft = joint(model, ids[0], 4, draft_loops, sampling)
-    assert (draft - expected[0]).abs().sum() / 2 > 0.1, "the draft's own distribution would pass as well"
+    assert (draft - expected[0]).abs().sum() / 2 > 0.1, "the draft's distribution is too close to the model's"
     counts, generator = torch.zeros(2, 256), torch.Generator().manual_seed(1)
     many, real, which = ids.repeat(times, 1), mask.repeat(times, 1), torch.arange(2).repeat(times)
     for _ in range(n // times):
@@ -124,15 +124,15 @@ def test_sampled_tokens_have_the_distribution_of_full_depth(attn_type, n_loops, 
         counts.index_put_((which, new @ torch.tensor([64, 16, 4, 1])), torch.ones(2 * times), accumulate=True)
     for found, exact in zip(counts, expected, strict=True):
         assert chi_square_is_likely(found, n * exact)
-        assert found[exact == 0].sum() == 0  # what top-k leaves out never comes
+        assert found[exact == 0].sum() == 0  # tokens outside of top-k are never sampled
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
-def test_accepted_tokens_are_drawn_from_p(n_rows):
-    """Of every row, up to where the batch is cut, and of the rest as it is drawn then; on tables in place of models."""
+def test_accepted_tokens_follow_the_target_distribution(n_rows):
+    """In every row, both accepted tokens and those sampled after a rejection; with tables in place of models."""
     V, K, n = 3, 2, 3000
     p, other = torch.rand(2, K + 1, V, V, generator=torch.Generator().manual_seed(0)).log().mul(2).softmax(-1)
-    q = (p + other) / 2  # (place, token before, token)
+    q = (p + other) / 2  # (place, previous token, token)
     generator = torch.Generator().manual_seed(1)
 
     def after(place: int, before: Tensor, table: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def test_accepted_tokens_are_drawn_from_p(n_rows):
         assert chi_square_is_likely(found, n * exact)
 
 
-def test_tokens_that_do_not_matter_are_kept():
+def test_tokens_after_the_end_of_a_row_are_always_accepted():
     p, q = torch.zeros(2, 3, 4), torch.zeros(2, 2, 4)
     p[:, :, 1], q[:, :, 2] = 1, 1
     y = torch.full((2, 2), 2)
@@ -164,14 +164,14 @@ def test_tokens_that_do_not_matter_are_kept():
     assert accept(p, q, y, torch.tensor([[True, True], [True, False]])).tolist() == [[2, 2], [2, 1]]
 
 
-def test_a_draft_that_is_exact_is_never_refused():
+def test_a_draft_from_the_target_distribution_is_never_rejected():
     p = torch.rand(4, 6, 9).softmax(-1)
     y = torch.multinomial(p[:, :5].flatten(0, 1), 1).view(4, 5)
     for _ in range(20):
         assert torch.equal(accept(p, p[:, :5], y, torch.zeros(4, 5, dtype=torch.bool))[:, :5], y)
 
 
-def test_a_seed_reproduces_drafted_generation_and_the_global_state_is_left_alone():
+def test_a_seed_reproduces_drafting_without_changing_the_global_random_state():
     model, ids, before = MODELS["mla"], tokens(2, 4), torch.get_rng_state()
     first, again, other = (
         model.generate(ids, 12, draft_loops=1, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
@@ -189,7 +189,7 @@ def test_no_loop_of_a_token_is_computed_twice(draft_loops):
     original = model.recurrent.step
     model.recurrent.step = lambda h, *args: computed.append(h.shape[1]) or original(h, *args)
     found, _ = blocks(model, tokens(1, 4), 25, 5, Draft(draft_loops, 3), Sampling(0))
-    # The prompt, and then of each round its drafts and the token before them.
+    # The prompt, and then in each round its drafts and the token before them.
     of_rounds, made = [], 1
     for block in found[1:]:
         of_rounds.append(min(3, 25 - made - 1))
@@ -198,7 +198,7 @@ def test_no_loop_of_a_token_is_computed_twice(draft_loops):
     assert len(computed) == 5 + sum((n + 1) * draft_loops + 5 - draft_loops for n in of_rounds)
 
 
-def test_refused_tokens_leave_nothing_in_the_cache():
+def test_rejected_tokens_are_removed_from_the_cache():
     model, ids = MODELS["gqa"], tokens(2, 5)
     found, engine = blocks(model, ids, 12, 4, Draft(1, 3), Sampling(0))
     new, cache = torch.cat(found, 1), engine.cache
@@ -208,13 +208,13 @@ def test_refused_tokens_leave_nothing_in_the_cache():
         assert_near(model(new[:, -1:], 4, cache), expected)
 
 
-def test_modes_are_put_back():
+def test_drafting_leaves_module_modes_unchanged():
     model = tiny_model(halting=False).train()
     for _ in model.stream(tokens(1, 3), 6, draft_loops=1):
         assert all(module.training for module in model.modules())
 
 
-# -- refusals
+# -- what is refused
 
 
 @pytest.mark.parametrize("options, message", [
@@ -224,17 +224,17 @@ def test_modes_are_put_back():
     (dict(draft_loops=1, cache_loops=2), "cache_loops=2 keeps 2 of 4"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("call", ["generate", "stream"])
-def test_what_does_not_fit_is_refused_at_the_call(options, message, call):
+def test_invalid_draft_options_are_refused_at_the_call(options, message, call):
     with pytest.raises(ValueError, match=message):
         getattr(MODELS["gqa"], call)(tokens(1, 3), 2, n_loops=4, **options)
 
 
-def test_a_gate_and_a_draft_do_not_go_together():
+def test_drafting_with_a_halting_gate_is_refused():
     with pytest.raises(ValueError, match=r"Gate.*cfg\.halting=False"):
         tiny_model(halting=True).generate(tokens(1, 3), 2, draft_loops=1)
 
 
-def test_compiled_blocks_are_drafted_with_as_well():
+def test_drafting_works_with_compiled_blocks():
     model, ids = tiny_model(halting=False), tokens(2, 5)
     expected = model.generate(ids, 6, n_loops=4, temperature=0)
     for layer in model.recurrent.layers:

@@ -1,4 +1,4 @@
-"""One model in eight threads: every answer is the one that its call gives alone."""
+"""One model in eight threads: every call returns the same as when it runs alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from open_mythos.generation.speculative import Draft
 from open_mythos.nn.exits import Acceleration, Gate, PredictionKL, StateChange
 from open_mythos.tasks.tokenizer import Tokenizer
 
-CALLS = int(os.environ.get("OPEN_MYTHOS_THREAD_CALLS", 6))  # of each thread; 100 in the long form
+CALLS = int(os.environ.get("OPEN_MYTHOS_THREAD_CALLS", 6))  # per thread; 100 in the long form
 ENGINES = ("auto", "modules", "fused", "native")
 EXITS = (None, Gate(0.5), StateChange(0.5), Acceleration(0.5), PredictionKL(1e-3))
 
 
 def call_of(model: OpenMythos, number: int) -> Callable[[], Tensor]:
-    """A call of its own prompt, loops, exit, seed and engine."""
+    """A call with its own prompt, loops, exit, seed and engine."""
     ids, n_loops, exit = tokens(1 + number % 2, 3 + number % 5, seed=number), 1 + number % 4, EXITS[number % 5]
     engine, kind = ENGINES[number // 2 % 4], number % 7
     exit = exit if engine != "native" or isinstance(exit, Gate | StateChange | None) else None
@@ -57,7 +57,7 @@ def call_of(model: OpenMythos, number: int) -> Callable[[], Tensor]:
 
 
 def in_threads(calls: list[list[Callable[[], Tensor]]]) -> list[list[Any]]:
-    """What each thread's calls give, or the error that they end in."""
+    """The results of each thread's calls, or the errors that they raise."""
     found: list[list[Any]] = [[] for _ in calls]
     start = threading.Barrier(len(calls))
 
@@ -78,7 +78,7 @@ def in_threads(calls: list[list[Callable[[], Tensor]]]) -> list[list[Any]]:
 
 
 def adapted(model: OpenMythos) -> OpenMythos:
-    """With adapters of PEFT, which change what it computes."""
+    """The model with PEFT adapters that change its outputs."""
     peft = pytest.importorskip("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False), model)
     return model
@@ -86,11 +86,11 @@ def adapted(model: OpenMythos) -> OpenMythos:
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["plain", "adapters"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_eight_threads_get_what_each_call_gets_alone(training: bool, adapters: bool) -> None:
+def test_calls_in_eight_threads_return_the_same_as_alone(training: bool, adapters: bool) -> None:
     model = tiny_model(halting=False, dropout=0.3, state_noise=0.1, state_init="noise")
     model = (adapted(model) if adapters else model).train(training)
     numbers = [[100 * thread + i for i in range(CALLS)] for thread in range(8)]
-    if adapters:  # which not all engines serve, as they say
+    if adapters:  # not supported by every engine
         numbers = [[n for n in mine if ENGINES[n // 2 % 4] in ("auto", "modules")] for mine in numbers]
     if training:  # a pass in training mode draws noise from the one state that all threads share
         numbers = [[n for n in mine if n % 7 > 1] for mine in numbers]
@@ -108,7 +108,7 @@ def test_eight_threads_get_what_each_call_gets_alone(training: bool, adapters: b
     print(f"{n_calls} calls in 8 threads")
 
 
-def test_a_training_step_is_undisturbed_by_generation_beside_it() -> None:
+def test_concurrent_generation_does_not_affect_a_training_step() -> None:
     model, ids = tiny_model(halting=True, act_threshold=0.5).train(), tokens(4, 9)
     expected, done = model(ids, auxiliary=False).detach(), threading.Event()
 
@@ -126,7 +126,7 @@ def test_a_training_step_is_undisturbed_by_generation_beside_it() -> None:
         beside.join()
 
 
-def test_a_training_step_is_undisturbed_by_measuring_beside_it_and_so_is_what_is_measured() -> None:
+def test_concurrent_measurements_and_a_training_step_do_not_affect_each_other() -> None:
     model, ids, prompt = tiny_model(halting=False, vocab_size=257).train(), tokens(4, 9), tokens(1, 6)
     talk = Conversation(model, Tokenizer(True), 2)
     talk.ids = [1, 2, 3]
@@ -137,11 +137,11 @@ def test_a_training_step_is_undisturbed_by_measuring_beside_it_and_so_is_what_is
     expected = [measure() for measure in measures]
     step, done, found = model(ids, auxiliary=False).detach(), threading.Event(), list[Any]()
 
-    def measure_on() -> None:
+    def keep_measuring() -> None:
         while not done.is_set():
             found.append([measure() for measure in measures])
 
-    beside = threading.Thread(target=measure_on)
+    beside = threading.Thread(target=keep_measuring)
     beside.start()
     try:
         while len(found) < 3 and beside.is_alive():
@@ -154,11 +154,11 @@ def test_a_training_step_is_undisturbed_by_measuring_beside_it_and_so_is_what_is
         torch.testing.assert_close([*vars(again[0]).values()], [*vars(expected[0]).values()])
         assert again[1] == expected[1] and again[3] == pytest.approx(expected[3])
         assert again[2][0] == expected[2][0]
-        torch.testing.assert_close(again[2][1:], expected[2][1:])  # which may be rounded otherwise beside others
+        torch.testing.assert_close(again[2][1:], expected[2][1:])  # rounding may differ while other threads run
     assert len(found) >= 3
 
 
-def test_a_model_answers_as_ever_while_it_is_evaluated_with_another_exit_beside() -> None:
+def test_evaluating_with_other_halting_does_not_affect_other_calls() -> None:
     model, ids, task = tiny_model(halting=True, act_threshold=0.5, vocab_size=257), tokens(2, 9), tasks.load("parity")
     with torch.no_grad():
         alone = model(ids, 6)
@@ -169,12 +169,12 @@ def test_a_model_answers_as_ever_while_it_is_evaluated_with_another_exit_beside(
         with measuring(model, halting=False) as still, measuring(still, act_threshold=0.9) as other:
             assert (model.cfg.halting, model.cfg.act_threshold) == (True, 0.5)
             assert (other.cfg.halting, other.cfg.act_threshold) == (False, 0.9)
-            torch.testing.assert_close(model(ids, 6), alone, rtol=0, atol=0)  # as another thread would ask
+            torch.testing.assert_close(model(ids, 6), alone, rtol=0, atol=0)  # as another thread would call it
             assert torch.equal(depth_grid(model, task, [8], [1, 6], 4, halting=False).accuracy, expected)
             torch.testing.assert_close(model(ids, 6), alone, rtol=0, atol=0)
 
 
-def test_what_only_its_own_mode_would_stop_is_refused() -> None:
+def test_generation_refuses_foreign_dropout_in_training_mode() -> None:
     model = tiny_model().train()
     model.prelude[0].ffn = nn.Sequential(model.prelude[0].ffn, nn.Dropout(0.5))
     for call in (lambda: model.generate(tokens(1, 3), 2), lambda: model.generate_many([tokens(1, 3)[0]], 2)):

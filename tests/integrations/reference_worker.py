@@ -1,6 +1,6 @@
-"""Run with the reference package in place of this one: its models, saved in every way, and the logits they give.
+"""Run with the reference package in place of this one: saves its models in every format, and the logits they give.
 
-Usage: python reference_worker.py OUT. Writes what ``CASES`` names, and ``NAME.expected`` beside each.
+Usage: python reference_worker.py OUT. Writes a checkpoint for each name in ``CASES``, and ``NAME.expected`` beside it.
 """
 
 import json
@@ -39,7 +39,7 @@ LOOPS, PROMPT, TOKENS = (1, 3, 9), 5, 8
 
 
 def model_of(changes: dict, seed: int) -> OpenMythos:
-    """With every parameter moved, and some A that this library's own models never have."""
+    """A model with every parameter perturbed, and some values of A that this library's own models never have."""
     torch.manual_seed(seed)
     model = OpenMythos(MythosConfig(**{**SHAPE, **changes})).eval()
     with torch.no_grad():
@@ -60,7 +60,7 @@ def save(model: OpenMythos, path: Path) -> None:
         )
     elif path.name == "state_dict.pt":
         torch.save(tensors, path)
-    else:  # as uploads to Hugging Face are laid out, complex buffers and all
+    else:  # in the layout of uploads to Hugging Face, with complex buffers
         path.mkdir()
         more = dict(model_type="open_mythos", architectures=["OpenMythosForCausalLM"], torch_dtype="float32")
         (path / "config.json").write_text(json.dumps(asdict(model.cfg) | more))

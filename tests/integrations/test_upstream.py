@@ -1,4 +1,4 @@
-"""A converted checkpoint is the reference's model: the real package made and ran these. All else says what it is."""
+"""Converted checkpoints give the logits of the reference package, which made these; other files are refused."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from open_mythos.integrations.upstream import convert
 from open_mythos.reference import reference_logits
 
 CASES = ("training.pt", "state_dict.pt", "safetensors", "bin")
-SAID = {"state_dict.pt": ["act_threshold=0.99"]}
+SETTINGS = {"state_dict.pt": ["act_threshold=0.99"]}
 TOLERANCE = 1e-4
 
 
@@ -28,18 +28,18 @@ def expected(reference_checkpoints):
 
 @pytest.fixture(scope="module")
 def converted(reference_checkpoints, tmp_path_factory):
-    """Models by case, as they come back from the folder that a conversion was saved in."""
+    """Models by case, each loaded from the folder that the converted model was saved in."""
     found = {}
     for name in CASES:
         folder = tmp_path_factory.mktemp("converted")
-        convert(reference_checkpoints / name, settings=SAID.get(name, ())).model.save_pretrained(folder)
+        convert(reference_checkpoints / name, settings=SETTINGS.get(name, ())).model.save_pretrained(folder)
         found[name] = OpenMythos.from_pretrained(folder)
     return found
 
 
 @pytest.fixture(scope="module")
 def tensors(reference_checkpoints):
-    """Those of the bare state_dict, to be spoilt."""
+    """The tensors of the bare state_dict, for tests to modify."""
     return torch.load(reference_checkpoints / "state_dict.pt")
 
 
@@ -47,7 +47,7 @@ def tensors(reference_checkpoints):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_the_references(name, converted, expected):
+def test_logits_equal_those_of_the_reference(name, converted, expected):
     model, wanted, seen = converted[name], expected[name], []
     with torch.no_grad():
         for n_loops, logits in wanted["whole"].items():
@@ -55,12 +55,12 @@ def test_logits_are_the_references(name, converted, expected):
             assert (found - logits).abs().max() < TOLERANCE
             assert (reference_logits(model, wanted["ids"], n_loops) - logits).abs().max() < TOLERANCE
             seen.append(logits)
-    assert seen[0].std() > 0.1 and (seen[0] - seen[1]).abs().max() > 0.1  # there was something to get wrong
+    assert seen[0].std() > 0.1 and (seen[0] - seen[1]).abs().max() > 0.1  # loops differ, so that an error would show
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
-def test_logits_with_a_cache_are_the_references(name, cache_type, converted, expected):
+def test_logits_with_a_cache_equal_those_of_the_reference(name, cache_type, converted, expected):
     model, wanted = converted[name], expected[name]
     ids = wanted["ids"]
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_logits_with_a_cache_are_the_references(name, cache_type, converted, exp
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_config_is_the_references(name, converted, expected):
+def test_the_config_equals_that_of_the_reference(name, converted, expected):
     cfg, wanted = converted[name].cfg, expected[name]["cfg"]
     idle = {"n_kv_heads"} if cfg.attn_type == "mla" else {
         "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"
@@ -80,7 +80,7 @@ def test_the_config_is_the_references(name, converted, expected):
         assert field in idle or getattr(cfg, field) == value, field
 
 
-def test_a_outside_of_what_models_here_have_is_kept(converted):
+def test_values_of_A_outside_the_range_of_this_library_are_kept(converted):
     A = converted["training.pt"].recurrent.injection.get_A()
     assert A[0] == 1.0 and 0.99 < A[1] < 1.0 and 0 < A[2] < 0.02 and A[3] == 0.0
 
@@ -102,10 +102,10 @@ def test_a_converted_model_trains_and_generates(converted, expected):
     assert losses[-1].item() < 0.8 * losses[0].item()
 
 
-# -- what is not in the file
+# -- settings that are not in the file
 
 
-def test_what_tensors_do_not_show_is_asked_for(reference_checkpoints, tensors, expected, tmp_path):
+def test_settings_that_tensors_do_not_show_are_requested(reference_checkpoints, tensors, expected, tmp_path):
     with pytest.raises(CheckpointError, match=r"does not say act_threshold.*--set act_threshold=0.99.*--config"):
         convert(reference_checkpoints / "state_dict.pt")
     path = tmp_path / "config.json"
@@ -115,24 +115,24 @@ def test_what_tensors_do_not_show_is_asked_for(reference_checkpoints, tensors, e
     torch.save(bare, tmp_path / "bare.pt")
     with pytest.raises(CheckpointError, match="does not say act_threshold, n_experts_per_tok, rope_theta"):
         convert(tmp_path / "bare.pt")
-    said = ["act_threshold=0.9", "n_experts_per_tok=2", "rope_theta=1e4", "max_seq_len=99", "max_loop_iters=6"]
-    made = convert(tmp_path / "bare.pt", settings=said)
+    settings = ["act_threshold=0.9", "n_experts_per_tok=2", "rope_theta=1e4", "max_seq_len=99", "max_loop_iters=6"]
+    made = convert(tmp_path / "bare.pt", settings=settings)
     cfg = made.model.cfg
     assert (cfg.n_heads, cfg.v_head_dim, cfg.n_experts_per_tok, cfg.rope_theta) == (3, 7, 2, 10000.0)
     assert (cfg.max_seq_len, cfg.max_loop_iters) == (99, 6)
     assert any("max_output_tokens=4096" in note for note in made.notes)
 
 
-def test_heads_without_a_table_are_asked_for(reference_checkpoints, tmp_path):
+def test_n_heads_is_requested_without_a_rope_table(reference_checkpoints, tmp_path):
     tensors = load_file(reference_checkpoints / "safetensors" / "model.safetensors")
     save_file({name: x for name, x in tensors.items() if "freqs" not in name}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="n_heads, rope_theta"):
         convert(tmp_path, settings=["act_threshold=1", "n_experts_per_tok=1"])
-    said = ["act_threshold=1", "n_experts_per_tok=1", "n_heads=3", "rope_theta=1e4"]
-    assert convert(tmp_path, settings=[*said, "n_kv_heads=3"]).model.cfg.n_kv_heads == 3
+    settings = ["act_threshold=1", "n_experts_per_tok=1", "n_heads=3", "rope_theta=1e4"]
+    assert convert(tmp_path, settings=[*settings, "n_kv_heads=3"]).model.cfg.n_kv_heads == 3
 
 
-def test_wrapped_names_sharded_files_and_a_table_that_lost_its_half(reference_checkpoints, expected, tmp_path):
+def test_wrapped_names_shards_and_a_rope_table_cast_to_real_are_converted(reference_checkpoints, expected, tmp_path):
     tensors = load_file(reference_checkpoints / "safetensors" / "model.safetensors")
     tensors["freqs_cis"] = tensors["freqs_cis"].real.clone()  # what model.to(dtype) leaves there
     named = {f"_orig_mod.module.{name}": x for name, x in tensors.items()}
@@ -152,11 +152,11 @@ def test_wrapped_names_sharded_files_and_a_table_that_lost_its_half(reference_ch
         convert(tmp_path)
 
 
-# -- what is no checkpoint of the reference
+# -- files that are no checkpoint of the reference
 
 
 class Trap:
-    """Leaves a file behind when a pickle of it is loaded by whoever runs code in pickles."""
+    """Creates a folder when a pickle of it is loaded by code that executes pickles."""
 
     def __init__(self, path) -> None:
         self.path = str(path)
@@ -178,7 +178,7 @@ def test_no_code_in_a_file_is_run(reference_checkpoints, tensors, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def spoilt(tensors: dict, **changes) -> dict:
+def modified(tensors: dict, **changes) -> dict:
     return {name: x for name, x in (tensors | changes).items() if x is not None}
 
 
@@ -195,8 +195,8 @@ def spoilt(tensors: dict, **changes) -> dict:
     ({"core.recurrent.injection.raw_A": torch.ones(48)}, "of this library already.*from_pretrained"),
     ({"recurrent.injection.log_A": None}, r"another architecture.*embed.weight.*recurrent.injection.log_A.*retrofit"),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value))  # fmt: skip
-def test_spoilt_and_foreign_tensors(changes, message, tensors, tmp_path):
-    torch.save(spoilt(tensors, **changes), tmp_path / "x.pt")
+def test_damaged_and_foreign_tensors_are_refused(changes, message, tensors, tmp_path):
+    torch.save(modified(tensors, **changes), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "x.pt", settings=["act_threshold=0.99"])
 
@@ -210,12 +210,12 @@ def test_spoilt_and_foreign_tensors(changes, message, tensors, tmp_path):
     (["n_heads"], "write name=value, as in n_heads=8"),
     (["n_heads=many"], "'many' is not a int"),
 ], ids=str)  # fmt: skip
-def test_settings_that_do_not_fit(settings, message, reference_checkpoints):
+def test_conflicting_and_invalid_settings_are_refused(settings, message, reference_checkpoints):
     with pytest.raises(CheckpointError, match=message):
         convert(reference_checkpoints / "state_dict.pt", settings=["act_threshold=0.99", *settings])
 
 
-def test_a_config_of_another_model_or_version_or_none_at_all(reference_checkpoints, expected, tmp_path):
+def test_a_config_of_another_model_or_version_is_refused(reference_checkpoints, expected, tmp_path):
     path, cfg = tmp_path / "config.json", expected["training.pt"]["cfg"]
     source = reference_checkpoints / "training.pt"
     for text, message in [
@@ -231,7 +231,7 @@ def test_a_config_of_another_model_or_version_or_none_at_all(reference_checkpoin
         convert(source, tmp_path / "none.json")
 
 
-def test_files_that_hold_no_weights(reference_checkpoints, tmp_path):
+def test_files_without_weights_are_refused(reference_checkpoints, tmp_path):
     whole = (reference_checkpoints / "state_dict.pt").read_bytes()
     files = {
         "cut.pt": (whole[: len(whole) // 2], "truncated, damaged, or not a file that torch.save"),
@@ -256,7 +256,7 @@ def test_files_that_hold_no_weights(reference_checkpoints, tmp_path):
             convert(source)
 
 
-def test_a_model_of_this_library_is_recognised(tmp_path):
+def test_a_model_of_this_library_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} is of this library already")):
         convert(tmp_path)

@@ -1,4 +1,4 @@
-"""Assignments in words: what the sentences say is what the targets are, and the test never saw any of it."""
+"""Assignments in words: targets follow from the sentences, of which none is both in training and held out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def problems(n=16, difficulty=3, seed=0, **options):
     ("difficulty", "options"),
     [(1, {}), (3, {}), (6, {"split": "held_out"}), (24, {}), (48, {"sentences": 64, "split": "held_out"})],
 )
-def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
+def test_targets_and_steps_follow_from_the_sentences(difficulty, options):
     task, batch = problems(8, difficulty, **options)
     assert batch.steps.shape == (*batch.ids.shape, difficulty + 1)
     counted, exact = set(), options.get("split") == "held_out"
@@ -48,11 +48,11 @@ def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
                 counted.add(len(way))
                 known = [*way, *[has[way[-1]]] * (difficulty + 1)][: difficulty + 1]
                 assert [task.vocab[i] for i in steps[place]] == known and targets[place] == steps[place, -1]
-        assert not ends and len(set(has.values())) > 1  # or the answer could be known without a hop
+        assert not ends and len(set(has.values())) > 1  # otherwise the answer needs no hop
     assert max(counted) == difficulty
 
 
-def test_nothing_of_the_test_was_in_training():
+def test_held_out_problems_share_nothing_with_training():
     seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
     for split, (pairs, uses, texts) in seen.items():
         for difficulty in (1, 4, 12):
@@ -68,7 +68,7 @@ def test_nothing_of_the_test_was_in_training():
         assert len(train) > 100 and len(held_out) > 100 and not train & held_out
 
 
-def test_problems_have_as_many_sentences_as_was_said():
+def test_problems_have_the_requested_number_of_sentences():
     task = tasks.load("assignments", sentences=12, min_sentences=8)
     counts = set()
     for seed in range(30):
@@ -85,7 +85,7 @@ def test_problems_have_as_many_sentences_as_was_said():
     ({"min_sentences": 40}, "min_sentences=40 is above sentences=32"),
     ({"split": "test"}, "split='test'"),
 ])  # fmt: skip
-def test_options_that_cannot_be_say_what_can(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tasks.load("assignments", **options)
 
@@ -95,7 +95,7 @@ def test_more_hops_than_sentences_are_refused():
         problems(2, 29)
 
 
-def test_a_word_outside_of_the_vocabulary_is_named():
+def test_a_word_outside_of_the_vocabulary_is_refused():
     assert [VOCABULARY[i] for i in encode("Ana has a key .")] == ["Ana", "has", "a", "key", "."]
     with pytest.raises(ValueError, match=r"no task in words knows 'kay'; did you mean"):
         encode("Ana has a kay .")
@@ -103,8 +103,8 @@ def test_a_word_outside_of_the_vocabulary_is_named():
 
 
 @pytest.mark.parametrize(("sentences_", "hops", "most"), [(32, 6, 0.3), (32, 24, 0.5), (64, 48, 0.4)])
-def test_no_thing_can_be_guessed_from_who_is_copied(sentences_, hops, most):
-    """The thing of the holder whom most copy, of a holder who is copied at all, and the commonest."""
+def test_answers_cannot_be_guessed_from_how_often_names_are_copied(sentences_, hops, most):
+    """Guesses: the thing of the holder who is copied most often, and the most common thing."""
     right, n = Counter(), 0
     task, batch = problems(60, hops, sentences=sentences_, split="held_out")
     for ids, targets in zip(batch.ids, batch.targets, strict=True):

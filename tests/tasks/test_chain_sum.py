@@ -1,4 +1,4 @@
-"""Chain sum, checked by reading the problem as people do."""
+"""Chain sum, checked by adding the digits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from open_mythos.tasks.chain_sum import ChainSum
 
 
 @given(modulus=st.integers(2, 12), digits=st.integers(1, 20), seed=st.integers(0, 99))
-def test_the_sum_is_asked_at_the_equals_sign_alone(modulus: int, digits: int, seed: int) -> None:
+def test_the_target_is_the_sum_at_the_equals_sign_only(modulus: int, digits: int, seed: int) -> None:
     task = ChainSum(modulus=modulus)
     ids, targets, _ = task.batch(2, digits, torch.Generator().manual_seed(seed))
     for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Where text comes from, and which of it is held out."""
+"""Sources of text, and which part of it is held out."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from open_mythos.tasks.corpus import PIECE, documents, held_out
 MUCH = 1 << 24
 
 
-def test_the_standard_library_is_there_without_its_tests() -> None:
+def test_stdlib_has_the_standard_library_without_installed_packages() -> None:
     found = documents("stdlib", MUCH)
     assert sum(map(len, found)) > 5_000_000
     assert Path(pytest.__file__).read_text() not in found
     assert Path(dataclasses.__file__).read_text() in found
-    assert documents("stdlib", MUCH) is found, "read once a process"
+    assert documents("stdlib", MUCH) is found, "read once per process"
 
 
-def test_a_twentieth_or_so_is_held_out() -> None:
+def test_about_a_sixteenth_of_the_text_is_held_out() -> None:
     found = documents("stdlib", MUCH)
     share = sum(len(document) for document in found if held_out(document)) / sum(map(len, found))
     assert 0.01 < share < 0.1
 
 
-def test_a_single_file_is_cut_at_line_ends(tmp_path: Path) -> None:
+def test_a_single_file_is_split_at_line_ends(tmp_path: Path) -> None:
     text = "".join(f"line {i} é\n" for i in range(3000)) + "no end"
     (tmp_path / "a.txt").write_text(text)
     found = documents(str(tmp_path / "a.txt"), MUCH)
@@ -47,10 +47,10 @@ def test_a_single_file_is_cut_at_line_ends(tmp_path: Path) -> None:
         ("é漢" * 9000, ("é", "漢")),
     ],
 )
-def test_a_long_line_is_cut_behind_a_sentence_a_word_or_a_character(
+def test_a_long_line_is_split_after_a_sentence_a_word_or_a_character(
     tmp_path: Path, text: str, ends: tuple[str, ...]
 ) -> None:
-    """In a file, and in a folder that holds no other."""
+    """In a single file, and in a folder with no other file."""
     (tmp_path / "a.txt").write_text(text)
     found = documents(str(tmp_path / "a.txt"), MUCH)
     assert "".join(found) == text and len(found) >= 3
@@ -59,15 +59,15 @@ def test_a_long_line_is_cut_behind_a_sentence_a_word_or_a_character(
     assert documents(str(tmp_path), MUCH) == found == documents(f"{tmp_path}/*.txt", MUCH)
 
 
-def test_of_one_long_row_there_is_a_part_held_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_long_dataset_row_is_split_into_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": "".join(f"{i} think deeper, " for i in range(2000))}, {"text": "never read"}]
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(rows))
     found = documents("hf:one/row", 20_000)
     assert "".join(found) == rows[0]["text"][:20_000] and len(found) == 4
 
 
-def test_documents_of_nothing_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files and rows alike."""
+def test_blank_documents_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both files and dataset rows."""
     texts = ["one", "", " \n\t", "two", "\n", "  three"]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
@@ -93,7 +93,7 @@ def test_reading_stops_at_max_bytes(tmp_path: Path) -> None:
     assert documents(str(tmp_path), 15) == ("a" * 10, "b" * 5)
 
 
-def test_without_a_limit_files_are_read_whole_and_a_dataset_in_part(
+def test_without_max_bytes_files_are_read_whole_and_datasets_in_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abc":
@@ -104,20 +104,20 @@ def test_without_a_limit_files_are_read_whole_and_a_dataset_in_part(
     assert documents("hf:large/set", 0) == ("x" * 10, "x" * 5)
 
 
-def test_a_single_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"a\0b")
     with pytest.raises(ValueError, match=r"a.bin' is not a text file"):
         documents(str(tmp_path / "a.bin"), MUCH)
 
 
-def test_a_source_without_text(tmp_path: Path) -> None:
+def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     for source in (str(tmp_path), str(tmp_path / "nothing.txt")):
         with pytest.raises(ValueError, match="holds no text; use 'stdlib', 'hf:NAME', or the path"):
             documents(source, MUCH)
 
 
 class FakeHub(ModuleType):
-    """Stands for the ``datasets`` package: notes how it was called, and streams rows or fails."""
+    """Stands in for the ``datasets`` package: records its calls, and streams rows or raises."""
 
     def __init__(self, rows: list[dict[str, Any]], error: Exception | None = None) -> None:
         super().__init__("datasets")
@@ -145,14 +145,16 @@ def test_a_hugging_face_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> 
         (FakeHub([{"content": "x", "id": 1}]), "it has no column 'text', only content, id"),
     ],
 )
-def test_what_may_go_wrong_with_the_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, message: str) -> None:
+def test_hub_errors_and_missing_columns_are_reported(
+    monkeypatch: pytest.MonkeyPatch, hub: FakeHub, message: str
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", hub)
     with pytest.raises(ValueError) as error:
         documents("hf:set", MUCH)
     assert message in str(error.value)
 
 
-def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_datasets_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'pip install "\.\[tasks\]"'):
         documents("hf:set", MUCH)

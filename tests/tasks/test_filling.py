@@ -1,4 +1,4 @@
-"""Text to shards: the same for any number of processes, and gone on with after a kill."""
+"""Tokenising text into shards: the same for any number of processes, and resumed after a kill."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "SHARD", 6000)
     monkeypatch.setattr(filling, "_AT_ONCE", 1500)
 
@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """By this process."""
+    """The complete shards, made by this process."""
     folder = tmp_path_factory.mktemp("whole") / "tokens"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling, "SHARD", 6000)
@@ -60,10 +60,10 @@ def whole(texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 
 
 @pytest.mark.parametrize("shard", [1, 6000])
-def test_parts_are_documents_between_ends(
+def test_parts_are_documents_separated_by_end_tokens(
     texts: str, whole: dict[str, bytes], tmp_path: Path, shard: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where many a shard has documents of one part only."""
+    """Also where many shards have documents of one part only."""
     monkeypatch.setattr(filling, "SHARD", shard)
     monkeypatch.setattr(filling, "_AT_ONCE", min(shard, 1500))
     documents = DOCUMENTS[60:100] if shard == 1 else DOCUMENTS
@@ -77,26 +77,26 @@ def test_parts_are_documents_between_ends(
     assert len([name for name in whole if name.startswith("train-")]) >= 3
 
 
-def test_killed_and_gone_on_with_by_any_number_of_processes(
+def test_a_killed_fill_resumes_with_another_number_of_processes(
     texts: str, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The first time by two processes of its own, which end with it."""
+    """The killed run has two worker processes, which end with it."""
     (tmp_path / "killed.py").write_text(KILLED)
     words = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "tokens"), texts]
-    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=300)  # until the pipe has no writer left
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=300)  # waits for the workers too
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = content(tmp_path / "tokens")
-    is_half = 0 < sum(name.endswith(".bin") for name in left) < sum(name.endswith(".bin") for name in whole)
-    assert is_half and left.items() - whole.items() <= {("tokens.json", left["tokens.json"])} | {
-        item for item in left.items() if item[0].startswith(".")
+    partial = content(tmp_path / "tokens")
+    is_half = 0 < sum(name.endswith(".bin") for name in partial) < sum(name.endswith(".bin") for name in whole)
+    assert is_half and partial.items() - whole.items() <= {("tokens.json", partial["tokens.json"])} | {
+        item for item in partial.items() if item[0].startswith(".")
     }
-    told: list[int] = []
-    before = fill(tmp_path / "tokens", [texts], "bytes", tell=told.append)
-    assert told[0] == before > 5_000 and told == sorted(told)
+    progress: list[int] = []
+    resumed_at = fill(tmp_path / "tokens", [texts], "bytes", tell=progress.append)
+    assert progress[0] == resumed_at > 5_000 and progress == sorted(progress)
     assert content(tmp_path / "tokens") == whole
 
 
-def test_another_text_or_tokenizer_is_not_gone_on_with(texts: str, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_fill_from_other_sources_is_not_resumed(texts: str, whole: dict[str, bytes], tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
@@ -110,7 +110,7 @@ def test_another_text_or_tokenizer_is_not_gone_on_with(texts: str, whole: dict[s
     assert content(tmp_path / "tokens") == whole
 
 
-def test_several_texts_follow_each_other(texts: str, tmp_path: Path) -> None:
+def test_several_sources_are_concatenated(texts: str, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("what comes behind\n" * 900)
     fill(tmp_path / "tokens", [texts, str(tmp_path / "more.txt")], "bytes")
     made = opened(tmp_path / "tokens")
@@ -122,7 +122,9 @@ def test_several_texts_follow_each_other(texts: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", [1, 1 << 20])
-def test_the_last_is_held_out_if_no_other_is(shard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_document_is_held_out_if_no_other_is(
+    shard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(filling, "SHARD", shard)
     monkeypatch.setattr(filling, "_AT_ONCE", 1)
     (tmp_path / "few").mkdir()
@@ -135,7 +137,7 @@ def test_the_last_is_held_out_if_no_other_is(shard: int, tmp_path: Path, monkeyp
     assert found.tokenizer.decode(found.tokens["held_out"]) == words[-1]
 
 
-def test_an_error_of_a_process_is_ours(tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_worker_processes_are_raised(tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Pipe:
         def __init__(self, answer: object) -> None:
             self.answer = answer
@@ -151,7 +153,7 @@ def test_an_error_of_a_process_is_ours(tmp_path: Path, texts: str, monkeypatch: 
         filling._answer(Pipe(None))  # type: ignore[arg-type]
 
 
-def test_byte_pairs_keep_their_tokens_in_the_width_that_holds_them(texts: str, tmp_path: Path) -> None:
+def test_byte_pair_tokens_are_stored_as_uint16(texts: str, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     fill(tmp_path / "tokens", [texts], "bpe:300")
     found = opened(tmp_path / "tokens")

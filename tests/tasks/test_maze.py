@@ -1,4 +1,4 @@
-"""Mazes, checked by walking them."""
+"""Mazes, checked by a search from the start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from open_mythos.tasks.maze import Maze
 
 
 def walk(grid: list[str]) -> set[tuple[int, int]]:
-    """The cells that a walker who tries every step comes to."""
+    """The cells that can be reached from the start."""
     todo = [(y, x) for y, row in enumerate(grid) for x, cell in enumerate(row) if cell == "S"]
     assert len(todo) == 1
     seen = set(todo)
@@ -26,7 +26,7 @@ def walk(grid: list[str]) -> set[tuple[int, int]]:
 
 
 @given(side=st.integers(3, 12), seed=st.integers(0, 999))
-def test_answers_are_what_a_walker_finds(side: int, seed: int) -> None:
+def test_targets_are_the_reachable_cells(side: int, seed: int) -> None:
     task = Maze()
     ids, targets, _ = task.batch(3, side, torch.Generator().manual_seed(seed))
     half = side * (side + 1)
@@ -42,7 +42,7 @@ def test_answers_are_what_a_walker_finds(side: int, seed: int) -> None:
             assert answers[half + y * (side + 1) + side] == UNSCORED
 
 
-def test_both_answers_are_common() -> None:
+def test_reached_and_unreached_cells_are_both_common() -> None:
     task = Maze()
     _, targets, _ = task.batch(500, 10, torch.Generator().manual_seed(0))
     counts = targets[targets != UNSCORED].bincount(minlength=task.vocab_size).float()

@@ -29,7 +29,7 @@ def solutions(cells: list[int]) -> list[list[int]]:
 
 
 @given(blanks=st.integers(1, 12), seed=st.integers(0, 999))
-def test_there_is_one_solution_and_it_is_the_answer(blanks: int, seed: int) -> None:
+def test_each_puzzle_has_one_solution_which_is_the_target(blanks: int, seed: int) -> None:
     ids, targets, _ = MiniSudoku().batch(4, blanks, torch.Generator().manual_seed(seed))
     for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
         cells, marks = row[:16], row[16:]
@@ -38,5 +38,5 @@ def test_there_is_one_solution_and_it_is_the_answer(blanks: int, seed: int) -> N
         assert solutions(cells) == [wanted[16:]]
 
 
-def test_all_grids_are_all_grids() -> None:
+def test_all_grids_are_the_solutions_of_an_empty_grid() -> None:
     assert sorted(all_grids().tolist()) == solutions([BLANK] * 16)

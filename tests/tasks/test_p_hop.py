@@ -12,7 +12,7 @@ from open_mythos.tasks.p_hop import PHop
 
 
 @given(st.data())
-def test_every_mark_is_one_hop_on(data: st.DataObject) -> None:
+def test_each_question_mark_is_answered_one_hop_further(data: st.DataObject) -> None:
     symbols = data.draw(st.integers(3, 40))
     hops = data.draw(st.integers(1, symbols - 1))
     questions = data.draw(st.integers(1, min(4, symbols)))
@@ -40,14 +40,14 @@ def test_every_mark_is_one_hop_on(data: st.DataObject) -> None:
             assert len(set(seen)) == hops + 1, "one cycle holds all symbols"
 
 
-def test_starts_and_orders_are_uniform() -> None:
+def test_starts_and_the_order_of_pairs_are_uniform() -> None:
     ids, _, _ = PHop(symbols=4).batch(8000, 1, torch.Generator().manual_seed(0))
     keys, start = ids[:, :8:2] - 4, ids[:, 8]
     for column in (keys[:, 0], keys[:, 1], start):
         assert (column.bincount(minlength=5)[1:] / 8000 - 0.25).abs().max() < 0.02
-    assert ((keys[:, 0] == start).float().mean() - 0.25).abs() < 0.02, "the start may be any pair's"
+    assert ((keys[:, 0] == start).float().mean() - 0.25).abs() < 0.02, "the start may be the key of any pair"
 
 
-def test_there_are_no_more_questions_than_starts() -> None:
+def test_more_questions_than_starts_are_refused() -> None:
     with pytest.raises(ValueError, match="questions=5, but there are only 4 starts"):
         PHop(symbols=4, questions=5)

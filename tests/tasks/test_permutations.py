@@ -1,4 +1,4 @@
-"""Products of permutations, checked by moving things about."""
+"""Products of permutations, checked by moving items."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_targets_are_the_running_products(size: int, generators: str, length: in
             assert task.vocab[answer] == "".join(places.values())
 
 
-def test_the_first_is_applied_first() -> None:
+def test_the_first_permutation_is_applied_first() -> None:
     """Two swaps that do not commute: 1 goes to 2 and on to 3."""
     task = Permutations(size=3, generators="adjacent")
     first, then = task.vocab.index("213"), task.vocab.index("132")
@@ -34,7 +34,7 @@ def test_the_first_is_applied_first() -> None:
     assert task.vocab[targets[row, 1]] == "312"
 
 
-def test_what_is_drawn() -> None:
+def test_only_the_chosen_generators_are_drawn() -> None:
     for generators, count in zip(GENERATORS, (120, 10, 4), strict=True):
         task = Permutations(generators=generators)
         drawn = {task.vocab[i] for i in task.batch(100, 40, torch.Generator().manual_seed(0)).ids.flatten().tolist()}

@@ -1,4 +1,4 @@
-"""Generators of reasoning-gym as tasks, in bytes, judged by their own scorers."""
+"""Generators of reasoning-gym as tasks in bytes, scored by reasoning-gym."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_answer_is_asked_byte_by_byte_after_the_question() -> None:
+def test_targets_are_the_bytes_of_the_answer_after_the_question() -> None:
     task = ReasoningGym(generator="chain_sum", difficulty_knob="terms")
     entries = task.entries(5, 4, seeded())
     ids, targets, valid = task.batch(5, 4, seeded())
@@ -34,7 +34,7 @@ def test_the_answer_is_asked_byte_by_byte_after_the_question() -> None:
         assert asked == "" and eval(shown) == int(entry["answer"])
 
 
-def test_difficulty_sets_least_and_greatest_of_the_knob() -> None:
+def test_difficulty_sets_minimum_and_maximum_of_the_knob() -> None:
     task = ReasoningGym(generator="chain_sum", difficulty_knob="terms", settings={"min_digits": 2, "max_digits": 2})
     for terms in (2, 5):
         for entry in task.entries(4, terms, seeded()):
@@ -43,7 +43,7 @@ def test_difficulty_sets_least_and_greatest_of_the_knob() -> None:
 
 
 @pytest.mark.parametrize("generator", ["chain_sum", "list_functions", "spell_backward"])
-def test_a_seed_repeats_whatever_the_generator_draws_from(generator: str) -> None:
+def test_a_seed_reproduces_problems_of_generators_that_use_pythons_random(generator: str) -> None:
     task = ReasoningGym(generator=generator, max_tokens=2000)
     difficulty = task.most or 4
     random.seed(1)
@@ -51,26 +51,26 @@ def test_a_seed_repeats_whatever_the_generator_draws_from(generator: str) -> Non
     random.seed(2)
     state = random.getstate()
     assert torch.equal(first.ids, task.batch(3, difficulty, seeded()).ids)
-    assert random.getstate() == state, "Python's own random numbers are left alone"
+    assert random.getstate() == state, "Python's random state is unchanged"
     assert first.ids.shape != (other := task.batch(3, difficulty, seeded(1)).ids).shape or not torch.equal(
         first.ids, other
     )
 
 
-def test_reasoning_gym_judges_the_texts_that_tokens_say() -> None:
-    """In countdown many expressions are right, and only its own scorer knows them."""
+def test_decoded_answers_are_scored_by_reasoning_gym() -> None:
+    """In countdown many expressions are correct, and only reasoning-gym's scorer recognises them."""
     task = ReasoningGym(generator="countdown", difficulty_knob="numbers", max_tokens=1000)
     entries = task.entries(3, 4, seeded())
     _, targets, _ = task.encode(entries)
-    said = task.texts(targets, targets)
-    assert said == [entry["answer"] for entry in entries]
-    assert task.score_text(said, entries).tolist() == [1, 1, 1]
-    another_way = f"({said[0]}) + 0 * 1"
-    scores = task.score_text([f"({said[0]})", "1", another_way], entries)
+    answers = task.texts(targets, targets)
+    assert answers == [entry["answer"] for entry in entries]
+    assert task.score_text(answers, entries).tolist() == [1, 1, 1]
+    another_way = f"({answers[0]}) + 0 * 1"
+    scores = task.score_text([f"({answers[0]})", "1", another_way], entries)
     assert scores[0] == 1 and scores[1:].max() < 1
 
 
-def test_texts_stop_at_the_first_end() -> None:
+def test_decoded_texts_stop_at_the_first_end_token() -> None:
     targets = torch.tensor([[UNSCORED, 50, 51, 52, END, UNSCORED]])
     answers = torch.tensor([[99, 50, END, 52, END, 99]])
     assert ReasoningGym().texts(answers, targets) == ["1"]
@@ -86,26 +86,26 @@ def test_texts_stop_at_the_first_end() -> None:
         ({"generator": "syllogism", "difficulty_knob": "terms"}, "syllogism has no knob 'terms'"),
     ],
 )
-def test_unknown_names(options: dict[str, Any], message: str) -> None:
+def test_unknown_generators_knobs_and_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         tasks.load("reasoning_gym", **options)
     assert message in str(error.value)
 
 
-def test_the_first_knob_is_the_default_and_is_told() -> None:
+def test_the_first_knob_is_the_default_and_is_in_the_options() -> None:
     task = tasks.load("reasoning_gym")
     assert task.unit == "terms" and task.to_dict()["difficulty_knob"] == "terms"
-    assert tasks.load("reasoning_gym", generator="syllogism").most == 1, "it has no numbers to set"
+    assert tasks.load("reasoning_gym", generator="syllogism").most == 1, "it has no numeric settings"
 
 
-def test_problems_there_are_none_of() -> None:
+def test_difficulties_and_lengths_without_problems_are_refused() -> None:
     with pytest.raises(ValueError, match=r"fails at difficulty=1, .*min_numbers must be greater than 1"):
         ReasoningGym(generator="countdown").batch(2, 1)
     with pytest.raises(ValueError, match=r"0 of 40 chain_sum problems .* into max_tokens=20; raise that"):
         ReasoningGym(max_tokens=20).batch(2, 2)
 
 
-def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_reasoning_gym_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
     with pytest.raises(ImportError, match=r'pip install "\.\[tasks\]"'):
         tasks.load("reasoning_gym")

@@ -1,4 +1,4 @@
-"""Programs in words: what their lines say is what the targets are, and the test never saw any of them."""
+"""Programs in words: targets follow from executing the lines, of which none is both in training and held out."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def problems(n=16, difficulty=3, seed=0, **options):
 
 
 def executed(kind, words, holds, depth, modulus) -> str:
-    """Run a line; the register that its end tells of."""
+    """Execute a line; the register whose value is the target at the end of the line."""
     to, other, limit, new = words
     operand = holds.get(other, int(other) if other and other.isdigit() else None)
     needs = [other] if kind is SET else [to, other]
     after = 1 + max((depth[register] for register in needs if register in holds), default=-1)
-    if kind is IF:  # first whether it is so
+    if kind is IF:  # the condition is known first
         after = max(after, depth[other] + 2)
     if kind is SWAP:
         holds[to], holds[other] = holds[other], holds[to]
@@ -49,7 +49,7 @@ def executed(kind, words, holds, depth, modulus) -> str:
         (6, {"letters": 5}), (32, {"split": "held_out", "registers": 4}),
     ],
 )  # fmt: skip
-def test_targets_and_steps_are_what_the_lines_do(difficulty, options):
+def test_targets_and_steps_follow_from_executing_the_lines(difficulty, options):
     task, batch = problems(12, difficulty, **options)
     assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
     assert batch.ids.shape[1] <= task.length(difficulty)
@@ -57,39 +57,39 @@ def test_targets_and_steps_are_what_the_lines_do(difficulty, options):
         holds, depth, start = {}, {}, 0
         expected = torch.full_like(steps, UNSCORED)
 
-        def tell(place, register, holds, loops, expected=expected):
-            """Which register it is, and after so many loops what it holds."""
+        def expect(place, register, holds, loops, expected=expected):
+            """The register's name, and from loop ``loops`` on its value."""
             expected[place] = encode(register)[0]
             expected[place, loops:] = encode(str(holds[register]))[0]
 
         ends = [place for place, word in enumerate(ids.tolist()) if word in encode(". ?")]
         for line, end in enumerate(ends):
-            told = [task.vocab[word] for word in ids[start : end + 1]]
-            kind, _, words = read(" ".join(told))
+            line_words = [task.vocab[word] for word in ids[start : end + 1]]
+            kind, _, words = read(" ".join(line_words))
             if kind is IF:
                 _, other, limit, _ = words
-                place = start + told.index("than") + 1
+                place = start + line_words.index("than") + 1
                 expected[place] = encode(other)[0]
                 expected[place, depth[other] + 2 :] = encode("so" if holds[other] > int(limit) else "not")[0]
-            for place, word in enumerate(told, start):
+            for place, word in enumerate(line_words, start):
                 if word in holds:
-                    tell(place, word, holds, depth[word] + 2)
+                    expect(place, word, holds, depth[word] + 2)
             if kind is ASKS:
-                tell(end, words[0], holds, depth[words[0]] + 2)
+                expect(end, words[0], holds, depth[words[0]] + 2)
                 assert targets[end] == encode(str(holds[words[0]]))[0]
             else:
                 assert line >= task.registers or (kind is SET and words[1].isdigit())
                 to = executed(kind, words, holds, depth, task.modulus)
-                tell(end, to, holds, depth[to] + 1)
+                expect(end, to, holds, depth[to] + 1)
                 if kind is SWAP:
-                    tell(start + told.index("swap"), words[1], holds, depth[to] + 1)
+                    expect(start + line_words.index("swap"), words[1], holds, depth[to] + 1)
             start = end + 1
         assert set(holds) <= set(REGISTERS[: task.letters]) and len(holds) == task.registers
         assert len(ends) == task.registers + difficulty + 1
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
 
 
-def test_nothing_of_the_test_was_in_training():
+def test_held_out_programs_share_nothing_with_training():
     seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
     for split, (pairs, uses, texts) in seen.items():
         for seed in range(4):
@@ -108,20 +108,20 @@ def test_nothing_of_the_test_was_in_training():
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("difficulty", [6, 12])
-def test_no_number_can_be_guessed_from_the_words(split, difficulty):
-    """The most frequent number, the last, one for all, and what the register that is asked for was set to at first or
-    last named with: chance is .143."""
+def test_answers_cannot_be_guessed_from_the_numbers_in_a_program(split, difficulty):
+    """Guesses: the most frequent number, the last, a constant, the number that the register asked for was first set to,
+    and the last in a line about it. Chance is .143."""
     right, asked_for, n = Counter(), Counter(), 0
     for seed in range(2):
         task, batch = problems(200, difficulty, seed, split=split)
         for ids, targets in zip(batch.ids, batch.targets, strict=True):
-            answer, told = task.vocab[targets.max()], sentences(task, ids)
+            answer, lines = task.vocab[targets.max()], sentences(task, ids)
             numbers = [word for word in task.render(ids.tolist()).split() if word.isdigit()]
-            asked = read(told[-1])[2][0]
-            with_it = [words for _, _, words in map(read, told[:-1]) if words[0] == asked]
+            asked = read(lines[-1])[2][0]
+            about_it = [words for _, _, words in map(read, lines[:-1]) if words[0] == asked]
             guesses = {
                 "most": Counter(numbers).most_common(1)[0][0], "last": numbers[-1], "constant": "0",
-                "start": with_it[0][1], "with": [w for words in with_it for w in words if w and w.isdigit()][-1],
+                "start": about_it[0][1], "with": [w for words in about_it for w in words if w and w.isdigit()][-1],
             }  # fmt: skip
             n += 1
             asked_for[asked] += 1
@@ -130,18 +130,18 @@ def test_no_number_can_be_guessed_from_the_words(split, difficulty):
     assert max(asked_for.values()) < 0.3 * n
 
 
-def test_programs_grow_with_their_size():
-    """At first no number changes, then few numbers do and no line calculates with what another calculated, then all
-    do; what was written is handed on from the start."""
+def test_programs_get_harder_with_their_size():
+    """At first no number changes, then few numbers do and no line uses a computed value, at full size all lines may;
+    values are copied between registers at every size."""
     task = tasks.load("registers", lines=24)
     assert [task.sized(size).most for size in (0, 0.5, 1)] == [12, 18, 24]
-    kinds, said, used, handed_on = {}, {}, {}, {}
+    kinds, numbers, computed_used, copied = {}, {}, {}, {}
     for size in (0.0, 0.16, 0.28, 1.0):
         batch = task.sized(size).batch(32, 6, torch.Generator().manual_seed(0))
         programs = [[read(sentence) for sentence in sentences(task, ids)] for ids in batch.ids]
         kinds[size] = {kind for program in programs for kind, *_ in program}
-        said[size] = {word for word in task.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
-        used[size] = handed_on[size] = False
+        numbers[size] = {word for word in task.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
+        computed_used[size] = copied[size] = False
         for program in programs:
             holds, depth, calculated = {}, {}, {}
             for kind, _, words in program[:-1]:
@@ -151,16 +151,16 @@ def test_programs_grow_with_their_size():
                 before = {word: depth[word] for word in reads}
                 executed(kind, words, holds, depth, task.modulus)
                 if kind in (SET, SWAP):
-                    handed_on[size] |= any(before[word] > 0 for word in reads)
+                    copied[size] |= any(before[word] > 0 for word in reads)
                 else:
-                    used[size] |= read_any
+                    computed_used[size] |= read_any
                 if kind is SWAP:
                     calculated[to], calculated[other] = calculated[other], calculated[to]
                 else:
                     calculated[to] = kind is not SET or read_any
     assert kinds[0.0] == {SET, SWAP, ASKS} and all(len(kinds[size]) == 6 for size in (0.16, 0.28, 1.0))
-    assert list(used.values()) == [False, False, False, True] and all(handed_on.values())
-    assert said[0.16] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
+    assert list(computed_used.values()) == [False, False, False, True] and all(copied.values())
+    assert numbers[0.16] == {"0", "1", "2"} and numbers[0.0] == numbers[1.0] == set("0123456")
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -171,12 +171,12 @@ def test_programs_grow_with_their_size():
     ({"lines": 0}, "lines=0 is too small"),
     ({"split": "test"}, "split='test'"),
 ])  # fmt: skip
-def test_options_that_cannot_be_say_what_can(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tasks.load("registers", **options)
 
 
 @pytest.mark.parametrize("difficulty", [0, 33])
-def test_lines_that_cannot_be_are_refused(difficulty):
+def test_an_invalid_number_of_lines_is_refused(difficulty):
     with pytest.raises(ValueError, match=rf"difficulty={difficulty}; registers counts lines, from 1 to 32"):
         problems(2, difficulty)

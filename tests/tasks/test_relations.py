@@ -1,4 +1,4 @@
-"""Questions over people and relations: what the facts say is what the targets are, and the test never saw any of it."""
+"""Questions over people and relations: targets follow from the facts; no sentence is both in training and held out."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def problems(n=16, difficulty=3, **options):
 
 
 def question(sentence: str) -> tuple[str, str, list[str]]:
-    """Pattern, person and path."""
+    """Pattern, person and path of relations."""
     (asks,) = (pattern for pattern in ASKS.patterns if sentence.startswith(pattern.removesuffix("{0}")))
     name, *path = sentence.removeprefix(asks.removesuffix("{0}")).removesuffix(" ?").split(" 's ")
     return asks, name, path
 
 
 def learned(task) -> dict[tuple[str, str], str]:
-    """The facts behind questions of one hop, all of them."""
+    """All memorised facts, as asked by questions of one hop."""
     facts = {}
     for seed in range(6):
         batch = task.batch(200, 1, torch.Generator().manual_seed(seed))
@@ -49,19 +49,19 @@ def learned(task) -> dict[tuple[str, str], str]:
         (3, {"facts": "weights"}), (6, {"facts": "weights", "split": "held_out", "people": 20, "seed": 4}),
     ],
 )  # fmt: skip
-def test_targets_and_steps_are_what_the_facts_say(difficulty, options):
+def test_targets_and_steps_follow_from_the_facts(difficulty, options):
     task, batch = problems(12, difficulty, **options)
-    from_memory = learned(tasks.load("relations", **options)) if task.facts == "weights" else None
-    if from_memory:
-        assert len(from_memory) == task.people * task.relations
-        assert len({who for (_, which), who in from_memory.items() if which == "boss"}) == task.people
+    memorised = learned(tasks.load("relations", **options)) if task.facts == "weights" else None
+    if memorised:
+        assert len(memorised) == task.people * task.relations
+        assert len({who for (_, which), who in memorised.items() if which == "boss"}) == task.people
     assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
     assert batch.ids.shape[1] <= task.length(difficulty)
     for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
-        facts, asked_for, told = from_memory or {}, list[str](), sentences(task, ids)
+        facts, asked_for, prompt = memorised or {}, list[str](), sentences(task, ids)
         expected = torch.full_like(steps, UNSCORED)
         stops, ends = ((ids == encode(mark)[0]).nonzero().flatten().tolist() for mark in (".", "?"))
-        for sentence in told:
+        for sentence in prompt:
             if sentence.endswith("."):
                 _, _, (name, who, which, _) = read(sentence)
                 assert (name, which) not in facts and name != who
@@ -84,8 +84,8 @@ def test_targets_and_steps_are_what_the_facts_say(difficulty, options):
             assert len(path) == 1 or all(one != other for one, other in zip(way, way[2:], strict=False))
             asked_for.append(name)
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == len(asked_for)
-        if from_memory:
-            assert len(told) == 1
+        if memorised:
+            assert len(prompt) == 1
             continue
         people = {name for name, _ in facts}
         assert len(asked_for) == 4 and len(set(asked_for)) == min(4, len(people))
@@ -95,19 +95,19 @@ def test_targets_and_steps_are_what_the_facts_say(difficulty, options):
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [(0.0, 20, 40), (1.0, 48, 60)])
-def test_in_half_of_the_smallest_prompts_of_training_the_person_or_nearly_the_relation_decides(size, low, high):
+def test_in_half_of_the_smallest_prompts_person_or_relation_alone_decides(size, low, high):
     task, seen = tasks.load("relations").sized(size), Counter()
     for seed in range(60):
         ids = task.batch(1, 3, torch.Generator().manual_seed(seed)).ids[0]
-        told = sentences(task, ids)
-        facts = [read(sentence)[2] for sentence in told if sentence.endswith(".")]
+        prompt = sentences(task, ids)
+        facts = [read(sentence)[2] for sentence in prompt if sentence.endswith(".")]
         people, which = {name for name, *_ in facts}, {which for _, _, which, _ in facts}
         seen[min(len(people), 3), min(len(which), 4)] += 1
-        assert (len(question(told[-1])[2]) == 3) == (len(people) > 2 and len(which) == 3)
+        assert (len(question(prompt[-1])[2]) == 3) == (len(people) > 2 and len(which) == 3)
     assert set(seen) == {(3, 1), (2, 4), (3, 3)} and low < seen[3, 3] < high
 
 
-def test_nothing_of_the_test_was_in_training():
+def test_held_out_problems_share_nothing_with_training():
     seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
     for split, (pairs, uses, texts) in seen.items():
         for difficulty in (1, 2, 4):
@@ -126,7 +126,7 @@ def test_nothing_of_the_test_was_in_training():
 
 
 @pytest.mark.parametrize("hops", [2, 4])
-def test_paths_of_two_hops_from_memory_are_held_out(hops):
+def test_longer_paths_over_memorised_facts_are_held_out(hops):
     paths = []
     for split in ("train", "held_out"):
         task, batch = problems(400, hops, facts="weights", split=split, people=16)
@@ -136,17 +136,17 @@ def test_paths_of_two_hops_from_memory_are_held_out(hops):
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("hops", [2, 3])
-def test_no_name_can_be_guessed_from_the_words(split, hops):
-    """The one said most often, the last one, the one who is asked about, the person's own facts, those of the last
-    relation: among ten people."""
+def test_answers_cannot_be_guessed_from_the_names_in_a_prompt(split, hops):
+    """Guesses: the most frequent name, the last one, the one in the question, a fact of that person, and those with the
+    last relation of the path, among ten people."""
     right, shares, n = Counter(), [], 0
     task, batch = problems(100, hops, split=split, min_sentences=30)
     for ids, targets in zip(batch.ids, batch.targets, strict=True):
-        told = sentences(task, ids)
-        facts = [read(sentence)[2][:3] for sentence in told if sentence.endswith(".")]
+        prompt = sentences(task, ids)
+        facts = [read(sentence)[2][:3] for sentence in prompt if sentence.endswith(".")]
         objects = Counter(who for _, who, _ in facts)
         answers = [task.vocab[i] for i in targets if i != UNSCORED]
-        asked = [question(sentence)[1:] for sentence in told if sentence.endswith("?")]
+        asked = [question(sentence)[1:] for sentence in prompt if sentence.endswith("?")]
         for answer, (name, path) in zip(answers, asked, strict=True):
             guesses = {
                 "most": objects.most_common(1)[0][0], "last": facts[-1][1], "asked": name,
@@ -159,17 +159,17 @@ def test_no_name_can_be_guessed_from_the_words(split, hops):
         steps = [next(who for whose, who, which in facts if (whose, which) == (name, path[0])) for name, path in asked]
         shares.append(Counter(steps).most_common(1)[0][1] / len(steps))
     assert max(right.values()) < 0.25 * n, right
-    assert sum(shares) / len(shares) < 0.5  # of four questions, at most two lead to the same next person, mostly
+    assert sum(shares) / len(shares) < 0.5  # mostly at most two of four questions lead to the same next person
 
 
-def test_prompts_have_as_many_facts_as_was_said():
+def test_prompts_have_the_requested_number_of_facts():
     task = tasks.load("relations", sentences=24, min_sentences=18)
     batches = [task.batch(1, 2, torch.Generator().manual_seed(seed)) for seed in range(20)]
     counts = {task.render(batch.ids[0].tolist()).count(".") for batch in batches}
     assert {18, 21, 24} <= counts <= set(range(18, 25))
     assert task.render(task.held_out().batch(1, 2).ids[0].tolist()).count(".") == 24
     assert task.sized(0).sentences == 18 and task.sized(1).sentences == 24
-    small, grown = (tasks.load("relations").sized(size) for size in (0.12, 0.16))  # 4 people, and then 6 at least
+    small, grown = (tasks.load("relations").sized(size) for size in (0.12, 0.16))  # 4 people, then at least 6
     assert (small.min_sentences, small.sentences, grown.min_sentences) == (12, 14, 18)
     assert tasks.load("relations", sentences=15).sized(1).sentences == 15
 
@@ -184,19 +184,19 @@ def test_prompts_have_as_many_facts_as_was_said():
     ({"facts": "memory"}, "facts='memory'"),
     ({"split": "test"}, "split='test'"),
 ])  # fmt: skip
-def test_options_that_cannot_be_say_what_can(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tasks.load("relations", **options)
 
 
-def test_less_than_a_hop_is_refused():
+def test_fewer_than_one_hop_are_refused():
     with pytest.raises(ValueError, match=r"difficulty=0; relations counts hops, from 1 up"):
         problems(2, 0)
 
 
-def test_as_many_facts_as_names_allow():
-    """Of one relation each there are no more than there are names, whatever others have."""
-    task = tasks.load("relations", sentences=180, min_sentences=180).sized(0)  # of which many are so
+def test_the_number_of_facts_is_limited_by_the_names():
+    """With one relation each, facts are as many as people, of whom there are no more than names."""
+    task = tasks.load("relations", sentences=180, min_sentences=180).sized(0)  # many have one relation each
     generator = torch.Generator().manual_seed(0)
     facts = {task.render(task.batch(1, 1, generator).ids[0].tolist()).count(".") for _ in range(24)}
     assert facts > {180}, "some have fewer"

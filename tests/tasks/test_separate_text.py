@@ -1,4 +1,4 @@
-"""Text of separate documents: tokens on disk, rows of them, and who gets which."""
+"""Text of separate documents: tokens on disk, rows of tokens, and which process gets which row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Text:
 
 
 def expected_rows(task: Text, length: int) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Rows as a person would make them: an end before, between and behind documents; cut; the last filled up."""
+    """Rows made in the obvious way: end tokens before, between and after documents; split; the last row padded."""
     stream = [0]
     for document in DOCUMENTS:
         if held_out(document) == (task.split == "held_out"):
@@ -60,13 +60,13 @@ def found_rows(batches: list[Batch]) -> Counter[tuple[tuple[int, ...], tuple[int
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("length", [1, 7, 16, 5000])
-def test_every_token_is_a_target_once_in_every_turn(task: Text, split: str, length: int) -> None:
+def test_every_token_is_a_target_once_per_epoch(task: Text, split: str, length: int) -> None:
     task = Text(source=task.source, separate=True, split=split)
     n = task.n_rows(length)
-    turns = [task.rows(range(turn * n, (turn + 1) * n), length, seed=3) for turn in range(2)]
-    for turn in turns:
-        assert found_rows([turn]) == expected_rows(task, length)
-    assert n < 9 or not torch.equal(turns[0].ids, turns[1].ids), "another order"
+    epochs = [task.rows(range(epoch * n, (epoch + 1) * n), length, seed=3) for epoch in range(2)]
+    for epoch in epochs:
+        assert found_rows([epoch]) == expected_rows(task, length)
+    assert n < 9 or not torch.equal(epochs[0].ids, epochs[1].ids), "another order in the second epoch"
 
 
 def test_documents_are_numbered_and_padding_is_zero(task: Text) -> None:
@@ -76,7 +76,7 @@ def test_documents_are_numbered_and_padding_is_zero(task: Text) -> None:
         real = numbers > 0
         steps = numbers[real].diff()
         assert ((steps == 0) | (steps == 1)).all()
-        assert torch.equal(steps == 1, row[real][1:] == 0), "an end belongs to the document that it stands before"
+        assert torch.equal(steps == 1, row[real][1:] == 0), "an end token belongs to the document after it"
     assert task.vocab[0] == "<eos>" and task.eos == 0 and task.vocab_size == 257
 
 
@@ -85,7 +85,7 @@ def test_documents_are_numbered_and_padding_is_zero(task: Text) -> None:
     seed=st.integers(0, 3),
 )  # fmt: skip
 @settings(max_examples=12)
-def test_shares_of_processes_and_workers_make_the_whole(
+def test_ranks_and_workers_together_read_every_row_equally_often(
     task: Text, length: int, batch_size: int, world_size: int, n_workers: int, seed: int
 ) -> None:
     n = task.n_rows(length)
@@ -101,7 +101,7 @@ def test_shares_of_processes_and_workers_make_the_whole(
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_loader_gives_the_same_batches_for_any_number_of_workers(task: Text, world_size: int) -> None:
+def test_a_data_loader_gives_the_same_batches_for_any_number_of_workers(task: Text, world_size: int) -> None:
     for rank in range(world_size):
         rows = Rows(task, 16, 6, rank=rank, world_size=world_size, first=2, last=9)
         plain = list(rows)
@@ -117,14 +117,14 @@ def test_a_loader_gives_the_same_batches_for_any_number_of_workers(task: Text, w
         Rows(task, 16, 6, rank=3, world_size=3)
 
 
-def test_evaluation_windows_do_not_score_ends(task: Text) -> None:
+def test_evaluation_windows_do_not_score_end_tokens(task: Text) -> None:
     held = Text(source=task.source, separate=True, split="held_out")
     ids, targets, valid = held.windows(40, 5)
     assert valid is not None and (ids == 0).any() and not (targets == 0).any()
     assert int(held.bytes_of(targets[targets != UNSCORED]).sum()) == int((targets != UNSCORED).sum())
 
 
-def test_rows_stay_numbered_when_they_are_padded(task: Text) -> None:
+def test_padding_keeps_document_numbers(task: Text) -> None:
     rows = task.rows(range(2), 16)
     padded = pad([rows, Batch(torch.ones(1, 20, dtype=torch.int64), torch.ones(1, 20, dtype=torch.int64))])
     assert padded.valid is not None and rows.valid is not None
@@ -135,21 +135,21 @@ def test_rows_stay_numbered_when_they_are_padded(task: Text) -> None:
 # -- tokens on disk
 
 
-def test_tokens_are_made_once_and_again_when_the_text_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_cached_until_the_text_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "corpus", DOCUMENTS)
     first = tokenised(source, "bytes", 0)
     train, held = (sum(held_out(document) == side for document in DOCUMENTS) for side in (False, True))
     assert (first.parts["train"].documents, first.parts["held_out"].documents) == (train, held)
     assert sum(part.bytes for part in first.parts.values()) == sum(len(text.encode()) for text in DOCUMENTS)
     monkeypatch.setattr(corpus, "stream", pytest.fail)
-    assert tokenised(source, "bytes", 0).parts == first.parts, "from disk"
+    assert tokenised(source, "bytes", 0).parts == first.parts, "read from disk"
     monkeypatch.undo()
     (tmp_path / "corpus/000.txt").write_text("something else, and longer than what was there before")
     assert tokenised(source, "bytes", 0).parts["train"].crc32 != first.parts["train"].crc32
     assert not list(Path(os.environ["OPEN_MYTHOS_CACHE"], "text").glob("making-*"))
 
 
-def test_byte_pairs_of_separate_documents_and_their_folder(tmp_path: Path) -> None:
+def test_a_saved_byte_pair_tokenizer_gives_the_same_tokens(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     task = Text(source=write(tmp_path / "corpus", DOCUMENTS), tokenizer="bpe:300", separate=True)
     (tmp_path / "kept").mkdir()
@@ -159,10 +159,10 @@ def test_byte_pairs_of_separate_documents_and_their_folder(tmp_path: Path) -> No
     ends = task.tokens[:] == 0
     assert int(ends.sum()) == 1 + task.store.parts["train"].documents  # type: ignore[union-attr]
     wanted = "".join(document for document in DOCUMENTS if not held_out(document))
-    assert task.decode(task.tokens) == wanted, "and '<eos>' in a text is text"
+    assert task.decode(task.tokens) == wanted, "'<eos>' in a text is text"
 
 
-def test_few_documents_still_have_one_held_out(tmp_path: Path) -> None:
+def test_of_few_documents_one_is_still_held_out(tmp_path: Path) -> None:
     texts = [f"{i}" for i in range(50) if not held_out(f"{i}")][:2]
     source = write(tmp_path / "two", texts)
     task = Text(source=source, separate=True)
@@ -172,14 +172,14 @@ def test_few_documents_still_have_one_held_out(tmp_path: Path) -> None:
         Text(source=write(tmp_path / "one", texts[:1]), separate=True)
 
 
-def test_a_tokenizer_that_ends_no_document(tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     Tokenizer(ends=False).save(tmp_path)
     with pytest.raises(ValueError, match="has no token that ends documents"):
         Text(source=write(tmp_path / "corpus", DOCUMENTS), tokenizer=str(tmp_path), separate=True)
 
 
-def test_a_dataset_is_streamed_from_a_folder(tmp_path: Path) -> None:
-    """By the real package: what a hub name does, from local JSON lines."""
+def test_a_hugging_face_dataset_is_streamed_from_a_local_folder(tmp_path: Path) -> None:
+    """With the real ``datasets`` package, from local JSON lines instead of a hub name."""
     pytest.importorskip("datasets")
     (tmp_path / "rows").mkdir()
     lines = [json.dumps({"text": document, "id": i}) for i, document in enumerate(DOCUMENTS)]

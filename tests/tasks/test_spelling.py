@@ -1,4 +1,4 @@
-"""Problems in words in the tokens of a pretrained model: the same problems, and the text that they are."""
+"""Tasks in words with the tokenizer of a pretrained model: the same problems, spelled as text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ["assignments", "word_problems", "relations", "registers", "words"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A byte-level tokenizer that has read some of the words, so that names are one token or several."""
+    """A byte-level tokenizer trained on some of the words, so that names are one token or several."""
     made = tmp_path_factory.mktemp("tokenizer")
     read = [*[word for word in VOCABULARY[2:] if word not in NAMES[60:]] * 3, *NAMES[60:]]
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -37,12 +37,12 @@ def drawn(task: tasks.Task, n: int = 6, difficulty: int = 2) -> tasks.Batch:
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_are_the_text_of_the_same_problems(kind: str, split: str, folder: str) -> None:
+def test_spelled_problems_are_the_text_of_the_problems_in_words(kind: str, split: str, folder: str) -> None:
     words, spelled = tasks.load(kind, split=split), tasks.load(kind, split=split, tokenizer=folder)
     before, after, reads = drawn(words), drawn(spelled), spelled.spelling.tokenizer
     as_text = WordLevel(VOCABULARY)
     for row, ids in zip(before.ids.tolist(), after.ids.tolist(), strict=True):
-        row = row[: len(row) - row[::-1].index(ID["?"])]  # without the answer that ends, where words are tokens
+        row = row[: len(row) - row[::-1].index(ID["?"])]  # without the final answer, which spelled problems lack
         text = spelled.render(ids)
         assert reads.encode([text]).tolist() == [i for i in ids if i]
         assert text.lower() == as_text.decode(row).lower() and text[0].isupper()
@@ -51,17 +51,17 @@ def test_they_are_the_text_of_the_same_problems(kind: str, split: str, folder: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_asked_for_after_a_word_is_asked_for_after_its_last_token(kind: str, folder: str) -> None:
+def test_targets_at_a_word_are_at_its_last_token(kind: str, folder: str) -> None:
     words, spelled = tasks.load(kind, split="held_out"), tasks.load(kind, split="held_out", tokenizer=folder)
     before, after = drawn(words), drawn(spelled)
     for i in range(len(before.ids)):
         ends = [j for j, word in enumerate(before.ids[i].tolist()) if word and before.targets[i, j] != UNSCORED]
         places = (after.targets[i] != UNSCORED).nonzero().flatten().tolist()
-        told = [j for j in ends if spelled.spelling.answers[before.targets[i, j]] != UNSCORED]
-        assert len(places) == len(told)
-        for j, place in zip(told, places, strict=True):
-            said = "".join(spelled.vocab[k] for k in after.ids[i, : place + 1].tolist() if k)
-            assert said.lower() == WordLevel(VOCABULARY).decode(before.ids[i, : j + 1].tolist()).lower()
+        answered = [j for j in ends if spelled.spelling.answers[before.targets[i, j]] != UNSCORED]
+        assert len(places) == len(answered)
+        for j, place in zip(answered, places, strict=True):
+            text = "".join(spelled.vocab[k] for k in after.ids[i, : place + 1].tolist() if k)
+            assert text.lower() == WordLevel(VOCABULARY).decode(before.ids[i, : j + 1].tolist()).lower()
             answer = VOCABULARY[before.targets[i, j]]
             assert spelled.vocab[after.targets[i, place]].strip() in answer
             expected = spelled.spelling.answers[before.steps[i, j].clamp(min=0)]
@@ -69,14 +69,14 @@ def test_what_is_asked_for_after_a_word_is_asked_for_after_its_last_token(kind: 
             assert torch.equal(after.steps[i, place], expected)
 
 
-def test_no_two_answers_are_one_token(folder: str) -> None:
+def test_answers_are_distinct_tokens(folder: str) -> None:
     answers = tasks.load("assignments", tokenizer=folder).spelling.answers
-    told = answers[answers != UNSCORED].tolist()
-    assert len(told) == len(set(told)) > 60
+    ids = answers[answers != UNSCORED].tolist()
+    assert len(ids) == len(set(ids)) > 60
     assert (answers[[VOCABULARY.index(thing) for thing in THINGS]] != UNSCORED).all()
 
 
-def test_numbers_of_two_digits_are_no_answers(folder: str) -> None:
+def test_moduli_above_10_are_refused(folder: str) -> None:
     for kind in ("word_problems", "registers"):
         with pytest.raises(ValueError, match=r"modulus=23, and .* spell numbers by digits; use at most 10"):
             tasks.load(kind, modulus=23, tokenizer=folder)
@@ -84,13 +84,13 @@ def test_numbers_of_two_digits_are_no_answers(folder: str) -> None:
         tasks.load("words", settings={"word_problems": {"modulus": 23}}, tokenizer=folder)
 
 
-def test_the_kinds_of_words_are_spelled_too(folder: str) -> None:
+def test_each_task_of_words_is_spelled(folder: str) -> None:
     kinds = tasks.load("words", tokenizer=folder).by_kind([2])
     assert [part.tokenizer for part, _ in kinds] == [folder] * 4
 
 
-def test_a_tokenizer_that_adds_spaces(tmp_path: Path) -> None:
-    """SentencePiece's, which puts one before every text that it is given, and so before every word."""
+def test_a_tokenizer_that_adds_spaces_is_refused(tmp_path: Path) -> None:
+    """Like SentencePiece, which adds a space before every text that it encodes, and so before every word."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
     space = tokenizers.normalizers
     bpe.normalizer = space.Sequence([space.Prepend("\u2581"), space.Replace(" ", "\u2581")])
@@ -104,7 +104,7 @@ def test_a_tokenizer_that_adds_spaces(tmp_path: Path) -> None:
         drawn(tasks.load("assignments", tokenizer=str(tmp_path)))
 
 
-def test_a_tokenizer_that_has_read_no_english(tmp_path: Path) -> None:
+def test_a_tokenizer_without_tokens_for_the_answers_is_refused(tmp_path: Path) -> None:
     Tokenizer().save(tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer has no token for .* alone; use one that"):
         drawn(tasks.load("assignments", tokenizer=str(tmp_path)))

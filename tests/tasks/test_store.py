@@ -1,4 +1,4 @@
-"""Tokens on disk: shards that are read as one array, that nobody holds, and that are what their index says."""
+"""Tokens on disk: shards that are read as one array, not kept in memory, and verified against their index."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in many small shards."""
+    """The same texts in many small shards."""
     folder = tmp_path_factory.mktemp("made") / "shards"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling, "SHARD", 900)
@@ -50,11 +50,11 @@ def test_shards_are_read_as_one_array(texts: Path, shards: Path) -> None:
         assert np.array_equal(tokens[5:400:3], whole[5:400:3]) and tokens[:0].size == 0
         again = pickle.loads(pickle.dumps(tokens))
         assert np.array_equal(again[:], whole) and len(pickle.dumps(tokens)) < 10_000, (
-            "files travel, not what is in them"
+            "file names are pickled, not their contents"
         )
 
 
-def test_text_is_the_same_from_shards(texts: Path, shards: Path) -> None:
+def test_text_from_shards_has_the_same_rows(texts: Path, shards: Path) -> None:
     one, many = Text(source=str(texts), separate=True), Text(source=str(shards), tokenizer=str(shards), separate=True)
     assert one.fingerprint() == many.fingerprint()
     for mine, other in zip(one.rows(range(90), 24, 1), many.rows(range(90), 24, 1), strict=True):
@@ -63,8 +63,8 @@ def test_text_is_the_same_from_shards(texts: Path, shards: Path) -> None:
         Text(source=str(shards))
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say")
-def test_what_was_read_is_let_go(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
+def test_memory_of_tokens_that_were_read_is_released(tmp_path: Path) -> None:
     n = 1 << 25
     with (tmp_path / "a.bin").open("wb") as file:
         file.truncate(2 * n)
@@ -77,10 +77,10 @@ def test_what_was_read_is_let_go(tmp_path: Path) -> None:
     before = resident()
     for start in range(0, n, 1 << 20):
         tokens[np.arange(start, start + (1 << 20), 2048)]  # a token of every page
-    assert resident() - before < n // 2, "of 64 MB"
+    assert resident() - before < n // 2, "at most half of 64 MB"
 
 
-def changed(**values: object) -> Callable[[Path], None]:
+def set_fields(**values: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text())
         (folder / INDEX).write_text(json.dumps(index | values))
@@ -88,7 +88,7 @@ def changed(**values: object) -> Callable[[Path], None]:
     return change
 
 
-def renamed(name: str) -> Callable[[Path], None]:
+def rename_shard(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text())
         index["train"][1]["file"] = name
@@ -97,43 +97,43 @@ def renamed(name: str) -> Callable[[Path], None]:
     return change
 
 
-def spoilt(folder: Path) -> None:
+def flip_bit(folder: Path) -> None:
     content = bytearray((folder / "train-00002.bin").read_bytes())
     content[100] ^= 1
     (folder / "train-00002.bin").write_bytes(content)
 
 
-def led_out(folder: Path) -> None:
+def link_outside(folder: Path) -> None:
     (folder / "train-00001.bin").rename(folder.parent / "elsewhere.bin")
     (folder / "train-00001.bin").symlink_to(folder.parent / "elsewhere.bin")
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "train-00001.bin").unlink(), "train-00001.bin"),
         (lambda folder: (folder / "train-00001.bin").write_bytes(b"x"), r"train-00001.bin has 1 bytes .* it is torn"),
-        (spoilt, "train-00002.bin is damaged: its checksum is another one"),
-        (led_out, "train-00001.bin is a link out of its folder"),
-        (renamed("../elsewhere.bin"), r"tokens.json names '../elsewhere.bin', which is not a file of its folder"),
-        (renamed("/etc/passwd"), r"tokens.json names '/etc/passwd'"),
+        (flip_bit, "train-00002.bin is damaged: its checksum is another one"),
+        (link_outside, "train-00001.bin is a link out of its folder"),
+        (rename_shard("../elsewhere.bin"), r"tokens.json names '../elsewhere.bin', which is not a file of its folder"),
+        (rename_shard("/etc/passwd"), r"tokens.json names '/etc/passwd'"),
         (lambda folder: Tokenizer(ends=False).save(folder), "tokenizer.json is not the tokenizer of the tokens"),
-        (changed(dtype="uint32"), "tokens.json has eos=0 and dtype='uint32', and its tokenizer others"),
-        (changed(eos=300), "tokens.json has eos=300"),
-        (changed(held_out=3), "tokens.json: held_out is 3; expected a list"),
+        (set_fields(dtype="uint32"), "tokens.json has eos=0 and dtype='uint32', and its tokenizer others"),
+        (set_fields(eos=300), "tokens.json has eos=300"),
+        (set_fields(held_out=3), "tokens.json: held_out is 3; expected a list"),
     ],
 )
-def test_what_is_not_as_it_was_made_is_named(
-    shards: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
+def test_damaged_and_inconsistent_folders_are_refused(
+    shards: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
     damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         Text(source=str(folder), tokenizer=str(folder), separate=True)
 
 
-def test_a_shard_that_is_torn_later(shards: Path, tmp_path: Path) -> None:
+def test_a_shard_truncated_after_opening_is_reported(shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "shards")
     tokens = opened(tmp_path / "shards").tokens["train"]
     (tmp_path / "shards/train-00000.bin").write_bytes(b"")
@@ -141,13 +141,15 @@ def test_a_shard_that_is_torn_later(shards: Path, tmp_path: Path) -> None:
         tokens[:9]
 
 
-def test_large_folders_are_not_read_through(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksums_of_large_folders_are_not_verified(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(shards, tmp_path / "shards")
-    spoilt(tmp_path / "shards")
+    flip_bit(tmp_path / "shards")
     assert opened(tmp_path / "shards", read_through=100).parts == opened(shards).parts
 
 
-def test_tokens_of_another_tokenizer(shards: Path, tmp_path: Path) -> None:
+def test_tokens_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path) -> None:
     for kind in ("bpe:300", str(tmp_path)):
         Tokenizer(ends=False).save(tmp_path)
         with pytest.raises(ValueError, match=f"shards holds tokens of another tokenizer than '{kind}'; use tokenizer="):
@@ -156,8 +158,8 @@ def test_tokens_of_another_tokenizer(shards: Path, tmp_path: Path) -> None:
     assert Text(source=str(shards), tokenizer=str(tmp_path), separate=True).eos == 0
 
 
-def test_what_ends_documents_is_remembered(texts: Path, tmp_path: Path) -> None:
-    """Also if a tokenizer's folder says it in a second file."""
+def test_the_end_token_of_a_tokenizer_folder_is_used(texts: Path, tmp_path: Path) -> None:
+    """Also if tokenizer_config.json sets it."""
     pytest.importorskip("tokenizers")
     from open_mythos.tasks.tokenizer import BytePairs
 
@@ -167,7 +169,9 @@ def test_what_ends_documents_is_remembered(texts: Path, tmp_path: Path) -> None:
     assert task.eos == 0 and int((task.tokens[:] == 0).sum()) == 1 + task.store.parts["train"].documents  # type: ignore[union-attr]
 
 
-def test_a_cache_of_earlier_versions_is_used(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_cache_of_earlier_versions_is_used(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPEN_MYTHOS_CACHE", str(tmp_path))
     made = tokenised(str(texts), "bytes", 0)
     index = json.loads((made.folder / INDEX).read_text())

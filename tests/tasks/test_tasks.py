@@ -1,4 +1,4 @@
-"""What holds for every task: how it is made, what it draws, how it is scored."""
+"""Properties of every task: how it is made, what it draws, how it is scored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from open_mythos import tasks
 from open_mythos.tasks import UNSCORED, Batch, Task
 
-# The first problem of seed 0 and its answers. A change here needs a higher `version` in the task.
+# The first problem of seed 0 and its targets. A change here needs a higher `version` in the task.
 GOLDEN: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("parity", {}, 8, "0 1 1 0 1 1 1 1", "0 1 0 0 1 0 1 0"),
     ("prefix_sums", {"modulus": 3}, 8, "2 0 2 0 1 0 1 1", "2 2 1 1 2 2 0 1"),
@@ -46,7 +46,7 @@ GOLDEN: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
 ]
 SYNTHETIC = [name for name, *_ in GOLDEN]
-# The same for tasks in words, whose problems differ in length; only the answers.
+# The same for tasks in words, whose problems differ in length; only the targets that are scored.
 IN_WORDS: list[tuple[str, dict[str, Any], int, str, str]] = [
     (
         "assignments",
@@ -98,7 +98,7 @@ def spelt(task: Task, row: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize(("name", "options", "difficulty", "problem", "answers"), GOLDEN, ids=SYNTHETIC)
-def test_the_first_problem_is_what_it_was(
+def test_the_first_problem_of_seed_0_is_unchanged(
     name: str, options: dict[str, Any], difficulty: int, problem: str, answers: str
 ) -> None:
     task = tasks.load(name, **options)
@@ -108,7 +108,7 @@ def test_the_first_problem_is_what_it_was(
 
 
 @pytest.mark.parametrize(("name", "options", "difficulty", "problem", "answers"), IN_WORDS, ids=WORDS)
-def test_the_first_problem_in_words_is_what_it_was(
+def test_the_first_problem_of_seed_0_in_words_is_unchanged(
     name: str, options: dict[str, Any], difficulty: int, problem: str, answers: str
 ) -> None:
     task = tasks.load(name, **options)
@@ -130,7 +130,7 @@ def test_problems_in_words_of_mixed_difficulties_share_a_batch(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_seed_repeats_and_another_differs(name: str) -> None:
+def test_a_seed_reproduces_a_batch_and_another_differs(name: str) -> None:
     task = tasks.load(name)
     first, again, other = (task.batch(8, task.least + 3, seeded(seed)) for seed in (5, 5, 6))
     assert torch.equal(first.ids, again.ids) and torch.equal(first.targets, again.targets)
@@ -138,7 +138,7 @@ def test_a_seed_repeats_and_another_differs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_without_a_generator_torchs_own_is_drawn_from(name: str) -> None:
+def test_without_a_generator_the_global_one_is_used(name: str) -> None:
     task = tasks.load(name)
     torch.manual_seed(3)
     first = task.batch(4, task.least)
@@ -148,7 +148,7 @@ def test_without_a_generator_torchs_own_is_drawn_from(name: str) -> None:
 
 @pytest.mark.parametrize("name", SYNTHETIC)
 @pytest.mark.parametrize("more", [0, 1, 7])
-def test_shapes_lengths_and_tokens(name: str, more: int) -> None:
+def test_batches_have_the_right_shapes_lengths_and_tokens(name: str, more: int) -> None:
     task = tasks.load(name)
     assert task.name == name and len(set(task.vocab)) == task.vocab_size and 0 < task.chance < 1
     ids, targets, valid = task.batch(5, task.least + more, seeded())
@@ -160,7 +160,7 @@ def test_shapes_lengths_and_tokens(name: str, more: int) -> None:
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_chance_is_about_what_one_answer_to_all_gets(name: str) -> None:
+def test_chance_is_the_accuracy_of_the_best_constant_answer(name: str) -> None:
     task = tasks.load(name)
     _, targets, _ = task.batch(1000, 12, seeded())
     best = targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum()
@@ -185,7 +185,7 @@ def test_mixed_difficulties_are_padded_on_the_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_difficulties_that_do_not_exist(name: str) -> None:
+def test_invalid_difficulties_are_refused(name: str) -> None:
     task = tasks.load(name)
     wrong: list[Any] = [task.least - 1, 2.5, True, *([] if task.most is None else [task.most + 1])]
     for difficulty in wrong:
@@ -193,7 +193,7 @@ def test_difficulties_that_do_not_exist(name: str) -> None:
             task.batch(1, difficulty)
 
 
-def test_a_task_gives_back_its_options() -> None:
+def test_a_task_returns_its_options() -> None:
     task = tasks.load("permutations", size=4)
     assert task.to_dict() == {"generators": "all", "size": 4}
     assert tasks.load(task.name, **task.to_dict()) == task
@@ -211,7 +211,7 @@ def test_a_task_gives_back_its_options() -> None:
         ("p_hop", {"symbols": "16"}, "symbols='16' is not a whole number"),
     ],
 )
-def test_what_load_refuses(name: str, options: dict[str, Any], message: str) -> None:
+def test_unknown_tasks_and_invalid_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         tasks.load(name, **options)
     assert message in str(error.value)
@@ -225,7 +225,7 @@ def test_score_counts_scored_positions_only() -> None:
     assert score.exact.tolist() == [False, True, False]
 
 
-def test_pad_keeps_padding_there_was() -> None:
+def test_pad_keeps_earlier_padding() -> None:
     short = Batch(torch.tensor([[1, 0]]), torch.tensor([[2, UNSCORED]]), torch.tensor([[True, False]]))
     ids, targets, valid = tasks.pad([short, Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[1, 1, 1]]))])
     assert ids.tolist() == [[1, 0, 0], [1, 2, 1]]

@@ -1,4 +1,4 @@
-"""Text: windows of a corpus, whose bytes are counted."""
+"""Text: windows of a corpus, and the number of bytes of each target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seeded() -> torch.Generator:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe:300"])
-def test_batches_are_windows_of_the_split_and_targets_what_comes_next(source: str, kind: str) -> None:
+def test_batches_are_windows_of_the_split_with_next_token_targets(source: str, kind: str) -> None:
     if kind != "bytes":
         pytest.importorskip("tokenizers")
     for split in ("train", "held_out"):
@@ -45,7 +45,7 @@ def test_batches_are_windows_of_the_split_and_targets_what_comes_next(source: st
             assert row.numpy().astype(np.uint16).tobytes() in whole
 
 
-def test_a_seed_repeats_and_windows_differ(source: str) -> None:
+def test_a_seed_reproduces_windows_and_they_differ_from_each_other(source: str) -> None:
     task = tasks.load("text", source=source)
     first, again = (task.batch(4, 16, seeded()) for _ in range(2))
     assert torch.equal(first.ids, again.ids) and len(first.ids.unique(dim=0)) == 4
@@ -62,7 +62,7 @@ def test_evaluation_windows_span_the_split_evenly(source: str) -> None:
     assert task.windows(32, 1).ids[0].tolist() == ids[0].tolist()
 
 
-def test_bytes_of_targets(source: str) -> None:
+def test_bytes_of_counts_the_bytes_of_targets(source: str) -> None:
     pytest.importorskip("tokenizers")
     for kind in ("bytes", "bpe:300"):
         task = Text(source=source, tokenizer=kind)
@@ -80,7 +80,7 @@ def test_the_vocabulary_names_every_token(source: str) -> None:
     assert task.render(task.encode("naïve\n")) == "naïve\n"
 
 
-def test_lengths_that_do_not_fit(source: str) -> None:
+def test_windows_longer_than_the_split_are_refused(source: str) -> None:
     task = Text(source=source, split="held_out")
     longest = len(task.tokens) - 1
     assert task.most == longest and task.batch(2, longest, seeded()).ids.shape == (2, longest)
@@ -90,13 +90,13 @@ def test_lengths_that_do_not_fit(source: str) -> None:
             ask(*((2, longest + 1) if ask == task.batch else (longest + 1, 2)))
 
 
-def test_a_split_without_documents(tmp_path: Path) -> None:
+def test_a_split_without_documents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "small.txt").write_text("a word")
     with pytest.raises(ValueError, match="too few documents for a held_out part"):
         Text(source=str(tmp_path), split="held_out")
 
 
-def test_unknown_split_and_option() -> None:
+def test_unknown_splits_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match="split='test' is unknown; use one of 'train', 'held_out'"):
         tasks.load("text", split="test")
     with pytest.raises(ValueError, match=r"text has no option 'path' .*; it has source, tokenizer, split, max_bytes"):

@@ -1,4 +1,4 @@
-"""Tokenizers give back the text they were given."""
+"""Tokenizers decode to the text that they encoded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(TEXTS)
-def test_bytes_are_lossless_and_leave_zero_to_padding(text: str) -> None:
+def test_bytes_are_lossless_and_reserve_0_for_padding(text: str) -> None:
     made = Tokenizer()
     ids = made.encode([text])
     assert [made.pieces[i] for i in ids] == [bytes([b]) for b in text.encode()]
@@ -29,7 +29,7 @@ def test_bytes_are_lossless_and_leave_zero_to_padding(text: str) -> None:
 
 
 @given(TEXTS)
-def test_byte_pairs_are_lossless_and_leave_zero_to_padding(text: str) -> None:
+def test_byte_pairs_are_lossless_and_reserve_0_for_padding(text: str) -> None:
     pytest.importorskip("tokenizers")
     made = tokenizer("bpe:300", CORPUS)
     ids = made.encode([text, text])
@@ -37,7 +37,7 @@ def test_byte_pairs_are_lossless_and_leave_zero_to_padding(text: str) -> None:
     assert 0 not in ids and made.decode(ids) == text + text
 
 
-def test_byte_pairs_shorten_what_they_were_trained_on_and_repeat() -> None:
+def test_byte_pairs_compress_their_training_text_and_are_reproducible() -> None:
     pytest.importorskip("tokenizers")
     made, again = (tokenizer("bpe:280", CORPUS) for _ in range(2))
     assert len(made.pieces) == 280 and made.pieces == again.pieces
@@ -47,7 +47,7 @@ def test_byte_pairs_shorten_what_they_were_trained_on_and_repeat() -> None:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directories of a byte-level tokenizer with a special token, and of one as SentencePiece's are."""
+    """Directories of a byte-level tokenizer with a special token, one like SentencePiece's, and a word-level one."""
     tokenizers, root = pytest.importorskip("tokenizers"), tmp_path_factory.mktemp("pretrained")
     level = tokenizers.ByteLevelBPETokenizer()
     level.train_from_iterator(CORPUS, 300, special_tokens=["<|end|>"], show_progress=False)
@@ -67,7 +67,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["level", "piece"])
 @given(TEXTS.filter(lambda text: "\u2581" not in text and "<" not in text))
-def test_a_pretrained_tokenizer_keeps_its_numbers_and_is_lossless(pretrained: Path, kind: str, text: str) -> None:
+def test_a_pretrained_tokenizer_keeps_its_ids_and_is_lossless(pretrained: Path, kind: str, text: str) -> None:
     import tokenizers
 
     made = tokenizer(str(pretrained / kind), [])
@@ -75,27 +75,27 @@ def test_a_pretrained_tokenizer_keeps_its_numbers_and_is_lossless(pretrained: Pa
     whole = tokenizers.Tokenizer.from_file(str(pretrained / kind / "tokenizer.json"))
     assert ids.tolist() == whole.encode(text).ids + whole.encode(" a").ids
     assert b"".join(made.pieces[i] for i in ids) == f"{text} a".encode() and made.decode(ids) == f"{text} a"
-    assert len(made.pieces) == whole.get_vocab_size() and made.pieces[0] == b"", "special tokens stand for nothing"
+    assert len(made.pieces) == whole.get_vocab_size() and made.pieces[0] == b"", "special tokens stand for no bytes"
 
 
-def test_pretrained_tokenizers_that_will_not_do(pretrained: Path) -> None:
+def test_missing_and_unsupported_pretrained_tokenizers_are_refused(pretrained: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer='nowhere'; use .* or a folder with a tokenizer\.json"):
         tokenizer("nowhere", [])
     with pytest.raises(ValueError, match="neither of byte-level BPE nor of SentencePiece"):
         tokenizer(str(pretrained / "words"), [])
 
 
-def test_what_is_not_utf8_is_shown_as_such() -> None:
+def test_invalid_utf8_decodes_to_the_replacement_character() -> None:
     assert Tokenizer().decode([0x61 + 1, 0xFF + 1]) == "a�"
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bpe:many", "bpe:256", "bpe:70000", "words"])
-def test_other_names_are_refused(kind: str) -> None:
+def test_unknown_tokenizer_names_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=f"tokenizer='{kind}'; use 'bytes', or 'bpe:N' with N from 257 to 65536"):
         tokenizer(kind, CORPUS)
 
 
-def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tokenizers_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r'pip install "\.\[tasks\]"'):
         tokenizer("bpe:300", CORPUS)
@@ -103,7 +103,7 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("kind", ["bytes", "bpe:290"])
-def test_what_is_saved_is_loaded_here_and_by_hugging_face(kind: str, ends: bool, tmp_path: Path) -> None:
+def test_saved_tokenizers_are_loaded_here_and_by_hugging_face(kind: str, ends: bool, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     made, text = tokenizer(kind, CORPUS, ends), "for naïve <eos> in 🎈:\n"
     made.save(tmp_path)
@@ -117,7 +117,7 @@ def test_what_is_saved_is_loaded_here_and_by_hugging_face(kind: str, ends: bool,
     )
 
 
-def test_any_byte_level_tokenizer_of_hugging_face_will_do(tmp_path: Path) -> None:
+def test_any_byte_level_tokenizer_of_hugging_face_is_loaded(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -129,7 +129,7 @@ def test_any_byte_level_tokenizer_of_hugging_face_will_do(tmp_path: Path) -> Non
     theirs.train_from_iterator(CORPUS, trainer)
     theirs.save(str(tmp_path / "tokenizer.json"))
     assert load(tmp_path).eos is None
-    theirs.add_tokens(["    ", "｜é｜"])  # text as it is, and no special tokens
+    theirs.add_tokens(["    ", "｜é｜"])  # added tokens that are plain text, not special
     theirs.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
     made = tokenizer(str(tmp_path), [])
@@ -143,14 +143,14 @@ def test_any_byte_level_tokenizer_of_hugging_face_will_do(tmp_path: Path) -> Non
         load(tmp_path / "nowhere")
 
 
-def test_wide_vocabularies_need_wide_numbers() -> None:
+def test_ids_of_large_vocabularies_are_uint32() -> None:
     made = Tokenizer()
     assert made.encode(["a"]).dtype == made.encode([]).dtype == np.uint16
     made.pieces = made.pieces * 300
     assert made.dtype == np.uint32
 
 
-def of_words(ends: bool = True) -> WordLevel:
+def word_tokenizer(ends: bool = True) -> WordLevel:
     return WordLevel(VOCABULARY, ends)
 
 
@@ -163,39 +163,39 @@ def spelt(ids: Sequence[int]) -> str:
     ("ana’s BOSS is ben, or 5.", "Ana 's boss is Ben , or 5 ."),
     ("Set A to 3. Will has a coin.\n What is in A?", "set A to 3 . Will has a coin . what is in A ?"),
 ])  # fmt: skip
-def test_words_are_found_however_they_are_typed(text: str, words: str) -> None:
-    assert spelt(of_words().encode([text])) == words
+def test_words_are_encoded_regardless_of_case_and_apostrophes(text: str, words: str) -> None:
+    assert spelt(word_tokenizer().encode([text])) == words
 
 
-def test_words_become_sentences() -> None:
-    words = of_words()
+def test_words_are_decoded_to_sentences() -> None:
+    words = word_tokenizer()
     ids = english.encode("who has Ana 's key ? Ben , if it is 5 . now who is Ana 's boss 's cook ?")
-    said = "Who has Ana's key? Ben, if it is 5. Now who is Ana's boss's cook?"
-    assert words.decode([*ids, 1, 0]) == said and words.encode([said]).tolist() == ids
+    text = "Who has Ana's key? Ben, if it is 5. Now who is Ana's boss's cook?"
+    assert words.decode([*ids, 1, 0]) == text and words.encode([text]).tolist() == ids
 
 
 @pytest.mark.parametrize(("word", "near"), [("bicycle", "uncle"), ("Anna", "Ana"), ("42", "4")])
-def test_a_word_that_is_not_known_is_named_with_the_nearest(word: str, near: str) -> None:
+def test_an_unknown_word_is_refused_with_the_nearest_known_one(word: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"there is no word '{word}' here; the nearest is '{near}'"):
-        of_words().encode([f"Ana has a {word}."])
+        word_tokenizer().encode([f"Ana has a {word}."])
 
 
 @pytest.mark.parametrize("word", ["<end>", "@", "您好"])
-def test_what_is_like_no_word_is_told_the_marks_there_are(word: str) -> None:
+def test_unknown_characters_are_refused_with_the_known_marks(word: str) -> None:
     with pytest.raises(ValueError, match=r"there is no word .* here; beside words there are \? \. , : 's"):
-        of_words().encode([f"Ana has a {word}."])
+        word_tokenizer().encode([f"Ana has a {word}."])
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_words_come_back_from_their_file_and_others_read_it(tmp_path: Path, ends: bool) -> None:
+def test_a_saved_word_tokenizer_is_loaded_here_and_by_hugging_face(tmp_path: Path, ends: bool) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    words, text = of_words(ends), "WHO has Ana’s key? Set A to 5: ben, Will has a coin."
+    words, text = word_tokenizer(ends), "WHO has Ana’s key? Set A to 5: ben, Will has a coin."
     words.save(tmp_path)
     again = load(tmp_path)
     assert isinstance(again, WordLevel) and again.words == VOCABULARY
     assert (again.eos, again.asks) == (1 if ends else None, VOCABULARY.index("?"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>" if ends else "<pad>"}))
-    assert load(tmp_path).eos == again.eos, "an exported model that never ends calls its padding so"
+    assert load(tmp_path).eos == again.eos, "an exported model without an end token has <pad> as its eos_token"
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = words.encode([text]).tolist()
     assert theirs.encode(text).ids == ids and theirs.decode(english.encode("Ana 's key .")) == "Ana's key."
@@ -206,14 +206,14 @@ def test_words_come_back_from_their_file_and_others_read_it(tmp_path: Path, ends
         load(tmp_path)
 
 
-def test_a_conversation_is_all_facts_and_the_last_question_in_transformers_too(tmp_path: Path) -> None:
+def test_the_chat_template_keeps_all_facts_and_the_last_question(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    said = [
+    turns = [
         ("user", "Ana has what Ben has. Who is Ben's boss? Ben keeps a key."), ("assistant", ""),
         ("user", "what has Ben?"), ("assistant", "key"), ("user", "Ben likes Cora. What does Ana have?"),
     ]  # fmt: skip
-    messages = [{"role": role, "content": content} for role, content in said]
-    words = of_words()
+    messages = [{"role": role, "content": content} for role, content in turns]
+    words = word_tokenizer()
     expected = "Ana has what Ben has . Ben keeps a key . Ben likes Cora . what does Ana have ?"
     assert words.template is not None and spelt(words.template(messages)) == expected
     words.save(tmp_path)
@@ -224,7 +224,7 @@ def test_a_conversation_is_all_facts_and_the_last_question_in_transformers_too(t
         words.template([{"role": "user", "content": "What does Ana have"}])
 
 
-def test_words_without_their_marks_are_refused() -> None:
+def test_a_vocabulary_without_end_token_or_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="should begin with <pad>, <end>"):
         WordLevel(["a", "b"])
     with pytest.raises(ValueError, match=r"no token for \. or \?"):

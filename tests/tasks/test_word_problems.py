@@ -1,4 +1,4 @@
-"""Arithmetic in words: what the sentences say is what the targets are, and the test never saw any of it."""
+"""Arithmetic in words: targets follow from the sentences, of which none is both in training and held out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_mythos.tasks import UNSCORED
 from open_mythos.tasks.english import NAMES, encode
 from open_mythos.tasks.word_problems import ASKS, BOTH, FEWER, HAS, MORE, SAME, TWICE
 
-MADE = {
+FORMULAS = {
     HAS: lambda c, *_: c,
     MORE: lambda c, one, *_: one + c,
     FEWER: lambda c, one, *_: one - c,
@@ -24,11 +24,11 @@ MADE = {
 }
 
 
-read = reader((*MADE, ASKS))
+read = reader((*FORMULAS, ASKS))
 
 
-def say(steps: torch.Tensor, name: str, number: int, due: int) -> None:
-    """The name up to loop ``due``, and then the number."""
+def set_steps(steps: torch.Tensor, name: str, number: int, due: int) -> None:
+    """The name before loop ``due``, and the number from then on."""
     steps[:due], steps[due:] = encode(f"{name} {number}")
 
 
@@ -44,7 +44,7 @@ def problems(n=16, difficulty=3, seed=0, **options):
         (12, {"split": "held_out"}), (28, {"people": 32, "split": "held_out"}),
     ],
 )  # fmt: skip
-def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
+def test_targets_and_steps_follow_from_the_sentences(difficulty, options):
     task, batch = problems(24, difficulty, **options)
     assert batch.steps.shape == (*batch.ids.shape, task.n_steps(difficulty))
     assert batch.ids.shape[1] <= task.length(difficulty)
@@ -58,23 +58,23 @@ def test_targets_and_steps_are_what_the_sentences_say(difficulty, options):
             kind, _, (name, *sources, number) = read(sentence)
             if kind is ASKS:
                 sources = [name]
-                say(expected[end], name, value[name], depth[name] + 2)
+                set_steps(expected[end], name, value[name], depth[name] + 2)
                 asked_for.add(len(needs[name]))
                 assert set(value) - needs[name] and targets[end] == encode(str(value[name]))[0]
             else:
-                sources = [source for source in sources if source]  # of earlier sentences, or a KeyError
-                value[name] = MADE[kind](int(number or 0), *[value[s] for s in sources], 0, 0) % task.modulus
+                sources = [source for source in sources if source]  # in earlier sentences, or KeyError
+                value[name] = FORMULAS[kind](int(number or 0), *[value[s] for s in sources], 0, 0) % task.modulus
                 depth[name] = 1 + max((depth[s] for s in sources), default=-1)
                 needs[name] = {name, *(p for s in sources for p in needs[s])} if sources else set()
-                say(expected[end], name, value[name], depth[name] + 1)
+                set_steps(expected[end], name, value[name], depth[name] + 1)
             for source in sources:
-                say(expected[start + sentence.split().index(source)], source, value[source], depth[source] + 2)
+                set_steps(expected[start + sentence.split().index(source)], source, value[source], depth[source] + 2)
             start = end + 1
         assert torch.equal(steps, expected) and (targets != UNSCORED).sum() == 1
     assert max(asked_for) == difficulty and (task.split == "train" or asked_for == {difficulty})
 
 
-def test_nothing_of_the_test_was_in_training():
+def test_held_out_problems_share_nothing_with_training():
     seen = {"train": (set(), set(), set()), "held_out": (set(), set(), set())}
     for split, (pairs, uses, texts) in seen.items():
         for difficulty in (1, 4, 12):
@@ -91,16 +91,16 @@ def test_nothing_of_the_test_was_in_training():
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_no_number_can_be_guessed_from_the_words(split):
-    """The most frequent number, the first, the last and that of the one who is asked for: chance is .143."""
+def test_answers_cannot_be_guessed_from_the_numbers_in_a_problem(split):
+    """Guesses: the first, last, most frequent number, a constant, the asked person's own, the sum. Chance is .143."""
     right, kinds, n = Counter(), Counter(), 0
     for seed in range(2):
         task, batch = problems(150, 6, seed, split=split)
         for ids, targets in zip(batch.ids, batch.targets, strict=True):
-            answer, told = task.vocab[targets.max()], sentences(task, ids)
+            answer, problem = task.vocab[targets.max()], sentences(task, ids)
             numbers = [word for word in task.render(ids.tolist()).split() if word.isdigit()]
-            asked = read(told[-1])[2][0]
-            kind, _, words = next(found for found in map(read, told) if found[2][0] == asked)
+            asked = read(problem[-1])[2][0]
+            kind, _, words = next(found for found in map(read, problem) if found[2][0] == asked)
             guesses = {
                 "most": Counter(numbers).most_common(1)[0][0], "first": numbers[0], "last": numbers[-1],
                 "constant": "2", "own": words[3], "sum": str(sum(map(int, numbers)) % 7),
@@ -112,17 +112,17 @@ def test_no_number_can_be_guessed_from_the_words(split):
     assert max(right.values()) < 0.2 * n, right
 
 
-def test_people_who_are_asked_for_do_not_share_what_they_are_made_of():
-    """Of all sources of a prompt, the most mentioned person is not the one that sentences mostly need."""
+def test_no_person_is_a_source_of_most_others():
+    """On average, the person used most often is less than a quarter of all sources in a problem."""
     task, batch = problems(64, 6)
     shares = []
     for ids in batch.ids:
-        sources = Counter(name for told in sentences(task, ids) for name in read(told)[2][1:3] if name)
+        sources = Counter(name for sentence in sentences(task, ids) for name in read(sentence)[2][1:3] if name)
         shares.append(max(sources.values()) / sources.total())
     assert sum(shares) / len(shares) < 0.25
 
 
-def test_problems_have_as_many_people_as_was_said():
+def test_problems_have_the_requested_number_of_people():
     task = tasks.load("word_problems", people=9, min_people=7)
     counts = {len(sentences(task, task.batch(1, 2, torch.Generator().manual_seed(s)).ids[0])) for s in range(30)}
     assert counts == {8, 9, 10}  # and the question
@@ -130,24 +130,24 @@ def test_problems_have_as_many_people_as_was_said():
     assert task.sized(0).people == 7 and task.sized(1).people == 9
 
 
-def test_small_problems_say_as_many_as_somebody_and_all_kinds_and_numbers_come_as_they_grow():
-    """Small ones hand on what they calculate, and do not calculate with it."""
+def test_small_problems_only_copy_and_larger_ones_use_every_operation():
+    """Small problems copy computed numbers and do not calculate with them."""
     task, kinds = tasks.load("word_problems", people=9, min_people=7), []
-    said, deep = {}, {}
+    numbers, computed_used = {}, {}
     for size in (0.0, 0.12, 0.16, 0.28, 1.0):
         small = task.sized(size)
         batch = small.batch(64, min(small.most, 3), torch.Generator().manual_seed(0))
-        told = [[read(sentence) for sentence in sentences(small, ids)] for ids in batch.ids]
-        kinds.append({kind for problem in told for kind, *_ in problem})
-        said[size] = {word for word in small.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
-        deep[size] = set()
-        for problem in told:
+        parsed = [[read(sentence) for sentence in sentences(small, ids)] for ids in batch.ids]
+        kinds.append({kind for problem in parsed for kind, *_ in problem})
+        numbers[size] = {word for word in small.render(batch.ids.flatten().tolist()).split() if word.isdigit()}
+        computed_used[size] = set()
+        for problem in parsed:
             own = {words[0] for kind, _, words in problem if kind is HAS}
-            deep[size] |= {kind for kind, _, words in problem[:-1] if not {w for w in words[1:3] if w} <= own}
-    assert said[0.16] == {"0", "1", "2"} and said[0.0] == said[1.0] == set("0123456")
+            computed_used[size] |= {kind for kind, _, words in problem[:-1] if not {w for w in words[1:3] if w} <= own}
+    assert numbers[0.16] == {"0", "1", "2"} and numbers[0.0] == numbers[1.0] == set("0123456")
     assert kinds[0] == kinds[1] == {HAS, SAME, ASKS}
     assert kinds[2] == kinds[3] == kinds[4] == {HAS, SAME, TWICE, MORE, FEWER, BOTH, ASKS}
-    assert all(deep[size] == {SAME} for size in (0.0, 0.12, 0.16, 0.28)) and len(deep[1.0]) == 5
+    assert all(computed_used[size] == {SAME} for size in (0.0, 0.12, 0.16, 0.28)) and len(computed_used[1.0]) == 5
     assert [task.sized(size).most for size in (0.0, 0.28, 0.32, 1.0)] == [2, 2, 3, 5]  # operations
     assert tasks.load("word_problems", people=5).sized(0).most == 1
 
@@ -160,12 +160,12 @@ def test_small_problems_say_as_many_as_somebody_and_all_kinds_and_numbers_come_a
     ({"modulus": 25}, "modulus=25 is too large"),
     ({"split": "test"}, "split='test'"),
 ])  # fmt: skip
-def test_options_that_cannot_be_say_what_can(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tasks.load("word_problems", **options)
 
 
 @pytest.mark.parametrize("difficulty", [0, 13])
-def test_operations_that_cannot_be_are_refused(difficulty):
+def test_an_invalid_number_of_operations_is_refused(difficulty):
     with pytest.raises(ValueError, match=rf"difficulty={difficulty}; word_problems counts operations, from 1 to 12"):
         problems(2, difficulty)

@@ -1,4 +1,4 @@
-"""All tasks in words in one: whose problems they are, how hard, and how they end."""
+"""All tasks in words as one: which task each problem is from, how hard it is, and how it ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def seeded(seed=0):
 
 
 def kind_of(sentence: str) -> str:
-    """Which task a problem is of, by its question."""
+    """Which task a problem is from, by its question."""
     asks = sentence.removesuffix(" ?").split(" . ")[-1].split()
     if any(len(word) == 1 and word.isupper() for word in asks):
         return "registers"
@@ -27,16 +27,16 @@ def kind_of(sentence: str) -> str:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_a_batch_has_problems_of_all_in_turn(split):
+def test_a_batch_has_problems_of_all_tasks_in_turn(split):
     task, firsts = tasks.load("words", split=split), set()
     for seed in range(12):
         kinds = [kind_of(task.render(ids.tolist())) for ids in task.batch(8, 2, seeded(seed)).ids]
         assert sorted(kinds) == sorted(2 * ["assignments", "word_problems", "relations", "registers"])
         firsts.add(kinds[0])
-    assert len(firsts) == 4, "one problem may be of any"
+    assert len(firsts) == 4, "the first problem may be from any task"
 
 
-def test_a_step_of_training_has_a_batch_of_each_task_that_has_a_weight():
+def test_each_task_with_a_weight_has_a_share_of_a_training_step():
     weights = {"registers": 6, "relations": 2}
     shares = tasks.load("words", weights=weights, settings={"relations": {"people": 12}}).shares()
     assert {share.name: share.weight for share in shares} == {"registers": 0.75, "relations": 0.25}
@@ -47,19 +47,19 @@ def test_a_step_of_training_has_a_batch_of_each_task_that_has_a_weight():
     assert (alone.name, alone.weight) == ("parity", 1.0)
 
 
-def test_a_batch_held_out_has_problems_of_all_in_turn():
+def test_a_held_out_batch_has_problems_of_all_tasks_in_turn():
     task = tasks.load("words").held_out()
     kinds = [kind_of(task.render(ids.tolist())) for ids in task.batch(10, 2, seeded()).ids]
     assert sorted(map(kinds.count, set(kinds))) == [2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_last_question_of_training_is_answered_and_ends(seed):
+def test_the_last_question_in_training_is_followed_by_answer_and_end(seed):
     task = tasks.load("words")
     batch, ended = task.batch(8, 3, seeded(seed)), 0
     for ids, targets, steps in zip(batch.ids, batch.targets, batch.steps, strict=True):
         last = int((ids != 0).sum()) - 1
-        if ids[last] == ID["?"]:  # of assignments, where fewer questions count than of others
+        if ids[last] == ID["?"]:  # of assignments, where the last question may not be scored
             assert targets[last] == UNSCORED
             continue
         ended += 1
@@ -71,20 +71,20 @@ def test_the_last_question_of_training_is_answered_and_ends(seed):
 
 
 @pytest.mark.parametrize(("difficulty", "levels"), [(1, [1, 1, 1, 2]), (5, [5, 5, 3, 10]), (12, [12, 12, 6, 24])])
-def test_difficulty_is_handed_to_each_task(difficulty, levels):
+def test_difficulty_is_scaled_for_each_task(difficulty, levels):
     task = tasks.load("words").held_out()
     assert [task.level(part, difficulty) for part in task.parts] == levels
     batch = task.batch(4, difficulty, seeded())
     assert batch.steps.shape[2] == task.n_steps(difficulty) == 2 * difficulty + 2 * difficulty // 3 + 3
     for ids in batch.ids:
-        told = task.render(ids.tolist())
-        if kind_of(told) == "relations":
-            assert told.count("'s") >= levels[2]
-        elif kind_of(told) == "registers":
-            assert len(re.findall(r" \.", told)) == 5 + levels[3]
+        text = task.render(ids.tolist())
+        if kind_of(text) == "relations":
+            assert text.count("'s") >= levels[2]
+        elif kind_of(text) == "registers":
+            assert len(re.findall(r" \.", text)) == 5 + levels[3]
 
 
-def test_problems_grow_with_their_size():
+def test_problems_get_longer_with_their_size():
     task = tasks.load("words")
     small = task.sized(0)
     assert small.most == task.most == 12 and [small.level(part, 12) for part in small.parts] == [2, 1, 6, 12]
@@ -92,7 +92,7 @@ def test_problems_grow_with_their_size():
         assert small.batch(2, 12, seeded(seed)).ids.shape[1] < task.batch(2, 12, seeded(seed)).ids.shape[1]
 
 
-def test_a_task_with_settings_is_made_with_them():
+def test_settings_are_passed_to_the_tasks():
     task = tasks.load("words", weights={"word_problems": 1}, settings={"word_problems": {"people": 20, "modulus": 23}})
     assert task.most == 16 and task.chance == 1 / 23
     assert tasks.load("words", **task.to_dict()) == task
@@ -108,11 +108,11 @@ def test_a_task_with_settings_is_made_with_them():
     ({"settings": {"registers": {"modulus": 24}}}, "modulus=24 is too large"),
     ({"split": "test"}, "split='test'"),
 ])  # fmt: skip
-def test_options_that_cannot_be_say_what_can(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tasks.load("words", **options)
 
 
-def test_steps_that_not_all_tasks_can_make_are_refused():
+def test_more_steps_than_every_task_supports_are_refused():
     with pytest.raises(ValueError, match="difficulty=13; words counts steps, from 1 to 12"):
         tasks.load("words").batch(2, 13)

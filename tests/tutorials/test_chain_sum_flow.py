@@ -1,7 +1,7 @@
-"""The first of the two popular tutorials, from its first import to its last cell, as readers have it in a notebook.
+"""The first of the two popular tutorials, from its first import to its last cell, as in a notebook.
 
-Sums of digits modulo 7, read at the "=". Written anew: the reference's names, calls and attributes, nothing of this
-library's own. Fewer examples are trained on, so that it takes seconds.
+Sums of digits modulo 7, predicted at the "=". Rewritten with only the names, calls and attributes of the reference,
+none of this library's own. It trains on fewer examples, so that it takes seconds.
 """
 
 import matplotlib
@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_notebook_runs_to_its_last_cell(seed, tmp_path):
+def test_the_chain_sum_tutorial_runs_to_its_last_cell(seed, tmp_path):
     # -- imports and seeds
     import math
     import random
@@ -124,7 +124,7 @@ def test_the_notebook_runs_to_its_last_cell(seed, tmp_path):
     assert all(map(math.isfinite, history["loss"])) and max(history["rho"]) < 1
     assert np.mean(history["loss"][-3:]) < 0.7 * history["loss"][0], history["loss"]
 
-    # -- the same weights at other numbers of loops
+    # -- evaluation at other numbers of loops
     @torch.no_grad()
     def evaluate(dataset, n_loops):
         model.eval()
@@ -159,7 +159,7 @@ def test_the_notebook_runs_to_its_last_cell(seed, tmp_path):
     plt.close(fig)
     assert (tmp_path / "openmythos.png").stat().st_size > 5000
 
-    # -- a demo: a prompt that is padded to all the positions there are
+    # -- a demo: a prompt padded to max_seq_len
     model.eval()
     x, y, position = out_set[0]
     prompt = x.unsqueeze(0).to(device)

@@ -1,7 +1,7 @@
-"""The second of the two popular tutorials, from its first import to its last plot, as readers have it in a notebook.
+"""The second of the two popular tutorials, from its first import to its last plot, as in a notebook.
 
-Running parities, and a look inside by replaced methods. Written anew: the reference's names, calls and attributes,
-nothing of this library's own. It trains for fewer steps, so that it takes seconds.
+Running parity, and a look inside the model by replaced methods. Rewritten with only the names, calls and attributes of
+the reference, none of this library's own. It trains for fewer steps, so that it takes seconds.
 """
 
 import matplotlib
@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
+def test_the_parity_tutorial_runs_to_its_last_plot(seed, tmp_path):
     # -- imports and seeds
     import math
     from collections import Counter
@@ -26,7 +26,7 @@ def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
     torch.manual_seed(seed), np.random.seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    # -- what a prompt leaves in a plain dict, by kind of attention
+    # -- size of the cache in a plain dict, by kind of attention
     def make_config(attn_type, *, dim=128, n_heads=4, n_experts=4, max_loops=8, seq_len=128, vocab=256):
         base = dict(
             vocab_size=vocab, dim=dim, n_heads=n_heads, max_seq_len=seq_len, max_loop_iters=max_loops, prelude_layers=1,
@@ -77,7 +77,7 @@ def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
     assert show_stability(m_mla, "MLA, abused")
     assert not torch.allclose(m_mla.recurrent.injection.get_A(), before)
 
-    # -- training on running parities with three loops
+    # -- training on running parity with three loops
     VOCAB, SEQ_LEN, T_TRAIN = 64, 24, 3
 
     def make_batch(batch=64, seq_len=SEQ_LEN):
@@ -106,7 +106,7 @@ def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
             print(f"step {step:3d} loss {losses[-1]:.4f} accuracy {accuracy:.3f}")
     assert all(map(math.isfinite, losses)) and np.mean(losses[-5:]) < 0.5 * losses[0], losses
 
-    # -- the same weights at 1 to 16 loops
+    # -- evaluation at 1 to 16 loops
     model.eval()
     T_sweep, accuracies = [1, 2, 3, 4, 6, 8, 10, 12, 14, 16], []
     with torch.no_grad():
@@ -114,9 +114,9 @@ def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
         for T in T_sweep:
             accuracies.append((model(x_eval, n_loops=T).argmax(-1) == y_eval).float().mean().item())
             print(f"T={T:2d}  accuracy {accuracies[-1]:.3f} {'<- trained' if T == T_TRAIN else ''}")
-    assert min(accuracies) > 0.3, "it has at least learned to say a parity"
+    assert min(accuracies) > 0.3, "it predicts at least only parity tokens"
 
-    # -- what the halting gate says at each loop
+    # -- halting probabilities at each loop
     halt_trace, orig_halt = [], model.recurrent.act.forward
 
     def halt_hook(self, h):
@@ -130,7 +130,7 @@ def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
         watched = model(x_h, n_loops=16)
     model.recurrent.act.forward = orig_halt
     with torch.no_grad():
-        assert torch.allclose(model(x_h, n_loops=16), watched, atol=1e-4), "a look changes nothing"
+        assert torch.allclose(model(x_h, n_loops=16), watched, atol=1e-4), "hooks change no output"
     halts = torch.stack(halt_trace, dim=0)[:, 0].numpy()
     assert 1 <= halts.shape[0] <= 16 and halts.shape[1] == SEQ_LEN
     assert np.isfinite(halts).all() and (halts >= 0).all() and (halts <= 1).all()
@@ -167,7 +167,7 @@ def test_the_notebook_runs_to_its_last_plot(seed, tmp_path):
         print(f"T={T_gen:2d}: {out[0, 8:].tolist()}")
         assert out.shape == (1, 16) and torch.equal(out[:, :8], prompt)
         assert out.min() >= 0 and out.max() < VOCAB
-    assert model.generate(prompt, 8, 4, 0.1, 2).shape == (1, 16), "the same by position"
+    assert model.generate(prompt, 8, 4, 0.1, 2).shape == (1, 16), "the same with positional arguments"
 
     # -- the plots
     fig, ax = plt.subplots(1, 3, figsize=(15, 4))

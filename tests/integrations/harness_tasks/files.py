@@ -1,4 +1,4 @@
-"""Data sets of these tasks, from the files beside them."""
+"""Data sets of the tasks in this folder, from the files in it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as the folder that its end would have been."""
+"""A checkpoint of a run, exported as the model folder that the run would have written at its end."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from open_mythos.training.checkpoints import Part, Stored
 from open_mythos.training.fit import Watch, averaged, fit
 
 
-def in_pieces(state: dict[str, Any]) -> dict[str, Any]:
-    """As several processes have it."""
+def sharded(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as several processes save it."""
     average = {n: Part(x, tuple(x.shape), (0,) * x.ndim, True) for n, x in state["trainer"]["ema"]["average"].items()}
     return state | {"trainer": state["trainer"] | {"ema": {"average": average}}}
 
 
-def test_a_checkpoint_is_exported_as_the_model_of_its_run_tensor_by_tensor(tmp_path: Path) -> None:
+def test_an_exported_checkpoint_has_the_tensors_of_its_runs_model(tmp_path: Path) -> None:
     run = fit(tiny_run("steps=1", "stretch=2"), tmp_path / "run", watch=Watch(log=lambda message: None)).parent
     (whole,) = checkpoints.newest_first(run / "checkpoints")
     divided, expected = (
-        checkpoints.save(tmp_path, 2, in_pieces(checkpoints.load(whole)), 1),
+        checkpoints.save(tmp_path, 2, sharded(checkpoints.load(whole)), 1),
         OpenMythos.from_pretrained(run),
     )
     for source, kind in (whole, torch.Tensor), (divided, Stored):
@@ -48,7 +48,7 @@ def test_a_checkpoint_is_exported_as_the_model_of_its_run_tensor_by_tensor(tmp_p
     assert {"config.json", "generation_config.json", "modeling_open_mythos.py"} <= {path.name for path in out.iterdir()}
 
 
-def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
+def test_a_mismatched_or_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     fit(tiny_run("steps=1"), tmp_path / "run", watch=Watch(log=lambda message: None))
     state = checkpoints.load(checkpoints.newest_first(tmp_path / "run" / "checkpoints")[0])
     state["trainer"]["ema"]["average"]["norm.weight"] = torch.ones(3)

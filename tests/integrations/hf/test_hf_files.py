@@ -1,4 +1,4 @@
-"""One kind of folder: what either side saves, both load, and what is no such folder is named."""
+"""One folder format: what this library or transformers saves, both load; other folders are refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
-def test_there_and_back(tmp_path, attn_type):
+def test_folders_round_trip_between_this_library_and_transformers(tmp_path, attn_type):
     core = tiny_model(attn_type)
     core.save_pretrained(tmp_path / "ours")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -50,7 +50,7 @@ def test_there_and_back(tmp_path, attn_type):
 
 
 @torch.no_grad()
-def test_a_table_of_lora_longer_or_shorter_than_the_loops_comes_back(tmp_path):
+def test_a_lora_table_longer_or_shorter_than_the_loops_round_trips(tmp_path):
     for n, max_loop_iters in enumerate((2, 9)):
         core = tiny_model(max_loop_iters=6)
         core.cfg.max_loop_iters = max_loop_iters
@@ -64,7 +64,7 @@ def test_a_table_of_lora_longer_or_shorter_than_the_loops_comes_back(tmp_path):
 
 
 @torch.no_grad()
-def test_half_precision_keeps_the_router_bias_whole(saved, tmp_path):
+def test_half_precision_keeps_the_router_bias_in_float32(saved, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, device_map="cpu")
     assert lm.dtype == torch.bfloat16 and lm.core.recurrent.block.ffn.router_bias.dtype == torch.float32
     lm.save_pretrained(tmp_path / "half")
@@ -74,7 +74,7 @@ def test_half_precision_keeps_the_router_bias_whole(saved, tmp_path):
     assert fresh.core.recurrent.block.ffn.router_bias.dtype == torch.float32
 
 
-def test_shipped_models_and_new_heads():
+def test_a_shipped_model_loads_with_its_own_or_a_new_head():
     lm = OpenMythosForCausalLM.from_pretrained("parity-tiny")
     assert lm.config.num_loops == lm.core.cfg.max_loop_iters == 24
     folder = lm.config.name_or_path
@@ -82,21 +82,21 @@ def test_shipped_models_and_new_heads():
     assert model(torch.ones(2, 5, dtype=torch.int64)).logits.shape == (2, 1) and model.score.weight.std() > 0
 
 
-@pytest.mark.parametrize("edit, said", [
+@pytest.mark.parametrize("edit, message", [
     (dict(depth_of_tomorrow=3), "unknown config field 'depth_of_tomorrow'.*newer open_mythos.*git pull"),
     (dict(format_version=2), "format_version=2: a newer open_mythos.*git pull"),
     (dict(dim=33), "dim=33 does not divide"),
     (dict(model_type="llama"), "model_type='llama' is another kind of model"),
 ])  # fmt: skip
-def test_a_config_that_does_not_fit_is_named(saved, edit, said):
+def test_an_invalid_config_is_refused(saved, edit, message):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | edit))
     for load in (OpenMythos.from_pretrained, OpenMythosForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load(saved)
 
 
-def test_weights_of_another_model_are_named(saved, tmp_path):
+def test_weights_of_another_architecture_are_refused(saved, tmp_path):
     sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match=r"model_type='llama' is another kind of model.*AutoModelForCausalLM"):
@@ -121,17 +121,17 @@ def test_damaged_and_missing_files_are_named(saved):
 
 
 @torch.no_grad()
-def test_a_save_that_fails_leaves_the_earlier_folder_whole(saved, monkeypatch):
+def test_a_failed_save_leaves_the_folder_unchanged(saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     other, calls, write = wrapped(seed=1), [0], transformers.modeling_utils.safe_save_file
 
-    def full(*args, **kwargs):
+    def fail_at_second_file(*args, **kwargs):
         calls[0] += 1
         if calls[0] == 2:
             raise SafetensorError("No space left on device (os error 28)")
         write(*args, **kwargs)
 
-    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", fail_at_second_file)
     with pytest.raises(OSError, match=f"No space left.*{saved.name}"):
         other.save_pretrained(saved, max_shard_size="40KB")
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -139,7 +139,7 @@ def test_a_save_that_fails_leaves_the_earlier_folder_whole(saved, monkeypatch):
 
 
 @torch.no_grad()
-def test_of_earlier_weights_nothing_is_read_again(saved):
+def test_saving_again_removes_earlier_weights(saved):
     other = wrapped(seed=1)
     for size in ("40KB", "60KB", "1GB"):
         other.save_pretrained(saved, max_shard_size=size)
@@ -155,7 +155,7 @@ def test_of_earlier_weights_nothing_is_read_again(saved):
     ]
 
 
-def test_int8_weights_are_not_saved(tmp_path):
+def test_saving_int8_weights_is_refused(tmp_path):
     pytest.importorskip("torchao")
     from open_mythos.quantization import quantize_int8
 
@@ -164,7 +164,7 @@ def test_int8_weights_are_not_saved(tmp_path):
         lm.save_pretrained(tmp_path)
 
 
-def test_a_place_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_or_model_name_is_refused(tmp_path):
     for name in ("someone/some-model", "parity-tinny"):
         with pytest.raises(OSError, match=rf"{name} is no folder, .*parity-tiny.*did not come from the .*Hub; check"):
             OpenMythosForCausalLM.from_pretrained(name)

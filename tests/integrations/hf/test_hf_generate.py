@@ -1,4 +1,4 @@
-"""generate(): with a cache of any kind it gives the tokens that it gives without."""
+"""generate() of transformers gives the same tokens with a cache of any kind as without one."""
 
 import copy
 
@@ -39,14 +39,14 @@ def lm(request):
 
 @pytest.mark.parametrize("num_loops", [2, 7])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_cache_changes_nothing(lm, way, num_loops):
+def test_a_cache_does_not_change_the_tokens(lm, way, num_loops):
     torch.manual_seed(0)
     cached = greedy(lm, **PADDED, num_loops=num_loops, **WAYS[way])
     torch.manual_seed(0)
     assert torch.equal(cached, greedy(lm, **PADDED, num_loops=num_loops, use_cache=False, **WAYS[way]))
 
 
-def test_padding_changes_nothing_and_tokens_are_those_of_the_core(lm):
+def test_left_padded_rows_generate_the_tokens_of_the_core_model(lm):
     together = greedy(lm, **PADDED, num_loops=7)
     for row, length in enumerate((8, 3, 5)):
         alone = lm.core.generate(IDS[row : row + 1, -length:], 6, n_loops=7, temperature=0)
@@ -54,7 +54,7 @@ def test_padding_changes_nothing_and_tokens_are_those_of_the_core(lm):
 
 
 @pytest.mark.parametrize("kind", ["default", "dynamic", "with config", "static"])
-def test_any_cache_will_do(lm, kind):
+def test_every_cache_class_gives_the_same_tokens(lm, kind):
     expected = greedy(lm, **PADDED, num_loops=7, use_cache=False)
     caches = {
         "default": dict(cache_implementation="static"),
@@ -65,7 +65,7 @@ def test_any_cache_will_do(lm, kind):
     assert torch.equal(greedy(lm, **PADDED, num_loops=7, **caches[kind]), expected)
 
 
-def test_streaming_hands_out_the_same_tokens_one_by_one(lm):
+def test_a_streamer_receives_the_same_tokens_one_by_one(lm):
     class Collected(BaseStreamer):
         def __init__(self):
             self.pieces = []
@@ -85,7 +85,7 @@ def test_streaming_hands_out_the_same_tokens_one_by_one(lm):
 
 
 @torch.no_grad()
-def test_a_prompt_in_pieces_cut_copied_and_gone_on_from(lm):
+def test_chunked_prefill_and_a_cropped_copied_cache_give_the_same_logits(lm):
     ids, whole = PADDED["ids"], lm(PADDED["ids"], attention_mask=MASK, num_loops=6, use_cache=False).logits
     cache, found = DynamicCache(), []
     for part in (slice(0, 3), slice(3, 7)):
@@ -106,10 +106,10 @@ def test_assisted_decoding_gives_the_same_tokens(lm, num_loops):
 
 
 def test_an_assistant_runs_the_loops_of_its_own_config(monkeypatch):
-    lm, helper, asked = wrapped(), wrapped(seed=1), []
+    lm, helper, loops = wrapped(), wrapped(seed=1), []
     states, helper.config.num_loops = helper.core.states, 2
     monkeypatch.setattr(
-        helper.core, "states", lambda ids, n, *rest, **more: asked.append(n) or states(ids, n, *rest, **more)
+        helper.core, "states", lambda ids, n, *rest, **more: loops.append(n) or states(ids, n, *rest, **more)
     )
     sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
     expected = greedy(lm, IDS[:1], num_loops=7, use_cache=False)
@@ -118,13 +118,13 @@ def test_an_assistant_runs_the_loops_of_its_own_config(monkeypatch):
         lm.generation_config.num_loops = 7
         assert torch.equal(greedy(lm, IDS[:1], assistant_model=assistant), expected)
         del lm.generation_config.num_loops
-    assert set(asked) == {2}
+    assert set(loops) == {2}
 
 
-def test_loops_may_stand_in_a_generation_config(tmp_path):
+def test_num_loops_can_be_set_in_a_generation_config(tmp_path):
     lm = wrapped(halting=False)
-    asked = GenerationConfig(max_new_tokens=6, do_sample=False, num_loops=7)
-    found = lm.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=asked)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, num_loops=7)
+    found = lm.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=config)
     assert torch.equal(found, greedy(lm, IDS, num_loops=7))
     assert not torch.equal(found, greedy(lm, IDS, num_loops=1))
     lm.core.save_pretrained(tmp_path / "first")
@@ -135,7 +135,7 @@ def test_loops_may_stand_in_a_generation_config(tmp_path):
     assert torch.equal(greedy(lm, IDS), greedy(lm, IDS, num_loops=1))
 
 
-def test_streaming_embeddings_and_hidden_states():
+def test_generation_streams_takes_embeddings_and_returns_hidden_states():
     class Collected(list):
         put, end = list.append, lambda self: None
 
@@ -148,12 +148,12 @@ def test_streaming_embeddings_and_hidden_states():
     assert len(every.hidden_states) == 6 and len(every.hidden_states[0]) == 6
 
 
-def test_a_misspelt_argument_is_named():
+def test_an_unknown_argument_is_refused():
     with pytest.raises(ValueError, match="n_loops"):
         greedy(wrapped(), IDS, n_loops=3)
 
 
-def test_pipelines():
+def test_a_pipeline_generates_and_refuses_the_tokenizer_of_another_model():
     lm = wrapped()
     write = pipeline("text-generation", model=lm, tokenizer=letters())
     texts = write(["abc", "a"], max_new_tokens=5, do_sample=False, num_loops=7, batch_size=2)
@@ -164,8 +164,8 @@ def test_pipelines():
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_the_last_token_made_is_never_read(attn_type, n):
-    """So prompt and new tokens may be one more than the positions there are, by every way that transformers decodes."""
+def test_a_text_may_be_one_token_longer_than_max_seq_len(attn_type, n):
+    """The last generated token is never processed, in any of the ways in which transformers decodes."""
     lm, larger, ids = wrapped(attn_type, max_seq_len=12), wrapped(attn_type, max_seq_len=64), prompts(1, 13 - n)
     expected = greedy(larger, ids, n, num_loops=4)
     ways = {

@@ -1,4 +1,4 @@
-"""The models of transformers compute what the one implementation does, and say what is wrong with their input."""
+"""The classes for transformers compute the same as the core model, and name what is wrong with their input."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ IDS = prompts(2, 8)
 @pytest.mark.parametrize("halting", [True, False])
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
-def test_logits_are_those_of_the_core_at_any_number_of_loops(attn_type, halting):
+def test_logits_equal_those_of_the_core_model_at_any_number_of_loops(attn_type, halting):
     core = tiny_model(attn_type, halting=halting)
     lm = OpenMythosForCausalLM.wrap(core)
     for num_loops in (1, 4, 9):
@@ -47,7 +47,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_every_kind_of_model_in_and_out_of_files(kind, tmp_path):
+def test_every_kind_of_model_generates_saves_loads_and_resizes(kind, tmp_path):
     core = tiny_model("gqa", **KINDS[kind])
     lm = OpenMythosForCausalLM.wrap(core)
     assert lm.config.tie_word_embeddings == core.cfg.tied_head
@@ -76,7 +76,7 @@ def test_wrapping_shares_weights_and_keeps_the_mode():
 
 
 @torch.no_grad()
-def test_hidden_states_are_one_a_loop():
+def test_hidden_states_are_one_per_loop():
     lm = wrapped(halting=False)
     seen = lm(IDS, output_hidden_states=True, num_loops=5).hidden_states
     assert len(seen) == 6 and len(wrapped()(IDS, output_hidden_states=True, num_loops=40).hidden_states) == 41
@@ -88,11 +88,11 @@ def test_hidden_states_are_one_a_loop():
 
 
 @torch.no_grad()
-def test_the_usual_arguments():
+def test_standard_arguments_of_transformers_are_supported():
     lm = wrapped()
     logits = lm(IDS).logits
     assert_near(lm(inputs_embeds=lm.get_input_embeddings()(IDS)).logits, logits)
-    assert_near(lm(IDS, position_ids=torch.arange(8)[None] + 5).logits, logits, 1e-4)  # rotary: distances alone count
+    assert_near(lm(IDS, position_ids=torch.arange(8)[None] + 5).logits, logits, 1e-4)  # rotary: only distances matter
     assert (lm(IDS, position_ids=torch.arange(8)[None] * 2).logits - logits).abs().max() > 1e-2
     assert_near(lm(IDS, logits_to_keep=3).logits, logits[:, -3:])
     assert_near(lm(IDS, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
@@ -102,7 +102,7 @@ def test_the_usual_arguments():
 
 
 @torch.no_grad()
-def test_resizing_the_vocabulary_keeps_embedding_and_head_one():
+def test_resizing_the_vocabulary_keeps_embedding_and_head_tied():
     lm = wrapped()
     before = lm(IDS).logits
     lm.resize_token_embeddings(30, mean_resizing=False)
@@ -113,7 +113,7 @@ def test_resizing_the_vocabulary_keeps_embedding_and_head_one():
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @torch.no_grad()
-def test_a_classifier_reads_the_last_real_token(padding):
+def test_a_classifier_reads_the_last_token_that_is_not_padding(padding):
     core = tiny_model()
     model = OpenMythosForSequenceClassification(OpenMythosConfig.from_mythos(core.cfg, num_labels=3), core).eval()
     mask = left_padding([8, 5], 8).long()
@@ -126,7 +126,7 @@ def test_a_classifier_reads_the_last_real_token(padding):
     assert_near(model(ids, labels=torch.tensor([0, 2])).loss, F.cross_entropy(alone, torch.tensor([0, 2])))
 
 
-def test_the_config_follows_ours_and_refuses_what_it_does_not_know():
+def test_the_config_converts_to_mythos_config_and_refuses_unknown_fields():
     cfg = tiny_config()
     config = OpenMythosConfig.from_mythos(cfg, num_loops=7)
     assert config.mythos() == tiny_config(max_loop_iters=7) and config.num_loops == 7 and config.lora_loops == 4
@@ -139,7 +139,7 @@ def test_the_config_follows_ours_and_refuses_what_it_does_not_know():
 
 @pytest.mark.parametrize("head", ["language", "none", "classes"])
 @torch.no_grad()
-def test_arguments_that_do_nothing_here_are_refused(head):
+def test_arguments_without_effect_are_refused(head):
     lm = wrapped()
     of = {"language": lm, "none": lm.model, "classes": OpenMythosForSequenceClassification(lm.config, lm.core).eval()}
     model, at = of[head], torch.arange(8)[None]
@@ -165,8 +165,8 @@ PACKED = torch.cat([torch.arange(5), torch.arange(1), torch.arange(6)])[None]
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
-def test_documents_packed_in_a_row_do_not_see_each_other(attn_type):
-    """Told apart by position_ids that start again, with padding or without, or by numbers."""
+def test_packed_documents_do_not_attend_to_each_other(attn_type):
+    """Separated by position_ids that start again, with padding or without, or by numbers in attention_mask."""
     lm = wrapped(attn_type, halting=False)
     ids = prompts(2, 12)
     alone = torch.cat([lm(part, use_cache=False).logits for part in ids.split([5, 1, 6], 1)], 1)
@@ -176,7 +176,7 @@ def test_documents_packed_in_a_row_do_not_see_each_other(attn_type):
         dict(position_ids=PACKED, attention_mask=torch.ones(2, 12)), dict(attention_mask=numbers),
     ):  # fmt: skip
         found = lm(ids, **given)
-        assert CACHE not in found, "nobody asked for one"
+        assert CACHE not in found, "no cache was requested"
         assert_near(found.logits, alone, 1e-4)
         with pytest.raises(ValueError, match="no cache holds several documents of a row; pass use_cache=False"):
             lm(ids, **given, use_cache=True)
@@ -188,8 +188,8 @@ def test_documents_packed_in_a_row_do_not_see_each_other(attn_type):
 
 
 @torch.no_grad()
-def test_positions_of_padding_begin_no_document():
-    """As generate() makes them, without a cache too."""
+def test_positions_of_padding_start_no_document():
+    """Positions as generate() makes them, also without a cache."""
     lm, mask = wrapped(halting=False), left_padding([8, 3], 8).long()
     for at in ((mask.cumsum(1) - 1).clamp(min=0), (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)):
         found = lm(IDS, attention_mask=mask, position_ids=at, use_cache=False).logits
@@ -197,14 +197,14 @@ def test_positions_of_padding_begin_no_document():
 
 
 @pytest.mark.parametrize("num_loops", [0, -1, 1.5, "8", True])
-def test_bad_loop_counts_are_refused(num_loops):
+def test_invalid_loop_counts_are_refused(num_loops):
     with pytest.raises(ValueError, match="integer of at least 1"):
         wrapped()(IDS, num_loops=num_loops)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
-def test_a_cache_has_two_names(name):  # transformers calls it the first from 5.24 on, the second before
+def test_a_cache_is_accepted_under_both_argument_names(name):  # cache from transformers 5.24 on
     lm, cache = wrapped(), DynamicCache()
     outputs = lm(IDS[:, :5], **{name: cache})
     assert outputs[CACHE] is cache
@@ -216,14 +216,14 @@ def test_a_cache_has_two_names(name):  # transformers calls it the first from 5.
         assert cache.get_seq_length() == 5, type(model).__name__
 
 
-def test_more_loops_than_a_cache_holds_are_a_clear_error():
+def test_more_loops_than_a_cache_holds_are_refused():
     lm, cache = wrapped(), DynamicCache()
     lm(IDS, past_key_values=cache, num_loops=2)
     with pytest.raises(ValueError, match="at most 2, or fill a new cache with 5"):
         lm(IDS[:, :1], past_key_values=cache, num_loops=5)
 
 
-@pytest.mark.parametrize("given, said", [
+@pytest.mark.parametrize("given, message", [
     (dict(input_ids=IDS + 20), "holds 40, .*23 tokens.*the tokenizer is not this model's.*resize_token_embeddings"),
     (dict(), "either input_ids or inputs_embeds"),
     (dict(input_ids=IDS, past_key_values=((1, 2),)), "the cache is a tuple"),
@@ -232,6 +232,6 @@ def test_more_loops_than_a_cache_holds_are_a_clear_error():
     (dict(inputs_embeds=torch.zeros(1, 3, 5)), r"embeddings are \(1, 3, 5\); use \(batch, tokens, 32\)"),
     (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), r"attention_mask is \(2, 5\)"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_input_that_does_not_fit_is_named(given, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_inputs_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
         wrapped()(**given)

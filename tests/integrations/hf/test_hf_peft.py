@@ -1,4 +1,4 @@
-"""PEFT's adapters around attention and experts: nothing at first, trained, loaded and merged without a difference."""
+"""PEFT adapters on attention and experts: untrained they change nothing; trained, loaded and merged they agree."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ ADAPTERS = {
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("attn_type, adapter", [(a, n) for n in ADAPTERS for a in ("gqa", "mla")])
-def test_adapters(tmp_path, attn_type, adapter):
+def test_adapters_train_save_load_and_merge(tmp_path, attn_type, adapter):
     wrapped(attn_type).save_pretrained(tmp_path / "base")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = lm(IDS).logits.detach()
@@ -34,7 +34,7 @@ def test_adapters(tmp_path, attn_type, adapter):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert all(parameter.grad.abs().max() > 0 for parameter in trained), "every adapter has learnt something"
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained), "every adapter has gradients"
     model.eval()
     after = model(IDS, num_loops=3).logits.detach()
     assert (after - before).abs().max() > 0.1
@@ -42,7 +42,7 @@ def test_adapters(tmp_path, attn_type, adapter):
     model.save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert_near(PeftModel.from_pretrained(base, tmp_path / "adapter")(IDS, num_loops=3).logits, after, 1e-4)
-    if adapter != "dora":  # of which transformers, but not PEFT, loses a part, whatever the model
+    if adapter != "dora":  # transformers, unlike PEFT, loses a part of it, for any model
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")  # its config names the base
         assert_near(loaded(IDS, num_loops=3).logits, after, 1e-4)
     merged = model.merge_and_unload()
@@ -51,7 +51,7 @@ def test_adapters(tmp_path, attn_type, adapter):
     assert_near(merged.core(IDS, 3), after, 1e-4)
 
 
-PLAIN = dict(n_experts=0, lora_rank=0)  # nothing that training moves besides parameters
+PLAIN = dict(n_experts=0, lora_rank=0)  # training changes parameters only
 
 
 def trained(**options):
@@ -70,7 +70,7 @@ def trained(**options):
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @torch.no_grad()
-def test_a_head_trained_apart_from_the_embedding_stays_apart(tmp_path):
+def test_a_head_trained_apart_from_the_embedding_stays_untied(tmp_path):
     with torch.enable_grad():
         merged = trained(modules_to_save=["head"]).merge_and_unload()
     right = merged(IDS).logits
@@ -85,7 +85,7 @@ def test_a_head_trained_apart_from_the_embedding_stays_apart(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_embedding_and_head_trained_as_one_stay_one(tmp_path):
+def test_an_embedding_and_head_trained_tied_stay_tied(tmp_path):
     model = trained(modules_to_save=["embed", "head"], ensure_weight_tying=True)
     before = model(IDS).logits.detach()
     model.save_pretrained(tmp_path / "adapter")
@@ -98,7 +98,7 @@ def test_embedding_and_head_trained_as_one_stay_one(tmp_path):
     assert_near(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, before, 1e-4)
 
 
-def test_another_head_is_another_head(tmp_path):
+def test_replacing_the_head_unties_it_from_the_embedding(tmp_path):
     lm = wrapped()
     head = torch.nn.Linear(32, 23, bias=False)
     lm.set_output_embeddings(head)

@@ -1,4 +1,4 @@
-"""A folder that brings its source loads where this package is not installed."""
+"""A model folder that contains its code loads where this package is not installed."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ assert not [name for name, module in sys.modules.items() if name.startswith("ope
 
 @pytest.fixture
 def unregistered(monkeypatch):
-    """Whatever was registered in this process before."""
+    """No class is registered, whatever was registered in this process before."""
     monkeypatch.setattr(OpenMythosConfig, "_auto_class", None)
     monkeypatch.setattr(OpenMythosForCausalLM, "_auto_class", None)
 
@@ -43,7 +43,7 @@ def registered(unregistered):
     OpenMythosForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
-def test_it_loads_without_the_package(tmp_path, registered):
+def test_a_folder_with_its_code_loads_without_the_package(tmp_path, registered):
     lm, out = wrapped("mla", halting=False), tmp_path / "out.safetensors"
     lm.save_pretrained(tmp_path / "model")
     save_file({"ids": IDS}, out)
@@ -57,6 +57,6 @@ def test_it_loads_without_the_package(tmp_path, registered):
     assert torch.equal(found["text"][:, :8], IDS) and found["text"].shape == (2, 12)
 
 
-def test_without_registering_no_source_is_written(tmp_path, unregistered):
+def test_without_registration_no_code_is_written(tmp_path, unregistered):
     wrapped().save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))

@@ -1,4 +1,4 @@
-"""Trainer and TRL's trainers train it, as they train any model."""
+"""Trainer and the trainers of TRL train the model like any other."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def losses(trainer):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, recompute):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, recompute):
     def run(name, max_steps, checkpoint=None):
         torch.manual_seed(0)
         lm = OpenMythosForCausalLM.wrap(tiny_model(warm_start=True, state_noise=0.1).train())
@@ -51,15 +51,15 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, recompute):
     assert_near(OpenMythos.from_pretrained(tmp_path / "halves" / "checkpoint-4")(tokens(1, 5)), lm.core(tokens(1, 5)))
 
 
-def test_evaluation_hands_out_logits_and_no_cache(tmp_path):
+def test_evaluation_returns_logits_without_a_cache(tmp_path):
     lm = wrapped()
     trainer = Trainer(model=lm, args=TrainingArguments(tmp_path, **QUIET))
-    lm.config.use_cache = True  # which Trainer turns off
+    lm.config.use_cache = True  # Trainer turns it off
     found = trainer.predict([{"input_ids": tokens(5), "labels": tokens(5)}])
     assert_near(torch.tensor(found.predictions), lm.eval()(tokens(1, 5)).logits)
 
 
-def test_smoothed_labels_are_shifted(tmp_path):
+def test_label_smoothing_shifts_the_labels(tmp_path):
     lm, ids = wrapped(halting=False), tokens(4, 12)
     logits = lm(ids).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1).item()
@@ -70,7 +70,7 @@ def test_smoothed_labels_are_shifted(tmp_path):
         assert losses(trainer)[0] == pytest.approx(expected, rel=0.1)
 
 
-def test_rows_of_packed_documents_train_as_the_documents_do(tmp_path):
+def test_packed_documents_give_the_loss_of_separate_documents(tmp_path):
     documents = [{"input_ids": tokens(n, seed=n).tolist()} for n in (7, 9, 4, 5)]
     args = TrainingArguments(tmp_path, **QUIET | {"max_steps": 1}, remove_unused_columns=False)
     found = []
@@ -102,8 +102,8 @@ def test_gradient_checkpointing_changes_no_gradient(attn_type):
         assert_near(found[1][name], gradient, what=name)
 
 
-def test_trl(tmp_path):
-    start = wrapped(halting=False)  # else a reference in eval mode stops early where a model in training does not
+def test_sft_dpo_and_reward_training_with_trl(tmp_path):
+    start = wrapped(halting=False)  # a reference in eval mode would halt early, and a model in training not
     start.core.recurrent.lora.trained_loops.fill_(4)
     start.save_pretrained(tmp_path / "model")
     words = [{"prompt": "abc", "chosen": "def", "rejected": "hijk"}] * 8
@@ -124,4 +124,4 @@ def test_trl(tmp_path):
         trainer.train()
         found = losses(trainer)
         assert len(found) == 3 and found[-1] < found[0], (type(trainer).__name__, found)
-    assert losses(dpo)[0] == pytest.approx(0.6931, abs=1e-3), "the reference is the model itself at first"
+    assert losses(dpo)[0] == pytest.approx(0.6931, abs=1e-3), "at first the reference equals the model"

@@ -1,4 +1,4 @@
-"""Tiny models of transformers, and a tokenizer for them."""
+"""Tiny models as classes of transformers, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def wrapped(attn_type: str = "gqa", **changes: Any) -> OpenMythosForCausalLM:
 
 
 def greedy(lm: Any, ids: Tensor | None, n: int = 6, **options: Any) -> Tensor:
-    """The prompt and ``n`` more tokens, the likeliest."""
+    """The prompt and ``n`` more tokens, decoded greedily unless ``options`` say otherwise."""
     options = {"do_sample": False, **options}
     if ids is not None:
         options.setdefault("attention_mask", torch.ones_like(ids))
@@ -27,7 +27,7 @@ def greedy(lm: Any, ids: Tensor | None, n: int = 6, **options: Any) -> Tensor:
 
 
 def letters(n: int = 23) -> PreTrainedTokenizerFast:
-    """One token a letter: a padding token, an end, ``n - 2`` letters."""
+    """One token per letter: a padding token, an end of text, and ``n - 2`` letters."""
     names = ["<pad>", "<eos>", *(chr(ord("a") + i) for i in range(n - 2))]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
