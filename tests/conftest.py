@@ -1,6 +1,6 @@
-"""Settings of all tests: one thread, property tests that draw the same examples every time, a cache of their own.
+"""Settings for all tests: one thread, deterministic property tests, a separate cache directory.
 
-One thread in processes that tests start, too: tests share the cores, and threads that wait for each other spin.
+Processes that tests start use one thread as well: tests share the cores, and threads that wait for each other spin.
 """
 
 import os
@@ -17,7 +17,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test waits for a network, or depends on one
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before any import reads it: no test may depend on a network
 settings.register_profile("suite", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("suite")
 
@@ -31,7 +31,7 @@ NO_NETWORK = r"No matching distribution|[Cc]onnection|timed out|resolution"
 
 @pytest.fixture
 def threads():
-    """Sets the number of PyTorch's threads, and puts it back."""
+    """A function that sets the number of PyTorch's threads; the number is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -39,14 +39,14 @@ def threads():
 
 @pytest.fixture(scope="session")
 def reference_checkpoints(tmp_path_factory):
-    """Folder of models that the reference package made and saved, with the logits that it gives for them."""
-    package = ROOT / "runs" / "reference-package"  # kept; it has the import name of this library, so it stands apart
+    """Folder of models created and saved by the reference package, with the logits that it computes for them."""
+    package = ROOT / "runs" / "reference-package"  # kept; in its own folder, since its import name is ours
     if not (package / "open_mythos").is_dir():
         fresh = package.with_name(f"reference-package.{os.getpid()}")
         pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", fresh, REFERENCE]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode and re.search(NO_NETWORK, done.stdout + done.stderr):
-            pytest.skip(f"{REFERENCE} is not at hand: {done.stderr.strip().splitlines()[-1]}")
+            pytest.skip(f"{REFERENCE} is not available: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == 0, done.stderr
         if package.is_dir():  # another process was faster
             shutil.rmtree(fresh)

@@ -1,4 +1,4 @@
-"""A run's directory as ``mythos train`` would leave it, without the training: an untrained model, invented numbers."""
+"""A run's directory as ``mythos train`` writes it, but without training: an untrained model and made-up metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HALTING = {"exit": "gate:0.99", "saved": 0.25, "accuracy_fixed": 1.0, "accuracy_
 
 
 def fabricate_run(path: Path, *, evaluated: bool = True, recipe: str = "parity", **changes: Any) -> TrainConfig:
-    """Fill ``path`` with a run and return its config; ``changes`` are fields of the model's."""
+    """Write a run to ``path`` and return its config; ``changes`` are fields of the model's config."""
     model = tiny_model(**{"vocab_size": 3, "max_seq_len": 128, **changes})
     cfg = TrainConfig(
         recipe=recipe,

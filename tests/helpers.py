@@ -1,4 +1,4 @@
-"""Tiny models whose every part has something to do, and comparisons."""
+"""Tiny models in which every component affects the output, and helpers that compare results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tiny_config(attn_type: str = "gqa", **changes: Any) -> MythosConfig:
 
 
 def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0, **changes: Any) -> OpenMythos:
-    """A model in eval mode as it might be after training: norms, LoRA, router bias and gate are all random.
+    """A model in eval mode, as if it were trained: norms, LoRA, router bias and gate have random values.
 
     With ``gate_bias`` -1 positions halt at different loops, most of them within four.
     """
@@ -78,8 +78,8 @@ def tiny_model(attn_type: str = "gqa", *, seed: int = 0, gate_bias: float = -1.0
             if "norm" in name or name.endswith(("injection.raw_A", "injection.B")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         gate = model.recurrent.act
-        std = getattr(gate, "std", 0.05)  # that of a mixture reads states of any size
-        gate.halt.weight.normal_(std=3.0 * std)  # the gate divides by what it is stored at
+        std = getattr(gate, "std", 0.05)  # the gate of a mixture has no std, since it reads states of any scale
+        gate.halt.weight.normal_(std=3.0 * std)  # the gate divides its output by std
         if model.cfg.recurrence == "injected":
             gate.motion.normal_(std=0.1 * std)
         gate.halt.bias.fill_(gate_bias * std)
@@ -106,14 +106,14 @@ def left_padding(lengths: list[int], width: int) -> Tensor:
 
 
 def loops_used(model: OpenMythos, input_ids: Tensor, n_loops: int, **inputs: Any) -> Tensor:
-    """(B, T) how many loops computed each position."""
+    """(B, T) number of loops that updated each position."""
     with torch.no_grad():
         ran = [state.ran.long() for state, _ in model.iterate(input_ids, n_loops, **inputs)]
     return torch.stack(ran).sum(0)
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-5, what: str = "") -> None:
-    """Largest difference below ``tolerance`` times the largest expected value (or one, if that is smaller)."""
+    """Assert that differences are at most ``tolerance``, times the largest expected value if that exceeds 1."""
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} for {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), f"{what}: not finite"
     if not actual.numel():
@@ -124,7 +124,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-5, what:
 
 
 def gradients(model: OpenMythos, loss: Tensor) -> dict[str, Tensor]:
-    """The loss's gradient in every parameter, zeros where there is none."""
+    """The gradient of the loss for every parameter, zeros where there is none."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {
@@ -136,7 +136,8 @@ def gradients(model: OpenMythos, loss: Tensor) -> dict[str, Tensor]:
 def damaged(
     content: bytes, draw: random.Random, sizes: Sequence[int], also: Callable[[bytearray], bytes] | None = None
 ) -> bytes:
-    """One of the ways in which files go wrong: blocks of one of ``sizes`` change places; ``also`` is one more way."""
+    """``content`` with one kind of damage, drawn at random: a flipped bit, truncation, zeros, swapped blocks of one of
+    ``sizes``, inserted bytes, or ``also``."""
     new, n = bytearray(content), len(content)
     kind, at = draw.randrange(5 if also is None else 6), draw.randrange(n)
     if kind == 0:
@@ -157,7 +158,7 @@ def damaged(
 
 
 def chunkings(total: int) -> st.SearchStrategy[list[int]]:
-    """Sizes of chunks, in any order, that add up to ``total``."""
+    """Lists of chunk sizes that sum to ``total``."""
 
     def fitted(sizes: list[int]) -> list[int]:
         cut: list[int] = []
@@ -172,7 +173,7 @@ def chunkings(total: int) -> st.SearchStrategy[list[int]]:
 def in_chunks(
     model: OpenMythos, ids: Tensor, sizes: list[int], n_loops: int, cache: KVCache | dict, mask: Tensor | None = None
 ) -> Tensor:
-    """Logits of all tokens, fed ``sizes`` at a time."""
+    """Logits of all tokens, passed to the model in chunks of ``sizes``."""
     out, start = [], 0
     for size in sizes:
         span = slice(start, start + size)

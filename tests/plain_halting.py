@@ -1,4 +1,4 @@
-"""Halting written out, one loop after the other: the slow, obvious twin of what the exits and the loops do."""
+"""A plain reference implementation of halting, one loop at a time, to compare exits and loops with."""
 
 import torch
 from torch import Tensor

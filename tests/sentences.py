@@ -1,4 +1,4 @@
-"""Reading what tasks in words say, without their generators."""
+"""A parser for the sentences of word tasks, independent of the code that generates them."""
 
 import functools
 import re
@@ -10,9 +10,9 @@ def sentences(task, ids) -> list[str]:
 
 
 def reader(kinds: Sequence) -> Callable:
-    """A function of a sentence: its kind, its pattern, and the words that {0}, {1}, ... stand for, or None.
+    """A function that parses a sentence into its kind, its pattern, and the words for {0}, {1}, ... (or None).
 
-    It fails unless there is just one way to read the sentence.
+    It fails unless exactly one pattern matches.
     """
     ways = [(kind, pattern, _regex(pattern)) for kind in kinds for pattern in kind.patterns]
 
@@ -28,6 +28,6 @@ def reader(kinds: Sequence) -> Callable:
 
 def _regex(pattern: str) -> re.Pattern:
     escaped = re.escape(pattern)
-    for i in range(4):  # a word that comes twice is the same both times
+    for i in range(4):  # a placeholder that occurs twice stands for the same word
         escaped = escaped.replace(rf"\{{{i}\}}", rf"(?P<w{i}>\w+)", 1).replace(rf"\{{{i}\}}", f"(?P=w{i})")
     return re.compile(escaped)

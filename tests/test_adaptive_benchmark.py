@@ -1,4 +1,4 @@
-"""benchmarks/adaptive.py: every way of decoding gives the same answers, and its table shows what was measured."""
+"""benchmarks/adaptive.py: all decoding methods give the same answers, and the table has every case."""
 
 import json
 
@@ -14,7 +14,7 @@ from open_mythos.nn.exits import Gate
 
 @pytest.mark.skipif(isinstance(build.library(), str), reason=str(build.library()))
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_all_ways_give_the_same_answers(one_by_one):
+def test_all_decoding_methods_give_the_same_answers(one_by_one):
     model, case = OpenMythos.from_pretrained("parity-tiny").float(), adaptive.CASES["parity"]
     batch = case.made().mixed([8] * 3, torch.Generator().manual_seed(0))
     found = adaptive_ways.race(model, 12, batch, Gate(0.9), 1, one_by_one)
@@ -24,7 +24,7 @@ def test_all_ways_give_the_same_answers(one_by_one):
     assert all(rate > 0 for rate in found["tokens_per_s"].values())
 
 
-def test_the_table_has_a_line_for_every_case():
+def test_the_table_has_a_row_for_every_case():
     results = json.loads((adaptive.ROOT / "results" / "adaptive.json").read_text())["results"]
     header, rule, *lines = adaptive.markdown(results).splitlines()
     assert [line.split(",")[0] for line in lines] == [f"| {name.split(',')[0]}" for name in adaptive.CASES]

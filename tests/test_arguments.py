@@ -1,4 +1,4 @@
-"""Wrong arguments of every public call: refused by name, before anything is computed, and nothing has changed."""
+"""Invalid arguments of every public call raise an error that names the argument, before anything is computed."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from open_mythos.nn import exits
 from open_mythos.seq2seq import Seq2Seq
 from open_mythos.tasks.tokenizer import Tokenizer, load
 
-CALLS = int(os.environ.get("OPEN_MYTHOS_WRONG_ARGUMENTS", 400))  # 2000 and more in the long form
+CALLS = int(os.environ.get("OPEN_MYTHOS_WRONG_ARGUMENTS", 400))  # 2000 or more in a long run
 SEED = int(os.environ.get("OPEN_MYTHOS_SEED", 0))
 
 
 class Foreign:
-    """An object that no argument is."""
+    """An object of a type that no argument accepts."""
 
 
 def wrong(kind: Any) -> list[Any]:
-    """Values that are nothing of an annotation: of other types, and numbers that nothing counts."""
+    """Values that do not match an annotation: other types, NaN, infinities and huge integers."""
     parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     found = [Foreign(), object, 1j, b"x", {1, 2}, lambda: 0]
     if not {dict, Callable} & {get_origin(part) or part for part in parts}:
@@ -64,7 +64,7 @@ def wrong(kind: Any) -> list[Any]:
     return found
 
 
-# Values of the right type that do not fit, by the argument's name.
+# Values of the right type that are out of range, by the name of the argument.
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "n_loops": [0, -1, -(1 << 62)], "max_new_tokens": [-1], "temperature": [-0.1], "top_k": [0, -1],
     "top_p": [0.0, 1.5, -1], "min_p": [-0.1, 2], "eos_token_id": [-1, 257, 1 << 62, (1, 999), (-1,)], "start_pos": [-1],
@@ -90,7 +90,7 @@ def model() -> OpenMythos:
 
 
 def states(things: Any) -> Any:
-    """All that a refused call may not have changed, comparable."""
+    """All state that a refused call must leave unchanged, in a form that can be compared."""
     made, talk, batch, cache = things
     weights = {name: x.clone() for name, x in made.state_dict().items()}
     modes = [module.training for module in made.modules()]
@@ -112,7 +112,7 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
+def test_invalid_arguments_are_named_in_the_error_and_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,7 +153,7 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
             if name == "return" or inspect.signature(target).parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 continue
             cases += [(call, needed, name, value) for value in wrong(kind)]
-            if call is save_model and name == "source":  # "" is none
+            if call is save_model and name == "source":  # "" means no source
                 continue
             ranges = OUT_OF_RANGE.get(name, []) if name != "exit" or call is exits.parse else ["gate", exits.Gate]
             cases += [(call, needed, name, value) for value in ranges]
@@ -168,7 +168,7 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
             list(found) if inspect.isgenerator(found) else found
             outcome = "taken"
         except (ValueError, TypeError) as error:
-            stem = name.removesuffix("s").removesuffix("ie")  # of several, one may be named
+            stem = name.removesuffix("s").removesuffix("ie")  # an error about a list may name one element
             is_named = stem in str(error) or (isinstance(value, str) and repr(value)[1:-1] in str(error))
             outcome = "refused" if is_named else f"refused without its name: {error}"
         except Exception as error:
@@ -186,7 +186,7 @@ def test_every_wrong_argument_is_refused_by_name_and_changes_nothing(
     assert not bad, f"{len(bad)} of {len(cases)}:\n" + "\n".join(sorted(set(bad)))
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     made, ids = model(), tokens(1, 3)
     plain = made.generate(ids, 3, 2, temperature=0.0, top_k=5, eos_token_id=7)
     found = made.generate(
@@ -201,7 +201,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert KVCache(np.int64(2)).cache_loops == 2 and type(Sampling(top_k=np.int64(3)).top_k) is int
 
 
-def test_code_that_is_traced_is_not_asked() -> None:
+def test_argument_checks_are_skipped_under_torch_export() -> None:
     made, ids = model(), tokens(1, 3)
     with torch.no_grad():
         exported = torch.export.export(made, (ids,), {"n_loops": 2})

@@ -1,4 +1,4 @@
-"""A cache is right when nobody can tell that it is there."""
+"""The key/value cache: logits equal those of one pass without a cache, however the tokens are split into calls."""
 
 from copy import deepcopy
 
@@ -34,10 +34,10 @@ MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
     sizes=chunkings(T),
     n_loops=st.integers(1, 7),
     as_dict=st.booleans(),
-    # One row without padding: a chunk of nothing but padding has its own test.
+    # The first row has no padding: chunks of padding only have their own test.
     lengths=st.none() | st.tuples(st.just(T), st.integers(1, T), st.integers(1, T)),
 )
-def test_cached_logits_are_the_uncached_ones(attn_type, sizes, n_loops, as_dict, lengths):
+def test_cached_logits_equal_uncached_logits(attn_type, sizes, n_loops, as_dict, lengths):
     model, ids = MODELS[attn_type], tokens(3, T)
     mask = None if lengths is None else left_padding(lengths, T)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_cached_logits_are_the_uncached_ones(attn_type, sizes, n_loops, as_dict,
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("gate_bias", [-20.0, -1.0], ids=["none halts", "some halt"])
 @pytest.mark.parametrize("local_share", [0.0, 0.5, 1.0])
-def test_rows_are_convolved_once_before_they_are_cached(attn_type, gate_bias, local_share, monkeypatch):
+def test_cached_rows_are_convolved_only_once(attn_type, gate_bias, local_share, monkeypatch):
     model = tiny_model(attn_type, gate_bias=gate_bias, local_share=local_share, max_seq_len=64)
     ids, mask = tokens(3, 60), left_padding([60, 41, 24], 60)
     with torch.no_grad():
@@ -62,17 +62,17 @@ def test_rows_are_convolved_once_before_they_are_cached(attn_type, gate_bias, lo
     )
     cached = in_chunks(model, ids, [52, 1, 3, 1, 1, 2], 4, KVCache(), mask)
     assert_near(cached[mask], whole[mask])
-    assert set(convolved) == {52, 1, 3, 2}, "those of new tokens alone"
+    assert set(convolved) == {52, 1, 3, 2}, "only rows of new tokens are convolved"
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("gate_bias", [-20.0, -1.0, 20.0], ids=["none halts", "some halt", "all halt"])
 @pytest.mark.parametrize("sizes", [[1] * T, [T - 1, 1], [5, 1, 1, 4, 1]], ids=str)
-def test_cached_logits_whatever_halts(attn_type, gate_bias, sizes):
+def test_cached_logits_equal_uncached_logits_with_halting(attn_type, gate_bias, sizes):
     model, ids = tiny_model(attn_type, gate_bias=gate_bias), tokens(2, T)
     used = loops_used(model, ids, 5)
     expected = {-20.0: used.eq(5).all(), 20.0: used.eq(1).all(), -1.0: len(used.unique()) > 1}
-    assert expected[gate_bias], f"the gate was meant to do otherwise: {used}"
+    assert expected[gate_bias], f"the gate should halt differently: {used}"
     with torch.no_grad():
         whole = model(ids, 5)
     for cache in (KVCache(), {}):
@@ -86,7 +86,7 @@ def test_cached_logits_whatever_halts(attn_type, gate_bias, sizes):
     dict(n_heads=1, n_kv_heads=1, dim=16), dict(n_heads=6, n_kv_heads=3, dim=36),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_cached_logits_with_every_part_on_and_off(attn_type, changes):
+def test_cached_logits_equal_uncached_logits_for_every_config(attn_type, changes):
     model, ids = tiny_model(attn_type, **changes), tokens(2, 9)
     mask = left_padding([9, 5], 9)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_cached_logits_with_every_part_on_and_off(attn_type, changes):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
-def test_chunks_of_nothing_but_padding(attn_type, cache_type):
+def test_chunks_of_padding_only(attn_type, cache_type):
     model, ids, mask = MODELS[attn_type], tokens(2, 6), left_padding([3, 2], 6)
     with torch.no_grad():
         whole = model(ids, 3, attention_mask=mask)
@@ -106,7 +106,7 @@ def test_chunks_of_nothing_but_padding(attn_type, cache_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_new_tokens_may_come_without_a_mask_or_with_the_whole_one(attn_type):
+def test_new_tokens_accept_no_mask_a_partial_mask_or_the_whole_mask(attn_type):
     model, ids, mask = MODELS[attn_type], tokens(2, 8), left_padding([8, 5], 8)
     with torch.no_grad():
         whole = model(ids, 4, attention_mask=mask)[:, 5:]
@@ -118,7 +118,7 @@ def test_new_tokens_may_come_without_a_mask_or_with_the_whole_one(attn_type):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
-def test_more_loops_than_the_prefill_had_are_refused_and_fewer_are_not(attn_type, cache_type):
+def test_more_loops_than_the_prefill_are_refused_but_fewer_are_allowed(attn_type, cache_type):
     model, ids = MODELS[attn_type], tokens(2, 8)
     cache, twin = cache_type(), cache_type()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_more_loops_than_the_prefill_had_are_refused_and_fewer_are_not(attn_type
 
 
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
-def test_a_refused_call_leaves_the_cache_alone(cache_type):
+def test_a_refused_call_leaves_the_cache_unchanged(cache_type):
     model, ids = MODELS["gqa"], tokens(2, 5)
     cache = cache_type()
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_a_refused_call_leaves_the_cache_alone(cache_type):
 
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
 @pytest.mark.parametrize("n_rows", [1, 2])
-def test_another_batch_size_than_the_caches_is_refused(cache_type, n_rows):
+def test_a_batch_size_that_differs_from_the_cache_is_refused(cache_type, n_rows):
     model, cache = MODELS["gqa"], cache_type()
     with torch.no_grad():
         model(tokens(3, 5), 2, cache)
@@ -182,7 +182,7 @@ def test_start_pos_is_inferred_and_checked(cache_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_dict_holds_one_dict_of_tensors_of_used_length_for_each_slot(attn_type):
+def test_a_dict_cache_holds_tensors_of_used_length_for_each_slot(attn_type):
     model = MODELS[attn_type]
     cache: dict = {}
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_dict_holds_one_dict_of_tensors_of_used_length_for_each_slot(attn_type
         assert held["rows"].untyped_storage().nbytes() == held["rows"].nbytes
 
 
-def test_mla_caches_the_latent_and_one_rope_key_and_nothing_else():
+def test_mla_caches_only_the_latent_and_one_rope_key():
     dims = dict(dim=128, n_heads=4, n_kv_heads=2, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16,
                 qk_nope_head_dim=16, v_head_dim=16, max_seq_len=64)  # fmt: skip
     footprint = {}
@@ -217,7 +217,7 @@ def test_mla_caches_the_latent_and_one_rope_key_and_nothing_else():
     assert footprint["gqa"] / footprint["mla"] == pytest.approx(8 / 3)
 
 
-def test_kv_cache_knows_its_length_and_size():
+def test_kv_cache_reports_length_and_nbytes():
     model, cache = MODELS["gqa"], KVCache()
     assert cache.length == 0 and cache.nbytes == 0
     with torch.no_grad():
@@ -231,11 +231,11 @@ def test_kv_cache_knows_its_length_and_size():
 
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_loops_that_no_token_needs_take_no_memory(attn_type):
-    """Their slots are filled when a token comes that deep, and cut like the others before and after."""
+def test_loops_that_no_position_runs_take_no_cache_memory(attn_type):
+    """Their slots are filled once a position runs that deep; before and after, truncation applies to them too."""
     model, ids, rule, cache = tiny_model(attn_type, halting=False), tokens(1, 12), StateChange(0.06), KVCache()
     used, shared = loops_used(model, ids, 7, exit=rule)[0], KVCache()
-    assert used[:2].max() < used.max(), f"the first tokens were meant to stop earlier: {used}"
+    assert used[:2].max() < used.max(), f"the first tokens should halt earlier: {used}"
     model(ids[:, :1], 1, shared, exit=rule)
     bytes_of_a_row = shared.nbytes / 3  # prelude, one loop, coda
     whole = model(ids, 7, exit=rule)
@@ -250,7 +250,7 @@ def test_loops_that_no_token_needs_take_no_memory(attn_type):
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("padded", [False, True])
 @given(keep=st.integers(0, 8))
-def test_truncate_forgets_the_last_tokens(attn_type, padded, keep):
+def test_truncate_removes_the_last_tokens(attn_type, padded, keep):
     model, ids, cache = MODELS[attn_type], tokens(2, 10), KVCache()
     mask = left_padding([10, 8], 10) if padded else None
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_truncate_forgets_the_last_tokens(attn_type, padded, keep):
     assert_near(again[real], whole[:, keep:][real])
 
 
-def test_truncate_refuses_more_than_there_is():
+def test_truncate_refuses_lengths_out_of_range():
     cache = KVCache()
     with torch.no_grad():
         MODELS["gqa"](tokens(1, 4), 1, cache)
@@ -272,7 +272,7 @@ def test_truncate_refuses_more_than_there_is():
             cache.truncate(length)
 
 
-def test_an_emptied_cache_takes_any_batch():
+def test_an_emptied_cache_accepts_any_batch_size():
     model, cache = MODELS["gqa"], KVCache()
     with torch.no_grad():
         for empty in (cache.reset, lambda: cache.truncate(0)):
@@ -284,7 +284,7 @@ def test_an_emptied_cache_takes_any_batch():
 
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
 @pytest.mark.parametrize("lengths, claimed", [([6, 4], [7, 7]), ([6, 6], [7, 5])], ids=["less padding", "more padding"])
-def test_a_whole_mask_that_contradicts_the_cached_one_is_refused(cache_type, lengths, claimed):
+def test_a_whole_mask_that_contradicts_the_cached_mask_is_refused(cache_type, lengths, claimed):
     model, ids, cache = MODELS["gqa"], tokens(2, 6), cache_type()
     with torch.no_grad():
         model(ids, 2, cache, attention_mask=left_padding(lengths, 6))
@@ -294,7 +294,7 @@ def test_a_whole_mask_that_contradicts_the_cached_one_is_refused(cache_type, len
         assert _same(held, _copy(cache))
 
 
-def test_a_dict_remembers_padding_in_a_slot_of_its_own():
+def test_a_dict_cache_stores_the_padding_mask_in_its_own_slot():
     model = MODELS["gqa"]
     cache: dict = {}
     with torch.no_grad():
@@ -315,13 +315,13 @@ def test_gradients_flow_through_a_cached_call(attn_type, cache_type):
     assert torch.autograd.grad(loss, model.embed.weight)[0].isfinite().all()
 
 
-def test_only_a_cache_is_a_cache():
+def test_only_a_kv_cache_or_a_dict_is_accepted_as_cache():
     assert as_cache(None) is None
     with pytest.raises(ValueError, match="list"):
         MODELS["gqa"](tokens(1, 2), 1, [])
 
 
-# -- fewer slots than loops
+# -- slots
 
 
 def _head(mask: Tensor | None, n: int) -> Tensor | None:
@@ -341,7 +341,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_room_that_was_made_is_used_and_not_outgrown():
+def test_preallocated_room_is_used_without_reallocation():
     cache, model, ids = KVCache(room=20), tiny_model(), tokens(1, 20)
     with torch.no_grad():
         model(ids[:, :5], 2, kv_cache=cache)
@@ -352,8 +352,8 @@ def test_room_that_was_made_is_used_and_not_outgrown():
 
 @pytest.mark.parametrize("exit", [None, StateChange(0.3), PredictionKL(0.05)], ids=str)
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_every_block_of_a_core_has_slots_of_its_own(attn_type, exit):
-    """With the gate, then with exits: positions stop at different loops, and later tokens find what they left."""
+def test_every_core_block_has_its_own_cache_slots(attn_type, exit):
+    """Positions stop at different loops, by the gate or another exit, and later tokens read what they have cached."""
     model, ids = tiny_model(attn_type, core_layers=3), tokens(2, T)
     cache, halted = KVCache(), loops_used(model, ids, 5, exit=exit).unique()
     assert len(halted) > 1, halted
@@ -366,7 +366,7 @@ def test_every_block_of_a_core_has_slots_of_its_own(attn_type, exit):
     assert len(looped) == 5 * 3 and {lengths[name] for name in looped} == {T}
 
 
-# -- long texts: a ring of raw rows, and cuts
+# -- long texts: the ring buffer of raw rows, and truncation
 
 
 def long_model(attn_type: str, **changes) -> OpenMythos:
@@ -378,7 +378,7 @@ def long_model(attn_type: str, **changes) -> OpenMythos:
 @pytest.mark.parametrize("sizes", [
     [200, 1, 1, 90, 1], [1] * 5 + [ROLLBACK - 5, 1, ROLLBACK, 1], [3, ROLLBACK + 2, 2, ROLLBACK + 1, 1],
 ], ids=str)  # fmt: skip
-def test_chunks_longer_than_the_ring(attn_type, cache_loops, sizes):
+def test_chunks_longer_than_the_ring_buffer(attn_type, cache_loops, sizes):
     model, ids = long_model(attn_type), tokens(2, sum(sizes))
     with torch.no_grad():
         whole = model(ids, 3)
@@ -387,8 +387,8 @@ def test_chunks_longer_than_the_ring(attn_type, cache_loops, sizes):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("sizes", [[200], [150, 50], [100, 99, 1], [130] + [1] * 70], ids=str)
-def test_a_cut_of_up_to_the_rollback_goes_on(attn_type, sizes):
-    """Also to within what the last call wrote, or to its beginning."""
+def test_a_cache_continues_after_truncation_by_up_to_the_rollback(attn_type, sizes):
+    """Also to a position inside the last chunk, or to its start."""
     model, ids = long_model(attn_type), tokens(1, 210)
     with torch.no_grad():
         whole = model(ids, 3)
@@ -402,7 +402,7 @@ def test_a_cut_of_up_to_the_rollback_goes_on(attn_type, sizes):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_longer_cut_is_refused_where_there_is_a_convolution(attn_type):
+def test_a_longer_truncation_is_refused_with_a_convolution(attn_type):
     ids = tokens(1, 200)
     for taps in (0, 1, 3):
         model, cache = long_model(attn_type, conv_taps=taps), KVCache()
@@ -410,7 +410,7 @@ def test_a_longer_cut_is_refused_where_there_is_a_convolution(attn_type):
             whole = model(ids, 3)
             model(ids, 3, cache)
             cache.truncate(100)
-            if taps < 2:  # a token reads no raw rows but its own
+            if taps < 2:  # a token reads only its own raw row
                 assert_near(model(ids[:, 100:], 3, cache), whole[:, 100:], 5e-5)
                 continue
             with pytest.raises(ValueError, match=f"cut back to 100 tokens.*at most {ROLLBACK} tokens"):
@@ -423,8 +423,8 @@ def test_a_longer_cut_is_refused_where_there_is_a_convolution(attn_type):
     calls=st.lists(st.tuples(st.integers(1, 150), st.integers(0, ROLLBACK), st.booleans()), min_size=1, max_size=8),
     n_raw=st.integers(0, 4),
 )
-def test_a_slot_holds_what_was_written_last(calls, n_raw):
-    """Against plain tensors: written, cut back, and filled from the slot before where nothing was written."""
+def test_a_cache_slot_holds_the_last_written_rows(calls, n_raw):
+    """Compared with plain tensors: writes, truncation, and filling from the slot before where nothing was written."""
     slots, rows, raws = [CacheSlot(), CacheSlot()], [torch.empty(1, 0, 1, 2)] * 2, [torch.empty(1, 0, 1, 2)] * 2
     most = 0
     for n, cut, both in calls:
@@ -440,15 +440,15 @@ def test_a_slot_holds_what_was_written_last(calls, n_raw):
             rows[i], raws[i] = torch.cat([rows[i], 10 * new[i]], 1), torch.cat([raws[i], new[i]], 1)
             assert torch.equal(slots[i].update(10 * new[i], new[i], at, n_raw), rows[i])
         most = max(most, at + n)
-        end = max(at + n - cut, most - ROLLBACK, 1)  # no two cuts go further than one may
+        end = max(at + n - cut, most - ROLLBACK, 1)  # cuts together go no further back than one may
         for i in (0, 1):
             slots[i].truncate(end)
             rows[i], raws[i] = rows[i][:, :end], raws[i][:, :end]
-        if both:  # looking fills it
+        if both:  # reading the rows fills the slot
             assert all(torch.equal(slot.rows, held) for slot, held in zip(slots, rows, strict=True))
 
 
-def test_a_copy_of_a_cache_goes_its_own_way():
+def test_a_deep_copy_of_a_cache_is_independent():
     model, ids, cache = MODELS["gqa"], tokens(1, 8), KVCache()
     with torch.no_grad():
         whole = model(ids, 4)
@@ -459,20 +459,20 @@ def test_a_copy_of_a_cache_goes_its_own_way():
 
 
 @torch.no_grad()
-def test_a_model_that_sees_both_ways_takes_no_cache():
+def test_a_bidirectional_model_refuses_a_cache():
     model = tiny_model(causal=False)
     for cache in (KVCache(), {}):
         with pytest.raises(ValueError, match="causal=False; leave it out"):
             model(tokens(1, 4), 2, cache)
 
 
-def test_padding_between_tokens_is_refused_where_places_count():
+def test_padding_between_tokens_is_refused_with_convolution_or_local_window():
     ids, mask = tokens(2, 7), torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
     hole = torch.tensor([[1] * 7, [0, 1, 1, 0, 1, 1, 1]])
     by_place, by_token = tiny_model(halting=False), tiny_model(halting=False, conv_taps=0, local_window=0)
     with pytest.raises(ValueError, match=r"padding between tokens.*pad on the left"):
         by_place(ids, 3, attention_mask=hole)
-    by_place(ids, 3, attention_mask=torch.tensor([[1, 1, 0, 2, 2, 2, 2], [1] * 7]))  # between documents there may be
+    by_place(ids, 3, attention_mask=torch.tensor([[1, 1, 0, 2, 2, 2, 2], [1] * 7]))  # allowed between documents
     for end in (torch.ones(2, 1), torch.cat([mask, torch.ones(2, 1)], 1), None):
         for cache in ({}, KVCache()):
             by_place(ids, 3, cache, attention_mask=mask)
@@ -480,7 +480,7 @@ def test_padding_between_tokens_is_refused_where_places_count():
                 by_place(ids[:, :1], 3, cache, attention_mask=end)
         assert isinstance(cache, KVCache)
         cache.truncate(4)
-        assert by_place(ids[:, :1], 3, cache).isfinite().all(), "nothing between them is left"
+        assert by_place(ids[:, :1], 3, cache).isfinite().all(), "no padding is left between tokens"
         cache = KVCache()
         by_token(ids, 3, cache, attention_mask=mask)
         last = by_token(ids[:, :1], 3, cache, attention_mask=end)[1, -1]

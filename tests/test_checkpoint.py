@@ -1,4 +1,4 @@
-"""Saving and loading: the same logits come back, and a bad file is named."""
+"""Saving and loading: a loaded model gives identical logits, and errors name the bad file."""
 
 import json
 import os
@@ -25,9 +25,9 @@ def saved(tmp_path) -> Path:
     dict(core_layers=2, n_experts=0, tied_head=False),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_what_is_loaded_gives_identical_logits(tmp_path, attn_type, changes):
+def test_a_loaded_model_gives_identical_logits(tmp_path, attn_type, changes):
     model, ids = tiny_model(attn_type, **changes), tokens(2, 8)
-    model.train()(ids, 3)  # so that counts and trained loops are there too
+    model.train()(ids, 3)  # so that expert counts and trained loops are set
     model.eval().save_pretrained(tmp_path)
     loaded = OpenMythos.from_pretrained(tmp_path)
     assert not loaded.training and loaded.cfg == model.cfg and type(loaded) is OpenMythos
@@ -40,9 +40,9 @@ def test_what_is_loaded_gives_identical_logits(tmp_path, attn_type, changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_comes_back_and_the_router_bias_stays_float32(tmp_path, dtype):
+def test_the_dtype_is_kept_and_the_router_bias_stays_float32(tmp_path, dtype):
     model = tiny_model().to(dtype)
-    model.save_pretrained(str(tmp_path))  # a string does as well as a Path
+    model.save_pretrained(str(tmp_path))  # a str works as well as a Path
     loaded = OpenMythos.from_pretrained(str(tmp_path))
     assert loaded.embed.weight.dtype == dtype
     assert torch.equal(loaded.recurrent.block.ffn.router_bias, model.recurrent.block.ffn.router_bias)
@@ -51,14 +51,14 @@ def test_the_dtype_comes_back_and_the_router_bias_stays_float32(tmp_path, dtype)
         assert torch.equal(loaded(tokens(1, 5)), model(tokens(1, 5)))
 
 
-def test_two_files_and_no_pickle(saved):
+def test_a_saved_model_is_two_files_without_pickle(saved):
     assert sorted(os.listdir(saved)) == ["config.json", "model.safetensors"]
     assert MythosConfig.from_dict(json.loads((saved / "config.json").read_text())).dim == 32
     assert not zipfile.is_zipfile(saved / "model.safetensors")
     assert "head.weight" not in load_file(saved / "model.safetensors")
 
 
-def test_who_may_read_one_file_may_read_the_other(saved):
+def test_config_and_weights_have_the_same_file_permissions(saved):
     assert (saved / "model.safetensors").stat().st_mode == (saved / "config.json").stat().st_mode
 
 
@@ -71,7 +71,7 @@ def test_loading_never_unpickles(saved, monkeypatch):
     OpenMythos.from_pretrained(saved)
 
 
-def test_saving_replaces_what_was_there_and_makes_folders(tmp_path):
+def test_saving_replaces_an_earlier_model_and_creates_folders(tmp_path):
     directory = tmp_path / "a" / "b"
     tiny_model(seed=1).save_pretrained(directory)
     second = tiny_model(seed=2)
@@ -107,7 +107,7 @@ def test_weights_in_another_format_are_named(saved, content):
         OpenMythos.from_pretrained(saved)
 
 
-def test_another_models_weights_are_named(saved):
+def test_weights_of_another_model_are_named(saved):
     save_file({"transformer.wte.weight": torch.zeros(3, 4)}, saved / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not .*lacks .*'.*' .*'transformer\.wte\.weight'"):
         OpenMythos.from_pretrained(saved)
@@ -124,7 +124,7 @@ def test_missing_and_extra_tensors_are_named(saved):
         OpenMythos.from_pretrained(saved)
 
 
-def test_weights_of_another_size_are_named_with_both_files(saved):
+def test_a_shape_mismatch_names_weights_and_config(saved):
     cfg = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**cfg, "vocab_size": 24}))
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit .*config\.json"):
@@ -132,7 +132,7 @@ def test_weights_of_another_size_are_named_with_both_files(saved):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"dim": -3}', b'{"model_type": "llama"}', b"\xff\xfe\x00"])
-def test_a_foreign_config_is_named(saved, content):
+def test_an_invalid_config_file_is_named(saved, content):
     (saved / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         OpenMythos.from_pretrained(saved)
@@ -170,7 +170,7 @@ def test_lowering_max_loop_iters_before_saving_does_not_change_deeper_loops(tmp_
         assert_near(OpenMythos.from_pretrained(tmp_path)(ids, 6), model(ids, 6), 0.0)
 
 
-def test_training_goes_on_after_loading(tmp_path):
+def test_a_loaded_model_can_be_trained_further(tmp_path):
     tiny_model(max_loop_iters=3).save_pretrained(tmp_path)
     model = OpenMythos.from_pretrained(tmp_path).train()
     model.cfg.max_loop_iters = 8

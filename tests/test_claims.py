@@ -1,6 +1,9 @@
-"""The tutorials' claims. ``OPEN_MYTHOS_LONG=1``: at the goals that docs/tutorials.md states, of the mean of seeds 0, 1
-and 2, as ``benchmarks/claims.py`` measures them. Else tests/test_notebooks.py claims the same of its shorter trainings,
-and here the examples are seen to run."""
+"""The claims of the tutorials.
+
+With ``OPEN_MYTHOS_LONG=1`` the examples are trained in full, and their means over seeds 0, 1 and 2, measured by
+``benchmarks/claims.py``, reach the goals stated in docs/tutorials.md. Otherwise the examples only run with short
+training; tests/test_notebooks.py checks the claims on the shorter training of the notebooks.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ trains = pytest.mark.skipif(not os.environ.get("OPEN_MYTHOS_LONG"), reason="minu
 
 
 def run_seeds(name: str, out: Path) -> list[dict[str, Any]]:
-    """One example for every seed, two processes at a time."""
+    """The results of an example for every seed, two processes at a time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda seed: claims.run_example(name, seed, out / str(seed)), SEEDS))
 
 
 def run_cut_short(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, **cuts: Any) -> dict[str, Any]:
-    """The JSON line of one example, of which some functions are other ones."""
+    """Run an example with some of its functions replaced, and return the JSON that it prints."""
     spec = importlib.util.spec_from_file_location(name, claims.ROOT / f"examples/{name}.py")
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
@@ -47,18 +50,18 @@ def run_cut_short(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_the_parity_example_runs_and_says_what_is_claimed_of_it(
+def test_the_parity_example_runs_and_reports_the_claimed_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     cut = run_cut_short("parity", tmp_path, monkeypatch, capsys, train=lambda train: partial(train, steps=2))
     found = {name: values[0] for name, values in claims.parity_claims([cut]).items()}
-    assert found.pop("loops against position (Spearman)") is not None  # of no number where all run alike
+    assert found.pop("loops against position (Spearman)") is not None  # NaN if all positions run equally many loops
     assert all(0 <= value <= 16 for value in found.values())
     assert [*cut["accuracy"]] == [*map(str, range(1, 17))] and len(cut["generated"]["12"]) == 12
     assert (tmp_path / "parity.png").exists() and (tmp_path / "parity_halting.png").exists()
 
 
-def test_the_chain_sum_example_runs_and_says_what_is_claimed_of_it(
+def test_the_chain_sum_example_runs_and_reports_the_claimed_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     few: Any = lambda examples: lambda n, *digits: examples(n // 20, *digits)  # noqa: E731
@@ -71,7 +74,7 @@ def test_the_chain_sum_example_runs_and_says_what_is_claimed_of_it(
 
 @trains
 @pytest.mark.timeout(900)
-def test_parity_gains_from_loops_it_was_not_trained_with(tmp_path: Path) -> None:
+def test_parity_accuracy_grows_with_more_loops_than_in_training(tmp_path: Path) -> None:
     runs = run_seeds("parity", tmp_path)
     found = {name: mean(values) for name, values in claims.parity_claims(runs).items()}
     assert found["parity, 3 loops (trained)"] >= 0.90
@@ -87,7 +90,7 @@ def test_parity_gains_from_loops_it_was_not_trained_with(tmp_path: Path) -> None
 
 @trains
 @pytest.mark.timeout(900)
-def test_chain_sum_reasons_with_its_loop(tmp_path: Path) -> None:
+def test_chain_sum_accuracy_grows_with_loops(tmp_path: Path) -> None:
     runs = run_seeds("chain_sum", tmp_path)
     found = {name: mean(values) for name, values in claims.chain_sum_claims(runs).items()}
     assert found["chain sum, 4 loops (trained)"] >= 0.50
@@ -95,12 +98,12 @@ def test_chain_sum_reasons_with_its_loop(tmp_path: Path) -> None:
     assert (tmp_path / "0" / "chain_sum.png").exists()
 
 
-def test_mla_cache_is_as_small_as_its_dimensions_allow() -> None:
+def test_the_size_of_the_mla_cache_follows_from_its_dimensions() -> None:
     assert claims.cache_ratio() == pytest.approx((2 * 2 * 32) / (32 + 16))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_abuse_leaves_the_recurrence_stable(seed: int) -> None:
+def test_the_recurrence_stays_stable_at_an_extreme_learning_rate(seed: int) -> None:
     least, greatest, finite = claims.abused_decay(seed)
     assert 0 < least <= greatest < 1
     assert finite

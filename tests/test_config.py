@@ -1,4 +1,4 @@
-"""Every field is checked, every message names it, and a config survives a trip through dict and JSON."""
+"""Every field is validated, errors name it, and a config round-trips through dict and JSON."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ FLAGS = [name for name, spec in FIELDS.items() if spec.metadata["kind"] is bool]
 CHOICES = {name: spec.metadata["options"] for name, spec in FIELDS.items() if spec.metadata["kind"] is str}
 
 
-def test_the_references_defaults():
+def test_defaults_are_those_of_the_reference():
     cfg = MythosConfig()
     assert {name: getattr(cfg, name) for name in list(FIELDS)[:23]} == {
         "vocab_size": 32000, "dim": 2048, "n_heads": 16, "n_kv_heads": 4, "max_seq_len": 4096, "max_loop_iters": 16,
@@ -27,11 +27,11 @@ def test_the_references_defaults():
     }  # fmt: skip
 
 
-# -- one bad value
+# -- one invalid value
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes(name):
+def test_integer_fields_refuse_invalid_values(name):
     least = SIZES[name]
     for bad in (least - 1, -5, 2.5, 4.0, "8", None, True):
         with pytest.raises(ValueError, match=rf"^{name}=.*int of at least {least}") as caught:
@@ -40,7 +40,7 @@ def test_sizes(name):
 
 
 @pytest.mark.parametrize("name", REALS)
-def test_reals(name):
+def test_float_fields_refuse_invalid_values(name):
     meta = REALS[name]
     bad = [float("nan"), float("inf"), -0.5, "0.5", None, True]
     bad += [meta["low"]] if meta["low_open"] else []
@@ -52,21 +52,21 @@ def test_reals(name):
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_flags(name):
+def test_bool_fields_refuse_invalid_values(name):
     for bad in (0, 1, "yes", None):
         with pytest.raises(ValueError, match=f"^{name}=.*True or False"):
             MythosConfig(**{name: bad})
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_choices(name):
+def test_choice_fields_refuse_invalid_values(name):
     for bad in ("MLA", "", None, 3):
         with pytest.raises(ValueError, match=f"^{name}=.*one of {CHOICES[name][0]!r}") as caught:
             MythosConfig(**{name: bad})
         assert repr(bad) in str(caught.value)
 
 
-def test_a_choice_that_cannot_be_hashed_is_refused_too():
+def test_an_unhashable_choice_is_refused():
     with pytest.raises(ValueError, match="attn_type"):
         MythosConfig(attn_type=["mla"])  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_thresholds_outside_0_1_are_refused(threshold):
     assert MythosConfig(act_threshold=1).act_threshold == 1.0
 
 
-# -- bad combinations
+# -- invalid combinations
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -94,21 +94,21 @@ def test_thresholds_outside_0_1_are_refused(threshold):
     (dict(recurrence="mixture", warm_start=False, state_init="noise"), "state_init='noise'.*'input' or 'zero'"),
     (dict(dim=32, n_heads=4, n_kv_heads=2, attn_type="gqa", loop_index_dim=34), r"loop_index_dim=34 .*dim=32"),
 ], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
-def test_combinations(changes, message):
+def test_invalid_combinations_of_fields_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         MythosConfig(**changes)
 
 
-def test_what_the_other_attention_needs_is_not_checked():
+def test_fields_of_the_unused_attention_type_are_not_checked():
     MythosConfig(attn_type="gqa", qk_rope_head_dim=7)
     MythosConfig(attn_type="mla", dim=48, n_heads=16, n_kv_heads=4)
 
 
-def test_an_odd_dim_does_for_mla():
+def test_mla_allows_an_odd_dim():
     assert MythosConfig(attn_type="mla", dim=45, n_heads=5, n_kv_heads=5).head_dim == 9
 
 
-def test_fields_changed_by_hand_are_checked_by_validate():
+def test_validate_checks_fields_assigned_later():
     cfg = MythosConfig()
     cfg.max_seq_len, cfg.max_loop_iters = 10**6, 64
     cfg.validate()
@@ -117,7 +117,7 @@ def test_fields_changed_by_hand_are_checked_by_validate():
         cfg.validate()
 
 
-# -- to and from plain data
+# -- conversion to and from dict and JSON
 
 
 @st.composite
@@ -140,7 +140,7 @@ def configs(draw):
 
 
 @given(configs())
-def test_dict_and_json_bring_back_the_same_config(cfg):
+def test_a_config_round_trips_through_dict_and_json(cfg):
     assert MythosConfig.from_dict(cfg.to_dict()) == cfg
     assert MythosConfig.from_json(cfg.to_json()) == cfg
     assert json.loads(cfg.to_json()) == cfg.to_dict()
@@ -163,18 +163,18 @@ def test_an_unknown_key_suggests_the_nearest(key, nearest):
         assert f"did you mean {nearest!r}?" in str(caught.value)
 
 
-def test_a_key_like_no_other_lists_them_all():
+def test_an_unknown_key_without_a_near_match_lists_all_fields():
     with pytest.raises(ValueError, match="known are vocab_size, dim,"):
         MythosConfig.from_dict({"zzzzzzzz": 1})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "3", '"dim"', '{"dim": 2.5}', "\x00"])
-def test_json_that_is_no_config_is_a_value_error(text):
+def test_json_that_is_not_a_config_raises_value_error(text):
     with pytest.raises(ValueError):
         MythosConfig.from_json(text)
 
 
-def test_files(tmp_path):
+def test_config_files_are_saved_loaded_and_checked(tmp_path):
     path = tmp_path / "config.json"
     cfg = MythosConfig(dim=64, n_heads=4, attn_type="gqa")
     cfg.save(path)
@@ -188,7 +188,7 @@ def test_files(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "n_local"), [(0.0, 0), (0.1, 2), (0.75, 15), (0.9, 18), (0.96, 19), (1.0, 20)])
-def test_a_share_of_the_heads_is_local_and_one_is_global_unless_all_are(share, n_local):
+def test_local_share_leaves_one_global_head_unless_all_are_local(share, n_local):
     assert MythosConfig(dim=320, n_heads=20, n_kv_heads=20, local_share=share).n_local_heads == n_local
 
 

@@ -1,4 +1,4 @@
-"""docs/costs.md: its tables are what benchmarks/costs.py measured, and its formulas are those of the code."""
+"""docs/costs.md: tables match the measurements of benchmarks/costs.py, and formulas match the code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_mythos.diagnostics import flops_per_token
 RESULTS: dict[str, Any] = json.loads((costs.ROOT / "benchmarks" / "results" / "costs.json").read_text())
 
 
-def test_tables_are_what_was_measured() -> None:
+def test_tables_match_the_measurements() -> None:
     assert costs.markdown(RESULTS) in costs.PAGE.read_text()
 
 
@@ -37,8 +37,8 @@ def test_a_row_of_every_table_can_be_measured(sweep: str, monkeypatch: pytest.Mo
     assert found["flops"] == flops_per_token(cfg, line["loops"], 16) and found["decode"] > 0
 
 
-def test_formulas_by_hand() -> None:
-    """The page's list, term by term."""
+def test_flops_follow_the_formulas_on_the_page() -> None:
+    """The terms are those in the list on the page."""
     cfg = costs.shaped(256, "gqa", 8, 4)
     d, n = cfg.dim, 100
     projections, gate = 4 * d**2 + 4 * d * cfg.n_kv_heads * cfg.head_dim, 2 * d * 256 + 2 * 256

@@ -1,4 +1,4 @@
-"""On a GPU: the fast paths give what the plain ones do, training in bfloat16 learns, generation is the CPU's."""
+"""On a GPU: fast paths match the reference, training in bfloat16 lowers the loss, generation matches the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from open_mythos.training.overrides import override
 from open_mythos.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-CLOSE = 2e-4  # float32 products, summed in another order
+CLOSE = 2e-4  # float32 sums in another order
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def full_precision(monkeypatch):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("halting", [False, True])
-def test_logits_are_the_reference_ones(attn_type, halting):
+def test_logits_match_the_reference(attn_type, halting):
     model, ids = tiny_model(attn_type, halting=halting).cuda(), tokens(3, 9).cuda()
     mask = left_padding([9, 5, 1], 9).cuda()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_logits_are_the_reference_ones(attn_type, halting):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_gradients_are_the_reference_ones(attn_type):
+def test_gradients_match_the_reference(attn_type):
     model, ids = tiny_model(attn_type, halting=False).train().cuda(), tokens(2, 9).cuda()
     expected = gradients(model, reference_logits(model, ids, 3).square().sum())
     found = gradients(model, model(ids, 3).square().sum())
@@ -53,7 +53,7 @@ def test_gradients_are_the_reference_ones(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_cache_changes_nothing(attn_type):
+def test_cached_logits_equal_uncached_logits(attn_type):
     model, ids, cache = tiny_model(attn_type, halting=False).cuda(), tokens(2, 12).cuda(), KVCache()
     with torch.inference_mode():
         whole = model(ids, 4)
@@ -62,7 +62,7 @@ def test_a_cache_changes_nothing(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_generation_is_that_of_the_cpu(attn_type):
+def test_generated_tokens_match_the_cpu(attn_type):
     model, ids = tiny_model(attn_type), tokens(2, 5)
     expected = model.generate(ids, 8, n_loops=4, temperature=0)
     assert torch.equal(copy.deepcopy(model).cuda().generate(ids.cuda(), 8, n_loops=4, temperature=0).cpu(), expected)
@@ -70,8 +70,8 @@ def test_generation_is_that_of_the_cpu(attn_type):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.filterwarnings("default")  # the compiler's own
-def test_training_in_bfloat16_learns(attn_type, compiled):
+@pytest.mark.filterwarnings("default")  # of torch.compile
+def test_training_in_bfloat16_lowers_the_loss(attn_type, compiled):
     model, ids = tiny_model(attn_type, halting=False).train().cuda(), tokens(8, 17).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     if compiled:
@@ -90,7 +90,7 @@ def test_training_in_bfloat16_learns(attn_type, compiled):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_graph_gives_the_logits_of_the_model_through_growth_and_cuts(attn_type, padded):
+def test_cuda_graph_logits_match_the_model_through_growth_and_truncation(attn_type, padded):
     model, ids = tiny_model(attn_type, halting=False, max_seq_len=128).cuda(), tokens(3, 60).cuda()
     mask = left_padding([6, 3, 1] if padded else [6] * 3, 6).cuda()
     with torch.no_grad():
@@ -104,8 +104,8 @@ def test_a_graph_gives_the_logits_of_the_model_through_growth_and_cuts(attn_type
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_step_waits_for_the_gpu_once(accumulate, precision):
-    """Unless experts' grouped products do, which in bfloat16 of recent GPUs alone do not."""
+def test_a_training_step_synchronises_with_the_gpu_once(accumulate, precision):
+    """Without experts, unless in bfloat16 on recent GPUs: elsewhere their grouped products synchronise too."""
     cfg = tiny_run(f"accumulate={accumulate}", f"precision={precision}", "device=cuda")
     if precision == "fp32" or torch.cuda.get_device_capability()[0] < 9:
         cfg = override(cfg, ["model.n_experts=0", "model.n_shared_experts=0"])
@@ -121,7 +121,7 @@ def test_a_training_step_waits_for_the_gpu_once(accumulate, precision):
     assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
 
 
-def test_rows_of_text_wait_in_pinned_memory(tmp_path):
+def test_text_batches_are_in_pinned_memory(tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"run for {i} loops\n" * 9)
     trainer = Trainer(tiny_run(

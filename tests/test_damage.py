@@ -1,6 +1,6 @@
-"""Random damage to every kind of file that is read: refused with file and reason, or nothing of it is believed.
+"""Random damage to every kind of file that is read: an error names the file, or no checksummed value has changed.
 
-``DAMAGE=1000`` damages so many files, ``DAMAGE_SEED`` others.
+``DAMAGE=1000`` damages that many files, another ``DAMAGE_SEED`` damages others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMPARISON = {
     "contenders": [{"kind": "looped", "loops": [1], "mean": [[0.5]], "low": [[0.5]], "high": [[0.5]]}], "entries": [],
     "verdicts": ["so so"],
 }  # fmt: skip
-BLOCKS = (1, 8, 16, 512)  # bytes that change places
+BLOCKS = (1, 8, 16, 512)  # sizes in bytes of swapped blocks
 WRONG = [b"[]", b"{}", b"null", b'"x"', b"1e999", b"[" * 99_999, b'{"model": [], "files": 3, "weight_map": []}']
 
 
@@ -45,7 +45,7 @@ def tensors_of(model: OpenMythos) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Callable[[], Any], bool]]:
-    """By file: what reads it, as plain values; and whether it is text without a checksum, which people may edit."""
+    """For each file: a function that reads it as plain values, and whether it is editable text without a checksum."""
     here = tmp_path_factory.mktemp("whole")
     run, sharded, words = here / "run", here / "sharded", here / "words"
     fabricate_run(run)
@@ -101,7 +101,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Callable
     }
 
 
-def test_damage_is_refused_or_changes_nothing(kinds: dict[Path, tuple[Callable[[], Any], bool]]) -> None:
+def test_damaged_files_are_refused_or_read_unchanged(kinds: dict[Path, tuple[Callable[[], Any], bool]]) -> None:
     draw, wrong, counts = (
         random.Random(int(os.environ.get("DAMAGE_SEED", "0"))),
         [],
@@ -117,7 +117,7 @@ def test_damage_is_refused_or_changes_nothing(kinds: dict[Path, tuple[Callable[[
             found = read()
         except (ValueError, OSError) as error:
             counts["refused"] += 1
-            # of a corpus, which is then made again, nobody is told
+            # a damaged corpus is rebuilt, so its error need not name the file
             if path.name not in str(error) and "cached" not in str(path):
                 wrong.append(f"{path.name}: not named in {error!s:.200}")
         except Exception as error:
@@ -126,13 +126,13 @@ def test_damage_is_refused_or_changes_nothing(kinds: dict[Path, tuple[Callable[[
             is_equal = repr(found) == repr(value)
             counts["equal" if is_equal else "other"] += 1
             if not is_equal and not may_be_edited:
-                wrong.append(f"{path.name}: other values, without a word")
+                wrong.append(f"{path.name}: other values, without an error")
         path.write_bytes(content)
     print(f"{N} damaged files of {len(kinds)} kinds: {counts}, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
 
 
-def test_damaged_compiled_code_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_compiled_decoder_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "decode.c"
     source.write_text("int answer(void) { return 42; }\n")
     monkeypatch.setattr(build, "SOURCE", source)

@@ -1,4 +1,4 @@
-"""benchmarks/dense.py: the two models are what the table says, and a toy run of it ends in that table."""
+"""benchmarks/dense.py: the two models have the stated sizes, and a toy run produces the table."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from open_mythos.variants import DENSE_BITS, LOOPED_BITS, dense_beside, mythos_8
 RESULTS = dense.ROOT / "benchmarks" / "results" / "dense.json"
 
 
-def test_twice_the_parameters_and_at_8_loops_as_many_operations() -> None:
+def test_dense_has_twice_the_parameters_and_the_flops_of_8_loops() -> None:
     assert parameters(dense.DENSE).total == pytest.approx(2 * parameters(dense.LOOPED).total, rel=0.01)
     looped, plain = flops_per_token(dense.LOOPED, 8, dense.CONTEXT), flops_per_token(dense.DENSE, 1, dense.CONTEXT)
     assert plain == pytest.approx(looped, rel=0.01)
     assert dense.DENSE.n_experts == 1 and dense.DENSE.n_local_heads == 0, "an ordinary Transformer"
 
 
-def test_both_get_the_same_text_steps_and_optimizer() -> None:
+def test_both_models_get_the_same_data_steps_and_optimizer() -> None:
     looped, plain = (dense.run_config(name, 1e-3, 0) for name in ("looped", "dense"))
     assert (looped.task, looped.optim, looped.steps, looped.batch_size) == (
         plain.task, plain.optim, plain.steps, plain.batch_size,
@@ -32,11 +32,11 @@ def test_both_get_the_same_text_steps_and_optimizer() -> None:
     assert looped.depths == [1, 2, 4, 8] and plain.depths == [1]
 
 
-def test_the_page_has_what_was_measured() -> None:
+def test_the_page_shows_the_measurements() -> None:
     assert dense.markdown(json.loads(RESULTS.read_text())) in dense.PAGE.read_text()
 
 
-def test_the_quality_that_prices_are_shown_beside_is_what_was_measured() -> None:
+def test_the_quality_shown_beside_prices_is_the_measured_one() -> None:
     loss = json.loads(RESULTS.read_text())["loss"]
     for name, stated in (("looped", LOOPED_BITS), ("dense", DENSE_BITS)):
         assert stated == {int(n): round(mean(found), 3) for n, found in loss[name]["bits"].items()}
@@ -44,7 +44,7 @@ def test_the_quality_that_prices_are_shown_beside_is_what_was_measured() -> None
     assert dense_beside(longer) == dense.DENSE and dense_beside(replace(longer, dim=192)) is None
 
 
-def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_runs_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {
         name: replace(dense.MODELS[name][0], dim=32, n_heads=2, n_kv_heads=1, expert_dim=8) for name in dense.MODELS
     }
@@ -54,12 +54,12 @@ def test_a_toy_run_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cfg = dense.run_config("looped", 1e-3, 0)
     cfg.steps, cfg.optim.warmup, cfg.evaluation.examples, cfg.evaluation.difficulties = 2, 1, 2, [8]
     found = dense.bits(cfg, tmp_path / "run")
-    assert set(found) == {1, 2} and dense.bits(cfg, tmp_path / "run") == found, "a run that is there is read"
+    assert set(found) == {1, 2} and dense.bits(cfg, tmp_path / "run") == found, "an existing run is read"
     case = dense.case("memory", "memory")
     assert set(case.sides) == {"looped 1", "looped 2", "dense"}
     for task in case.sides.values():
         assert make_ready(asdict(task) | {"threads": 1})[1]()["growth MB"] >= 0
-    alone = replace(case, sides={"dense": case.sides["dense"]}, ratios=[])  # a side is a process
+    alone = replace(case, sides={"dense": case.sides["dense"]}, ratios=[])  # each side starts a process
     monkeypatch.setattr(dense, "CASES", {"memory": alone})
     speed = dense.speeds(1, lambda what: None)
     assert speed["memory"]["dense"][0] > 0

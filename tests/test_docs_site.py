@@ -25,31 +25,31 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_page_part_and_command_is_on_the_site(site: Path) -> None:
+def test_the_site_has_every_page_the_api_and_all_commands(site: Path) -> None:
     assert (site / "index.html").is_file() and (site / "concepts" / "loops" / "index.html").is_file()
     for page in (ROOT / "docs").glob("*.md"):
-        assert page.stem == "index" or f"{page.stem}/" in (site / "index.html").read_text(), f"{page} is in no menu"
+        assert page.stem == "index" or f"{page.stem}/" in (site / "index.html").read_text(), f"{page} not in the menu"
     api = (site / "api" / "model" / "index.html").read_text()
     assert 'id="open_mythos.model.OpenMythos.generate"' in api and "n_loops" in api
     cli = (site / "cli" / "index.html").read_text()
     assert all(f"mythos {name}" in cli for name in COMMANDS) and "--dry-run" in cli
 
 
-def test_notebooks_have_their_figures(site: Path) -> None:
+def test_notebook_pages_have_figures(site: Path) -> None:
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         page = (site / "notebooks" / notebook.stem / "index.html").read_text()
         assert page.count("data:image/png;base64,") >= 4
 
 
-def test_no_sphinx_roles_and_nothing_from_other_hosts(site: Path) -> None:
+def test_pages_have_no_sphinx_roles_and_load_nothing_from_other_hosts(site: Path) -> None:
     for page in site.rglob("*.html"):
         html = page.read_text()
         text = re.sub(r"<pre.*?</pre>", "", html, flags=re.DOTALL)
         assert not re.findall(r":(?:class|func|meth|mod|data|attr):", text), page
-        assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?://', html), f"{page} fetches from elsewhere"
+        assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?://', html), f"{page} loads from another host"
 
 
-def test_the_architecture_page_names_the_files_there_are() -> None:
+def test_the_architecture_page_lists_the_existing_files() -> None:
     text = (ROOT / "docs" / "concepts" / "architecture.md").read_text()
     package = ROOT / "open_mythos"
     table = {
@@ -68,7 +68,7 @@ def test_the_architecture_page_names_the_files_there_are() -> None:
         assert path.stem.startswith("__") or name in table | aside, f"{name} is not in the table"
 
 
-def test_every_test_that_the_reliability_page_names_is_there() -> None:
+def test_every_test_named_on_the_reliability_page_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
     assert len(named) > 15
     for file, test in named:

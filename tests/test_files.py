@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, and what is read is looked at first."""
+"""Files are written completely or not at all, and checked before they are read."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from open_mythos import files
 from open_mythos.install import cache_dir
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_write_replaces_a_file_and_leaves_no_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
     files.write(path, "new\n")
@@ -21,7 +21,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["write_bytes", "fsync", "replace"])
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch, broken: str) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch, broken: str) -> None:
     path = tmp_path / "a.txt"
     files.write(path, "old")
 
@@ -34,16 +34,16 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to ask for room")
-def test_a_folder_that_has_no_room_is_refused_before_any_work(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="cannot reserve disk space")
+def test_too_little_disk_space_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="new"), files.replacing_folder(tmp_path / "new", room=1 << 60):
-        pytest.fail("worked for nothing")
+        pytest.fail("the body was run")
     with files.replacing_folder(tmp_path / "new", room=1 << 20) as partial:
         (partial / "a").write_text("a")
     assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["a"]
 
 
-def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_a_symlink_is_replaced_and_not_followed(tmp_path: Path) -> None:
     outside, link = tmp_path / "outside", tmp_path / "link"
     outside.write_text("mine")
     link.symlink_to(outside)
@@ -51,7 +51,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     assert outside.read_text() == "mine" and link.read_text() == "new" and not link.is_symlink()
 
 
-def test_killed_at_any_call_that_renames_there_is_the_old_or_the_new(tmp_path: Path) -> None:
+def test_a_kill_during_a_write_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from open_mythos import files
@@ -75,7 +75,7 @@ files.write(sys.argv[1], "new")
             assert path.read_text() == "last"
 
 
-def test_the_size_is_looked_at_before_a_file_is_read(tmp_path: Path) -> None:
+def test_the_size_is_checked_before_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.json"
     with path.open("wb") as file:
         file.truncate(50 << 30)
@@ -83,7 +83,7 @@ def test_the_size_is_looked_at_before_a_file_is_read(tmp_path: Path) -> None:
         files.read_json(path)
 
 
-def test_what_is_no_ordinary_file_is_refused(tmp_path: Path) -> None:
+def test_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is not an ordinary file"):
         files.read_bytes(tmp_path / "pipe")
@@ -91,7 +91,7 @@ def test_what_is_no_ordinary_file_is_refused(tmp_path: Path) -> None:
         files.read_bytes(tmp_path / "nowhere")
 
 
-def test_links_out_of_a_folder_are_refused_but_for_those_of_a_hubs_cache(tmp_path: Path) -> None:
+def test_symlinks_out_of_a_folder_are_refused_except_into_a_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{}")
     folder, blobs = tmp_path / "hub" / "snapshots" / "1", tmp_path / "hub" / "blobs"
     folder.mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_links_out_of_a_folder_are_refused_but_for_those_of_a_hubs_cache(tmp_pat
         (b'{"a": 1, "c": [1, "x"]}', r"c\[1\] is 'x'; expected a number or null"),
     ],
 )
-def test_a_wrong_shape_says_file_field_what_came_and_what_was_expected(tmp_path, content, message) -> None:
+def test_json_errors_name_file_field_value_and_expected_type(tmp_path, content, message) -> None:
     path = tmp_path / "some.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"some.json.*{message}"):
@@ -130,13 +130,13 @@ def test_a_wrong_shape_says_file_field_what_came_and_what_was_expected(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", 3, None, ["a"], "C:a", "a\0"])
-def test_names_stay_in_their_folder(tmp_path: Path, name: object) -> None:
+def test_file_names_outside_their_folder_are_refused(tmp_path: Path, name: object) -> None:
     with pytest.raises(ValueError, match="which is not a file of its folder"):
         files.inside(tmp_path, name, "index.json")
     assert files.inside(tmp_path, "a.b", "index.json") == tmp_path / "a.b"
 
 
-def test_a_relative_cache_home_is_ignored(monkeypatch, tmp_path: Path) -> None:
+def test_a_relative_xdg_cache_home_is_ignored(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OPEN_MYTHOS_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")

@@ -1,7 +1,7 @@
-"""Folders made to do harm: nothing outside of them is read or written, nothing of them is run, memory and time end.
+"""Malicious folders: reading them touches nothing outside, runs none of their code, and takes bounded memory and time.
 
-All are read in one process of their own, whose memory is limited, with what has to refuse them; ``HOSTILE=all``: with
-everything that reads a model or a run.
+All are read in one subprocess with limited memory, each by the reader that has to refuse it; with ``HOSTILE=all`` by
+every function that reads a model or a run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from open_mythos.training import checkpoints
 from open_mythos.training.runs import training_config
 
 ALL = os.environ.get("HOSTILE") == "all"
-ROOM, SECONDS = 1 << 30, 5.0  # of memory beyond what the libraries take, and for each folder
+ROOM, SECONDS = 1 << 30, 5.0  # bytes beyond what the libraries take; seconds for each folder
 Make = Callable[[Path], Any]
 
 
@@ -89,7 +89,7 @@ def pipe(name: str) -> Make:
 
 
 def pickled(name: str, data: Any, packed: bool = False, protocol: int = 2) -> Make:
-    """Instead of the weights; as torch.save writes it, or as a bare pickle."""
+    """Replace the weights by a pickle: bare, or as torch.save writes it if ``protocol`` is 0."""
 
     def make(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -118,7 +118,7 @@ def climbing(folder: Path) -> None:
 
 
 def instead(make: Callable[[str], Make]) -> Make:
-    """Pickled weights in place of the others."""
+    """Put pickled weights in place of model.safetensors."""
 
     def made(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -132,7 +132,7 @@ def tensor(length: int, start: int, end: int) -> dict[str, Any]:
 
 
 def header(content: dict[str, Any], size: int | None = None) -> Make:
-    """A safetensors file of this header, which may say another size of itself."""
+    """A safetensors file with this header, and optionally a wrong size of the header."""
 
     def make(folder: Path) -> None:
         said = json.dumps(content).encode()
@@ -142,7 +142,7 @@ def header(content: dict[str, Any], size: int | None = None) -> Make:
 
 
 def state(make: Make) -> Make:
-    """In a checkpoint of a run."""
+    """Apply ``make`` to a checkpoint of a run."""
 
     def made(folder: Path) -> None:
         step = checkpoints.save(folder / "checkpoints", 1, {"step": 1}, keep=1)
@@ -152,7 +152,7 @@ def state(make: Make) -> Make:
 
 
 def claimed(data: Any) -> Make:
-    """A pickled state, with a manifest that is true."""
+    """A pickled state, with a manifest that matches it."""
 
     def make(step: Path) -> None:
         content = pickle.dumps(data)
@@ -172,7 +172,7 @@ def remote_code(folder: Path) -> None:
 
 TOKEN = '{"model": {"type": "BPE", "vocab": {"a": %s}, "merges": []}, "added_tokens": []}'
 DEEP = "[" * 100_000
-HOSTILE: dict[str, tuple[Make, str]] = {  # what is made, and who has to refuse it; "" where it is passed over
+HOSTILE: dict[str, tuple[Make, str]] = {  # how to make it, and the reader that has to refuse it ("" if it is ignored)
     **{
         f"index naming {names!r:.40}": (index({"embed.weight": names}), "model")
         for names in (
@@ -239,7 +239,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def walk(here: Path) -> None:
-    """Read every folder with every reader, and print what is wrong."""
+    """Read the folders with their readers, and print what went wrong."""
     outside = here / "outside"
     shutil.copytree(SHIPPED / "text-tiny", outside)
     tiny_model(vocab_size=257).save_pretrained(outside)
@@ -281,7 +281,7 @@ def walk(here: Path) -> None:
         shutil.rmtree(folder)
     print(f"{len(HOSTILE)} hostile folders, {n} readings, {len(wrong)} wrong")
     print("\n".join(wrong))
-    # damage takes at most twice the file
+    # reading a damaged file takes at most twice its size
     path = here / "w.safetensors"
     weights.write(path, {str(i): torch.ones(1 << 22) for i in range(6)})
     with path.open("r+b") as file:
@@ -296,7 +296,7 @@ def walk(here: Path) -> None:
     raise SystemExit(bool(wrong))
 
 
-def test_hostile_folders(tmp_path: Path) -> None:
+def test_hostile_folders_are_refused_without_side_effects(tmp_path: Path) -> None:
     assert len(HOSTILE) >= 60
     environment = os.environ | {"CANARY": str(tmp_path / "canary")}
     done = subprocess.run(

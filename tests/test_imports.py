@@ -1,4 +1,4 @@
-"""Imports flow one way, and only what needs an optional package imports it. Read from the source, nothing is run."""
+"""Layers import in one direction, and optional packages are imported only where needed; checked on the source."""
 
 import ast
 import subprocess
@@ -32,9 +32,9 @@ LAYERS = [
     {"cli"},
 ]
 EVERYWHERE = {"torch", "numpy", "safetensors"} | sys.stdlib_module_names
-# By file or folder: what its classes are made of. Itself, it is imported where it is used.
+# By file or folder: the package whose classes it subclasses. The file itself is imported only where it is used.
 OPTIONAL = {"quantization/weights.py": {"torchao"}, "integrations/hf": {"transformers"}}
-# A registry imports what it chooses among where it has chosen it, and these know what is registered.
+# A registry imports an entry when it is chosen, inside a function; the entries may import the registry.
 REGISTRIES = {"generation/engines.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if str(path.relative_to(ROOT)) not in FACADES)
 MODULES = {".".join(("open_mythos", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
@@ -46,7 +46,7 @@ def is_type_checking(node):
 
 
 def imported(nodes, everywhere=False):
-    """Dotted names that these statements import when a file is; ``everywhere``: also for types, and in functions."""
+    """Dotted names that these statements import at import time; ``everywhere``: also for types, and in functions."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -68,7 +68,7 @@ def inside(path):
 
 
 def circle(edges):
-    """Some names of a graph that lead from one to the next and back to the first; none if there are none."""
+    """The names of one cycle in a graph; empty if there is none."""
     done = set()
 
     def search(name, trail):
@@ -95,7 +95,7 @@ def layer_of(part):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_dependency_direction(path):
+def test_imports_go_only_to_lower_layers(path):
     part, place = part_of(path), path.relative_to(ROOT)
     allowed = EVERYWHERE | ({"typer", "rich"} if part == "cli" else set())
     allowed = allowed.union(*(OPTIONAL.get(part.as_posix(), set()) for part in (place, *place.parents)))
@@ -104,16 +104,16 @@ def test_dependency_direction(path):
     for name in inside(path):
         other = name.split(".")[1]
         assert other != "main", f"{path.name} imports the façade open_mythos.main"
-        assert other == part or layer_of(other) < layer_of(part), f"{path.name} imports {name}, which is above it"
+        assert other == part or layer_of(other) < layer_of(part), f"{path.name} imports {name}, not in a lower layer"
 
 
-def test_no_files_import_each_other_in_a_circle():
+def test_there_are_no_circular_imports():
     edges = {name: {other for other in inside(path) if other in MODULES} - {name} for name, path in MODULES.items()}
     assert len(edges) > 80 and sum(map(len, edges.values())) > 200
     assert not circle(edges), " -> ".join(circle(edges))
 
 
-def test_the_tests_see_a_wrong_import_and_a_circle():
+def test_these_checks_detect_imports_and_cycles():
     source = """
 import torch
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def f():
     assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
-def test_importing_the_package_is_light_and_its_names_are_all_there():
+def test_importing_the_package_is_fast_and_provides_all_names():
     code = (
         "import sys, open_mythos, open_mythos.cli\n"
         "assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""The names that users know exist, in both places, and are the same objects."""
+"""The names of the reference implementation exist in ``open_mythos.main``, as the same objects as in the package."""
 
 import ast
 import importlib
@@ -33,11 +33,11 @@ PACKAGE = Path(open_mythos.__file__).parent
 
 
 @pytest.mark.parametrize("name", SURFACE)
-def test_the_facade_has_the_very_object(name):
+def test_the_facade_exports_the_same_object(name):
     assert getattr(open_mythos.main, name) is getattr(importlib.import_module(SURFACE[name]), name)
 
 
-def test_the_package_has_the_two_main_names_the_variants_and_a_version():
+def test_the_package_exports_model_config_variants_and_version():
     assert open_mythos.OpenMythos is open_mythos.main.OpenMythos
     assert open_mythos.MythosConfig is open_mythos.main.MythosConfig
     for name in ("mythos_1b", "mythos_3b", "mythos_10b", "mythos_50b", "mythos_100b", "mythos_500b", "mythos_1t"):
@@ -56,7 +56,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_nothing_inside_imports_the_facade_or_the_references():
+def test_the_package_imports_neither_the_facade_nor_the_reference_code():
     slow = {"open_mythos.reference", "open_mythos.ops.reference"}
     for path in PACKAGE.rglob("*.py"):
         assert "open_mythos.main" not in imports(path), path
@@ -64,13 +64,13 @@ def test_nothing_inside_imports_the_facade_or_the_references():
             assert not imports(path) & slow, path
 
 
-def test_every_module_imports():
+def test_every_module_can_be_imported():
     for module in pkgutil.walk_packages([str(PACKAGE)], "open_mythos."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
 
 
-def test_the_attributes_that_tutorials_touch():
+def test_the_attributes_used_in_tutorials_exist():
     cfg = tiny_config()
     model = open_mythos.OpenMythos(cfg)
     A = model.recurrent.injection.get_A()
@@ -84,8 +84,8 @@ def test_the_attributes_that_tutorials_touch():
     assert model.generate(tokens(2, 3), max_new_tokens=4).shape == (2, 7)
 
 
-def test_module_calls_of_the_reference_implementation():
-    """Constructors and forwards with the positional arguments that its users write."""
+def test_modules_accept_the_positional_arguments_of_the_reference():
+    """Constructors and forward calls as users of the reference implementation write them."""
     m = open_mythos.main
     x = torch.randn(2, 6, 32)
     gqa, mla = tiny_config("gqa"), tiny_config("mla")
@@ -101,7 +101,7 @@ def test_module_calls_of_the_reference_implementation():
     assert m.apply_rope(torch.randn(2, 6, 4, 8), m.precompute_rope_freqs(8, 6)).shape == (2, 6, 4, 8)
 
 
-def test_loop_index_embedding_writes_its_channels_only():
+def test_loop_index_embedding_changes_only_its_channels():
     h = torch.zeros(2, 3, 16)
     first, second = loop_index_embedding_at(h, 0), loop_index_embedding_at(h, 1)
     assert first[..., 8:].eq(0).all() and not torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""The model as a whole, above all against the plain reference in ``open_mythos.reference``."""
+"""The whole model, mainly compared with the plain implementation in ``open_mythos.reference``."""
 
 import math
 
@@ -42,12 +42,12 @@ VARIATIONS = [
 ]
 
 
-# -- against the reference
+# -- compared with the reference
 
 
 @pytest.mark.parametrize("changes", VARIATIONS, ids=str)
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_model_is_the_reference(attn_type, changes):
+def test_logits_match_the_reference(attn_type, changes):
     model, ids = tiny_model(attn_type, **changes), tokens(2, 9)
     mask = left_padding([9, 6], 9)
     for n_loops, attention_mask in ((1, None), (4, None), (6, mask)):
@@ -61,7 +61,7 @@ def test_model_is_the_reference(attn_type, changes):
 )
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_gradients_with_halting_are_the_references(attn_type, padded, changes):
+def test_gradients_with_halting_match_the_reference(attn_type, padded, changes):
     model, ids = tiny_model(attn_type, **changes), tokens(2, 8)
     mask = left_padding([8, 5], 8) if padded else torch.ones(2, 8, dtype=torch.bool)
     assert len(loops_used(model, ids, 5)[mask].unique()) > 1
@@ -74,7 +74,7 @@ def test_gradients_with_halting_are_the_references(attn_type, padded, changes):
 
 @pytest.mark.parametrize("changes", [VARIATIONS[0], VARIATIONS[5], VARIATIONS[7], *VARIATIONS[-2:]], ids=str)
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_training_is_the_reference_without_halting(attn_type, changes):
+def test_training_logits_and_gradients_match_the_reference(attn_type, changes):
     model, ids, mask = tiny_model(attn_type, **changes).train(), tokens(2, 8), left_padding([8, 5], 8)
     weight = torch.randn(2, 8, 23, generator=torch.Generator().manual_seed(0)) * mask[..., None]
     logits = model(ids, 5, attention_mask=mask)
@@ -83,18 +83,18 @@ def test_training_is_the_reference_without_halting(attn_type, changes):
     actual = gradients(model, (logits * weight).sum())
     expected = gradients(model, (expected_logits * weight).sum())
     for name in expected:
-        if not name.startswith("recurrent.act."):  # the gate learns by rules of its own
+        if not name.startswith("recurrent.act."):  # the gate is trained separately
             assert_near(actual[name], expected[name], 5e-5, name)
 
 
-def test_the_reference_refuses_noise():
+def test_the_reference_refuses_dropout_in_training():
     with pytest.raises(ValueError, match=r"dropout=0\.5"):
         reference_logits(tiny_model(dropout=0.5).train(), tokens(1, 3))
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @given(seed=st.integers(0, 10**6), n_loops=st.integers(1, 6), gate_bias=st.floats(-4, 2))
-def test_model_is_the_reference_for_any_weights(attn_type, seed, n_loops, gate_bias):
+def test_logits_match_the_reference_for_random_weights(attn_type, seed, n_loops, gate_bias):
     model = tiny_model(attn_type, seed=seed, gate_bias=gate_bias, dim=16, expert_dim=5)
     ids = tokens(2, 6, seed=seed)
     assert_near(model(ids, n_loops), reference_logits(model, ids, n_loops), 5e-5)
@@ -108,7 +108,7 @@ def test_model_is_the_reference_for_any_weights(attn_type, seed, n_loops, gate_b
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), on_the_left=st.booleans(), n_loops=st.integers(1, 5)
 )
-def test_a_padded_batch_is_each_row_alone(attn_type, training, lengths, on_the_left, n_loops):
+def test_a_padded_batch_gives_the_logits_of_each_row_alone(attn_type, training, lengths, on_the_left, n_loops):
     model, ids = MODELS[attn_type].train(training), tokens(len(lengths), 9)
     mask = left_padding(lengths, 9) if on_the_left else left_padding(lengths, 9).flip(1)
     with torch.no_grad():
@@ -122,8 +122,8 @@ def test_a_padded_batch_is_each_row_alone(attn_type, training, lengths, on_the_l
 @pytest.mark.parametrize("n_loops", [3, 16])
 @pytest.mark.parametrize("on_the_left", [True, False])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_training_on_a_padded_batch_is_training_on_each_row_alone(attn_type, on_the_left, n_loops):
-    """Zeros behind a norm have derivatives of a thousand; multiplied over loops, they must not reach a gradient."""
+def test_a_padded_batch_gives_the_gradients_of_each_row_alone(attn_type, on_the_left, n_loops):
+    """The norm of a zero state has derivatives of about 1000, which multiply over loops; none may reach a gradient."""
     model, ids = tiny_model(attn_type).train(), tokens(3, 7)
     mask = left_padding([7, 4, 1], 7) if on_the_left else left_padding([7, 4, 1], 7).flip(1)
     weight = torch.randn(3, 7, 23, generator=torch.Generator().manual_seed(0)) * mask[..., None]
@@ -136,7 +136,7 @@ def test_training_on_a_padded_batch_is_training_on_each_row_alone(attn_type, on_
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_loss_at_padding_teaches_nothing(attn_type):
+def test_a_loss_at_padding_has_no_effect_on_gradients(attn_type):
     model, ids, mask = tiny_model(attn_type).train(), tokens(2, 7), left_padding([7, 3], 7)
 
     def likelihood():
@@ -144,14 +144,14 @@ def test_a_loss_at_padding_teaches_nothing(attn_type):
 
     everywhere, real = gradients(model, likelihood().sum()), gradients(model, likelihood()[mask].sum())
     for name in real:
-        if name != "embed.weight":  # the tied head sees which token is likely where nothing is known
+        if name != "embed.weight":  # the tied head also gets a gradient at padding
             assert_near(everywhere[name], real[name], what=name)
     assert everywhere["embed.weight"].isfinite().all()
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @given(at=st.integers(0, 9), n_loops=st.integers(1, 5), training=st.booleans())
-def test_changing_a_token_leaves_earlier_logits_alone(attn_type, at, n_loops, training):
+def test_changing_a_token_leaves_earlier_logits_unchanged(attn_type, at, n_loops, training):
     model, ids = MODELS[attn_type].train(training), tokens(2, 10)
     changed = ids.clone()
     changed[:, at] = (changed[:, at] + 1) % 23
@@ -174,7 +174,7 @@ def test_no_gradient_reaches_later_tokens(attn_type):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cache_type", [None, KVCache, dict])
-def test_all_padding_is_finite(attn_type, cache_type):
+def test_logits_of_padding_only_are_finite(attn_type, cache_type):
     model = MODELS[attn_type]
     cache = cache_type and cache_type()
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_all_padding_is_finite(attn_type, cache_type):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_one_token_and_one_row_of_padding(attn_type, training):
+def test_single_tokens_and_rows_of_padding_only(attn_type, training):
     model = tiny_model(attn_type).train(training)
     assert model(tokens(1, 1), 3).shape == (1, 1, 23)
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
@@ -204,17 +204,17 @@ def test_padding_is_not_counted_as_expert_load(attn_type, on_the_left):
 @pytest.mark.parametrize(
     "attention_mask", [torch.ones(2, 3), torch.ones(4), torch.ones(1, 4)], ids=lambda m: str(m.shape)
 )
-def test_a_mask_of_another_shape_is_refused(attention_mask):
+def test_a_mask_of_the_wrong_shape_is_refused(attention_mask):
     with pytest.raises(ValueError, match=r"attention_mask is .*use \(2, 4\)"):
         MODELS["gqa"](tokens(2, 4), 1, attention_mask=attention_mask)
 
 
-# -- limits and bad input
+# -- limits and invalid input
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cache_type", [KVCache, dict])
-def test_the_last_position_works_and_one_more_is_refused(attn_type, cache_type):
+def test_positions_up_to_max_seq_len_work_and_more_are_refused(attn_type, cache_type):
     model = tiny_model(attn_type, max_seq_len=10)
     ids = tokens(1, 11)
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_n_loops_must_be_a_positive_integer(n_loops, call):
         list(getattr(model, call)(tokens(1, 3), n_loops=n_loops, **options))
 
 
-def test_stream_checks_n_loops_at_the_call():
+def test_stream_checks_n_loops_before_iteration():
     with pytest.raises(ValueError, match="n_loops=0"):
         MODELS["gqa"].stream(tokens(1, 3), max_new_tokens=2, n_loops=0)
 
@@ -274,7 +274,7 @@ def test_stream_checks_n_loops_at_the_call():
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("coda_layers", [0, 1, 3])
 @pytest.mark.parametrize("last", [1, 3, 40])
-def test_the_last_positions_alone_are_those_of_all(attn_type, coda_layers, last):
+def test_hidden_with_last_equals_the_last_positions_of_a_full_pass(attn_type, coda_layers, last):
     model = tiny_model(attn_type, coda_layers=coda_layers, max_seq_len=64)
     ids, mask = tokens(3, 40), left_padding([7, 33, 40], 40)
     caches = KVCache(), KVCache()
@@ -283,11 +283,11 @@ def test_the_last_positions_alone_are_those_of_all(attn_type, coda_layers, last)
     assert found.shape == (3, last, model.cfg.dim)
     assert_near(found, whole[:, -last:])
     following = [model(ids[:, :2], 3, kv_cache=cache) for cache in caches]
-    assert_near(*following)  # what later tokens read is there for all positions
+    assert_near(*following)  # both caches hold all positions
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_the_last_position_alone_passes_the_end_of_the_coda_once(attn_type):
+def test_hidden_with_last_runs_the_final_feed_forward_on_one_position(attn_type):
     model, seen = tiny_model(attn_type, coda_layers=2), []
     for block in model.coda:
         block.ffn.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
@@ -295,7 +295,7 @@ def test_the_last_position_alone_passes_the_end_of_the_coda_once(attn_type):
     assert seen == [9, 1]
 
 
-def test_n_loops_may_be_any_integer_from_one():
+def test_n_loops_may_be_any_positive_integer():
     model, ids = MODELS["gqa"], tokens(1, 3)
     with torch.no_grad():
         assert_near(model(ids, np.int64(3)), model(ids, 3), 0.0)
@@ -304,7 +304,7 @@ def test_n_loops_may_be_any_integer_from_one():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_loops_far_beyond_training_are_finite(training):
+def test_logits_are_finite_far_beyond_the_trained_loops(training):
     model = tiny_model(lora_rank=3, loop_index_dim=8, halting=False).train(training)
     with torch.no_grad():
         assert model(tokens(1, 4), 200).isfinite().all()
@@ -316,7 +316,7 @@ def test_loops_far_beyond_training_are_finite(training):
     ([[1, 2]], "list"), (torch.tensor([[1, 23]]), "holds 23; .*0 to 22"), (torch.tensor([[-1, 3]]), "holds -1"),
     (torch.tensor([[True, False]]), "bool"),
 ], ids=["one axis", "floats", "empty", "a list", "too large", "negative", "bools"])  # fmt: skip
-def test_bad_input_is_refused(input_ids, message):
+def test_invalid_input_ids_are_refused(input_ids, message):
     with pytest.raises(ValueError, match=message):
         MODELS["gqa"](input_ids, 1)
 
@@ -327,20 +327,20 @@ def test_negative_start_pos_is_refused():
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_start_pos_turns_all_positions_alike(attn_type):
+def test_start_pos_shifts_all_positions_without_changing_logits(attn_type):
     model, ids = MODELS[attn_type], tokens(1, 6)
     with torch.no_grad():
         assert_near(model(ids, 3, start_pos=20), model(ids, 3), 1e-4)
 
 
-# -- a model that sees both ways
+# -- bidirectional models
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize(
     "changes", [{}, dict(conv_taps=2, local_window=0), dict(conv_taps=4, local_share=1.0)], ids=str
 )
-def test_without_causality_it_is_the_reference(attn_type, changes):
+def test_a_bidirectional_model_matches_the_reference(attn_type, changes):
     model, ids, mask = tiny_model(attn_type, causal=False, **changes), tokens(2, 9), left_padding([9, 6], 9)
     for n_loops, real in ((1, None), (5, None), (5, mask)):
         found = model(ids, n_loops, attention_mask=real)
@@ -358,7 +358,7 @@ def test_without_causality_it_is_the_reference(attn_type, changes):
 @torch.no_grad()
 @pytest.mark.parametrize("on_the_left", [True, False])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_without_causality_a_padded_batch_is_each_row_alone_and_so_are_packed_documents(attn_type, on_the_left):
+def test_bidirectional_padded_rows_and_packed_documents_match_each_alone(attn_type, on_the_left):
     model, ids = tiny_model(attn_type, causal=False), tokens(2, 9)
     mask = left_padding([9, 5], 9) if on_the_left else left_padding([9, 5], 9).flip(1)
     together, alone = model(ids, 4, attention_mask=mask), model(ids[1:, mask[1]], 4)
@@ -370,7 +370,7 @@ def test_without_causality_a_padded_batch_is_each_row_alone_and_so_are_packed_do
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
-def test_a_later_token_changes_earlier_logits_if_and_only_if_the_model_sees_both_ways(attn_type):
+def test_only_a_bidirectional_model_lets_later_tokens_change_earlier_logits(attn_type):
     ids = tokens(1, 8)
     changed = ids.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 23
@@ -380,7 +380,7 @@ def test_a_later_token_changes_earlier_logits_if_and_only_if_the_model_sees_both
         assert moved.max() < 1e-5 if causal else moved.min() > 1e-3
 
 
-def test_a_model_that_sees_both_ways_cannot_generate():
+def test_a_bidirectional_model_cannot_generate():
     model = tiny_model(causal=False)
     for call in (model.generate, model.stream):
         with pytest.raises(ValueError, match="causal=False and sees tokens to come"):
@@ -391,7 +391,7 @@ def test_a_model_that_sees_both_ways_cannot_generate():
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_to_float32_changes_no_bit_and_a_trip_through_bfloat16_only_rounds(attn_type):
+def test_converting_to_bfloat16_and_back_only_rounds_the_weights(attn_type):
     model, ids = tiny_model(attn_type, halting=False), tokens(2, 12)
     with torch.no_grad():
         before = model(ids, 3)
@@ -402,12 +402,12 @@ def test_to_float32_changes_no_bit_and_a_trip_through_bfloat16_only_rounds(attn_
         for name, p in model.named_parameters():
             assert torch.equal(p, stepwise[name]), name
         assert torch.equal(model.recurrent.block.ffn.router_bias, bias)
-        # Rounded weights and nothing else: no buffer has lost its imaginary part or its precision.
+        # Only the weights are rounded: no buffer has lost its imaginary part or its precision.
         assert (model(ids, 3) - before).abs().mean() < 0.05 * before.abs().mean()
         assert_near(model(ids, 3), reference_logits(model, ids, 3))
 
 
-def test_no_buffer_depends_on_the_dtype_or_the_context_length():
+def test_buffers_are_real_and_independent_of_the_context_length():
     small, large = tiny_model(max_seq_len=8), tiny_model(max_seq_len=4096)
     assert {n: b.shape for n, b in small.named_buffers()} == {n: b.shape for n, b in large.named_buffers()}
     assert not any(buffer.is_complex() for buffer in large.buffers())
@@ -434,13 +434,13 @@ def test_half_precision_is_near_single_precision(attn_type, dtype):
     with torch.no_grad():
         exact = model(ids, 3)
         rounded = model.to(dtype)(ids, 3).float()
-    # Choices of experts may flip at a few tokens, so only most of the logits are compared.
+    # The chosen experts may differ at a few tokens, so the median of the logits is compared.
     off = (rounded - exact).abs().flatten().median() / exact.abs().median()
     assert off < 0.1
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_autocast_trains(attn_type):
+def test_gradients_under_autocast_are_finite(attn_type):
     model, ids = tiny_model(attn_type).train(), tokens(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(ids, 3).float().square().mean()
@@ -450,7 +450,7 @@ def test_autocast_trains(attn_type):
         assert finite, name
 
 
-# -- surface
+# -- weight tying, initial state, noise, training
 
 
 @pytest.mark.parametrize("make", [
@@ -458,12 +458,12 @@ def test_autocast_trains(attn_type):
     lambda model: model.to(torch.bfloat16),
     lambda model: model.double(),
 ], ids=["new", "bfloat16", "float64"])  # fmt: skip
-def test_head_and_embedding_are_one_tensor(make):
+def test_head_and_embedding_share_one_tensor(make):
     model = make(OpenMythos(tiny_config()))
     assert model.head.weight is model.embed.weight
 
 
-def test_head_and_embedding_are_one_tensor_after_leaving_the_meta_device():
+def test_head_and_embedding_share_one_tensor_after_leaving_the_meta_device():
     first = OpenMythos(tiny_config())
     for fill in (lambda model: model.to_empty(device="cpu"), lambda model: None):
         with torch.device("meta"):
@@ -475,8 +475,8 @@ def test_head_and_embedding_are_one_tensor_after_leaving_the_meta_device():
         assert torch.equal(model(tokens(1, 4), 2), first(tokens(1, 4), 2))
 
 
-def test_a_head_that_somebody_untied_stays_his():
-    """Trained apart, or put in the place of the other: nothing ties it again."""
+def test_a_manually_untied_head_stays_untied():
+    """Neither conversions of dtype and device nor load_state_dict tie it again."""
     model = OpenMythos(tiny_config())
     model.head.weight = torch.nn.Parameter(model.head.weight.detach() + 1)
     untied = model.head.weight.detach().clone()
@@ -487,14 +487,14 @@ def test_a_head_that_somebody_untied_stays_his():
     assert model.head.weight is not model.embed.weight
 
 
-def test_tied_only_where_the_config_says_so():
+def test_tied_head_false_keeps_head_and_embedding_apart():
     model = OpenMythos(tiny_config(tied_head=False))
     assert model.to(torch.bfloat16).head.weight is not model.embed.weight
     model.load_state_dict(model.state_dict(), assign=True)
     assert model.head.weight is not model.embed.weight
 
 
-def test_untrained_lora_changes_nothing():
+def test_untrained_lora_does_not_change_logits():
     torch.manual_seed(0)
     model = OpenMythos(tiny_config(lora_rank=3)).eval()
     with torch.no_grad():
@@ -505,7 +505,7 @@ def test_untrained_lora_changes_nothing():
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("training", [False, True])
-def test_iterate_gives_the_logits_of_every_number_of_loops(attn_type, training):
+def test_iterate_yields_the_logits_after_every_loop(attn_type, training):
     model, ids, mask = tiny_model(attn_type).train(training), tokens(2, 7), left_padding([7, 4], 7)
     with torch.no_grad():
         for state, logits in model.iterate(ids, 4, attention_mask=mask):
@@ -516,7 +516,7 @@ def test_iterate_gives_the_logits_of_every_number_of_loops(attn_type, training):
 
 @pytest.mark.parametrize("state_init", ["input", "zero", "noise"])
 @pytest.mark.parametrize("training", [False, True])
-def test_first_state(state_init, training):
+def test_first_state_follows_state_init(state_init, training):
     model = tiny_model(state_init=state_init).train(training)
     e, ctx = model.encode(tokens(2, 5), attention_mask=left_padding([3, 5], 5))
     first = model.first_state(e, ctx)
@@ -539,14 +539,14 @@ def test_noise_and_dropout_act_in_training_only():
             assert not torch.equal(model(ids, 3), model(ids, 3))
 
 
-def test_noise_keeps_a_padded_batch_finite_and_padding_silent():
+def test_noise_keeps_logits_finite_and_states_at_padding_zero():
     model = tiny_model(state_noise=0.5, state_init="noise", dropout=0.2).train()
     mask = left_padding([6, 3], 6)
     for state, logits in model.iterate(tokens(2, 6), 3, attention_mask=mask):
         assert logits.isfinite().all() and state.h[~mask].eq(0).all()
 
 
-def test_a_model_learns():
+def test_training_lowers_the_loss():
     torch.manual_seed(0)
     model = OpenMythos(tiny_config(n_experts=2, dim=32)).train()
     ids = tokens(4, 8)
@@ -562,7 +562,7 @@ def test_a_model_learns():
     assert losses[0] < math.log(23) * 2 and losses[-1] < 0.4 * losses[0], losses
 
 
-def test_the_reference_s_fields_come_first_and_make_a_model():
+def test_the_config_starts_with_the_fields_of_the_reference():
     fields = list(MythosConfig.__dataclass_fields__)
     assert fields[:23] == [
         "vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "prelude_layers", "coda_layers",
@@ -576,7 +576,7 @@ def test_the_reference_s_fields_come_first_and_make_a_model():
 
 
 @pytest.mark.parametrize("attn_type, training, backend", [("gqa", True, "inductor"), ("mla", False, "aot_eager")])
-def test_the_block_compiles_without_a_graph_break(attn_type, training, backend):
+def test_the_recurrent_block_compiles_without_a_graph_break(attn_type, training, backend):
     model, ids = tiny_model(attn_type).train(training), tokens(2, 6)
     e, ctx = model.encode(ids)
     e = e.detach()

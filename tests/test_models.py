@@ -1,4 +1,4 @@
-"""A model, its tokenizer and its card are found by a run, a directory or a name."""
+"""A model, its tokenizer and its card are found by run, directory or name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from open_mythos.models import card_of, load_model, model_dir, save_model, token
 from open_mythos.training.baselines import UnrolledMythos
 
 
-def test_a_run_its_model_and_any_saved_model_are_found(tmp_path: Path) -> None:
+def test_a_model_is_found_by_its_run_or_its_own_directory(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     assert model_dir(tmp_path) == model_dir(tmp_path / "model") == tmp_path / "model"
     model = load_model(str(tmp_path))
     assert model.cfg.dim == 32 and not model.training
 
 
-def test_weights_in_several_files_are_found(tmp_path: Path) -> None:
+def test_sharded_weights_are_loaded(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
     weights = ", ".join(f'"{name}": "part.safetensors"' for name in tiny_model().state_dict())
@@ -50,7 +50,7 @@ def test_errors_say_what_is_missing(tmp_path: Path) -> None:
         model_dir("nowhere")
 
 
-def test_a_baseline_is_loaded_as_what_it_is(tmp_path: Path) -> None:
+def test_a_baseline_is_loaded_with_its_own_class(tmp_path: Path) -> None:
     UnrolledMythos(tiny_model().cfg).save_pretrained(tmp_path)
     (tmp_path / "training.json").write_text('{"kind": "unrolled"}')
     assert type(load_model(tmp_path)) is UnrolledMythos
@@ -60,7 +60,7 @@ def test_a_baseline_is_loaded_as_what_it_is(tmp_path: Path) -> None:
             load_model(tmp_path)
 
 
-def test_a_tokenizer_goes_along_and_a_card_is_read(tmp_path: Path) -> None:
+def test_the_tokenizer_is_saved_with_the_model_and_the_card_is_read(tmp_path: Path) -> None:
     save_model(load_model("text-tiny"), tmp_path / "text", "text-tiny")
     assert tokenizer_of(tmp_path / "text").encode(["no"]).tolist() == tokenizer_of("text-tiny").encode(["no"]).tolist()
     assert "# text-tiny" in card_of("text-tiny")
@@ -71,8 +71,8 @@ def test_a_tokenizer_goes_along_and_a_card_is_read(tmp_path: Path) -> None:
         tokenizer_of(tmp_path / "bare")
 
 
-def test_it_needs_nothing_of_training_and_a_model_of_experts_no_compiler() -> None:
-    """Which takes two seconds to import."""
+def test_loading_and_generating_import_no_training_code_and_no_compiler() -> None:
+    """Importing torch's compiler takes two seconds."""
     code = (
         "import sys, torch; from open_mythos import MythosConfig, OpenMythos\n"
         "from open_mythos.models import card_of, load_model, tokenizer_of\n"

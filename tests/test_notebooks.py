@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom and show what their text says; what is committed is what a run left."""
+"""The notebooks run from top to bottom and support the claims in their text; committed outputs come from a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(execute.__file__).parent
 NAMES = ("parity", "chain_sum")
-# After the last cell: what the text claims, with room for the rounding of other machines.
+# Run after the last cell: the claims of the text, with a margin for rounding on other machines.
 CLAIMS = {
     "parity": """
 seen_24 = curves["24 bits"]
@@ -33,20 +33,20 @@ assert grid.accuracy[3, -1] > 0.95 and grid.accuracy[3, 0] < 0.5, grid.accuracy
 }
 
 
-def test_every_notebook_has_its_claims() -> None:
+def test_every_notebook_has_claims_to_check() -> None:
     assert {path.stem for path in HERE.glob("*.ipynb")} == set(NAMES) == set(CLAIMS)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_and_what_it_says_holds(name: str, tmp_path: Path) -> None:
+def test_a_notebook_runs_and_its_claims_hold(name: str, tmp_path: Path) -> None:
     notebook = execute.execute(HERE / f"{name}.ipynb", tmp_path, CLAIMS[name])
     assert pictures(notebook) >= 4
-    assert not list(tmp_path.iterdir()), "a notebook leaves nothing where it is run"
+    assert not list(tmp_path.iterdir()), "a notebook writes no files to its working directory"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_committed_was_run_in_order_and_holds_no_path(name: str) -> None:
+def test_committed_notebooks_were_run_in_order_and_contain_no_local_path(name: str) -> None:
     path = HERE / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -1,4 +1,4 @@
-"""How many operations a loop takes, and that none of them makes the CPU wait for numbers."""
+"""The number of operations of a loop, none of which makes the CPU wait for the device."""
 
 import collections
 
@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos import KVCache, MythosConfig, OpenMythos
 
-# Of other shape, but of the same numbers: nothing is computed.
+# Views of the same data: nothing is computed.
 VIEWS = {
     "view", "transpose", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "t", "permute", "detach",
     "alias", "split", "split_with_sizes", "unbind", "_unsafe_view", "_reshape_alias", "unfold", "chunk", "movedim",
 }  # fmt: skip
-# Whoever asks for a number, or for a shape that depends on one, waits for all that computes it.
+# Operations that read a value, or have an output shape that depends on values, and so wait for the device.
 WAITS = {
     "_local_scalar_dense",
     "item",
@@ -25,7 +25,7 @@ WAITS = {
     "masked_select",
     "equal",
 }
-# Operations for each loop: of a token that is decoded, and of a training step, forward and backward.
+# Upper bounds of operations per loop: to decode a token, and in a training step, forward and backward.
 BOUNDS = {("gqa", True): (60, 240), ("gqa", False): (45, 170), ("mla", True): (72, 290), ("mla", False): (60, 235)}
 
 
@@ -70,14 +70,14 @@ def trained(model: OpenMythos, n_loops: int) -> Count:
 
 
 def of_a_loop(run, model: OpenMythos) -> tuple[float, dict[str, float]]:
-    """Operations of a loop: how many that compute something, and all by name."""
+    """Operations per loop: the number that compute something, and the numbers of all by name."""
     few, many = (run(model, n_loops).found for n_loops in (4, 8))
     found = {name: (n - few[name]) / 4 for name, n in many.items() if n != few[name]}
     return sum(n for name, n in found.items() if name not in VIEWS), found
 
 
 @pytest.mark.parametrize("attn_type, has_experts", BOUNDS)
-def test_a_loop_takes_few_operations_and_waits_for_none(attn_type, has_experts):
+def test_a_loop_takes_few_operations_and_never_synchronises(attn_type, has_experts):
     in_decoding, in_training = BOUNDS[attn_type, has_experts]
     n, found = of_a_loop(decoded, a_model(attn_type, has_experts).eval())
     assert n <= in_decoding, found
@@ -88,8 +88,8 @@ def test_a_loop_takes_few_operations_and_waits_for_none(attn_type, has_experts):
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_halting_at_fixed_shapes_waits_for_nothing(attn_type, monkeypatch):
-    """As on a GPU. Packed, as on a CPU, it counts and looks."""
+def test_halting_with_fixed_shapes_never_synchronises(attn_type, monkeypatch):
+    """As on a GPU. On a CPU, running positions are packed, for which they are counted."""
     from open_mythos.nn import recurrent
 
     for packs in (True, False):
@@ -103,7 +103,7 @@ def test_halting_at_fixed_shapes_waits_for_nothing(attn_type, monkeypatch):
 @pytest.mark.parametrize(
     "wait", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: bool(x.any()), torch.unique]
 )
-def test_the_test_sees_waits(wait):
+def test_synchronising_operations_are_detected(wait):
     with Count() as count:
         wait(torch.ones(3))
     assert WAITS & count.found.keys()

@@ -1,4 +1,4 @@
-"""Int8 weights: the model of the rounded weights, in less memory, and what cannot be done with it says so."""
+"""Int8 weights: logits of the rounded weights in less memory, and errors for what is not supported."""
 
 import builtins
 from copy import deepcopy
@@ -12,7 +12,7 @@ from open_mythos.model import UnrolledMythos
 from open_mythos.nn.exits import StateChange
 from open_mythos.quantization import quantize_int8, weight_bytes
 
-SIZES = {"odd": {}, "widths of the int8 product": dict(dim=64, expert_dim=32)}  # a multiple of 32 or not
+SIZES = {"odd": {}, "widths of the int8 product": dict(dim=64, expert_dim=32)}  # multiples of 32 or not
 
 
 def a_model(attn_type="gqa", **changes) -> OpenMythos:
@@ -26,7 +26,7 @@ def quantised(model: OpenMythos) -> OpenMythos:
 
 @torch.no_grad()
 def of_rounded_weights(model: OpenMythos) -> OpenMythos:
-    """What the quantised model should compute, by plain modules and plain weights."""
+    """The model with the dequantised weights in plain modules, whose outputs the quantised model should match."""
     rounded, small = deepcopy(model), dict(quantised(model).named_parameters())
     for name, weight in rounded.named_parameters():
         if hasattr(small[name], "qdata"):
@@ -35,7 +35,7 @@ def of_rounded_weights(model: OpenMythos) -> OpenMythos:
 
 
 @torch.no_grad()
-def test_every_output_channel_of_every_expert_has_256_levels_of_its_own():
+def test_each_output_channel_of_each_expert_has_its_own_256_levels():
     model = a_model()
     for name, weight in of_rounded_weights(model).named_parameters():
         before = dict(model.named_parameters())[name]
@@ -48,21 +48,21 @@ def test_every_output_channel_of_every_expert_has_256_levels_of_its_own():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
-def test_logits_are_those_of_the_rounded_weights(attn_type, size):
+def test_logits_match_the_rounded_weights(attn_type, size):
     model, ids = a_model(attn_type, **SIZES[size]), tokens(2, 13)
     expected = of_rounded_weights(model)(ids, 4)
     assert_near(quantised(model)(ids, 4), expected)
-    assert (model(ids, 4) - expected).abs().max() > 1e-3  # or rounding did nothing, and the test sees nothing
+    assert (model(ids, 4) - expected).abs().max() > 1e-3  # rounding has an effect
 
 
 @pytest.mark.parametrize("changes", [{}, dict(n_experts=1, n_experts_per_tok=1), dict(n_shared_experts=0)], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @torch.no_grad()
-def test_bfloat16_a_token_at_a_time_or_all_at_once(attn_type, size, changes):
-    """Few rows and many take different products; both are as near to the truth as bfloat16 is."""
+def test_bfloat16_logits_are_accurate_in_one_pass_and_token_by_token(attn_type, size, changes):
+    """Few and many rows use different matrix products; both are as accurate as plain bfloat16."""
     model, ids = a_model(attn_type, **SIZES[size], **changes), tokens(3, 20)
-    # From here on numbers are bfloat16's, as they are for the model that is compared with.
+    # The weights are rounded to bfloat16 before quantisation, as in the model that it is compared with.
     model = model.bfloat16()
     truth = of_rounded_weights(deepcopy(model).float())
     plain, small = deepcopy(truth).bfloat16(), quantised(model)
@@ -76,7 +76,7 @@ def test_bfloat16_a_token_at_a_time_or_all_at_once(attn_type, size, changes):
 
 
 @torch.no_grad()
-def test_the_products_of_few_rows_are_used_and_exact_up_to_rounding(monkeypatch):
+def test_the_fast_product_for_few_rows_is_used_and_accurate(monkeypatch):
     pytest.importorskip("torchao")
     from open_mythos.quantization import weights
 
@@ -91,7 +91,7 @@ def test_the_products_of_few_rows_are_used_and_exact_up_to_rounding(monkeypatch)
 
 
 @torch.no_grad()
-def test_a_quarter_of_the_memory():
+def test_quantised_blocks_take_a_quarter_of_the_memory():
     model = a_model(dim=128, expert_dim=128, vocab_size=23)
     small = quantised(model)
     blocks = [small.prelude, small.recurrent.block, small.coda]
@@ -101,7 +101,7 @@ def test_a_quarter_of_the_memory():
 
 
 @torch.no_grad()
-def test_what_decides_more_than_it_weighs_stays_as_it_was():
+def test_embeddings_norms_routers_and_gates_are_not_quantised():
     model = a_model("mla")
     small = dict(quantised(model).named_parameters())
     exact = [name for name in small if type(small[name]) is torch.nn.Parameter]
@@ -112,7 +112,7 @@ def test_what_decides_more_than_it_weighs_stays_as_it_was():
     assert kinds["recurrent.block.ffn.down"] == kinds["coda.0.ffn.gate.weight"] == "Int8Weight"
 
 
-def test_it_is_done_in_place_and_generates_with_halting_and_exits():
+def test_a_model_is_quantised_in_place_and_generates_with_halting_and_exits():
     pytest.importorskip("torchao")
     model = tiny_model(halting=True)
     assert quantize_int8(model) is model
@@ -122,21 +122,21 @@ def test_it_is_done_in_place_and_generates_with_halting_and_exits():
     assert model.generate(tokens(1, 5), 6, cache_loops=2).shape == (1, 11)
 
 
-def test_drafting_with_int8_weights_gives_the_same_tokens():
+def test_speculative_decoding_with_int8_weights_gives_the_same_tokens():
     model = quantised(a_model())
     plain = model.generate(tokens(1, 5), 12, temperature=0)
     assert model.generate(tokens(1, 5), 12, temperature=0, draft_loops=1).equal(plain)
 
 
 @torch.no_grad()
-def test_dtype_may_change_afterwards():
+def test_the_dtype_may_change_after_quantisation():
     model, ids = a_model(), tokens(2, 5)
     assert_near(quantised(model).bfloat16().float()(ids), quantised(model)(ids), 3e-2)
     assert quantised(model).bfloat16()(ids).dtype == torch.bfloat16
 
 
 def test_gradients_still_reach_the_embedding():
-    """As for attributions of an input; eval mode, and the weights themselves have none."""
+    """As needed for attributions to the input, in eval mode; the int8 weights themselves get no gradient."""
     model, ids = a_model(), tokens(2, 5)
     small, expected = quantised(model), of_rounded_weights(model)
     for each in (small, expected):
@@ -145,7 +145,7 @@ def test_gradients_still_reach_the_embedding():
     assert small.coda[0].attn.wq.weight.grad is None
 
 
-def test_training_is_refused():
+def test_training_a_quantised_model_is_refused():
     model = quantised(a_model()).train()
     with pytest.raises(ValueError, match=r"int8 and cannot be trained.*eval\(\)"):
         model(tokens(1, 4))
@@ -159,7 +159,7 @@ def test_quantising_twice_is_refused():
         quantize_int8(model)
 
 
-def test_saving_is_refused_before_anything_is_written(tmp_path):
+def test_saving_a_quantised_model_is_refused_before_anything_is_written(tmp_path):
     model = quantised(a_model())
     with pytest.raises(CheckpointError, match=r"Int8Weight.*cannot be saved; save the model before"):
         model.save_pretrained(tmp_path / "model")
@@ -182,8 +182,8 @@ def test_without_torchao_the_error_names_the_extra(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_shipped_model_answers_as_before():
-    """Parity is a matter of right or wrong, and rounding leaves it right."""
+def test_a_quantised_shipped_model_keeps_its_accuracy():
+    """On parity, rounding the weights changes next to no answers."""
     from open_mythos import tasks
     from open_mythos.tasks.base import UNSCORED
 

@@ -1,4 +1,4 @@
-"""The code, commands and links in README.md and the pages of docs work, and tables are what was measured."""
+"""The code, commands and links in README.md and docs work, and tables match the measurements."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_conversations_are_what_is_said(chat: str) -> None:
+def test_chat_examples_show_the_actual_output(chat: str) -> None:
     command, *lines = chat.splitlines()
     said = [line.removeprefix("> ") for line in lines if line.startswith("> ")]
     done = CliRunner().invoke(app, shlex.split(command)[1:], input="\n".join(said))
@@ -47,11 +47,11 @@ def test_conversations_are_what_is_said(chat: str) -> None:
 
 
 def words_of(line: str) -> str:
-    """A line without probabilities, which rounding moves."""
+    """A line without its probabilities, which vary with rounding."""
     return re.sub(r"1?\.\d\d", "p", line).rstrip()
 
 
-def test_no_text_installs_the_other_project_of_this_name() -> None:
+def test_no_text_installs_the_other_package_of_this_name() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     sources = {path: path.read_text() for path in (ROOT / "open_mythos").rglob("*.py")}
     for path, text in {**sources, **{page: page.read_text() for page in PAGES}}.items():
@@ -60,7 +60,7 @@ def test_no_text_installs_the_other_project_of_this_name() -> None:
             assert "".join(extra) in extras, (path, extra)
 
 
-def test_commands_exist() -> None:
+def test_mentioned_commands_exist() -> None:
     for page in PAGES:
         for command in re.findall(r"(?:^|`|\.venv/bin/)mythos ([a-z][a-z-]*)", page.read_text(), re.MULTILINE):
             assert command in COMMANDS, (page, command)
@@ -80,12 +80,12 @@ def test_links_resolve(page: Path) -> None:
     ("language", "results", "markdown", "docs/language.md"), ("words", "results", "markdown", "docs/concepts/data.md"),
     ("bridge", "results", "markdown", "docs/retrofit.md"),
 ])  # fmt: skip
-def test_tables_are_what_was_measured(name: str, key: str, table: str, page: str) -> None:
+def test_tables_match_the_measurements(name: str, key: str, table: str, page: str) -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())[key]
     assert getattr(import_module(name), table)(measured) in (ROOT / page).read_text()
 
 
-def test_the_readme_is_short_and_begins_with_what_its_model_does() -> None:
+def test_the_readme_is_short_and_its_figures_are_those_of_the_model() -> None:
     text = README.read_text()
     assert len(text.splitlines()) < 150
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -98,11 +98,11 @@ def test_the_readme_is_short_and_begins_with_what_its_model_does() -> None:
     for bits, loops in said:
         row = figures["accuracy"][figures["difficulties"].index(int(bits))]
         at = figures["loops"].index(int(loops))
-        assert row[at] > 0.999 > row[at - 1], "solved there, and not at half as many loops"
+        assert row[at] > 0.999 > row[at - 1], "solved at this number of loops, but not at half as many"
 
 
-def test_tables_are_in_the_words_of_the_field() -> None:
-    """Heads of columns do without shorthand that has to be asked about."""
+def test_table_headers_use_terms_of_the_field() -> None:
+    """Column headers contain no shorthand that would need an explanation."""
     shorthand = r"\b(asked|least|greatest|loud|settled)\b|\(most\)"
     for page in PAGES:
         for head in re.findall(r"^(\|.*\|)\n\|---", page.read_text(), re.MULTILINE):

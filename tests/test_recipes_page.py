@@ -1,4 +1,4 @@
-"""docs/recipes.md: its table is what was estimated, and its commands run."""
+"""docs/recipes.md: the table matches the estimates, and the commands run."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_table_is_what_was_estimated_and_leaves_room_in_12_gb() -> None:
+def test_the_table_matches_the_estimates_which_fit_12_gb() -> None:
     assert recipes.markdown(RESULTS) in PAGE
     for recipe in recipes.RECIPES:
         assert float(recipes.line(recipe, RESULTS[recipe.name])[8].strip("*")) < 9
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.name)
-def test_a_command_runs(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With short rows, one at a time, and a narrow model appended, since at full size it needs a GPU."""
+def test_the_command_of_each_recipe_runs(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overrides make the model narrow, the rows short and the batch one row, since the full size needs a GPU."""
     monkeypatch.setattr(cost, "_TRIAL_STEPS", 1)
     assert recipe.command in PAGE
     words = recipe.command.replace("\\\n", " ").split()[1:]
@@ -45,7 +45,7 @@ def test_a_command_runs(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch)
     assert RESULTS[recipe.name]["parameters"] == parameters(cfg.model).total
 
 
-def test_an_estimate_grows_with_the_rows() -> None:
+def test_the_estimated_memory_grows_with_the_batch_size() -> None:
     small = recipes.Recipe("tiny", "", ("model.dim=16 batch_size=4", recipes.context(16)))
     found = recipes.estimate(small)
     counted = configured("text", small.assignments)
@@ -55,7 +55,7 @@ def test_an_estimate_grows_with_the_rows() -> None:
 
 
 @pytest.mark.parametrize("command", re.findall(r"^mythos train debug .*?$", PAGE, re.MULTILINE))
-def test_loggers_exist(command: str) -> None:
+def test_mentioned_loggers_exist(command: str) -> None:
     from open_mythos.training.loggers import LOGGERS
 
     (name,) = re.findall(r"loggers=(\w+)", command)

@@ -1,4 +1,4 @@
-"""docs/scale.md: its lines are what ``mythos plan`` says."""
+"""docs/scale.md: its rows match the output of ``mythos plan``."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def test_every_variant_is_on_the_page() -> None:
 
 
 @pytest.mark.parametrize("one", plans.PLANNED if os.environ.get("PLAN_CHECK") == "all" else plans.PLANNED[-3:-2])
-def test_lines_are_what_is_planned(one: tuple[str, int, int, str]) -> None:
+def test_rows_match_the_plans(one: tuple[str, int, int, str]) -> None:
     assert f"| {' | '.join(plans.line(*one))} |" in plans.PAGE.read_text()

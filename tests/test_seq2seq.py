@@ -1,4 +1,4 @@
-"""An encoder that sees both ways, a decoder that reads its states as a prefix; and generation after embeddings."""
+"""A bidirectional encoder, a decoder that reads its states as a prefix, and generation from embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from open_mythos.generation.speculative import Draft
 
 
 def tiny_seq2seq(attn_type: str = "gqa", **decoder) -> Seq2Seq:
-    """In eval mode; the decoder has another vocabulary, and other weights."""
+    """In eval mode; encoder and decoder differ in vocabulary and weights."""
     encoder = tiny_model(attn_type, causal=False)
     return Seq2Seq(encoder, tiny_model(attn_type, **{"seed": 1, "vocab_size": 17, **decoder})).eval()
 
@@ -23,7 +23,7 @@ SOURCE, TARGET = tokens(2, 7), tokens(2, 5, seed=1, high=17)
 
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_each_side_has_its_own_loops_and_the_decoder_reads_the_encoders_states(attn_type):
+def test_the_decoder_reads_encoder_states_as_a_prefix_with_separate_loops(attn_type):
     model = MODELS[attn_type]
     logits = model(SOURCE, TARGET, n_loops=2, encoder_loops=3)
     assert logits.shape == (2, 5, 17)
@@ -35,7 +35,7 @@ def test_each_side_has_its_own_loops_and_the_decoder_reads_the_encoders_states(a
 
 
 @torch.no_grad()
-def test_every_state_sees_the_whole_source_and_a_target_token_only_those_before_it():
+def test_the_encoder_is_bidirectional_and_the_decoder_causal():
     model, changed = MODELS["gqa"], SOURCE.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 23
     assert (model.encode(SOURCE) - model.encode(changed)).abs().amax((0, 2)).min() > 1e-3
@@ -47,7 +47,7 @@ def test_every_state_sees_the_whole_source_and_a_target_token_only_those_before_
 
 @torch.no_grad()
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_padded_batch_is_each_pair_alone(attn_type):
+def test_a_padded_batch_matches_each_pair_alone(attn_type):
     model, mask = MODELS[attn_type], left_padding([7, 4], 7)
     target = TARGET.clone()
     target[0, 3:] = -100
@@ -64,7 +64,7 @@ def test_a_padded_batch_is_each_pair_alone(attn_type):
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, left_padding([7, 4], 7)], ids=["whole", "padded"])
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_generated_tokens_are_the_likeliest_without_a_cache(attn_type, mask):
+def test_generated_tokens_match_greedy_decoding_without_a_cache(attn_type, mask):
     model, target = MODELS[attn_type], torch.zeros(2, 1, dtype=torch.int64)
     for _ in range(8):
         new = model(SOURCE, target, 3, 2, mask)[:, -1].argmax(-1)
@@ -74,9 +74,9 @@ def test_generated_tokens_are_the_likeliest_without_a_cache(attn_type, mask):
         assert torch.equal(found, target[:, :-1]), engine
 
 
-def test_generation_takes_what_the_decoder_takes_and_leaves_the_mode_alone():
+def test_generate_accepts_the_decoders_options_and_keeps_the_training_mode():
     model = tiny_seq2seq(halting=False)
-    model.encoder.cfg.state_noise = 9.0  # in training
+    model.encoder.cfg.state_noise = 9.0  # acts in training only
     plain = model.generate(SOURCE, 6, 4, temperature=0)
     assert plain.shape == (2, 6) and plain.dtype == torch.int64
     assert torch.equal(model.train().generate(SOURCE, 6, 4, temperature=0), plain)
@@ -89,14 +89,14 @@ def test_generation_takes_what_the_decoder_takes_and_leaves_the_mode_alone():
     assert model.generate(SOURCE, 0).shape == (2, 0)
 
 
-def test_the_loss_reaches_every_weight_of_both():
+def test_the_loss_has_a_gradient_in_every_weight_of_both_models():
     model = tiny_seq2seq().train()
     model.loss(SOURCE, TARGET).backward()
     idle = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not idle
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_loaded_pair_gives_the_same_logits(tmp_path):
     model = tiny_seq2seq("mla")
     model.save_pretrained(tmp_path / "pair")
     loaded = Seq2Seq.from_pretrained(tmp_path / "pair")
@@ -106,7 +106,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         Seq2Seq.from_pretrained(tmp_path)
 
 
-def test_models_that_do_not_go_together():
+def test_incompatible_encoder_and_decoder_are_refused():
     causal, both = tiny_config(), tiny_config(causal=False)
     for encoder, decoder, message in [
         (causal, causal, "the encoder was built with causal=True.*use causal=False"),
@@ -128,7 +128,7 @@ def test_models_that_do_not_go_together():
     (SOURCE, TARGET, left_padding([6, 4], 6), r"attention_mask is \(2, 6\); use \(2, 7\)"),
     (SOURCE, TARGET[:1], None, "source has 2 rows and target 1"),
 ])  # fmt: skip
-def test_input_that_does_not_fit(source, target, mask, message):
+def test_invalid_source_target_or_mask_is_refused(source, target, mask, message):
     with pytest.raises(ValueError, match=message):
         MODELS["gqa"].loss(source, target, source_mask=mask)
 
@@ -137,14 +137,14 @@ def test_input_that_does_not_fit(source, target, mask, message):
     ({"max_new_tokens": 40}, "max_seq_len=32"), ({"n_loops": 0}, "n_loops=0"), ({"engine": "fastest"}, "engine"),
     ({"eos_token_id": 17}, "eos_token_id=17"), ({"draft": Draft(9, 2), "n_loops": 4}, "draft"),
 ])  # fmt: skip
-def test_what_the_decoder_refuses_is_refused_before_the_source_is_encoded(monkeypatch, options, message):
+def test_invalid_decoder_options_are_refused_before_encoding(monkeypatch, options, message):
     model = MODELS["gqa"]
-    monkeypatch.setattr(model.encoder, "hidden", lambda *args, **given: pytest.fail("it was encoded"))
+    monkeypatch.setattr(model.encoder, "hidden", lambda *args, **given: pytest.fail("the source was encoded"))
     with pytest.raises(ValueError, match=message):
         model.generate(SOURCE, **{"max_new_tokens": 4, **options})
 
 
-def test_a_target_fills_the_decoder_to_its_last_position():
+def test_source_and_target_may_fill_the_decoders_max_seq_len():
     model = MODELS["gqa"]
     assert model(tokens(1, 29), tokens(1, 4, high=17)).shape == (1, 4, 17)
     assert model.generate(tokens(1, 28), 4).shape == (1, 4)
@@ -152,7 +152,7 @@ def test_a_target_fills_the_decoder_to_its_last_position():
         model.generate(tokens(1, 28), 6)
 
 
-def test_a_model_alone_generates_after_embeddings_as_after_their_tokens():
+def test_generation_from_embeddings_equals_generation_from_their_tokens():
     model, ids = tiny_model(), tokens(2, 7)
     after = model.generate(model.embed(ids).detach(), 6, temperature=0)
     assert torch.equal(after, model.generate(ids, 6, temperature=0)[:, 7:])
@@ -161,7 +161,7 @@ def test_a_model_alone_generates_after_embeddings_as_after_their_tokens():
             model.generate(wrong, 2)
 
 
-def test_it_learns_to_write_words_in_reverse():
+def test_a_seq2seq_model_learns_to_reverse_words():
     torch.manual_seed(0)
     model = reverse.make()
     reverse.train(model, 240, longest=4)

@@ -1,4 +1,4 @@
-"""A cache in which several loops share a slot: the deepest of them is what later tokens find."""
+"""A cache in which several loops share a slot: later tokens read the rows of the deepest of them."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ HALTLESS = {attn_type: tiny_model(attn_type, halting=False) for attn_type in ATT
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cache_loops", [5, 8])
 @pytest.mark.parametrize("gate_bias", [-20.0, -1.0], ids=["none halts", "some halt"])
-def test_as_many_slots_as_loops_are_a_whole_cache(attn_type, cache_loops, gate_bias):
+def test_as_many_slots_as_loops_equal_a_full_cache(attn_type, cache_loops, gate_bias):
     model, ids, mask = tiny_model(attn_type, gate_bias=gate_bias), tokens(2, T), left_padding([T, 7], T)
     for sizes in ([1] * T, [6, 1, 5]):
         whole, shared = (in_chunks(model, ids, sizes, 5, cache, mask) for cache in (KVCache(), KVCache(cache_loops)))
@@ -33,7 +33,7 @@ def test_as_many_slots_as_loops_are_a_whole_cache(attn_type, cache_loops, gate_b
 def in_chunks_by_hand(
     model: OpenMythos, ids: Tensor, sizes: list[int], n_loops: int, cache_loops: int, mask: Tensor
 ) -> Tensor:
-    """As :func:`in_chunks` with ``cache_loops``: before each loop, its slot gets what the slot that it shares held."""
+    """As :func:`in_chunks` with ``cache_loops``, written out: each loop reads the rows of the slot that it shares."""
     out, start, outside, held = [], 0, KVCache(), {}
     for size in sizes:
         span = slice(start, start + size)
@@ -43,7 +43,7 @@ def in_chunks_by_hand(
             slot = f"recurrent_loop_{loop}"
             mine = {slot: dict(held[loop % cache_loops])} if start else {}
             h = model.recurrent.step(h, e, loop, replace(ctx, cache=as_cache(mine)))
-            if loop + cache_loops >= n_loops:  # or else the next loop of this slot takes the place of the new rows
+            if loop + cache_loops >= n_loops:  # otherwise the next loop of this slot overwrites the new rows
                 held[loop % cache_loops] = mine[slot]
         out.append(model.head(model.decode(h, ctx)))
         start += size
@@ -53,7 +53,7 @@ def in_chunks_by_hand(
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("cache_loops", [1, 2, 3])
 @given(sizes=chunkings(T), padding=st.integers(0, 5))
-def test_loops_that_share_a_slot_find_the_deepest_of_them_for_earlier_tokens(attn_type, cache_loops, sizes, padding):
+def test_loops_read_the_deepest_rows_of_earlier_tokens_in_a_shared_slot(attn_type, cache_loops, sizes, padding):
     model, ids, mask = HALTLESS[attn_type], tokens(2, T), left_padding([T, T - padding], T)
     cache = KVCache(cache_loops)
     actual = in_chunks(model, ids, sizes, 5, cache, mask)
@@ -63,7 +63,7 @@ def test_loops_that_share_a_slot_find_the_deepest_of_them_for_earlier_tokens(att
 
 
 @pytest.mark.parametrize("cache_loops", [1, 2, 3])
-def test_a_position_that_stopped_early_leaves_its_last_rows_in_every_slot(cache_loops):
+def test_a_position_that_halts_early_fills_every_slot_with_its_last_rows(cache_loops):
     model, ids, whole, shared = MODELS["gqa"], tokens(2, T), KVCache(), KVCache(cache_loops)
     assert len(loops_used(model, ids, 7).unique()) > 1
     with torch.no_grad():
@@ -75,14 +75,14 @@ def test_a_position_that_stopped_early_leaves_its_last_rows_in_every_slot(cache_
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_one_slot_is_enough_where_every_position_stops_after_a_loop(attn_type):
+def test_one_slot_is_exact_if_every_position_halts_after_one_loop(attn_type):
     model, ids = tiny_model(attn_type, gate_bias=20.0), tokens(2, T)
     with torch.no_grad():
         whole = model(ids, 5)
     assert_near(in_chunks(model, ids, [3, 1, 1, 7], 5, KVCache(1)), whole)
 
 
-def test_memory_of_the_loops_is_that_of_the_slots():
+def test_cache_memory_grows_with_slots_and_not_with_loops():
     model, sizes = HALTLESS["gqa"], {}
     for cache_loops in (None, 1, 2, 4):
         cache = KVCache(cache_loops)
@@ -119,7 +119,7 @@ def test_calls_may_differ_in_loops_once_every_shared_slot_is_filled(exit):
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True])
-def test_bad_numbers_of_slots(bad):
+def test_invalid_cache_loops_are_refused(bad):
     with pytest.raises(ValueError, match="cache_loops="):
         KVCache(bad)
     with pytest.raises(ValueError, match="cache_loops="):
@@ -127,7 +127,7 @@ def test_bad_numbers_of_slots(bad):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_generation_with_shared_slots(attn_type):
+def test_generation_with_shared_slots_matches_stepwise_decoding(attn_type):
     model, ids, cache = HALTLESS[attn_type], tokens(2, 5), KVCache(2)
     expected, new = [ids], ids
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_generation_with_shared_slots(attn_type):
 
 
 @pytest.mark.parametrize("loops", [(2, 1, 3), (3, 1, 4), (3, 2, 4)])
-def test_going_deeper_with_shared_slots_is_refused(loops):
+def test_more_loops_than_the_shared_slots_hold_are_refused(loops):
     n_slots, first, then = loops
     model, ids, cache = tiny_model(), tokens(1, 8), KVCache(cache_loops=n_slots)
     model(ids[:, :5], first, cache)

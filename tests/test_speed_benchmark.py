@@ -1,4 +1,4 @@
-"""benchmarks/speed.py: sides do the same work, ratios are what they say, and what is missing is said."""
+"""benchmarks/speed.py: compared sides do the same work, ratios are right, and missing measurements are reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quiet(what: str) -> None:
     pass
 
 
-def test_there_is_a_workload_of_every_kind_and_each_ratio_is_of_its_sides() -> None:
+def test_cases_cover_all_workloads_and_ratios_refer_to_their_sides() -> None:
     works = {task.work for case in CASES.values() for task in case.sides.values()}
     assert works == set(speed_worker.WORKS)
     for case in CASES.values():
@@ -37,7 +37,7 @@ def test_there_is_a_workload_of_every_kind_and_each_ratio_is_of_its_sides() -> N
 
 @pytest.mark.parametrize("changes", [DENSE, {}])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_llama_costs_as_many_operations(changes: dict[str, Any], training: bool) -> None:
+def test_the_llama_baseline_has_as_many_flops(changes: dict[str, Any], training: bool) -> None:
     model = SHAPE | changes
     llama = llama_config(model, 8, 512, training)
     cfg = MythosConfig(**model)
@@ -46,7 +46,7 @@ def test_the_llama_costs_as_many_operations(changes: dict[str, Any], training: b
     assert llama["num_hidden_layers"] == 10
 
 
-def test_operations_of_a_llama_are_those_of_its_matrices() -> None:
+def test_llama_flops_are_those_of_its_linear_layers() -> None:
     transformers = pytest.importorskip("transformers")
     config = llama_config(SHAPE, 8, 512, training=True)
     with torch.device("meta"):
@@ -55,12 +55,12 @@ def test_operations_of_a_llama_are_those_of_its_matrices() -> None:
     assert llama_flops(config, 0) == 2 * weights
 
 
-def test_a_ratio_is_taken_turn_by_turn() -> None:
+def test_ratios_are_computed_per_repetition() -> None:
     sides = {"a": {"tokens/s": [10.0, 40.0, 90.0], "parameters": 1}, "b": {"tokens/s": [10.0, 20.0, 30.0]}}
     assert speed.ratio(sides, "a", "b") == {"of": "a", "to": "b", "tokens/s": [2.0, 1.0, 3.0]}
 
 
-def test_sides_take_turns_with_the_instructions_asked_for_and_what_is_missing_is_left_out() -> None:
+def test_sides_run_with_the_given_instructions_and_missing_ones_are_left_out() -> None:
     ours = Task("ours", "train", MODEL, loops=2, batch=2, tokens=8)
     sides = {
         "ours": ours, "ours, recomputed": replace(ours, recompute=True), "ours, bf16": replace(ours, bf16=True),
@@ -80,7 +80,7 @@ def test_sides_take_turns_with_the_instructions_asked_for_and_what_is_missing_is
     assert "**AVX-512**: not measured" in table and f"torch 2, {found['date']}. Not measured:" in table
 
 
-def test_the_page_has_what_was_measured_on_each_kind_of_processor(
+def test_the_page_shows_the_measurements_of_each_kind_of_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = speed.measured()
@@ -89,7 +89,7 @@ def test_the_page_has_what_was_measured_on_each_kind_of_processor(
         assert (kind in kinds) == path.is_file()
     one = json.loads(speed.RESULTS["AVX-512"].read_text())
     both = speed.markdown({"AVX-512": one, "AVX2": one}).splitlines()
-    assert len(both) == len(speed.markdown({"AVX-512": one}).splitlines()), "a line for both"
+    assert len(both) == len(speed.markdown({"AVX-512": one}).splitlines()), "one row for both"
     rows = [line.split(" | ") for line in both[5:]]
     assert rows and all(row[2:4] == row[4:6] for row in rows)
     page = tmp_path / "speed.md"
@@ -102,7 +102,7 @@ def test_the_page_has_what_was_measured_on_each_kind_of_processor(
     assert page.read_text().count("- **AVX-512**: not measured.") == 1
 
 
-def test_a_side_with_nothing_to_divide_by_is_shown() -> None:
+def test_a_side_without_a_counterpart_is_shown() -> None:
     sides = {"ours": {"tokens/s": [4321.0]}}
     found = {"what": "training", "sides": sides, "ratios": [], "left_out": {"reference": "gone"}}
     console = Console(record=True, width=100)
@@ -111,20 +111,20 @@ def test_a_side_with_nothing_to_divide_by_is_shown() -> None:
     assert "4,321 tokens/s" in shown and "left out: reference: gone" in shown
 
 
-def test_memory_is_that_of_a_fresh_process_each_time() -> None:
+def test_memory_is_measured_in_a_new_process_each_time() -> None:
     sides = {"ours": Task("ours", "memory", MODEL | {"max_seq_len": 256}, 8, 8, 256)}
     found = speed.measure(Case("memory", sides, []), HERE, threads=1, repeat=2, say=quiet)
     growth = found["sides"]["ours"]["growth MB"]
     assert len(growth) == 2 and min(growth) > 0.5 * max(growth)  # in one process the second step would add nothing
 
 
-def test_a_side_that_breaks_says_so() -> None:
+def test_a_failing_side_reports_its_error() -> None:
     case = Case("broken", {"ours": Task("ours", "train", MODEL | {"dim": 31}, 2, 2, 8)}, [])
     with pytest.raises(RuntimeError, match="dim=31 does not divide"):
         speed.measure(case, HERE, threads=1, repeat=1, say=quiet)
 
 
-def test_no_interpreter_where_one_was_named(tmp_path: Path) -> None:
+def test_a_missing_interpreter_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="is no file"):
         speed.reference_python(tmp_path / "python", quiet)
 
@@ -133,14 +133,14 @@ def test_no_interpreter_where_one_was_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [dict(bf16=True), dict(work="prefill"), dict(work="decode")], ids=str)
-def test_a_repetition_takes_time(changes: dict[str, Any]) -> None:
+def test_a_repetition_measures_tokens_per_second(changes: dict[str, Any]) -> None:
     task = replace(Task("ours", "train", MODEL, loops=2, batch=1, tokens=8), **changes)
     built, repetition = speed_worker.make_ready(asdict(task) | {"threads": 1})
     assert built["parameters"] > 0 and repetition()["tokens/s"] > 0
 
 
 @pytest.mark.parametrize("engine", ["modules", "fused"])
-def test_decoding_by_hand_gives_the_logits_of_one_pass(engine: str) -> None:
+def test_stepwise_decoding_gives_the_logits_of_one_pass(engine: str) -> None:
     side, ids = speed_worker.Ours(MODEL, 3, engine), tokens(1, 9)
     side.model.eval()
     with torch.inference_mode():
@@ -152,22 +152,22 @@ def test_decoding_by_hand_gives_the_logits_of_one_pass(engine: str) -> None:
             assert_near(torch.stack(found, 1), whole[:, 6:])
 
 
-def test_modules_are_decoded_with_where_somebody_looks_on() -> None:
+def test_the_engine_modules_keeps_the_fused_engine_from_being_chosen() -> None:
     assert why_not_fused(speed_worker.Ours(MODEL, 3).model)
     assert not why_not_fused(speed_worker.Ours(MODEL, 3, "auto").model)
 
 
-def test_recomputed_loops_are_the_same_loops() -> None:
+def test_recomputed_loops_give_the_same_logits() -> None:
     side, ids = speed_worker.Ours(MODEL, loops=3), tokens(2, 9)
     assert_near(side.logits_recomputed(ids), side.logits(ids))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_collapsed_router_is_spread(seed: int) -> None:
+def test_spread_experts_balances_a_collapsed_router(seed: int) -> None:
     torch.manual_seed(seed)
     side, ids = speed_worker.Ours(MODEL | {"n_experts": 16}, loops=2), tokens(8, 16)
     with torch.no_grad():
-        side.model.embed.weight.mul_(0.1).add_(torch.randn(MODEL["dim"]))  # tokens all alike
+        side.model.embed.weight.mul_(0.1).add_(torch.randn(MODEL["dim"]))  # all tokens nearly equal
     collapsed = speed_worker.experts_used(side, ids)
     assert collapsed < 10
     speed_worker.spread_experts(side, ids)

@@ -1,4 +1,4 @@
-"""What a reader of the package can count on: how far a token travels, where PyTorch's state is read, sizes of files."""
+"""Limits for readability: files that a token passes through, files that query PyTorch's state, lines of a file."""
 
 import ast
 import re
@@ -17,11 +17,11 @@ from open_mythos.training.trainer import Trainer
 PACKAGE = Path(open_mythos.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 STATE = r"is_grad_enabled|is_compiling|is_autocast_enabled|_current_graph_task_id|detect_fake_mode"
-KNOWN = {"generate", "stream", "forward"}  # whose keywords users know
+KNOWN = {"generate", "stream", "forward"}  # whose keywords are public API
 
 
 class Steps:
-    """Files of the package that run inside, and how often a call goes from one to another."""
+    """Records which files of the package run, and how often a call goes from one file to another."""
 
     def __enter__(self):
         self.files, self.count, self.last = set(), 0, None
@@ -46,7 +46,7 @@ class Steps:
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_one_token_enters_few_files(attn_type):
+def test_decoding_a_token_runs_through_few_files(attn_type):
     cfg = MythosConfig(
         vocab_size=64, dim=32, n_heads=4, n_kv_heads=2, max_seq_len=64, max_loop_iters=4, prelude_layers=1,
         coda_layers=1, attn_type=attn_type, kv_lora_rank=12, q_lora_rank=20, qk_rope_head_dim=6, qk_nope_head_dim=10,
@@ -59,7 +59,7 @@ def test_one_token_enters_few_files(attn_type):
     assert len(steps.files) <= 16 and steps.count <= 60, (sorted(steps.files), steps.count)
 
 
-def test_a_training_step_enters_few_files():
+def test_a_training_step_runs_through_few_files():
     trainer = Trainer(configured("debug", ["loops.schedule=fixed", "loops.mean=1"]))
     trainer.step(), trainer.step()
     with Steps() as steps:
@@ -67,17 +67,17 @@ def test_a_training_step_enters_few_files():
     assert len(steps.files) <= 24 and steps.count <= 100, (sorted(steps.files), steps.count)
 
 
-def test_one_file_reads_the_state_of_pytorch():
+def test_only_one_file_queries_the_state_of_pytorch():
     readers = [path.relative_to(PACKAGE).as_posix() for path in SOURCES if re.search(STATE, path.read_text())]
     assert readers == ["ops/dispatch.py"]
 
 
-def test_every_file_can_be_read_in_one_sitting():
+def test_source_files_have_at_most_400_lines():
     for path in [*SOURCES, *PACKAGE.rglob("*.[ch]")]:
         assert len(path.read_text().splitlines()) <= 400, path
 
 
-def test_few_signatures_are_wide():
+def test_few_functions_have_more_than_8_parameters():
     wide = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):

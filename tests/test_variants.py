@@ -27,7 +27,7 @@ def count(cfg: MythosConfig) -> int:
         return sum(parameter.numel() for parameter in OpenMythos(cfg).parameters())
 
 
-def test_the_references_names_are_there_and_small_ones_beside_them():
+def test_variants_include_those_of_the_reference():
     assert set(REFERENCE) < set(VARIANTS)
     for name, make in VARIANTS.items():
         assert getattr(open_mythos, name) is make and make.__name__ == name
@@ -35,7 +35,7 @@ def test_the_references_names_are_there_and_small_ones_beside_them():
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_shapes(name):
+def test_shapes_match_the_reference(name):
     cfg = VARIANTS[name]()
     assert SHAPES[name] == (
         cfg.dim, cfg.n_heads, cfg.n_kv_heads, cfg.n_experts, cfg.n_experts_per_tok, cfg.expert_dim, cfg.max_loop_iters,
@@ -45,7 +45,7 @@ def test_shapes(name):
 
 
 @pytest.mark.parametrize("name", [*REFERENCE, "mythos_100m", "mythos_800k"])
-def test_parameters_are_about_as_many_as_the_name_says(name):
+def test_parameter_counts_match_the_names(name):
     size = name.removeprefix("mythos_")
     assert count(VARIANTS[name]()) == pytest.approx(float(size[:-1]) * UNITS[size[-1]], rel=0.08)
 
@@ -66,7 +66,7 @@ def test_each_call_makes_a_new_config():
 
 
 @pytest.mark.parametrize("name", ["mythos_1b", "1b", "1B", "mythos-1b"])
-def test_variant_by_name(name):
+def test_a_variant_is_found_by_several_spellings(name):
     assert variant(name) == open_mythos.mythos_1b()
 
 

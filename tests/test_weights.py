@@ -1,4 +1,4 @@
-"""Files of weights: damage is seen, and what a file asks for is judged before it is believed."""
+"""Weight files: damage is detected, and headers and configs are checked before anything is built from them."""
 
 import json
 import random
@@ -20,14 +20,14 @@ TENSORS = {
 }  # fmt: skip
 
 
-def test_what_is_written_comes_back_and_others_read_it(tmp_path: Path) -> None:
+def test_weights_round_trip_and_safetensors_can_read_them(tmp_path: Path) -> None:
     weights.write(tmp_path / "w.safetensors", TENSORS)
     for found in (weights.read(tmp_path / "w.safetensors"), load_file(tmp_path / "w.safetensors")):
         assert found.keys() == TENSORS.keys()
         assert all(found[name].equal(TENSORS[name]) and found[name].dtype == TENSORS[name].dtype for name in found)
 
 
-def test_tensors_are_read_when_they_are_written_and_one_at_a_time(tmp_path: Path) -> None:
+def test_sharded_writing_holds_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
     read = list[weakref.ref[torch.Tensor]]()
 
     class Elsewhere:
@@ -45,7 +45,7 @@ def test_tensors_are_read_when_they_are_written_and_one_at_a_time(tmp_path: Path
     assert len(weights.write_divided(tmp_path / "v.safetensors", dict.fromkeys("ab", torch.ones(99)), 50)) == 3
 
 
-def test_a_model_is_divided_by_size_and_of_earlier_files_none_stays(tmp_path: Path) -> None:
+def test_a_model_is_sharded_by_size_and_earlier_shards_are_removed(tmp_path: Path) -> None:
     for seed, size in enumerate(("50KB", "1GB", 70_000)):
         model = tiny_model(seed=seed)
         model.save_pretrained(tmp_path, max_shard_size=size)
@@ -64,13 +64,13 @@ def test_a_model_is_divided_by_size_and_of_earlier_files_none_stays(tmp_path: Pa
 
 
 @pytest.mark.parametrize("size", ["", "0", -1, "0.5GB", "5 dozen", "GB"])
-def test_what_is_no_size_is_refused(tmp_path: Path, size: int | str) -> None:
+def test_an_invalid_shard_size_is_refused(tmp_path: Path, size: int | str) -> None:
     with pytest.raises(ValueError, match=r"is no size of a file; use a number of bytes, or one as in 5GB"):
         tiny_model().save_pretrained(tmp_path / "m", max_shard_size=size)
     assert not (tmp_path / "m").exists()
 
 
-def test_files_of_two_savings_are_not_taken_for_one_model(tmp_path: Path) -> None:
+def test_shards_of_two_saves_are_not_loaded_as_one_model(tmp_path: Path) -> None:
     for seed, folder in enumerate("ab"):
         tiny_model(seed=seed).save_pretrained(tmp_path / folder, max_shard_size="100KB")
     part = sorted((tmp_path / "a").glob("*.safetensors"))[1].name
@@ -80,7 +80,7 @@ def test_files_of_two_savings_are_not_taken_for_one_model(tmp_path: Path) -> Non
     OpenMythos.from_pretrained(tmp_path / "a", verify=False)
 
 
-def test_damage_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_or_read_unchanged(tmp_path: Path) -> None:
     path, draw = tmp_path / "w.safetensors", random.Random(0)
     weights.write(path, TENSORS)
     whole, refused = path.read_bytes(), 0
@@ -100,7 +100,7 @@ def test_damage_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     assert refused > 130
 
 
-def test_a_flipped_bit_of_a_model_is_refused_unless_nobody_asks(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_refused_unless_verify_is_false(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -112,12 +112,12 @@ def test_a_flipped_bit_of_a_model_is_refused_unless_nobody_asks(tmp_path: Path) 
     OpenMythos.from_pretrained(tmp_path, verify=False)
 
 
-def test_shards_carry_theirs_and_files_without_one_load(tmp_path: Path) -> None:
+def test_shards_have_checksums_and_files_without_one_load(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     whole = tmp_path / "model.safetensors"
     tensors = load_file(whole)
-    save_file(tensors, whole)  # as transformers, or an older version, did
+    save_file(tensors, whole)  # as transformers or an older version writes it
     assert OpenMythos.from_pretrained(tmp_path).embed.weight.equal(model.embed.weight)
     names, parts = sorted(tensors), ("one.safetensors", "two.safetensors")
     for i, part in enumerate(parts):
@@ -133,7 +133,7 @@ def test_shards_carry_theirs_and_files_without_one_load(tmp_path: Path) -> None:
         OpenMythos.from_pretrained(tmp_path)
 
 
-def test_shipped_models_have_one() -> None:
+def test_shipped_models_have_a_checksum() -> None:
     for path in SHIPPED.glob("*/model.safetensors"):
         with weights.opened(path) as file:
             assert weights.CHECKSUM in file.metadata(), path
@@ -143,7 +143,7 @@ def test_shipped_models_have_one() -> None:
     "weight_map", [{"a": "../w.safetensors"}, {"a": "/w.safetensors"}, {"a": 3}, {"a": ["b"]}, [1], 3, None, {},
                    {"a": "model.safetensors.index.json"}, "text", {"a": ""}],
 )  # fmt: skip
-def test_an_index_cannot_name_what_is_not_in_its_folder(tmp_path: Path, weight_map: object) -> None:
+def test_an_index_cannot_name_files_outside_its_folder(tmp_path: Path, weight_map: object) -> None:
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)
     (folder / "model.safetensors").rename(tmp_path / "w.safetensors")
@@ -157,7 +157,9 @@ def test_an_index_cannot_name_what_is_not_in_its_folder(tmp_path: Path, weight_m
     [("prelude_layers", 10**7), ("core_layers", 10**7), ("coda_layers", 10**7), ("dim", 10**9), ("vocab_size", 10**15),
      ("n_heads", 10**9), ("max_loop_iters", 10**9), ("expert_dim", 10**18), ("n_experts", 10**30), ("dim", 1e308)],
 )  # fmt: skip
-def test_a_config_is_compared_with_the_weights_before_anything_is_built(tmp_path: Path, field: str, value: int) -> None:
+def test_a_config_that_does_not_fit_the_weights_is_refused_before_building(
+    tmp_path: Path, field: str, value: int
+) -> None:
     shutil.copytree(SHIPPED / "parity-tiny", tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {field: value}))
@@ -172,7 +174,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_folder_does_not_read_outside_of_itself(tmp_path: Path, name: str) -> None:
+def test_symlinks_out_of_the_model_folder_are_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)
     (folder / name).rename(tmp_path / name)

@@ -1,4 +1,4 @@
-"""A wheel, installed where only what it asks for is: the command, the models that come with it, and no warning."""
+"""The wheel, installed with only its dependencies: the command and the shipped models work without a warning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def call(*command: object, cwd: Path) -> str:
-    """What a command prints; it must succeed, and sees no variables that lead Python back to the checkout."""
+    """The output of a command, which must succeed; variables that point Python to the checkout are removed."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONWARNINGS")}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -28,7 +28,7 @@ def call(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with an sdist of the files that git knows, and a wheel made from that sdist."""
+    """A directory with an sdist of the tracked files, and a wheel built from that sdist."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def needed(requirements: list[str], seen: dict[str, metadata.Distribution]) -> Iterator[metadata.Distribution]:
-    """The installed distributions that these ask for, and those that they ask for, without extras."""
+    """The installed distributions that these requirements need, recursively, without extras."""
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -54,7 +54,7 @@ def needed(requirements: list[str], seen: dict[str, metadata.Distribution]) -> I
 
 @pytest.fixture(scope="module")
 def clean(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel, and links to what its metadata asks for, so that torch is not fetched again."""
+    """An environment with the wheel, and symlinks to its dependencies, so that torch is not downloaded again."""
     where = tmp_path_factory.mktemp("clean")
     venv.create(where / "venv", with_pip=False)
     python = where / "venv" / "bin" / "python"
@@ -70,7 +70,7 @@ def clean(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def test_the_wheel_and_the_sdist_hold_what_is_not_python(built: Path) -> None:
+def test_wheel_and_sdist_include_the_data_files(built: Path) -> None:
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
@@ -84,7 +84,7 @@ def test_the_wheel_and_the_sdist_hold_what_is_not_python(built: Path) -> None:
     assert not [name for name in held if name.startswith(("tests", "benchmarks", "dev", "docs", "notebooks"))]
 
 
-def test_commands_and_models_work_with_nothing_but_what_the_wheel_asks_for(clean: Path) -> None:
+def test_commands_and_models_work_with_only_the_wheels_dependencies(clean: Path) -> None:
     python, mythos = clean / "venv" / "bin" / "python", clean / "venv" / "bin" / "mythos"
     assert "recurrent" in call(mythos, "--help", cwd=clean).lower()
     assert "parameters" in call(mythos, "info", "nano", cwd=clean)

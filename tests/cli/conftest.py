@@ -1,4 +1,4 @@
-"""What all tests of commands share."""
+"""Settings for all tests of commands."""
 
 import dataclasses
 import functools
@@ -13,13 +13,13 @@ from open_mythos.training.config import EvalConfig, TrainConfig
 
 @pytest.fixture(scope="package", autouse=True)
 def quick() -> Iterator[None]:
-    """Commands measure on little here: the demo on few problems at few depths, the machine by small products, a gate on
-    few problems, and what a run costs by two steps."""
+    """Keep measurements in commands small: few problems and depths for the demo, small matrices for the speed of the
+    machine, few problems for a gate, and two steps to estimate the cost of a run."""
     whole = recipes.RECIPES["demo"]
     with pytest.MonkeyPatch.context() as patch:
         few = EvalConfig([24, 48, 96], [1, 4, 8], 8)
 
-        @functools.wraps(whole)  # tests of recipes may come in between
+        @functools.wraps(whole)  # tests of recipes may run while this is patched
         def demo() -> TrainConfig:
             return dataclasses.replace(whole(), evaluation=few)
 

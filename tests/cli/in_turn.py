@@ -1,4 +1,4 @@
-"""Commands in a process of their own, one after the other: what is imported once is waited for once."""
+"""Run commands one after the other in one subprocess, so that imports are paid for only once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ for line in sys.argv[1:]:
 
 
 def in_turn(*lines: str, said: str, here: Path, options: tuple[str, ...] = (), **env: str) -> tuple[str, str]:
-    """What commands print and what they say on the screen besides, there behind "$" and the line of each.
+    """Stdout and stderr of the commands; on stderr, a line with "$" and the command comes before the output of each.
 
     Args:
-        lines: of words after ``mythos``.
-        said: by the user, to all of them.
-        here: where they run.
-        options, env: of Python, and variables of its environment.
+        lines: arguments of ``mythos``, one string for each command.
+        said: standard input of all commands.
+        here: working directory.
+        options, env: options of Python, and environment variables.
     """
     env = os.environ | {"PYTHONPATH": str(Path(open_mythos.__file__).parent.parent)} | env
     call = [sys.executable, *options, "-c", _CODE, *lines]

@@ -1,6 +1,6 @@
-"""Every command with everything that cannot be: one line that names it, exit code 1 or 2, and nothing is left behind.
+"""Every command with invalid input: one line that names it, exit code 1 or 2, and no files are left behind.
 
-``BAD_INPUT=all`` takes every combination, else as many as are quick.
+``BAD_INPUT=all`` tests every combination, otherwise a quick selection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from open_mythos.cli import app
 from open_mythos.models import SHIPPED
 
 ALL = os.environ.get("BAD_INPUT") == "all"
-SOURCES = {  # commands that read a model, and what goes before and after its name
+SOURCES = {  # commands that read a model, with the arguments before and after its name
     "info": ([], []),
     "plan": ([], ["--gpus", "1"]),
     "diagnose": ([], ["--loops", "1"]),
@@ -38,7 +38,7 @@ SOURCES = {  # commands that read a model, and what goes before and after its na
     "train": (["heal"], ["--out", "out"]),
     "retrofit": ([], ["--out", "out"]),
 }
-OUTS = {  # commands that write, up to where
+OUTS = {  # commands that write, up to the output path
     "train": ["train", "debug", "steps=1", "--out"],
     "compare": ["compare", "debug", "steps=1", "--out"],
     "demo": ["demo", "--steps", "1", "--out"],
@@ -119,12 +119,12 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def state(folder: Path) -> dict[str, bytes | None]:
-    """What lies there."""
+    """All paths in ``folder``, with the content of files."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def refused(words: list[str], names: str, may_pass: bool = False, typed: str | bytes = "hi\n") -> str:
-    """Run a command; what is wrong with how it refused, or nothing."""
+    """Run a command that should be refused; return what is wrong with the refusal, or an empty string."""
     done: Result = CliRunner().invoke(app, words, input=typed)
     said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
     if done.exception is not None and not isinstance(done.exception, SystemExit):
@@ -140,7 +140,7 @@ def refused(words: list[str], names: str, may_pass: bool = False, typed: str | b
 
 
 def check(combinations: list[tuple[list[str], str, bool]], here: Path, quick: int) -> None:
-    """All of ``combinations``, or ``quick`` of them, evenly chosen."""
+    """Run all of ``combinations``, or about ``quick`` of them, evenly spaced."""
     chosen = combinations if ALL else combinations[:: max(1, len(combinations) // quick)]
     wrong, before = [], state(here)
     for words, names, may_pass in chosen:
@@ -154,7 +154,7 @@ def check(combinations: list[tuple[list[str], str, bool]], here: Path, quick: in
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_is_no_model(there: Path) -> None:
+def test_sources_that_are_not_models_are_refused(there: Path) -> None:
     combinations = []
     for (command, (first, then)), name in itertools.product(SOURCES.items(), NAMES):
         if command == "train":
@@ -165,12 +165,12 @@ def test_what_is_no_model(there: Path) -> None:
     check(combinations, there, 45)
 
 
-def test_what_cannot_be_written_to(there: Path) -> None:
+def test_unwritable_output_paths_are_refused(there: Path) -> None:
     combinations = [([*words, name], name[:40], False) for words, name in itertools.product(OUTS.values(), NOT_PLACES)]
     check(combinations, there, 20)
 
 
-def test_no_command_replaces_a_file_that_none_wrote(there: Path) -> None:
+def test_no_command_overwrites_files_of_the_user(there: Path) -> None:
     combinations = []
     for command, names in THEIRS.items():
         for i, name in enumerate(names):
@@ -188,8 +188,8 @@ def test_damaged_files_of_a_run_are_named(there: Path) -> None:
         (file, content, command)
         for (file, commands), content in itertools.product(FILES.items(), SPOILT)
         for command in commands
-        if not (file.endswith("config.json") and content == b"{}")  # all defaults
-        if not (file == "run/config.json" and command == "train")  # which writes it again, and says so
+        if not (file.endswith("config.json") and content == b"{}")  # valid: all defaults
+        if not (file == "run/config.json" and command == "train")  # rewrites the file, and reports it
     ]
     chosen, wrong = combinations if ALL else combinations[::6], []
     for file, content, command in chosen:
@@ -202,7 +202,7 @@ def test_damaged_files_of_a_run_are_named(there: Path) -> None:
             "train": ["train", "debug", "--resume", "auto", "--out", str(place)],
             "compare": ["compare", "debug", "--seeds", "0", "--out", "spoilt"],
         }.get(command) or [command, str(place), *SOURCES[command][1]]
-        may_pass = name in ("metrics.jsonl", "tokenizer_config.json")  # what can be read is; ours needs no other
+        may_pass = name in ("metrics.jsonl", "tokenizer_config.json")  # read as far as possible; not needed
         before = state(place)
         if problem := refused(words, Path(name).name, may_pass):
             wrong.append(f"{command} with {file} of {content!r:.20}: {problem}")
@@ -214,12 +214,12 @@ def test_damaged_files_of_a_run_are_named(there: Path) -> None:
 
 
 def named(setting: str) -> str:
-    """What a message about a setting has to name."""
+    """The part of a setting that an error about it has to name."""
     key, _, value = setting.split()[0].partition("=")
     return value if key in ("start", "task.name") else key.split(".")[-1][:40]
 
 
-def test_settings_that_cannot_be(there: Path) -> None:
+def test_invalid_settings_are_refused(there: Path) -> None:
     combinations = [
         ([command, "debug", *setting.split(), "--out", "out"], named(setting), False)
         for command, setting in itertools.product(("train", "compare"), SETTINGS)
@@ -227,7 +227,7 @@ def test_settings_that_cannot_be(there: Path) -> None:
     check(combinations, there, 44)
 
 
-def test_text_that_a_chat_cannot_read(there: Path) -> None:
+def test_chat_accepts_input_that_is_not_utf8(there: Path) -> None:
     done = CliRunner().invoke(app, ["chat", "text", "--max-tokens", "1", "--loops", "1"], input=b"\xff\xfe hi\n")
     assert done.exit_code == 0, done.output
 
@@ -245,7 +245,7 @@ def test_names_are_printed_as_they_are(there: Path, name: str) -> None:
         assert done.exit_code == 0 and f"named/{name}" in done.stdout.replace("\n", ""), done.output
 
 
-def test_ours_are_replaced(there: Path) -> None:
+def test_results_of_an_earlier_command_are_overwritten(there: Path) -> None:
     lines = (
         ["eval", "run", *SOURCES["eval"][1], "--out", "again"],
         ["diagnose", "run", "--loops", "1", "--plots", "again"],
@@ -258,8 +258,8 @@ def test_ours_are_replaced(there: Path) -> None:
     assert json.loads(Path("again/evaluation.json").read_text())["grids"]
 
 
-def test_what_is_ours_and_of_another_kind_stays(there: Path) -> None:
-    """Data of a run, other models, tokens, and the folder that somebody happens to be in."""
+def test_library_files_of_another_kind_are_not_overwritten(there: Path) -> None:
+    """Data of a run, other models, folders of tokens, and the working directory."""
     gate = ["train-gate", "run", "--steps", "1", "--out"]
     shutil.copytree("run", "spare")
     assert CliRunner().invoke(app, [*OUTS["tokenize"], "tokens"]).exit_code == 0
@@ -275,7 +275,7 @@ def test_what_is_ours_and_of_another_kind_stays(there: Path) -> None:
     ], there, 12)  # fmt: skip
 
 
-def test_a_model_that_went_bad_is_not_measured(there: Path) -> None:
+def test_a_model_with_nan_weights_is_not_evaluated(there: Path) -> None:
     shutil.copytree("run", "bad")
     model = OpenMythos.from_pretrained("bad")
     with torch.no_grad():

@@ -28,7 +28,7 @@ def measured(*arguments):
 
 @pytest.mark.parametrize("attn", ["gqa", "mla"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_table_for_people_and_a_line_for_programs(attn, dtype):
+def test_bench_prints_a_table_and_a_line_of_json(attn, dtype):
     found, shown = measured(*SHAPE, "--attn", attn, "--dtype", dtype)
     assert list(found["works"]) == ["train", "prefill", "decode"]
     assert found["config"]["attn_type"] == attn and found["config"]["n_experts"] == 2
@@ -42,25 +42,25 @@ def test_a_table_for_people_and_a_line_for_programs(attn, dtype):
         assert f"{one['tokens_per_second']:,.0f}" in shown
 
 
-def test_one_work_alone():
+def test_only_limits_the_measurement_to_one_workload():
     found, _ = measured(*SHAPE, "--only", "decode")
     assert list(found["works"]) == ["decode"]
 
 
-def test_a_saved_model_a_shipped_one_and_a_variant(tmp_path):
-    tiny_model(max_seq_len=8).save_pretrained(tmp_path)  # the bench needs room for more
+def test_bench_accepts_a_saved_model_a_shipped_model_or_a_variant(tmp_path):
+    tiny_model(max_seq_len=8).save_pretrained(tmp_path)  # shorter than the benchmark needs
     assert measured(tmp_path, "--only", "decode")[0]["config"]["dim"] == 32
     assert measured("parity-tiny", "--only", "prefill")[0]["model"] == "parity-tiny"
     found, _ = measured("nano", "--loops", 3, "--only", "train")
     assert found["config"]["dim"] == 64 and found["works"]["train"]["n_loops"] == 3
 
 
-def test_every_position_runs_every_loop():
+def test_bench_measures_without_halting():
     found, _ = measured("parity-tiny", "--only", "prefill")
     assert found["config"]["halting"] is False
 
 
-def test_what_a_million_tokens_cost_at_every_depth_from_the_speed_of_the_same_run():
+def test_price_per_million_tokens_follows_from_the_measured_speed():
     found, shown = measured("nano", "--price", 0.5)
     rows = found["prices"]["rows"]
     assert [row["n_loops"] for row in rows] == [1, 2, 4, 8] and found["prices"]["per_hour"] == 0.5
@@ -76,17 +76,17 @@ def test_what_a_million_tokens_cost_at_every_depth_from_the_speed_of_the_same_ru
     assert "prices" not in measured("nano", "--only", "decode")[0]
 
 
-def test_prices_at_the_loops_asked_for():
+def test_prices_use_the_given_loops():
     found, _ = measured(*SHAPE[:4], "--loops", 3, "--price", 2, "--only", "decode")
     (row,) = found["prices"]["rows"]
     assert row["n_loops"] == 3 and list(row["per_million_tokens"]) == ["decode"] and row["bits_per_byte"] is None
 
 
-def test_a_dense_model_of_the_same_quality_is_timed_in_the_same_run(monkeypatch):
+def test_a_dense_model_of_equal_quality_is_timed_in_the_same_run(monkeypatch):
     made, plain = [], speed.prefill_speed
 
     def watched(model, *rest):
-        made.append((model.cfg.dim, model.cfg.max_loop_iters))  # beyond which training would explore
+        made.append((model.cfg.dim, model.cfg.max_loop_iters))  # up to which training explores loops
         return plain(model, *rest)
 
     monkeypatch.setattr(timed, "prefill_speed", watched)
@@ -96,11 +96,11 @@ def test_a_dense_model_of_the_same_quality_is_timed_in_the_same_run(monkeypatch)
     assert [row["bits_per_byte"] for row in rows] == [2.142, 2.111, 2.112, 2.114, 2.116]
     assert made == [(128, 1), (128, 2), (128, 4), (128, 8), (192, 1)] and "dense, 6 layers" in shown
     wider, _ = measured("--dim", 128, "--loops", 1, "--price", 2, "--only", "prefill")
-    assert len(wider["prices"]["rows"]) == 1, "of another shape nothing is known"
+    assert len(wider["prices"]["rows"]) == 1, "no dense counterpart is known for another shape"
 
 
 @pytest.mark.parametrize("price", ["0", "-1", "nan", "inf", "much"])
-def test_a_price_that_is_none_is_refused_before_anything_is_timed(price, monkeypatch):
+def test_an_invalid_price_is_refused_before_anything_is_timed(price, monkeypatch):
     monkeypatch.setattr(machine, "matmul_rate", lambda *_: pytest.fail("something was timed"))
     result = run("nano", "--price", price, *QUICK)
     assert result.exit_code == 2 and "--price" in result.stderr
@@ -113,6 +113,6 @@ def test_a_price_that_is_none_is_refused_before_anything_is_timed(price, monkeyp
     (["no-such-variant"], "unknown variant"),
     (["nano", "--device", "abacus"], "--device 'abacus' is not to be had here"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_one_line(arguments, message):
+def test_invalid_options_are_refused(arguments, message):
     result = run(*arguments, *QUICK)
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())

@@ -1,4 +1,4 @@
-"""``mythos chat`` from the outside, through a pipe."""
+"""``mythos chat``, with input through a pipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chat(said: str, *arguments: object) -> Result:
     return CliRunner().invoke(app, ["chat", *map(str, arguments)], input=said)
 
 
-def test_a_conversation_at_two_depths_with_a_trace() -> None:
+def test_a_conversation_with_two_loop_counts_and_a_trace() -> None:
     done = chat("hello\n/loops 2\nimport\n/trace 3\n/quit\nnever read\n", "text-tiny", "--max-tokens", 8, "--seed", 0)
     assert done.exit_code == 0, done.output
     assert "text-tiny: 4 loops. It goes on with your text" in " ".join(done.output.split())
@@ -33,10 +33,10 @@ def test_a_conversation_at_two_depths_with_a_trace() -> None:
     assert [row[0] for row in rows] == ["1", "2"] and all(row[1].count("│") == 2 for row in rows)
     assert "2 loops\n" in done.output and "Next:" in done.output
     again = chat("hello\n", "text-tiny", "--max-tokens", 8, "--seed", 0)
-    assert again.output.splitlines()[-2] in done.output, "the seed repeats, and the end of the input is an end"
+    assert again.output.splitlines()[-2] in done.output, "the seed fixes the reply, and the end of input ends the chat"
 
 
-def test_what_is_not_a_command_and_what_is_no_number() -> None:
+def test_unknown_commands_and_invalid_arguments_are_reported() -> None:
     commands = "/foo\n/loops x\n/loops 0\n/trace\n/temperature\n  /temperature 0.5\n/reset\n/help\n"
     done = chat(commands, "text-tiny")
     text = " ".join(done.output.split())
@@ -55,7 +55,7 @@ def test_what_is_not_a_command_and_what_is_no_number() -> None:
     )
 
 
-def test_ctrl_c_ends_a_reply_and_not_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_reply_but_not_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     reply, n = Conversation.reply, [0]
 
     def interrupted(self: Conversation, *arguments: object):  # type: ignore[no-untyped-def]
@@ -70,7 +70,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_program(monkeypatch: pytest.MonkeyPatch
     assert done.exit_code == 0 and " [stopped]\n4 loops" in done.output and n[0] > 3
 
 
-def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+def test_unusable_models_and_options_are_refused(tmp_path: Path) -> None:
     small, other = tmp_path / "small", tmp_path / "damaged"
     for directory in (small, other):
         tiny_model().save_pretrained(directory)
@@ -91,7 +91,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     assert shown("a\x1b[31mb\n\tc\r\x07é") == "a�[31mb\n\tc��é"
 
 
-def test_a_chat_template_beside_the_model_is_used(tmp_path: Path) -> None:
+def test_the_chat_template_of_the_model_is_used(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     assert template_of(tmp_path) is None
     Tokenizer(ends=True).save(tmp_path)
@@ -104,7 +104,7 @@ def test_a_chat_template_beside_the_model_is_used(tmp_path: Path) -> None:
     assert Tokenizer().decode(ids) == "[user] hi\n[assistant] "
 
 
-def test_a_run_in_words_is_asked_and_says_what_it_does_not_know(tmp_path: Path) -> None:
+def test_a_word_task_model_answers_and_reports_unknown_words(tmp_path: Path) -> None:
     run = fit(in_words(), tmp_path / "run")
     facts, others = "Ana has what Ben has.\nBen keeps a key. What does Ana have?\n", "Ben rides.\nwhat has\n"
     done = chat(f"{facts}/trace\n/loops 2\n/trace 3\n{others}", run)
@@ -112,12 +112,12 @@ def test_a_run_in_words_is_asked_and_says_what_it_does_not_know(tmp_path: Path) 
     assert done.exit_code == 0 and "It answers questions in words" in text, done.output
     assert text.count("noted; ask a question") == 1 and "I am not sure: " in text
     rows = re.findall(r"^│ (\d+) +│(.*)│$", done.output, re.MULTILINE)
-    assert rows[0][0] == "1" and [row[0] for row in rows][-3:] == ["4", "1", "2"], "loops, the first and the last"
-    assert [row[1].count("│") for row in rows][-3:] == [0, 2, 2], "the question's place alone, unless asked for more"
+    assert rows[0][0] == "1" and [row[0] for row in rows][-3:] == ["4", "1", "2"], "the first and last loops"
+    assert [row[1].count("│") for row in rows][-3:] == [0, 2, 2], "/trace alone shows only the position of the question"
     assert "there is no word 'rides' here; the nearest is 'writes'" in text and "end each sentence with . or ?" in text
 
 
-def test_examples_are_problems_of_its_task_and_are_asked_again(tmp_path: Path) -> None:
+def test_example_asks_a_problem_of_the_task_and_again_repeats_it(tmp_path: Path) -> None:
     run = fit(in_words(), tmp_path / "run")
     said = "/again\n/example 3\n/loops 1\n/again\n/trace\n/example x\n/example 99\n/example\n"
     done = chat(said, run, "--seed", 0)
@@ -127,7 +127,7 @@ def test_examples_are_problems_of_its_task_and_are_asked_again(tmp_path: Path) -
     right = re.findall(r"^right: (\w+)$", done.output, re.MULTILINE)
     assert len(questions) == 2 and questions[0] != questions[1] and len(right) == 3 and right[0] == right[1]
     assert all(word in VOCABULARY for word in (*" ".join(questions).split(), *right))
-    assert len(re.findall(r"^│ \d+ +│", done.output, re.MULTILINE)) == 1, "the trace of what was asked again"
+    assert len(re.findall(r"^│ \d+ +│", done.output, re.MULTILINE)) == 1, "the trace of the repeated question"
     assert "/example x: invalid arguments" in text and "words counts steps, from 1 to" in text
     refused = " ".join(chat("/example\n", "text-tiny").output.split())
     assert "/example: text-tiny was trained on text, which has no problems to ask; see /help" in refused
@@ -139,7 +139,7 @@ def in_words() -> TrainConfig:
     return configured("words", [*changes, *evaluated])
 
 
-def test_a_trace_shows_loops_until_nothing_changes_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_shows_loops_until_the_prediction_is_stable_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     talk = SimpleNamespace(tokenizer=Tokenizer(), trace=lambda n: ([1], [[(2 + min(i, 2), 0.5)] for i in range(9)]))
     show_trace(talk, None)  # type: ignore[arg-type]
     said = capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_a_trace_shows_loops_until_nothing_changes_and_the_last(capsys: pytest.C
     assert "5 loops without a change are not shown." in said
 
 
-def test_a_trace_has_as_many_columns_as_there_is_room_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_shows_as_many_tokens_as_fit_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     talk = SimpleNamespace(tokenizer=Tokenizer(), trace=lambda n: ([1] * n, [[(2, 0.5)] * n]))
     show_trace(talk, 500)  # type: ignore[arg-type]
     assert "The terminal has room for the last 8 tokens." in " ".join(capsys.readouterr().out.split())

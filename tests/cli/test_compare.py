@@ -1,4 +1,4 @@
-"""`mythos compare` shows a table, draws pictures, and says who wins."""
+"""`mythos compare` prints a table, draws plots and states a verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["compare", *map(str, arguments)])
 
 
-def test_compare_and_its_report(tmp_path):
+def test_compare_writes_results_that_reports_include(tmp_path):
     done = run("debug", *TINY, "--seeds", "3", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "compare.json").read_text())
@@ -38,13 +38,13 @@ def test_compare_and_its_report(tmp_path):
     assert report.exit_code == 2 and "2 blocks and no more; leave --loops out" in report.stderr
 
 
-def test_dry_run_says_which_runs_there_will_be(tmp_path):
+def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path):
     done = run("debug", *TINY, "--seeds", "3,4", "--rates", "1e-3,3e-3", "--dry-run", "--out", tmp_path / "out")
     assert done.exit_code == 0 and "15 runs: 5 kinds × (2 rates on seed 3 + 1 more seeds at the best)" in done.stderr
     assert "Nothing was written" in done.stdout and not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_invalid_arguments_are_one_line_on_stderr(tmp_path):
     for arguments, message in (
         (["partiy"], "did you mean 'parity'?"),
         (["debug", "step=3"], "did you mean 'steps'?"),

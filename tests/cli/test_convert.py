@@ -21,7 +21,7 @@ def source(reference_checkpoints):
     return reference_checkpoints / "training.pt"
 
 
-def test_it_says_what_it_folded_what_it_set_where_it_went_and_what_is_next(source, tmp_path):
+def test_convert_reports_what_it_folded_set_and_saved(source, tmp_path):
     result = run(source, tmp_path / "model")
     text = flat(result)
     assert result.exit_code == 0, text
@@ -39,14 +39,14 @@ def test_it_says_what_it_folded_what_it_set_where_it_went_and_what_is_next(sourc
         assert looked.exit_code == 0, flat(looked)
 
 
-def test_settings_and_bad_input(source, tmp_path):
+def test_a_bare_state_dict_needs_the_missing_settings(source, tmp_path):
     bare, out = source.with_name("state_dict.pt"), tmp_path / "out"
     failed = run(bare, out)
     assert failed.exit_code == 2 and "--set act_threshold=0.99" in flat(failed) and not out.exists()
     assert run(bare, out, "--set", "act_threshold=0.99").exit_code == 0
 
 
-def test_no_model_is_written_over_unasked(source, tmp_path):
+def test_an_existing_model_is_overwritten_only_with_overwrite(source, tmp_path):
     assert run(source, tmp_path).exit_code == 0
     again = run(source, tmp_path)
     assert again.exit_code == 2 and "give --overwrite" in flat(again)

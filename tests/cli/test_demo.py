@@ -1,4 +1,4 @@
-"""`mythos demo` leaves a picture, a table and a checkpoint that the next command reads."""
+"""`mythos demo` writes a plot, a table and a checkpoint that other commands read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from open_mythos.models import load_model
 from open_mythos.training.recipes import recipe
 
 
-def test_demo_leaves_what_it_says(tmp_path: Path) -> None:
+def test_demo_writes_plot_table_and_model(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "3"])
     assert done.exit_code == 0, done.output
     assert "mythos diagnose" in done.output
@@ -28,8 +28,8 @@ def test_demo_leaves_what_it_says(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["diagnose", str(tmp_path)]).exit_code == 0
 
 
-def test_demo_runs_every_loop_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate would make deep loops look free of harm, or early exits look like a limit of depth."""
+def test_demo_evaluates_without_early_exit_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate could hide the harm done by deep loops, or make early exits look like a limit of depth."""
     titles = []
     monkeypatch.setattr(plots, "accuracy_by_loops", lambda *args: titles.append(args[-1]))
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "1"])
@@ -39,18 +39,16 @@ def test_demo_runs_every_loop_and_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert not load_model(tmp_path).cfg.halting and Evaluation.load(tmp_path).grids[0].exit is None
 
 
-def test_demo_trains_as_the_recipe_of_its_name() -> None:
+def test_demo_steps_default_to_those_of_its_recipe() -> None:
     assert inspect.signature(demo).parameters["steps"].default == recipe("demo").steps
 
 
-def test_demo_refuses_no_steps(tmp_path: Path) -> None:
+def test_demo_refuses_zero_steps(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "0"]).exit_code == 2
 
 
-def test_demo_of_the_shipped_model_trains_nothing_and_solves_384_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By two problems, of 768 bits."""
+def test_demo_pretrained_solves_384_bits_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluated on two problems of each difficulty."""
     whole = evaluation.depth_grid
     monkeypatch.setattr(evaluation, "depth_grid", lambda *what, **more: whole(*what[:4], 2, *what[5:], **more))
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--pretrained"])

@@ -29,7 +29,7 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_prints_what_trace_finds(attn_type, tmp_path):
+def test_diagnose_prints_the_results_of_trace(attn_type, tmp_path):
     model = tiny_model(attn_type)
     model.save_pretrained(tmp_path)
     ids = tokens(1, 20)
@@ -44,19 +44,19 @@ def test_prints_what_trace_finds(attn_type, tmp_path):
     assert "6 loops over 20 tokens (prompt)" in " ".join(result.output.split())
 
 
-def test_random_tokens_are_the_same_every_time(checkpoint):
+def test_random_input_is_reproducible(checkpoint):
     first, second = run(checkpoint), run(checkpoint)
     assert first.exit_code == 0 and first.output == second.output
     assert "random, seed 0" in " ".join(first.output.split())
 
 
-def test_example_of_the_checkpoint_is_used(checkpoint):
+def test_the_example_of_the_checkpoint_is_used_unless_a_prompt_is_given(checkpoint):
     (checkpoint / "example.json").write_text(json.dumps({"tokens": [1, 2, 1, 1]}))
     assert "over 4 tokens (example.json)" in " ".join(run(checkpoint).output.split())
     assert "over 2 tokens (prompt)" in " ".join(run(checkpoint, "--prompt", "1, 2").output.split())
 
 
-def test_pictures(checkpoint, tmp_path):
+def test_plots_are_written_to_the_given_folder(checkpoint, tmp_path):
     result = run(checkpoint, "--plots", tmp_path / "pictures")
     assert result.exit_code == 0, result.output
     names = {"state_change.png", "loops_used.png", "halting.png", "expert_load.png"}
@@ -64,8 +64,8 @@ def test_pictures(checkpoint, tmp_path):
     assert "Pictures are in" in result.output
 
 
-def test_pictures_name_tokens_as_the_input_does(tmp_path, monkeypatch):
-    """A run's task or tokenizer names them; the input is a problem of that task."""
+def test_plots_label_tokens_with_their_text(tmp_path, monkeypatch):
+    """The task or the tokenizer of a run gives the labels; the input is a problem of that task."""
     drawn = {}
     monkeypatch.setattr(plots, "halting_map", lambda values, path, words, *more: drawn.update({path.name: words}))
     fabricate_run(tmp_path / "run")
@@ -73,11 +73,11 @@ def test_pictures_name_tokens_as_the_input_does(tmp_path, monkeypatch):
     assert "8 tokens (a problem of parity, seed 0), gate on" in " ".join(result.output.split()), result.output
     assert drawn["halting.png"] == drawn["loops_used.png"] and set(drawn["halting.png"]) == {"0", "1"}
     assert symbols(SHIPPED / "text-tiny", [1 + byte for byte in b"a \n\xc3"]) == ["a", "␣", r"\n", r"\ufffd"]
-    assert symbols(SHIPPED / "parity-tiny", [1, 2, 7]) == ["0", "1", "7"], "one more than the task has"
+    assert symbols(SHIPPED / "parity-tiny", [1, 2, 7]) == ["0", "1", "7"], "an id that the task does not have"
     assert symbols(tmp_path, [3, 1]) == ["3", "1"]
 
 
-def test_a_model_without_a_gate_has_no_picture_of_one(tmp_path):
+def test_a_model_without_a_gate_has_no_halting_plot(tmp_path):
     tiny_model(halting=False).save_pretrained(tmp_path / "model")
     result = run(tmp_path / "model", "--plots", tmp_path / "p")
     assert result.exit_code == 0, result.output
@@ -85,7 +85,7 @@ def test_a_model_without_a_gate_has_no_picture_of_one(tmp_path):
     assert "no early exit" in " ".join(result.output.split()) and "gate, mean" not in result.output
 
 
-def test_a_model_that_halts_at_once(tmp_path):
+def test_loops_after_all_positions_halted_show_no_state_change(tmp_path):
     tiny_model(gate_bias=9.0).save_pretrained(tmp_path / "model")
     result = run(tmp_path / "model", "--plots", tmp_path)
     assert result.exit_code == 0, result.output
@@ -102,23 +102,23 @@ def test_a_model_that_halts_at_once(tmp_path):
         ("1 " * 33, "33 positions (0 before, 33 new) do not fit max_seq_len=32"),
     ],
 )
-def test_bad_prompt_is_one_line(checkpoint, prompt, message):
+def test_an_invalid_prompt_is_one_line_on_stderr(checkpoint, prompt, message):
     check_failure(run(checkpoint, "--prompt", prompt), message)
 
 
 @pytest.mark.parametrize("text", ['{"token": [1]}', "[1]", '{"tokens": 3}', "{", '{"tokens": [1.5]}'])
-def test_bad_example_is_one_line(checkpoint, text):
+def test_an_invalid_example_is_one_line_on_stderr(checkpoint, text):
     (checkpoint / "example.json").write_text(text)
     check_failure(run(checkpoint), "example.json")
 
 
-def test_bad_checkpoint_is_one_line(checkpoint, tmp_path):
+def test_an_invalid_checkpoint_is_one_line_on_stderr(checkpoint, tmp_path):
     check_failure(run(tmp_path / "nowhere"), "nowhere is no directory and no shipped model")
     (checkpoint / "model.safetensors").write_bytes(b"no")
     check_failure(run(checkpoint), "model.safetensors is truncated or not a safetensors file")
 
 
-def test_missing_matplotlib_is_one_line(checkpoint, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_one_line_on_stderr(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     check_failure(run(checkpoint, "--plots", tmp_path / "p"), 'pip install ".[plots]"')
 
@@ -134,7 +134,7 @@ def check_failure(result, message):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_bars():
+def test_bars_are_scaled_to_the_maximum():
     assert bars(np.array([0.0, 4.0, 8.0])) == " ▄█"
     assert bars(np.zeros(3)) == "   "
     assert len(bars(np.ones(100))) == 32

@@ -1,4 +1,4 @@
-"""``mythos doctor`` says what is there and what is missing, and fails on nothing."""
+"""``mythos doctor`` reports what is installed and what is missing, and checks the files of runs and models."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def words(*arguments: str) -> str:
     return done.stdout
 
 
-def test_extras_are_those_of_the_package() -> None:
+def test_extras_match_pyproject() -> None:
     said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, (_, packages) in EXTRAS.items():
         asked = [name for line in said[extra] for name in (said["hf"] if line.startswith("open-mythos") else [line])]
         assert [re.split(r"[<>=]", name)[0] for name in asked] == packages
-    assert set(said) == {*EXTRAS, "notebooks", "docs", "dev"}, "what only developers need is not named"
+    assert set(said) == {*EXTRAS, "notebooks", "docs", "dev"}, "extras for developers are not reported"
 
 
-def test_facts_for_machines() -> None:
+def test_json_output_describes_the_machine() -> None:
     facts = json.loads(words("--json"))
     assert facts["torch"] == torch.__version__ and facts["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert facts["threads"] == torch.get_num_threads() and facts["free_disk"] > 0 and facts["demo_seconds"] > 0
     assert facts["extras"]["plots"]["matplotlib"] == importlib.metadata.version("matplotlib")
 
 
-def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_listed_with_an_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def none(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -57,7 +57,7 @@ def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(doctor, "version", none)
     monkeypatch.setattr(build, "compiler", lambda: None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setenv("OPEN_MYTHOS_CACHE", str(tmp_path / "file" / "below"))  # for root too, nothing can be made there
+    monkeypatch.setenv("OPEN_MYTHOS_CACHE", str(tmp_path / "file" / "below"))  # not writable, even by root
     build.library.cache_clear()
     try:
         said = words()
@@ -69,8 +69,8 @@ def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.Monke
     assert "NOT WRITABLE: set OPEN_MYTHOS_CACHE" in said and "Next: mythos eval parity-tiny" in said
 
 
-def test_a_machine_without_avx512_and_compiler_says_so_in_one_line_at_most(tmp_path: Path) -> None:
-    """In a process of its own, as PyTorch reads at its start what the processor may do. Only chat decodes."""
+def test_a_missing_avx512_or_compiler_is_reported_in_at_most_one_line(tmp_path: Path) -> None:
+    """In a subprocess, since PyTorch detects the CPU's instructions when it is imported. Only chat decodes."""
     poor = {
         "PATH": str(tmp_path),
         "OPEN_MYTHOS_CACHE": str(tmp_path),
@@ -85,7 +85,7 @@ def test_a_machine_without_avx512_and_compiler_says_so_in_one_line_at_most(tmp_p
     assert begun == [f"$ {eval}", f"$ {chat}"] and "no C compiler was found; install gcc" in said
 
 
-def test_a_whole_run_is_said_to_be_and_what_is_damaged_is_named(tmp_path: Path) -> None:
+def test_doctor_reports_an_intact_run_and_names_damaged_files(tmp_path: Path) -> None:
     fabricate_run(tmp_path / "run")
     checkpoint = checkpoints.save(tmp_path / "run" / "checkpoints", 3, {"step": 3}, keep=1)
 
@@ -108,6 +108,6 @@ def test_a_whole_run_is_said_to_be_and_what_is_damaged_is_named(tmp_path: Path) 
     assert done.exit_code == 1 and not json.loads(done.stdout)["whole"]
 
 
-def test_shipped_models_are_whole() -> None:
+def test_shipped_models_are_intact() -> None:
     for name in ("parity-tiny", "text-tiny"):
         assert CliRunner().invoke(app, ["doctor", name]).exit_code == 0

@@ -1,4 +1,4 @@
-"""`mythos eval` measures a run, a model or a shipped name, and leaves table and picture where it says."""
+"""`mythos eval` evaluates a run, a model or a shipped model, and writes results and a plot where it says."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_by_its_own_settings(run: Path) -> None:
+def test_a_run_is_evaluated_with_its_own_settings(run: Path) -> None:
     done = run_eval(run)
     assert done.exit_code == 0, done.output
     found = Evaluation.load(run / "evaluation")
     (grid,) = found.grids
     assert (grid.task, grid.difficulties, grid.loops, grid.examples) == ("parity", [8, 16], [1, 2, 4, 8], 8)
-    assert grid.exit is None and found.metrics["halting"] is not None, "the gate is measured beside what depth does"
+    assert grid.exit is None and found.metrics["halting"] is not None, "the gate is measured separately from the grid"
     assert (run / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert f"Results: {run}/evaluation/evaluation.json" in done.output and f"mythos report {run}" in done.output
     assert "metrics of depth" in done.output and "at matched FLOPs" in done.output
     assert "no early exit" in " ".join(done.output.split()) and "costs" not in done.output
-    assert "exit gate:" in done.output.split("difficulties mixed")[1], "the gate's savings, without being asked"
+    assert "exit gate:" in done.output.split("difficulties mixed")[1], "the savings of the gate are shown by default"
 
 
-def test_other_settings(run: Path, tmp_path: Path) -> None:
+def test_options_override_the_settings_of_the_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run_eval(
         run, "--task", "prefix_sums", "--option", "modulus=2", "--difficulties", "5", "--loops", "3,1",
@@ -59,8 +59,8 @@ def test_other_settings(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exit, harms", [("change:1e-6", False), ("change:9", True)])
-def test_an_exit_stands_under_its_name_beside_what_it_costs(tmp_path: Path, exit: str, harms: bool) -> None:
-    """A patient exit stops nobody and an impatient one everybody, after one loop, where this model only guesses."""
+def test_an_exit_is_reported_with_the_accuracy_it_costs(tmp_path: Path, exit: str, harms: bool) -> None:
+    """A strict exit stops no position, a loose one stops all after one loop, where this model only guesses."""
     settings = "--difficulties", "24,48", "--loops", "1,32", "--examples", "8", "--out", tmp_path
     done = run_eval("parity-tiny", *settings, "--exit", exit)
     assert done.exit_code == 0, done.output
@@ -74,10 +74,10 @@ def test_an_exit_stands_under_its_name_beside_what_it_costs(tmp_path: Path, exit
     assert f"│ 48 │ 1.00 │ {share(costs[1]['accuracy'])} │ {costs[1]['lost']:.2%} │" in rows[0]
     mixed, gain = text.split("difficulties mixed in one batch")[1], found.metrics["halting"]
     assert f"│ exit {grid.exit} │ {share(gain['accuracy_halting'])} │ {gain['loops_halting']:.1f} │" in mixed
-    assert "at matched FLOPs" not in text, "which is of the gate"
+    assert "at matched FLOPs" not in text, "this table is shown for the gate only"
 
 
-def test_a_models_directory_names_no_task(tmp_path: Path) -> None:
+def test_a_model_without_training_json_needs_a_task(tmp_path: Path) -> None:
     tiny_model(vocab_size=3, max_seq_len=128).save_pretrained(tmp_path / "m")
     done = run_eval(tmp_path / "m")
     assert done.exit_code == 2 and "training.json is missing" in " ".join(done.output.split())
@@ -87,7 +87,7 @@ def test_a_models_directory_names_no_task(tmp_path: Path) -> None:
     assert f"mythos diagnose {tmp_path}/m" in done.output
 
 
-def test_a_shipped_model_is_measured_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_a_shipped_model_go_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fabricate_run(tmp_path / "shipped" / "tiny", evaluated=False)
     monkeypatch.setattr(models, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "shipped" / "tiny" / "model").rename(tmp_path / "shipped" / "tiny-model")
@@ -97,7 +97,7 @@ def test_a_shipped_model_is_measured_into_runs(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "runs" / "eval-tiny-model" / "evaluation.json").is_file()
 
 
-def test_a_baseline_is_measured_at_its_one_depth(tmp_path: Path) -> None:
+def test_a_baseline_is_evaluated_at_its_only_depth(tmp_path: Path) -> None:
     model = UnrolledMythos(tiny_config(vocab_size=3, max_loop_iters=3, max_seq_len=128))
     cfg = TrainConfig(
         model=model.cfg, task=TaskConfig("parity"), kind="unrolled", loops=LoopConfig(maximum=3),
@@ -121,7 +121,7 @@ def test_text_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
     done = run_eval(tmp_path)
     assert done.exit_code == 0, done.output
     data = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert data["options"]["split"] == "held_out", "not what it was trained on"
+    assert data["options"]["split"] == "held_out", "held-out text, not the training data"
     assert data["by_length"]["16"] == data["bits_per_byte"] and set(data["by_length"]["8"]) == {"8", "32"}
     bits = data["bits_per_byte"]
     assert f"{bits['8']:.4f}" in done.output and f"{bits['32'] / bits['8'] - 1:+.2%}" in done.output
@@ -139,12 +139,12 @@ def test_text_with_an_exit_is_compared_with_all_loops(tmp_path: Path) -> None:
     assert f"│ 32 │ {full['8']:.4f} │ {left['8']:.4f} │ {left['8'] / full['8'] - 1:.2%} │ 1.0 │" in text
 
 
-def test_text_has_no_seeds() -> None:
+def test_seeds_are_refused_for_text() -> None:
     done = run_eval("text-tiny", "--seeds", "0")
     assert done.exit_code == 2 and "--seeds 0: text is measured on windows" in " ".join(done.output.split())
 
 
-def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_no_plot_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run_eval(run, "--difficulties", "4", "--loops", "1", "--examples", "2")
     assert done.exit_code == 0 and 'pip install ".[plots]"' in " ".join(done.output.split())
@@ -163,20 +163,20 @@ def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.M
         (["--difficulties", "4000"], "do not fit max_seq_len=128"),
     ],
 )
-def test_mistakes(run: Path, args: list[str], message: str) -> None:
+def test_invalid_options_are_refused(run: Path, args: list[str], message: str) -> None:
     done = run_eval(run, *args)
     assert done.exit_code == 2 and message in " ".join(done.output.split())
     assert not (run / "evaluation").exists()
 
 
-def test_no_such_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     assert run_eval(tmp_path / "nothing").exit_code == 2
 
 
 @pytest.mark.parametrize("saved, fixed, matched, is_said", [
     (0.007, 13.0, True, True), (0.4, 13.0, True, False), (0.0, 1.0, True, False), (0.0, 13.0, False, False),
 ])  # fmt: skip
-def test_a_gate_that_stops_nothing_is_said_to(
+def test_a_gate_that_saves_nothing_gets_a_hint(
     capsys: pytest.CaptureFixture[str], saved: float, fixed: float, matched: bool, is_said: bool
 ) -> None:
     halting = {
@@ -185,7 +185,7 @@ def test_a_gate_that_stops_nothing_is_said_to(
         "loops_fixed": fixed,
         "loops_halting": fixed * (1 - saved),
     }
-    curves = {"difficulty": 8, "halting": {}} if matched else None  # only of a gate, not of another exit
+    curves = {"difficulty": 8, "halting": {}} if matched else None  # measured for a gate only, not for another exit
     metrics = {"halting": halting | {"saved": saved}, "compute_matched": curves}
     show_halting(SimpleNamespace(metrics=metrics, grids=[SimpleNamespace(unit="bits")]))  # type: ignore[arg-type]
     assert ("loss.fixed_point=1" in capsys.readouterr().out) == is_said

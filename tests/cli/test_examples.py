@@ -1,4 +1,4 @@
-"""The example that ends each command's help works as it stands, and completion knows the commands."""
+"""The example at the end of each command's help runs as printed, and shell completion works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from open_mythos.cli import COMMANDS, app
 
-# What a test need not wait for; everything else is run as it is printed.
+# Options that shorten a run; everything else is run as it is printed.
 QUICK = {
     "demo": ["--steps", "2"],
     "eval": ["--examples", "2"],
@@ -32,7 +32,7 @@ def example_of(command: str) -> list[str]:
 
 
 def llama(where: Path) -> None:
-    """A tiny one with as many layers as that of the example, and the words it can read."""
+    """A tiny Llama with as many layers as that of the example, and a tokenizer for it."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     from open_mythos.cli.retrofit import SAMPLE
@@ -49,13 +49,13 @@ def llama(where: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_example_of_a_commands_help_works(
+def test_the_example_in_a_commands_help_runs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     words = example_of(command)
     assert words[0] == command
     monkeypatch.chdir(tmp_path)
-    if command == "retrofit":  # where the hub's would be loaded from the network
+    if command == "retrofit":  # instead of a download from the hub
         llama(tmp_path / words[1])
     elif command == "convert":
         (tmp_path / words[1]).symlink_to(request.getfixturevalue("reference_checkpoints") / "training.pt")
@@ -64,7 +64,7 @@ def test_the_example_of_a_commands_help_works(
 
 
 def complete(words: str, at: int) -> list[str]:
-    """What a shell would offer for the word ``at``; the command's own imports are watched."""
+    """Completions that a shell would offer for word ``at``; fails if the command imports a heavy library."""
     code = (
         "import sys; from open_mythos.cli import main\n"
         "try: main()\n"
@@ -76,13 +76,13 @@ def complete(words: str, at: int) -> list[str]:
     return done.stdout.split()
 
 
-def test_a_shell_completes_commands_and_options_without_waiting_for_torch() -> None:
+def test_shell_completion_works_without_importing_torch() -> None:
     assert complete("mythos ", 1) == list(COMMANDS)
     assert complete("mythos tr", 1) == ["train", "train-gate"]
     assert complete("mythos eval --ex", 2) == ["--examples", "--exit"]
 
 
-def test_alone_it_says_what_it_is_and_what_to_try_first() -> None:
+def test_mythos_without_arguments_shows_an_introduction_and_commands_to_try() -> None:
     done = CliRunner().invoke(app, [])
     assert done.exit_code == 0 and "the same block of weights in a loop" in done.output
     tried = re.findall(r"^  mythos (\S+)", done.output, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Every folder that a command writes is taken by every command that could take it, and every line to type next runs."""
+"""Every folder that a command writes is accepted by all commands that can read it, and suggested commands run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TAKERS = {
     "train": "mythos train debug gate.steps=0 'start={}' --dry-run",
     "heal": "mythos train heal 'start={}' 'data=texts/*.txt' length=16 --dry-run",
 }
-# what cannot be, and the reason that is given
+# combinations that are refused, and the reason in the error
 REFUSED: dict[tuple[str, str], str] = {
     **{("chat", folder): "is no model of text" for folder in [*LOOPED, *BASELINES] if folder not in TEXT},
     **{("heal", folder): "but text has" for folder in LOOPED if folder not in TEXT},
@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, reference_checkpoints: Path) 
 
 
 @pytest.mark.parametrize("command", TAKERS)
-def test_a_folder_is_taken_or_the_reason_given(made: dict[str, str], command: str) -> None:
+def test_each_folder_is_accepted_or_refused_with_a_reason(made: dict[str, str], command: str) -> None:
     folders = LOOPED if command in ("train", "heal") else [*LOOPED, *BASELINES]
     for folder in folders:
         done, reason = mythos(TAKERS[command].format(folder), said="hi\n"), REFUSED.get((command, folder))
@@ -62,18 +62,18 @@ def test_a_folder_is_taken_or_the_reason_given(made: dict[str, str], command: st
         assert reason is None or reason in done.stderr.splitlines()[-1], (folder, done.stderr)
 
 
-def test_a_run_in_python_and_a_folder_of_runs(made: dict[str, str]) -> None:
+def test_a_run_loads_in_python_and_a_folder_of_runs_is_refused(made: dict[str, str]) -> None:
     assert OpenMythos.from_pretrained("demo").cfg.vocab_size == 3
     assert "holds several runs; name one, as in compare/looped-seed0" in mythos("mythos report compare").stderr
 
 
 def next_lines(printed: str) -> list[str]:
-    """What is printed bold after "Next", as it stands."""
+    """The commands printed in bold in lines with "Next"."""
     lines = [line for line in printed.splitlines() if "Next" in line]
     return [found for line in lines for found in re.findall("\x1b\\[1m(.*?)\x1b\\[0m", line)]
 
 
-def test_every_line_to_type_next_runs_as_printed(made: dict[str, str]) -> None:
+def test_every_suggested_next_command_runs_as_printed(made: dict[str, str]) -> None:
     printed = dict(made)
     for line in (
         "mythos train", "mythos train debug steps=2 --resume auto --out 'a new run' --dry-run", "mythos chat text",
@@ -90,7 +90,7 @@ def test_every_line_to_type_next_runs_as_printed(made: dict[str, str]) -> None:
     }, to_type  # fmt: skip
     assert all(next_lines(text) for name, text in printed.items() if not name.startswith("exported"))
     Path("runs").mkdir()
-    Path("runs/demo").symlink_to(Path("demo").resolve())  # what `mythos demo` would have left
+    Path("runs/demo").symlink_to(Path("demo").resolve())  # what `mythos demo` would have written
     for line in sorted(to_type - {"mythos demo"}):
         done = mythos(line, *(["--dry-run"] if line.startswith("mythos train") else []))
         assert done.exit_code == 0, (line, done.output, done.exception)

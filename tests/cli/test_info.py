@@ -19,8 +19,8 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_help_and_usage_errors_wait_for_no_library():
-    """One process for all: what one command imports, the rest would find."""
+def test_help_and_usage_errors_import_no_heavy_library():
+    """One process for all commands: a library that one of them imports stays visible in the checks after it."""
     code = (
         "import sys; from typer.testing import CliRunner; from open_mythos.cli import COMMANDS, app\n"
         "def output(exit_code, *arguments):\n"
@@ -39,19 +39,19 @@ def test_help_and_usage_errors_wait_for_no_library():
     assert done.returncode == 0, done.stderr
 
 
-def test_version():
+def test_version_option():
     assert run("--version").output.strip() == __version__
 
 
 @pytest.mark.parametrize("command", ["info", "diagnose"])
-def test_help_of_a_command_is_its_own(command):
+def test_each_command_shows_its_own_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert COMMANDS[command] in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("name", ["1b", "mythos_nano", "1t"])
-def test_variant(name):
+def test_info_shows_parameters_and_cache_size_of_a_variant(name):
     cfg = VARIANTS[name if name.startswith("mythos") else f"mythos_{name}"]()
     result = run("info", name)
     assert result.exit_code == 0, result.output
@@ -63,7 +63,7 @@ def test_variant(name):
     assert max(map(len, result.output.splitlines())) <= 80
 
 
-def test_config_file_and_checkpoint_directory(tmp_path):
+def test_info_reads_a_config_file_or_a_model_directory(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     total = f"{parameters(tiny_config()).total:,}"
     for path in (tmp_path, tmp_path / "config.json"):
@@ -71,20 +71,20 @@ def test_config_file_and_checkpoint_directory(tmp_path):
         assert result.exit_code == 0 and total in result.output
 
 
-def test_an_adapter_of_the_loops_is_shown_where_there_is_one(tmp_path):
+def test_info_shows_the_bridge_adapter_if_there_is_one(tmp_path):
     for width in (0, 24):
         tiny_config(bridge_dim=width).save(tmp_path / "config.json")
         result = run("info", tmp_path / "config.json")
         assert ("bridge" in result.output, "of width 24" in result.output) == (width > 0, width > 0)
 
 
-def test_a_run_that_has_not_ended(tmp_path):
+def test_info_reads_the_config_of_an_unfinished_run(tmp_path):
     cfg = configured("debug")
     cfg.save(tmp_path / "config.json")
     for path in (tmp_path, tmp_path / "config.json"):
         result = run("info", path)
         assert result.exit_code == 0 and f"{parameters(cfg.model).total:,}" in result.output
-        assert "Next: mythos demo" in result.output, "there is nothing yet to look into"
+        assert "Next: mythos demo" in result.output, "there is no model to diagnose yet"
 
 
 def test_loop_counts():
@@ -100,12 +100,12 @@ def test_loop_counts():
         ("config.json", "config.json does not exist"),
     ],
 )
-def test_bad_argument_is_one_line(argument, message, tmp_path, monkeypatch):
+def test_an_invalid_argument_is_one_line_on_stderr(argument, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_failure(run("info", argument), message)
 
 
-def test_bad_config_is_one_line(tmp_path):
+def test_an_invalid_config_is_one_line_on_stderr(tmp_path):
     check_failure(run("info", tmp_path), "config.json is missing")
     (tmp_path / "config.json").write_text('{"dimm": 3}')
     check_failure(run("info", tmp_path), "unknown config field 'dimm'; did you mean 'dim'?")
@@ -121,5 +121,5 @@ def check_failure(result, message):
     ("number", "text"),
     [(0, "0 B"), (7, "7 B"), (999, "999 B"), (12_345, "12.3 kB"), (999_600, "1 MB"), (2e21, "2e+03 EB")],
 )
-def test_si(number, text):
+def test_si_formats_numbers_with_prefixes(number, text):
     assert si(number, "B") == text

@@ -19,7 +19,7 @@ def plan(*words: object) -> Result:
     return CliRunner().invoke(app, ["plan", *map(str, words)])
 
 
-def test_a_plan_says_what_to_type_and_what_to_try_next() -> None:
+def test_a_plan_shows_costs_the_settings_and_a_next_command() -> None:
     done = plan("nano", *QUICK, "--gpus", 2, "--memory", 24, "--tokens", "1B", "--price", 2)
     assert done.exit_code == 0, done.output
     shown = " ".join(done.output.split())
@@ -29,7 +29,7 @@ def test_a_plan_says_what_to_type_and_what_to_try_next() -> None:
     assert max(map(len, done.output.split("Type after")[0].splitlines())) <= 80
 
 
-def test_json_is_all_that_is_printed_and_holds_the_plan() -> None:
+def test_json_output_is_the_whole_plan() -> None:
     words = "nano", *QUICK, "--gpus", 2, "--tokens", "1e9", "--price", 2, "watts=500", "--json"
     found: dict[str, Any] = json.loads(plan(*words).stdout)
     layout, memory = found["layout"], found["memory"]
@@ -42,7 +42,7 @@ def test_json_is_all_that_is_printed_and_holds_the_plan() -> None:
     assert found["bound"] in found["seconds"]
 
 
-def test_a_recipe_and_a_run_are_planned_as_they_train(tmp_path: Path) -> None:
+def test_a_recipe_and_a_run_are_planned_with_their_own_settings(tmp_path: Path) -> None:
     fabricate_run(tmp_path / "run")
     for name in ("debug", tmp_path / "run", tmp_path / "run" / "config.json"):
         found = json.loads(plan(name, "--gpus", 1, "--json").stdout)
@@ -71,14 +71,14 @@ def test_a_recipe_and_a_run_are_planned_as_they_train(tmp_path: Path) -> None:
         (["2b"], "unknown variant '2b'"),
     ],
 )
-def test_bad_input_is_one_line(words: list[object], said: str) -> None:
+def test_invalid_input_is_one_line_on_stderr(words: list[object], said: str) -> None:
     done = plan(*words)
     assert done.exit_code == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and said in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_what_does_not_fit_is_refused_with_the_number_to_change() -> None:
+def test_a_plan_that_does_not_fit_suggests_gpus_and_memory() -> None:
     done = plan("1b", "length=256", "batch_size=8", "--gpus", 1, "--memory", 16)
     assert done.exit_code == 2 and not done.stdout
     assert "1b does not fit 1 x 16 GB" in done.stderr and "use --gpus " in done.stderr and "--memory " in done.stderr

@@ -1,4 +1,4 @@
-"""What cannot be is refused at once, by a message that says what to type."""
+"""Impossible requests are refused at once, with an error that says what to type."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(line: str) -> tuple[Result, str]:
         ("train text data=binary", "binary' holds no text; use 'stdlib', 'hf:NAME', or the path or glob"),
     ],
 )  # fmt: skip
-def test_the_message_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str) -> None:
+def test_errors_say_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "binary").mkdir()
     for file in ("a.bin", "binary/b.txt"):
@@ -53,7 +53,7 @@ def test_the_message_says_what_to_type(tmp_path: Path, monkeypatch: pytest.Monke
     ["train debug --out", "compare debug --out", "demo --out", "eval run --out", "train-gate run --out",
      "diagnose run --plots", "retrofit run --out"],
 )  # fmt: skip
-def test_a_file_where_a_directory_is_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+def test_a_file_in_place_of_a_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("kept")
     done, text = run(f"{line} file")
@@ -69,7 +69,7 @@ def test_a_file_where_a_directory_is_to_be(tmp_path: Path, monkeypatch: pytest.M
     ["batch_size=99999999", "evaluation.examples=999999999", "model.dim=9999992", "task.max_difficulty=9999999999",
      "evaluation.difficulties=24,5000", "gate.max_difficulty=9999"],
 )  # fmt: skip
-def test_sizes_that_cannot_be(setting: str, tmp_path: Path) -> None:
+def test_impossible_sizes_are_refused_at_once_with_valid_advice(setting: str, tmp_path: Path) -> None:
     started = time.monotonic()
     done, text = run(f"train parity {setting} --out {tmp_path / 'run'}")
     assert done.exit_code == 2 and ("; use " in text or "; lower the difficulty" in text), text
@@ -79,7 +79,7 @@ def test_sizes_that_cannot_be(setting: str, tmp_path: Path) -> None:
         Trainer(configured("parity", [advice] if same else [setting, advice]))
 
 
-def test_a_difficulty_past_the_context_of_a_finished_model(tmp_path: Path) -> None:
+def test_a_difficulty_beyond_max_seq_len_of_the_model_is_refused(tmp_path: Path) -> None:
     fabricate_run(tmp_path / "run")
     for line in (f"eval {tmp_path}/run --difficulties 8,4000", f"train-gate {tmp_path}/run --max-difficulty 4000"):
         done, text = run(line)

@@ -1,4 +1,4 @@
-"""`mythos report` leaves one page where it says."""
+"""`mythos report` writes one page where it says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["report", *map(str, arguments)])
 
 
-def test_page_is_where_it_says(tmp_path):
+def test_report_writes_the_page_to_the_run(tmp_path):
     fabricate_run(tmp_path / "run")
     done = run(tmp_path / "run")
     assert done.exit_code == 0, done.output
@@ -22,7 +22,7 @@ def test_page_is_where_it_says(tmp_path):
     assert page.read_text("utf-8") == render(gather(tmp_path / "run"))
 
 
-def test_options_choose_file_and_example(tmp_path):
+def test_options_select_output_file_and_example(tmp_path):
     fabricate_run(tmp_path / "run")
     page = tmp_path / "new" / "page.html"
     done = run(tmp_path / "run", "--out", page, "--difficulty", 5, "--loops", 3, "--seed", 7)
@@ -31,7 +31,7 @@ def test_options_choose_file_and_example(tmp_path):
     assert "A new problem of 5 bits (seed 7), at most 3 loops, the halting gate on." in page.read_text("utf-8")
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_invalid_arguments_are_one_line_on_stderr(tmp_path):
     fabricate_run(tmp_path / "run")
     for arguments, message in (
         ([tmp_path / "nowhere"], "nowhere"),

@@ -1,4 +1,4 @@
-"""Every command that takes a model takes a run, its model's directory, and the name of a shipped model."""
+"""Every command that reads a model accepts a run, its model directory, or the name of a shipped model."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ COMMANDS = {
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     fabricate_run(tmp_path / "run")
-    monkeypatch.setattr(data, "depth_grid", quick_grid)  # of a shipped model, which has no evaluation of its own
+    monkeypatch.setattr(data, "depth_grid", quick_grid)  # for the shipped model, which has no evaluation
     return tmp_path
 
 
 def quick_grid(model: Any, task: Any, difficulties: Any, loops: Any, examples: int, **options: Any) -> DepthGrid:
-    """At the easiest difficulties and the fewest loops."""
+    """Only the two lowest difficulties and the two smallest numbers of loops."""
     return depth_grid(model, task, difficulties[:2], loops[:2], 2, **options)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("source", ["run", "run/model", "parity-tiny"])
-def test_commands_of_any_model(there: Path, command: str, source: str) -> None:
+def test_commands_accept_a_run_a_model_directory_or_a_shipped_name(there: Path, command: str, source: str) -> None:
     if command == "export":
         pytest.importorskip("transformers")
     done = CliRunner().invoke(app, [command, source, *COMMANDS[command]])
@@ -52,7 +52,7 @@ def test_commands_of_any_model(there: Path, command: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["run", "run/model", "text-tiny"])
-def test_chat(there: Path, source: str) -> None:
+def test_chat_accepts_a_run_a_model_directory_or_a_shipped_name(there: Path, source: str) -> None:
     save_model(load_model("text-tiny"), there / "run/model", "text-tiny")
     done = CliRunner().invoke(app, ["chat", source, "--max-tokens", "1"], input="hi\n")
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""``mythos tokenize``: a folder of tokens that `mythos train text` takes, or a message and nothing left."""
+"""``mythos tokenize`` writes a folder of tokens for `mythos train text`, or reports an error and leaves no files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_text_becomes_a_folder_to_train_on(here: Path) -> None:
+def test_text_is_tokenized_into_a_folder_to_train_on(here: Path) -> None:
     done = run("tokenize 'my texts' --out 'my tokens'")
     assert done.exit_code == 0, done.output
     found = opened(here / "my tokens")
@@ -53,7 +53,7 @@ def test_text_becomes_a_folder_to_train_on(here: Path) -> None:
     assert done.exit_code == 1 and f"DAMAGED  {file}: {file} is damaged: its" in done.stdout, done.output
 
 
-def test_what_is_there_stays(here: Path) -> None:
+def test_existing_folders_are_not_overwritten(here: Path) -> None:
     assert run("tokenize 'my texts'").exit_code == 0
     before = opened(here / "tokens").parts
     done = run("tokenize 'my texts' --tokenizer bytes")
@@ -63,7 +63,7 @@ def test_what_is_there_stays(here: Path) -> None:
     assert done.exit_code == 2 and "my texts is there, and stays as it is; name another --out" in done.stderr
 
 
-def test_stopped_and_gone_on_with(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_resumes_when_repeated(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "SHARD", 2000)
     monkeypatch.setattr(filling, "_AT_ONCE", 500)
     write, count = filling._write_shard, list[int]()
@@ -96,7 +96,7 @@ def test_stopped_and_gone_on_with(here: Path, monkeypatch: pytest.MonkeyPatch) -
         ("'my texts' --out one.txt/x", "one.txt/x: Not a directory"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_and_leaves_nothing(here: Path, line: str, said: str) -> None:
+def test_invalid_input_is_refused_and_leaves_no_files(here: Path, line: str, said: str) -> None:
     Path("empty").mkdir()
     Path("one.txt").write_text("a word")
     before = sorted(here.rglob("*"))

@@ -1,4 +1,4 @@
-"""`mythos train` from the outside."""
+"""`mythos train`, called as a command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(app, ["train", *map(str, args)])
 
 
-def test_a_recipe_trains_says_where_things_are_and_goes_on(tmp_path: Path) -> None:
+def test_a_recipe_trains_reports_results_and_resumes(tmp_path: Path) -> None:
     done = run("debug", *SHORT, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     assert "accuracy by loops" in done.output and "8 bits (trained)" in done.output and "mythos eval" in done.output
@@ -28,7 +28,7 @@ def test_a_recipe_trains_says_where_things_are_and_goes_on(tmp_path: Path) -> No
     assert run("debug", *SHORT, "--out", tmp_path, "--resume", "auto").exit_code == 0
 
 
-def test_text_of_your_own_from_data_to_chat(tmp_path: Path) -> None:
+def test_a_model_trained_on_own_text_can_be_evaluated_and_chatted_with(tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"the same weights, run for {i} loops, think deeper\n" * 5)
     done = run(
@@ -51,7 +51,7 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path) -> None:
         assert what in done.output
     assert not (tmp_path / "run").exists()
     done = run("debug", "steps=9", "--dry-run", "--out", "a b")
-    assert "Next: mythos train debug steps=9 --out 'a b'." in done.output, "the run that was asked for, not another"
+    assert "Next: mythos train debug steps=9 --out 'a b'." in done.output, "the command of the planned run"
 
 
 def test_recipes_are_listed() -> None:
@@ -59,7 +59,7 @@ def test_recipes_are_listed() -> None:
         assert done.exit_code == 0 and all(name in done.output for name in RECIPES)
 
 
-def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+def test_invalid_settings_and_divergence_end_with_an_error(tmp_path: Path) -> None:
     for args, message in (
         (("pariti",), "did you mean 'parity'"),
         (("debug", "optim.lrr=1"), "did you mean 'optim.lr'"),
@@ -70,13 +70,13 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output
 
 
-def test_the_live_line_shows_what_there_is() -> None:
+def test_the_live_line_shows_the_available_metrics() -> None:
     numbers = {"step": 5, "loss": 0.25, "expert_balance": None, "tokens_per_second": 12345.0}
     line = live_line({**numbers, "skipped": 2, "eta_seconds": 61.0}, 10)
     assert line == "step 5/10  loss 0.2500  12.3 k tokens/s  2 steps skipped  0:01:01 left"
 
 
-def test_the_live_line_says_how_far_problems_have_grown() -> None:
+def test_the_live_line_shows_the_current_problem_size() -> None:
     numbers = {"step": 1, "tokens_per_second": 10.0, "skipped": 0, "eta_seconds": 61.0}
     assert "size" not in live_line(numbers | {"size": 1.0}, 10)
     assert "  size 0.40  " in live_line(numbers | {"size": 0.4}, 10)

@@ -35,7 +35,7 @@ def a_run(tmp_path: Path, **changes) -> Path:
     return tmp_path / "run"
 
 
-def test_a_model_with_a_gate_stands_beside_the_run(tmp_path):
+def test_a_gated_model_is_saved_beside_the_unchanged_run(tmp_path):
     source = a_run(tmp_path)
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     result = run(source, *QUICK)
@@ -53,22 +53,22 @@ def test_a_model_with_a_gate_stands_beside_the_run(tmp_path):
     assert f"mythos eval {out.resolve()}" in text
 
 
-def test_harder_problems_than_in_training(tmp_path):
+def test_a_gate_can_be_trained_on_harder_problems_than_the_model(tmp_path):
     source = a_run(tmp_path)
     result = run(source / "model", *QUICK, "--min-difficulty", 3, "--max-difficulty", 8, "--out", tmp_path / "deep")
     assert result.exit_code == 0, flat(result)
     assert "3 to 8 bits" in flat(result)
-    assert training_config(tmp_path / "deep").task.max_difficulty == 5  # what the model was trained on has not changed
+    assert training_config(tmp_path / "deep").task.max_difficulty == 5  # still what the model was trained on
 
 
-def test_the_model_itself_is_never_written_to(tmp_path):
+def test_the_source_model_is_never_overwritten(tmp_path):
     source = a_run(tmp_path)
     result = run(source, *QUICK, "--out", source / "model")
     assert result.exit_code == 2 and "name another directory" in flat(result)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_stopped_it_has_changed_nothing_and_says_how_to_start_again(tmp_path, monkeypatch, number):
+def test_stopping_changes_nothing_and_prints_the_command_to_restart(tmp_path, monkeypatch, number):
     source, out = a_run(tmp_path), tmp_path / "a gate"
     with monkeypatch.context() as patch:
         patch.setattr("open_mythos.training.gate.calibrate", lambda *args: signal.raise_signal(number))
@@ -81,7 +81,7 @@ def test_stopped_it_has_changed_nothing_and_says_how_to_start_again(tmp_path, mo
     assert result.exit_code == 0 and training_config(out).gate.steps == 6, flat(result)
 
 
-def test_stopped_while_it_saves_the_model_is_whole(tmp_path, monkeypatch):
+def test_stopping_during_the_save_leaves_a_complete_model(tmp_path, monkeypatch):
     save = OpenMythos.save_pretrained
     source = a_run(tmp_path)
 
@@ -99,11 +99,11 @@ def test_stopped_while_it_saves_the_model_is_whole(tmp_path, monkeypatch):
     (lambda path: path / "nowhere", "is no directory"),
     (lambda path: a_run(path, kind="single"), "this is a baseline"),
 ])  # fmt: skip
-def test_what_has_no_gate_is_refused(tmp_path, make, message):
+def test_missing_models_and_baselines_are_refused(tmp_path, make, message):
     result = run(make(tmp_path), *QUICK)
     assert result.exit_code == 2 and message in flat(result)
 
 
-def test_help_is_there():
+def test_train_gate_appears_in_the_help():
     assert "train-gate" in CliRunner().invoke(app, ["--help"]).output
     assert "--max-difficulty" in run("--help").output

@@ -1,4 +1,4 @@
-"""Nobody waits in silence, or longer than was said; and no other library talks."""
+"""Long stages report progress, run times are estimated in full, and other libraries print nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*words: object) -> str:
 
 
 @pytest.mark.parametrize("gate", [0, 2, 10])
-def test_what_comes_after_training_is_counted(tmp_path: Path, gate: int) -> None:
+def test_stages_after_training_are_counted(tmp_path: Path, gate: int) -> None:
     cfg, begun = configured("debug", [*TINY, f"gate.steps={gate}"]), list[str]()
     with watching(cfg) as watch:
         watch.begin, begin = begun.append, watch.begin
@@ -42,7 +42,7 @@ def test_what_comes_after_training_is_counted(tmp_path: Path, gate: int) -> None
     assert stages(cfg) >= len(begun) >= stages(cfg) - 3 * (gate == 0)
 
 
-def test_a_dry_run_counts_gate_and_evaluation(tmp_path: Path) -> None:
+def test_a_dry_run_estimates_the_time_of_gate_and_evaluation(tmp_path: Path) -> None:
     def times(*settings: str) -> dict[str, int]:
         text = run("train", "debug", *settings, "--dry-run")
         found = re.findall(r"time of (?:the )?(\w+)[\w ]*│ +(\d+):(\d+):(\d+)", text)
@@ -53,7 +53,7 @@ def test_a_dry_run_counts_gate_and_evaluation(tmp_path: Path) -> None:
     assert times("evaluation.loops=1,8", "gate.steps=0")["evaluation"] < deep["evaluation"]
 
 
-def test_nothing_is_silent_for_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_stage_prints_elapsed_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, "SILENCE", 0.05)
     with console.progress(2) as begin:
         begin("thinking [hard]")
@@ -61,14 +61,16 @@ def test_nothing_is_silent_for_long(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     said = capsys.readouterr().err
     assert said.count("thinking [hard] (0 s)") >= 3
     time.sleep(0.1)
-    assert not capsys.readouterr().err, "silent again when it is over"
+    assert not capsys.readouterr().err, "no output after the stage"
     with console.live(2, "what another process shows", is_shown=False):
         time.sleep(0.2)
     assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", [["train", "text", "data=hf:no/such-text"], ["retrofit", "no/such-model"]])
-def test_a_hub_out_of_reach_is_no_wait(line: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_fails_within_5_seconds(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for package in ("transformers", "datasets"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
@@ -77,7 +79,7 @@ def test_a_hub_out_of_reach_is_no_wait(line: list[str], monkeypatch: pytest.Monk
         monkeypatch.setattr(sys.modules.get(name) or __import__(name, fromlist=["x"]), "HF_HUB_OFFLINE", False)
 
     def nowhere(*address: object) -> None:
-        time.sleep(60)  # as where packets are dropped
+        time.sleep(60)  # as if packets were dropped
         raise TimeoutError
 
     monkeypatch.setattr(socket, "create_connection", nowhere)
@@ -88,17 +90,17 @@ def test_a_hub_out_of_reach_is_no_wait(line: list[str], monkeypatch: pytest.Monk
     assert time.monotonic() - started < 5
 
 
-def test_no_other_library_is_on_the_screen(tmp_path: Path) -> None:
+def test_other_libraries_print_nothing(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     fabricate_run(tmp_path / "run")
     lines = "diagnose run --plots pictures", "export run e", "chat text-tiny --max-tokens 2"
     shown, screen = in_turn(*lines, said="hi\n", here=tmp_path)
-    ours = r"(\$ .*\n|.* \(\d+ s\)\n)*"  # the latter that it still works, on a slow machine
+    ours = r"(\$ .*\n|.* \(\d+ s\)\n)*"  # the latter: progress, on a slow machine
     assert re.fullmatch(ours, screen), screen
     assert (tmp_path / "pictures").is_dir() and (tmp_path / "e").is_dir() and "text-tiny" in shown
 
 
-def test_ctrl_c_before_a_command_has_begun_says_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_during_startup_prints_nothing(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
         [sys.executable, "-m", "open_mythos", "--help"], capture_output=True, text=True,

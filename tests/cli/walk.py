@@ -1,4 +1,4 @@
-"""Every kind of folder that a command writes, made by the commands themselves at tiny size, and what they printed."""
+"""All kinds of folders that commands write, made by the commands at tiny size, and what the commands print."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ COMMANDS = {
     "converted": "mythos convert reference converted",
     "retrofit": "mythos retrofit llama --prelude 1 --core 2 --coda 1 --loops 2 --out retrofit",
 }  # fmt: skip
-"""By what they make; each may read what those before it made."""
+"""Keyed by what they make; a command may read the folders of those before it."""
 
 
 def on_few(measure: Callable[..., Any]) -> Callable[..., Any]:
-    """A measure of a model by depth, on two problems of each difficulty, at the three least of its loops."""
+    """Restrict a measurement by depth to two problems of each difficulty and the three smallest numbers of loops."""
     return lambda *what, **options: measure(*what[:3], what[3][:3], 2, *what[5:], **options)
 
 
 def mythos(line: str, *more: str, said: str = "") -> Result:
-    """Run a line as a shell would, with words after it."""
+    """Run a command line as a shell would, with ``more`` arguments after it."""
     program, *words = shlex.split(line)
     assert program == "mythos", line
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "_color_system", ColorSystem.STANDARD)  # so that what is to be typed next is bold
+        patch.setattr(console, "_color_system", ColorSystem.STANDARD)  # so that suggested commands are bold
         patch.setattr(fit, "evaluate", on_few(fit.evaluate))
         patch.setattr(evaluation, "depth_grid", on_few(evaluation.depth_grid))
         return CliRunner().invoke(app, [*words, *more], input=said)
 
 
 def llama(directory: Path) -> None:
-    """What a download of a small Llama holds."""
+    """Write the files that a download of a small Llama consists of."""
     import tokenizers
     import transformers
 
@@ -73,7 +73,7 @@ def llama(directory: Path) -> None:
 
 
 def walk(reference: Path) -> dict[str, str]:
-    """Make all folders here, and return what each command printed."""
+    """Make all folders in the working directory, and return what each command printed."""
     Path("texts").mkdir()
     for i in range(20):
         Path(f"texts/{i}.txt").write_text(f"the same weights, run for {i} loops, think deeper\n" * 5)

@@ -1,4 +1,4 @@
-"""Predicted cost against real models."""
+"""Predicted costs compared with real models."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("changes", CHANGES)
-def test_parameters_of_a_real_model(attn_type, changes):
+def test_parameter_counts_match_a_real_model(attn_type, changes):
     model = tiny_model(attn_type, **changes)
     count, cfg = parameters(model.cfg), model.cfg
     assert count.total == sum(p.numel() for p in model.parameters())
@@ -47,7 +47,7 @@ def test_variants_are_counted_without_allocating(name):
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("n_loops", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_bytes_of_real_caches(attn_type, n_loops, dtype):
+def test_cache_bytes_match_real_caches(attn_type, n_loops, dtype):
     model, ids = tiny_model(attn_type, halting=False).to(dtype), tokens(2, 7)
     plain, cache = {}, KVCache()
     mask = torch.ones(2, 7)
@@ -61,9 +61,9 @@ def test_cache_bytes_of_real_caches(attn_type, n_loops, dtype):
 
 
 def _counted(work, cfg, monkeypatch):
-    """FLOPs of ``work()``: of its products, as PyTorch counts them, and of the scores and values that are asked for.
+    """FLOPs of ``work()``: of its matrix products, as PyTorch counts them, and of attention over unmasked positions.
 
-    What kernels of attention compute beyond these, for what is masked or to fill a block, is not counted.
+    What attention kernels compute beyond these, at masked positions or to fill a block, is not counted.
     """
     attended, plain = 0, ops.attend
 
@@ -72,13 +72,13 @@ def _counted(work, cfg, monkeypatch):
         (B, T, H, D), S = q.shape, kv.shape[1]
         query, key = torch.arange(S - T, S).unsqueeze(1), torch.arange(S)
         near, far = ((key <= query) & (key > query - reach) for reach in (window, S))
-        width = D + (kv.shape[-1] - D or cfg.kv_lora_rank)  # of a key and its value, which may be part of the key
+        width = D + (kv.shape[-1] - D or cfg.kv_lora_rank)  # of a key and its value, which may overlap
         attended += FLOPS_PER_MULTIPLY_ADD * B * width * int(n_local * near.sum() + (H - n_local) * far.sum())
         with _disable_current_modes():
             return plain(q, kv, mask, scale, n_local, window)
 
     monkeypatch.setattr(attention, "attend", attend)
-    monkeypatch.setattr(experts, "MAX_GATHERED", 0)  # or mixing two experts' outputs would be a product too
+    monkeypatch.setattr(experts, "MAX_GATHERED", 0)  # otherwise mixing two experts' outputs is a product too
     products = {
         torch.ops.open_mythos_ops_experts.grouped_mm: lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[2],
         torch.ops.open_mythos_ops_experts.grouped_outer: lambda x, y, *_, **__: 2 * x[0] * x[1] * y[1],
@@ -91,8 +91,8 @@ def _counted(work, cfg, monkeypatch):
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("n_loops, halting", [(1, False), (3, False), (3, True)])
-def test_flops_are_those_that_pytorch_counts(attn_type, changes, n_loops, halting, monkeypatch):
-    model = tiny_model(attn_type, halting=halting, gate_bias=-20.0, **changes)  # a gate that is asked halts nothing
+def test_flops_match_those_counted_by_pytorch(attn_type, changes, n_loops, halting, monkeypatch):
+    model = tiny_model(attn_type, halting=halting, gate_bias=-20.0, **changes)  # the gate is computed but halts nothing
     ids, cache = tokens(1, 21), KVCache()
     with torch.no_grad():
         model(ids[:, :-1], n_loops, kv_cache=cache)
@@ -100,7 +100,7 @@ def test_flops_are_those_that_pytorch_counts(attn_type, changes, n_loops, haltin
     assert flops_per_token(model.cfg, n_loops, context=21) == sum(found)
 
 
-def test_flops_grow_by_the_same_amount_with_every_loop_and_token():
+def test_flops_grow_linearly_with_loops_and_context():
     cfg = tiny_config("mla")
     by_loops = [flops_per_token(cfg, n, 10) for n in (1, 2, 3)]
     assert by_loops[2] - by_loops[1] == by_loops[1] - by_loops[0] > 0
@@ -109,7 +109,7 @@ def test_flops_grow_by_the_same_amount_with_every_loop_and_token():
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 9])
-def test_a_token_of_a_prompt_costs_the_mean_over_the_prompt(n_tokens):
+def test_flops_per_prompt_token_are_the_mean_over_the_prompt(n_tokens):
     cfg = tiny_config("gqa")
     alone = [flops_per_token(cfg, 2, context) for context in range(1, n_tokens + 1)]
     assert flops_per_prompt_token(cfg, 2, n_tokens) == pytest.approx(sum(alone) / n_tokens)
@@ -117,7 +117,7 @@ def test_a_token_of_a_prompt_costs_the_mean_over_the_prompt(n_tokens):
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("coda_layers", [0, 2])
-def test_only_the_last_position_of_a_prompt_passes_the_end_of_the_coda(attn_type, coda_layers, monkeypatch):
+def test_prompt_flops_count_the_end_of_the_coda_for_the_last_position_only(attn_type, coda_layers, monkeypatch):
     n_tokens, wide = 8, dict(kv_lora_rank=20)  # narrower latents are absorbed
     model = tiny_model(attn_type, halting=False, coda_layers=coda_layers, **wide)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_only_the_last_position_of_a_prompt_passes_the_end_of_the_coda(attn_type
     assert whole - last == missed
 
 
-def test_mla_reads_a_prompt_in_its_expanded_form():
+def test_mla_prompt_flops_are_those_of_the_expanded_form():
     cfg = tiny_config("mla", local_window=0)
     per_pair = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
     layers = cfg.prelude_layers + 2 + cfg.coda_layers
@@ -138,15 +138,15 @@ def test_mla_reads_a_prompt_in_its_expanded_form():
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_a_step_of_training_costs_what_pytorch_counts(attn_type, monkeypatch):
-    monkeypatch.setattr("open_mythos.ops.attention.EXACT_QUERIES", 0)  # that kernel's products are counted as such
+def test_training_flops_match_those_counted_by_pytorch(attn_type, monkeypatch):
+    monkeypatch.setattr("open_mythos.ops.attention.EXACT_QUERIES", 0)  # products of the math kernel are counted
     model = tiny_model(attn_type, halting=False, local_window=0).train()
     products, attended = _counted(lambda: model(tokens(5, 1), 3).square().sum().backward(), model.cfg, monkeypatch)
-    assert 5 * flops_per_trained_token(model.cfg, 3, 1) == products + 3 * attended  # whose backward passes are unseen
+    assert 5 * flops_per_trained_token(model.cfg, 3, 1) == products + 3 * attended  # its backward is not counted
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_bytes_of_a_decoding_step(attn_type):
+def test_bytes_per_decoding_step_are_weights_and_cache_rows(attn_type):
     cfg = tiny_config(attn_type)
     weights = bytes_per_decoding_step(cfg, 3, 0)
     assert weights == 4 * flops_per_token(cfg, 3, 0) / FLOPS_PER_MULTIPLY_ADD  # one row uses each weight once
@@ -159,7 +159,7 @@ def test_bytes_of_a_decoding_step(attn_type):
     assert bytes_per_decoding_step(cfg, 3, 20) == weights + rows - unread
 
 
-def test_rows_share_weights_and_meet_more_experts():
+def test_larger_batches_share_weights_and_read_more_experts():
     cfg = tiny_config()
     one, two, many = (bytes_per_decoding_step(cfg, 2, 0, batch) for batch in (1, 2, 1000))
     expert = 4 * 2 * 3 * cfg.dim * cfg.expert_dim  # bytes, loops, matrices

@@ -1,4 +1,4 @@
-"""Growth rates whose right answer is known."""
+"""Spectral radius and loop gain, in cases where they are known."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_spectral_radius_is_the_largest_decay():
     assert spectral_radius(model) == 0.75
 
 
-def test_gain_of_a_linear_loop_is_its_spectral_radius():
+def test_loop_gain_of_a_linear_loop_is_its_spectral_radius():
     model = linear_model()
     with torch.no_grad():
         model.recurrent.injection.raw_A.uniform_(0.1, 0.5)[3] = 0.9
@@ -33,7 +33,7 @@ def test_gain_of_a_linear_loop_is_its_spectral_radius():
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_gain_is_the_largest_eigenvalue_of_the_whole_jacobian(attn_type):
+def test_loop_gain_is_the_largest_eigenvalue_of_the_jacobian(attn_type):
     model, ids, n_loops = tiny_model(attn_type, halting=False), tokens(1, 3), 5
     e, ctx = model.encode(ids)
     *_, (last, _) = model.iterate(ids, n_loops)
@@ -47,7 +47,7 @@ def test_gain_is_the_largest_eigenvalue_of_the_whole_jacobian(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
-def test_gain_ignores_halting_and_leaves_the_model_as_it_was(attn_type):
+def test_loop_gain_ignores_halting_and_leaves_the_model_unchanged(attn_type):
     model = tiny_model(attn_type, gate_bias=9.0).train()
     halted, ids = loop_gain(model, tokens(1, 6), 3), tokens(1, 6)
     model.cfg.halting = False
@@ -55,7 +55,7 @@ def test_gain_ignores_halting_and_leaves_the_model_as_it_was(attn_type):
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_a_loop_that_forgets_its_state_has_no_gain():
+def test_loop_gain_is_zero_if_the_state_is_forgotten():
     model = linear_model(conv_taps=0)
     with torch.no_grad():
         model.recurrent.injection.raw_A.fill_(0.0)
@@ -63,12 +63,12 @@ def test_a_loop_that_forgets_its_state_has_no_gain():
     assert loop_gain(model, tokens(1, 3)) == 0.0
 
 
-def test_too_few_iterations():
+def test_too_few_iterations_are_refused():
     with pytest.raises(ValueError, match="iterations=1; use at least 2"):
         loop_gain(tiny_model(), tokens(1, 3), iterations=1)
 
 
-def test_the_last_block_of_an_unrolled_model_has_none_after_it():
+def test_loop_gain_after_the_last_block_of_an_unrolled_model_is_refused():
     model = UnrolledMythos(tiny_model().cfg).eval()
     with pytest.raises(ValueError, match="n_loops=4 of 4 blocks"):
         loop_gain(model, tokens(1, 4))

@@ -1,4 +1,4 @@
-"""Rates are operations and bytes over seconds, and what is timed is the whole work."""
+"""Rates are FLOPs and bytes per second, and the whole workload is timed."""
 
 import pytest
 import torch
@@ -11,29 +11,29 @@ from open_mythos.generation.engine import ModuleEngine
 CPU = torch.device("cpu")
 
 
-def test_repetitions_after_one_that_warms_up():
+def test_repeat_discards_a_warmup_run():
     done = []
     times = machine.repeat(lambda: done.append(0), CPU, seconds=0)
     assert len(done) == 4 and len(times) == 3
     assert len(machine.repeat(lambda: None, CPU, seconds=0.05)) > 3
 
 
-def test_machine_rates_are_work_over_the_least_time(monkeypatch):
+def test_machine_rates_use_the_shortest_time(monkeypatch):
     monkeypatch.setattr(machine, "repeat", lambda *_: [4.0, 2.0, 3.0])
     monkeypatch.setattr(machine, "MATMULS", ((2, 3, 5), (4, 4, 4), (9, 9, 9)))
-    assert machine.matmul_rate(torch.float32, CPU) == 2 * 4 * 4 * 4 / 2  # the last shape is no CPU's
+    assert machine.matmul_rate(torch.float32, CPU) == 2 * 4 * 4 * 4 / 2  # the last shape is not used on a CPU
     monkeypatch.setattr(machine, "_READ_BYTES", {"cpu": 64})
     assert machine.read_rate(CPU) == 32
     assert machine.copy_rate(CPU) == 64  # read and written
 
 
-def test_conditions_say_what_ran_it():
+def test_describe_names_machine_threads_and_torch():
     found = machine.describe(CPU)
     assert found["name"] and found["threads"] == torch.get_num_threads() and found["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_trains(dtype):
+def test_train_speed_updates_weights_and_counts_flops(dtype):
     model = tiny_model(halting=False)
     before = model.embed.weight.detach().clone()
     found = speed.train_speed(model, 2, 8, 3, dtype, seconds=0)
@@ -42,7 +42,7 @@ def test_training_trains(dtype):
     assert found.tokens_per_second == 16 / sorted(found.seconds)[1] and found.bytes_per_second is None
 
 
-def test_a_prompt_and_tokens_after_it(monkeypatch):
+def test_prefill_and_decode_speed_time_the_prompt_and_new_tokens(monkeypatch):
     model, seen = tiny_model(halting=False), []
     monkeypatch.setattr(speed, "NEW", 4)
     for name in ("extend", "step"):

@@ -1,4 +1,4 @@
-"""Tracing changes nothing and sees everything."""
+"""A trace matches what the model computes, and leaves the model unchanged."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ LOOPS = 5
 
 @pytest.mark.parametrize("attn_type", ATTENTION)
 @pytest.mark.parametrize("halting", [True, False])
-def test_logits_and_loops_are_those_of_the_model(attn_type, halting):
+def test_traced_logits_and_loops_match_the_model(attn_type, halting):
     model, ids = tiny_model(attn_type, halting=halting), tokens(2, 9)
     found = trace(model, ids, LOOPS)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def test_logits_and_loops_are_those_of_the_model(attn_type, halting):
     assert (len(found.loops_used.unique()) > 1) is halting, "this model should halt at different loops"
 
 
-def test_halting_probability_explains_the_loops_used():
+def test_loops_used_follow_from_the_halting_probabilities():
     model = tiny_model()
     found = trace(model, tokens(2, 9), LOOPS)
     mass = found.halting.cumsum(0)
@@ -55,7 +55,7 @@ def test_expert_load_counts_every_choice_of_a_running_position_once():
         assert (found.delta[:, ~mask] == 0).all()
 
 
-def test_padded_row_traces_as_it_does_alone():
+def test_a_padded_row_has_the_trace_of_the_row_alone():
     model, ids = tiny_model(), tokens(2, 8)
     mask = left_padding([5, 8], 8)
     both, alone, whole = trace(model, ids, LOOPS, mask), trace(model, ids[:1, 3:], LOOPS), trace(model, ids[1:], LOOPS)
@@ -64,7 +64,7 @@ def test_padded_row_traces_as_it_does_alone():
     assert torch.equal(both.expert_load, alone.expert_load + whole.expert_load)
 
 
-def test_loops_after_the_last_position_has_halted():
+def test_loops_after_all_positions_halted_show_no_change():
     model, ids = tiny_model(gate_bias=9.0), tokens(2, 6)
     found = trace(model, ids, LOOPS)
     assert (found.loops_used == 1).all()
@@ -76,7 +76,7 @@ def test_loops_after_the_last_position_has_halted():
         assert torch.equal(found.logits, model(ids, LOOPS))
 
 
-def test_nothing_but_padding():
+def test_tracing_padding_only():
     found = trace(tiny_model(), tokens(1, 4), LOOPS, torch.zeros(1, 4))
     assert (found.loops_used == 0).all() and (found.expert_load == 0).all() and found.halting.shape == (LOOPS, 1, 4)
 
@@ -98,7 +98,7 @@ def test_experts_of_all_blocks_of_a_core_are_counted_together(n_experts):
     assert found.loops_used.unique().numel() > 1
 
 
-def test_leaves_no_trace_in_the_model():
+def test_tracing_leaves_the_model_unchanged():
     model = tiny_model(dropout=0.5).train()
     model.coda.eval()
     modes = [module.training for module in model.modules()]

@@ -1,4 +1,4 @@
-"""A task and a model made by hand, of which every measure is known beforehand."""
+"""A task and a model made by hand, for which every metric is known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from open_mythos.tasks.base import Batch, Task
 
 
 class Copy(Task):
-    """Say the token, 1 or 2, that stands there."""
+    """Predict the input token, 1 or 2, at each position."""
 
     name, unit, vocab, chance = "copy", "tokens", ("<pad>", "a", "b"), 0.5
 
@@ -31,11 +31,11 @@ class Copy(Task):
 
 
 class Counting(nn.Module):
-    """Its state at a position is (loops run, token, as it started), and position t is right from loop t + 1 on.
+    """Its state at a position is (loops run, token, initial third number); position t is right from loop t + 1 on.
 
-    After ``forgets`` loops all is wrong. Where the third number is above 0, the answer is wrong too: the model's own
-    start and zeros are alike, and half of all noise is bad. With halting or any exit, a position stops as soon as
-    it is right.
+    From ``forgets`` loops on, all answers are wrong. They are also wrong where the third number is above 0: the model's
+    own initial state and zeros give the same answers, and half of all noise gives wrong ones. With halting or any exit,
+    a position stops as soon as it is right.
     """
 
     def __init__(self, forgets: int = 10**6) -> None:
@@ -43,7 +43,7 @@ class Counting(nn.Module):
         self.cfg = tiny_config(max_loop_iters=4, halting=False)
         self.forgets = forgets
         self.weight = nn.Parameter(torch.zeros(1))
-        self.most_tokens = 0  # ever run at once
+        self.most_tokens = 0  # of all passes
 
     @property
     def recurrent(self) -> Counting:

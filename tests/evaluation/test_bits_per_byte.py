@@ -30,7 +30,7 @@ class CopyText(Copy):
 
 
 @pytest.mark.parametrize("chunk", [7, 10_000])
-def test_known_bits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_per_byte_match_the_known_probabilities(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After n loops the logit of the answer is n and that of the two others 0; it is right where n > position."""
     monkeypatch.setattr(depth, "CHUNK", chunk)
     task, model = CopyText(), Counting().train()
@@ -41,11 +41,11 @@ def test_known_bits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     right = math.log2(1 + 2 * math.exp(-6))
     assert found[6] == pytest.approx(20 * 4 * right / n_bytes, rel=1e-4)
     right, wrong = math.log2(1 + 2 * math.exp(-2)), math.log2(math.exp(2) + 2)
-    assert found[2] == pytest.approx(20 * (right + 3 * wrong) / n_bytes), "of four, the first alone is right"
+    assert found[2] == pytest.approx(20 * (right + 3 * wrong) / n_bytes), "only the first of four is right"
 
 
-def test_an_exit_is_asked_for() -> None:
-    """Where a position stops as soon as it is right, its logit stays at position + 1."""
+def test_text_scores_apply_the_exit() -> None:
+    """A position stops as soon as it is right, so that its logit stays at position + 1."""
     task, model = CopyText(), Counting()
     found, used = text_scores(model, task, [50], length=5, windows=20, exit=StableArgmax())
     assert used == {50: 3}, "1 to 5 loops, and 50 without an exit"
@@ -54,6 +54,6 @@ def test_an_exit_is_asked_for() -> None:
     assert found[50] == pytest.approx(nats / math.log(2) / task.bytes_of(task.windows(5, 20).targets[:, 1:]).sum())
 
 
-def test_nothing_to_measure() -> None:
+def test_zero_windows_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         bits_per_byte(Counting(), CopyText(), [1], length=5, windows=0)

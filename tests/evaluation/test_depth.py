@@ -1,4 +1,4 @@
-"""Accuracy by loops from one run is that of one run for each count."""
+"""Accuracy by loops from one pass equals that of a separate pass for each number of loops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model() -> OpenMythos:
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.4, 1.0])
-def test_equals_separate_runs(model: OpenMythos, gate: float) -> None:
+def test_one_pass_equals_separate_passes(model: OpenMythos, gate: float) -> None:
     model.recurrent.act.forward = lambda h: torch.full(h.shape[:2], gate)  # type: ignore[method-assign]
     ids, targets = torch.randint(0, 5, (4, 12)), torch.randint(0, 5, (4, 12))
     found = accuracy_by_loops(model, ids, targets, [8, 1, 3])
@@ -39,11 +39,11 @@ def test_unscored_positions_do_not_count(model: OpenMythos) -> None:
 
 
 @pytest.mark.parametrize("loops", [[], [0, 2]])
-def test_bad_loops(model: OpenMythos, loops: list[int]) -> None:
+def test_invalid_loops_are_refused(model: OpenMythos, loops: list[int]) -> None:
     with pytest.raises(ValueError, match="loops="):
         accuracy_by_loops(model, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), loops)
 
 
-def test_nothing_scored(model: OpenMythos) -> None:
+def test_targets_without_scored_positions_are_refused(model: OpenMythos) -> None:
     with pytest.raises(ValueError, match="scores no position"):
         accuracy_by_loops(model, torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), -100), [1])

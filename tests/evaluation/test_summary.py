@@ -1,4 +1,4 @@
-"""One call measures all there is; one file keeps it."""
+"""``evaluate`` measures everything in one call, and one file stores the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from open_mythos.training.baselines import UnrolledMythos
 
 
 class Hasty(Counting):
-    """Stops every position after the first loop where there is an exit."""
+    """Stops every position after the first loop if there is an exit."""
 
     def iterate(self, h, e, ctx, n_loops, exit, readout):
         halts = self.cfg.halting or exit is not None
@@ -31,21 +31,21 @@ def model() -> Counting:
     return model
 
 
-def test_with_halting(model: Counting) -> None:
+def test_evaluate_with_a_gate_measures_depth_and_halting(model: Counting) -> None:
     told: list[str] = []
     found = evaluate(model, Copy(), [2, 4], [1, 4, 64], examples=6, seeds=(0, 5), exit=Gate(), progress=told.append)
     assert [grid.seed for grid in found.grids] == [0, 5] and len(told) == n_steps([2, 4], [0, 5], Gate())
     assert [grid.exit for grid in found.grids] == ["gate:0.99"] * 2
     easy, hard = found.metrics["difficulties"]
     assert (easy["difficulty"], easy["best_loops"], easy["deepest"]) == (2, 4, 64)
-    assert easy["damage"] == hard["damage"] == 1, "what depth does, though an exit was on that hides it"
+    assert easy["damage"] == hard["damage"] == 1, "measured without the exit, which would hide it"
     assert hard["best"] == 1 and hard["settle_rate"] == 0 and hard["from_start"]["zeros"]["differing"] == 0
-    assert hard["from_start"]["own"]["accuracy"] == 0, "64 loops without halting, and it has forgotten"
+    assert hard["from_start"]["own"]["accuracy"] == 0, "64 loops without halting are more than it remembers"
     gain = found.metrics["halting"]
     assert gain["loops_fixed"] == 4 and gain["saved"] == pytest.approx(1 - 13 / 6 / 4) and gain["accuracy_halting"] == 1
     matched = found.metrics["compute_matched"]
     assert matched["difficulty"] == 4
-    for point in matched["halting"]["0.5"][1:]:  # at one loop the gate costs what it cannot save
+    for point in matched["halting"]["0.5"][1:]:  # at one loop the gate only adds its cost
         assert 0 < point["fixed_accuracy"] <= point["accuracy"] <= 1
 
 
@@ -56,51 +56,51 @@ def test_an_exit_is_compared_with_all_loops_on_the_same_problems() -> None:
     assert found.metrics["exit"] == [{"difficulty": n} | cost for n, cost in zip((2, 4), costs, strict=True)]
     assert found.exit_in_words() == "the exit change:0.5:2 loses up to 0.750 of accuracy (4 tokens, 64 loops)"
     gain = found.metrics["halting"]
-    assert gain["exit"] == "change:0.5:2" and found.metrics["compute_matched"] is None, "the model's gate is not asked"
+    assert gain["exit"] == "change:0.5:2" and found.metrics["compute_matched"] is None, "the model's gate is not used"
     assert (gain["accuracy_fixed"], gain["accuracy_halting"]) == (1, (0.5 + 0.25) / 2)
     assert gain["loops_fixed"] == 4, "what the hardest needs with all loops, not with this exit"
 
 
-def test_an_exit_that_loses_nothing_says_so() -> None:
+def test_exit_in_words_describes_an_exit_without_loss() -> None:
     found = evaluate(Counting(), Copy(), [2], [4], examples=3, exit=Gate())
     assert found.exit_in_words() == "the exit gate:0.99 loses nothing (2 tokens, 4 loops)"
     assert evaluate(Counting(), Copy(), [2], [4], examples=3).exit_in_words() == "every position runs all loops"
 
 
-def test_the_grid_shows_what_depth_does_and_halting_is_measured_beside_it(model: Counting) -> None:
+def test_the_grid_runs_all_loops_and_halting_is_measured_separately(model: Counting) -> None:
     found = evaluate(model, Copy(), [4], [1, 32], examples=6)
     assert found.grids[0].loops_used.tolist() == [[1, 32]] and found.grids[0].exit is None
     assert found.metrics["exit"] is None
-    assert found.metrics["halting"]["loops_fixed"] == 4, "not 32, which nobody needs"
+    assert found.metrics["halting"]["loops_fixed"] == 4, "not 32, which no problem needs"
 
 
-def test_a_model_that_does_not_halt(model: Counting) -> None:
+def test_a_model_without_halting_has_no_halting_metrics(model: Counting) -> None:
     model.cfg.halting = False
     found = evaluate(model, Copy(), [2], [1], examples=3)
     assert found.metrics["halting"] is None and found.metrics["compute_matched"] is None
-    assert found.metrics["difficulties"][0]["settle_rate"] is None, "one loop says nothing about settling"
+    assert found.metrics["difficulties"][0]["settle_rate"] is None, "undefined for one loop"
 
 
-def test_a_baseline_has_one_depth() -> None:
+def test_a_baseline_is_evaluated_at_one_depth() -> None:
     model = UnrolledMythos(tiny_config(vocab_size=3, max_loop_iters=3))
     found = evaluate(model, Copy(), [4], [3], examples=4)
     assert found.grids[0].loops_used.tolist() == [[3]] and found.metrics["halting"] is None
 
 
-def test_file_round_trip(model: Counting, tmp_path) -> None:
+def test_an_evaluation_round_trips_through_its_file(model: Counting, tmp_path) -> None:
     found = evaluate(model, Copy(), [2], [1, 4], examples=3)
     assert found.save(tmp_path / "new") == tmp_path / "new" / FILE
     assert Evaluation.load(tmp_path / "new").to_dict() == found.to_dict()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"grids": []}', '{"grids": [{}], "metrics": {}}'])
-def test_a_file_that_is_something_else(content: str, tmp_path) -> None:
+def test_a_file_that_is_not_an_evaluation_is_refused(content: str, tmp_path) -> None:
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ValueError, match=FILE):
         Evaluation.load(tmp_path)
 
 
-def test_a_task_of_several_is_measured_by_kind(tmp_path: Path) -> None:
+def test_a_mixed_task_is_also_evaluated_per_kind(tmp_path: Path) -> None:
     task = tasks.load("words", split="held_out", weights={"relations": 1, "registers": 1})
     model = tiny_model(vocab_size=task.vocab_size, max_seq_len=512, halting=False)
     found = evaluate(model, task, [1, 2], [1, 2], examples=4)

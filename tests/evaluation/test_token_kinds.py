@@ -1,4 +1,4 @@
-"""Which bytes of a text are what, by hand, and that their bits add up."""
+"""The kinds of the bytes of a text, compared with labels by hand, and their bits per byte."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def marked(text: str, is_python: bool = True) -> str:
     ('a\n"""b\n# c""" a', "n.sssssssssss.c"),
     ("'open\na", "sssss.n"),
 ])  # fmt: skip
-def test_python(text: str, kinds: str) -> None:
+def test_python_source_is_classified_by_byte(text: str, kinds: str) -> None:
     assert marked(text) == kinds, f"\n{text!r}\n{marked(text)}"
 
 
-def test_other_text_has_words_numbers_and_the_rest() -> None:
+def test_plain_text_has_words_numbers_and_other_bytes() -> None:
     text = "If Ana's 3.5 if Ana é é"
     assert marked(text, is_python=False) == "nn.nnn.n.999.nn.ccc.nn.cc"
 
@@ -45,7 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "*.py")
 
 
-def test_a_window_knows_the_string_that_it_begins_in(corpus: str) -> None:
+def test_a_window_that_starts_inside_a_string_is_classified_as_string(corpus: str) -> None:
     task = Text(source=corpus, split="held_out")
     batch = task.windows(24, 30)
     counts = bytes_by_kind(task, batch)
@@ -57,7 +57,7 @@ def test_a_window_knows_the_string_that_it_begins_in(corpus: str) -> None:
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 @pytest.mark.parametrize("separate", [False, True])
-def test_the_bits_of_all_kinds_are_the_bits(corpus: str, tokenizer: str, separate: bool) -> None:
+def test_bits_of_all_kinds_sum_to_bits_per_byte(corpus: str, tokenizer: str, separate: bool) -> None:
     task = Text(source=corpus, tokenizer=tokenizer, split="held_out", separate=separate)
     torch.manual_seed(0)
     model = OpenMythos(tiny_config(vocab_size=task.vocab_size, halting=False, max_seq_len=64))
@@ -68,7 +68,7 @@ def test_the_bits_of_all_kinds_are_the_bits(corpus: str, tokenizer: str, separat
     assert {"copied name", "new name", "comment or string"} <= kinds.keys()
 
 
-def test_tokens_of_several_kinds_are_shared_out(corpus: str) -> None:
+def test_tokens_of_several_kinds_are_split_by_byte(corpus: str) -> None:
     task = Text(source=corpus, tokenizer="bpe:300", split="held_out")
     counts = bytes_by_kind(task, batch := task.windows(24, 12))
     torch.testing.assert_close(counts.sum(-1).long(), task.bytes_of(batch.targets))

@@ -1,4 +1,4 @@
-"""A training step on tensors without storage, sharded by FSDP2 among processes that are not there, and its memory."""
+"""Memory of a simulated training step: fake tensors, sharded by FSDP2 among fake processes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Step(nn.Module):
 
 
 def peak(cfg: MythosConfig, world: int, rows: int, length: int, loops: int, recompute: bool) -> int:
-    """Bytes of one of ``world`` processes when most are in use, as torch's FSDPMemTracker counts them.
+    """Peak memory in bytes of one of ``world`` processes, as torch's FSDPMemTracker counts it.
 
-    A step in bfloat16 by autocast, beside the moments of AdamW, without averaged weights.
+    Of a step under bfloat16 autocast, with the moments of AdamW and without averaged weights.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:

@@ -17,11 +17,11 @@ from open_mythos.planning.hardware import DEVICES, LINKS, links
         ("ethernet, pcie", "pcie", "ethernet"),
     ],
 )
-def test_names_go_where_they_belong(text: str, inside: str, between: str) -> None:
+def test_link_names_apply_within_or_between_machines(text: str, inside: str, between: str) -> None:
     assert links(text, DEVICES["h100"]) == (LINKS[inside], LINKS[between])
 
 
-def test_numbers_are_rates_between_machines_or_of_both() -> None:
+def test_link_rates_apply_between_machines_or_to_both_links() -> None:
     assert [link.rate for link in links("25", DEVICES["h100"])] == [450e9, 25e9]
     assert [link.rate for link in links("100,25", DEVICES["h100"])] == [100e9, 25e9]
 
@@ -36,14 +36,14 @@ def test_numbers_are_rates_between_machines_or_of_both() -> None:
         ("nvlink", "this GPU has none; use pcie"),
     ],
 )
-def test_links_that_cannot_be(text: str, said: str) -> None:
+def test_invalid_links_are_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match="--interconnect") as error:
         links(text, DEVICES["rtx4090"])
     assert said in str(error.value)
 
 
-def test_rates_are_of_the_order_that_data_sheets_print() -> None:
-    """Dense rates: with sparsity they would be twice as many. A product of bytes read once takes 100 to 400 FLOPs."""
+def test_device_rates_are_plausible() -> None:
+    """FLOPs without sparsity, which would double them, are about 100 to 400 for each byte of memory bandwidth."""
     for name, device in DEVICES.items():
         assert 70 < device.flops / device.bandwidth < 400, name
         assert device.link in LINKS and not LINKS[device.link].joins_machines

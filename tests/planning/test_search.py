@@ -1,4 +1,4 @@
-"""The layout that is found, and what is said where there is none."""
+"""The search for a layout, and the advice where none fits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_layouts_divide_gpus_batch_and_experts() -> None:
     assert {layout.expert for layout in fixed} == {2} and {layout.recompute for layout in fixed} == {True}
 
 
-def test_the_fastest_that_fits_is_found() -> None:
+def test_search_finds_the_fastest_layout_that_fits() -> None:
     found = search(job(VARIANTS["mythos_1b"](), 8, length=512, batch_size=64))
     assert found.best is not None and found.sharded is not None
     assert found.best.memory.total <= found.best.job.room
@@ -40,9 +40,9 @@ def test_the_fastest_that_fits_is_found() -> None:
     assert small.step_seconds >= found.best.step_seconds
 
 
-def test_sharding_alone_cannot_train_the_largest_and_it_is_said_what_would() -> None:
+def test_would_fit_suggests_parallelism_if_sharding_alone_is_not_enough() -> None:
     cfg = VARIANTS["mythos_1t"]()
-    cfg.dense_dim = 21760  # whose parts are whole numbers, unlike those of 4/3 of dim
+    cfg.dense_dim = 21760  # divisible by the degrees, unlike 4/3 of dim
     asked = job(cfg, 1 << 15, length=1024, parallel=Degrees(expert=1, tensor=1))
     found = search(asked)
     assert found.best is None and found.sharded is found.least
@@ -67,7 +67,7 @@ def test_sharding_alone_cannot_train_the_largest_and_it_is_said_what_would() -> 
         (dict(loops=2, grad_loops=3), "grad_loops=3 of loops=2"),
     ],
 )
-def test_what_cannot_be_divided(settings: dict[str, Any], said: str) -> None:
+def test_indivisible_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError) as error:
         search(job(tiny_config(n_experts=4), 8, **settings))
     assert said in str(error.value)

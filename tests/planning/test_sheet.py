@@ -1,4 +1,4 @@
-"""What the sheet says against real models, torch's own count of memory, and arithmetic by hand."""
+"""The sheet of a plan, compared with real models, torch's own count of memory, and arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sheet(cfg: MythosConfig, gpus: int, layout: Layout, **settings: Any) -> Shee
 
 
 @pytest.mark.parametrize(("attn_type", "n_experts", "loops", "recompute"), CHECKED)
-def test_memory_is_what_torch_counts(attn_type: str, n_experts: int, loops: int, recompute: bool) -> None:
+def test_memory_matches_torchs_memory_tracker(attn_type: str, n_experts: int, loops: int, recompute: bool) -> None:
     cfg = MythosConfig(**SHAPE | {"attn_type": attn_type, "n_experts": n_experts})
     found = peak(cfg, world=8, rows=4, length=512, loops=loops, recompute=recompute)
     layout = Layout(shard=8, rows=4, recompute=recompute)
@@ -42,7 +42,7 @@ def test_memory_is_what_torch_counts(attn_type: str, n_experts: int, loops: int,
     assert said == pytest.approx(found, rel=0.1)
 
 
-def test_units_hold_all_parameters_and_are_blocks() -> None:
+def test_fsdp_units_are_blocks_and_hold_all_parameters() -> None:
     cfg = tiny_config(core_layers=2, n_experts=4)
     config, total = cfg.to_json(), parameters(cfg).total
     found = units(config)
@@ -76,7 +76,7 @@ def test_tensor_parallelism_divides_feed_forwards() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tensor_parallelism_divides_the_vocabulary_if_it_can(tied: bool) -> None:
+def test_tensor_parallelism_divides_the_vocabulary_if_divisible(tied: bool) -> None:
     cfg = tiny_config(dense_dim=18, expert_dim=12, n_shared_experts=1, vocab_size=24, tied_head=tied)
     whole, thirds = (units(cfg.to_json(), tensor)[0] for tensor in (1, 3))
     assert whole.name == "root" and whole.numel - thirds.numel == (2 - tied) * 24 * cfg.dim * 2 // 3
@@ -87,7 +87,7 @@ def test_tensor_parallelism_divides_the_vocabulary_if_it_can(tied: bool) -> None
     assert calls["statistics"] == (3, 2 * 2 * 8 * 4)
 
 
-def test_what_is_kept_of_a_width_in_three_is_as_measured_of_one_and_two() -> None:
+def test_activations_at_tensor_degree_3_are_extrapolated_exactly() -> None:
     cfg = MythosConfig(**SHAPE | {"expert_dim": 384, "dense_dim": 768})
     from open_mythos.planning.rank import measured
 
@@ -96,7 +96,7 @@ def test_what_is_kept_of_a_width_in_three_is_as_measured_of_one_and_two() -> Non
         assert said == pytest.approx(exact, rel=1e-6)
 
 
-def test_recomputation_keeps_states_and_takes_a_forward_pass() -> None:
+def test_recomputation_saves_activations_for_one_more_forward_pass() -> None:
     cfg = MythosConfig(**SHAPE)
     kept, again = (sheet(cfg, 8, Layout(shard=8, recompute=r), length=256, batch_size=8) for r in (False, True))
     deep = sheet(cfg, 8, Layout(shard=8, recompute=True), length=256, batch_size=8, loops=64)
@@ -107,7 +107,7 @@ def test_recomputation_keeps_states_and_takes_a_forward_pass() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("loops", [4, 16])
-def test_units_are_gathered_and_reduced_once_whatever_the_loops(loops: int, recompute: bool) -> None:
+def test_units_are_gathered_and_reduced_once_for_any_number_of_loops(loops: int, recompute: bool) -> None:
     cfg = tiny_config("gqa")
     layout = Layout(replicate=2, shard=4, accumulate=3, recompute=recompute)
     found = sheet(cfg, 8, layout, loops=loops, length=8, batch_size=24, precision="fp32").collectives
@@ -120,16 +120,16 @@ def test_units_are_gathered_and_reduced_once_whatever_the_loops(loops: int, reco
 
 
 def exchanges(cfg: MythosConfig, layout: Layout) -> tuple[dict[str, int], dict[str, float]]:
-    """Of 24 tokens in five loops, three with gradient: calls of each all-to-all, and bytes of one."""
+    """Calls of each all-to-all and bytes of one call, for 24 tokens in five loops, three of them with gradient."""
     settings: dict[str, Any] = dict(loops=5, grad_loops=3, length=8, batch_size=3 * layout.replicate, precision="fp32")
     found = [one for one in sheet(cfg, layout.gpus, layout, **settings).collectives if one.kind == "all_to_all"]
     return {one.of: one.count for one in found}, {one.of: one.bytes for one in found}
 
 
-def test_tokens_are_exchanged_twice_a_loop_and_twice_back() -> None:
+def test_experts_exchange_tokens_twice_per_loop_in_each_direction() -> None:
     cfg = tiny_config("gqa", n_experts=4, n_experts_per_tok=2)
     layout = Layout(replicate=2, expert=2, rows=3)
-    places = 2 - 2 / 6  # of six pairs of experts one is here and one is there
+    places = 2 - 2 / 6  # one of six pairs of experts is on this rank alone, one on the other
     row, result = 24 * 4 * (cfg.dim + 2 * 2), 24 * 4 * cfg.dim
     calls, bytes_of_one = exchanges(cfg, layout)
     assert calls == {"tokens": 5, "their gradients": 3, "results": 5 + 3}
@@ -139,14 +139,14 @@ def test_tokens_are_exchanged_twice_a_loop_and_twice_back() -> None:
     assert again == {"tokens": 8, "their gradients": 3, "results": 11}
 
 
-def test_between_many_processes_tokens_go_where_their_experts_are_and_their_numbers_before() -> None:
+def test_with_many_ranks_token_counts_are_exchanged_before_the_tokens() -> None:
     cfg = tiny_config("gqa", n_experts=8, n_experts_per_tok=1)
     calls, bytes_of_one = exchanges(cfg, Layout(replicate=4, expert=4, rows=3))
     assert calls["counts"] == 5 and bytes_of_one["counts"] == 4 * 16
     assert bytes_of_one["tokens"] == pytest.approx(24 * 4 * (cfg.dim + 2))
 
 
-def test_what_is_not_sharded_is_summed_in_one_call_a_group() -> None:
+def test_unsharded_gradients_are_summed_in_one_call_per_group() -> None:
     cfg = tiny_config("gqa")
     found = sheet(cfg, 4, Layout(replicate=4, expert=2), length=8, batch_size=4).collectives
     routed = sum(unit.numel for unit in units(cfg.to_json(), 1, 2) if unit.is_routed)
@@ -154,17 +154,17 @@ def test_what_is_not_sharded_is_summed_in_one_call_a_group() -> None:
     assert sums == {"replicate": 4 * (parameters(cfg).total - 2 * routed), "copies": 4 * routed}
 
 
-def test_operations_are_those_of_the_cost_functions() -> None:
+def test_flops_match_the_cost_functions() -> None:
     cfg = MythosConfig(**SHAPE)
     one = sheet(cfg, 4, Layout(replicate=4, rows=2), length=64, batch_size=8, loops=5, grad_loops=2)
     assert one.flops * 4 == pytest.approx(flops_per_trained_token(cfg, 5, 64, 2) * 8 * 64)
     halves = sheet(cfg, 4, Layout(replicate=2, tensor=2, rows=4), length=64, batch_size=8, loops=5, grad_loops=2)
     divided = 6 * cfg.dim * (cfg.shared_dim * (5 + 2 * 2) + (cfg.ffn_dim // 2 * 2) * 3 * 2 * (cfg.ffn_dim % 2 == 0))
-    divided += 6 * cfg.dim * cfg.vocab_size  # the head, whether it is the embedding's or not
+    divided += 6 * cfg.dim * cfg.vocab_size  # the head, tied or not
     assert halves.flops * 2 == pytest.approx(one.flops * 4 - divided / 2 * 8 * 64)
 
 
-def test_a_step_takes_what_binds_it() -> None:
+def test_step_time_follows_the_bottleneck() -> None:
     cfg = VARIANTS["mythos_1b"]()
     slow = Sheet(Job(cfg, 16, Settings(batch_size=16, length=512), interconnect="0.1"), Layout(shard=16))
     fast = Sheet(Job(cfg, 16, Settings(batch_size=16, length=512), interconnect="nvlink"), Layout(shard=16))

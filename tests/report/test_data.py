@@ -1,4 +1,4 @@
-"""What a page says is what the run's files and the model say."""
+"""The data of a report is that of the run's files and of the model."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def test_evaluation_and_training_curves_are_those_of_the_run(run):
     assert found["facts"][0] == ("parameters", f"{sum(p.numel() for p in runs.load_model(run).parameters()):,}")
 
 
-def test_the_exit_that_was_on_is_named_with_what_it_cost(run):
+def test_the_exit_used_is_named_with_its_cost(run):
     assert "; every position runs all loops." in gather(run)["grid"]["lead"]
     command = ["eval", str(run), "--loops", "1,8", "--examples", "3", "--exit", "change:9"]
     assert CliRunner().invoke(app, command).exit_code == 0
     found, evaluation = gather(run), Evaluation.load(run / "evaluation")
     assert evaluation.exit_in_words() in found["grid"]["lead"] and "change:9:1 loses" in found["grid"]["lead"]
     assert found["facts"][1][0].startswith("accuracy, exit change:9:1, 16 bits")
-    assert "at most 8 loops, the halting gate on." in found["example"]["lead"], "which the example always has"
+    assert "at most 8 loops, the halting gate on." in found["example"]["lead"], "the example always uses the gate"
 
 
-def test_long_training_curves_are_thinned_and_keep_both_ends(run):
+def test_long_training_curves_are_subsampled_and_keep_both_ends(run):
     lines = [{"step": step, "loss": 1.0, "skipped": 0} for step in range(1, 2001)]
     (run / runs.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = gather(run)["training"]["steps"]
@@ -66,7 +66,7 @@ def test_long_training_curves_are_thinned_and_keep_both_ends(run):
     assert "One line in 4 is shown." in gather(run)["training"]["lead"]
 
 
-def test_what_the_run_lacks_is_measured_or_left_out(tmp_path):
+def test_missing_results_are_measured_or_omitted(tmp_path):
     cfg = fabricate_run(tmp_path / "run", evaluated=False)
     (tmp_path / "run" / runs.METRICS).unlink()
     found = gather(tmp_path / "run")
@@ -75,10 +75,10 @@ def test_what_the_run_lacks_is_measured_or_left_out(tmp_path):
         cfg.evaluation.difficulties,
         cfg.evaluation.loops,
     )
-    assert not (tmp_path / "run" / runs.EVALUATION).exists(), "a report only reads"
+    assert not (tmp_path / "run" / runs.EVALUATION).exists(), "a report writes nothing into the run"
 
 
-def test_bits_per_byte_stand_in_for_the_grid(run):
+def test_bits_per_byte_are_shown_instead_of_the_grid(run):
     (run / runs.EVALUATION).write_text(json.dumps({"bits_per_byte": {"1": 2.5, "8": 2.0}}))
     found = gather(run)
     assert found["grid"] is None
@@ -87,19 +87,19 @@ def test_bits_per_byte_stand_in_for_the_grid(run):
     assert ("bits per byte, 8 loops", "2.0000") in found["facts"]
 
 
-def test_what_eval_measured_last_is_shown_if_it_is_the_runs_task(run):
+def test_the_latest_evaluation_is_shown_if_it_is_of_the_runs_task(run):
     own = gather(run)["grid"]["examples"]
     command = ["eval", str(run), "--loops", "1,2", "--difficulties", "8"]
     assert CliRunner().invoke(app, [*command, "--examples", "3"]).exit_code == 0
     shown = gather(run)["grid"]
     assert (shown["examples"], shown["loops"], shown["difficulties"]) == (3, [1, 2], [8]) and own != 3
-    os.utime(run / runs.EVALUATION)  # measured again by training
+    os.utime(run / runs.EVALUATION)  # as if training had measured it later
     assert gather(run)["grid"]["examples"] == own
     assert CliRunner().invoke(app, [*command, "--examples", "3", "--task", "prefix_sums"]).exit_code == 0
     assert gather(run)["grid"]["examples"] == own
 
 
-def test_comparison_is_found_in_the_run_and_beside_it(run):
+def test_a_comparison_is_found_in_the_run_or_beside_it(run):
     (run.parent / "compare.json").write_text(json.dumps(COMPARISON))
     assert gather(run)["baselines"]["seeds"] == [1]
     (run / "compare.json").write_text(json.dumps(COMPARISON | {"seeds": [2]}))
@@ -112,7 +112,7 @@ def test_comparison_is_found_in_the_run_and_beside_it(run):
         gather(run)
 
 
-def test_the_command_makes_the_same_config(run):
+def test_the_shown_command_reproduces_the_config(run):
     cfg = runs.training_config(run)
     (command,) = gather(run)["commands"]
     program, train, recipe, *assignments = command.split()
@@ -120,13 +120,13 @@ def test_the_command_makes_the_same_config(run):
     assert configured(recipe, assignments) == cfg
 
 
-def test_a_run_of_no_recipe_has_no_command(tmp_path):
+def test_a_run_without_a_recipe_has_no_command(tmp_path):
     fabricate_run(tmp_path / "run", recipe="mine")
     found = gather(tmp_path / "run")
     assert found["title"] == "mine: parity" and all(line.startswith("#") for line in found["commands"])
 
 
-def test_example_is_what_the_model_does():
+def test_the_example_shows_the_models_predictions():
     model, task = tiny_model(vocab_size=3, gate_bias=0.5), tasks.load("parity")
     example, experts = trace_example(model, task, 12, 4, seed=5)
     problems = task.batch(PROBLEMS, 12, torch.Generator().manual_seed(5))
@@ -146,14 +146,14 @@ def test_example_is_what_the_model_does():
     assert experts["share"][0] == pytest.approx((traced.expert_load[0] / traced.expert_load[0].sum()).tolist())
 
 
-def test_example_ends_where_all_have_halted():
+def test_the_example_ends_when_all_positions_have_halted():
     example, _ = trace_example(tiny_model(vocab_size=3, gate_bias=9.0), tasks.load("parity"), 6, 4)
     assert example["used"] == [1] * 6 and len(example["predictions"]) == len(example["gate"]) == 1
     example, _ = trace_example(tiny_model(vocab_size=3, halting=False), tasks.load("parity"), 6, 4)
     assert example["used"] == [4] * 6 and example["gate"] is None and not example["halting"]
 
 
-def test_positions_that_ask_nothing_and_padding_are_told_apart():
+def test_the_example_marks_unscored_positions_and_drops_padding():
     task = tasks.load("chain_sum")
     example, _ = trace_example(tiny_model(), task, 4, 2)
     assert example["targets"][:-1] == [None] * (len(example["tokens"]) - 1) and example["targets"][-1] is not None
@@ -172,7 +172,7 @@ def test_an_example_too_large_for_a_page_is_refused():
         trace_example(tiny_model(vocab_size=3), tasks.load("parity"), 20, MAX_CELLS)
 
 
-def test_default_example_is_harder_than_training_if_that_fits_a_screen(run):
+def test_the_default_example_is_harder_than_training_if_it_fits_a_screen(run):
     assert gather(run)["example"]["difficulty"] == 16
     cfg = runs.training_config(run)
     cfg.evaluation.difficulties = [8, 500]
@@ -181,7 +181,7 @@ def test_default_example_is_harder_than_training_if_that_fits_a_screen(run):
 
 
 @pytest.mark.parametrize("name", ["words-tiny", "text-tiny"])
-def test_a_shipped_models_page_has_the_figures_of_its_card_and_does_not_measure_them_again(name, monkeypatch):
+def test_a_report_of_a_shipped_model_uses_the_figures_of_its_card(name, monkeypatch):
     for measure in ("depth_grid", "bits_per_byte"):
         monkeypatch.setattr(f"open_mythos.report.data.{measure}", None)
     card, shown = json.loads((SHIPPED / name / FIGURES).read_text()), gather(name)

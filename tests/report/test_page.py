@@ -1,4 +1,4 @@
-"""The page is one file that needs nothing, runs nothing of the data, and draws itself."""
+"""The report page is one self-contained file that never executes its data, and a browser draws it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def scripts(page):
     return re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
 
 
-def test_nothing_in_the_data_becomes_markup(data, page):
+def test_data_is_escaped_and_never_becomes_markup(data, page):
     (attributes, embedded), (plain, _) = scripts(page)
     assert "application/json" in attributes and plain == ""
     assert json.loads(embedded) == json.loads(json.dumps(data)) and EVIL in data["title"]
@@ -62,7 +62,7 @@ def test_nothing_in_the_data_becomes_markup(data, page):
     assert page.count("<!--") == 0 and "\u2028" not in page.partition("<style>")[2]
 
 
-def test_nothing_is_loaded_from_anywhere(page):
+def test_the_page_loads_no_external_resources(page):
     assert not re.search(r"\b(src|href)=|@import|url\(|fetch\(|import\(", page)
     assert set(re.findall(r"https?://[^\"'\s]*", page)) == {"http://www.w3.org/2000/svg"}, "an SVG name, never fetched"
     assert "default-src 'none'" in page
@@ -81,13 +81,13 @@ def test_the_largest_page_stays_below_two_megabytes(data):
     assert len(render({**data, "example": data["example"] | example}).encode()) < 2_000_000
 
 
-def test_numbers_that_json_lacks_are_refused(data):
+def test_nan_in_the_data_is_refused(data):
     with pytest.raises(ValueError):
         render({**data, "facts": [float("nan")]})
 
 
 @pytest.mark.skipif(NODE is None, reason="needs node")
-def test_drawing_helpers():
+def test_chart_helper_functions():
     source = files("open_mythos.report").joinpath("charts.js").read_text()
     asked = """
     console.log(JSON.stringify([
@@ -109,7 +109,7 @@ def test_drawing_helpers():
 
 
 @pytest.mark.skipif(NODE is None, reason="needs node")
-def test_a_table_wider_than_its_place_says_what_is_left_out():
+def test_a_table_wider_than_the_page_says_how_much_is_hidden():
     sources = [files("open_mythos.report").joinpath(name).read_text() for name in ("charts.js", "page.js")]
     functions = re.search(r"^function outOfView.*?^}", sources[1], re.DOTALL | re.MULTILINE)[0]
     asked = """console.log(JSON.stringify([outOfView({ clientWidth: 800, scrollWidth: 800 }, 64),
@@ -121,7 +121,7 @@ def test_a_table_wider_than_its_place_says_what_is_left_out():
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser")
-def test_a_browser_draws_every_section_and_follows_the_keys(page, tmp_path):
+def test_a_browser_draws_every_section_and_handles_arrow_keys(page, tmp_path):
     press = """<script>
     const say = (key) => document.querySelector("#example [role=group][tabindex]").dispatchEvent(
       new KeyboardEvent("keydown", { key, bubbles: true }));
