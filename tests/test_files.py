@@ -85,7 +85,7 @@ def test_the_size_is_looked_at_before_a_file_is_read(tmp_path: Path) -> None:
 
 def test_what_is_no_ordinary_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe is not an ordinary file"):
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
         files.read_bytes(tmp_path / "pipe")
     with pytest.raises(OSError, match="nowhere"):
         files.read_bytes(tmp_path / "nowhere")
@@ -109,8 +109,8 @@ def test_links_out_of_a_folder_are_refused_but_for_those_of_a_hubs_cache(tmp_pat
     "content, message",
     [
         (b"{", "is not JSON"),
-        (b"[" * 100_000, "nested too deep"),
-        (b"\xff\xfe", "is not text in UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"[1]", "is a list; expected an object"),
         (b"3", "is 3; expected an object"),
         (b'{"b": 1}', "lacks 'a'"),
@@ -131,7 +131,7 @@ def test_a_wrong_shape_says_file_field_what_came_and_what_was_expected(tmp_path,
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", 3, None, ["a"], "C:a", "a\0"])
 def test_names_stay_in_their_folder(tmp_path: Path, name: object) -> None:
-    with pytest.raises(ValueError, match="which is not a file of its folder"):
+    with pytest.raises(ValueError, match="which is not a file in its folder"):
         files.inside(tmp_path, name, "index.json")
     assert files.inside(tmp_path, "a.b", "index.json") == tmp_path / "a.b"
 

@@ -94,7 +94,7 @@ def test_a_whole_run_is_said_to_be_and_what_is_damaged_is_named(tmp_path: Path) 
         assert done.exit_code == code, done.output
         return done.stdout
 
-    assert "is whole." in said(0) and "DAMAGED" not in said(0)
+    assert "is intact." in said(0) and "DAMAGED" not in said(0)
     for name in ("model/model.safetensors", "metrics.jsonl", "evaluation.json", "model/training.json", "config.json"):
         path = tmp_path / "run" / name
         whole = path.read_bytes()

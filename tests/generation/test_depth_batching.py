@@ -165,5 +165,5 @@ def test_what_does_not_fit(options, message):
 def test_models_that_have_no_rows_at_different_loops():
     with pytest.raises(ValueError, match=r"training mode.*eval\(\)"):
         DepthBatch(model_of().train())
-    with pytest.raises(ValueError, match="a block for each loop"):
+    with pytest.raises(ValueError, match="a separate block for each loop"):
         UnrolledMythos(model_of().cfg).eval().generate_many(PROMPTS[:1], 3)

@@ -97,7 +97,7 @@ def test_it_takes_turns_with_the_modules_on_one_cache(attn_type):
         at += n - cut
         engine.truncate(at)
     engine.truncate(at - ROLLBACK - 1)
-    with pytest.raises(ValueError, match=f"cut back by at most {ROLLBACK} tokens"):
+    with pytest.raises(ValueError, match=f"truncate by at most {ROLLBACK} tokens"):
         engine.step(text[:, :1])
     engine.truncate(0)
     for i in range(3):
@@ -244,9 +244,9 @@ def test_two_texts_at_a_time_and_a_pause_between_tokens(threads):
 @pytest.mark.parametrize(
     "change, depth, words",
     [
-        (lambda model: model.bfloat16(), Depth(4), "in float32, and the model is torch.bfloat16 on cpu"),
-        (lambda model: model.to("meta"), Depth(4), "CPU in float32, and the model is torch.float32 on meta"),
-        (lambda model: None, Depth(4, StableArgmax()), "knows the exits Gate and StateChange, not StableArgmax"),
+        (lambda model: model.bfloat16(), Depth(4), "in float32, but the model is torch.bfloat16 on cpu"),
+        (lambda model: model.to("meta"), Depth(4), "CPU in float32, but the model is torch.float32 on meta"),
+        (lambda model: None, Depth(4, StableArgmax()), "supports the exits Gate and StateChange, not StableArgmax"),
         (lambda model: setattr(model.recurrent, "act", OwnGate(32)), Depth(4, Gate()), "a gate that was replaced"),
         (lambda model: model.recurrent.act.register_forward_hook(print), Depth(4, Gate()), "a gate that was replaced"),
         (lambda model: setattr(model.recurrent.act, "forward", len), Depth(4, Gate()), "a gate that was replaced"),
@@ -270,13 +270,13 @@ def test_what_it_does_not_know_is_said(change, depth, words):
     "changes", [dict(router_score="softmax"), dict(recurrence="mixture"), dict(causal=False)], ids=str
 )
 def test_other_kinds_of_models_are_left_to_the_modules(changes):
-    assert "knows recurrence='injected'" in why_not(tiny_model(**changes), Depth(4), drafts=False)
+    assert "supports recurrence='injected'" in why_not(tiny_model(**changes), Depth(4), drafts=False)
 
 
 @needs_compiler
 def test_a_bridge_is_left_to_the_modules():
     model = tiny_model(bridge_dim=12)
-    assert why_not(model, Depth(4), drafts=False) == "it knows no bridge, and the model has bridge_dim=12"
+    assert why_not(model, Depth(4), drafts=False) == "it does not support a bridge, but the model has bridge_dim=12"
     ids = tokens(1, 5)
     assert torch.equal(
         model.generate(ids, 6, 4, temperature=0), model.generate(ids, 6, 4, temperature=0, engine="modules")
@@ -286,7 +286,7 @@ def test_a_bridge_is_left_to_the_modules():
 @needs_compiler
 def test_drafts_autocast_and_the_environment_are_reasons_as_well(monkeypatch):
     model = a_model()
-    assert "drafts come several at once" in why_not(model, Depth(4), drafts=True)
+    assert "drafts need several at once" in why_not(model, Depth(4), drafts=True)
     with torch.autocast("cpu"):
         assert "autocast" in why_not(model, Depth(4), drafts=False)
     monkeypatch.setenv("OPEN_MYTHOS_NATIVE", "0")
@@ -319,7 +319,7 @@ def compile_anew(monkeypatch, tmp_path):
         (None, "no C compiler was found"),
         (["false"], "no C compiler that works here: false says: exit status 1"),
         (["sh", "-c", "echo one >&2; echo 'x.c:1: fatal error: no math.h' >&2; echo three >&2; exit 1"], "no math.h"),
-        (["true"], "OPEN_MYTHOS_CACHE sets the folder"),  # which writes nothing
+        (["true"], "set OPEN_MYTHOS_CACHE to keep it in another folder"),  # which writes nothing
     ],
 )
 def test_without_a_compiler_generation_goes_on_and_says_so_once(command, words, compile_anew, monkeypatch, caplog):
@@ -338,7 +338,7 @@ def test_without_a_compiler_generation_goes_on_and_says_so_once(command, words, 
 def test_python_without_its_c_is_told(compile_anew, monkeypatch, tmp_path):
     """As in a folder for transformers."""
     monkeypatch.setattr(build, "SOURCE", tmp_path / "decode.c")
-    assert why_not(a_model(), Depth(4), drafts=False) == "decode.c did not come along; it is in the installed package"
+    assert why_not(a_model(), Depth(4), drafts=False) == "decode.c is missing; it comes only with the installed package"
 
 
 @needs_compiler
@@ -359,7 +359,7 @@ def test_code_is_not_kept_where_others_may_write(monkeypatch, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "open_mythos"):
         assert build._folder() != tmp_path
     (said,) = [record.getMessage() for record in caplog.records]
-    assert str(tmp_path) in said and "others may write to it" in said
+    assert str(tmp_path) in said and "others can write to it" in said
 
 
 @needs_compiler

@@ -147,7 +147,7 @@ def test_an_error_of_a_process_is_ours(tmp_path: Path, texts: str, monkeypatch: 
 
     with pytest.raises(ValueError, match="no such token"):
         filling._answer(Pipe(ValueError("no such token")))  # type: ignore[arg-type]
-    with pytest.raises(MemoryError, match="a process that tokenised was ended"):
+    with pytest.raises(MemoryError, match="a tokenising process was killed"):
         filling._answer(Pipe(None))  # type: ignore[arg-type]
 
 

@@ -81,7 +81,7 @@ def test_a_pretrained_tokenizer_keeps_its_numbers_and_is_lossless(pretrained: Pa
 def test_pretrained_tokenizers_that_will_not_do(pretrained: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer='nowhere'; use .* or a folder with a tokenizer\.json"):
         tokenizer("nowhere", [])
-    with pytest.raises(ValueError, match="neither of byte-level BPE nor of SentencePiece"):
+    with pytest.raises(ValueError, match="neither byte-level BPE nor SentencePiece"):
         tokenizer(str(pretrained / "words"), [])
 
 
@@ -139,7 +139,7 @@ def test_any_byte_level_tokenizer_of_hugging_face_will_do(tmp_path: Path) -> Non
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|none|>"}))
     with pytest.raises(ValueError, match=r"tokenizer.json cannot be used: its vocabulary has no '<|none|>'"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer.json is missing, so nothing says how text becomes tokens"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is missing, so text cannot be tokenised"):
         load(tmp_path / "nowhere")
 
 
@@ -182,7 +182,7 @@ def test_a_word_that_is_not_known_is_named_with_the_nearest(word: str, near: str
 
 @pytest.mark.parametrize("word", ["<end>", "@", "您好"])
 def test_what_is_like_no_word_is_told_the_marks_there_are(word: str) -> None:
-    with pytest.raises(ValueError, match=r"there is no word .* here; beside words there are \? \. , : 's"):
+    with pytest.raises(ValueError, match=r"there is no word .* here; besides words there are \? \. , : 's"):
         of_words().encode([f"Ana has a {word}."])
 
 
@@ -202,7 +202,7 @@ def test_words_come_back_from_their_file_and_others_read_it(tmp_path: Path, ends
     with pytest.raises(Exception, match="Missing"):
         theirs.encode("Ana rides.")
     (tmp_path / "tokenizer.json").write_text(words.to_json().replace('"key": ', '"key": 9'))
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: its tokens are not 0, 1, 2 and so on"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: its token ids are not 0, 1, 2 and so on"):
         load(tmp_path)
 
 

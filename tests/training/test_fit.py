@@ -235,7 +235,7 @@ def test_a_run_that_is_not_finite_ends_with_its_metrics_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, 3, 4)
-    with pytest.raises(TrainingError, match="2 steps in a row were not finite, up to step 5"):
+    with pytest.raises(TrainingError, match="2 steps in a row had non-finite loss or gradient, up to step 5"):
         fit(tiny_run("max_bad_steps=2"), tmp_path, watch=quiet())
     assert [line["loss"] is None for line in metrics(tmp_path)] == [False] * 3 + [True] * 2
 
@@ -248,7 +248,8 @@ def test_a_saved_model_reads_longer_prompts_if_it_is_stretched(tmp_path: Path) -
     assert (a.cfg.rope_factor, b.cfg.rope_factor) == (1.0, 2.0)
     assert not torch.equal(a.embed.weight, b.embed.weight), "training was not stretched"
     with pytest.raises(
-        ValueError, match=r"stretch=2 sets model\.rope_factor after training, and it is 3; use 1 for it"
+        ValueError,
+        match=r"stretch=2 sets model\.rope_factor after training, but it is already 3; use model\.rope_factor=1",
     ):
         tiny_run("stretch=2", "model.rope_factor=3")
 
@@ -274,4 +275,4 @@ def test_a_warmup_that_never_ends_is_told(tmp_path: Path, warmup: int, says: boo
     fit(tiny_run(f"optim.warmup={warmup}"), tmp_path / "run", watch=quiet(said))
     told = [line for line in said if "optim.warmup" in line]
     assert bool(told) == says
-    assert not told or f"the learning rate rises to {12 / warmup:.0%} of optim.lr" in told[0]
+    assert not told or f"the learning rate rises only to {12 / warmup:.0%} of optim.lr" in told[0]

@@ -29,5 +29,5 @@ def test_its_gate_is_not_taught_apart():
     with pytest.raises(ValueError, match=r"gate.steps=9 .*use gate.steps=0"):
         tiny_run(*MIXTURE, "gate.steps=9")
     model = Trainer(tiny_run(*MIXTURE)).model
-    with pytest.raises(ValueError, match=r"recurrence='mixture' .*trained with it"):
+    with pytest.raises(ValueError, match=r"recurrence='mixture' .*trained with the model"):
         train_gate(model, tasks.load("parity"), GateConfig(), 2, 4, torch.Generator())

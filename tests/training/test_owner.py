@@ -52,7 +52,7 @@ def test_of_several_that_start_at_once_one_owns_the_folder(tmp_path: Path) -> No
     for _ in range(20):
         said, refused = at_once(tmp_path)
         assert len(said) == 1 and len(refused) == 7
-    assert f"{tmp_path} is written to by process {os.getpid()} of " in refused[0] and "stop it, or choose" in refused[0]
+    assert f"{tmp_path} is in use by process {os.getpid()} of " in refused[0] and "stop it, or choose" in refused[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -64,7 +64,7 @@ def test_a_dead_process_is_not_waited_for(tmp_path: Path) -> None:
     said: list[str] = []
     with owned(tmp_path, said.append):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    assert len(said) == 1 and f"process {dead.pid} of " in said[0] and "it is taken over" in said[0]
+    assert len(said) == 1 and f"process {dead.pid} of " in said[0] and "taking it over" in said[0]
     for _ in range(20):
         lock(tmp_path, process=dead.pid)
         assert len(at_once(tmp_path)[0]) == 1
@@ -90,7 +90,7 @@ def test_another_process_with_the_number_of_a_dead_one_does_not_own_its_folders(
 
 def test_another_machines_lock_is_respected(tmp_path: Path) -> None:
     lock(tmp_path, host="elsewhere")
-    with pytest.raises(ValueError, match=rf"of elsewhere, since .*if that has ended, remove {tmp_path / LOCK}"):
+    with pytest.raises(ValueError, match=rf"of elsewhere, since .*if that process has ended, remove {tmp_path / LOCK}"):
         fit(tiny_run(), tmp_path, watch=quiet())
     (tmp_path / LOCK).write_text('{"host": ')
     with pytest.raises(ValueError, match=f"lock is not JSON.*remove {tmp_path / LOCK}"):
@@ -120,4 +120,4 @@ def test_while_a_run_is_written_to_it_is_read_and_nobody_else_writes(tmp_path: P
             ("demo", "--steps", 1, "--out", run),
         ):
             done = mythos(*words)
-            assert done.exit_code == 2 and "is written to by process" in done.output, done.output
+            assert done.exit_code == 2 and "is in use by process" in done.output, done.output

@@ -90,7 +90,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path: Path, whol
     assert left_with(number, left.value)
     saved = tmp_path / "stopped/checkpoints/step_00000006"
     name = signal.Signals(number).name
-    assert said == [f"stopped by {name}; {saved} is saved; go on from it with mythos again"]
+    assert said == [f"stopped by {name}; {saved} is saved; continue from it with mythos again"]
     assert saved.is_dir() and not (tmp_path / "stopped" / LOCK).exists()
     assert [signal.getsignal(each) for each in SIGNALS] == before
     fit(tiny_run(), tmp_path / "stopped", "auto", quiet())
@@ -139,7 +139,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_run(), tmp_path, watch=asking(signal.SIGINT, 6, said, times=2))
     assert said == [
-        f"stopped by SIGINT; {tmp_path / 'checkpoints/step_00000004'} is saved; go on from it with mythos again"
+        f"stopped by SIGINT; {tmp_path / 'checkpoints/step_00000004'} is saved; continue from it with mythos again"
     ]
 
 
@@ -155,7 +155,7 @@ def test_before_and_after_training_there_is_no_step_to_wait_for(
     if stage == "Trainer":
         assert said == ["stopped by SIGHUP; nothing was saved"] and not (tmp_path / "run").exists()
     else:
-        assert "step_00000012 is saved; go on from it with mythos again" in said[0]
+        assert "step_00000012 is saved; continue from it with mythos again" in said[0]
 
 
 def test_what_is_ignored_stays_so_and_other_threads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,10 +188,10 @@ def test_torchrun_is_stopped_or_its_processes_killed_and_goes_on_bit_for_bit(tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     saved = tmp_path / "stopped/checkpoints/step_00000007"  # step 6 had ended, and the next one's end tells all
-    assert f"stopped by SIGTERM; {saved} is saved; go on from it with mythos again" in done.stdout.splitlines()
+    assert f"stopped by SIGTERM; {saved} is saved; continue from it with mythos again" in done.stdout.splitlines()
     assert f"resuming from {saved}" in done.stdout.splitlines()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    assert done.stdout.count("which has ended without a word: it is taken over") == 1
+    assert done.stdout.count("which has ended without releasing it: taking it over") == 1
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -206,7 +206,7 @@ def test_the_command_that_is_said_under_torchrun_goes_on_bit_for_bit(tmp_path: P
     victim.send_signal(number)
     output, _ = victim.communicate(timeout=60)
     (line,) = [line for line in output.splitlines() if f"stopped by {signal.Signals(number).name}" in line]
-    command = shlex.split(line.partition("go on from it with ")[2])
+    command = shlex.split(line.partition("continue from it with ")[2])
     assert command[:5] == ["torchrun", *torchrun[-4:]] and command[5:] == [
         *words, "--out", str(run), "--resume", "auto",
     ]  # fmt: skip
@@ -236,7 +236,7 @@ def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
     output, _ = victim.communicate(timeout=60)
     assert victim.returncode == 143, output
     (line,) = [line for line in output.splitlines() if "stopped by SIGTERM" in line]
-    command = shlex.split(line.partition("go on from it with ")[2])
+    command = shlex.split(line.partition("continue from it with ")[2])
     assert command[0] == "mythos" and command[1:] == [*words, "--resume", "auto"]
     step = int(line.partition("step_")[2][:8])
     said: list[str] = []
@@ -244,5 +244,5 @@ def test_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
         patch.setattr("open_mythos.cli.watch.live_line", lambda numbers, steps: said.append(numbers) or "")
         patch.setattr(Trainer, "check_going", lambda *args: signal.raise_signal(signal.SIGINT))
         done = CliRunner().invoke(app, command[1:])
-    assert done.exit_code == 130 and "go on from it with mythos train" in done.output, done.output
+    assert done.exit_code == 130 and "continue from it with mythos train" in done.output, done.output
     assert said[0]["step"] == step + 1

@@ -147,7 +147,9 @@ def test_too_many_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         trainer.check_going(trainer.step())
     result = trainer.step()
-    with pytest.raises(TrainingError, match=r"2 steps in a row were not finite, up to step 4 .loss nan.*lower optim"):
+    with pytest.raises(
+        TrainingError, match=r"2 steps in a row had non-finite loss or gradient, up to step 4 .loss nan.*lower optim"
+    ):
         trainer.check_going(result)
 
 
@@ -182,5 +184,5 @@ def test_text_that_has_too_little_to_be_evaluated_on_is_refused_before_training(
         f"task.options.source={tmp_path}", "model.dim=16", "task.min_difficulty=8", "task.max_difficulty=8",
         "evaluation.difficulties=4000", "gate.steps=0",
     ])  # fmt: skip
-    with pytest.raises(ValueError, match="text counts tokens, from 1 to"):
+    with pytest.raises(ValueError, match="the difficulty of text is its number of tokens, from 1 to"):
         Trainer(cfg)

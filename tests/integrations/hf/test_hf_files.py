@@ -85,7 +85,7 @@ def test_shipped_models_and_new_heads():
 @pytest.mark.parametrize("edit, said", [
     (dict(depth_of_tomorrow=3), "unknown config field 'depth_of_tomorrow'.*newer open_mythos.*git pull"),
     (dict(format_version=2), "format_version=2: a newer open_mythos.*git pull"),
-    (dict(dim=33), "dim=33 does not divide"),
+    (dict(dim=33), "dim=33 is not divisible"),
     (dict(model_type="llama"), "model_type='llama' is another kind of model"),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_is_named(saved, edit, said):
@@ -113,7 +113,7 @@ def test_weights_of_another_model_are_named(saved, tmp_path):
 def test_damaged_and_missing_files_are_named(saved):
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[:500])
-    with pytest.raises(CheckpointError, match=r"the weights in .* are truncated or no safetensors file .*save them"):
+    with pytest.raises(CheckpointError, match=r"the weights in .* are truncated or not a safetensors file .*save them"):
         AutoModelForCausalLM.from_pretrained(saved)
     (saved / "config.json").unlink()
     with pytest.raises(OSError, match=r"config\.json is missing; download or save it again"):
@@ -160,13 +160,15 @@ def test_int8_weights_are_not_saved(tmp_path):
     from open_mythos.quantization import quantize_int8
 
     lm = OpenMythosForCausalLM.wrap(quantize_int8(tiny_model()))
-    with pytest.raises(CheckpointError, match="Int8Weight, which cannot be saved; save the model before it is"):
+    with pytest.raises(CheckpointError, match="Int8Weight, which cannot be saved; save the model before converting"):
         lm.save_pretrained(tmp_path)
 
 
 def test_a_place_that_is_not_there_is_named(tmp_path):
     for name in ("someone/some-model", "parity-tinny"):
-        with pytest.raises(OSError, match=rf"{name} is no folder, .*parity-tiny.*did not come from the .*Hub; check"):
+        with pytest.raises(
+            OSError, match=rf"{name} is neither a folder .*parity-tiny.*could not be downloaded from the .*Hub; check"
+        ):
             OpenMythosForCausalLM.from_pretrained(name)
     with pytest.raises(OSError, match=r"nowhere does not exist"):
         OpenMythosForCausalLM.from_pretrained(tmp_path / "nowhere")

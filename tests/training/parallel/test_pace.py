@@ -13,7 +13,9 @@ def said(*own: float, step: float = 1.0) -> str:
 
 
 def test_one_that_needs_much_longer_is_named() -> None:
-    assert said(0.2, 0.5, 0.2, 0.2).startswith("process 1 is slow: alone it needed 25 s of the last 50 steps' 50 s")
+    assert said(0.2, 0.5, 0.2, 0.2).startswith(
+        "process 1 is slow: the last 50 steps took 50 s, of which its own work was 25 s"
+    )
     assert said(0.5, 0.2).startswith("process 0 is slow")
 
 
