@@ -141,7 +141,9 @@ def test_text_with_an_exit_is_compared_with_all_loops(tmp_path: Path) -> None:
 
 def test_text_has_no_seeds() -> None:
     done = run_eval("text-tiny", "--seeds", "0")
-    assert done.exit_code == 2 and "--seeds 0: text is measured on windows" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "--seeds 0: text is measured on evenly spaced windows" in " ".join(
+        done.output.split()
+    )
 
 
 def test_without_matplotlib_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

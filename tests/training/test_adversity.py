@@ -139,7 +139,7 @@ def test_memory_that_is_full_is_said(
         return call(*args)
 
     monkeypatch.setattr(Objective, "__call__", full)
-    with pytest.raises(TrainingError, match=rf"out of memory \({error}.*step_00000004 is saved; go on from it"):
+    with pytest.raises(TrainingError, match=rf"out of memory \({error}.*step_00000004 is saved; continue from it"):
         fit(tiny_run(), tmp_path / "run", watch=quiet())
     fit(tiny_run(), tmp_path / "run", "auto", quiet())
     assert_same_run(tmp_path / "run", whole)

@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(override: str, messa
 
 def test_a_gate_is_taught_no_easier_problems_than_the_model() -> None:
     low = tiny_run().task.min_difficulty
-    with pytest.raises(ValueError, match=f"gate.max_difficulty={low - 1} is below task.min_difficulty={low}; use 0"):
+    with pytest.raises(ValueError, match=f"gate.max_difficulty={low - 1} is below task.min_difficulty={low}; raise it"):
         tiny_run("gate.steps=2", f"gate.max_difficulty={low - 1}")
 
 

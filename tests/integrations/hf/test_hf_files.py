@@ -84,7 +84,7 @@ def test_shipped_models_and_new_heads():
 
 @pytest.mark.parametrize("edit, said", [
     (dict(depth_of_tomorrow=3), "unknown config field 'depth_of_tomorrow'.*newer open_mythos.*git pull"),
-    (dict(format_version=2), "format_version=2: a newer open_mythos.*git pull"),
+    (dict(format_version=2), "format_version=2: this config was written by a newer open_mythos.*git pull"),
     (dict(dim=33), "dim=33 is not divisible"),
     (dict(model_type="llama"), "model_type='llama' is another kind of model"),
 ])  # fmt: skip
