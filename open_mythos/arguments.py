@@ -141,5 +141,5 @@ def _words(kind: Any) -> str:
         return "a class"
     name = getattr(origin or kind, "__name__", str(kind))
     name = {"Callable": "function"}.get(name, name.lower() if origin in _ROWS else name)
-    of = f" of which each is {_words(parts[0])}" if origin in _ROWS and parts else ""
+    of = f" in which each item is {_words(parts[0])}" if origin in _ROWS and parts else ""
     return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}{of}"

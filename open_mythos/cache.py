@@ -106,8 +106,8 @@ class CacheSlot:
         start = max(at - n, 0)
         if start < self._raw_start or at - start > self._raw.shape[1]:
             raise ValueError(
-                f"the cache was cut back to {at} tokens, and raw rows are kept from {self._raw_start} on; "
-                f"cut back by at most {ROLLBACK} tokens, or start a new cache"
+                f"the cache was truncated to {at} tokens, but convolution inputs are kept only from "
+                f"{self._raw_start} on; truncate by at most {ROLLBACK} tokens, or start a new cache"
             )
         return start
 
@@ -335,7 +335,7 @@ class KVCache(Cache):
         """
         if not 0 <= length <= self.length:
             raise ValueError(
-                f"cannot cut a cache of {self.length} tokens to {length}; use a length of 0 to {self.length}"
+                f"cannot truncate a cache of {self.length} tokens to {length}; use a length of 0 to {self.length}"
             )
         if length == 0:
             return self.reset()

@@ -70,8 +70,8 @@ def check_plain(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if type(tensor) is not Tensor:
             raise CheckpointError(
-                f"{name} is of {type(tensor).__name__}, which cannot be saved; save the model before it is converted, "
-                f"and convert it again once loaded"
+                f"{name} has type {type(tensor).__name__}, which cannot be saved; save the model before converting its "
+                f"weights, and convert them again after loading"
             )
 
 
@@ -160,12 +160,13 @@ def _judged(
     for field in cls.LAYERS:  # checked before that many modules are made
         if getattr(cfg, field) > len(shapes):
             raise CheckpointError(
-                f"{config_path} asks for {field}={getattr(cfg, field)}, but {weights_path} has {len(shapes)} tensors"
+                f"{config_path} has {field}={getattr(cfg, field)}, but {weights_path} only {len(shapes)} tensors; use "
+                f"the config that these weights were saved with"
             )
     if cfg.max_loop_iters > MOST_LOOPS:  # the LoRA table has a row for each
         raise CheckpointError(
-            f"{config_path} asks for max_loop_iters={cfg.max_loop_iters}; at most {MOST_LOOPS} are read from a file, "
-            f"and model.cfg.max_loop_iters may be changed after"
+            f"{config_path} has max_loop_iters={cfg.max_loop_iters}; a file may have at most {MOST_LOOPS}, and "
+            f"model.cfg.max_loop_iters can be raised after loading"
         )
     try:
         model = without_storage(cls, cfg)
@@ -187,7 +188,9 @@ def without_storage(cls: type[Loaded], cfg: MythosConfig) -> Loaded:
     except (RuntimeError, OverflowError, TypeError) as error:
         sizes = {name: value for name, value in cfg.to_dict().items() if isinstance(value, int)}
         largest = max(sizes, key=sizes.__getitem__)
-        raise ValueError(f"sizes that cannot be, such as {largest}={sizes[largest]}; use smaller ones") from error
+        raise ValueError(
+            f"sizes too large for any tensor, such as {largest}={sizes[largest]}; use smaller ones"
+        ) from error
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -214,8 +217,8 @@ def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
     if expected != found:
         lacks, extra = sorted(expected - found), sorted(found - expected)
         parts = [
-            f"{word} {len(names)} tensors such as {names[0]!r}"
-            for word, names in (("lacks", lacks), ("has", extra))
+            f"{word} tensors such as {names[0]!r}"
+            for word, names in ((f"lacks {len(lacks)}", lacks), (f"has {len(extra)} unexpected", extra))
             if names
         ]
         raise CheckpointError(

@@ -122,7 +122,7 @@ class MythosConfig(Checked):
         super().validate()
         must(
             self.dim % self.n_heads == 0,
-            f"dim={self.dim} does not divide by n_heads={self.n_heads}; "
+            f"dim={self.dim} is not divisible by n_heads={self.n_heads}; "
             f"use a multiple of {self.n_heads} for dim, or a divisor of {self.dim} for n_heads",
         )
         must(
@@ -133,13 +133,13 @@ class MythosConfig(Checked):
         if self.attn_type == "gqa":
             must(
                 self.head_dim % 2 == 0,
-                f"dim={self.dim} over n_heads={self.n_heads} gives heads of {self.head_dim}, and rotary embedding "
-                f"needs an even head size; change dim or n_heads",
+                f"dim={self.dim} / n_heads={self.n_heads} gives a head size of {self.head_dim}, but rotary embedding "
+                f"needs an even one; change dim or n_heads",
             )
         else:
             must(
                 self.qk_rope_head_dim % 2 == 0,
-                f"qk_rope_head_dim={self.qk_rope_head_dim} is odd, and rotary embedding turns pairs of channels; "
+                f"qk_rope_head_dim={self.qk_rope_head_dim} is odd, but rotary embedding rotates pairs of channels; "
                 f"use {self.qk_rope_head_dim + 1} or another even size",
             )
         must(
@@ -149,7 +149,7 @@ class MythosConfig(Checked):
         )
         must(
             self.loop_index_dim <= self.dim,
-            f"loop_index_dim={self.loop_index_dim} is more than dim={self.dim}; use 0 for none",
+            f"loop_index_dim={self.loop_index_dim} is more than dim={self.dim}; use at most dim, or 0 for none",
         )
         if self.recurrence == "mixture":
             self._check_mixture()
@@ -162,12 +162,12 @@ class MythosConfig(Checked):
         )
         must(
             self.state_noise == 0 and self.state_init != "noise",
-            f"state_noise={self.state_noise:g} and state_init={self.state_init!r}, but recurrence='mixture' has no "
-            f"noise on its states; use 0, and 'input' or 'zero'",
+            f"state_noise={self.state_noise:g} and state_init={self.state_init!r}, but recurrence='mixture' adds no "
+            f"noise to its states; use state_noise=0, and state_init='input' or 'zero'",
         )
         must(
             self.bridge_dim == 0,
-            f"bridge_dim={self.bridge_dim}, but the loops of recurrence='mixture' do not read through a bridge; use 0",
+            f"bridge_dim={self.bridge_dim}, but recurrence='mixture' has no bridge between its loops; use bridge_dim=0",
         )
 
     # -- files
@@ -236,11 +236,11 @@ def model_fields(data: dict[str, Any], also: frozenset[str] = frozenset()) -> di
     must(
         kind == MODEL_TYPE,
         f"model_type={kind!r} is another kind of model, not {MODEL_TYPE!r}; load it with transformers' "
-        f"AutoModelForCausalLM, or make a recurrent-depth model of a Llama: mythos retrofit",
+        f"AutoModelForCausalLM, or convert a Llama to a recurrent-depth model with mythos retrofit",
     )
     must(
         isinstance(version, int) and version <= FORMAT_VERSION,
-        f"format_version={version!r}: a newer open_mythos wrote this config, and this one reads up to "
+        f"format_version={version!r}: this config was written by a newer open_mythos, and this one reads only up to "
         f"{FORMAT_VERSION}; {UPDATE}",
     )
     known = [field.name for field in fields(MythosConfig)]

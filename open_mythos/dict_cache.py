@@ -106,7 +106,7 @@ def as_cache(kv_cache: Cache | dict[str, Any] | None) -> Cache | None:
             part, ndim = ("valid", 2) if name == PADDING_SLOT else ("rows", 4)
             is_slot = isinstance(held, dict) and all(isinstance(x, Tensor) for x in held.values())
             is_slot = is_slot and part in held and held[part].ndim == ndim
-            must(is_slot, f"kv_cache[{name!r}] is nothing that this model wrote; pass an empty dict, or a KVCache")
+            must(is_slot, f"kv_cache[{name!r}] was not written by this model; pass an empty dict, or a KVCache")
         return DictCache(kv_cache)
     raise ValueError(f"kv_cache is a {type(kv_cache).__name__}; pass a KVCache, a dict, or None")
 
@@ -122,8 +122,8 @@ def whole(cache: Cache, n_new: int, append: Callable[[], Result]) -> Result:
         try:
             must(
                 vars(cache).setdefault("_call", mine) is mine,  # setdefault is atomic across threads
-                "kv_cache belongs to another call, which runs in another thread or was interrupted as it ended; use a "
-                "cache for each text, or reset() this one",
+                "kv_cache is in use by another call, which is running in another thread or was interrupted; use a "
+                "separate cache for each text, or reset() this one",
             )
             put_back = cache.snapshot(n_new)
             return append()

@@ -132,7 +132,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """ "did you mean 'x'?", or all known names if none is similar."""
     names = list(known)
     similar = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {similar[0]!r}?" if similar else f"known are {', '.join(names)}"
+    return f"did you mean {similar[0]!r}?" if similar else f"choose from {', '.join(names)}"
 
 
 _TYPES = {list: "a list; use integers, as in [1, 2]", bool: "a bool; use True or False", str: "a string"}

@@ -122,7 +122,7 @@ def opened(path: Path) -> BinaryIO:
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ValueError(f"{path} is not an ordinary file")
+        raise ValueError(f"{path} is not a regular file")
     return file
 
 
@@ -136,7 +136,7 @@ def read_bytes(path: Path, most: int = MOST) -> bytes:
     """
     with opened(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
-            raise ValueError(f"{path} has {size:,} bytes, but at most {most:,} are read of such a file")
+            raise ValueError(f"{path} has {size:,} bytes, but at most {most:,} are read from such a file")
         return file.read(most)
 
 
@@ -145,7 +145,7 @@ def read_text(path: Path, most: int = MOST) -> str:
     try:
         return read_bytes(path, most).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def read_json(path: Path, shape: Any = dict, most: int = MOST) -> Any:
@@ -158,7 +158,7 @@ def parse_json(text: str | bytes, name: str, shape: Any = dict) -> Any:
     try:
         data = json.loads(text)
     except RecursionError:
-        raise ValueError(f"{name} is not JSON that can be read: it is nested too deep") from None
+        raise ValueError(f"{name} is JSON that is nested too deeply to be read") from None
     except ValueError as error:
         raise ValueError(f"{name} is not JSON ({error})") from error
     return shaped(data, shape, name)
@@ -211,7 +211,7 @@ def real(path: Path) -> Path:
 def inside(folder: Path, name: Any, by: str) -> Path:
     """The file ``name`` directly in ``folder``, as ``by`` refers to it; ValueError for a name that leads out of it."""
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0:"):
-        raise ValueError(f"{by} names {name!r:.60}, which is not a file of its folder")
+        raise ValueError(f"{by} names {name!r:.60}, which is not a file in its folder")
     return own(folder / name)
 
 
@@ -226,5 +226,5 @@ def own(path: Path) -> Path:
     folder, place = real(path.parent), real(path)
     is_blob = place.parent.name == "blobs" and folder.is_relative_to(place.parent.parent)
     if not place.is_relative_to(folder) and not is_blob:
-        raise ValueError(f"{path} is a link out of its folder, to {place}; put the file itself there")
+        raise ValueError(f"{path} is a link out of its folder, to {place}; replace it with the file itself")
     return path

@@ -27,14 +27,14 @@ def check_range(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> 
         return
     low, high = int(input_ids.min()), int(input_ids.max())
     bad = low if low < 0 else high
-    must(0 <= bad < vocab_size, f"{name} holds {bad}; tokens of this model are 0 to {vocab_size - 1}")
+    must(0 <= bad < vocab_size, f"{name} holds {bad}; token ids of this model are 0 to {vocab_size - 1}")
 
 
 def check_input(cfg: MythosConfig, input_ids: Any, name: str = "input_ids") -> None:
     """ValueError unless ``input_ids`` are tokens of the model, (B, T), or embeddings, (B, T, dim)."""
     if isinstance(input_ids, Tensor) and input_ids.is_floating_point() and input_ids.ndim == 3:
         is_right = input_ids.numel() > 0 and input_ids.shape[2] == cfg.dim
-        must(is_right, f"{name}: embeddings are {tuple(input_ids.shape)}; use (batch, tokens, {cfg.dim})")
+        must(is_right, f"{name}: embeddings have shape {tuple(input_ids.shape)}; use (batch, tokens, {cfg.dim})")
     else:
         check_ids(input_ids, name)
         check_range(input_ids, cfg.vocab_size, name)
@@ -45,7 +45,7 @@ def check_left_padding(attention_mask: Tensor | None, input_ids: Tensor) -> None
     if attention_mask is None:
         return
     shapes = tuple(attention_mask.shape), tuple(input_ids.shape[:2])
-    must(shapes[0] == shapes[1], f"attention_mask is {shapes[0]}; use {shapes[1]}, 0 at padding")
+    must(shapes[0] == shapes[1], f"attention_mask has shape {shapes[0]}; use {shapes[1]}, with 0 at padding")
     if attention_mask.bool().int().diff(dim=1).lt(0).any():
         raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
 
@@ -55,16 +55,16 @@ def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int, nam
     check_input(cfg, input_ids, name)
     must(
         cfg.causal,
-        "the model was built with causal=False and sees tokens to come, so it cannot generate; use causal=True",
+        "the model was built with causal=False and attends to later tokens, so it cannot generate; use causal=True",
     )
     limit = cfg.max_output_tokens
     must(0 <= max_new_tokens <= limit, f"max_new_tokens={max_new_tokens}; use 0 to max_output_tokens={limit}")
     T, limit, room = input_ids.shape[1], cfg.max_seq_len, cfg.max_text_len
-    fix = f"ask for at most {room - T}" if room > T else "shorten the prompt"
+    fix = f"use max_new_tokens={room - T} or less" if room > T else "shorten the prompt"
     must(
         T + max(max_new_tokens, 1) <= room,
-        f"{T} prompt tokens and max_new_tokens={max_new_tokens} make {T + max_new_tokens}; there is room for {room} "
-        f"(max_seq_len={limit}, and the last one is not read); {fix} or raise max_seq_len in the model's config",
+        f"{T} prompt tokens and max_new_tokens={max_new_tokens} make {T + max_new_tokens}, but only {room} fit "
+        f"(max_seq_len={limit}; the last new token is not fed back); {fix}, or raise max_seq_len in the model's config",
     )
 
 
@@ -91,7 +91,7 @@ def end_tokens(eos_token_id: int | tuple[int, ...] | None, vocab_size: int) -> t
     for end in ends:
         must(
             0 <= end < vocab_size,
-            f"eos_token_id={eos_token_id}; use tokens of this model, 0 to {vocab_size - 1}, or None",
+            f"eos_token_id={eos_token_id}; use token ids of this model, 0 to {vocab_size - 1}, or None",
         )
     return ends
 
@@ -100,5 +100,5 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
     """ValueError for a generator of another device than ``device``, which tokens are drawn on."""
     must(
         generator is None or generator.device.type == device.type,
-        f"generator is on {generator and generator.device}, and the model on {device}; make it there",
+        f"generator is on {generator and generator.device}, but the model on {device}; create it on the model's device",
     )

@@ -12,7 +12,7 @@ from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-UPDATE = "get the newer version (git pull in a checkout of this library) and install it again: pip install ."
+UPDATE = "update this library (git pull in its checkout) and install it again: pip install ."
 EXTRAS = {
     "plots": ("pictures", ["matplotlib"]),
     "tasks": ("reasoning-gym's problems, BPE, Hugging Face data sets", ["reasoning-gym", "tokenizers", "datasets"]),

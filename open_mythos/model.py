@@ -161,8 +161,8 @@ class OpenMythos(Generates):
         valid, documents = (None if x is None else x.to(device, non_blocking=True) for x in (valid, documents))
         must(
             documents is None or (cache is None and not start_pos),
-            "attention_mask numbers documents, which start at 0 and which no cache holds; leave the cache out "
-            "(use_cache=False in transformers), or use 0 and 1",
+            "attention_mask numbers documents, which needs positions that start at 0 and no key/value cache; leave out "
+            "the cache (use_cache=False in transformers) and start_pos, or use a mask of 0 and 1",
         )
         mask = AttentionMask(T, past + T, valid, documents, causal=self.cfg.causal)
         if positions is None and documents is not None:
@@ -176,7 +176,7 @@ class OpenMythos(Generates):
             positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -T:]
         if cache is not None:
             must(
-                self.cfg.causal, "a cache is for causal models, and this one was built with causal=False; leave it out"
+                self.cfg.causal, "a cache needs a causal model, but this one was built with causal=False; leave it out"
             )
             cache.valid = valid
         return self.encode_at(input_ids, positions, mask, cache, keys, rope_factor)
@@ -253,7 +253,7 @@ class OpenMythos(Generates):
         if cache is not None:
             self._check_slots(cache, past, n_loops)
             if past and cache.batch_size != B:
-                raise ValueError(f"input_ids has {B} rows and the cache {cache.batch_size}; use a new cache")
+                raise ValueError(f"input_ids has {B} rows, but the cache {cache.batch_size}; use a new cache")
             if start_pos is not None and start_pos != past:
                 raise ValueError(f"start_pos={start_pos} but the cache holds {past} tokens; leave start_pos out")
         if start_pos is not None and start_pos < 0:
@@ -285,9 +285,9 @@ class OpenMythos(Generates):
         for loop in range(n_loops) if past and self.coda else ():
             if lengths.get(Slot("coda", 0, loop).name, 0) != past:
                 raise ValueError(
-                    f"exit={exit} reads predictions, and the cache lacks those of its {past} tokens after loop "
-                    f"{loop + 1} of n_loops={n_loops}; give the exit, and as many loops, from the first call on, or "
-                    f"start a new cache"
+                    f"exit={exit} reads predictions, but the cache lacks those of its {past} tokens after loop "
+                    f"{loop + 1} of n_loops={n_loops}; pass this exit and n_loops from the first call on, or start a "
+                    f"new cache"
                 )
 
     def _valid(self, attention_mask: Tensor | None, B: int, T: int, past: int, cache: Cache | None) -> Tensor | None:
@@ -301,15 +301,15 @@ class OpenMythos(Generates):
         shape = tuple(attention_mask.shape)
         if shape not in ((B, T), (B, past + T)):
             wanted = f"({B}, {T})" if past == 0 else f"({B}, {T}) or, with the {past} cached tokens, ({B}, {past + T})"
-            raise ValueError(f"attention_mask is {shape}; use {wanted}")
+            raise ValueError(f"attention_mask has shape {shape}; use {wanted}")
         valid = attention_mask.bool() if known is None else attention_mask.bool().to(known.device)
         earlier = known if known is not None else valid.new_ones(B, past)
         if shape[1] == T:
             valid = torch.cat([earlier, valid], 1) if past else valid
         elif not torch.equal(valid[:, :past], earlier):
             raise ValueError(
-                f"attention_mask differs from that of the {past} cached tokens; pass theirs again, or ({B}, {T}) for "
-                f"the new ones alone"
+                f"attention_mask differs from that of the {past} cached tokens; repeat their mask, or pass shape "
+                f"({B}, {T}) for the new tokens only"
             )
         if bool(valid.all()):
             return None
@@ -324,8 +324,9 @@ class OpenMythos(Generates):
         reads_neighbours = self.cfg.conv_taps > 1 or (self.cfg.local_window > 0 and self.cfg.n_local_heads > 0)
         must(
             is_outside or not reads_neighbours,
-            f"there is padding between tokens of a row, and a model with conv_taps={self.cfg.conv_taps} and "
-            f"local_window={self.cfg.local_window} reads neighbours; pad on the left, or after the last token of a row",
+            f"attention_mask has padding between tokens of a row, but conv_taps={self.cfg.conv_taps} and "
+            f"local_window={self.cfg.local_window} read neighbouring positions; pad on the left, or after the last "
+            f"token of a row",
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:

@@ -37,16 +37,18 @@ def model_dir(source: str | Path) -> Path:
             return directory
     if (Path(source) / CONFIG_FILE).is_file():
         raise ValueError(
-            f"{source} has no {MODEL}/{WEIGHTS_FILE}: the run has not ended; go on with --resume auto. If it is a "
-            f"model, its {WEIGHTS_FILE} is missing; save it again"
+            f"{source} has no {MODEL}/{WEIGHTS_FILE}: the run has not finished; continue it with --resume auto. If it "
+            f"is a model, its {WEIGHTS_FILE} is missing; save it again"
         )
     if inside := sorted(Path(source).glob(f"*/{MODEL}")):
-        raise ValueError(f"{source} holds several runs; name one, as in {inside[0].parent}")
+        raise ValueError(f"{source} contains several runs; give one of them, such as {inside[0].parent}")
     if Path(source).exists():
-        raise ValueError(f"{source} is no run and no model: it holds neither {MODEL}/{WEIGHTS_FILE} nor {WEIGHTS_FILE}")
+        raise ValueError(
+            f"{source} is neither a run nor a model: it contains neither {MODEL}/{WEIGHTS_FILE} nor {WEIGHTS_FILE}"
+        )
     names = shipped()
-    hint = f" and no shipped model; {nearest(source, names)}" if names else ""
-    raise ValueError(f"{source} is no directory{hint}{hub_hint(source)}")
+    said = f"neither a directory nor a shipped model; {nearest(source, names)}" if names else "not a directory"
+    raise ValueError(f"{source} is {said}{hub_hint(source)}")
 
 
 @checked
@@ -68,8 +70,8 @@ def load_model(source: str | Path) -> OpenMythos:
             said = files.read_json(files.own(trained), {"kind": str})["kind"]
         except ValueError as error:
             raise ValueError(
-                f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load a model "
-                f"with a loop"
+                f"{trained} does not say how the model was trained ({error}); restore it, or remove it to load the "
+                f"model as a looped one"
             ) from error
         kind = {"unrolled": UnrolledMythos, "plain": PlainMythos}.get(said, OpenMythos)
     return kind.from_pretrained(directory)
@@ -86,8 +88,8 @@ def tokenizer_of(source: str | Path) -> Tokenizer:
     directory = model_dir(source)
     must(
         (directory / tokenizer.FILE).is_file(),
-        f"{directory} has no {tokenizer.FILE}, so {source} is no model of text; use text-tiny or a run of mythos "
-        f"train text, or put the tokenizer that it was trained with there",
+        f"{directory} has no {tokenizer.FILE}, so {source} is not a text model; use text-tiny or a run of mythos "
+        f"train text, or copy the tokenizer that the model was trained with there",
     )
     return tokenizer.load(directory)
 
@@ -100,7 +102,7 @@ def card_of(source: str | Path) -> str:
         ValueError: as :func:`model_dir`, or if there is none.
     """
     path = model_dir(source) / CARD
-    must(path.is_file(), f"{path} is missing, so {source} has no card; mythos report says what was measured of a run")
+    must(path.is_file(), f"{path} is missing, so {source} has no model card; for a run, see mythos report")
     return files.read_text(files.own(path))
 
 

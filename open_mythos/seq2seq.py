@@ -36,13 +36,14 @@ class Seq2Seq(nn.Module):
     def __init__(self, encoder: OpenMythos, decoder: OpenMythos) -> None:
         super().__init__()
         must(
-            not encoder.cfg.causal, "the encoder was built with causal=True and sees no token to come; use causal=False"
+            not encoder.cfg.causal,
+            "the encoder was built with causal=True and does not attend to later tokens; use causal=False",
         )
         must(decoder.cfg.causal, "the decoder was built with causal=False, and cannot generate; use causal=True")
         dims = encoder.cfg.dim, decoder.cfg.dim
         must(
             dims[0] == dims[1],
-            f"the encoder has dim={dims[0]} and the decoder, which reads its states, {dims[1]}; use one",
+            f"the encoder has dim={dims[0]}, but the decoder, which reads its states, {dims[1]}; use the same dim",
         )
         self.encoder, self.decoder = encoder, decoder
 
@@ -82,7 +83,10 @@ class Seq2Seq(nn.Module):
         check_ids(target, "target")
         n_loops = check_n_loops(n_loops, self.decoder.cfg.max_loop_iters)
         rows = len(source), len(target)
-        must(rows[0] == rows[1], f"source has {rows[0]} rows and target {rows[1]}; give one of each pair")
+        must(
+            rows[0] == rows[1],
+            f"source has {rows[0]} rows, but target {rows[1]}; pass one source row for each target row",
+        )
         is_token, (S, U) = target != IGNORED, (source.shape[1], target.shape[1])
         tokens = target.masked_fill(~is_token, 0)
         check_range(tokens, self.decoder.cfg.vocab_size, "target")

@@ -120,14 +120,16 @@ def files_of(path: Path, verify: bool = True) -> list[Path]:
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     if not parts or path in parts:
-        raise CheckpointError(f"{path}: weight_map names {'itself' if parts else 'no file'}; expected files of weights")
+        raise CheckpointError(
+            f"{path}: weight_map names {'itself' if parts else 'no file'}; expected the files of the weights"
+        )
     for part in parts:
         if not part.is_file():
             raise CheckpointError(f"{path}: weight_map names {part.name!r}, which is missing; copy it too")
     expected = index.get("metadata", {}).get(CHECKSUM)
     if verify and expected is not None and expected != _of_files(parts):
         raise CheckpointError(
-            f"{path} was saved with other files than those beside it, such as {min(parts).name}; copy or save all again"
+            f"{path} does not belong to the files beside it, such as {min(parts).name}; copy all of them, or save again"
         )
     return sorted(parts)
 
@@ -145,7 +147,7 @@ def n_bytes(size: int | str) -> int:
     found = re.fullmatch(r"(\d+)\s*(?:([KMGT])(I)?)?B?", str(size).upper())
     n = 0 if found is None else int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
     if n == 0:
-        raise ValueError(f"{size!r} is no size of a file; use a number of bytes, or one as in 5GB or 200MiB")
+        raise ValueError(f"{size!r} is not a file size; use a number of bytes, or a size such as 5GB or 200MiB")
     return n
 
 
@@ -179,8 +181,8 @@ def read(path: Path, verify: bool = True) -> dict[str, Tensor]:
                 sums[name] = _sums(stored, tensors[name])
     if expected is not None and expected != _checksum(sums):
         raise CheckpointError(
-            f"{path} is damaged: its weights do not have the checksum {expected:.40} that they were saved with; copy "
-            f"or save it again (verify=False loads it as it is)"
+            f"{path} is damaged: its weights do not match the checksum {expected:.40} that was saved with them; copy "
+            f"or save it again (verify=False loads it anyway)"
         )
     return tensors
 
@@ -194,7 +196,7 @@ def check_archive(file: Path | BytesIO) -> bool:
         return False
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise CheckpointError("its entries are packed, which torch.save never does; save it again")
+            raise CheckpointError("its entries are compressed, which torch.save never does; save it again")
     return True
 
 

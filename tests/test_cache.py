@@ -413,7 +413,7 @@ def test_a_longer_truncation_is_refused_with_a_convolution(attn_type):
             if taps < 2:  # a token reads only its own raw row
                 assert_near(model(ids[:, 100:], 3, cache), whole[:, 100:], 5e-5)
                 continue
-            with pytest.raises(ValueError, match=f"cut back to 100 tokens.*at most {ROLLBACK} tokens"):
+            with pytest.raises(ValueError, match=f"truncated to 100 tokens.*at most {ROLLBACK} tokens"):
                 model(ids[:, 100:], 3, cache)
             cache.reset()
             assert_near(model(ids, 3, cache), whole)

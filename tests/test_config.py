@@ -90,7 +90,7 @@ def test_thresholds_outside_0_1_are_refused(threshold):
     (dict(n_experts=4, n_experts_per_tok=5), r"n_experts_per_tok=5 .*n_experts=4.*1 to 4"),
     (dict(recurrence="mixture"), "warm_start=True .*warm_start=False"),
     (dict(recurrence="mixture", warm_start=False, state_noise=0.1), "state_noise=0.1 .*no noise"),
-    (dict(recurrence="mixture", warm_start=False, bridge_dim=8), "bridge_dim=8, but .*do not read"),
+    (dict(recurrence="mixture", warm_start=False, bridge_dim=8), "bridge_dim=8, but .*has no bridge between its loops"),
     (dict(recurrence="mixture", warm_start=False, state_init="noise"), "state_init='noise'.*'input' or 'zero'"),
     (dict(dim=32, n_heads=4, n_kv_heads=2, attn_type="gqa", loop_index_dim=34), r"loop_index_dim=34 .*dim=32"),
 ], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
@@ -164,7 +164,7 @@ def test_an_unknown_key_suggests_the_nearest(key, nearest):
 
 
 def test_an_unknown_key_without_a_near_match_lists_all_fields():
-    with pytest.raises(ValueError, match="known are vocab_size, dim,"):
+    with pytest.raises(ValueError, match="choose from vocab_size, dim,"):
         MythosConfig.from_dict({"zzzzzzzz": 1})
 
 

@@ -85,7 +85,7 @@ def test_the_size_is_checked_before_a_file_is_read(tmp_path: Path) -> None:
 
 def test_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe is not an ordinary file"):
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
         files.read_bytes(tmp_path / "pipe")
     with pytest.raises(OSError, match="nowhere"):
         files.read_bytes(tmp_path / "nowhere")
@@ -109,8 +109,8 @@ def test_symlinks_out_of_a_folder_are_refused_except_into_a_hub_cache(tmp_path: 
     "content, message",
     [
         (b"{", "is not JSON"),
-        (b"[" * 100_000, "nested too deep"),
-        (b"\xff\xfe", "is not text in UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"[1]", "is a list; expected an object"),
         (b"3", "is 3; expected an object"),
         (b'{"b": 1}', "lacks 'a'"),
@@ -131,7 +131,7 @@ def test_json_errors_name_file_field_value_and_expected_type(tmp_path, content, 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", 3, None, ["a"], "C:a", "a\0"])
 def test_file_names_outside_their_folder_are_refused(tmp_path: Path, name: object) -> None:
-    with pytest.raises(ValueError, match="which is not a file of its folder"):
+    with pytest.raises(ValueError, match="which is not a file in its folder"):
         files.inside(tmp_path, name, "index.json")
     assert files.inside(tmp_path, "a.b", "index.json") == tmp_path / "a.b"
 

@@ -205,7 +205,7 @@ def test_padding_is_not_counted_as_expert_load(attn_type, on_the_left):
     "attention_mask", [torch.ones(2, 3), torch.ones(4), torch.ones(1, 4)], ids=lambda m: str(m.shape)
 )
 def test_a_mask_of_the_wrong_shape_is_refused(attention_mask):
-    with pytest.raises(ValueError, match=r"attention_mask is .*use \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*use \(2, 4\)"):
         MODELS["gqa"](tokens(2, 4), 1, attention_mask=attention_mask)
 
 
@@ -383,7 +383,7 @@ def test_only_a_bidirectional_model_lets_later_tokens_change_earlier_logits(attn
 def test_a_bidirectional_model_cannot_generate():
     model = tiny_model(causal=False)
     for call in (model.generate, model.stream):
-        with pytest.raises(ValueError, match="causal=False and sees tokens to come"):
+        with pytest.raises(ValueError, match="causal=False and attends to later tokens"):
             call(tokens(1, 4), 2)
 
 

@@ -39,14 +39,16 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytes
 
 
 def test_errors_say_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no run and no model"):
+    with pytest.raises(ValueError, match="is neither a run nor a model"):
         model_dir(tmp_path)
     (tmp_path / "config.json").touch()
-    with pytest.raises(ValueError, match="the run has not ended; go on with --resume auto"):
+    with pytest.raises(ValueError, match="the run has not finished; continue it with --resume auto"):
         model_dir(tmp_path)
-    with pytest.raises(ValueError, match=r"a/b is no directory and no shipped .* hf download a/b --local-dir FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"a/b is neither a directory nor a shipped .* hf download a/b --local-dir FOLDER"
+    ):
         model_dir("a/b")
-    with pytest.raises(ValueError, match="nowhere is no directory"):
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
         model_dir("nowhere")
 
 
@@ -64,10 +66,12 @@ def test_the_tokenizer_is_saved_with_the_model_and_the_card_is_read(tmp_path: Pa
     save_model(load_model("text-tiny"), tmp_path / "text", "text-tiny")
     assert tokenizer_of(tmp_path / "text").encode(["no"]).tolist() == tokenizer_of("text-tiny").encode(["no"]).tolist()
     assert "# text-tiny" in card_of("text-tiny")
-    with pytest.raises(ValueError, match=r"README.md is missing, so .*text has no card; mythos report says"):
+    with pytest.raises(
+        ValueError, match=r"README.md is missing, so .*text has no model card; for a run, see mythos report"
+    ):
         card_of(tmp_path / "text")
     save_model(tiny_model(), tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"bare has no tokenizer.json, so .*bare is no model of text"):
+    with pytest.raises(ValueError, match=r"bare has no tokenizer.json, so .*bare is not a text model"):
         tokenizer_of(tmp_path / "bare")
 
 

@@ -111,7 +111,7 @@ def test_incompatible_encoder_and_decoder_are_refused():
     for encoder, decoder, message in [
         (causal, causal, "the encoder was built with causal=True.*use causal=False"),
         (both, both, "the decoder was built with causal=False.*use causal=True"),
-        (both, tiny_config(dim=64), "the encoder has dim=32 and the decoder.*64"),
+        (both, tiny_config(dim=64), "the encoder has dim=32, but the decoder.*64"),
     ]:
         with pytest.raises(ValueError, match=message):
             Seq2Seq(OpenMythos(encoder), OpenMythos(decoder))
@@ -125,8 +125,8 @@ def test_incompatible_encoder_and_decoder_are_refused():
     (SOURCE.float(), TARGET, None, "source is .*float32; pass"),
     (SOURCE, TARGET.masked_fill(torch.arange(5) == 1, -100), None, "-100 before tokens; pad it on the right"),
     (SOURCE, TARGET, left_padding([7, 4], 7).flip(1), "pad prompts on the left"),
-    (SOURCE, TARGET, left_padding([6, 4], 6), r"attention_mask is \(2, 6\); use \(2, 7\)"),
-    (SOURCE, TARGET[:1], None, "source has 2 rows and target 1"),
+    (SOURCE, TARGET, left_padding([6, 4], 6), r"attention_mask has shape \(2, 6\); use \(2, 7\)"),
+    (SOURCE, TARGET[:1], None, "source has 2 rows, but target 1"),
 ])  # fmt: skip
 def test_invalid_source_target_or_mask_is_refused(source, target, mask, message):
     with pytest.raises(ValueError, match=message):

@@ -120,7 +120,7 @@ def test_memory_is_measured_in_a_new_process_each_time() -> None:
 
 def test_a_failing_side_reports_its_error() -> None:
     case = Case("broken", {"ours": Task("ours", "train", MODEL | {"dim": 31}, 2, 2, 8)}, [])
-    with pytest.raises(RuntimeError, match="dim=31 does not divide"):
+    with pytest.raises(RuntimeError, match="dim=31 is not divisible"):
         speed.measure(case, HERE, threads=1, repeat=1, say=quiet)
 
 

@@ -65,7 +65,7 @@ def test_a_model_is_sharded_by_size_and_earlier_shards_are_removed(tmp_path: Pat
 
 @pytest.mark.parametrize("size", ["", "0", -1, "0.5GB", "5 dozen", "GB"])
 def test_an_invalid_shard_size_is_refused(tmp_path: Path, size: int | str) -> None:
-    with pytest.raises(ValueError, match=r"is no size of a file; use a number of bytes, or one as in 5GB"):
+    with pytest.raises(ValueError, match=r"is not a file size; use a number of bytes, or a size such as 5GB"):
         tiny_model().save_pretrained(tmp_path / "m", max_shard_size=size)
     assert not (tmp_path / "m").exists()
 
@@ -75,7 +75,7 @@ def test_shards_of_two_saves_are_not_loaded_as_one_model(tmp_path: Path) -> None
         tiny_model(seed=seed).save_pretrained(tmp_path / folder, max_shard_size="100KB")
     part = sorted((tmp_path / "a").glob("*.safetensors"))[1].name
     shutil.copy(tmp_path / "b" / part, tmp_path / "a" / part)
-    with pytest.raises(CheckpointError, match=r"index\.json was saved with other files than those beside it"):
+    with pytest.raises(CheckpointError, match=r"index\.json does not belong to the files beside it"):
         OpenMythos.from_pretrained(tmp_path / "a")
     OpenMythos.from_pretrained(tmp_path / "a", verify=False)
 

@@ -24,19 +24,19 @@ COMMANDS = {
     "demo": "Train a small model and show its accuracy by loops.",
     "train": "Train and evaluate a model from a recipe.",
     "train-gate": "Train the halting gate of a trained model, with all other weights frozen.",
-    "tokenize": "Tokenise text, to train on it again and again, by any number of processes.",
-    "eval": "Accuracy over difficulty and loops, with metrics of depth.",
+    "tokenize": "Tokenise text once, in parallel, to train on it many times.",
+    "eval": "Measure accuracy over difficulty and loops, with depth metrics.",
     "report": "Write an HTML report of a run: curves, and every loop of an example.",
-    "chat": "Talk to a model of text, at any depth, and see every loop.",
+    "chat": "Talk to a text model, at any depth, and see every loop.",
     "retrofit": "Convert a pretrained decoder to a recurrent-depth model.",
     "export": "Export a model for transformers, with the source code to load it anywhere.",
-    "compare": "Compare a looped model with four neighbours that do not loop.",
-    "info": "Cost of a variant or a checkpoint: parameters, FLOPs, cache.",
-    "plan": "How to share the training of a model over GPUs: layout, memory, traffic, time.",
+    "compare": "Compare a looped model with four baselines that do not loop.",
+    "info": "Show the cost of a variant or a checkpoint: parameters, FLOPs, cache.",
+    "plan": "Plan the training of a model on many GPUs: layout, memory, traffic, time.",
     "convert": "Convert a checkpoint of the reference implementation.",
-    "bench": "How fast a model trains, reads and decodes here.",
+    "bench": "Measure how fast a model trains, prefills and decodes on this machine.",
     "diagnose": "Look inside a checkpoint, loop by loop.",
-    "doctor": "What this machine has and lacks; or whether the files of a model or run are whole.",
+    "doctor": "Show what this machine has and lacks, or check that the files of a model or run are intact.",
 }
 EXAMPLES = {
     "demo": "mythos demo --seed 1",
@@ -61,8 +61,8 @@ FIRST = """\
 OpenMythos {version}: transformers that run the same block of weights in a loop. More loops solve harder problems.
 
 Try first:
-  mythos demo                    train a small model, and see what more loops are worth
-  mythos demo --pretrained       the same with a model that comes along, trained
+  mythos demo                    train a small model, and see what more loops gain
+  mythos demo --pretrained       the same with a pretrained model from the package
   mythos doctor                  what this machine has, what is missing, what to expect
   mythos train parity --dry-run  what a training run would cost here
   mythos --help                  every command; the help of each ends with an example"""
@@ -86,14 +86,14 @@ class LazyCommand(TyperCommand):
             context = command.make_context(info_name, args, parent, **extra)
         except Exception as error:  # click's exceptions; some versions of typer have their own copy of click
             if (said := getattr(error, "message", "")) and said.endswith(" is a file."):
-                error.message = f"{said[:-1]}; name a directory, which need not be there"  # type: ignore[attr-defined]
+                error.message = f"{said[:-1]}; give a directory, which does not have to exist"  # type: ignore[attr-defined]
             if said.endswith(" is a directory."):
-                error.message = f"{said[:-1]}; name a file, as in {words[-1]}/report.html"  # type: ignore[attr-defined]
+                error.message = f"{said[:-1]}; give a file, such as {words[-1]}/report.html"  # type: ignore[attr-defined]
             key = getattr(error, "option_name", "").lstrip("-")
             if takes_settings and key:
                 _, _, value = " ".join(words).partition(f"--{key}")
                 said = value.lstrip(" =").partition(" ")[0] or "..."
-                error.message = f"No such option: --{key}. A setting is written without dashes: {key}={said}"  # type: ignore[attr-defined]
+                error.message = f"No such option: --{key}. Settings are written without dashes: {key}={said}"  # type: ignore[attr-defined]
             raise
         with clear_errors():
             for parameter in command.params:
@@ -103,7 +103,9 @@ class LazyCommand(TyperCommand):
             for word in context.params["overrides"] or ():
                 key, _, value = word.partition("=")
                 if f"--{key}" in options:
-                    raise typer.BadParameter(f"{key} is an option, no setting; write --{key} {value or '...'}", context)
+                    raise typer.BadParameter(
+                        f"{key} is an option, not a setting; write --{key} {value or '...'}", context
+                    )
         return context
 
 
@@ -112,14 +114,14 @@ def check_place(name: str | None, value: Any) -> None:
     if not isinstance(value, Path):
         return
     if os.path.lexists(value) and not os.path.exists(value):
-        fail(f"{value} is a link that leads nowhere; name another path")
+        fail(f"{value} is a broken symbolic link; give another path")
     if name not in ("out", "plots", "directory"):
         return
     with contextlib.suppress(FileNotFoundError):
         os.lstat(value)  # raises OSError for a name that is too long, and for a path below a file
     there = next(place for place in (value, *value.absolute().parents) if os.path.exists(place))
     if not os.access(there, os.W_OK):
-        fail(f"{value} cannot be written: {there} is read-only; name another")
+        fail(f"{value} cannot be written: {there} is read-only; give another path")
 
 
 class LazyGroup(TyperGroup):

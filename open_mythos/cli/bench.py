@@ -28,33 +28,38 @@ def bench(
         str | None,
         typer.Argument(help="A variant such as 100m, a run, a model's directory, or the name of a shipped model."),
     ] = None,
-    dim: Annotated[int | None, typer.Option(min=64, help="Width, without MODEL; a multiple of 64.  [512]")] = None,
-    attn: Annotated[Attention | None, typer.Option(help="Attention, without MODEL.  [gqa]")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts, without MODEL.  [8]")] = None,
-    loops: Annotated[int | None, typer.Option(min=1, help="Loops; the model's own, or 4.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="bf16: training by autocast, the rest in bf16 weights.")] = Dtype.fp32,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows; 8 for training, else 1.")] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=64, help="Width if no MODEL is given; a multiple of 64.  [512]")
+    ] = None,
+    attn: Annotated[Attention | None, typer.Option(help="Attention if no MODEL is given.  [gqa]")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts if no MODEL is given.  [8]")] = None,
+    loops: Annotated[int | None, typer.Option(min=1, help="Number of loops; default: the model's, or 4.")] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="bf16: training with autocast, the rest with bf16 weights.")
+    ] = Dtype.fp32,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size; default: 8 for training, else 1.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a row; 256 for training, 1024 for prefill, 512 before decoding.")
+        int | None,
+        typer.Option(min=1, help="Tokens per row; default: 256 in training, 1024 in prefill, 512 before decoding."),
     ] = None,
     only: Annotated[list[Work] | None, typer.Option(help="What to time; may be repeated.  [all three]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; torch's default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
     seconds: Annotated[
-        float, typer.Option(min=0, max=86_400, help="For each thing timed; three repetitions at least.")
+        float, typer.Option(min=0, max=86_400, help="Time for each measurement, of at least three repetitions.")
     ] = 6.0,
     price: Annotated[
         float | None,
         typer.Option(
             metavar="PER_HOUR",
-            help="Of this machine, in any currency: also show what a million tokens cost, at 1, 2, 4, … loops or at "
-            "--loops, beside a dense model where one of the same quality was measured (800k).",
+            help="Hourly price of this machine, in any currency: also show what a million tokens cost, at 1, 2, 4, … "
+            "loops or at --loops, next to a dense model if one of the same quality was measured (800k).",
         ),
     ] = None,
 ) -> None:
-    """How fast a model trains, reads and decodes here, beside what the machine can do."""
+    """Measure how fast a model trains, prefills and decodes on this machine, next to the machine's peak rates."""
     usable = price is None or (math.isfinite(price) and price > 0)
-    must(usable, f"--price {price}: give what an hour of this machine costs, above 0, as in --price 2.50")
+    must(usable, f"--price {price}: give the hourly price of this machine, above 0, as in --price 2.50")
     import torch
 
     from open_mythos.cli.timed import build, prices, time_works
@@ -67,7 +72,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    must(device in (None, *here), f"--device {device!r} is not to be had here; use {' or '.join(here)}")
+    must(device in (None, *here), f"--device {device!r} is not available here; use {' or '.join(here)}")
     at = torch.device(device or here[0])
     use_tf32(at)
     number = torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
@@ -101,7 +106,7 @@ def show_prices(per_hour: float, rows: list[dict[str, Any]]) -> None:
     """Print what a million tokens cost: a row for each number of loops, and one for the dense model, if any."""
     has_dense, works = rows[-1]["model"] == "dense", list(rows[0]["per_million_tokens"])
     quality = ["bits per byte"] if has_dense else []
-    shown = table(f"a million tokens, at {per_hour:g} an hour", "", *works, *quality)
+    shown = table(f"price of a million tokens, at {per_hour:g} an hour", "", *works, *quality)
     for row in rows:
         name = "dense, 6 layers" if row["model"] == "dense" else f"{row['n_loops']} loop{'s' * (row['n_loops'] > 1)}"
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}"
@@ -109,11 +114,9 @@ def show_prices(per_hour: float, rows: list[dict[str, Any]]) -> None:
     console.print(shown)
     beside = "No dense model of the same quality was measured for this one; for mythos bench 800k there is one."
     if has_dense:
-        beside = (
-            "Bits per byte: held out, the mean of three seeds, as benchmarks/dense.py trained both (a byte is a token)."
-        )
+        beside = "Bits per byte: held-out text, mean of three seeds, by benchmarks/dense.py (a byte is a token)."
     console.print(
-        f"Rows and tokens of each as in the table above; more rows (--batch) make a token cheaper. {beside}",
+        f"Batch size and tokens as in the table above; a larger --batch makes tokens cheaper. {beside}",
         style="dim",
     )  # fmt: skip
 
@@ -134,11 +137,11 @@ def show(
         works[one.work] = dataclasses.asdict(one) | rates
     console.print(shown)
     console.print(
-        f"peaks measured: matrix products in {conditions['dtype']} {si(peak, 'FLOP/s')}, reading "
+        f"measured peaks: matrix products in {conditions['dtype']} {si(peak, 'FLOP/s')}, memory reads "
         f"{si(reading, 'B/s')}. {conditions['name']}, {conditions['instructions']}, {conditions['threads']} threads, "
         f"torch {conditions['torch']}.\n"
-        "B/s: weights once for each use, and the cache; over 100% where the loop's weights stay in the processor's "
-        "own cache.",
+        "B/s: weights, counted at each use, and key/value cache; above 100% if the loop's weights stay in the "
+        "processor's cache.",
         style="dim",
     )  # fmt: skip
     return works

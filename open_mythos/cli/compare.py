@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 def compare(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe; mythos train --list shows them.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings such as steps=500 optim.lr=3e-4.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds of weights and data, comma-separated.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds for weights and data, comma-separated.")] = "0,1,2",
     rates: Annotated[
         str | None,
         typer.Option(
-            help="Learning rates, as in 3e-4,1e-3,3e-3: each kind tries all on the first seed and runs the others at "
-            "its best, so each further rate costs one run of each kind. Default: the recipe's for all."
+            help="Learning rates, as in 3e-4,1e-3,3e-3: each kind of model tries all of them on the first seed and "
+            "uses its best for the other seeds, so each further rate costs one run per kind. Default: the recipe's."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which runs there will be and exit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the planned runs and exit.")] = False,
     out: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Of the runs; default: runs/compare-RECIPE.")
+        Path | None, typer.Option(file_okay=False, help="Directory of the runs; default: runs/compare-RECIPE.")
     ] = None,
 ) -> None:
-    """Compare a looped model with four neighbours that do not loop.
+    """Compare a looped model with four baselines that do not loop.
 
     single: the same block, run once. wide: one pass, so wide that it takes as many operations as all loops. unrolled:
     as many blocks as loops, with untied weights. plain: the same as a plain pre-norm transformer. All train on the same
@@ -67,7 +67,7 @@ def compare(
     plotted = f"   plots: {', '.join(map(str, paths))}" if paths else ""
     note(
         f"Results: {out / RESULTS}{plotted}",
-        f"Next: an HTML page, {mythos('report', out / f'looped-seed{results.seeds[0]}')}.",
+        f"Next: write an HTML page with {mythos('report', out / f'looped-seed{results.seeds[0]}')}.",
     )
 
 
@@ -75,7 +75,7 @@ def show(results: "Comparison") -> None:
     tuned = max(len(contender.tried) for contender in results.contenders)
     rows = table(
         f"{results.recipe}: {results.measure}, mean over {len(results.seeds)} seeds (worst)", "model", "parameters",
-        "FLOPs to train", "FLOPs a token", "lr", *(f"{n} {results.unit}" for n in results.difficulties),
+        "FLOPs to train", "FLOPs per token", "lr", *(f"{n} {results.unit}" for n in results.difficulties),
     )  # fmt: skip
     for entry in results.entries():
         values = zip(entry.mean, entry.worst, strict=True)
@@ -85,10 +85,12 @@ def show(results: "Comparison") -> None:
             *(f"{results.show(mean)} ({results.show(worst)})" for mean, worst in values),
         )  # fmt: skip
     console.print(rows)
-    rates = f"the best of {tuned} on seed {results.seeds[0]}" if tuned > 1 else "the recipe's for all; --rates tunes it"
-    console.print(f"FLOPs a token: at {results.difficulties[-1]} {results.unit}. lr: {rates}.", style="dim")
+    rates = (
+        f"the best of {tuned} on seed {results.seeds[0]}" if tuned > 1 else "the recipe's for all; tune it with --rates"
+    )
+    console.print(f"FLOPs per token: at {results.difficulties[-1]} {results.unit}. lr: {rates}.", style="dim")
     if results.contenders[0].by_token:
-        title = f"bits per byte by kind of token, {results.trained_loops} loops where there are any"
+        title = f"bits per byte by kind of token, {results.trained_loops} loops for the looped model"
         kinds = list(results.contenders[0].by_token)
         bits = ([one.kind, *(f"{one.by_token[kind]:.4f}" for kind in kinds)] for one in results.contenders)
         console.print(table(title, "model", *kinds, rows=bits))

@@ -69,8 +69,8 @@ def clear_errors() -> Iterator[None]:
 
         if not is_full(error):
             raise
-        reason = str(error).partition("\n")[0] or "for what was asked"
-        fail(f"there is not enough memory ({reason}); ask for less, or free some")
+        reason = str(error).partition("\n")[0] or "for this command"
+        fail(f"out of memory ({reason}); use smaller sizes, or free some memory")
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:
@@ -78,7 +78,7 @@ def whole_numbers(option: str, text: str, example: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} {text!r} should be whole numbers with commas between, as in {example}") from error
+        raise ValueError(f"{option} {text!r} should be whole numbers separated by commas, as in {example}") from error
 
 
 def numbers(option: str, text: str, example: str) -> list[float]:
@@ -89,7 +89,7 @@ def numbers(option: str, text: str, example: str) -> list[float]:
         found = []
     must(
         bool(found) and all(0 < number < math.inf for number in found),
-        f"{option} {text!r} should be positive numbers with commas between, as in {example}",
+        f"{option} {text!r} should be positive numbers separated by commas, as in {example}",
     )
     return found
 
@@ -99,7 +99,7 @@ def picture(draw: Callable[[], None]) -> bool:
     try:
         draw()
     except ImportError as error:
-        console.print(f"no picture: {error}")
+        console.print(f"no plot: {error}")
         return False
     return True
 

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A file of torch.save or safetensors, or a folder with either and config.json.")
+        Path, typer.Argument(help="A torch.save or safetensors file, or a folder with one and a config.json.")
     ],
     directory: Annotated[Path, typer.Argument(help="Output directory.")],
-    config: Annotated[Path | None, typer.Option(help="JSON config, if the checkpoint has none.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Config file (JSON), if the checkpoint has none.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="One field of that config, as in n_heads=8; may be repeated."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DIRECTORY holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in DIRECTORY.")] = False,
 ) -> None:
     """Convert a checkpoint of the reference implementation (open-mythos 0.5.0) without running code from the file."""
     from open_mythos.checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -32,10 +32,10 @@ def convert(
 
     with progress(n_steps=2) as begin:
         existing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
-        held = f"{directory} holds {' and '.join(existing)}"
+        held = f"{directory} already contains {' and '.join(existing)}"
         is_source = existing and real(directory) == real(source if source.is_dir() else source.parent)
-        must(not is_source, f"{directory} holds the source; choose another directory")
-        must(overwrite or not existing, f"{held}; choose another, or give --overwrite")
+        must(not is_source, f"{directory} contains the source; choose another directory")
+        must(overwrite or not existing, f"{held}; choose another directory, or give --overwrite")
         may_replace_model(directory, is_agreed=overwrite)
         must(directory.is_dir() or not directory.exists(), f"{directory} is a file; give a directory")
         begin("converting")

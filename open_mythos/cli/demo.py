@@ -14,10 +14,13 @@ PRETRAINED = "parity-tiny"
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Default: runs/demo, of --pretrained runs/demo-pretrained.")
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Output directory; default: runs/demo, or runs/demo-pretrained with --pretrained."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for weights and data.")] = 0,
     pretrained: Annotated[bool, typer.Option("--pretrained", help=f"Use {PRETRAINED} instead of training.")] = False,
 ) -> None:
     """Train a small model and show its accuracy by loops."""
@@ -53,7 +56,7 @@ def demo(
     again = typed("demo", "--out", out, "--steps", steps, "--seed", seed)
     with Stop(), watching(cfg, again) as watch, owned(out, log) if pretrained else nullcontext():
         if pretrained:
-            must(not is_run, f"{out} holds a run of its own; choose another --out")
+            must(not is_run, f"{out} already holds a run; choose another --out")
             model, cfg.evaluation = load_model(PRETRAINED), EvalConfig([24, 96, 384], cfg.evaluation.loops, 32)
             runs.save_model(model, cfg, out)
             wanted = cfg.evaluation.difficulties, cfg.evaluation.loops, cfg.evaluation.examples

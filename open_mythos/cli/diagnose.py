@@ -27,8 +27,8 @@ BLOCKS, MOST_BLOCKS = " ▁▂▃▄▅▆▇█", 32
 
 def diagnose(
     checkpoint: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
-    loops: Annotated[int | None, typer.Option(min=1, help="Loops to run; the model's default if left out.")] = None,
-    plots: Annotated[Path | None, typer.Option(file_okay=False, help="For pictures (needs matplotlib).")] = None,
+    loops: Annotated[int | None, typer.Option(min=1, help="Number of loops; default: the model's.")] = None,
+    plots: Annotated[Path | None, typer.Option(file_okay=False, help="Directory for plots (needs matplotlib).")] = None,
     prompt: Annotated[str | None, typer.Option(help='Token ids, as in "1 2 1 1".')] = None,
 ) -> None:
     """Look inside a checkpoint, loop by loop."""
@@ -66,8 +66,8 @@ def diagnose(
     gate = f"gate on, threshold {model.cfg.act_threshold:g}" if model.cfg.halting else "no early exit"
     console.print(f"{checkpoint}: {n_loops} loops over {ids.shape[1]} tokens ({source}), {gate}")
     rows = [
-        ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part is stable"),
-        ("gain of one more loop", f"{gain:.4f}", f"the state {'settles on a state' if gain < 1 else 'keeps moving'}"),
+        ("spectral radius of A", f"{radius:.4f}", "always below 1: the linear part of the loop is stable"),
+        ("gain of one more loop", f"{gain:.4f}", f"the state {'converges' if gain < 1 else 'keeps changing'}"),
         ("cache", si(n_bytes, "B"), f"measured; {si(n_bytes / ids.shape[1], 'B')} per token"),
     ]
     rows = rows if loops_on else rows[::2] if radius < 1 else rows[2:]
@@ -77,10 +77,10 @@ def diagnose(
     if model.cfg.n_experts > 1:
         show_experts(found.expert_load)
     if plots is not None:
-        console.print(f"Pictures are in {plots}.")
+        console.print(f"Plots are in {plots}.")
     deeper = mythos("diagnose", checkpoint, "--loops", 2 * model.cfg.max_loop_iters)
-    then = f"think longer with {deeper}" if loops_on else f"measure it with {mythos('eval', checkpoint)}"
-    note(f"Next: {then}{'' if plots else ', or add --plots DIRECTORY for pictures'}.")
+    then = f"run more loops with {deeper}" if loops_on else f"measure it with {mythos('eval', checkpoint)}"
+    note(f"Next: {then}{'' if plots else ', or add --plots DIRECTORY for plots'}.")
 
 
 def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tuple[str, "Tensor"]:
@@ -102,10 +102,10 @@ def choose_tokens(cfg: MythosConfig, checkpoint: Path, prompt: str | None) -> tu
         length, generator = min(RANDOM_TOKENS, cfg.max_seq_len), torch.Generator().manual_seed(SEED)
         return f"random, seed {SEED}", torch.randint(cfg.vocab_size, (1, length), generator=generator)
     high = cfg.vocab_size - 1
-    must(len(tokens) > 0, f"{place} holds no tokens; give integers from 0 to {high}, such as '1 2 1 1'")
+    must(len(tokens) > 0, f"{place} contains no tokens; give integers from 0 to {high}, such as '1 2 1 1'")
     for token in tokens:
         valid = isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= high
-        must(valid, f"{place} holds {token!r}; tokens of this model are integers from 0 to {high}")
+        must(valid, f"{place} holds {token!r}; token ids of this model are integers from 0 to {high}")
     return source, torch.tensor([tokens])
 
 

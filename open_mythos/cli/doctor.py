@@ -18,17 +18,17 @@ from open_mythos.cli.console import console, mythos, note, progress, si, table
 from open_mythos.install import EXTRAS, cache_dir, install_line
 
 VECTORS = {
-    "AVX512": "the widest vectors of x86",
+    "AVX512": "the widest vector instructions of x86",
     "AVX2": "no AVX-512: matrix products may take twice as long",
-    "DEFAULT": "no AVX2, if this is x86: slow; elsewhere as usual",
+    "DEFAULT": "slow if this is x86, which lacks AVX2; normal elsewhere",
 }
 
 
 def doctor(
     path: Annotated[str | None, typer.Argument(help="A run, a model's directory, or a shipped model to check.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The facts alone, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON and nothing else.")] = False,
 ) -> None:
-    """Say what this machine has, lacks, and what to expect of it; or whether the files of a model or run are whole."""
+    """Show what this machine has, lacks, and can do; or check that the files of a model or run are intact."""
     if path is not None:
         check_files(path, as_json)
         return
@@ -69,9 +69,9 @@ def check_files(source: str, as_json: bool) -> None:
     else:
         for path, whole, text in found:
             console.print(
-                f"{'whole  ' if whole else 'DAMAGED'}  {path}: {text.removeprefix(f'{path}: ')}", soft_wrap=True
+                f"{'intact ' if whole else 'DAMAGED'}  {path}: {text.removeprefix(f'{path}: ')}", soft_wrap=True
             )
-        console.print(f"{source} is {'whole' if is_whole else 'not whole'}.", soft_wrap=True)
+        console.print(f"{source} is {'intact' if is_whole else 'damaged'}.", soft_wrap=True)
     if not is_whole:
         raise typer.Exit(1)
 
@@ -139,22 +139,30 @@ def rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, called in facts["gpus"].items():
         yield name, called, f"{si(facts['free_gpu_memory'][name], 'B')} free"
     if not facts["gpus"]:
-        cpu_only = "fine without one; with one, install a CUDA build of torch"
+        cpu_only = "not needed; if there is one, install a CUDA build of torch"
         yield "GPU", "none", facts["gpu_trouble"] or ("none that this torch can use" if build else cpu_only)
     yield "processor", f"{facts['name']}, {facts['instructions']}", VECTORS.get(facts["instructions"], "")
-    yield "threads", f"{facts['threads']} of {facts['cores']}", "OMP_NUM_THREADS sets them"
+    yield "threads", f"{facts['threads']} of {facts['cores']}", "set by OMP_NUM_THREADS"
     why = facts["no_decoder"]
-    yield "C compiler", facts["compiler"] or "none", f"decoding goes on without: {why}" if why else "decodes by C code"
+    yield (
+        "C compiler",
+        facts["compiler"] or "none",
+        f"decoding works without it: {why}" if why else "decoding uses C code",
+    )
     room = f"{si(facts['free_disk_of_cache'], 'B')} free"
-    state = "exists" if facts["cache_exists"] else "made when needed"
+    state = "exists" if facts["cache_exists"] else "created when needed"
     yield (
         "cache",
         facts["cache"],
         f"{state}, {room if facts['cache_writable'] else 'NOT WRITABLE: set OPEN_MYTHOS_CACHE'}",
     )
     memory = facts["free_memory"]
-    yield "memory", "unknown" if memory is None else f"{si(memory, 'B')} free", "mythos train … --dry-run says its need"
-    yield "disk", f"{si(facts['free_disk'], 'B')} free", "of this folder, where runs/ is written"
+    yield (
+        "memory",
+        "unknown" if memory is None else f"{si(memory, 'B')} free",
+        "mythos train … --dry-run shows what a run needs",
+    )
+    yield "disk", f"{si(facts['free_disk'], 'B')} free", "for this folder, where runs/ is written"
 
 
 def expectations(facts: dict[str, Any]) -> Iterator[str]:
@@ -163,7 +171,7 @@ def expectations(facts: dict[str, Any]) -> Iterator[str]:
     yield f"Training and decoding run on {gpu}, mythos demo on the CPU." if gpu else "Everything runs on the CPU."
     draws = facts["extras"]["plots"]["matplotlib"] is not None
     yield (
-        f"mythos demo trains for about {timedelta(seconds=round(facts['demo_seconds']))}, as busy as this machine is."
-        + ("" if draws else f" Its picture needs the extra plots: {install_line('plots')}")
+        f"mythos demo trains for about {timedelta(seconds=round(facts['demo_seconds']))}, at the present load."
+        + ("" if draws else f" Its plot needs the extra plots: {install_line('plots')}")
     )
     yield f"Next: {mythos(*(['demo'] if draws else ['eval', 'parity-tiny']))}."

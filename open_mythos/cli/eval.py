@@ -11,23 +11,25 @@ from open_mythos.fields import must
 
 def eval(
     checkpoint: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
-    task: Annotated[str | None, typer.Option(help="Task; default: the one of training.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Of the task, as key=value; may be repeated.")] = None,
-    difficulties: Annotated[str | None, typer.Option(help="As in 24,96.")] = None,
-    loops: Annotated[str | None, typer.Option(help="As in 1,2,4,8.")] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Problems per difficulty; documents per task.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Of the problems, as in 0,1,2; default: 0.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task; default: the one it was trained on.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Option of the task, as key=value; may be repeated.")] = None,
+    difficulties: Annotated[str | None, typer.Option(help="Difficulties, as in 24,96.")] = None,
+    loops: Annotated[str | None, typer.Option(help="Numbers of loops, as in 1,2,4,8.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Problems per difficulty, or documents per harness task.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds for the problems, as in 0,1,2; default: 0.")] = None,
     exit: Annotated[
-        str | None, typer.Option(help="Early exit per position, as in gate; the tables say what it costs.")
+        str | None, typer.Option(help="Early-exit rule for each position, such as gate; the tables show what it costs.")
     ] = None,
     harness: Annotated[
-        str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, as in hellaswag,arc_easy.")
+        str | None, typer.Option(help="Run tasks of the lm-evaluation-harness instead, as in hellaswag,arc_easy.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory of your own harness tasks.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory for table and plot.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Output directory for table and plot.")] = None,
 ) -> None:
-    """Accuracy over difficulty and loops, with metrics of depth."""
+    """Measure accuracy over difficulty and loops, with depth metrics."""
     if harness is not None:
         from open_mythos.cli.harness import eval_harness
 
@@ -40,7 +42,7 @@ def eval(
         }
         eval_harness(checkpoint, harness, loops, examples, include_path, only_ours, device, out)
         return
-    must(include_path is None, "--include-path is where --harness finds tasks; name one of them with --harness")
+    must(include_path is None, "--include-path is where --harness finds tasks; give the tasks to run with --harness")
     from open_mythos import tasks
     from open_mythos.cli.own_tasks import eval_problems, eval_text, settings
     from open_mythos.cli.owned import may_replace
@@ -55,12 +57,12 @@ def eval(
     out = out or evaluation_dir(checkpoint)
     may_replace(out / EVALUATION, out / "grid.png")
     if isinstance(loaded, Text):
-        must(seeds is None, f"--seeds {seeds}: text is measured on windows at equal distances; leave --seeds out")
+        must(seeds is None, f"--seeds {seeds}: text is measured on evenly spaced windows; leave --seeds out")
         path = eval_text(model, loaded, cfg, exit, out)
     else:
         path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds or "0", "0,1,2"), exit, out)
     plot, run = out / "grid.png", model_dir(checkpoint).parent
-    then = f"look inside, {mythos('diagnose', checkpoint)}."
+    then = f"look inside with {mythos('diagnose', checkpoint)}."
     if (run / METRICS).is_file():
-        then = f"an HTML page, {mythos('report', run)}."
+        then = f"write an HTML page with {mythos('report', run)}."
     note(f"Results: {path}" + (f"   plot: {plot}" if plot.is_file() else ""), f"Next: {then}")

@@ -10,9 +10,13 @@ from open_mythos.fields import must
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A run, a checkpoint of one, a model's directory, or a shipped name.")],
+    model: Annotated[
+        str, typer.Argument(help="A run, a run's checkpoint, a model's directory, or the name of a shipped model.")
+    ],
     directory: Annotated[Path, typer.Argument(help="Output directory; new or empty.")],
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a file of weights, as in 5GB.")] = "50GB",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Maximum size of a weight file, as in 5GB.")
+    ] = "50GB",
 ) -> None:
     """Export a model for transformers: weights, tokenizer, and source code that loads it without this package."""
     from open_mythos.files import is_partial

@@ -25,7 +25,10 @@ def eval_harness(
 ) -> None:  # fmt: skip
     """Run the tasks ``names``, show a table, and write it and a picture to ``out``."""
     given = [option for option, value in only_ours.items() if value]
-    must(not given, f"{', '.join(given)} and --harness do not go together; the harness's tasks know their own")
+    must(
+        not given,
+        f"{', '.join(given)} cannot be used with --harness, whose tasks bring their own settings; leave it out",
+    )
     counts = whole_numbers("--loops", "1,2,4,8" if loops is None else loops, "1,2,4,8")
     out = out or evaluation_dir(checkpoint)
     path, drawing = out / FILE, out / "harness.png"
@@ -40,10 +43,10 @@ def eval_harness(
         points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)
         panels.setdefault(curve.metric, {})[curve.task] = dict(points)
     files.write_json(path, [dataclasses.asdict(curve) for curve in curves])
-    also = f"   picture: {drawing}" if picture(lambda: plots.scores_by_loops(panels, drawing)) else ""
+    also = f"   plot: {drawing}" if picture(lambda: plots.scores_by_loops(panels, drawing)) else ""
     found_in = () if include is None else ("--include-path", include)
     more = mythos("eval", checkpoint, "--harness", names, *found_in, "--loops", 2 * max(counts))
-    note(f"Everything: {path}{also}", f"Next: think longer, {more}.")
+    note(f"Results: {path}{also}", f"Next: run more loops with {more}.")
 
 
 def show(curves: list[Curve]) -> None:

@@ -22,14 +22,14 @@ def info(
         str, typer.Argument(help="A variant such as 1b, a run, a model's directory, a config.json, or a shipped model.")
     ],
 ) -> None:
-    """Cost of a variant or a checkpoint: parameters, FLOPs, cache."""
+    """Show the cost of a variant or a checkpoint: parameters, FLOPs, cache."""
     from open_mythos.models import model_dir
 
     show(model, find_config(model))
     try:
         model_dir(model)
     except ValueError:  # a variant, a config, or a run that has not ended: there are no weights yet
-        note(f"Next: {mythos('demo')} trains one; {mythos('diagnose', 'runs/demo')} looks inside.")
+        note(f"Next: train one with {mythos('demo')}, then look inside with {mythos('diagnose', 'runs/demo')}.")
     else:
         note(f"Next: look inside it with {mythos('diagnose', model)}.")
 
@@ -46,7 +46,7 @@ def find_config(name: str) -> MythosConfig:
     for file in (path, *(place / CONFIG_FILE for place in (path / MODEL, path, SHIPPED / name))):
         if file.is_file():
             return MythosConfig.load(file) if (job := training_at(file)) is None else job.model
-    must(not path.is_dir(), f"{path / CONFIG_FILE} is missing; a checkpoint directory holds {CONFIG_FILE}")
+    must(not path.is_dir(), f"{path / CONFIG_FILE} is missing; a checkpoint directory contains one")
     if len(path.parts) > 1 or path.suffix:
         known = ", ".join(VARIANTS)
         raise ValueError(f"{path} does not exist; give a config file, a checkpoint directory or one of {known}")

@@ -71,7 +71,7 @@ def eval_problems(
 
 def show_metrics(evaluation: Evaluation) -> None:
     grid = evaluation.grids[0]
-    title = "metrics of depth, every position running all loops"
+    title = "depth metrics, every position running all loops"
     rows = table(title, grid.unit, "best", "95%", "loops", "exact", "drop", "converged", "zeros", "noise")
     for metrics in evaluation.metrics["difficulties"]:
         low, high, exact = (share(metrics[name]) for name in ("low", "high", "exact"))
@@ -84,9 +84,10 @@ def show_metrics(evaluation: Evaluation) -> None:
     console.print(rows)
     trained = evaluation.metrics["trained_loops"]
     console.print(
-        f"best: at the minimum loops within .001 of it. drop: best minus accuracy at {OVERTHINKING_FACTOR} times the "
-        f"{trained} trained loops, or the deepest here. converged: positions whose state changes by less than 1% in "
-        f"loop {grid.loops[-1]}. zeros, noise: answers that differ there if the loop starts from these.",
+        f"best: the highest accuracy; loops: the fewest that come within .001 of it. drop: best minus accuracy at "
+        f"{OVERTHINKING_FACTOR} times the {trained} trained loops, or at the most loops here. converged: share of "
+        f"positions whose state changes by less than 1% in loop {grid.loops[-1]}. zeros, noise: share of answers that "
+        f"differ there if the state starts from zeros or noise.",
         style="dim",
     )  # fmt: skip
 
@@ -122,7 +123,7 @@ def eval_text(model: OpenMythos, task: Text, cfg: TrainConfig, exit: str | None,
 
 def show_cost(exit: str, loops: int, unit: str, costs: list[tuple[int, str, str, float, float]]) -> None:
     """Show, for each difficulty: the score with all loops and with the exit, what it loses, and the mean loops run."""
-    title = f"what the exit {exit} costs: the same problems with all {loops} loops"
+    title = f"cost of the exit {exit}, against all {loops} loops on the same problems"
     rows = table(title, unit, "all loops", "with the exit", "lost", "loops run")
     for difficulty, most, left, lost, used in costs:
         rows.add_row(str(difficulty), most, left, Cell(f"{lost:.2%}", "red" if lost > HARM else ""), f"{used:.1f}")

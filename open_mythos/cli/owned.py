@@ -27,8 +27,8 @@ def may_replace(*paths: Path) -> None:
     for path in paths:
         must(
             not (path.exists() or path.is_symlink()) or _is_ours(path),
-            f"{path} is there, and is nothing that this command wrote; it stays as it is: name another place, or "
-            f"move it away",
+            f"{path} exists and was not written by this command, so it is not overwritten; give another path, or move "
+            f"it away",
         )
 
 
@@ -38,9 +38,9 @@ def may_replace_model(directory: Path, is_agreed: bool) -> None:
     An existing model may be replaced only if ``is_agreed``: in the command's default place, or if the user said so.
     """
     is_run = (directory / runs.MODEL).is_dir() or (directory / runs.CHECKPOINTS).is_dir()
-    must(not is_run, f"{directory} is a run; name another directory")
+    must(not is_run, f"{directory} is a run; give another directory")
     is_free = is_agreed or not (directory / CONFIG_FILE).exists()
-    must(is_free, f"{directory} holds a model, which stays as it is; name another directory, or move it away")
+    must(is_free, f"{directory} holds a model, which is not overwritten; give another directory, or move it away")
     if not (directory / CONFIG_FILE).exists():
         names = WEIGHTS_FILE, TRAINING_FILE, CARD, *TOKENIZER_FILES
         may_replace(*(directory / name for name in names))

@@ -28,21 +28,32 @@ def plan(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as device=h200 length=8192 parallel.expert=8 watts=650."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings such as device=h200 length=8192 parallel.expert=8 watts=650."
+        ),
     ] = None,
-    gpus: Annotated[int, typer.Option(help="In all; machines have node=8 each.")] = 8,
-    memory: Annotated[float | None, typer.Option(metavar="GB", help="Of one GPU; the device's own.")] = None,
+    gpus: Annotated[int, typer.Option(help="Total number of GPUs; each machine has node=8 of them.")] = 8,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of one GPU; default: that of the device.")
+    ] = None,
     interconnect: Annotated[
-        str, typer.Option(help="In a machine and between them, as in nvlink, pcie,ethernet or 25 (GB/s).")
+        str, typer.Option(help="Links within and between machines, as in nvlink, pcie,ethernet or 25 (GB/s).")
     ] = "",
-    tokens: Annotated[str | None, typer.Option(help="To train on, as in 300B: for days, energy and price.")] = None,
-    price: Annotated[float | None, typer.Option(metavar="PER_HOUR", help="Of one GPU, in any currency.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Training tokens, as in 300B: also show days, energy and price.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="PER_HOUR", help="Hourly price of one GPU, in any currency.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> None:
-    """How to share the training of a model over GPUs: layout, memory, traffic, time."""
-    must(memory is None or 0 < memory < math.inf, f"--memory {memory}: give the GB of one GPU, above 0, as in 80")
+    """Plan the training of a model on many GPUs: layout, memory, traffic, time."""
+    must(
+        memory is None or 0 < memory < math.inf,
+        f"--memory {memory}: give the memory of one GPU in GB, above 0, as in 80",
+    )
     usable = price is None or 0 < price < math.inf
-    must(usable, f"--price {price}: give what an hour of one GPU costs, above 0, as in --price 2.50")
+    must(usable, f"--price {price}: give the hourly price of one GPU, above 0, as in --price 2.50")
     n_tokens = None if tokens is None else count(tokens)
     from open_mythos.diagnostics import parameters
     from open_mythos.planning.search import search, would_fit
@@ -66,9 +77,9 @@ def plan(
     again = [word for option, value in given.items() if value for word in (option, value)]
     alone = mythos("train", variant, "--dry-run") if is_recipe(variant) else mythos("info", variant)
     note(
-        f"Type after mythos train, started by torchrun: {' '.join(found.best.layout.settings)}",
-        f"Next: {alone} says what it costs on this machine, and "
-        f"{mythos('plan', variant, *(overrides or []), '--gpus', 2 * gpus, *again)} what more GPUs are worth.",
+        f"Settings for mythos train, run with torchrun: {' '.join(found.best.layout.settings)}",
+        f"Next: {alone} shows what it costs on this machine, and "
+        f"{mythos('plan', variant, *(overrides or []), '--gpus', 2 * gpus, *again)} what more GPUs gain.",
     )
 
 
@@ -127,8 +138,8 @@ def refusal(name: str, found: "Found") -> str:
     least, job = found.least, found.least.job
     most = max(asdict(least.memory).items(), key=lambda kind: kind[1])
     said = (
-        f"{name} does not fit {job.gpus} x {si(job.device.memory, 'B')}, of which {job.settings.usable:.0%} are "
-        f"counted on: of {found.n_layouts} layouts the smallest takes {si(least.memory.total, 'B')} of each, "
+        f"{name} does not fit {job.gpus} x {si(job.device.memory, 'B')}, of which {job.settings.usable:.0%} are taken "
+        f"as usable: the smallest of {found.n_layouts} layouts needs {si(least.memory.total, 'B')} of each GPU, "
         f"{si(most[1], 'B')} of it {most[0]}"
     )
     alone = sharded_alone(found)
@@ -143,8 +154,8 @@ def sharded_alone(found: "Found") -> str:
     block = sum(unit.numel for unit in sheet.units if unit.name.startswith("recurrent"))
     whole = sum(unit.numel for unit in sheet.units)
     return (
-        f"FSDP alone (expert=1, tensor=1) takes {si(sheet.memory.total, 'B')} of each GPU, however many there are: it "
-        f"gathers the recurrent block, which is {block / whole:.0%} of the model"
+        f"FSDP alone (expert=1, tensor=1) needs {si(sheet.memory.total, 'B')} of each GPU, however many there are: it "
+        f"gathers the whole recurrent block, {block / whole:.0%} of the model, on each"
     )
 
 
@@ -213,17 +224,17 @@ def show(name: str, sheet: "Sheet", found: "Found") -> None:
     peak = sheet.flops / sheet.step_seconds / job.device.flops
     rows = (
         ("layout", f"{degrees}; loops {loops}"),
-        ("batch", f"{job.batch_size} x {job.length} tokens: {layout.accumulate} x {layout.rows} a GPU that reads"),
+        ("batch", f"{job.batch_size} x {job.length} tokens: {layout.accumulate} x {layout.rows} per data-parallel GPU"),
         ("loops", f"{job.loops}, {job.grad_loops} with gradient"),
         *((f"{kind} alone", f"{seconds:.3g} s") for kind, seconds in sheet.times.items()),
         ("a step", f"{sheet.step_seconds:.3g} s, bound by {sheet.bound}"),
-        ("tokens/s", f"{sheet.tokens_per_second:,.0f}, {sheet.tokens_per_second / job.gpus:,.0f} of each GPU"),
-        ("operations", f"{peak:.0%} of the peak, recomputed ones included"),
+        ("tokens/s", f"{sheet.tokens_per_second:,.0f}, {sheet.tokens_per_second / job.gpus:,.0f} per GPU"),
+        ("operations", f"{peak:.0%} of the peak, including recomputation"),
     )
     console.print(table(f"the fastest of {found.n_layouts} layouts", "", "", rows=rows, left=""))
     alone = sharded_alone(found)
     console.print(
-        f"{alone + '. ' if alone else ''}Estimates: products at {job.settings.efficiency:.0%} of the peak "
-        "(efficiency=), rates as makers say; no GPU was measured. docs/scale.md",
+        f"{alone + '. ' if alone else ''}Estimates: matrix products at {job.settings.efficiency:.0%} of the peak "
+        "(efficiency=), rates from data sheets; no GPU was measured. See docs/scale.md",
         style="dim",
     )

@@ -12,9 +12,9 @@ from open_mythos.fields import MAX_SEED, must
 def report(
     run: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="File to write; default: RUN/report.html.")] = None,
-    difficulty: Annotated[int | None, typer.Option(min=1, help="Of the example.")] = None,
-    loops: Annotated[int | None, typer.Option(min=1, help="Maximum for the example.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the example.")] = 0,
+    difficulty: Annotated[int | None, typer.Option(min=1, help="Difficulty of the example.")] = None,
+    loops: Annotated[int | None, typer.Option(min=1, help="Maximum loops of the example.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the example.")] = 0,
 ) -> None:
     """Write an HTML report of a run: curves, and every loop of an example."""
     from open_mythos import files
@@ -23,7 +23,7 @@ def report(
     from open_mythos.report import gather, render
 
     path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
-    must(path.suffix in (".html", ".htm"), f"--out {path} is a page of HTML; end its name in .html")
+    must(path.suffix in (".html", ".htm"), f"--out {path} should end in .html, as it is an HTML page")
     may_replace(path)
     with progress(n_steps=3) as begin:
         page = render(data := gather(run, difficulty, loops, seed, begin))

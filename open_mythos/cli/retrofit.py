@@ -19,13 +19,19 @@ SAMPLE = (
 
 
 def retrofit(
-    source: Annotated[str, typer.Argument(help="A Llama: directory, GGUF file, or name on the hub.")],
-    prelude: Annotated[int, typer.Option(help="First layers, run once.")] = 4,
-    core: Annotated[int, typer.Option(help="Layers before the coda's, looped.")] = 8,
-    coda: Annotated[int, typer.Option(help="Last layers, run once.")] = 4,
-    loops: Annotated[int, typer.Option(help="Default loops, and maximum that is compared.")] = 4,
-    decay: Annotated[float, typer.Option(help="Weight of the state in a loop's input, against the embedding.")] = 0.5,
-    text: Annotated[Path | None, typer.Option(help="File to compare on, instead of a few built-in sentences.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="A Llama model: a directory, a GGUF file, or a name on the Hugging Face Hub.")
+    ],
+    prelude: Annotated[int, typer.Option(help="Number of first layers, run once.")] = 4,
+    core: Annotated[int, typer.Option(help="Number of layers before the coda, looped.")] = 8,
+    coda: Annotated[int, typer.Option(help="Number of last layers, run once.")] = 4,
+    loops: Annotated[int, typer.Option(help="Default number of loops, and the most that are compared.")] = 4,
+    decay: Annotated[
+        float, typer.Option(help="Weight of the state in each loop's input; the rest is the embedding's.")
+    ] = 0.5,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to compare on, instead of a few built-in sentences.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Output directory; default: runs/retrofit.")] = None,
 ) -> None:
     """Convert a pretrained decoder to a recurrent-depth model: layers become prelude, core and coda."""
@@ -57,7 +63,7 @@ def retrofit(
             with torch.no_grad():
                 rows[f"the new model, {n_loops} loop{'s' * (n_loops > 1)}"] = bits(model(ids, n_loops), ids, tokenizer)
         if not error <= surgery.TOLERANCE:
-            fail(f"logits differ by {error:.1e} of the largest, more than {surgery.TOLERANCE:g}; nothing was written")
+            fail(f"logits differ by {error:.1e} of the largest, above {surgery.TOLERANCE:g}; nothing was written")
         begin("saving")
         surgery.save(model, tokenizer, directory, original.generation_config)
     spans = split.layers(n_layers)
@@ -71,7 +77,7 @@ def retrofit(
     original_layers = "the original" if prelude + core + coda == n_layers else "the layers that were kept"
     note(
         f"At one loop its logits are those of {original_layers}: they differ by at most "
-        f"{error * max(1.0, largest):.1e}, of up to {largest:.0f}.",
+        f"{error * max(1.0, largest):.1e}, at a largest logit of {largest:.0f}.",
         f"Model and tokenizer: {directory}",
         f"Next: train it to use its loops with {mythos('train', 'heal', f'start={directory}')}.",
     )

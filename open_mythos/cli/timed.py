@@ -28,7 +28,7 @@ def build(model: str | None, dim: int | None, attn: str | None, experts: int | N
         made = OpenMythos(shaped(dim or 512, attn or "gqa", experts or 8, loops or 4))
     else:
         given = [option for option, value in shape.items() if value is not None]
-        must(not given, f"{model} has a shape of its own; leave out {' and '.join(given)}, or the model")
+        must(not given, f"{model} already has a shape; leave out {' and '.join(given)}, or leave out the model")
         try:
             model_dir(model)
         except ValueError:  # a variant, or a file's config: random weights
@@ -43,7 +43,7 @@ def build(model: str | None, dim: int | None, attn: str | None, experts: int | N
 def shaped(dim: int, attn: str, experts: int, loops: int) -> MythosConfig:
     """A model of width ``dim``, other sizes in proportion: heads of 64, experts of width dim, two for each token."""
     heads = dim // _HEAD
-    must(dim % _HEAD == 0, f"--dim {dim} is no multiple of {_HEAD}, the width of a head; use {heads * _HEAD}")
+    must(dim % _HEAD == 0, f"--dim {dim} is not a multiple of {_HEAD}, the head size; use {heads * _HEAD}")
     return MythosConfig(
         vocab_size=_VOCABULARY, dim=dim, n_heads=heads, n_kv_heads=heads // 2 if heads % 2 == 0 else heads,
         max_loop_iters=loops, prelude_layers=1, coda_layers=1, attn_type=attn,

@@ -18,19 +18,19 @@ def tokenize(
     sources: Annotated[
         list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, hf:NAME[:CONFIG], or stdlib.")
     ],
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the tokens.")] = Path("tokens"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Output folder for the tokens.")] = Path("tokens"),
     tokenizer: Annotated[
-        str, typer.Option(help="bytes; bpe:N, trained on the text; or a folder with a tokenizer.json.")
+        str, typer.Option(help="bytes; bpe:N, trained on the text with N tokens; or a folder with a tokenizer.json.")
     ] = "bytes",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=1024, help="Processes that tokenise; default: one a core, if there is enough."),
+        typer.Option(min=1, max=1024, help="Number of processes; default: one per core, if there is enough text."),
     ] = None,
     max_bytes: Annotated[
-        int, typer.Option(min=0, help="Where to stop in each source; 0: at its end, or after 64 MB of a dataset.")
+        int, typer.Option(min=0, help="Bytes to read of each source; 0: all, or the first 64 MB of a dataset.")
     ] = 0,
 ) -> None:
-    """Tokenise text, to train on it again and again, by any number of processes."""
+    """Tokenise text once, in parallel, to train on it many times."""
     from open_mythos import files
     from open_mythos.cli.watch import log
     from open_mythos.tasks import corpus, store
@@ -40,10 +40,10 @@ def tokenize(
     out = files.real(out) if out.is_symlink() else out  # a folder cannot replace a link
     is_free = not out.exists() or not any(out.iterdir())
     whole = f"train on it with {typed('train', 'text', f'data={out}')}, or " if store.is_store(out) else ""
-    must(is_free, f"{out} is there, and stays as it is; {whole}name another --out")
+    must(is_free, f"{out} exists and is not overwritten; {whole}give another --out")
     for source in sources:
         is_text = source == "stdlib" or not store.is_store(source)
-        must(is_text, f"{source} holds tokens already; train on it with {typed('train', 'text', f'data={source}')}")
+        must(is_text, f"{source} already holds tokens; train on it with {typed('train', 'text', f'data={source}')}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     total, half = (
         sum(corpus.size(source, max_bytes) for source in sources),
@@ -65,7 +65,7 @@ def tokenize(
             before = fill(half, sources, tokenizer, max_bytes, workers if workers > 1 else 0, tell)
         except BaseException as error:
             if any(half.glob("*.bin")):
-                log(f"stopped; what is done is in {half}, and the same command goes on from there")
+                log(f"stopped; the finished part is in {half}, and the same command continues from there")
             elif isinstance(error, ValueError | ImportError):
                 shutil.rmtree(half, ignore_errors=True)
             raise

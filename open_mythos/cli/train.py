@@ -13,11 +13,12 @@ from open_mythos.training.config import TrainConfig
 def train(
     recipe: Annotated[str | None, typer.Argument(help="Name of a recipe; see --list.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as steps=500 optim.lr=3e-4.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings such as steps=500 optim.lr=3e-4.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Of the run; default: runs/RECIPE.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Output directory; default: runs/RECIPE.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: from the newest checkpoint, if any. Or never, or the path of a checkpoint.")
+        str,
+        typer.Option(help="auto: from the newest checkpoint, if there is one; or never; or the path of a checkpoint."),
     ] = "never",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost of the run and exit.")] = False,
     show_list: Annotated[bool, typer.Option("--list", help="Print the recipes and exit.")] = False,
@@ -81,14 +82,18 @@ def show_cost(cfg: TrainConfig) -> None:
         ("parameters", f"{cost.parameters:,}", "counted"),
         ("FLOPs per step", si(cost.flops_per_step), "matrix products, at the mean number of loops"),
         ("memory of the weights", si(cost.weight_bytes, "B"), "weights, gradients, optimizer state, EMA"),
-        ("memory of activations", si(cost.activation_bytes, "B"), "saved for the backward pass; peak of the trials"),
+        (
+            "memory of activations",
+            si(cost.activation_bytes, "B"),
+            "saved for the backward pass; peak of the trial steps",
+        ),
         ("time per step", f"{seconds:.3g} s", f"mean of {cost.trial_steps} trial steps"),
         ("time of training", span(seconds * cfg.steps), f"{cfg.steps:,} steps"),
-        ("time of the halting gate", span(cost.gate_seconds), "scaled; gate.steps=0: none"),
+        ("time of the halting gate", span(cost.gate_seconds), "extrapolated; gate.steps=0: none"),
         (
             "time of evaluation",
             span(cost.evaluation_seconds),
-            "scaled; evaluation.loops=1,8 makes it quick",
+            "extrapolated; evaluation.loops=1,8 makes it quick",
         ),
         ("time of the run", span(total), "training, gate and evaluation"),
     )

@@ -14,15 +14,19 @@ from open_mythos.training.config import GateConfig, TrainConfig
 def train_gate(
     checkpoint: Annotated[str, typer.Argument(help="A run, a model's directory, or the name of a shipped model.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: the run's config.")] = None,
-    min_difficulty: Annotated[int | None, typer.Option(help="Default: as in training.")] = None,
+    min_difficulty: Annotated[int | None, typer.Option(help="Of the problems; default: as in training.")] = None,
     max_difficulty: Annotated[
-        int | None, typer.Option(help="May exceed that of the model's training; default: the run's config.")
+        int | None,
+        typer.Option(help="Of the problems; may exceed the model's own training; default: the run's config."),
     ] = None,
     loops: Annotated[
-        int | None, typer.Option(min=1, help="Loops that solve the hardest problems; default: the run's config.")
+        int | None,
+        typer.Option(min=1, help="Number of loops that solves the hardest problems; default: the run's config."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the problems.")] = 0,
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Default: NAME-gate next to the model.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed for the problems.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Output directory; default: NAME-gate next to the model.")
+    ] = None,
 ) -> None:
     """Train the halting gate of a trained model, with all other weights frozen."""
     import torch
@@ -44,7 +48,7 @@ def train_gate(
     beside = home.with_name(f"{home.name}-gate") if Path(checkpoint).exists() else Path(f"runs/{checkpoint}-gate")
     out = out or beside
     is_model = files.real(out) == files.real(model_dir(checkpoint))
-    must(not is_model, f"--out {out} is the model itself, which is not overwritten; name another directory")
+    must(not is_model, f"--out {out} is the model itself, which is not overwritten; give another directory")
     may_replace_model(out, is_agreed=files.real(out) == files.real(beside))
     task = tasks.load(cfg.task.name, **cfg.task.options | own_tokens(cfg.task.name, model_dir(checkpoint)))
     easiest, hardest = cfg.task.min_difficulty, cfg.task.max_difficulty
@@ -54,7 +58,7 @@ def train_gate(
     saved = False
 
     def left() -> str:
-        return f"{out} is saved" if saved else f"nothing was changed; start again with {again}"
+        return f"{out} is saved" if saved else f"nothing was saved; start again with {again}"
 
     with Stop() as stop, owned(out, log), stop.telling(log, left):
         with progress(n_steps=ROUNDS + 2) as begin:
@@ -80,7 +84,7 @@ def settings(
 ) -> TrainConfig:
     """``cfg`` with the given options of the gate and the task."""
     if cfg.kind != "looped":
-        raise ValueError(f"this is a baseline (kind={cfg.kind!r}), whose depth cannot be chosen; give a looped model")
+        raise ValueError(f"this is a baseline (kind={cfg.kind!r}), whose depth is fixed; give a looped model")
     low = cfg.task.min_difficulty if min_difficulty is None else min_difficulty
     high = max(low, cfg.hardest_for_gate) if max_difficulty is None else max_difficulty
     n_steps, n_loops = steps or cfg.gate.steps or GateConfig().steps, loops or cfg.gate.loops

@@ -56,7 +56,7 @@ def _of_tokens(folder: Path) -> Iterator[tuple[Path, Callable[[Path], str]]]:
 
 def _shard(shard: store.Shard, before: store.Shard, path: Path) -> str:
     store.check_content(path.parent, shard, before)
-    return f"{shard.tokens:,} tokens, as their checksum says"
+    return f"{shard.tokens:,} tokens, checksum verified"
 
 
 def _of_model(directory: Path) -> Iterator[tuple[Path, Callable[[Path], str]]]:
@@ -77,7 +77,7 @@ def _of_run(run: Path) -> Iterator[tuple[Path, Callable[[Path], str]]]:
     yield run / runs.RUN_CONFIG, lambda path: f"{TrainConfig.load(path).steps} steps"
     yield run / runs.METRICS, _metrics
     for checkpoint in sorted((run / runs.CHECKPOINTS).glob("step_*[0-9]")):
-        yield checkpoint, lambda path: f"{len(checkpoints.load(path))} parts, as their checksum says"
+        yield checkpoint, lambda path: f"{len(checkpoints.load(path))} parts, checksums verified"
     for directory in (run, run / "evaluation"):
         yield directory / runs.EVALUATION, lambda path: f"{type(fit.load_evaluation(path.parent)).__name__}"
     yield run / compare.RESULTS, lambda path: f"{len(compare.load(path)['contenders'])} models"
@@ -93,18 +93,21 @@ def _weights(directory: Path, parts: list[Path]) -> str:
             weights.read(part)
     bare = [part.name for part in parts if not weights.has_checksum(part)]
     n = sum(len(weights.shapes(part)) for part in parts)
-    return f"{n} tensors, " + (f"without a checksum: {', '.join(bare)}" if bare else "as their checksum says")
+    return f"{n} tensors, " + (f"without a checksum: {', '.join(bare)}" if bare else "checksum verified")
 
 
 def _tokenizer(path: Path) -> str:
     n, known = len(tokenizer.load(path.parent).pieces), MythosConfig.load(path.with_name(CONFIG_FILE)).vocab_size
-    must(n <= known, f"{path} has {n} tokens, and the model {known}; use the tokenizer that it was trained with")
+    must(n <= known, f"{path} has {n} tokens, and the model {known}; use the tokenizer that the model was trained with")
     return f"{n} tokens"
 
 
 def _metrics(path: Path) -> str:
     lines, damaged = loggers.read_lines(path)
-    must(not damaged, f"{path} has {damaged} damaged lines; training sets it aside when it goes on, and keeps the rest")
+    must(
+        not damaged,
+        f"{path} has {damaged} damaged lines; when training resumes, it sets this file aside and keeps the rest",
+    )
     return f"{len(lines)} lines"
 
 

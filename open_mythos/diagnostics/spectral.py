@@ -38,10 +38,10 @@ def loop_gain(model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, 
         ValueError: for input that does not fit the model, or fewer than 2 iterations.
     """
     if iterations < 2:
-        raise ValueError(f"iterations={iterations}; use at least 2, and some dozens for a steady result")
+        raise ValueError(f"iterations={iterations}; use at least 2, and a few dozen for a stable result")
     n_loops = check_n_loops(n_loops, model.cfg.max_loop_iters)
     if isinstance(model.recurrent, UntiedBlocks) and n_loops >= (most := len(model.recurrent.blocks)):
-        raise ValueError(f"n_loops={n_loops} of {most} blocks, and it is the next one that is measured; use less")
+        raise ValueError(f"n_loops={n_loops} of {most} blocks, but the gain is that of the next block; use fewer loops")
     growth = []
     with eval_mode(model), torch.enable_grad():
         with torch.no_grad():

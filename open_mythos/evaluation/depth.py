@@ -131,7 +131,7 @@ def accuracy_by_loops(model: OpenMythos, ids: Tensor, targets: Tensor, loops: It
     """
     scored = targets != UNSCORED
     if not scored.any():
-        raise ValueError("targets scores no position; give a token other than -100 somewhere")
+        raise ValueError("targets is -100 everywhere, so no position is scored; set a token at one or more positions")
     with measuring(model):
         return {
             reading.loops: (reading.logits.argmax(-1) == targets)[scored].float().mean().item()

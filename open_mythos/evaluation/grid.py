@@ -86,7 +86,10 @@ class DepthGrid:
         size, tensors = (len(data["difficulties"]), len(data["loops"])), dict[str, Tensor]()
         for key in (key for key, kind in kinds.items() if kind is Tensor):
             fits = len(data[key]) == size[0] > 0 and all(len(row) == size[1] > 0 for row in data[key])
-            must(fits, f"{name}: {key} should be {size[0]} rows of {size[1]}, as difficulties and loops are")
+            must(
+                fits,
+                f"{name}: {key} should have {size[0]} rows of {size[1]}, one for each difficulty and number of loops",
+            )
             tensors[key] = torch.tensor(data[key], dtype=torch.float64)
         return cls(**data | tensors)
 
@@ -137,7 +140,9 @@ def check_fit(model: OpenMythos, task: Task, difficulties: Sequence[int], exampl
         raise ValueError(f"difficulties={list(difficulties)}, examples={examples}; give at least one of each")
     n, known = task.vocab_size, model.cfg.vocab_size
     if n > known:
-        raise ValueError(f"{task.name} has {n} tokens and the model {known}; use the task and options of its training")
+        raise ValueError(
+            f"{task.name} has {n} tokens and the model {known}; use the task and options it was trained on"
+        )
     longest, limit = max(difficulties, key=task.length), model.cfg.max_seq_len
     said = f"{longest} {task.unit} are {task.length(longest)} tokens, which do not fit max_seq_len={limit}"
     must(task.length(longest) <= limit, f"{said}; use a lower difficulty")
@@ -220,6 +225,6 @@ def combine(grids: Sequence[DepthGrid]) -> dict[str, Spread]:
         for name in ("task", "version", "options", "difficulties", "loops", "exit"):
             a, b = getattr(grids[0], name), getattr(grid, name)
             if a != b:
-                raise ValueError(f"grids differ in {name}: {a} and {b}; combine grids of the same settings")
+                raise ValueError(f"grids differ in {name}: {a} and {b}; combine only grids with the same settings")
     stacked = {name: torch.stack([getattr(grid, name) for grid in grids], dim=-1) for name in ("accuracy", "exact")}
     return {name: Spread(x.mean(-1), x.amin(-1), *student_interval(x)) for name, x in stacked.items()}

@@ -70,7 +70,7 @@ def settle_rate(
         ValueError: for ``loops`` below 2, and as ``depth_grid``.
     """
     if loops < 2:
-        raise ValueError(f"loops={loops}; a change takes two loops, use at least 2")
+        raise ValueError(f"loops={loops}; a change is between two loops, so use at least 2")
     check_fit(model, task, [difficulty], examples)
     problems = task.batch(examples, difficulty, torch.Generator().manual_seed(seed))
     converged = positions = 0

@@ -107,7 +107,9 @@ class Conversation:
         try:
             said.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"said={said!r} holds half a character, so it is no text; leave that out") from error
+            raise ValueError(
+                f"said={said!r} contains an unpaired surrogate, so it is not valid text; remove that"
+            ) from error
         return self._undone_if_it_fails(said, min(max_new_tokens, self.model.cfg.max_seq_len // 2))
 
     def _undone_if_it_fails(self, said: str, max_new_tokens: int) -> Iterator[str]:
@@ -126,7 +128,7 @@ class Conversation:
         cfg = self.model.cfg
         self.messages.append({"role": "user", "content": said})
         self.ids = self._prompt(cfg.max_text_len - max(max_new_tokens, 1))
-        must(len(self.ids) > 0, "there is nothing to go on from; say something")
+        must(len(self.ids) > 0, "the conversation is empty; say something first")
         reply = {"role": "assistant", "content": ""}
         self.messages.append(reply)
         self.n_replied, asks = 0, self.tokenizer.asks

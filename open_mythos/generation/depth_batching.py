@@ -99,7 +99,7 @@ class DepthBatch:
         self.exit = model.recurrent.choose_exit(exit)
         must(
             self.exit is None or not self.exit.needs_predictions,
-            f"exit={self.exit} reads predictions, which rows at different loops do not make together; use Gate, "
+            f"exit={self.exit} reads predictions, which rows at different loops cannot make together; use Gate, "
             f"StateChange or Acceleration, or model.generate for a plain batch",
         )
         self.model = model
@@ -315,7 +315,9 @@ def generate_many(
     """See :meth:`OpenMythos.generate_many`; ``request`` holds further arguments of :meth:`DepthBatch.add`."""
     loops = list(n_loops) if isinstance(n_loops, Sequence) else [n_loops] * len(prompts)
     if len(loops) != len(prompts):
-        raise ValueError(f"n_loops holds {len(loops)} numbers for {len(prompts)} prompts; give one for each, or one")
+        raise ValueError(
+            f"n_loops has {len(loops)} numbers for {len(prompts)} prompts; give one for each, or a single one"
+        )
 
     def run() -> list[Request]:
         batch = DepthBatch(model, exit, max_rows)

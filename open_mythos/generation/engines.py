@@ -56,7 +56,7 @@ def check_engine(name: str, model: Model, depth: Depth, drafts: bool = False) ->
     """ValueError, saying what to change, unless there is an engine of this name that can serve the model."""
     must(name in NAMES, f"there is no engine {name!r}; {nearest(name, NAMES)}")
     if name != "auto" and (why := _ENGINES[name].why_not(model, depth, drafts)) is not None:
-        raise ValueError(f"engine={name!r} is not available: {why}; use engine='auto', or change that")
+        raise ValueError(f"engine={name!r} is not available: {why}; use engine='auto', or resolve this")
 
 
 def make_engine(name: str, model: Model, depth: Depth, room: int = 0, drafts: bool = False) -> Engine:

@@ -40,10 +40,10 @@ def not_finite(model: Model, depth: Depth, text: list[Tensor], attention_mask: T
         module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
     options = dict(attention_mask=attention_mask, exit=depth.exit)
     evaluating(None, lambda: twin.head(twin.hidden(ids, depth.n_loops, **options)))
-    where = f"the first output that is not is that of {found[0]}" if found else "though every layer's output is"
+    where = f"the first non-finite output is that of {found[0]}" if found else "yet every layer's output is finite"
     return ValueError(
-        f"the logits of what follows {ids.shape[1]} tokens are not finite, so there is no next token; {where}. Look "
-        f"for weights that are not finite or too large, or run the model in a wider dtype"
+        f"the logits after {ids.shape[1]} tokens are not finite, so no next token can be chosen; {where}. Look for "
+        f"weights that are not finite or too large, or run the model in a wider dtype"
     )
 
 

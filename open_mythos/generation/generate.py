@@ -195,16 +195,16 @@ def _old_names(
 def _check_draft(draft: Draft, depth: Depth) -> None:
     """ValueError unless drafting can give the tokens of plain decoding."""
     n_loops, cache_loops = depth.n_loops, depth.cache_loops
-    must(draft.loops < n_loops, f"draft_loops={draft.loops} of n_loops={n_loops}; use fewer, or leave the draft out")
+    must(draft.loops < n_loops, f"draft_loops={draft.loops} of n_loops={n_loops}; use fewer, or leave it out")
     must(
         depth.exit is None,
-        f"draft_loops={draft.loops} runs every token for all {n_loops} loops, but {depth.exit} stops some early; leave "
-        f"out the draft, or the exit and set model.cfg.halting=False",
+        f"with draft_loops={draft.loops} every token runs all {n_loops} loops, but {depth.exit} stops some early; "
+        f"leave out draft_loops, or leave out the exit and set model.cfg.halting=False",
     )
     must(
         cache_loops is None or cache_loops >= n_loops,
-        f"draft_loops={draft.loops} goes on from the keys of every loop, and cache_loops={cache_loops} keeps "
-        f"{cache_loops} of {n_loops}; leave out one of them",
+        f"draft_loops={draft.loops} needs the cached keys and values of every loop, but cache_loops={cache_loops} "
+        f"keeps those of {cache_loops} of {n_loops}; leave out one of them",
     )
 
 
@@ -212,11 +212,11 @@ def _check_warm_start(model: Model, draft: Draft | None) -> None:
     """ValueError unless the model was trained to start from noise, and tokens are computed one by one."""
     must(
         model.cfg.state_init == "noise",
-        f"warm_start=True, but the model was trained to start from state_init={model.cfg.state_init!r} and nothing "
-        f"else; leave warm_start out, or use a model that was trained with state_init='noise'",
+        f"warm_start=True, but the model was trained to start only from state_init={model.cfg.state_init!r}; leave "
+        f"warm_start out, or use a model that was trained with state_init='noise'",
     )
     must(
         draft is None,
-        f"warm_start=True needs the last state of a token for the next, and draft_loops={draft and draft.loops} makes "
-        f"the next before; leave out one of them",
+        f"warm_start=True starts each token from the last state of the one before, but draft_loops="
+        f"{draft and draft.loops} drafts it before that is known; leave out one of them",
     )

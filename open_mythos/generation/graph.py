@@ -19,11 +19,11 @@ from open_mythos.ops.experts import MAX_GATHERED
 def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
     """Why tokens cannot be decoded by a graph; None if they can."""
     if model.embed.weight.device.type != "cuda":
-        return "graphs are for CUDA"
+        return "CUDA graphs need a CUDA device"
     if drafts:
-        return "a graph runs every token for all loops, and drafts do not"
+        return "a graph runs every token for all loops, but drafts do not"
     if depth.exit is not None:
-        return f"a graph runs every token for all loops, and {depth.exit} ends some"
+        return f"a graph runs every token for all loops, but {depth.exit} stops some early"
     return why_not_fused(model)
 
 

@@ -118,7 +118,7 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
 
     where = None if include is None else str(include)
     if where is not None:
-        must(Path(where).is_dir(), f"include={where!r} is no directory; give one that holds tasks, a YAML file each")
+        must(Path(where).is_dir(), f"include={where!r} is not a directory; give one with a YAML file for each task")
         own = new(include_path=where, include_defaults=False)  # reading the harness's thousands of tasks takes seconds
         if set(names) <= set(own.all_tasks):
             return own
@@ -133,7 +133,9 @@ def _manager(new: Callable[..., Any], names: Sequence[str], include: str | Path 
         return manager
     near = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-    raise ValueError(f"the harness has no task {unknown!r}; {hint} Your own are found in the directory `include`")
+    raise ValueError(
+        f"the harness has no task {unknown!r}; {hint} Your own tasks are looked for in the directory `include`"
+    )
 
 
 def _load(directory: str | Path, batch_size: int, device: torch.device | str = "cpu") -> tuple[Any, Any]:
@@ -158,8 +160,8 @@ def _load(directory: str | Path, batch_size: int, device: torch.device | str = "
                 n = (*wanted, self.max_gen_toks)[0]
                 must(
                     n <= most,
-                    f"{request.task_name} asks for {n} new tokens, and prompt and answer have room for {room}; "
-                    f"write generation_kwargs: {{max_gen_toks: N}} into its YAML file, N being {most} at most, or "
+                    f"{request.task_name} asks for {n} new tokens, but prompt and answer have room for {room}; "
+                    f"write generation_kwargs: {{max_gen_toks: N}} into its YAML file, with N at most {most}, or "
                     f"raise max_seq_len in {directory}/config.json",
                 )
             self._max_length = room
@@ -182,8 +184,8 @@ def _blaming(tasks: list[str]) -> Iterator[None]:
         yield
     except (ConnectionError, DatasetNotFoundError) as error:
         raise ValueError(
-            f"the data of {', '.join(tasks)} could not be fetched ({error}); tasks that the harness ships need the "
-            f"Hugging Face hub, so connect once, or use tasks of your own on local files"
+            f"the data of {', '.join(tasks)} could not be downloaded ({error}); the harness's own tasks need the "
+            f"Hugging Face Hub: go online once, or use tasks of your own on local files"
         ) from error
     except Exception as error:  # they have no common base class
         said = f"{type(error).__name__}: {error}; see the task's YAML file, and the data that it names"

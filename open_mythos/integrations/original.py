@@ -46,14 +46,16 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
                 raise
             except Exception as error:  # tokenizers raises bare exceptions
                 raise ValueError(
-                    f"{source} holds no tokenizer that transformers reads; put the tokenizer.json of the original "
+                    f"{source} has no tokenizer that transformers can read; put the tokenizer.json of the original "
                     f"beside its weights"
                 ) from error
             model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
     except OSError as error:
-        what = "cannot be read" if Path(source).exists() else "is no directory, and no model came from the hub"
+        what = (
+            "cannot be read" if Path(source).exists() else "is not a directory, and no such model could be downloaded"
+        )
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{source} {what} ({first_line}); give the path of a download") from error
+        raise ValueError(f"{source} {what} ({first_line}); give the path of a downloaded model") from error
     n, most = len(tokenizer), model.config.vocab_size
     must(n <= most, f"the tokenizer of {source} has {n} tokens and the model {most}; they do not belong together")
     return model.eval(), tokenizer
@@ -61,8 +63,8 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
 
 def check_kind(kind: str | None, source: str | Path = "the original") -> None:
     """Raise ValueError for a ``model_type`` that is not Llama's, even one that transformers does not know."""
-    must(kind != MODEL_TYPE, f"{source} is a recurrent-depth model already; train it with mythos train heal start=DIR")
-    must(kind == "llama", f"the original is a {kind!r}; the Llama family is supported so far (model_type 'llama')")
+    must(kind != MODEL_TYPE, f"{source} is already a recurrent-depth model; train it with mythos train heal start=DIR")
+    must(kind == "llama", f"the original is a {kind!r}; only the Llama family (model_type 'llama') is supported so far")
 
 
 def check_family(config: Any) -> None:
@@ -88,10 +90,13 @@ def check_family(config: Any) -> None:
 def _located(path: Path) -> tuple[Path, dict[str, str]]:
     """The directory, and loading options that name the GGUF file, if there is one."""
     if path.is_file():
-        must(path.suffix == ".gguf", f"{path} is a file; give its directory, or a GGUF file")
+        must(path.suffix == ".gguf", f"{path} is a file; give the model's directory, or a GGUF file")
         return path.parent, {"gguf_file": path.name}
     found = {pattern: sorted(path.glob(pattern)) for pattern in WEIGHTS}
-    must(any(found.values()), f"{path} holds no weights ({', '.join(WEIGHTS)}); give the directory of a download")
+    must(
+        any(found.values()),
+        f"{path} contains no weights ({', '.join(WEIGHTS)}); give the directory of a downloaded model",
+    )
     if found["*.safetensors"] or found["*.bin"]:
         must((path / "config.json").is_file(), f"{path / 'config.json'} is missing; download it with the weights")
         return path, {}

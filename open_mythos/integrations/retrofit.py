@@ -51,8 +51,8 @@ class Split:
         wanted = self.prelude + self.core + self.coda
         must(
             wanted <= n_layers,
-            f"prelude={self.prelude}, core={self.core} and coda={self.coda} are {wanted} layers, and the original has "
-            f"{n_layers}; use {n_layers} at most",
+            f"prelude={self.prelude}, core={self.core} and coda={self.coda} are {wanted} layers, but the original has "
+            f"{n_layers}; use at most {n_layers}",
         )
         end = n_layers - self.coda
         return range(self.prelude), range(end - self.core, end), range(end, n_layers)

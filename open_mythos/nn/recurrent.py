@@ -200,11 +200,11 @@ class Loops(nn.Module):
             n_loops = check_n_loops(n_loops, self.cfg.max_loop_iters)
         exit = self.choose_exit(exit)
         if exit is not None and exit.needs_predictions and readout is None:
-            raise ValueError(f"exit={exit} reads predictions; give it to the model, or a readout to the block")
+            raise ValueError(f"exit={exit} reads predictions; pass it to the model, or pass a readout to the block")
         if not 0 <= first_loop < n_loops:
             raise ValueError(f"first_loop={first_loop} of n_loops={n_loops}; use 0 to {n_loops - 1}")
         if first_loop and exit is not None:
-            raise ValueError(f"exit={exit} has not seen the loops before first_loop={first_loop}; start at 0")
+            raise ValueError(f"exit={exit} has not seen the loops before first_loop={first_loop}; use first_loop=0")
         loop_input = self.prepare(e)
         recompute = recompute and ctx.cache is None and self.training and not is_evaluating()
         ctx = ctx if recompute or self.is_compiled else ctx.looping()

@@ -76,7 +76,9 @@ class UntiedBlocks(Loops):
 
     def step(self, h: Tensor, e: LoopInput | Tensor, loop: int | Tensor, ctx: Context) -> Tensor:
         if isinstance(loop, Tensor):
-            raise ValueError("this baseline has a block for each loop, so rows at different loops do not run together")
+            raise ValueError(
+                "this baseline has a separate block for each loop, so rows at different loops cannot run in one batch"
+            )
         if loop >= len(self.blocks):
             raise ValueError(
                 f"n_loops={loop + 1}, but this baseline has {len(self.blocks)} blocks and cannot go deeper"

@@ -226,8 +226,8 @@ def as_mask(mask: AttentionMask | Tensor | None, n_queries: int, n_keys: int) ->
     if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.shape[-2:] != (n_queries, n_keys):
         what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"mask is {what}; pass a tensor that ends in ({n_queries}, {n_keys}), bool or added to the scores, or None "
-            f"for causal attention"
+            f"mask is {what}; pass a bool or additive mask whose shape ends in ({n_queries}, {n_keys}), or None for "
+            f"causal attention"
         )
     bias = _as_bias(mask, torch.float32) if mask.dtype == torch.bool else mask
     return AttentionMask(n_queries, n_keys, given=bias.view(*[1] * (4 - mask.ndim), *mask.shape))

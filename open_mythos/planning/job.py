@@ -105,9 +105,9 @@ class Job:
 
     def __post_init__(self) -> None:
         must(1 <= self.gpus <= MOST_GPUS, f"--gpus {self.gpus}; give 1 to {MOST_GPUS:,}")
-        must(self.memory >= 0, f"--memory {self.memory / 1e9:g}: give the GB of one GPU, above 0")
+        must(self.memory >= 0, f"--memory {self.memory / 1e9:g}: give the memory of one GPU in GB, above 0")
         given, most = self.settings.grad_loops, self.loops
-        must(given <= most, f"grad_loops={given} of loops={most}; use 1 to {most}, or 0 for all")
+        must(given <= most, f"grad_loops={given} is more than loops={most}; use 1 to {most}, or 0 for all")
         n, longest = self.length, self.cfg.max_seq_len
         must(n <= longest, f"length={n} is more than model.max_seq_len={longest}; use {longest} or less")
         self.links  # noqa: B018  raises

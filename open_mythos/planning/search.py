@@ -64,7 +64,7 @@ def layouts(job: Job, most_rows: int = _MOST_ROWS) -> list[Layout]:
     what = f"{experts} experts" if cfg.n_experts else "no experts"
     must(
         experts % (asked.expert or 1) == 0,
-        f"parallel.expert={asked.expert}, and the model has {what}; use a divisor of {experts}",
+        f"parallel.expert={asked.expert}, but the model has {what}; use a divisor of {experts}",
     )
     found = [layout for shares in _shares(job) for layout in _batches(job, shares, most_rows)]
     if not found:
@@ -72,11 +72,11 @@ def layouts(job: Job, most_rows: int = _MOST_ROWS) -> list[Layout]:
         n, by = job.batch_size, min((s.replicate * s.shard for s in _shares(job)), default=0)
         must(
             by == 0,
-            f"batch_size={n} cannot be shared by {by} GPUs that read rows of their own; use a multiple of {by}",
+            f"batch_size={n} cannot be shared by {by} GPUs with rows of their own; use a multiple of {by}",
         )
         raise ValueError(
-            f"{said or 'no layout'} divides --gpus {gpus}: replicate * shard * tensor are all GPUs, and expert divides "
-            f"shard, or is a multiple of it; leave one of them out"
+            f"{said or 'no layout'} does not fit --gpus {gpus}: replicate * shard * tensor must be the number of GPUs, "
+            f"and expert a divisor or a multiple of shard; leave one of them out"
         )
     return found
 

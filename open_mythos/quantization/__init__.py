@@ -57,8 +57,8 @@ def quantize_int8(model: Quantised) -> Quantised:
     blocks = [*model.prelude, *model.recurrent.layers, *model.coda]
     for block in blocks:
         for name, weight in block.named_parameters():
-            plain = "quantise plain weights, once, before anything wraps them"
-            must(type(weight) is nn.Parameter, f"{name} is of {type(weight).__name__}; {plain}")
+            plain = "quantise plain weights only, once, and before the model is wrapped"
+            must(type(weight) is nn.Parameter, f"{name} has type {type(weight).__name__}; {plain}")
     for block in blocks:
         for name, module in block.named_modules():
             if isinstance(module, Linear) and name.rpartition(".")[2] not in _LEFT_ALONE:

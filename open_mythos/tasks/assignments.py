@@ -66,8 +66,8 @@ class Assignments(InWords):
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high, most = self.min_sentences, self.sentences, 2 * len(NAMES) // 3
-        must(high <= most, f"sentences={high}; there are {len(NAMES)} names, enough for {most}")
-        must(low <= high, f"min_sentences={low} is above sentences={high}; lower it or raise that")
+        must(high <= most, f"sentences={high}; there are only {len(NAMES)} names, so use at most {most}")
+        must(low <= high, f"min_sentences={low} is above sentences={high}; lower min_sentences or raise sentences")
         self.most = high - _OTHERS
 
     def sized(self, size: float) -> Self:

@@ -152,7 +152,8 @@ class Task(Checked, ABC):
         is_int = isinstance(difficulty, numbers.Integral) and not isinstance(difficulty, bool)
         if not is_int or difficulty < self.least or (self.most is not None and difficulty > self.most):
             end = "up" if self.most is None else f"to {self.most}"
-            raise ValueError(f"difficulty={difficulty!r}; {self.name} counts {self.unit}, from {self.least} {end}")
+            said = f"difficulty={difficulty!r}; the difficulty of {self.name}"
+            raise ValueError(f"{said} is its number of {self.unit}, from {self.least} {end}")
 
 
 class Share(NamedTuple):

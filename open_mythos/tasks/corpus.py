@@ -57,11 +57,11 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
         contents = _file(path)
     else:
         files = _files(source)
-        must(bool(files), f"source={source!r} holds no text; use {WAYS}. There is no such file")
+        must(bool(files), f"source={source!r} matches no text file; use {WAYS}")
         contents = _texts(files, max_bytes)
     found = _within(contents, max_bytes or (STREAMED if streamed else math.inf))
     first = next(found, b"")
-    must(first != b"", f"source={source!r} holds no text; use {WAYS}")
+    must(first != b"", f"source={source!r} contains no text; use {WAYS}")
     second = next(found, b"")
     for document in chain((first, second), found) if second else _pieces(BytesIO(first)):
         yield document.decode("utf-8", "replace")
@@ -154,5 +154,7 @@ def _hugging_face(source: str) -> Iterator[bytes]:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}")
             yield (row["text"] or "").encode()
     except Exception as error:  # of datasets, the hub, or the network: there is no common base
-        why = "a row of it does not fit into memory" if isinstance(error, MemoryError) else error
-        raise ValueError(f"cannot read source={source!r}: {why}; check name and network, or use a path") from error
+        why = "one of its rows does not fit into memory" if isinstance(error, MemoryError) else error
+        raise ValueError(
+            f"cannot read source={source!r}: {why}; check the name and the network, or use a path"
+        ) from error

@@ -63,8 +63,8 @@ class InWords(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        modulus, spelled = getattr(self, "modulus", 0), f"tokenizer={self.tokenizer!r} may spell numbers by digits"
-        must(not self.tokenizer or modulus <= 10, f"modulus={modulus}, and {spelled}; use at most 10")
+        modulus, spelled = getattr(self, "modulus", 0), f"tokenizer={self.tokenizer!r} may split numbers into digits"
+        must(not self.tokenizer or modulus <= 10, f"modulus={modulus}, but {spelled}; use at most 10")
 
     @property
     def spelling(self) -> Spelling | None:
@@ -97,7 +97,7 @@ def encode(text: str) -> list[int]:
         return [ID[word] for word in text.split()]
     except KeyError as error:
         (word,) = error.args
-        raise ValueError(f"no task in words knows {word!r}; {nearest(word, VOCABULARY)}") from None
+        raise ValueError(f"{word!r} is not in the vocabulary of the word tasks; {nearest(word, VOCABULARY)}") from None
 
 
 _FEW_NUMBERS = 3

@@ -100,7 +100,7 @@ def fill(
     index = _left(folder, made_from)
     if index is None:
         made = tokenizer.tokenizer(kind, _to_train_on(sources, max_bytes), ends=True)
-        must(made.eos is not None, f"tokenizer={kind!r} has no token that ends documents; name it <eos>, or eos_token")
+        must(made.eos is not None, f"tokenizer={kind!r} has no end-of-document token; name it <eos>, or set eos_token")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         made.save(folder)
@@ -117,7 +117,7 @@ def fill(
     for name in PARTS:
         if not total(index[name]).documents:
             shutil.rmtree(folder)  # resuming it would fail in the same way
-            raise ValueError(f"source={','.join(sources)!r} has too few documents for a {name} part; use more text")
+            raise ValueError(f"source={','.join(sources)!r} has too few documents for its {name} part; use more text")
     return before
 
 
@@ -125,7 +125,7 @@ def _of_kind(found: Store, kind: str) -> Store:
     """``found``, if its tokenizer is ``kind``; else ValueError."""
     if files.real(Path(kind)) != files.real(found.folder):
         known = not kind.startswith("bpe:") and identity(tokenizer.tokenizer(kind, (), ends=True))
-        other = f"{found.folder} holds tokens of another tokenizer than {kind!r}; use tokenizer={found.folder}"
+        other = f"{found.folder} was not tokenised by {kind!r}; use tokenizer={found.folder}"
         must(known == identity(found.tokenizer), f"{other}, or {AGAIN}")
     return found
 
@@ -139,7 +139,7 @@ def _adopt(home: Path) -> None:
         files.read_json(home / "index.json", {name: dict.fromkeys(names, int) for name in PARTS}),
         tokenizer.load(home),
     )
-    must(made.eos is not None, f"{home} does not say what ends documents")
+    must(made.eos is not None, f"{home} does not name an end-of-document token")
     store.write_index(home, {
         "from": "", "tokenizer": identity(made), "eos": made.eos, "dtype": made.dtype.__name__,
         **{part: [Shard(**{name: old[part][name] for name in names}, file=f"{part}.bin")] for part in PARTS},
@@ -254,7 +254,9 @@ def _send(pipe: Connection, batch: list[str]) -> None:
 
 
 def _ended() -> MemoryError:
-    return MemoryError("a process that tokenised was ended, as where memory is full; the same command goes on")
+    return MemoryError(
+        "a tokenising process was killed, perhaps for lack of memory; the same command continues its work"
+    )
 
 
 def _work(pipe: Connection, folder: Path, eos: int) -> None:

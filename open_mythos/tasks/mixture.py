@@ -33,9 +33,9 @@ def parsed(source: str) -> list[tuple[str, Fraction]]:
         found.append((weighted[1], Fraction(weighted[2])) if weighted else (word.strip(), Fraction(1)))
     names = [name for name, _ in found]
     for name, weight in found:
-        must(name != "", f"source={source!r} has a comma with nothing beside it; write docs/:2,src/:1")
+        must(name != "", f"source={source!r} has an empty name beside a comma; write it as in docs/:2,src/:1")
         must(weight > 0, f"source={source!r} has {name!r} at weight 0; leave it out, or use a weight above 0")
-        must(names.count(name) == 1, f"source={source!r} has {name!r} twice; name it once, with both weights")
+        must(names.count(name) == 1, f"source={source!r} has {name!r} twice; name it once, with the sum of its weights")
     must(len(found) <= MOST_SOURCES, f"source has {len(found)} texts; use at most {MOST_SOURCES}")
     return found
 

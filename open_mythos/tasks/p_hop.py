@@ -32,7 +32,7 @@ class PHop(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        most = f"there are only {self.symbols} starts; use at most {self.symbols}"
+        most = f"there are only {self.symbols} symbols to start from; use at most {self.symbols}"
         must(self.questions <= self.symbols, f"questions={self.questions}, but {most}")
         letters = string.ascii_lowercase
         named = letters[: self.symbols] if self.symbols <= len(letters) else [f"s{i}" for i in range(self.symbols)]

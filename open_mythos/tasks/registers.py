@@ -124,7 +124,7 @@ class Registers(InWords):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        few = f"registers={self.registers} of a program, of letters={self.letters}; use fewer registers or more letters"
+        few = f"registers={self.registers} is above letters={self.letters}; use fewer registers or more letters"
         must(self.registers <= self.letters, few)
         self.chance = 1 / self.modulus
         self.most = self.lines

@@ -88,8 +88,11 @@ class Relations(InWords):
         self._size = 1.0
         if self.facts == "prompt":
             low, high, each = self.min_sentences, self.sentences, self.relations
-            must(high <= _MOST * each, f"sentences={high}; there are {len(NAMES)} names, enough for {_MOST * each}")
-            must(low <= high, f"min_sentences={low} is above sentences={high}; lower it or raise that")
+            must(
+                high <= _MOST * each,
+                f"sentences={high}; there are only {len(NAMES)} names, so use at most {_MOST * each}",
+            )
+            must(low <= high, f"min_sentences={low} is above sentences={high}; lower min_sentences or raise sentences")
             least = _FEWEST * each
             must(low >= least, f"min_sentences={low}; use at least {least}: {_FEWEST} people, {each} relations each")
         self.chance = 1 / (self.people if self.facts == "weights" else self.sentences // self.relations)

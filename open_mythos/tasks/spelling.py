@@ -62,7 +62,8 @@ class Spelling:
         own = {word: [i for i in inside[word] if among_answers[i] == 1] for word in answers}
         own |= {word: [i for i in inside[word] if among_all[i] == 1] for word in names}
         untold = [word for word in answers if not own[word]]
-        must(not untold, f"the tokenizer has no token for {', '.join(untold[:3])} alone; use one that has read English")
+        said = f"the tokenizer has no token that only {', '.join(untold[:3])} contain; use one trained on English"
+        must(not untold, said)
         self.answers = torch.tensor([own[word][0] if own.get(word) else UNSCORED for word in words])
         widest = max(len(inside[word]) for word in own)
         others = [ids for word, ids in inside.items() if word not in own and not word.isdecimal()]
@@ -70,7 +71,7 @@ class Spelling:
 
     def _ids(self, text: str) -> list[int]:
         ids = [int(i) for i in self.tokenizer.encode([text])]
-        must(0 not in ids, f"the tokenizer writes {text!r} with token 0, which is padding here; use another tokenizer")
+        must(0 not in ids, f"the tokenizer encodes {text!r} with token 0, which is padding here; use another tokenizer")
         return ids
 
     def _check_sentence(self, words: Sequence[str]) -> None:
@@ -79,7 +80,7 @@ class Spelling:
         spelled = self._spelled(ids)[0][0].tolist()
         text = self.render(spelled)
         is_same = text == "Ana has 3 coins. Who is Ben's boss?" and self._ids(text) == spelled
-        must(is_same, f"the tokenizer writes {text!r} of single words; use a byte-level one, which adds no spaces")
+        must(is_same, f"the tokenizer decodes separate words to {text!r}; use a byte-level one, which adds no spaces")
 
     def render(self, ids: Sequence[int]) -> str:
         """The text of tokens, without padding."""

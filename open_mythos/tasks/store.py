@@ -123,12 +123,14 @@ def opened(folder: Path, read_through: int = READ_THROUGH) -> Store:
     """
     where = folder / INDEX
     index, made = read_index(folder), tokenizer.load(folder)
-    other = f"{folder / tokenizer.FILE} is not the tokenizer of the tokens beside it; put that back, or {AGAIN}"
+    other = (
+        f"{folder / tokenizer.FILE} is not the tokenizer that made the tokens beside it; restore that one, or {AGAIN}"
+    )
     must(identity(made) == index["tokenizer"], other)
     known = 0 <= index["eos"] < len(made.pieces) and made.dtype.__name__ == index["dtype"]
     must(
         known,
-        f"{where} has eos={index['eos']} and dtype={index['dtype']!r:.20}, and its tokenizer others; {AGAIN}",
+        f"{where} has eos={index['eos']} and dtype={index['dtype']!r:.20}, unlike its tokenizer; {AGAIN}",
     )
     made.eos = index["eos"]
     width, tokens, parts = np.dtype(made.dtype).itemsize, dict[str, Tokens](), dict[str, Part]()
@@ -173,7 +175,7 @@ def identity(made: Tokenizer) -> str:
 def check_content(folder: Path, shard: Shard, before: Part) -> None:
     """Raise ValueError if the checksum of a shard, continued from the one ``before``, differs from the index."""
     path = folder / shard.file
-    must(checksum(path, before.crc32) == shard.crc32, f"{path} is damaged: its checksum is another one; {AGAIN}")
+    must(checksum(path, before.crc32) == shard.crc32, f"{path} is damaged: its checksum does not match; {AGAIN}")
 
 
 def checksum(path: Path, crc: int = 0) -> int:
@@ -185,4 +187,4 @@ def checksum(path: Path, crc: int = 0) -> int:
 
 
 def _check_size(path: Path, found: int, expected: int) -> None:
-    must(found == expected, f"{path} has {found:,} bytes and should have {expected:,}: it is torn; {AGAIN}")
+    must(found == expected, f"{path} has {found:,} bytes and should have {expected:,}: it is damaged; {AGAIN}")

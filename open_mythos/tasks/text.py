@@ -60,7 +60,7 @@ class Text(Task):
         super().__post_init__()
         self.store: Store | None = None
         one = len(parsed(self.source)) == 1 and not is_store(self.source)
-        must(one or self.separate, f"source={self.source!r} is read in rows of separate documents; use separate=true")
+        must(one or self.separate, f"source={self.source!r} can only be read as separate documents; use separate=true")
         if self.separate:
             self._weights = dict(parsed(self.source))
             stores = _opened(self._weights, self.tokenizer, self.max_bytes)
@@ -76,7 +76,7 @@ class Text(Task):
         self.eos = self._tokenizer.eos if self.separate else None
         self._deals = dict[int, Deal]()
         if len(self.tokens) < 2:
-            raise ValueError(f"source={self.source!r} has too few documents for a {self.split} part; use more text")
+            raise ValueError(f"source={self.source!r} has too few documents for its {self.split} part; use more text")
         self.most = None if self.separate else len(self.tokens) - 1  # a row that is not full is padded
         first = "<pad>" if self.eos is None else "<eos>"
         self.vocab = tuple(repr(piece)[2:-1] if piece else first for piece in self._tokenizer.pieces)

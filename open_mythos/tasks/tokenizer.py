@@ -119,7 +119,7 @@ class BytePairs(Tokenizer):
         special = {i for i, token in added.items() if token.special}
         piece = _reader(f"{self._bpe.pre_tokenizer} {self._bpe.decoder}")
         last = max(known.values())
-        must(last < MOST_IDS, f"it has a token {last}, and a model of so many tokens cannot be; use another one")
+        must(last < MOST_IDS, f"its token ids go up to {last}, too many for a model's vocabulary; use another one")
         self.pieces = [b""] * (1 + last)
         for name, i in known.items():
             if i not in special and name not in (END, PADDING):
@@ -183,7 +183,7 @@ class WordLevel(Tokenizer):
             if alike:
                 hint = f"the nearest is {self.words[self._folded[alike[0]]]!r}"
             else:
-                hint = "beside words there are " + " ".join(known for known in self._exact if not known.isalnum())
+                hint = "besides words there are " + " ".join(known for known in self._exact if not known.isalnum())
             raise ValueError(f"there is no word {word!r} here; {hint}")
         return found
 
@@ -232,7 +232,7 @@ class WordLevel(Tokenizer):
                     if token in (self.asks, self._exact["."]):
                         sentences.append(sentence)
                         sentence = []
-                must(not sentence, "end each sentence with . or ?, or nobody knows what is a fact and what is asked")
+                must(not sentence, "end each sentence with . or ?, which tells facts from questions")
         last = len(sentences) - 1
         return [token for i, one in enumerate(sentences) if i == last or one[-1] != self.asks for token in one]
 
@@ -245,7 +245,7 @@ def check_tokens(ids: Iterable[int], n: int) -> list[int]:
             known = 0 <= operator.index(i) < n
         except TypeError:
             known = False
-        must(known, f"{i!r:.40} of ids is no token; those of this vocabulary are 0 to {n - 1}")
+        must(known, f"{i!r:.40} in ids is not a token id; those of this vocabulary are 0 to {n - 1}")
     return found
 
 
@@ -258,7 +258,7 @@ def _contents(texts: Sequence[str]) -> list[bytes]:
         return [text.encode() for text in texts]
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"a text cannot be written in UTF-8: {error.object[error.start]!r} is half a character"
+            f"a text cannot be encoded in UTF-8: it contains the unpaired surrogate {error.object[error.start]!r}"
         ) from None
 
 
@@ -297,7 +297,7 @@ def load(directory: str | Path) -> Tokenizer:
         ImportError: naming the extra to install, without ``tokenizers``.
     """
     path = Path(directory, FILE)
-    must(path.is_file(), f"{path} is missing, so nothing says how text becomes tokens")
+    must(path.is_file(), f"{path} is missing, so text cannot be tokenised; copy it there from the original model")
     try:
         text = files.read_text(files.own(path))
         model = files.parse_json(text, str(path), _SHAPE)["model"]
@@ -308,7 +308,7 @@ def load(directory: str | Path) -> Tokenizer:
             end = files.shaped(end, {"content": str}, f"{config}: eos_token")["content"]
         if model.get("type") == "WordLevel" and END_OF_ANSWER in (vocab := model["vocab"]):
             words = sorted(vocab, key=vocab.__getitem__)
-            must([vocab[word] for word in words] == list(range(len(words))), "its tokens are not 0, 1, 2 and so on")
+            must([vocab[word] for word in words] == list(range(len(words))), "its token ids are not 0, 1, 2 and so on")
             return WordLevel(words, end == END_OF_ANSWER)  # exports name "<pad>" as eos_token if answers have no end
         if not model.get("merges") and len(model["vocab"]) == 257:
             return Tokenizer(END in model["vocab"])
@@ -316,7 +316,7 @@ def load(directory: str | Path) -> Tokenizer:
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
-        raise ValueError(f"{path} cannot be used: {error}; put the tokenizer there that the model came with") from error
+        raise ValueError(f"{path} cannot be used: {error}; replace it with the tokenizer of the model") from error
 
 
 def _as_json(first: str, names: Sequence[str], merges: Sequence[Any]) -> str:
@@ -342,12 +342,12 @@ def _reader(means: str) -> Callable[[str, bool], bytes]:
     """Function from a token's name, and whether it is an added token, to its bytes; ``means``: how text is split."""
     is_byte_level, byte_of = "ByteLevel" in means, _byte_of_character()
     known = is_byte_level or "ByteFallback" in means
-    must(known, "it is neither of byte-level BPE nor of SentencePiece with bytes; use another one")
+    must(known, "it is neither byte-level BPE nor SentencePiece with byte fallback; use another one")
 
     def byte_level(name: str, is_added: bool) -> bytes:
         if is_added:  # text as it is
             return name.encode()
-        must(set(name) <= byte_of.keys(), f"token {name!r} is not written in bytes, as those of its kind are")
+        must(set(name) <= byte_of.keys(), f"token {name!r} is not spelled in bytes, as byte-level BPE requires")
         return bytes(byte_of[character] for character in name)
 
     def sentence_piece(name: str, is_added: bool) -> bytes:

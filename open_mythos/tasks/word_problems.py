@@ -101,8 +101,8 @@ class WordProblems(InWords):
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high, most = self.min_people, self.people, len(NAMES) // 3
-        must(high <= most, f"people={high}; there are {len(NAMES)} names, enough for {most}")
-        must(low <= high, f"min_people={low} is above people={high}; lower it or raise that")
+        must(high <= most, f"people={high}; there are only {len(NAMES)} names, so use at most {most}")
+        must(low <= high, f"min_people={low} is above people={high}; lower min_people or raise people")
         must(self.modulus % 2 == 1, f"modulus={self.modulus} is even; use an odd one such as 7 or {len(NUMBERS)}")
         self.chance = 1 / self.modulus
         self.most = high - _CONSTANTS - _OTHERS

@@ -57,7 +57,7 @@ class Words(InWords):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (*self.weights, *self.settings):
-            must(name in _KINDS, f"{name!r} is no task in words; {nearest(name, _KINDS)}")
+            must(name in _KINDS, f"{name!r} is not a word task; {nearest(name, _KINDS)}")
         for name, weight in self.weights.items():
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
             must(is_number, f"weights: {name}={weight!r}; use a number above 0, or leave {name} out")
@@ -70,7 +70,7 @@ class Words(InWords):
 
     def _part(self, name: str) -> InWords:
         given = self.settings.get(name, {})
-        must(isinstance(given, dict), f"settings: {name}={given!r} are no options; use a dictionary")
+        must(isinstance(given, dict), f"settings: {name}={given!r} is not a dictionary; use one of options and values")
         known = [field for field in _KINDS[name].__dataclass_fields__ if field not in ("split", "tokenizer")]
         for option in given:
             must(option in known, f"settings: {name} has no option {option!r}; it has {', '.join(known)}")

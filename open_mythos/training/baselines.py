@@ -82,7 +82,7 @@ def _widened(config: str, loops: int, context: int) -> str:
     above = bisect_right(range(8000), wanted, lo=1, key=lambda fed: cost(steps, fed))
     fed = min((above - 1, above), key=lambda fed: abs(cost(steps, fed) - wanted))
     off = abs(cost(steps, fed) / wanted - 1)
-    sizes = f"kind='wide': no width of a model of dim={narrow.dim} takes the operations of {loops} loops"
+    sizes = f"kind='wide': no width of a model with dim={narrow.dim} takes as many FLOPs as {loops} loops"
     must(off <= _MATCH, f"{sizes} (the nearest differs by {off:.0%}); use a larger model.dim or fewer loops")
     return wide(steps, fed).to_json()
 
@@ -105,7 +105,7 @@ def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
     shapes = "many" if cfg.kind in UNTIED else "another width"
     must(
         cfg.kind not in (*UNTIED, "wide"),
-        f"start={cfg.start!r} has one block for all loops and kind={cfg.kind!r} {shapes}; leave it out",
+        f"start={cfg.start!r} has one block for all loops, but kind={cfg.kind!r} {shapes}; leave start out",
     )
     start = load_model(cfg.start)
     new = {} if start.cfg.bridge_dim else model.state_dict()
@@ -113,8 +113,8 @@ def start_from(model: OpenMythos, cfg: TrainConfig) -> None:
         model.load_state_dict({k: v for k, v in new.items() if ".bridge." in k} | start.state_dict())
     except RuntimeError as error:
         pairs = differences(start.cfg, cfg.model).items() - {("bridge_dim", (0, cfg.model.bridge_dim))}
-        changed = ", ".join(f"model.{key}={new!r} for {old!r}" for key, (old, new) in pairs)
-        message = f"start={cfg.start!r} is not of the run's model ({changed}); leave out what changes it"
+        changed = ", ".join(f"model.{key}={new!r} instead of {old!r}" for key, (old, new) in pairs)
+        message = f"start={cfg.start!r} does not fit the run's model ({changed}); leave out the settings that change it"
         raise ValueError(message) from error
 
 
@@ -129,7 +129,7 @@ def train_only(model: OpenMythos, part: str) -> None:
     names = [name for name in named if later is None or not name.startswith(later)]
     parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
     is_there = any(part in name for name in names)
-    must(is_there, f"optim.only={part!r} is in the name of no parameter that is trained; {nearest(part, parts)}")
+    must(is_there, f"optim.only={part!r} is in no name of a trained parameter; {nearest(part, parts)}")
     for name, parameter in named.items():
         parameter.requires_grad_(part in name)
 
@@ -152,7 +152,7 @@ def load_teacher(cfg: TrainConfig, device: torch.device) -> OpenMythos | None:
     teacher = load_model(cfg.loss.teacher)
     n, known = teacher.cfg.vocab_size, cfg.model.vocab_size
     sizes = f"loss.teacher={cfg.loss.teacher!r} has {n} tokens and the model {known}"
-    must(n == known, f"{sizes}; use a teacher of the same tokens")
+    must(n == known, f"{sizes}; use a teacher with the same vocabulary")
     return teacher.to(device).requires_grad_(False)
 
 

@@ -78,7 +78,7 @@ class Stored:
     @cached_property
     def dtype(self) -> torch.dtype:
         if not self.at:
-            raise CheckpointError(f"no file has any of {self.name}")
+            raise CheckpointError(f"no file contains any part of {self.name}")
         with weights.opened(self.at[0][0]) as file:
             return (file.get_slice(self.name)[:0] if self.ndim else file.get_tensor(self.name)).dtype
 
@@ -95,7 +95,7 @@ class Stored:
                 found.append((place, file.get_slice(self.name)[inside] if inside else file.get_tensor(self.name)))
         if sum(part.numel() for _, part in found) != prod(map(len, wanted)):
             paths = ", ".join(sorted({str(path) for path, *_ in self.at}))
-            raise CheckpointError(f"{self.name} is not whole in {paths}")
+            raise CheckpointError(f"{self.name} is incomplete in {paths}")
         whole = torch.empty([len(w) for w in wanted], dtype=found[0][1].dtype if found else None)
         for place, part in found:
             whole[place] = part
@@ -162,7 +162,7 @@ def _finish(partial: Path, final: Path, step: int, plain: dict[str, Any], writte
     listed, index = dict[str, dict[str, int]](), dict[Any, dict[str, Any]]()
     for name, said, places in written:
         if name and not ((partial / name).is_file() and (partial / name).stat().st_size == said["bytes"]):
-            raise OSError(f"{partial / name} was written where the first process does not find it; use a shared folder")
+            raise OSError(f"{partial / name} was written where process 0 cannot see it; use a shared file system")
         listed |= {name: said} if name else {}
         for path, shape, start, size in places:
             of_tensor = index.setdefault(path, {"path": list(path), "shape": shape, "at": []})
@@ -291,7 +291,7 @@ def _load(checkpoint: Path, mapped: bool) -> dict[str, Any]:
         for one in files.shaped(index, _INDEX, _PIECES):
             *outer, last = one["path"]
             if unknown := {piece["file"] for piece in one["at"]} - listed.keys():
-                raise CheckpointError(f"it names {', '.join(sorted(unknown))}, which {manifest} does not")
+                raise CheckpointError(f"it refers to {', '.join(sorted(unknown))}, which {manifest} does not list")
             node = state
             for key in outer:
                 node = node[key]
@@ -306,7 +306,7 @@ def _check(path: Path, expected: dict[str, int], whole: bool) -> None:
     try:
         size = path.stat().st_size  # before it is read
         if size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes of the {expected['bytes']} in its {MANIFEST_FILE}")
+            raise CheckpointError(f"{path} has {size} bytes, not the {expected['bytes']} of its {MANIFEST_FILE}")
         if whole and _checksum(files.own(path)) != expected["crc32"]:
             raise CheckpointError(f"{path} is damaged: its checksum differs from its {MANIFEST_FILE}")
     except OSError as error:

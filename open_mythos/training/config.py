@@ -55,7 +55,7 @@ class LoopConfig(Checked):
     def validate(self) -> None:
         super().validate()
         low, high = self.minimum, self.maximum
-        must(low <= high, f"minimum={low} is above maximum={high}; lower it or raise that")
+        must(low <= high, f"minimum={low} is above maximum={high}; lower minimum or raise maximum")
 
     @property
     def trained(self) -> int:
@@ -132,7 +132,7 @@ class EvalConfig(Checked):
     def validate(self) -> None:
         super().validate()
         for name, example in (("difficulties", "24,96"), ("loops", "1,8")):
-            must(len(getattr(self, name)) > 0, f"{name} is empty; give one at least, as in {name}={example}")
+            must(len(getattr(self, name)) > 0, f"{name} is empty; give at least one, as in {name}={example}")
 
 
 @dataclass
@@ -198,17 +198,20 @@ class TrainConfig(Checked):
     def validate(self) -> None:
         super().validate()
         steps, recurrence, size, parts = self.gate.steps, self.model.recurrence, self.batch_size, self.accumulate
-        own = f"that of recurrence={recurrence!r} learns with the model; use gate.steps=0"
-        must(steps == 0 or recurrence == "injected", f"gate.steps={steps} teaches a gate after the fact, and {own}")
+        own = f"that of recurrence={recurrence!r} is trained with the model; use gate.steps=0"
+        must(steps == 0 or recurrence == "injected", f"gate.steps={steps} trains a gate after the model, but {own}")
         stretched = self.model.rope_factor
-        twice = f"stretch={self.stretch:g} sets model.rope_factor after training, and it is {stretched:g}; use 1 for it"
+        twice = (
+            f"stretch={self.stretch:g} sets model.rope_factor after training, but it is already {stretched:g}; use "
+            f"model.rope_factor=1"
+        )
         must(self.stretch == 1 or stretched == 1, twice)
-        undivided = f"batch_size={size} does not divide by accumulate={parts}; use a multiple of {parts}"
+        undivided = f"batch_size={size} is not divisible by accumulate={parts}; use a multiple of {parts}"
         must(size % parts == 0, undivided)
-        grows = f"task.growth={self.task.growth:g} follows the share of answers that are right, and text has none"
+        grows = f"task.growth={self.task.growth:g} depends on the share of correct answers, which text does not have"
         must(self.task.growth == 0 or self.task.name != "text", f"{grows}; use 0, or loops.schedule=curriculum")
         low, high = self.task.min_difficulty, self.task.max_difficulty
-        must(low <= high, f"task.min_difficulty={low} is above task.max_difficulty={high}")
-        taught, fix = self.hardest_for_gate, "use 0 for the task's, or more"
+        must(low <= high, f"task.min_difficulty={low} is above task.max_difficulty={high}; use at most that")
+        taught, fix = self.hardest_for_gate, "raise it, or use 0 for task.max_difficulty"
         too_easy = f"gate.max_difficulty={taught} is below task.min_difficulty={low}; {fix}"
         must(low <= taught or self.kind != "looped" or steps == 0, too_easy)

@@ -45,7 +45,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        must(device.type != "meta", f"device={name!r} computes nothing; use 'auto' or 'cpu'")
+        must(device.type != "meta", f"device={name!r} cannot compute anything; use 'auto' or 'cpu'")
         if device.type == "cuda" and device.index is None and world_size() > 1:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)

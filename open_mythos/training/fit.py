@@ -91,8 +91,8 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
             if isinstance(trainer.task, Text) and trainer.task.store is not None:
                 watch.log(trainer.task.described(cfg.task.max_difficulty))
             if cfg.optim.warmup >= cfg.steps:
-                reached = f"the learning rate rises to {cfg.steps / cfg.optim.warmup:.0%} of optim.lr and no further"
-                watch.log(f"optim.warmup={cfg.optim.warmup} of steps={cfg.steps}: {reached}; lower optim.warmup")
+                reached = f"the learning rate rises only to {cfg.steps / cfg.optim.warmup:.0%} of optim.lr"
+                watch.log(f"optim.warmup={cfg.optim.warmup}, steps={cfg.steps}: {reached}; lower optim.warmup")
             distributed.wait()  # all processes look for checkpoints before the first one writes
             if is_main:
                 (run / runs.EVALUATION).unlink(missing_ok=True)  # its difficulties may differ from the new config's
@@ -120,8 +120,8 @@ def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
         if not is_full(error):
             raise
         text = str(error).partition("\n")[0]
-        fix = "end what else is running, or start again with a larger accumulate or checkpoint_loops=true"
-        raise TrainingError(f"memory is full ({text}): {fix}; {left(run, watch)}") from error
+        fix = "end other programs, or start again with a larger accumulate or checkpoint_loops=true"
+        raise TrainingError(f"out of memory ({text}): {fix}; {left(run, watch)}") from error
     except OSError:
         watch.log(left(run, watch))
         raise
@@ -130,7 +130,7 @@ def telling(run: Path, watch: Watch, stop: Stop) -> Iterator[None]:
 def left(run: Path, watch: Watch) -> str:
     """Message that names the newest checkpoint and how to resume from it."""
     newest = next(iter(checkpoints.newest_first(run / runs.CHECKPOINTS)), None)
-    return "nothing was saved" if newest is None else f"{newest} is saved; go on from it with {watch.again}"
+    return "nothing was saved" if newest is None else f"{newest} is saved; continue from it with {watch.again}"
 
 
 def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], None]) -> dict[str, Any] | None:
@@ -138,7 +138,7 @@ def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], No
     run_config = run / runs.RUN_CONFIG
     is_own = resume == "auto" or files.real(Path(resume)).is_relative_to(files.real(run))
     if run_config.exists() and (resume == "never" or not is_own):
-        raise ValueError(f"{run} holds a run; resume it with --resume auto, or choose another --out")
+        raise ValueError(f"{run} already holds a run; resume it with --resume auto, or choose another --out")
     if resume == "never":
         return None
     if resume == "auto":
@@ -147,7 +147,7 @@ def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], No
             try:
                 old = TrainConfig.load(run_config)
             except ValueError as error:
-                log(f"{error}; it is written again, and the checkpoints say themselves how they were made")
+                log(f"{error}; the file is written anew, and each checkpoint has its own copy of the settings")
         if old is not None:
             check_same(old, cfg, run)
         newest = checkpoints.newest(run / runs.CHECKPOINTS, log)
@@ -157,7 +157,7 @@ def find_state(cfg: TrainConfig, run: Path, resume: str, log: Callable[[str], No
         path, state = newest
     else:
         path = Path(resume)
-        must(path.is_dir(), f"there is no checkpoint {path}; use auto, never or the path of one (RUN/checkpoints/...)")
+        must(path.is_dir(), f"there is no checkpoint {path}; use auto, never, or a path such as RUN/checkpoints/...")
         is_run = (path / runs.CHECKPOINTS).is_dir()
         must(not is_run, f"{path} is a run; use auto, or one of its checkpoints ({path / runs.CHECKPOINTS}/...)")
         state = checkpoints.load(path)
@@ -173,7 +173,9 @@ def check_same(old: TrainConfig, new: TrainConfig, where: Path) -> None:
         for key, (a, b) in differences(old, new).items()
         if key not in RESUMABLE_CHANGES and not key.startswith(("evaluation.", "parallel."))
     )
-    must(not differing, f"{where} is of a run with other settings: {differing}; use the same, or another --out")
+    must(
+        not differing, f"{where} belongs to a run with other settings: {differing}; use the same ones, or another --out"
+    )
 
 
 @dataclass
@@ -253,7 +255,9 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                     is_due = False
             written(saving, cfg, watch.log)
             if trainer.skipped and trainer.step_number == cfg.steps:
-                watch.log(f"{trainer.skipped} of {cfg.steps} steps were skipped, as loss or gradient was not finite")
+                watch.log(
+                    f"{trainer.skipped} of {cfg.steps} steps were skipped, as the loss or gradient was not finite"
+                )
     except BaseException:
         with suppress(Exception):  # a checkpoint that is being written may still complete, to resume from
             saving.end(cfg.parallel.timeout)
@@ -270,7 +274,7 @@ def log_line(logger: Logger, line: Record, is_last: bool, log: Callable[[str], N
     except OSError as error:
         if is_last:
             raise
-        log(f"step {line['step']}: metrics not written ({error}); they will be with the next line")
+        log(f"step {line['step']}: metrics not written ({error}); they will be written with the next line")
 
 
 def save(saving: Saving, trainer: Trainer, meter: Meter, log: Callable[[str], None]) -> None:
@@ -289,7 +293,9 @@ def written(saving: Saving, cfg: TrainConfig, log: Callable[[str], None]) -> Non
         saving.end()
     except OSError as error:
         if saving.step == cfg.steps:
-            raise OSError(f"the last checkpoint was not written ({error}); make room, then --resume auto") from error
+            raise OSError(
+                f"the last checkpoint was not written ({error}); free some space, then use --resume auto"
+            ) from error
         log(f"step {saving.step}: checkpoint not written ({error}); earlier ones are kept, training continues")
 
 
@@ -329,7 +335,7 @@ def averaged(checkpoint: Path) -> tuple[OpenMythos, dict[str, Any], TrainConfig]
     found = state["ema"]["average"] | old["buffers"]
     for name, like in stored(model).items():
         is_there = name in found and found[name].shape == like.shape
-        must(is_there, f"{checkpoint} is of another model than its config says: see its {name}; take another one")
+        must(is_there, f"{checkpoint} does not match the model of its config: see its {name}; use another checkpoint")
     return model, {name: found[name] for name in stored(model)}, cfg
 
 
@@ -377,5 +383,5 @@ def load_evaluation(run: Path) -> Evaluation | dict[int, float]:
     if "bits_per_byte" not in data:
         return Evaluation.from_dict(data, str(path))
     bits = {int(n): value for n, value in data["bits_per_byte"].items() if n.isdecimal()}
-    must(0 < len(bits) == len(data["bits_per_byte"]), f"{path}: bits_per_byte should be by number of loops")
+    must(0 < len(bits) == len(data["bits_per_byte"]), f"{path}: the keys of bits_per_byte should be numbers of loops")
     return bits

@@ -64,12 +64,13 @@ def train_gate(
     must(cfg.steps > 0, "steps=0 trains no gate; use at least 1")
     must(
         model.cfg.recurrence == "injected",
-        f"the gate of recurrence={model.cfg.recurrence!r} weighs what the model says and was trained with it; it is "
-        f"not taught apart. With model.cfg.halting = True it also ends loops",
+        f"the gate of recurrence={model.cfg.recurrence!r} weights the outputs of the loops and is trained with the "
+        f"model, never separately; set model.cfg.halting = True and it also stops positions early",
     )
     must(
         min_difficulty <= max_difficulty,
-        f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}; lower it or raise that",
+        f"min_difficulty={min_difficulty} is above max_difficulty={max_difficulty}; lower the former or raise the "
+        f"latter",
     )
     check_fit(model, task, [max_difficulty], cfg.batch_size)
     n_loops = check_n_loops(cfg.loops or None, model.cfg.max_loop_iters)

@@ -43,7 +43,9 @@ class MetricsFile:
                 a for n in itertools.count(1) if not (a := path.with_name(f"{path.name}.damaged-{n}")).exists()
             )
             path.replace(aside)
-            say(f"{path} has {damaged} damaged lines: it is kept as {aside.name}, and goes on without them")
+            say(
+                f"{path} has {damaged} damaged lines: it is kept as {aside.name}, and a new file continues without them"
+            )
         files.write(path, content)
         self.path, self.size, self.waiting = path, len(content), b""
 

@@ -67,18 +67,18 @@ def _take(path: Path, mine: dict[str, Any], log: Callable[[str], None]) -> None:
 def _check_free(path: Path, log: Callable[[str], None]) -> None:
     """Remove the lock of a dead process; ValueError if its owner may be alive, FileNotFoundError without a lock."""
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    remove = f"if that has ended, remove {path}; or choose another folder"
+    remove = f"if that process has ended, remove {path}, or choose another folder"
     try:
         owner = files.read_json(path, _OWNER)
     except ValueError as error:
-        raise ValueError(f"{path.parent} belongs to an unknown process ({error}); {remove}") from error
+        raise ValueError(f"{path.parent} is in use by an unknown process ({error}); {remove}") from error
     who = f"process {owner['process']} of {owner['host']}, since {since}"
     if owner["host"] != socket.gethostname() or os.name != "posix":
-        raise ValueError(f"{path.parent} is written to by {who}; {remove}")
+        raise ValueError(f"{path.parent} is in use by {who}; {remove}")
     is_left = owner["process"] == os.getpid() and os.path.realpath(path) not in _held
     if not is_left and _is_there(owner["process"]) and _owner(owner["process"]) == owner:
-        raise ValueError(f"{path.parent} is written to by {who}; wait for it, stop it, or choose another folder")
-    log(f"{path.parent} was written to by {who}, which has ended without a word: it is taken over")
+        raise ValueError(f"{path.parent} is in use by {who}; wait for it, stop it, or choose another folder")
+    log(f"{path.parent} was in use by {who}, which has ended without releasing it: taking it over")
     path.unlink()
 
 

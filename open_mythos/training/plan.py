@@ -38,7 +38,7 @@ class Plan:
         must(len(self.seeds) > 0, "no seeds to compare over; give at least one")
         self.rates = self.rates or (self.cfg.optim.lr,)
         for name, values in (("seeds", self.seeds), ("rates", self.rates)):
-            must(len(set(values)) == len(values), f"{name} {', '.join(map(str, values))}: one is given twice")
+            must(len(set(values)) == len(values), f"{name} {', '.join(map(str, values))}: give each value only once")
         start = self.cfg.start
         must(not start, f"start={start!r}: a comparison trains all kinds from new weights; leave it out")
         only = self.cfg.optim.only

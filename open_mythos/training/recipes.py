@@ -266,7 +266,7 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
         must(key not in keys, f"{key} is set twice; give it once")
         keys.add(key)
         is_known = key not in _SHORTHANDS or cfg.task.name == Text.name
-        must(is_known, f"{key}= is for recipes of text; {cfg.recipe} makes its own problems")
+        must(is_known, f"{key}= is only for text recipes; {cfg.recipe} generates its own problems")
         expanded += [full.format(value) for full in _SHORTHANDS[key]] if key in _SHORTHANDS else [assignment]
     given = dict(assignment.split("=", 1) for assignment in expanded if "=" in assignment)
     if "start" in given:
@@ -276,13 +276,14 @@ def configured(name: str, assignments: Iterable[str] = ()) -> TrainConfig:
             cfg.model.bridge_dim = cfg.model.bridge_dim or _BRIDGE
         cfg.task.options |= runs.own_tokens(given.get("task.name", cfg.task.name), directory)
     elif name in (heal.__name__, bridge.__name__):
-        raise ValueError(f"{name} continues training a model; give start=DIR, where `mythos retrofit` wrote it")
+        raise ValueError(
+            f"{name} continues training a model; give start=DIR, the output directory of `mythos retrofit`"
+        )
     cfg = override(cfg, expanded)
     if name == bridge.__name__:
-        begins = "loops that begin where nothing has been changed"
         must(cfg.model.bridge_dim > 0, "model.bridge_dim=0 leaves nothing to train; leave it out, or use 64 or more")
-        state = cfg.model.state_init
-        must(state == "input", f"model.state_init={state!r}; a bridge needs {begins}, state_init='input'")
+        state, needed = cfg.model.state_init, "the state to start from the input: model.state_init=input"
+        must(state == "input", f"model.state_init={state!r}, but a bridge needs {needed}")
     # absolute paths, so that the run can be resumed from any directory
     cfg.start, cfg.loss.teacher = runs.everywhere(cfg.start), runs.everywhere(cfg.loss.teacher)
     if cfg.task.name == Text.name:
@@ -307,7 +308,7 @@ def _check_tokens(cfg: TrainConfig) -> None:
     if cfg.task.name == Text.name or is_told or "tokenizer" not in tasks.options_of(cfg.task.name):
         return
     n, expected = cfg.model.vocab_size, tasks.load(cfg.task.name, **cfg.task.options).vocab_size
-    has = f"start={cfg.start!r} has {n} tokens and no {tokenizer.FILE}, and the words of {cfg.task.name} are {expected}"
+    has = f"start={cfg.start!r} has {n} tokens and no {tokenizer.FILE}, but {cfg.task.name} has {expected} words"
     must(n == expected, f"{has}; give task.options.tokenizer=DIR, the folder of its tokenizer")
 
 

@@ -61,8 +61,8 @@ def training_config(source: str | Path) -> TrainConfig:
     path = model_dir(source) / TRAINING_FILE
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing, so nothing says how {source} was trained; mythos diagnose looks inside, and "
-            f"mythos eval measures it on a task that you name with --task"
+            f"{path} is missing, so it is not known how {source} was trained; look inside with mythos diagnose, or "
+            f"measure it on a task of your choice with mythos eval --task"
         )
     return TrainConfig.load(path)
 

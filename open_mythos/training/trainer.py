@@ -139,7 +139,7 @@ class Trainer:
         except RuntimeError as error:
             if said := distributed.said_by_others(error, say):
                 patience = f"parallel.timeout={self.cfg.parallel.timeout:g}"
-                fix = f"see what ended or holds it, and raise {patience} if it is slow"
+                fix = f"see whether it has ended or hangs, and raise {patience} if it is only slow"
                 raise Lost(f"{said}, in step {self.step_number + 1} ({error}); {fix}") from error
             raise
         self.step_number += 1
@@ -240,11 +240,11 @@ class Trainer:
     def check_going(self, result: StepResult) -> None:
         """Raise TrainingError if ``cfg.max_bad_steps`` steps in a row have been skipped; ``result`` is the last one."""
         cfg = self.cfg
-        if self.skipped_in_a_row >= cfg.max_bad_steps:
+        if (bad := self.skipped_in_a_row) >= cfg.max_bad_steps:
             loss, norm = result.loss, result.grad_norm
             numbers = f"up to step {self.step_number} (loss {loss:g}, gradient norm {norm:g}{self._not_finite()})"
             fix = f"lower optim.lr={cfg.optim.lr:g} or lengthen optim.warmup={cfg.optim.warmup}, and start again"
-            raise TrainingError(f"{self.skipped_in_a_row} steps in a row were not finite, {numbers}; {fix}")
+            raise TrainingError(f"{bad} steps in a row had non-finite loss or gradient, {numbers}; {fix}")
 
     def _not_finite(self) -> str:
         """Name the first few weights, or if all are finite gradients, that are not finite."""
@@ -253,7 +253,7 @@ class Trainer:
             names = [name for name, tensor in tensors.items() if tensor is not None and not tensor.isfinite().all()]
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                return f"; not finite are the {kind} of {', '.join(names[:3])}{more}"
+                return f"; non-finite {kind} of {', '.join(names[:3])}{more}"
         return ""
 
     def gauges(self) -> dict[str, float | None]:
@@ -315,8 +315,8 @@ class Trainer:
             ValueError: if the text that it trains on has changed.
         """
         if isinstance(self.task, Text):
-            changed = f"the text at source={self.task.source!r} is not what it was when the checkpoint was made"
-            must(state["text"] == self.task.fingerprint(), f"{changed}; bring that back, or start a new run")
+            changed = f"the text at source={self.task.source!r} has changed since the checkpoint was saved"
+            must(state["text"] == self.task.fingerprint(), f"{changed}; restore it, or start a new run")
         self.step_number = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.expert_load = state.get("expert_load", [])  # earlier versions did not save it
@@ -354,9 +354,9 @@ def check_fit(cfg: TrainConfig, task: Task) -> None:
     low, high = cfg.task.min_difficulty, cfg.task.max_difficulty
     if isinstance(task, Text) and task.separate:
         given, fix = f"task.min_difficulty={low} and task.max_difficulty={high}", f"use task.min_difficulty={high}"
-        must(low == high, f"{given}, but rows of text have one length; {fix}")
+        must(low == high, f"{given}, but all rows of text have one length; {fix}")
     for key, value in (("loss.depth", cfg.loss.depth), ("loops.schedule", cfg.loops.schedule)):
-        unknown = f"{key}={value!r} asks for the steps of a solution, which {task.name} does not know; use 'uniform'"
+        unknown = f"{key}={value!r} needs the steps of a solution, which {task.name} does not have; use 'uniform'"
         must(task.has_steps or value not in ("steps", "by_steps"), unknown)
     check_room(cfg, task)
     difficulties = low, high, cfg.hardest_for_gate, *cfg.evaluation.difficulties
@@ -377,7 +377,7 @@ def check_room(cfg: TrainConfig, task: Task) -> None:
     room, rows, length = memory(), cfg.batch_size // cfg.accumulate, task.length(cfg.task.max_difficulty)
     weights = 4 * (parameters(cfg.model).total + _STATES * baselines.n_trained(cfg))
     fix = "use a smaller model.dim, model.expert_dim or model.vocab_size, or fewer model.n_experts"
-    must(weights <= room, f"the model takes {weights / 1e9:,.0f} GB to train and there are {room / 1e9:,.0f}; {fix}")
+    must(weights <= room, f"training takes {weights / 1e9:,.0f} GB, but there are only {room / 1e9:,.0f}; {fix}")
     evaluated = max(map(task.length, cfg.evaluation.difficulties))
     for key, n, tokens, size in (
         ("batch_size", cfg.batch_size, length, _PROBLEM),
@@ -386,7 +386,7 @@ def check_room(cfg: TrainConfig, task: Task) -> None:
     ):
         most, said = int((room - weights) // (tokens * size)), f"{key}={n:,} of {tokens:,} tokens"
         fix = f"use {key}={min(most, 1 << 10)}, or less" if most else "lower the difficulty"
-        must(n <= most, f"{said} takes {n * tokens * size / 1e9:,.0f} GB and there are {room / 1e9:,.0f}; {fix}")
+        must(n <= most, f"{said} takes {n * tokens * size / 1e9:,.0f} GB, but there are only {room / 1e9:,.0f}; {fix}")
 
 
 def _move(batch: Batch, rows: slice, device: torch.device) -> Batch:

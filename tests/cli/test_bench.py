@@ -108,10 +108,10 @@ def test_an_invalid_price_is_refused_before_anything_is_timed(price, monkeypatch
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["nano", "--dim", 64], "leave out --dim, or the model"),
+    (["nano", "--dim", 64], "leave out --dim, or leave out the model"),
     (["--dim", 100], "use 64"),
     (["no-such-variant"], "unknown variant"),
-    (["nano", "--device", "abacus"], "--device 'abacus' is not to be had here"),
+    (["nano", "--device", "abacus"], "--device 'abacus' is not available here"),
 ])  # fmt: skip
 def test_invalid_options_are_refused(arguments, message):
     result = run(*arguments, *QUICK)

@@ -77,7 +77,7 @@ def test_unusable_models_and_options_are_refused(tmp_path: Path) -> None:
     Tokenizer().save(small)
     (other / "tokenizer.json").write_text("{}")
     for arguments, message in (
-        (("parity-tiny",), "has no tokenizer.json, so parity-tiny is no model of text; use text-tiny"),
+        (("parity-tiny",), "has no tokenizer.json, so parity-tiny is not a text model; use text-tiny"),
         ((small,), "the tokenizer has 257 tokens and the model 23"),
         ((other,), "tokenizer.json cannot be used"),
         (("text-tniy",), "did you mean 'text-tiny'"),
@@ -128,7 +128,9 @@ def test_example_asks_a_problem_of_the_task_and_again_repeats_it(tmp_path: Path)
     assert len(questions) == 2 and questions[0] != questions[1] and len(right) == 3 and right[0] == right[1]
     assert all(word in VOCABULARY for word in (*" ".join(questions).split(), *right))
     assert len(re.findall(r"^│ \d+ +│", done.output, re.MULTILINE)) == 1, "the trace of the repeated question"
-    assert "/example x: invalid arguments" in text and "words counts steps, from 1 to" in text
+    assert (
+        "/example x: invalid arguments" in text and "the difficulty of words is its number of steps, from 1 to" in text
+    )
     refused = " ".join(chat("/example\n", "text-tiny").output.split())
     assert "/example: text-tiny was trained on text, which has no problems to ask; see /help" in refused
 

@@ -51,7 +51,7 @@ def test_invalid_arguments_are_one_line_on_stderr(tmp_path):
         (["debug", "--seeds", "one"], "--seeds 'one' should be whole numbers"),
         (["debug", "--rates", "1e-3,fast"], "--rates '1e-3,fast' should be positive numbers"),
         (["debug", "--rates", "1e-3,0"], "--rates '1e-3,0' should be positive numbers"),
-        (["debug", "--rates", "1e-3,.001"], "one is given twice"),
+        (["debug", "--rates", "1e-3,.001"], "give each value only once"),
     ):
         done = run(*arguments, "--out", tmp_path)
         assert done.exit_code == 2 and not done.stdout

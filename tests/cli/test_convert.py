@@ -54,7 +54,7 @@ def test_an_existing_model_is_overwritten_only_with_overwrite(source, tmp_path):
     folder = source.with_name("safetensors")
     before = (folder / "config.json").read_bytes()
     itself = run(folder, folder, "--overwrite")
-    assert itself.exit_code == 2 and "holds the source" in flat(itself)
+    assert itself.exit_code == 2 and "contains the source" in flat(itself)
     assert (folder / "config.json").read_bytes() == before
     file = run(source, folder / "config.json")
     assert file.exit_code == 2 and "is a file; give a directory" in flat(file)

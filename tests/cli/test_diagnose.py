@@ -61,7 +61,7 @@ def test_plots_are_written_to_the_given_folder(checkpoint, tmp_path):
     assert result.exit_code == 0, result.output
     names = {"state_change.png", "loops_used.png", "halting.png", "expert_load.png"}
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
-    assert "Pictures are in" in result.output
+    assert "Plots are in" in result.output
 
 
 def test_plots_label_tokens_with_their_text(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_loops_after_all_positions_halted_show_no_state_change(tmp_path):
     ("prompt", "message"),
     [
         ("", "--prompt is empty; give it a value"),
-        ("1 two", "--prompt holds 'two'; tokens of this model are integers from 0 to 22"),
+        ("1 two", "--prompt holds 'two'; token ids of this model are integers from 0 to 22"),
         ("1 23", "--prompt holds 23"),
         ("-1", "--prompt holds -1"),
         ("1 " * 33, "33 positions (0 before, 33 new) do not fit max_seq_len=32"),
@@ -113,7 +113,7 @@ def test_an_invalid_example_is_one_line_on_stderr(checkpoint, text):
 
 
 def test_an_invalid_checkpoint_is_one_line_on_stderr(checkpoint, tmp_path):
-    check_failure(run(tmp_path / "nowhere"), "nowhere is no directory and no shipped model")
+    check_failure(run(tmp_path / "nowhere"), "nowhere is neither a directory nor a shipped model")
     (checkpoint / "model.safetensors").write_bytes(b"no")
     check_failure(run(checkpoint), "model.safetensors is truncated or not a safetensors file")
 

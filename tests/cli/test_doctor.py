@@ -94,7 +94,7 @@ def test_doctor_reports_an_intact_run_and_names_damaged_files(tmp_path: Path) ->
         assert done.exit_code == code, done.output
         return done.stdout
 
-    assert "is whole." in said(0) and "DAMAGED" not in said(0)
+    assert "is intact." in said(0) and "DAMAGED" not in said(0)
     for name in ("model/model.safetensors", "metrics.jsonl", "evaluation.json", "model/training.json", "config.json"):
         path = tmp_path / "run" / name
         whole = path.read_bytes()

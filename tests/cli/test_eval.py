@@ -40,7 +40,7 @@ def test_a_run_is_evaluated_with_its_own_settings(run: Path) -> None:
     assert grid.exit is None and found.metrics["halting"] is not None, "the gate is measured separately from the grid"
     assert (run / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert f"Results: {run}/evaluation/evaluation.json" in done.output and f"mythos report {run}" in done.output
-    assert "metrics of depth" in done.output and "at matched FLOPs" in done.output
+    assert "depth metrics" in done.output and "at matched FLOPs" in done.output
     assert "no early exit" in " ".join(done.output.split()) and "costs" not in done.output
     assert "exit gate:" in done.output.split("difficulties mixed")[1], "the savings of the gate are shown by default"
 
@@ -70,7 +70,7 @@ def test_an_exit_is_reported_with_the_accuracy_it_costs(tmp_path: Path, exit: st
     assert [cost["accuracy"] for cost in costs] == grid.accuracy[:, -1].tolist()
     assert all(cost["all_loops"] == 1 and cost["lost"] == 1 - cost["accuracy"] for cost in costs)
     assert ("stops positions too early" in text) == harms == (max(cost["lost"] for cost in costs) > 0.3)
-    rows = text.split(f"what the exit {grid.exit} costs")[1].split("metrics of depth, every position running all loops")
+    rows = text.split(f"cost of the exit {grid.exit}")[1].split("depth metrics, every position running all loops")
     assert f"│ 48 │ 1.00 │ {share(costs[1]['accuracy'])} │ {costs[1]['lost']:.2%} │" in rows[0]
     mixed, gain = text.split("difficulties mixed in one batch")[1], found.metrics["halting"]
     assert f"│ exit {grid.exit} │ {share(gain['accuracy_halting'])} │ {gain['loops_halting']:.1f} │" in mixed
@@ -141,7 +141,9 @@ def test_text_with_an_exit_is_compared_with_all_loops(tmp_path: Path) -> None:
 
 def test_seeds_are_refused_for_text() -> None:
     done = run_eval("text-tiny", "--seeds", "0")
-    assert done.exit_code == 2 and "--seeds 0: text is measured on windows" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "--seeds 0: text is measured on evenly spaced windows" in " ".join(
+        done.output.split()
+    )
 
 
 def test_without_matplotlib_no_plot_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,12 +35,15 @@ TAKERS = {
 }
 # combinations that are refused, and the reason in the error
 REFUSED: dict[tuple[str, str], str] = {
-    **{("chat", folder): "is no model of text" for folder in [*LOOPED, *BASELINES] if folder not in TEXT},
+    **{("chat", folder): "is not a text model" for folder in [*LOOPED, *BASELINES] if folder not in TEXT},
     **{("heal", folder): "but text has" for folder in LOOPED if folder not in TEXT},
     **{("train-gate", folder): "this is a baseline" for folder in BASELINES},
-    **{("train-gate", folder): "mythos diagnose looks inside" for folder in ("converted", "retrofit")},
-    **{("report", folder): "mythos eval measures it" for folder in ("converted", "retrofit")},
-    ("eval", "converted"): "that you name with --task",
+    **{("train-gate", folder): "look inside with mythos diagnose" for folder in ("converted", "retrofit")},
+    **{
+        ("report", folder): "measure it on a task of your choice with mythos eval --task"
+        for folder in ("converted", "retrofit")
+    },
+    ("eval", "converted"): "mythos eval --task",
     ("export", "compare/unrolled-seed0"): "is a baseline, which has no loop",
 }
 
@@ -64,7 +67,10 @@ def test_each_folder_is_accepted_or_refused_with_a_reason(made: dict[str, str], 
 
 def test_a_run_loads_in_python_and_a_folder_of_runs_is_refused(made: dict[str, str]) -> None:
     assert OpenMythos.from_pretrained("demo").cfg.vocab_size == 3
-    assert "holds several runs; name one, as in compare/looped-seed0" in mythos("mythos report compare").stderr
+    assert (
+        "contains several runs; give one of them, such as compare/looped-seed0"
+        in mythos("mythos report compare").stderr
+    )
 
 
 def next_lines(printed: str) -> list[str]:

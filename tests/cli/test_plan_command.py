@@ -26,7 +26,7 @@ def test_a_plan_shows_costs_the_settings_and_a_next_command() -> None:
     for part in ("recomputed", "activations", "collectives of a step", "bound by", "tokens/s", "kWh", "price", "Next:"):
         assert part in shown
     assert "parallel.replicate=" in shown and "mythos plan nano length=64 batch_size=8 --gpus 4 --memory 24" in shown
-    assert max(map(len, done.output.split("Type after")[0].splitlines())) <= 80
+    assert max(map(len, done.output.split("Settings for")[0].splitlines())) <= 80
 
 
 def test_json_output_is_the_whole_plan() -> None:
@@ -60,11 +60,11 @@ def test_a_recipe_and_a_run_are_planned_with_their_own_settings(tmp_path: Path) 
     ("words", "said"),
     [
         (["nano", "--gpus", 0], "--gpus 0; give 1 to 1,000,000"),
-        (["nano", "--memory", -1], "--memory -1.0: give the GB of one GPU, above 0"),
-        (["nano", "--memory", "nan"], "--memory nan: give the GB"),
+        (["nano", "--memory", -1], "--memory -1.0: give the memory of one GPU in GB, above 0"),
+        (["nano", "--memory", "nan"], "--memory nan: give the memory of one GPU"),
         (["nano", "--interconnect", "nvlnk"], "--interconnect 'nvlnk' is unknown; did you mean 'nvlink'?"),
         (["nano", "--tokens", "many"], "--tokens 'many' should be a number above 0, as in 300B"),
-        (["nano", "--price", 0], "--price 0.0: give what an hour of one GPU costs"),
+        (["nano", "--price", 0], "--price 0.0: give the hourly price of one GPU"),
         (["nano", "device=h1000"], "device='h1000' is unknown; use one of 'a100', 'h100'"),
         (["nano", "parallel.experts=2"], "unknown key 'parallel.experts'; did you mean 'parallel.expert'?"),
         (["nano", "--gpus", 3, "batch_size=4", "length=8"], "batch_size=4 cannot be shared by 3 GPUs"),

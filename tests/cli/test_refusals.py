@@ -25,17 +25,17 @@ def run(line: str) -> tuple[Result, str]:
     [
         ("train parity steps 500", "'steps' is not an override; write key=value, as in steps=500"),
         ("train parity steps", "write key=value, as in steps=..."),
-        ("train parity --steps 500", "No such option: --steps. A setting is written without dashes: steps=500"),
+        ("train parity --steps 500", "No such option: --steps. Settings are written without dashes: steps=500"),
         ("train parity --optim.lr=3e-4", "without dashes: optim.lr=3e-4"),
         ("train steps=500", "name a recipe before it, as in parity steps=500"),
-        ("train parity resume=auto", "resume is an option, no setting; write --resume auto"),
-        ("compare parity seeds=0", "seeds is an option, no setting; write --seeds 0"),
+        ("train parity resume=auto", "resume is an option, not a setting; write --resume auto"),
+        ("compare parity seeds=0", "seeds is an option, not a setting; write --seeds 0"),
         ("compare parity --steps 500", "without dashes: steps=500"),
         ("train parity steps=1e23", "steps='1e23' is not a whole number; use an int of at least 1 and at most 1,000"),
         ("train parity steps=99999999999999999999999", "is too large; use an int of at least 1 and at most 1,000,"),
-        ("train text data=nowhere/*.txt", "There is no such file"),
+        ("train text data=nowhere/*.txt", "matches no text file; use 'stdlib', 'hf:NAME', or the path or glob"),
         ("train text data=a.bin", "is not a text file; use 'stdlib', 'hf:NAME', or the path or glob of text files"),
-        ("train text data=binary", "binary' holds no text; use 'stdlib', 'hf:NAME', or the path or glob"),
+        ("train text data=binary", "binary' contains no text; use 'stdlib', 'hf:NAME', or the path or glob"),
     ],
 )  # fmt: skip
 def test_errors_say_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str) -> None:
@@ -57,11 +57,11 @@ def test_a_file_in_place_of_a_directory_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("kept")
     done, text = run(f"{line} file")
-    assert done.exit_code == 2 and "is a file; name a directory, which need not be there" in text, text
+    assert done.exit_code == 2 and "is a file; give a directory, which does not have to exist" in text, text
     assert (tmp_path / "file").read_text() == "kept"
     (tmp_path / "folder").mkdir()
     done, text = run("report run --out folder")
-    assert done.exit_code == 2 and "is a directory; name a file, as in folder/report.html" in text, text
+    assert done.exit_code == 2 and "is a directory; give a file, such as folder/report.html" in text, text
 
 
 @pytest.mark.parametrize(

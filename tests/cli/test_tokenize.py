@@ -46,7 +46,7 @@ def test_text_is_tokenized_into_a_folder_to_train_on(here: Path) -> None:
     assert Text(**cfg.task.options).n_rows(32) == -(-(found.parts["train"].tokens - 1) // 32)
     assert [path.name for path in here.iterdir() if path.name.startswith(".")] == []
     done = run("doctor 'my tokens'")
-    assert done.exit_code == 0 and done.stdout.count("whole  ") == 4, done.output
+    assert done.exit_code == 0 and done.stdout.count("intact  ") == 4, done.output
     (here / "my tokens/train-00000.bin").write_bytes(b"x" * 2 * found.parts["train"].tokens)
     done = run("doctor 'my tokens'")
     file = "my tokens/train-00000.bin"
@@ -57,10 +57,10 @@ def test_existing_folders_are_not_overwritten(here: Path) -> None:
     assert run("tokenize 'my texts'").exit_code == 0
     before = opened(here / "tokens").parts
     done = run("tokenize 'my texts' --tokenizer bytes")
-    assert done.exit_code == 2 and "tokens is there, and stays as it is; train on it with mythos train" in done.stderr
+    assert done.exit_code == 2 and "tokens exists and is not overwritten; train on it with mythos train" in done.stderr
     assert opened(here / "tokens").parts == before
     done = run("tokenize tokens --out 'my texts'")
-    assert done.exit_code == 2 and "my texts is there, and stays as it is; name another --out" in done.stderr
+    assert done.exit_code == 2 and "my texts exists and is not overwritten; give another --out" in done.stderr
 
 
 def test_an_interrupted_command_resumes_when_repeated(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_an_interrupted_command_resumes_when_repeated(here: Path, monkeypatch: p
 
     monkeypatch.setattr(filling, "_write_shard", stopping)
     done = run("tokenize 'my texts'")
-    assert done.exit_code not in (0, 2) and ".tokens.partial, and the same command goes on from there" in done.stderr
+    assert done.exit_code not in (0, 2) and ".tokens.partial, and the same command continues from there" in done.stderr
     assert not (here / "tokens").exists()
     done = run("tokenize 'my texts'")
     assert done.exit_code == 0 and re.search(r"bytes, [\d.]+ kB of it before, in", done.stdout), done.output
@@ -86,13 +86,13 @@ def test_an_interrupted_command_resumes_when_repeated(here: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("nowhere/", "holds no text"),
-        ("empty", "holds no text"),
-        ("one.txt", "has too few documents for a train part; use more text"),
+        ("nowhere/", "matches no text file"),
+        ("empty", "matches no text file"),
+        ("one.txt", "has too few documents for its train part; use more text"),
         ("'my texts' --tokenizer nothing", "tokenizer='nothing'; use 'bytes', or 'bpe:N'"),
         ("'my texts' --tokenizer bpe:7", "tokenizer='bpe:7'; use"),
         ("'my texts' --workers 0", "--workers"),
-        ("tokens.json", "holds no text"),
+        ("tokens.json", "matches no text file"),
         ("'my texts' --out one.txt/x", "one.txt/x: Not a directory"),
     ],
 )  # fmt: skip

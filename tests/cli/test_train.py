@@ -64,7 +64,10 @@ def test_invalid_settings_and_divergence_end_with_an_error(tmp_path: Path) -> No
         (("pariti",), "did you mean 'parity'"),
         (("debug", "optim.lrr=1"), "did you mean 'optim.lr'"),
         (("debug", "optim.lr=-1"), "optim.lr=-1 is out of range"),
-        (("debug", "optim.lr=1e30", "max_bad_steps=1", "gate.steps=0"), "steps in a row were not finite"),
+        (
+            ("debug", "optim.lr=1e30", "max_bad_steps=1", "gate.steps=0"),
+            "steps in a row had non-finite loss or gradient",
+        ),
     ):
         done = run(*args, "--out", tmp_path / "run")
         assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output

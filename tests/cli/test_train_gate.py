@@ -64,7 +64,7 @@ def test_a_gate_can_be_trained_on_harder_problems_than_the_model(tmp_path):
 def test_the_source_model_is_never_overwritten(tmp_path):
     source = a_run(tmp_path)
     result = run(source, *QUICK, "--out", source / "model")
-    assert result.exit_code == 2 and "name another directory" in flat(result)
+    assert result.exit_code == 2 and "give another directory" in flat(result)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -75,7 +75,7 @@ def test_stopping_changes_nothing_and_prints_the_command_to_restart(tmp_path, mo
         result = run(source, *QUICK, "--out", out)
     assert result.exit_code == 128 + number and not out.exists()
     (line,) = [line for line in result.stderr.splitlines() if "stopped by" in line]
-    said, _, command = line.partition("; nothing was changed; start again with ")
+    said, _, command = line.partition("; nothing was saved; start again with ")
     assert said == f"stopped by {signal.Signals(number).name}"
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0 and training_config(out).gate.steps == 6, flat(result)
@@ -96,7 +96,7 @@ def test_stopping_during_the_save_leaves_a_complete_model(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda path: path / "nowhere", "is no directory"),
+    (lambda path: path / "nowhere", "is neither a directory nor a shipped model"),
     (lambda path: a_run(path, kind="single"), "this is a baseline"),
 ])  # fmt: skip
 def test_missing_models_and_baselines_are_refused(tmp_path, make, message):

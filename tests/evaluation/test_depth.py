@@ -45,5 +45,5 @@ def test_invalid_loops_are_refused(model: OpenMythos, loops: list[int]) -> None:
 
 
 def test_targets_without_scored_positions_are_refused(model: OpenMythos) -> None:
-    with pytest.raises(ValueError, match="scores no position"):
+    with pytest.raises(ValueError, match="targets is -100 everywhere, so no position is scored"):
         accuracy_by_loops(model, torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), -100), [1])

@@ -165,5 +165,5 @@ def test_invalid_arguments_are_refused(options, message):
 def test_training_mode_and_unrolled_models_are_refused():
     with pytest.raises(ValueError, match=r"training mode.*eval\(\)"):
         DepthBatch(model_of().train())
-    with pytest.raises(ValueError, match="a block for each loop"):
+    with pytest.raises(ValueError, match="a separate block for each loop"):
         UnrolledMythos(model_of().cfg).eval().generate_many(PROMPTS[:1], 3)

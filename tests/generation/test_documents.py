@@ -128,7 +128,10 @@ def test_one_document_per_row_is_plain_attention() -> None:
 
 def test_packed_documents_with_a_cache_are_refused() -> None:
     cache = KVCache()
-    with pytest.raises(ValueError, match="attention_mask numbers documents, which start at 0 and which no cache"):
+    with pytest.raises(
+        ValueError,
+        match="attention_mask numbers documents, which needs positions that start at 0 and no key/value cache",
+    ):
         tiny_model()(tokens(1, 22), 2, cache, attention_mask=PACKED[:1])
     assert cache.length == 0
 

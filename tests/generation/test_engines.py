@@ -188,7 +188,9 @@ def test_unavailable_engines_are_refused_at_the_call_with_the_reason():
     model = a_model()
     with pytest.raises(ValueError, match="there is no engine 'fast'; "):
         model.stream(ids_of(1, 3), engine="fast")
-    with pytest.raises(ValueError, match="engine='graph' is not available: graphs are for CUDA; use engine='auto'"):
+    with pytest.raises(
+        ValueError, match="engine='graph' is not available: CUDA graphs need a CUDA device; use engine='auto'"
+    ):
         model.stream(ids_of(1, 3), engine="graph")
     model.recurrent.block.attn.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="engine='fused' is not available: the model has hooks, or replaced or quant"):

@@ -122,7 +122,7 @@ def test_after_an_interrupt_a_cache_is_as_before_or_refused(make: Callable[[], A
             try:
                 torch.testing.assert_close(made(then, 3, cache, exit=exit), expected)
             except ValueError as error:
-                assert "kv_cache belongs to another call" in str(error), f"line {last}"
+                assert "kv_cache is in use by another call" in str(error), f"line {last}"
                 refused += 1
     assert refused <= 3
 
@@ -198,7 +198,7 @@ def test_non_finite_logits_end_only_their_own_request() -> None:
     with torch.no_grad():
         made.embed.weight[200] = float("nan")
     made.head.weight = torch.nn.Parameter(made.head.weight.detach().nan_to_num())  # untied from the embedding
-    with pytest.raises(ValueError, match=r"logits of what follows 2 tokens are not finite.*is that of embed"):
+    with pytest.raises(ValueError, match=r"logits after 2 tokens are not finite.*is that of embed"):
         batch.step()
     while batch.busy:
         batch.step()
@@ -210,7 +210,7 @@ def test_the_first_layer_with_non_finite_output_is_named(options: dict[str, Any]
     made = tiny_model(halting=False).eval()
     with torch.no_grad():
         made.coda[0].ffn.down.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"follows 3 tokens are not finite.*is that of coda\.0\.ffn\.down"):
+    with pytest.raises(ValueError, match=r"logits after 3 tokens are not finite.*is that of coda\.0\.ffn\.down"):
         made.generate(tokens(1, 3), 2, **options)
     with torch.no_grad():
         made.recurrent.norm.weight.fill_(float("nan"))

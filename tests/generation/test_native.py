@@ -97,7 +97,7 @@ def test_native_steps_and_module_calls_alternate_on_one_cache(attn_type):
         at += n - cut
         engine.truncate(at)
     engine.truncate(at - ROLLBACK - 1)
-    with pytest.raises(ValueError, match=f"cut back by at most {ROLLBACK} tokens"):
+    with pytest.raises(ValueError, match=f"truncate by at most {ROLLBACK} tokens"):
         engine.step(text[:, :1])
     engine.truncate(0)
     for i in range(3):
@@ -244,9 +244,9 @@ def test_interleaved_streams_with_a_pause_generate_the_same_tokens(threads):
 @pytest.mark.parametrize(
     "change, depth, reason",
     [
-        (lambda model: model.bfloat16(), Depth(4), "in float32, and the model is torch.bfloat16 on cpu"),
-        (lambda model: model.to("meta"), Depth(4), "CPU in float32, and the model is torch.float32 on meta"),
-        (lambda model: None, Depth(4, StableArgmax()), "knows the exits Gate and StateChange, not StableArgmax"),
+        (lambda model: model.bfloat16(), Depth(4), "in float32, but the model is torch.bfloat16 on cpu"),
+        (lambda model: model.to("meta"), Depth(4), "CPU in float32, but the model is torch.float32 on meta"),
+        (lambda model: None, Depth(4, StableArgmax()), "supports the exits Gate and StateChange, not StableArgmax"),
         (lambda model: setattr(model.recurrent, "act", OwnGate(32)), Depth(4, Gate()), "a gate that was replaced"),
         (lambda model: model.recurrent.act.register_forward_hook(print), Depth(4, Gate()), "a gate that was replaced"),
         (lambda model: setattr(model.recurrent.act, "forward", len), Depth(4, Gate()), "a gate that was replaced"),
@@ -270,13 +270,13 @@ def test_unsupported_models_and_exits_are_refused_with_the_reason(change, depth,
     "changes", [dict(router_score="softmax"), dict(recurrence="mixture"), dict(causal=False)], ids=str
 )
 def test_unsupported_architectures_are_left_to_the_modules(changes):
-    assert "knows recurrence='injected'" in why_not(tiny_model(**changes), Depth(4), drafts=False)
+    assert "supports recurrence='injected'" in why_not(tiny_model(**changes), Depth(4), drafts=False)
 
 
 @needs_compiler
 def test_models_with_a_bridge_are_left_to_the_modules():
     model = tiny_model(bridge_dim=12)
-    assert why_not(model, Depth(4), drafts=False) == "it knows no bridge, and the model has bridge_dim=12"
+    assert why_not(model, Depth(4), drafts=False) == "it does not support a bridge, but the model has bridge_dim=12"
     ids = tokens(1, 5)
     assert torch.equal(
         model.generate(ids, 6, 4, temperature=0), model.generate(ids, 6, 4, temperature=0, engine="modules")
@@ -286,7 +286,7 @@ def test_models_with_a_bridge_are_left_to_the_modules():
 @needs_compiler
 def test_drafts_autocast_and_open_mythos_native_0_rule_out_the_engine(monkeypatch):
     model = a_model()
-    assert "drafts come several at once" in why_not(model, Depth(4), drafts=True)
+    assert "drafts need several at once" in why_not(model, Depth(4), drafts=True)
     with torch.autocast("cpu"):
         assert "autocast" in why_not(model, Depth(4), drafts=False)
     monkeypatch.setenv("OPEN_MYTHOS_NATIVE", "0")
@@ -319,7 +319,7 @@ def empty_compile_cache(monkeypatch, tmp_path):
         (None, "no C compiler was found"),
         (["false"], "no C compiler that works here: false says: exit status 1"),
         (["sh", "-c", "echo one >&2; echo 'x.c:1: fatal error: no math.h' >&2; echo three >&2; exit 1"], "no math.h"),
-        (["true"], "OPEN_MYTHOS_CACHE sets the folder"),  # succeeds, but writes nothing
+        (["true"], "set OPEN_MYTHOS_CACHE to keep it in another folder"),  # succeeds, but writes nothing
     ],
 )
 def test_without_a_compiler_generation_falls_back_and_warns_once(
@@ -340,7 +340,7 @@ def test_without_a_compiler_generation_falls_back_and_warns_once(
 def test_a_missing_c_source_is_reported(empty_compile_cache, monkeypatch, tmp_path):
     """As in a folder exported for transformers."""
     monkeypatch.setattr(build, "SOURCE", tmp_path / "decode.c")
-    assert why_not(a_model(), Depth(4), drafts=False) == "decode.c did not come along; it is in the installed package"
+    assert why_not(a_model(), Depth(4), drafts=False) == "decode.c is missing; it comes only with the installed package"
 
 
 @needs_compiler
@@ -361,7 +361,7 @@ def test_compiled_code_is_not_kept_in_a_folder_writable_by_others(monkeypatch, t
     with caplog.at_level(logging.WARNING, "open_mythos"):
         assert build._folder() != tmp_path
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert str(tmp_path) in warning and "others may write to it" in warning
+    assert str(tmp_path) in warning and "others can write to it" in warning
 
 
 @needs_compiler

@@ -196,5 +196,5 @@ def test_a_cache_belongs_to_one_call_at_a_time() -> None:
         hook = model.coda[0].register_forward_hook(lambda *_: in_threads([[meanwhile]]) and None)
         model(ids, kv_cache=cache)
         hook.remove()
-        assert len(errors) == 1 and "kv_cache belongs to another call" in errors[0] and cache.length == 3
+        assert len(errors) == 1 and "kv_cache is in use by another call" in errors[0] and cache.length == 3
         model(ids, kv_cache=cache)

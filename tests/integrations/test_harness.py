@@ -71,7 +71,7 @@ def test_eval_writes_a_table_a_plot_and_json(parity, tmp_path, capfd, monkeypatc
     assert (tmp_path / "harness.png").read_bytes().startswith(b"\x89PNG")
     assert "parity_choice" in done.output and "1.0000 ±0.0000" in done.output
     assert "fatal" not in capfd.readouterr().err and "requests" not in done.output, "no git messages, no progress bars"
-    assert f"Everything: {tmp_path}/harness.json" in done.output and "--loops 32" in done.output
+    assert f"Results: {tmp_path}/harness.json" in done.output and "--loops 32" in done.output
 
 
 LM_EVAL = """
@@ -118,7 +118,7 @@ def test_bits_per_byte_of_text_fall_with_loops(tmp_path):
 def test_export_refuses_a_folder_in_use_and_a_missing_model(parity, tmp_path):
     for arguments, message in (
         ((parity, parity), "exists and is not empty"),
-        (("nowhere", tmp_path / "x"), "no directory"),
+        (("nowhere", tmp_path / "x"), "neither a directory nor a shipped model"),
     ):
         done = run_export(*arguments)
         assert done.exit_code == 2 and message in " ".join(done.output.split())
@@ -129,11 +129,11 @@ def test_export_refuses_a_folder_in_use_and_a_missing_model(parity, tmp_path):
     [
         (["--harness", "parity_choise", "--include-path", TASKS], "task 'parity_choise'; did you mean parity_choice"),
         (["--harness", "parity_choise"], "task 'parity_choise'; did you mean parity_choice"),
-        (["--harness", "parity_choice", "--include-path", "nowhere"], "include='nowhere' is no directory"),
+        (["--harness", "parity_choice", "--include-path", "nowhere"], "include='nowhere' is not a directory"),
         (["--harness", "parity_choice", "--loops", "1,x"], "--loops '1,x' should be whole numbers"),
         (["--harness", "parity_choice", "--loops", "0", "--include-path", TASKS], "loops=[0]; use whole numbers of at"),
-        (["--harness", "parity_choice", "--task", "parity"], "--task and --harness do not go together"),
-        (["--include-path", TASKS], "name one of them with --harness"),
+        (["--harness", "parity_choice", "--task", "parity"], "--task cannot be used with --harness"),
+        (["--include-path", TASKS], "give the tasks to run with --harness"),
     ],
 )
 def test_invalid_eval_arguments_are_refused(parity, monkeypatch, arguments, message):
@@ -143,7 +143,7 @@ def test_invalid_eval_arguments_are_refused(parity, monkeypatch, arguments, mess
 
 
 @pytest.mark.parametrize("change, message", [
-    (("max_gen_toks: 1,", "max_tokens: 4097,"), "parity_said asks for 4097 new tokens, and prompt and answer have"),
+    (("max_gen_toks: 1,", "max_tokens: 4097,"), "parity_said asks for 4097 new tokens, but prompt and answer have"),
     (("metric: exact_match", "metric: precise_match"), "cannot run parity_said:"),
     (("{{bits}}", "{{bits"), "cannot run parity_said:"),
     (("{{parity}}", "{{answer.text}}"), "cannot run parity_said: UndefinedError: 'answer' is undefined"),
@@ -201,7 +201,7 @@ def test_an_exported_tokenizer_encodes_names_of_special_tokens_as_text(tmp_path,
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda found: found["model"].pop("vocab"), "holds no tokenizer (tokenizer.json) that transformers reads"),
+    (lambda found: found["model"].pop("vocab"), "has no tokenizer (tokenizer.json) that transformers can read"),
     (lambda found: found["model"]["vocab"].update({"2": 3}), "has 4 tokens and the model 3; they do not belong"),
 ])  # fmt: skip
 def test_an_invalid_tokenizer_is_not_exported(parity, tmp_path, damage, message):
@@ -224,7 +224,7 @@ def test_eval_refuses_a_model_of_another_architecture(tmp_path):
 def test_eval_refuses_a_missing_or_mismatched_tokenizer(parity, tmp_path):
     bare = shutil.copytree(SHIPPED / "parity-tiny", tmp_path / "bare")
     done = run_eval(bare, "--harness", "parity_choice", "--include-path", TASKS)
-    assert done.exit_code == 2 and "holds no tokenizer (tokenizer.json)" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "has no tokenizer (tokenizer.json)" in " ".join(done.output.split())
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(9)}, unk_token="0"))
     words.save(str(bare / "tokenizer.json"))
     done = run_eval(bare, "--harness", "parity_choice", "--include-path", TASKS)

@@ -134,7 +134,7 @@ def test_every_way_of_decoding_gives_the_same_tokens() -> None:
 
 
 @pytest.mark.parametrize("split, message", [
-    ((4, 3, 0), r"prelude=4, core=3 and coda=0 are 7 layers, and the original has 6; use 6"),
+    ((4, 3, 0), r"prelude=4, core=3 and coda=0 are 7 layers, but the original has 6; use at most 6"),
     ((2, 0, 2), "core=0; use a whole number of at least 1"),
     ((-1, 2, 2), "prelude=-1; use a whole number of at least 0"),
 ])  # fmt: skip
@@ -160,18 +160,20 @@ def test_an_original_of_another_architecture_is_refused(tmp_path: Path) -> None:
     transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     _save_a_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="the original is a 'gpt2'; the Llama family is supported"):
+    with pytest.raises(ValueError, match="the original is a 'gpt2'; only the Llama family"):
         load_original(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}))
-    with pytest.raises(ValueError, match="the original is a 'new'; the Llama family"):  # without asking to run its code
+    with pytest.raises(
+        ValueError, match="the original is a 'new'; only the Llama family"
+    ):  # without asking to run its code
         load_original(tmp_path)
     save(retrofit(llama(), Split(1, 1, 1)), transformers.AutoTokenizer.from_pretrained(tmp_path), tmp_path)
-    with pytest.raises(ValueError, match="is a recurrent-depth model already; train it with mythos train heal start="):
+    with pytest.raises(ValueError, match="is already a recurrent-depth model; train it with mythos train heal start="):
         load_original(tmp_path)
 
 
 def test_missing_and_unsupported_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="contains no weights"):
         load_original(tmp_path)
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()
@@ -180,13 +182,13 @@ def test_missing_and_unsupported_files_are_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load_original(tmp_path)
-    with pytest.raises(ValueError, match="is a file; give its directory"):
+    with pytest.raises(ValueError, match="is a file; give the model's directory"):
         load_original(tmp_path / "model.safetensors")
 
 
 def test_a_missing_or_mismatched_tokenizer_is_refused(tmp_path: Path) -> None:
     llama(vocab_size=200).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no tokenizer that transformers reads; put the tokenizer.json"):
+    with pytest.raises(ValueError, match=r"has no tokenizer that transformers can read; put the tokenizer.json"):
         load_original(tmp_path)
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(201)}, unk_token="0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
@@ -195,7 +197,7 @@ def test_a_missing_or_mismatched_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_without_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="nobody/nothing is no directory, and no model came from the hub"):
+    with pytest.raises(ValueError, match="nobody/nothing is not a directory, and no such model could be downloaded"):
         load_original("nobody/nothing")
 
 
@@ -240,7 +242,7 @@ def test_all_end_tokens_of_the_original_are_kept(source: Path, tmp_path: Path) -
 def test_errors_of_the_command_are_one_line(source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["retrofit", str(source), "--core", "9", "--out", str(tmp_path / "none")])
     assert result.exit_code == 2 and not (tmp_path / "none").exists()
-    assert "are 17 layers, and the original has 6" in " ".join(result.stderr.split())
+    assert "are 17 layers, but the original has 6" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("term, distill", [("cross_entropy", 0.0), ("distillation", 1.0)])
@@ -278,11 +280,11 @@ def test_invalid_heal_settings_are_refused(source: Path, tmp_path: Path) -> None
     original, tokenizer = load_original(source)
     save(retrofit(original, Split(1, 1, 1)), tokenizer, tmp_path)
     texts = [f"task.options.source={_documents(tmp_path / 'texts')}", *SHORT]
-    with pytest.raises(ValueError, match=r"is not of the run's model \(model.core_layers=2 for 1"):
+    with pytest.raises(ValueError, match=r"does not fit the run's model \(model.core_layers=2 instead of 1"):
         Trainer(configured("heal", [f"start={tmp_path}", *texts, "model.core_layers=2"]))
-    with pytest.raises(ValueError, match="one block for all loops and kind='unrolled' many"):
+    with pytest.raises(ValueError, match="one block for all loops, but kind='unrolled' many"):
         Trainer(configured("heal", [f"start={tmp_path}", *texts, "kind=unrolled"]))
-    with pytest.raises(ValueError, match="has 257 tokens and the model 300; use a teacher of the same tokens"):
+    with pytest.raises(ValueError, match="has 257 tokens and the model 300; use a teacher with the same vocabulary"):
         Trainer(configured("heal", [f"start={tmp_path}", *texts, "loss.teacher=text-tiny"]))
 
 
@@ -370,9 +372,9 @@ def test_a_moved_model_is_evaluated_with_the_tokenizer_in_its_folder(bridged: Pa
 
 @pytest.mark.parametrize("settings, message", [
     (["model.bridge_dim=0"], "model.bridge_dim=0 leaves nothing to train"),
-    (["model.state_init=zero"], "model.state_init='zero'; a bridge needs loops that begin where nothing"),
-    (["task.options.tokenizer="], r"has \d+ tokens and no tokenizer.json, and the words of assignments are 278"),
-    (["model.lora_rank=4"], r"not of the run's model \(model.lora_rank=4 for 0\)"),
+    (["model.state_init=zero"], "model.state_init='zero', but a bridge needs the state to start from the input"),
+    (["task.options.tokenizer="], r"has \d+ tokens and no tokenizer.json, but assignments has 278 words"),
+    (["model.lora_rank=4"], r"does not fit the run's model \(model.lora_rank=4 instead of 0\)"),
 ])  # fmt: skip
 def test_invalid_bridge_settings_are_refused(bridged: Path, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

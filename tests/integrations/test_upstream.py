@@ -144,7 +144,7 @@ def test_wrapped_names_shards_and_a_rope_table_cast_to_real_are_converted(refere
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shutil.copy(reference_checkpoints / "safetensors" / "config.json", tmp_path)
     made, wanted = convert(tmp_path), expected["safetensors"]
-    assert any("lost its imaginary half" in note for note in made.notes)
+    assert any("lost its imaginary part" in note for note in made.notes)
     with torch.no_grad():
         assert (made.model(wanted["ids"], 3) - wanted["whole"][3]).abs().max() < TOLERANCE
     (tmp_path / "b.safetensors").unlink()
@@ -167,7 +167,7 @@ class Trap:
 
 def test_no_code_in_a_file_is_run(reference_checkpoints, tensors, tmp_path):
     torch.save({"model": tensors, "cfg": Trap(tmp_path / "sprung")}, tmp_path / "trap.pt")
-    with pytest.raises(CheckpointError, match=r"mkdir.*Nothing of it was run.*vars\(c\['cfg'\]\)") as caught:
+    with pytest.raises(CheckpointError, match=r"mkdir.*None of it was run.*vars\(c\['cfg'\]\)") as caught:
         convert(tmp_path / "trap.pt")
     assert not (tmp_path / "sprung").exists() and "weights.pt" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"open_mythos.main.OpenMythos.*c.state_dict\(\)"):
@@ -183,16 +183,16 @@ def modified(tensors: dict, **changes) -> dict:
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"recurrent.gate.weight": torch.ones(2)}, r"1 tensors that version 0.5.0.*recurrent.gate.weight.*newer"),
-    ({"coda.0.ffn.up.weight": torch.ones(2)}, r"coda.0.ffn.up.weight.*newer or changed"),
+    ({"recurrent.gate.weight": torch.ones(2)}, r"1 tensors that version 0.5.0.*recurrent.gate.weight.*another version"),
+    ({"coda.0.ffn.up.weight": torch.ones(2)}, r"coda.0.ffn.up.weight.*another version"),
     ({"prelude.1.attn.wo.weight": None}, r"lacks prelude.1.attn.wo.weight.*incomplete"),
     ({"recurrent.act.halt.weight": None}, r"lacks 1 tensors, such as recurrent.act.halt.weight"),
-    ({"recurrent.act.halt.weight": torch.ones(1, 5)}, r"is \(1, 5\) and its config makes it \(1, 48\)"),
+    ({"recurrent.act.halt.weight": torch.ones(1, 5)}, r"has shape \(1, 5\), but \(1, 48\) by its config"),
     ({"norm.weight": torch.full((48,), torch.nan)}, r"norm.weight.*not finite.*earlier checkpoint"),
-    ({"head.weight": torch.ones(29, 48)}, r"head.weight of its own.*cannot be converted"),
+    ({"head.weight": torch.ones(29, 48)}, r"separate head.weight.*cannot be converted"),
     ({"freqs_cis_mla": torch.randn(16, 3, dtype=torch.complex64)}, r"RoPE table.*cannot be converted"),
-    ({"recurrent.injection.raw_A": torch.ones(48)}, "of this library already.*from_pretrained"),
-    ({"core.recurrent.injection.raw_A": torch.ones(48)}, "of this library already.*from_pretrained"),
+    ({"recurrent.injection.raw_A": torch.ones(48)}, "already a model of this library.*from_pretrained"),
+    ({"core.recurrent.injection.raw_A": torch.ones(48)}, "already a model of this library.*from_pretrained"),
     ({"recurrent.injection.log_A": None}, r"another architecture.*embed.weight.*recurrent.injection.log_A.*retrofit"),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value))  # fmt: skip
 def test_damaged_and_foreign_tensors_are_refused(changes, message, tensors, tmp_path):
@@ -220,7 +220,7 @@ def test_a_config_of_another_model_or_version_is_refused(reference_checkpoints, 
     source = reference_checkpoints / "training.pt"
     for text, message in [
         (json.dumps(cfg | {"n_experts": 6}), "says n_experts=6 .*say 5"),
-        (json.dumps(cfg | {"disable_act": True}), r"config.json has disable_act.*0.5.0.*newer.*without them"),
+        (json.dumps(cfg | {"disable_act": True}), r"config.json has disable_act.*0.5.0.*another version.*remove them"),
         (json.dumps([cfg]), "is a list; expected an object"),
         ("{", "not JSON"),
     ]:
@@ -258,6 +258,6 @@ def test_files_without_weights_are_refused(reference_checkpoints, tmp_path):
 
 def test_a_model_of_this_library_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} is of this library already")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} is already a model of this library")):
         convert(tmp_path)
     assert MythosConfig().recurrence == "injected"

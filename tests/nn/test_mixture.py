@@ -112,7 +112,7 @@ def test_rows_at_different_loops_are_decoded_together():
 
 def test_native_decoding_refuses_a_mixture_and_softmax_scores():
     for model in (mixture(router_score="sigmoid"), tiny_model(router_score="softmax", halting=False)):
-        with pytest.raises(ValueError, match="it knows recurrence='injected', router_score='sigmoid'"):
+        with pytest.raises(ValueError, match="it supports recurrence='injected', router_score='sigmoid'"):
             model.generate(tokens(1, 3), 2, engine="native")
 
 

@@ -184,7 +184,9 @@ def test_a_transformer_block_can_be_called_by_itself(attn_type):
         for cache in (KVCache(), {}):
             parts = [block(x[:, i : i + 2], table, None, cache, "slot") for i in (0, 2, 4)]
             assert_near(torch.cat(parts, 1), whole)
-    with pytest.raises(ValueError, match=r"mask is \(5, 5\); pass a tensor that ends in \(6, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"mask is \(5, 5\); pass a bool or additive mask whose shape ends in \(6, 6\)"
+    ):
         block(x, table, torch.ones(5, 5))
 
 

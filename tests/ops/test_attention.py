@@ -254,7 +254,7 @@ def test_a_float_mask_is_added_to_the_scores():
 
 @pytest.mark.parametrize("mask, what", [(torch.ones(4, 5), r"\(4, 5\)"), (torch.ones(5), r"\(5,\)"), ("causal", "str")])
 def test_a_given_mask_that_does_not_fit_is_refused(mask, what):
-    with pytest.raises(ValueError, match=rf"mask is {what}; pass a tensor that ends in \(5, 5\)"):
+    with pytest.raises(ValueError, match=rf"mask is {what}; pass a bool or additive mask whose shape ends in \(5, 5\)"):
         as_mask(mask, 5, 5)
 
 

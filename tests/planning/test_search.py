@@ -59,12 +59,12 @@ def test_would_fit_suggests_parallelism_if_sharding_alone_is_not_enough() -> Non
     ("settings", "said"),
     [
         (dict(parallel=Degrees(shard=5)), "parallel.shard=5 does not divide --gpus 8; use a divisor of 8"),
-        (dict(parallel=Degrees(expert=3)), "parallel.expert=3, and the model has 4 experts; use a divisor of 4"),
+        (dict(parallel=Degrees(expert=3)), "parallel.expert=3, but the model has 4 experts; use a divisor of 4"),
         (dict(parallel=Degrees(tensor=8)), "does not divide every feed-forward; use one of 1"),
-        (dict(batch_size=4, parallel=Degrees(tensor=1)), "cannot be shared by 8 GPUs that read rows of their own"),
-        (dict(parallel=Degrees(replicate=4, shard=4)), "parallel.replicate=4 parallel.shard=4 divides --gpus 8"),
+        (dict(batch_size=4, parallel=Degrees(tensor=1)), "cannot be shared by 8 GPUs with rows of their own"),
+        (dict(parallel=Degrees(replicate=4, shard=4)), "parallel.replicate=4 parallel.shard=4 does not fit --gpus 8"),
         (dict(length=10**6), "length=1000000 is more than model.max_seq_len"),
-        (dict(loops=2, grad_loops=3), "grad_loops=3 of loops=2"),
+        (dict(loops=2, grad_loops=3), "grad_loops=3 is more than loops=2"),
     ],
 )
 def test_indivisible_settings_are_refused(settings: dict[str, Any], said: str) -> None:

@@ -80,7 +80,7 @@ def test_problems_have_the_requested_number_of_sentences():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"sentences": 65}, "sentences=65; there are 96 names, enough for 64"),
+    ({"sentences": 65}, "sentences=65; there are only 96 names, so use at most 64"),
     ({"sentences": 4, "min_sentences": 4}, "min_sentences=4 is too small; use an int of at least 5"),
     ({"min_sentences": 40}, "min_sentences=40 is above sentences=32"),
     ({"split": "test"}, "split='test'"),
@@ -91,13 +91,15 @@ def test_invalid_options_are_refused(options, message):
 
 
 def test_more_hops_than_sentences_are_refused():
-    with pytest.raises(ValueError, match=r"difficulty=29; assignments counts hops, from 1 to 28"):
+    with pytest.raises(
+        ValueError, match=r"difficulty=29; the difficulty of assignments is its number of hops, from 1 to 28"
+    ):
         problems(2, 29)
 
 
 def test_a_word_outside_of_the_vocabulary_is_refused():
     assert [VOCABULARY[i] for i in encode("Ana has a key .")] == ["Ana", "has", "a", "key", "."]
-    with pytest.raises(ValueError, match=r"no task in words knows 'kay'; did you mean"):
+    with pytest.raises(ValueError, match=r"'kay' is not in the vocabulary of the word tasks; did you mean"):
         encode("Ana has a kay .")
     assert len(VOCABULARY) == len(set(VOCABULARY)) <= 1024 and len(NAMES) >= 64 and len(THINGS) == 16
 

@@ -75,7 +75,7 @@ def test_blank_documents_are_left_out(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": None}, *({"text": text} for text in texts)]))
     assert documents("hf:some/rows", MUCH) == ("one", "two", "  three")
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": ""}]))
-    with pytest.raises(ValueError, match="'hf:empty/rows' holds no text"):
+    with pytest.raises(ValueError, match="'hf:empty/rows' contains no text"):
         documents("hf:empty/rows", MUCH)
 
 
@@ -112,7 +112,7 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     for source in (str(tmp_path), str(tmp_path / "nothing.txt")):
-        with pytest.raises(ValueError, match="holds no text; use 'stdlib', 'hf:NAME', or the path"):
+        with pytest.raises(ValueError, match="matches no text file; use 'stdlib', 'hf:NAME', or the path"):
             documents(source, MUCH)
 
 

@@ -149,7 +149,7 @@ def test_errors_of_worker_processes_are_raised(tmp_path: Path, texts: str, monke
 
     with pytest.raises(ValueError, match="no such token"):
         filling._answer(Pipe(ValueError("no such token")))  # type: ignore[arg-type]
-    with pytest.raises(MemoryError, match="a process that tokenised was ended"):
+    with pytest.raises(MemoryError, match="a tokenising process was killed"):
         filling._answer(Pipe(None))  # type: ignore[arg-type]
 
 

@@ -166,7 +166,7 @@ def test_programs_get_harder_with_their_size():
 @pytest.mark.parametrize(("options", "message"), [
     ({"registers": 3}, "registers=3 is too small; use an int of at least 4 and at most 8"),
     ({"registers": 9}, "registers=9 is too large"),
-    ({"registers": 6, "letters": 5}, "registers=6 of a program, of letters=5; use fewer registers or more letters"),
+    ({"registers": 6, "letters": 5}, "registers=6 is above letters=5; use fewer registers or more letters"),
     ({"modulus": 24}, "modulus=24 is too large"),
     ({"lines": 0}, "lines=0 is too small"),
     ({"split": "test"}, "split='test'"),
@@ -178,5 +178,7 @@ def test_invalid_options_are_refused(options, message):
 
 @pytest.mark.parametrize("difficulty", [0, 33])
 def test_an_invalid_number_of_lines_is_refused(difficulty):
-    with pytest.raises(ValueError, match=rf"difficulty={difficulty}; registers counts lines, from 1 to 32"):
+    with pytest.raises(
+        ValueError, match=rf"difficulty={difficulty}; the difficulty of registers is its number of lines, from 1 to 32"
+    ):
         problems(2, difficulty)

@@ -175,8 +175,8 @@ def test_prompts_have_the_requested_number_of_facts():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"sentences": 193}, f"sentences=193; there are {len(NAMES)} names, enough for 192"),
-    ({"min_sentences": 40}, "min_sentences=40 is above sentences=30; lower it or raise that"),
+    ({"sentences": 193}, f"sentences=193; there are only {len(NAMES)} names, so use at most 192"),
+    ({"min_sentences": 40}, "min_sentences=40 is above sentences=30; lower min_sentences or raise sentences"),
     ({"min_sentences": 11}, "min_sentences=11; use at least 12: 4 people, 3 relations each"),
     ({"relations": 1}, "relations=1 is too small"),
     ({"relations": 13}, f"relations=13 is too large; use an int of at least 2 and at most {len(RELATIONS)}"),
@@ -190,7 +190,7 @@ def test_invalid_options_are_refused(options, message):
 
 
 def test_fewer_than_one_hop_are_refused():
-    with pytest.raises(ValueError, match=r"difficulty=0; relations counts hops, from 1 up"):
+    with pytest.raises(ValueError, match=r"difficulty=0; the difficulty of relations is its number of hops, from 1 up"):
         problems(2, 0)
 
 

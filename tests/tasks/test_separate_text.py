@@ -168,13 +168,13 @@ def test_of_few_documents_one_is_still_held_out(tmp_path: Path) -> None:
     task = Text(source=source, separate=True)
     assert task.decode(task.tokens) == texts[0]
     assert Text(source=source, separate=True, split="held_out").windows(64, 2).ids.shape == (2, 64)
-    with pytest.raises(ValueError, match="too few documents for a train part; use more text"):
+    with pytest.raises(ValueError, match="too few documents for its train part; use more text"):
         Text(source=write(tmp_path / "one", texts[:1]), separate=True)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     Tokenizer(ends=False).save(tmp_path)
-    with pytest.raises(ValueError, match="has no token that ends documents"):
+    with pytest.raises(ValueError, match="has no end-of-document token"):
         Text(source=write(tmp_path / "corpus", DOCUMENTS), tokenizer=str(tmp_path), separate=True)
 
 

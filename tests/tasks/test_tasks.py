@@ -189,7 +189,10 @@ def test_invalid_difficulties_are_refused(name: str) -> None:
     task = tasks.load(name)
     wrong: list[Any] = [task.least - 1, 2.5, True, *([] if task.most is None else [task.most + 1])]
     for difficulty in wrong:
-        with pytest.raises(ValueError, match=f"difficulty={difficulty}; {name} counts {task.unit}, from {task.least}"):
+        with pytest.raises(
+            ValueError,
+            match=f"difficulty={difficulty}; the difficulty of {name} is its number of {task.unit}, from {task.least}",
+        ):
             task.batch(1, difficulty)
 
 

@@ -86,13 +86,13 @@ def test_windows_longer_than_the_split_are_refused(source: str) -> None:
     assert task.most == longest and task.batch(2, longest, seeded()).ids.shape == (2, longest)
     assert torch.equal(task.windows(longest, 2).ids[0], task.windows(longest, 2).ids[1])
     for ask in (task.batch, task.windows):
-        with pytest.raises(ValueError, match=f"text counts tokens, from 1 to {longest}"):
+        with pytest.raises(ValueError, match=f"the difficulty of text is its number of tokens, from 1 to {longest}"):
             ask(*((2, longest + 1) if ask == task.batch else (longest + 1, 2)))
 
 
 def test_a_split_without_documents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "small.txt").write_text("a word")
-    with pytest.raises(ValueError, match="too few documents for a held_out part"):
+    with pytest.raises(ValueError, match="too few documents for its held_out part"):
         Text(source=str(tmp_path), split="held_out")
 
 

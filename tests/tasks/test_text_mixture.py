@@ -111,7 +111,7 @@ def test_an_existing_path_with_a_comma_is_one_text(tmp_path: pytest.TempPathFact
     [
         ("a:1,b:0", "has 'b' at weight 0; leave it out, or use a weight above 0"),
         ("a:1,a:2", "has 'a' twice; name it once"),
-        ("a,,b", "has a comma with nothing beside it"),
+        ("a,,b", "has an empty name beside a comma"),
         (",".join(map(str, range(300))), "has 300 texts; use at most 256"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_pretrained_tokenizer_keeps_its_ids_and_is_lossless(pretrained: Path, 
 def test_missing_and_unsupported_pretrained_tokenizers_are_refused(pretrained: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer='nowhere'; use .* or a folder with a tokenizer\.json"):
         tokenizer("nowhere", [])
-    with pytest.raises(ValueError, match="neither of byte-level BPE nor of SentencePiece"):
+    with pytest.raises(ValueError, match="neither byte-level BPE nor SentencePiece"):
         tokenizer(str(pretrained / "words"), [])
 
 
@@ -139,7 +139,7 @@ def test_any_byte_level_tokenizer_of_hugging_face_is_loaded(tmp_path: Path) -> N
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|none|>"}))
     with pytest.raises(ValueError, match=r"tokenizer.json cannot be used: its vocabulary has no '<|none|>'"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer.json is missing, so nothing says how text becomes tokens"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is missing, so text cannot be tokenised"):
         load(tmp_path / "nowhere")
 
 
@@ -182,7 +182,7 @@ def test_an_unknown_word_is_refused_with_the_nearest_known_one(word: str, near: 
 
 @pytest.mark.parametrize("word", ["<end>", "@", "您好"])
 def test_unknown_characters_are_refused_with_the_known_marks(word: str) -> None:
-    with pytest.raises(ValueError, match=r"there is no word .* here; beside words there are \? \. , : 's"):
+    with pytest.raises(ValueError, match=r"there is no word .* here; besides words there are \? \. , : 's"):
         word_tokenizer().encode([f"Ana has a {word}."])
 
 
@@ -202,7 +202,7 @@ def test_a_saved_word_tokenizer_is_loaded_here_and_by_hugging_face(tmp_path: Pat
     with pytest.raises(Exception, match="Missing"):
         theirs.encode("Ana rides.")
     (tmp_path / "tokenizer.json").write_text(words.to_json().replace('"key": ', '"key": 9'))
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: its tokens are not 0, 1, 2 and so on"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: its token ids are not 0, 1, 2 and so on"):
         load(tmp_path)
 
 

@@ -153,8 +153,8 @@ def test_small_problems_only_copy_and_larger_ones_use_every_operation():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"people": 33}, f"people=33; there are {len(NAMES)} names, enough for 32"),
-    ({"min_people": 20}, "min_people=20 is above people=16; lower it or raise that"),
+    ({"people": 33}, f"people=33; there are only {len(NAMES)} names, so use at most 32"),
+    ({"min_people": 20}, "min_people=20 is above people=16; lower min_people or raise people"),
     ({"min_people": 4}, "min_people=4 is too small"),
     ({"modulus": 8}, "modulus=8 is even; use an odd one such as 7 or 23"),
     ({"modulus": 25}, "modulus=25 is too large"),
@@ -167,5 +167,8 @@ def test_invalid_options_are_refused(options, message):
 
 @pytest.mark.parametrize("difficulty", [0, 13])
 def test_an_invalid_number_of_operations_is_refused(difficulty):
-    with pytest.raises(ValueError, match=rf"difficulty={difficulty}; word_problems counts operations, from 1 to 12"):
+    with pytest.raises(
+        ValueError,
+        match=rf"difficulty={difficulty}; the difficulty of word_problems is its number of operations, from 1 to 12",
+    ):
         problems(2, difficulty)

@@ -100,10 +100,10 @@ def test_settings_are_passed_to_the_tasks():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"weights": {"relation": 1}}, "'relation' is no task in words; did you mean 'relations'?"),
+    ({"weights": {"relation": 1}}, "'relation' is not a word task; did you mean 'relations'?"),
     ({"weights": {"relations": 0}}, "weights: relations=0; use a number above 0, or leave relations out"),
-    ({"settings": {"maze": {}}}, "'maze' is no task in words; known are assignments, word_problems"),
-    ({"settings": {"relations": 3}}, "settings: relations=3 are no options"),
+    ({"settings": {"maze": {}}}, "'maze' is not a word task; choose from assignments, word_problems"),
+    ({"settings": {"relations": 3}}, "settings: relations=3 is not a dictionary"),
     ({"settings": {"relations": {"hops": 3}}}, "settings: relations has no option 'hops'; it has facts, relations,"),
     ({"settings": {"registers": {"modulus": 24}}}, "modulus=24 is too large"),
     ({"split": "test"}, "split='test'"),
@@ -114,5 +114,5 @@ def test_invalid_options_are_refused(options, message):
 
 
 def test_more_steps_than_every_task_supports_are_refused():
-    with pytest.raises(ValueError, match="difficulty=13; words counts steps, from 1 to 12"):
+    with pytest.raises(ValueError, match="difficulty=13; the difficulty of words is its number of steps, from 1 to 12"):
         tasks.load("words").batch(2, 13)

@@ -139,7 +139,7 @@ def test_running_out_of_memory_names_the_checkpoint_to_resume_from(
         return call(*args)
 
     monkeypatch.setattr(Objective, "__call__", full)
-    with pytest.raises(TrainingError, match=rf"memory is full \({error}.*step_00000004 is saved; go on from it"):
+    with pytest.raises(TrainingError, match=rf"out of memory \({error}.*step_00000004 is saved; continue from it"):
         fit(tiny_run(), tmp_path / "run", watch=quiet())
     fit(tiny_run(), tmp_path / "run", "auto", quiet())
     assert_same_run(tmp_path / "run", undisturbed)

@@ -47,7 +47,7 @@ def flip_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("state.pt", truncate, "state.pt has .* bytes of the .* in its manifest"),
+        ("state.pt", truncate, "state.pt has .* bytes, not the .* of its manifest"),
         ("state.pt", flip_a_bit, "state.pt is damaged: its checksum"),
         ("state.pt", Path.unlink, "state.pt cannot be read .No such file"),
         ("manifest.json", Path.unlink, "manifest.json is missing: the checkpoint was not finished"),
@@ -184,7 +184,7 @@ def test_any_slice_of_a_sharded_tensor_loads_on_any_number_of_processes(tmp_path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "pieces_00001.safetensors has .* bytes of the .* in its manifest"),
+        (truncate, "pieces_00001.safetensors has .* bytes, not the .* of its manifest"),
         (flip_a_bit, "pieces_00001.safetensors is damaged: its checksum"),
         (Path.unlink, "pieces_00001.safetensors cannot be read .No such file"),
     ],
@@ -225,7 +225,7 @@ def test_a_full_disk_of_one_process_fails_all_and_keeps_the_last_checkpoint(
 def test_a_tensor_with_missing_shards_is_refused_before_allocation(tmp_path: Path) -> None:
     part = checkpoints.Part(WHOLE, (1 << 50, 5), (0, 0), True)
     state = checkpoints.load(checkpoints.save(tmp_path, 1, {"part": part}, 1))
-    with pytest.raises(CheckpointError, match=r"part is not whole in .*pieces_00000"):
+    with pytest.raises(CheckpointError, match=r"part is incomplete in .*pieces_00000"):
         state["part"][()]
 
 
@@ -235,7 +235,9 @@ def test_an_index_may_name_only_files_that_the_manifest_lists(
 ) -> None:
     at = [{"file": file, "start": [0], "size": [5]}]
     path = checkpoints.save(tmp_path, 1, {"pieces": [{"path": ["part"], "shape": [5], "at": at}]}, 1)
-    with pytest.raises(CheckpointError, match=r"state.pt cannot be read \(it names .*, which .*manifest.json does not"):
+    with pytest.raises(
+        CheckpointError, match=r"state.pt cannot be read \(it refers to .*, which .*manifest.json does not"
+    ):
         checkpoints.load(path)
 
 

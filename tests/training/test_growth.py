@@ -38,7 +38,7 @@ def test_the_smallest_problems_have_the_fewest_sentences_and_two_loops():
 
 def test_growth_is_refused_for_text():
     with pytest.raises(
-        ValueError, match=r"task\.growth=0\.5 follows the share of answers that are right, and text has"
+        ValueError, match=r"task\.growth=0\.5 depends on the share of correct answers, which text does not have"
     ):
         configured("text", ["task.growth=0.5"])
 

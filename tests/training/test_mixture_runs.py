@@ -29,5 +29,5 @@ def test_training_the_gate_of_a_mixture_separately_is_refused():
     with pytest.raises(ValueError, match=r"gate.steps=9 .*use gate.steps=0"):
         tiny_run(*MIXTURE, "gate.steps=9")
     model = Trainer(tiny_run(*MIXTURE)).model
-    with pytest.raises(ValueError, match=r"recurrence='mixture' .*trained with it"):
+    with pytest.raises(ValueError, match=r"recurrence='mixture' .*trained with the model"):
         train_gate(model, tasks.load("parity"), GateConfig(), 2, 4, torch.Generator())

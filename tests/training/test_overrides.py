@@ -58,7 +58,7 @@ def test_fields_that_constrain_each_other_can_be_set_in_any_order() -> None:
         ("model.halting=yes", "model.halting='yes' is not a bool"),
         ("loops.schedule=unifrom", "loops.schedule='unifrom' is unknown; use one of"),
         ("evaluation.loops=1,two", "evaluation.loops='two' is not a whole number"),
-        ("model.n_heads=3", "model.dim=2048 does not divide by n_heads=3"),
+        ("model.n_heads=3", "model.dim=2048 is not divisible by n_heads=3"),
         ("task.options=5", "task.options=5 is not a dict"),
     ],
 )

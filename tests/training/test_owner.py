@@ -52,7 +52,7 @@ def test_of_several_simultaneous_starts_one_owns_the_folder(tmp_path: Path) -> N
     for _ in range(20):
         owners, refused = own_at_once(tmp_path)
         assert len(owners) == 1 and len(refused) == 7
-    assert f"{tmp_path} is written to by process {os.getpid()} of " in refused[0] and "stop it, or choose" in refused[0]
+    assert f"{tmp_path} is in use by process {os.getpid()} of " in refused[0] and "stop it, or choose" in refused[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -64,7 +64,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     messages: list[str] = []
     with owned(tmp_path, messages.append):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    assert len(messages) == 1 and f"process {dead.pid} of " in messages[0] and "it is taken over" in messages[0]
+    assert len(messages) == 1 and f"process {dead.pid} of " in messages[0] and "taking it over" in messages[0]
     for _ in range(20):
         lock(tmp_path, process=dead.pid)
         assert len(own_at_once(tmp_path)[0]) == 1
@@ -90,7 +90,7 @@ def test_a_process_with_a_reused_process_id_does_not_hold_the_lock(tmp_path: Pat
 
 def test_the_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
     lock(tmp_path, host="elsewhere")
-    with pytest.raises(ValueError, match=rf"of elsewhere, since .*if that has ended, remove {tmp_path / LOCK}"):
+    with pytest.raises(ValueError, match=rf"of elsewhere, since .*if that process has ended, remove {tmp_path / LOCK}"):
         fit(tiny_run(), tmp_path, watch=quiet())
     (tmp_path / LOCK).write_text('{"host": ')
     with pytest.raises(ValueError, match=f"lock is not JSON.*remove {tmp_path / LOCK}"):
@@ -120,4 +120,4 @@ def test_a_locked_run_can_be_read_but_not_written_by_other_commands(tmp_path: Pa
             ("demo", "--steps", 1, "--out", run),
         ):
             done = mythos(*words)
-            assert done.exit_code == 2 and "is written to by process" in done.output, done.output
+            assert done.exit_code == 2 and "is in use by process" in done.output, done.output

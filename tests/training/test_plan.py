@@ -30,8 +30,8 @@ def test_a_run_at_the_recipes_rate_is_shared_with_a_search_over_rates(tmp_path):
 
 @pytest.mark.parametrize("given, message", [
     ({"seeds": []}, "at least one"),
-    ({"seeds": [1, 1]}, "seeds 1, 1: one is given twice"),
-    ({"rates": [1e-3, 1e-3]}, "rates 0.001, 0.001: one is given twice"),
+    ({"seeds": [1, 1]}, "seeds 1, 1: give each value only once"),
+    ({"rates": [1e-3, 1e-3]}, "rates 0.001, 0.001: give each value only once"),
     ({"rates": [1e-3, float("nan")]}, "lr"),
     ({"rates": [-1e-3]}, "lr"),
 ])  # fmt: skip

@@ -21,5 +21,5 @@ def test_a_run_and_its_model_are_found(tmp_path: Path) -> None:
 
 def test_a_model_without_training_json_has_no_training_config(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"training.json is missing, so nothing says how .* was trained"):
+    with pytest.raises(ValueError, match=r"training.json is missing, so it is not known how .* was trained"):
         runs.training_config(tmp_path)

@@ -90,7 +90,7 @@ def test_a_signal_ends_the_step_saves_and_prints_how_to_resume(tmp_path: Path, u
     assert exited_by(number, left.value)
     saved = tmp_path / "stopped/checkpoints/step_00000006"
     name = signal.Signals(number).name
-    assert messages == [f"stopped by {name}; {saved} is saved; go on from it with mythos again"]
+    assert messages == [f"stopped by {name}; {saved} is saved; continue from it with mythos again"]
     assert saved.is_dir() and not (tmp_path / "stopped" / LOCK).exists()
     assert [signal.getsignal(each) for each in SIGNALS] == before
     fit(tiny_run(), tmp_path / "stopped", "auto", quiet())
@@ -139,7 +139,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_run(), tmp_path, watch=signal_at_step(signal.SIGINT, 6, messages, times=2))
     assert messages == [
-        f"stopped by SIGINT; {tmp_path / 'checkpoints/step_00000004'} is saved; go on from it with mythos again"
+        f"stopped by SIGINT; {tmp_path / 'checkpoints/step_00000004'} is saved; continue from it with mythos again"
     ]
 
 
@@ -155,7 +155,7 @@ def test_a_signal_before_or_after_training_ends_the_run_at_once(
     if stage == "Trainer":
         assert messages == ["stopped by SIGHUP; nothing was saved"] and not (tmp_path / "run").exists()
     else:
-        assert "step_00000012 is saved; go on from it with mythos again" in messages[0]
+        assert "step_00000012 is saved; continue from it with mythos again" in messages[0]
 
 
 def test_ignored_signals_stay_ignored_and_other_threads_set_no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +189,10 @@ def test_a_stopped_or_killed_torchrun_job_resumes_bit_for_bit(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     # step 6 had ended; all processes learn of the signal at the end of the next step
     saved = tmp_path / "stopped/checkpoints/step_00000007"
-    assert f"stopped by SIGTERM; {saved} is saved; go on from it with mythos again" in done.stdout.splitlines()
+    assert f"stopped by SIGTERM; {saved} is saved; continue from it with mythos again" in done.stdout.splitlines()
     assert f"resuming from {saved}" in done.stdout.splitlines()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    assert done.stdout.count("which has ended without a word: it is taken over") == 1
+    assert done.stdout.count("which has ended without releasing it: taking it over") == 1
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -207,7 +207,7 @@ def test_the_command_printed_under_torchrun_resumes_bit_for_bit(tmp_path: Path, 
     victim.send_signal(number)
     output, _ = victim.communicate(timeout=60)
     (line,) = [line for line in output.splitlines() if f"stopped by {signal.Signals(number).name}" in line]
-    command = shlex.split(line.partition("go on from it with ")[2])
+    command = shlex.split(line.partition("continue from it with ")[2])
     assert command[:5] == ["torchrun", *torchrun[-4:]] and command[5:] == [
         *words, "--out", str(run), "--resume", "auto",
     ]  # fmt: skip
@@ -237,7 +237,7 @@ def test_the_printed_command_resumes_the_run(tmp_path: Path) -> None:
     output, _ = victim.communicate(timeout=60)
     assert victim.returncode == 143, output
     (line,) = [line for line in output.splitlines() if "stopped by SIGTERM" in line]
-    command = shlex.split(line.partition("go on from it with ")[2])
+    command = shlex.split(line.partition("continue from it with ")[2])
     assert command[0] == "mythos" and command[1:] == [*words, "--resume", "auto"]
     step = int(line.partition("step_")[2][:8])
     shown: list[str] = []
@@ -245,5 +245,5 @@ def test_the_printed_command_resumes_the_run(tmp_path: Path) -> None:
         patch.setattr("open_mythos.cli.watch.live_line", lambda numbers, steps: shown.append(numbers) or "")
         patch.setattr(Trainer, "check_going", lambda *args: signal.raise_signal(signal.SIGINT))
         done = CliRunner().invoke(app, command[1:])
-    assert done.exit_code == 130 and "go on from it with mythos train" in done.output, done.output
+    assert done.exit_code == 130 and "continue from it with mythos train" in done.output, done.output
     assert shown[0]["step"] == step + 1

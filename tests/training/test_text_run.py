@@ -96,7 +96,7 @@ def test_resuming_on_text_that_has_changed_is_refused(uninterrupted: Path, tmp_p
     with pytest.raises(Stopped):
         fit(text_run(tmp_path / "corpus"), tmp_path / "run", watch=stop_after(5))
     (tmp_path / "corpus/0.txt").write_text("what is there now")
-    with pytest.raises(ValueError, match=r"the text at source=.* is not what it was when the checkpoint was made"):
+    with pytest.raises(ValueError, match=r"the text at source=.* has changed since the checkpoint was saved"):
         fit(text_run(tmp_path / "corpus"), tmp_path / "run", resume="auto", watch=quiet())
 
 
@@ -136,9 +136,7 @@ def test_two_processes_train_like_one(corpus: Path, uninterrupted: Path, tmp_pat
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(
-        ValueError, match="batch_size=8 in accumulate=1 parts does not divide among 3 processes; use a mu"
-    ):
+    with pytest.raises(ValueError, match="batch_size=8 with accumulate=1 cannot be split among 3 processes; use a mu"):
         Trainer(text_run(corpus))
 
 
@@ -161,7 +159,7 @@ def test_short_keys_set_the_options_of_text_recipes(corpus: Path) -> None:
     cfg = configured("text", [f"data={corpus}", "length=64", "tokenizer=bytes"])
     assert cfg.task.options == {"source": str(corpus), "separate": True, "tokenizer": "bytes"}
     assert (cfg.task.min_difficulty, cfg.task.max_difficulty, cfg.evaluation.difficulties) == (64, 64, [64])
-    with pytest.raises(ValueError, match="data= is for recipes of text; parity makes its own problems"):
+    with pytest.raises(ValueError, match="data= is only for text recipes; parity generates its own problems"):
         configured("parity", ["data=x"])
     with pytest.raises(ValueError, match=r"rows of text have one length; use task.min_difficulty=99"):
         Trainer(text_run(corpus, "task.max_difficulty=99"))

@@ -147,7 +147,9 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyP
     for _ in range(3):
         trainer.check_going(trainer.step())
     result = trainer.step()
-    with pytest.raises(TrainingError, match=r"2 steps in a row were not finite, up to step 4 .loss nan.*lower optim"):
+    with pytest.raises(
+        TrainingError, match=r"2 steps in a row had non-finite loss or gradient, up to step 4 .loss nan.*lower optim"
+    ):
         trainer.check_going(result)
 
 
@@ -171,7 +173,7 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(override: st
 
 def test_the_gate_cannot_be_trained_on_easier_problems_than_the_model() -> None:
     low = tiny_run().task.min_difficulty
-    with pytest.raises(ValueError, match=f"gate.max_difficulty={low - 1} is below task.min_difficulty={low}; use 0"):
+    with pytest.raises(ValueError, match=f"gate.max_difficulty={low - 1} is below task.min_difficulty={low}; raise it"):
         tiny_run("gate.steps=2", f"gate.max_difficulty={low - 1}")
 
 
@@ -182,5 +184,5 @@ def test_too_little_text_for_the_evaluation_is_refused_before_training(tmp_path:
         f"task.options.source={tmp_path}", "model.dim=16", "task.min_difficulty=8", "task.max_difficulty=8",
         "evaluation.difficulties=4000", "gate.steps=0",
     ])  # fmt: skip
-    with pytest.raises(ValueError, match="text counts tokens, from 1 to"):
+    with pytest.raises(ValueError, match="the difficulty of text is its number of tokens, from 1 to"):
         Trainer(cfg)

@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | str:
     A reason that is this machine's begins with :data:`LACKS`. Failures are cached for the process: it would fail again.
     """
     if not SOURCE.is_file():  # as in an export for transformers, which has only the Python files
-        return f"{SOURCE.name} did not come along; it is in the installed package"
+        return f"{SOURCE.name} is missing; it comes only with the installed package"
     command = compiler()
     if command is None:
         return f"{LACKS} compiler was found; install gcc or clang, or set $CC"
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | str:
         code = ctypes.CDLL(str(found))
     except OSError as error:
         why = " ".join(str(error).split())
-        return f"{LACKS} code that can be loaded: {why}; OPEN_MYTHOS_CACHE sets the folder that it is kept in"
+        return f"{LACKS} code that can be loaded: {why}; set OPEN_MYTHOS_CACHE to keep it in another folder"
     code.mythos_open.restype = ctypes.c_void_p
     return code
 
@@ -67,7 +67,7 @@ def _folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()
         is_ours = os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
-        why = "" if is_ours else "it belongs to another user, or others may write to it"
+        why = "" if is_ours else "it belongs to another user, or others can write to it"
     except OSError as error:
         why = error.strerror or str(error)
     if not why:
@@ -75,7 +75,7 @@ def _folder() -> Path:
     own = tempfile.mkdtemp(prefix="open-mythos-")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     logging.getLogger("open_mythos").warning(
-        "compiled code is not kept in %s (%s), so every process compiles it again", folder, why
+        "cannot keep compiled code in %s (%s), so every process compiles it again", folder, why
     )
     return Path(own)
 

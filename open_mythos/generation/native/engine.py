@@ -35,16 +35,16 @@ def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
         return "OPEN_MYTHOS_NATIVE=0 is set"
     cfg, weight = model.cfg, model.embed.weight
     if weight.device.type != "cpu" or any(p.dtype != torch.float32 for p in model.parameters()):
-        return f"it runs on the CPU in float32, and the model is {weight.dtype} on {weight.device}"
+        return f"it runs on the CPU in float32, but the model is {weight.dtype} on {weight.device}"
     if drafts:
-        return "it makes tokens one by one, and drafts come several at once"
+        return "it decodes one token at a time, but drafts need several at once"
     if cfg.recurrence != "injected" or cfg.router_score != "sigmoid" or not cfg.causal:
         return (
-            f"it knows recurrence='injected', router_score='sigmoid' and causal=True, and the model has "
+            f"it supports recurrence='injected', router_score='sigmoid' and causal=True, but the model has "
             f"{cfg.recurrence!r}, {cfg.router_score!r} and {cfg.causal}"
         )
     if cfg.bridge_dim:
-        return f"it knows no bridge, and the model has bridge_dim={cfg.bridge_dim}"
+        return f"it does not support a bridge, but the model has bridge_dim={cfg.bridge_dim}"
     if (why := why_not_fused(model)) is not None:
         return why
     hooked = model.recurrent._forward_hooks or model.recurrent._forward_pre_hooks
@@ -53,9 +53,9 @@ def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
         return "the model has hooks, or replaced or quantised layers"
     exit = model.recurrent.choose_exit(depth.exit)
     if type(exit) not in (Gate, StateChange, type(None)):
-        return f"it knows the exits Gate and StateChange, not {exit}"
+        return f"it supports the exits Gate and StateChange, not {exit}"
     if isinstance(exit, Gate) and (is_replaced(model.recurrent.act) or not is_own(model.recurrent.act, _GATE)):
-        return f"{exit} asks a gate that was replaced, or has hooks"
+        return f"{exit} uses a gate that was replaced, or has hooks"
     code = library()
     return code if isinstance(code, str) else None
 
@@ -130,7 +130,7 @@ class NativeEngine(ModuleEngine):
         pool = self._code.mythos_open(ctypes.byref(self._c_model), ctypes.c_int64(self._threads))
         if not pool:
             raise MemoryError(
-                f"the native engine got no memory, or not its {self._threads} threads; see torch.set_num_threads"
+                f"the native engine could not get memory, or its {self._threads} threads; see torch.set_num_threads"
             )
         self._pool, self._process = ctypes.c_void_p(pool), os.getpid()
         weakref.finalize(self, _close, self._code, self._pool, self._process)

@@ -114,12 +114,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             if path.exists():
                 raise
             raise OSError(
-                f"{name} is no folder, is not the name of a shipped model ({', '.join(shipped())}), and did not come "
+                f"{name} is neither a folder nor a shipped model ({', '.join(shipped())}), and could not be downloaded "
                 f"from the Hugging Face Hub; check the name and the network. {error}"
             ) from error
         except SafetensorError as error:
             raise CheckpointError(
-                f"the weights in {name} are truncated or no safetensors file ({error}); download or save them again"
+                f"the weights in {name} are truncated or not a safetensors file ({error}); download or save them again"
             ) from error
         lacks = set(info["missing_keys"]) - model._tied_weights_keys.keys()
         missing = sorted(key for key in lacks if key.startswith("core."))
@@ -217,9 +217,9 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         cache, past_key_values = options["cache"], options["past_key_values"]
         must((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds, and not both")
         attentions = options["output_attentions"] or config.output_attentions
-        must(not attentions, "output_attentions=True, but attention weights are never formed here; leave it out")
+        must(not attentions, "output_attentions=True, but attention weights are never computed here; leave it out")
         given_once = cache is None or past_key_values is None
-        must(given_once, "cache and past_key_values are two names of one argument; give one of them")
+        must(given_once, "cache and past_key_values are two names of one argument; pass only one of them")
         _check_others(others, position_ids is not None)
         cache = past_key_values if cache is None else cache
         for name in _LIVE:
@@ -231,7 +231,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             packed = has_documents(attention_mask)
             wanted = config.use_cache and not packed if options["use_cache"] is None else options["use_cache"]
             if wanted and not self.training:
-                must(not packed, "no cache holds several documents of a row; pass use_cache=False")
+                must(not packed, "a cache cannot hold several documents in one row; pass use_cache=False")
                 cache = DynamicCache()
         slots = None if cache is None else SlotCache(cache)
         past = 0 if slots is None else slots.length
@@ -239,7 +239,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             highest, n_known = int(input_ids.max()) if input_ids.numel() else 0, core.cfg.vocab_size
             must(
                 highest < n_known,
-                f"input_ids holds {highest}, and the vocabulary has {n_known} tokens: the tokenizer is "
+                f"input_ids holds {highest}, but the vocabulary has {n_known} tokens: the tokenizer is "
                 f"not this model's. Use the one saved with it, or model.resize_token_embeddings(len(tokenizer))",
             )
         if slots is not None and past and attention_mask is not None and attention_mask.shape[-1] > past:

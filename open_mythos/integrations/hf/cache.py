@@ -126,8 +126,8 @@ class _Slot:
         held = raw.before(at, n).transpose(1, 2)
         must(
             held.shape[1] == min(n, at) and raw.seen - at <= ROLLBACK,
-            f"the cache was cut back to {at} of {raw.seen} tokens, and this model's convolution keeps what it needs "
-            f"for {ROLLBACK}; start a new cache",
+            f"the cache was truncated from {raw.seen} to {at} tokens, but the inputs of this model's convolution are "
+            f"kept for at most {ROLLBACK} tokens; start a new cache",
         )
         return held if at >= n else torch.cat([held.new_zeros(len(held), n - at, *held.shape[2:]), held], 1)
 

@@ -45,7 +45,7 @@ def export(source: str | Path, directory: str | Path, max_shard_size: int | str 
     else:
         core = load_model(source)
         tensors = stored(core)
-    must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export the run of kind 'looped'")
+    must(type(core) is OpenMythos, f"{source} is a baseline, which has no loop; export a run with kind='looped'")
     n_bytes = sum(map(weights.size_of, tensors.values())) + sum(map(len, needed().values()))
     with files.replacing_folder(directory, room=n_bytes) as partial:
         try:
@@ -96,7 +96,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> Any:
         words = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # tokenizers raises bare exceptions
         raise ValueError(
-            f"{directory} holds no tokenizer (tokenizer.json) that transformers reads; use the directory of a text "
+            f"{directory} has no tokenizer (tokenizer.json) that transformers can read; use the directory of a text "
             f"model, or save its tokenizer there"
         ) from error
     n = len(words)

@@ -77,11 +77,13 @@ def convert(source: str | Path, config: str | Path | None = None, settings: Iter
     missing, unexpected = model.load_state_dict(_tensors(checkpoint, model), strict=False, assign=True)
     assert missing == ["head.weight"] and not unexpected, (missing, unexpected)
     model.head.weight = model.embed.weight
-    notes = [f"not said by the checkpoint, so of the reference's defaults: {name}={fields[name]}" for name in assumed]
+    notes = [
+        f"not in the checkpoint, so taken from the reference's defaults: {name}={fields[name]}" for name in assumed
+    ]
     if _TABLES & checkpoint.tensors.keys() and table_of(checkpoint.tensors) is None:
         notes.append(
-            "its RoPE table has lost its imaginary half, as casting a model of the reference does; made anew from "
-            "rope_theta, so logits are those of the model before it was cast"
+            "its RoPE table has lost its imaginary part, as happens when a model of the reference is cast; rebuilt "
+            "from rope_theta, so the logits are those of the model before the cast"
         )
     A = model.recurrent.injection.get_A()
     folded = [
@@ -102,20 +104,20 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
     """CheckpointError unless the tensors are those of a model of the reference."""
     names, path = checkpoint.tensors.keys(), checkpoint.path
     if any(name.endswith("recurrent.injection.raw_A") for name in names):  # transformers writes "core." before it
-        raise CheckpointError(f"{path} is of this library already; load it with OpenMythos.from_pretrained")
+        raise CheckpointError(f"{path} is already a model of this library; load it with OpenMythos.from_pretrained")
     attention = _MLA if "recurrent.block.attn.kv_down.weight" in names else _GQA
     needed = [*_NEEDED, *(f"recurrent.block.attn.{part}.weight" for part in attention)]
     lacks = [name for name in needed if name not in names]
     if "recurrent.injection.log_A" in lacks:
         raise CheckpointError(
-            f"{path} is a model of another architecture: its tensors are called {', '.join(sorted(names)[:3])} and so "
-            f"on, and a model of the reference (open-mythos 0.5.0, class OpenMythos) has recurrent.injection.log_A. Of "
-            f"a pretrained Llama, mythos retrofit makes a recurrent-depth model"
+            f"{path} is a model of another architecture: its tensors are {', '.join(sorted(names)[:3])} and so on, but "
+            f"a model of the reference (open-mythos 0.5.0, class OpenMythos) has recurrent.injection.log_A. To convert "
+            f"a pretrained Llama to a recurrent-depth model, use mythos retrofit"
         )
     if lacks:
         raise CheckpointError(
-            f"{path} lacks {len(lacks)} tensors, such as {lacks[0]}: it is incomplete, or of a changed version of the "
-            f"reference; 0.5.0 can be converted"
+            f"{path} lacks {len(lacks)} tensors, such as {lacks[0]}: it is incomplete, or from another version of the "
+            f"reference; only 0.5.0 can be converted"
         )
     flat = [name for name, tensor in checkpoint.tensors.items() if name.endswith("weight") and not tensor.ndim]
     if flat:
@@ -150,8 +152,8 @@ class _Source:
         tensor = self.tensors[name]
         if tensor.ndim != len(shape) or any(n not in (-1, m) for n, m in zip(shape, tensor.shape, strict=True)):
             raise CheckpointError(
-                f"{name} of {self.path} is {tuple(tensor.shape)} and its config makes it {shape}; give the config that "
-                f"this checkpoint was made with"
+                f"{name} of {self.path} has shape {tuple(tensor.shape)}, but {shape} by its config; give the config "
+                f"that this checkpoint was trained with"
             )
         tensor = tensor.to(torch.float32, copy=True)  # it may be a view of the file
         if not bool(tensor.isfinite().all()):
@@ -169,14 +171,14 @@ class _Source:
             rest.remove("head.weight")
             if not torch.equal(self.tensors["head.weight"], self.tensors["embed.weight"]):
                 raise CheckpointError(
-                    f"{self.path} has a head.weight of its own, and the reference, like this library, ties it to "
+                    f"{self.path} has a separate head.weight, but the reference, like this library, ties it to "
                     f"embed.weight; such a model cannot be converted"
                 )
         if rest:
             raise CheckpointError(
-                f"{self.path} has {len(rest)} tensors that version 0.5.0 of the reference has not, such as "
-                f"{min(rest)}: it is of a newer or changed version and may compute something else; only what 0.5.0 can "
-                f"load can be converted"
+                f"{self.path} has {len(rest)} tensors that version 0.5.0 of the reference does not have, such as "
+                f"{min(rest)}: it is from another version, which may compute something else; only models that 0.5.0 "
+                f"can load can be converted"
             )
 
 

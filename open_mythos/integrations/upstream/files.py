@@ -48,7 +48,7 @@ def read(path: Path) -> Checkpoint:
         parts, config = [path], path.parent / CONFIG_FILE
     else:
         raise CheckpointError(
-            f"{path} does not exist; give a file of torch.save or safetensors, or a folder that holds one beside "
+            f"{path} does not exist; give a torch.save or safetensors file, or a folder that contains one and "
             f"{CONFIG_FILE}"
         )
     found = Checkpoint(path, {})
@@ -71,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{error}; mend it, or give another with --config") from error
+        raise CheckpointError(f"{error}; fix it, or give another config with --config") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -83,7 +83,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [files.inside(folder, name, str(folder))]
     there = sorted(path.name for path in folder.iterdir())
     raise CheckpointError(
-        f"{folder} holds neither {WEIGHTS_FILE} nor {BIN_FILE}; give the file itself"
+        f"{folder} contains neither {WEIGHTS_FILE} nor {BIN_FILE}; give the file itself"
         + (f", one of {', '.join(there[:8])}" if there else "; the folder is empty")
     )
 
@@ -111,12 +111,12 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is None:
             raise CheckpointError(
-                f"{path} is truncated, damaged, or not a file that torch.save writes by itself "
+                f"{path} is truncated, damaged, or not a file that torch.save wrote "
                 f"({type(error).__name__}); download or save it again"
             ) from error
         raise CheckpointError(
-            f"{path} holds more than weights: to rebuild its {foreign[1]}, code would have to run. Nothing of it was "
-            f"run. If you trust it, load it where it was written and save plain values: "
+            f"{path} contains more than weights: rebuilding its {foreign[1]} would run code from the file. None of it "
+            f"was run. If you trust it, load it where it was written and save plain values: "
             f"c = torch.load({path.name!r}, weights_only=False); "
             f"torch.save({{'model': c['model'], 'cfg': vars(c['cfg'])}}, 'weights.pt') - or, if c is a whole model, "
             f"{{'model': c.state_dict(), 'cfg': vars(c.cfg)}}. Then convert weights.pt"
@@ -130,8 +130,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     named = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if not named:
         raise CheckpointError(
-            f"{path} holds no tensors, but {', '.join(map(str, list(data)[:8])) or 'nothing'}; the weights are looked "
-            f"for under {', '.join(_TENSORS_UNDER)} and at the top"
+            f"{path} contains no tensors, but {', '.join(map(str, list(data)[:8])) or 'nothing'}; put the weights at "
+            f"the top level, or under one of {', '.join(_TENSORS_UNDER)}"
         )
     return named, dict(fields) if isinstance(fields, dict) else {}
 

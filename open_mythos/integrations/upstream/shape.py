@@ -37,8 +37,8 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
     if strange:
         raise CheckpointError(
             f"{checkpoint.fields_from} has {', '.join(strange)}, which version 0.5.0 of the reference does not know; "
-            f"it is of a newer or changed version, whose models may compute something else. If these fields change "
-            f"nothing, write the config without them and give it with --config"
+            f"it is from another version, whose models may compute something else. If these fields do not matter, "
+            f"remove them from the config and give it with --config"
         )
     given = {name: value for name, value in checkpoint.fields.items() if name in SPECS} | parse(settings)
     seen, table = inferred(checkpoint.tensors), table_of(checkpoint.tensors)
@@ -47,8 +47,8 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
             continue
         if given[name] != seen[name]:
             raise CheckpointError(
-                f"the config says {name}={given[name]!r} and the tensors of {checkpoint.path} say {seen[name]!r}; give "
-                f"the config that this checkpoint was made with, or leave {name} out"
+                f"the config says {name}={given[name]!r}, but the tensors of {checkpoint.path} say {seen[name]!r}; use "
+                f"the config that this checkpoint was trained with, or leave {name} out"
             )
     fields = seen | given
     turns_by_one = {"rope_theta"} if table is not None and table.shape[-1] == 1 else set()  # the one pair of channels
@@ -56,7 +56,7 @@ def complete(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> tuple[dict
     if missing:
         examples = " ".join(f"--set {name}={_ASKED[name]}" for name in missing)
         raise CheckpointError(
-            f"{checkpoint.path} does not say {', '.join(missing)}, and no tensor shows it; give what the model was "
+            f"{checkpoint.path} does not say {', '.join(missing)}, and no tensor implies it; give what the model was "
             f"trained with, as in {examples}, or its config with --config config.json"
         )
     idle = {"n_kv_heads"} if fields["attn_type"] == "mla" else _LATENT_ONLY

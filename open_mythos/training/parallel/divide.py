@@ -29,13 +29,13 @@ def divide(model: OpenMythos, grid: Grid) -> Cuts:
         n, size, width = ffn.n_experts, grid.expert, ffn.down.shape[2]
         must(n % size == 0, f"parallel.expert={size} does not divide model.n_experts={n}; use a divisor of it")
         both, dim = grid.slices, ffn.down.shape[1]
-        said = f"parallel.shard={grid.shard} divides each of the experts in {both} parts, and model.expert_dim={width}"
-        must((2 * width) % both == 0 and dim % both == 0, f"{said} and model.dim={dim} do not; lower it")
+        said = f"parallel.shard={grid.shard} splits each expert into {both} parts, but model.expert_dim={width}"
+        must((2 * width) % both == 0 and dim % both == 0, f"{said} and model.dim={dim} do not allow that; lower it")
         for name in ("gate_up", "down"):
             _keep(ffn, name, 0, torch.distributed.get_rank(group), size)
             cuts[f"{path}.{name}"] = {"expert": 0}
         ffn.engine = dispatch
-    must(group is None or bool(layers), f"parallel.expert={grid.expert}, and the model has no routed experts; use 1")
+    must(group is None or bool(layers), f"parallel.expert={grid.expert}, but the model has no routed experts; use 1")
     group = grid.group("tensor")
     for path, module in model.named_modules() if group is not None else ():
         if isinstance(module, Expert):

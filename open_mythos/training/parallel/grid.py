@@ -35,16 +35,16 @@ class Grid:
         self.shard, self.expert, self.tensor = cfg.shard, cfg.expert, cfg.tensor
         parts = f"parallel.shard={cfg.shard} x parallel.tensor={cfg.tensor}"
         one = cfg.shard * cfg.tensor
-        must(n % one == 0, f"{n} processes do not divide into {parts}; start a multiple of {one}, or lower one of them")
+        must(n % one == 0, f"{n} processes are not a multiple of {parts}; start a multiple of {one}, or lower either")
         self.replicate = cfg.replicate or n // one
         said = f"parallel.replicate={self.replicate} x {parts} are {self.replicate * one} processes"
-        must(self.replicate * one == n, f"{said} and there are {n}; use parallel.replicate={n // one}")
+        must(self.replicate * one == n, f"{said}, but there are {n}; use parallel.replicate={n // one}")
         self.n_data, self.data = self.replicate * self.shard, distributed.rank() // self.tensor
         low, high = sorted((self.expert, self.shard))
-        said = f"parallel.expert={self.expert} does not divide {self.n_data} processes, parallel.shard={self.shard}"
-        must(self.n_data % self.expert == 0 and high % low == 0, f"{said} of them; use a divisor of both")
+        said = f"parallel.expert={self.expert} does not fit {self.n_data} processes with parallel.shard={self.shard}"
+        must(self.n_data % self.expert == 0 and high % low == 0, f"{said}; use a divisor of both")
         shares = run.accumulate * self.n_data
-        said = f"batch_size={run.batch_size} in accumulate={run.accumulate} parts does not divide among {self.n_data}"
+        said = f"batch_size={run.batch_size} with accumulate={run.accumulate} cannot be split among {self.n_data}"
         must(run.batch_size % shares == 0, f"{said} processes; use a multiple of {shares}")
         self.slices = max(1, self.shard // self.expert)
         self.dense: DeviceMesh | None = None

@@ -25,8 +25,8 @@ class Pace:
             return ""
         slowest, usual, whole = max(self.own), median_low(self.own), self.seconds
         said = (
-            f"process {self.own.index(slowest)} is slow: alone it needed {slowest:.3g} s of the last {WINDOW} steps' "
-            f"{whole:.3g} s, and the median of all {len(own)} is {usual:.3g} s; look at its machine"
+            f"process {self.own.index(slowest)} is slow: the last {WINDOW} steps took {whole:.3g} s, of which its own "
+            f"work was {slowest:.3g} s; the median of all {len(own)} processes is {usual:.3g} s; check its machine"
         )
         self.steps, self.seconds, self.own = 0, 0.0, []
         return said if slowest > _MUCH * usual and slowest - usual > _FELT * whole else ""

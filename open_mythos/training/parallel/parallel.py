@@ -175,8 +175,8 @@ class Parallel:
         for name, tensor in held.items():
             came, expected = whole.get(name), self.pieces[name].shape if self.pieces else tensor.shape
             shape = "none" if came is None else tuple(came.shape)
-            said = f"the checkpoint is of another model: its {name} is {shape}, and {tuple(expected)} is expected"
-            must(came is not None and came.shape == expected, f"{said}; go on with the model that it was made of")
+            said = f"the checkpoint is of another model: its {name} is {shape}, but {tuple(expected)} is expected"
+            must(came is not None and came.shape == expected, f"{said}; continue with the model that was saved")
             assert came is not None
             tensor.copy_(self.pieces[name].part(came) if self.pieces else came[()])
 

@@ -84,8 +84,8 @@ def test_a_shipped_model_loads_with_its_own_or_a_new_head():
 
 @pytest.mark.parametrize("edit, message", [
     (dict(depth_of_tomorrow=3), "unknown config field 'depth_of_tomorrow'.*newer open_mythos.*git pull"),
-    (dict(format_version=2), "format_version=2: a newer open_mythos.*git pull"),
-    (dict(dim=33), "dim=33 does not divide"),
+    (dict(format_version=2), "format_version=2: this config was written by a newer open_mythos.*git pull"),
+    (dict(dim=33), "dim=33 is not divisible"),
     (dict(model_type="llama"), "model_type='llama' is another kind of model"),
 ])  # fmt: skip
 def test_an_invalid_config_is_refused(saved, edit, message):
@@ -113,7 +113,7 @@ def test_weights_of_another_architecture_are_refused(saved, tmp_path):
 def test_damaged_and_missing_files_are_named(saved):
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[:500])
-    with pytest.raises(CheckpointError, match=r"the weights in .* are truncated or no safetensors file .*save them"):
+    with pytest.raises(CheckpointError, match=r"the weights in .* are truncated or not a safetensors file .*save them"):
         AutoModelForCausalLM.from_pretrained(saved)
     (saved / "config.json").unlink()
     with pytest.raises(OSError, match=r"config\.json is missing; download or save it again"):
@@ -160,13 +160,15 @@ def test_saving_int8_weights_is_refused(tmp_path):
     from open_mythos.quantization import quantize_int8
 
     lm = OpenMythosForCausalLM.wrap(quantize_int8(tiny_model()))
-    with pytest.raises(CheckpointError, match="Int8Weight, which cannot be saved; save the model before it is"):
+    with pytest.raises(CheckpointError, match="Int8Weight, which cannot be saved; save the model before converting"):
         lm.save_pretrained(tmp_path)
 
 
 def test_a_missing_folder_or_model_name_is_refused(tmp_path):
     for name in ("someone/some-model", "parity-tinny"):
-        with pytest.raises(OSError, match=rf"{name} is no folder, .*parity-tiny.*did not come from the .*Hub; check"):
+        with pytest.raises(
+            OSError, match=rf"{name} is neither a folder .*parity-tiny.*could not be downloaded from the .*Hub; check"
+        ):
             OpenMythosForCausalLM.from_pretrained(name)
     with pytest.raises(OSError, match=r"nowhere does not exist"):
         OpenMythosForCausalLM.from_pretrained(tmp_path / "nowhere")

@@ -133,7 +133,7 @@ def test_the_config_converts_to_mythos_config_and_refuses_unknown_fields():
     assert OpenMythosConfig(hidden_size=64, num_attention_heads=8).mythos().head_dim == 8
     with pytest.raises(ValueError, match="'n_head'; did you mean 'n_heads'"):
         OpenMythosConfig(n_head=3)
-    with pytest.raises(ValueError, match="dim=33 does not divide"):
+    with pytest.raises(ValueError, match="dim=33 is not divisible"):
         OpenMythosConfig(dim=33)
 
 
@@ -178,7 +178,7 @@ def test_packed_documents_do_not_attend_to_each_other(attn_type):
         found = lm(ids, **given)
         assert CACHE not in found, "no cache was requested"
         assert_near(found.logits, alone, 1e-4)
-        with pytest.raises(ValueError, match="no cache holds several documents of a row; pass use_cache=False"):
+        with pytest.raises(ValueError, match="a cache cannot hold several documents in one row; pass use_cache=False"):
             lm(ids, **given, use_cache=True)
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[1, 11] = 0
@@ -228,9 +228,9 @@ def test_more_loops_than_a_cache_holds_are_refused():
     (dict(), "either input_ids or inputs_embeds"),
     (dict(input_ids=IDS, past_key_values=((1, 2),)), "the cache is a tuple"),
     (dict(input_ids=IDS, past_key_values=DynamicCache(), cache=DynamicCache()), "two names of one argument"),
-    (dict(input_ids=IDS, output_attentions=True), "attention weights are never formed"),
-    (dict(inputs_embeds=torch.zeros(1, 3, 5)), r"embeddings are \(1, 3, 5\); use \(batch, tokens, 32\)"),
-    (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), r"attention_mask is \(2, 5\)"),
+    (dict(input_ids=IDS, output_attentions=True), "attention weights are never computed"),
+    (dict(inputs_embeds=torch.zeros(1, 3, 5)), r"embeddings have shape \(1, 3, 5\); use \(batch, tokens, 32\)"),
+    (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), r"attention_mask has shape \(2, 5\)"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_invalid_inputs_are_refused(given, message):
     with pytest.raises(ValueError, match=message):

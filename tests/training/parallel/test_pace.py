@@ -13,7 +13,9 @@ def message(*own: float, step: float = 1.0) -> str:
 
 
 def test_a_process_that_is_much_slower_than_the_others_is_named() -> None:
-    assert message(0.2, 0.5, 0.2, 0.2).startswith("process 1 is slow: alone it needed 25 s of the last 50 steps' 50 s")
+    assert message(0.2, 0.5, 0.2, 0.2).startswith(
+        "process 1 is slow: the last 50 steps took 50 s, of which its own work was 25 s"
+    )
     assert message(0.5, 0.2).startswith("process 0 is slow")
 
 

@@ -33,11 +33,11 @@ def test_beside_gives_the_rows_that_an_expert_group_runs_together(monkeypatch: p
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"shard": 3}, "4 processes do not divide into parallel.shard=3 x parallel.tensor=1; start a multiple of 3"),
-        ({"shard": 2, "replicate": 4}, r"replicate=4 .* are 8 processes and there are 4; use parallel.replicate=2"),
+        ({"shard": 3}, "4 processes are not a multiple of parallel.shard=3 x parallel.tensor=1; start a multiple of 3"),
+        ({"shard": 2, "replicate": 4}, r"replicate=4 .* are 8 processes, but there are 4; use parallel.replicate=2"),
         (
             {"expert": 3},
-            "parallel.expert=3 does not divide 4 processes, parallel.shard=1 of them; use a divisor of both",
+            "parallel.expert=3 does not fit 4 processes with parallel.shard=1; use a divisor of both",
         ),
     ],
 )
