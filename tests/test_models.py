@@ -48,7 +48,7 @@ def test_errors_say_what_is_missing(tmp_path: Path) -> None:
         ValueError, match=r"a/b is neither a directory nor a shipped .* hf download a/b --local-dir FOLDER"
     ):
         model_dir("a/b")
-    with pytest.raises(ValueError, match="nowhere is not a directory"):
+    with pytest.raises(ValueError, match="nowhere is neither a directory nor a shipped model"):
         model_dir("nowhere")
 
 

@@ -202,9 +202,9 @@ def test_damaged_and_foreign_tensors_are_refused(changes, message, tensors, tmp_
 
 
 @pytest.mark.parametrize("settings, message", [
-    (["n_heads=4"], r"says n_heads=4 .*tensors of .*say 3.*leave n_heads out"),
-    (["dim=64"], "says dim=64 .*say 48"),
-    (["rope_theta=10000"], "says rope_theta=10000.0 .*say 500000.0"),
+    (["n_heads=4"], r"says n_heads=4, .*tensors of .*say 3.*leave n_heads out"),
+    (["dim=64"], "says dim=64, .*say 48"),
+    (["rope_theta=10000"], "says rope_theta=10000.0, .*say 500000.0"),
     (["act_threshold=5"], r"act_threshold=5 is out of range.*\(0, 1\]"),
     (["n_head=3"], "the reference has no 'n_head', did you mean 'n_heads'"),
     (["n_heads"], "write name=value, as in n_heads=8"),
@@ -219,7 +219,7 @@ def test_a_config_of_another_model_or_version_is_refused(reference_checkpoints, 
     path, cfg = tmp_path / "config.json", expected["training.pt"]["cfg"]
     source = reference_checkpoints / "training.pt"
     for text, message in [
-        (json.dumps(cfg | {"n_experts": 6}), "says n_experts=6 .*say 5"),
+        (json.dumps(cfg | {"n_experts": 6}), "says n_experts=6, .*say 5"),
         (json.dumps(cfg | {"disable_act": True}), r"config.json has disable_act.*0.5.0.*another version.*remove them"),
         (json.dumps([cfg]), "is a list; expected an object"),
         ("{", "not JSON"),
