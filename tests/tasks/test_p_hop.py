@@ -49,5 +49,5 @@ def test_starts_and_the_order_of_pairs_are_uniform() -> None:
 
 
 def test_more_questions_than_starts_are_refused() -> None:
-    with pytest.raises(ValueError, match="questions=5, but there are only 4 starts"):
+    with pytest.raises(ValueError, match="questions=5, but there are only 4 symbols to start from"):
         PHop(symbols=4, questions=5)
