@@ -145,12 +145,35 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     shapes = {name.removeprefix(PREFIX): shape for part in parts for name, shape in weights.shapes(part).items()}
     model = _judged(cls, cfg, config_path, weights_path, shapes)
     tensors = {name.removeprefix(PREFIX): t for part in parts for name, t in weights.read(part, verify).items()}
-    model.to(tensors["embed.weight"].dtype)
+    dtype = tensors["embed.weight"].dtype
+    if not dtype.is_floating_point:
+        raise CheckpointError(
+            f"{weights_path} has weights of {dtype}; expected floating-point ones: save the model unquantized"
+        )
+    model.to(dtype)
     kinds = model.state_dict()  # whose dtypes count: some buffers stay float32 in a model of any dtype
     tensors = {name: tensor.to(kinds[name].dtype) for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert missing == _tied(cfg) and not unexpected, (missing, unexpected)
     return model.eval()
+
+
+def check_files(directory: Path) -> None:
+    """Check a saved model's files for another library to read: links, index, checksums.
+
+    Raises:
+        CheckpointError: naming the file at fault. Files that are missing are left to that library.
+    """
+    path = directory / WEIGHTS_FILE
+    path = path if path.is_file() else directory / INDEX_FILE
+    try:
+        for file in (directory / CONFIG_FILE, path):
+            if file.is_file():
+                files.own(file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    for part in weights.files_of(path) if path.is_file() else []:
+        weights.verify(part)
 
 
 def _judged(

@@ -40,6 +40,25 @@ def check_input(cfg: MythosConfig, input_ids: Any, name: str = "input_ids") -> N
         check_range(input_ids, cfg.vocab_size, name)
 
 
+def check_mask(attention_mask: Any) -> None:
+    """ValueError unless it is a tensor of 0 and 1, or of document numbers; values on a GPU are not read."""
+    must(
+        isinstance(attention_mask, Tensor),
+        f"attention_mask is a {type(attention_mask).__name__}; pass a tensor (batch, tokens), 0 at padding",
+    )
+    dtype = attention_mask.dtype
+    if dtype == torch.bool or not (dtype.is_complex or has_values(attention_mask)):
+        return
+    is_mask = not dtype.is_complex and bool((attention_mask >= 0).all())
+    if is_mask and dtype.is_floating_point:
+        is_mask = bool((attention_mask == attention_mask.floor()).all())
+    must(
+        is_mask,
+        f"attention_mask of {dtype} holds values other than 0 (padding), 1 (tokens) and document numbers; additive "
+        f"masks are not supported",
+    )
+
+
 def check_left_padding(attention_mask: Tensor | None, input_ids: Tensor) -> None:
     """ValueError unless the mask, if any, has the tokens' shape (B, T) and no padding after a token."""
     if attention_mask is None:

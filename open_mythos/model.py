@@ -19,7 +19,7 @@ from open_mythos.context import Context
 from open_mythos.dict_cache import as_cache, whole
 from open_mythos.fields import must
 from open_mythos.generation.methods import Generates
-from open_mythos.inputs import check_input, check_n_loops
+from open_mythos.inputs import check_input, check_mask, check_n_loops
 from open_mythos.interface import Model
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.exits import Exit, LoopState
@@ -298,6 +298,7 @@ class OpenMythos(Generates):
             assert cache is not None
             self._check_sides(not cache.ends_in_padding)
             return torch.cat([known, known.new_ones(B, T)], 1)
+        check_mask(attention_mask)
         shape = tuple(attention_mask.shape)
         if shape not in ((B, T), (B, past + T)):
             wanted = f"({B}, {T})" if past == 0 else f"({B}, {T}) or, with the {past} cached tokens, ({B}, {past + T})"

@@ -209,6 +209,17 @@ def test_a_mask_of_the_wrong_shape_is_refused(attention_mask):
         MODELS["gqa"](tokens(2, 4), 1, attention_mask=attention_mask)
 
 
+@pytest.mark.parametrize(
+    "value, dtype",
+    [(float("-inf"), torch.float32), (float("nan"), torch.float32), (0.5, torch.float32), (-1, torch.int64)],
+)
+def test_masks_with_values_that_mark_no_padding_are_refused(value, dtype):
+    mask = torch.ones(2, 4, dtype=dtype)
+    mask[0, 0] = value
+    with pytest.raises(ValueError, match=r"values other than 0 .padding., 1 .tokens. and document numbers"):
+        MODELS["gqa"](tokens(2, 4), 1, attention_mask=mask)
+
+
 # -- limits and invalid input
 
 

@@ -100,6 +100,15 @@ def test_damaged_weights_are_refused_or_read_unchanged(tmp_path: Path) -> None:
     assert refused > 130
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights.write(path, {name: tensor.to(dtype) for name, tensor in weights.read(path).items()})
+    with pytest.raises(CheckpointError, match=f"has weights of {dtype}; expected floating-point ones"):
+        OpenMythos.from_pretrained(tmp_path)
+
+
 def test_a_flipped_bit_is_refused_unless_verify_is_false(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)

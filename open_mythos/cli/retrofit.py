@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from open_mythos.cli.console import console, fail, mythos, note, progress, table
+from open_mythos.fields import must
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,7 @@ def retrofit(
         begin("surgery")
         model = surgery.retrofit(original, split, loops, decay)
         ids = tokenizer(sample, return_tensors="pt").input_ids[:, : min(512, model.cfg.max_seq_len)]
+        must(ids.shape[1] > 1, f"--text {text} holds {ids.shape[1]} tokens; give a text of at least two")
         begin("comparing")
         rows = {f"the original, {n_layers} layers": bits(surgery.logits_of(original, ids), ids, tokenizer)}
         surgery.truncate(original, split)

@@ -49,13 +49,21 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
                     f"{source} has no tokenizer that transformers can read; put the tokenizer.json of the original "
                     f"beside its weights"
                 ) from error
-            model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, output_loading_info=True, **options
+            )
     except OSError as error:
         what = (
             "cannot be read" if Path(source).exists() else "is not a directory, and no such model could be downloaded"
         )
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"{source} {what} ({first_line}); give the path of a downloaded model") from error
+    lacks = sorted(info["missing_keys"])  # transformers fills these with random numbers
+    must(
+        not lacks,
+        f"{source} lacks tensors of a causal language model: {', '.join(lacks[:3])} ({len(lacks)} in all); download it "
+        f"again, or give the model that it was made from",
+    )
     n, most = len(tokenizer), model.config.vocab_size
     must(n <= most, f"the tokenizer of {source} has {n} tokens and the model {most}; they do not belong together")
     return model.eval(), tokenizer

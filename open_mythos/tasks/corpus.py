@@ -150,8 +150,10 @@ def _hugging_face(source: str) -> Iterator[bytes]:
         raise missing(f"source={source!r} needs datasets", "tasks") from error
     try:
         for row in datasets.load_dataset(name, *config, split="train", streaming=True):
-            if not isinstance(row.get("text", 0), str | None):
+            if "text" not in row:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}")
+            if not isinstance(row["text"], str | None):
+                raise ValueError(f"its column 'text' holds a {type(row['text']).__name__}; expected strings")
             yield (row["text"] or "").encode()
     except Exception as error:  # of datasets, the hub, or the network: there is no common base
         why = "one of its rows does not fit into memory" if isinstance(error, MemoryError) else error

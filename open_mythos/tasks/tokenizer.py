@@ -113,6 +113,8 @@ class BytePairs(Tokenizer):
 
     def __init__(self, text: str, eos: str | None) -> None:
         self._text, self._bpe = text, _tokenizers().Tokenizer.from_str(text)
+        self._bpe.no_truncation()  # both may be saved in the file, and are for batches of some other program
+        self._bpe.no_padding()
         self._bpe.encode_special_tokens = True  # in a text, "<eos>" is five characters
         known = self._bpe.get_vocab(with_added_tokens=True)
         added = self._bpe.get_added_tokens_decoder()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
@@ -172,6 +173,16 @@ def test_an_original_of_another_architecture_is_refused(tmp_path: Path) -> None:
         load_original(tmp_path)
 
 
+def test_an_original_that_lacks_tensors_is_refused(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "torn")
+    path = tmp_path / "torn" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks tensors .*: model.layers.1.mlp.up_proj.weight \(1 in all\)"):
+        load_original(tmp_path / "torn")
+
+
 def test_missing_and_unsupported_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="contains no weights"):
         load_original(tmp_path)
@@ -243,6 +254,11 @@ def test_errors_of_the_command_are_one_line(source: Path, tmp_path: Path) -> Non
     result = CliRunner().invoke(app, ["retrofit", str(source), "--core", "9", "--out", str(tmp_path / "none")])
     assert result.exit_code == 2 and not (tmp_path / "none").exists()
     assert "are 17 layers, but the original has 6" in " ".join(result.stderr.split())
+    (tmp_path / "one.txt").write_text("a")
+    split = ["--prelude", "1", "--core", "2", "--coda", "1", "--text", str(tmp_path / "one.txt")]
+    result = CliRunner().invoke(app, ["retrofit", str(source), *split, "--out", str(tmp_path / "none")])
+    assert result.exit_code == 2 and not (tmp_path / "none").exists()
+    assert "holds 1 tokens; give a text of at least two" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("term, distill", [("cross_entropy", 0.0), ("distillation", 1.0)])

@@ -141,8 +141,12 @@ def test_a_hugging_face_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("hub", "message"),
     [
-        (FakeHub([], ConnectionError("no route")), "cannot read source='hf:set': no route; check name and network"),
+        (
+            FakeHub([], ConnectionError("no route")),
+            "source='hf:set': no route; check the name and the network",
+        ),
         (FakeHub([{"content": "x", "id": 1}]), "it has no column 'text', only content, id"),
+        (FakeHub([{"text": ["a", "b"]}]), "its column 'text' holds a list; expected strings"),
     ],
 )
 def test_hub_errors_and_missing_columns_are_reported(

@@ -45,6 +45,18 @@ def test_byte_pairs_compress_their_training_text_and_are_reproducible() -> None:
     assert len(made.encode(CORPUS)) < len(Tokenizer().encode(CORPUS)) / 2
 
 
+def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    level = tokenizers.ByteLevelBPETokenizer()
+    level.train_from_iterator(CORPUS, 300, special_tokens=["<|end|>"], show_progress=False)
+    level.save(str(tmp_path / "tokenizer.json"))
+    plain = load(tmp_path).encode([*CORPUS, "a"])
+    level.enable_truncation(4)
+    level.enable_padding(length=16)
+    level.save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path).encode([*CORPUS, "a"]).tolist() == plain.tolist()
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directories of a byte-level tokenizer with a special token, one like SentencePiece's, and a word-level one."""

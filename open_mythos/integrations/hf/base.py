@@ -15,8 +15,18 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from open_mythos import files
-from open_mythos.checkpoint import CONFIG_FILE, SHIPPED, CheckpointError, check_plain, is_tied, remove_earlier, shipped
+from open_mythos.checkpoint import (
+    CONFIG_FILE,
+    SHIPPED,
+    CheckpointError,
+    check_files,
+    check_plain,
+    is_tied,
+    remove_earlier,
+    shipped,
+)
 from open_mythos.fields import must
+from open_mythos.inputs import check_mask
 from open_mythos.integrations.hf.cache import SlotCache
 from open_mythos.integrations.hf.configuration_open_mythos import OpenMythosConfig
 from open_mythos.model import OpenMythos
@@ -108,6 +118,13 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         known = any((path / file).is_file() for file in (CONFIG_FILE, "adapter_config.json"))
         if path.is_dir() and not known and not kwargs.keys() & {"config", "subfolder"}:
             raise OSError(f"{name}/{CONFIG_FILE} is missing; download or save it again, or pass config=")
+        must(
+            not kwargs.get("ignore_mismatched_sizes"),
+            "ignore_mismatched_sizes=True would leave tensors without values; load the model as it was saved, and use "
+            "model.resize_token_embeddings(n) for another vocabulary",
+        )
+        if path.is_dir() and not kwargs.keys() & {"subfolder", "gguf_file", "state_dict"}:
+            check_files(path)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except OSError as error:
@@ -222,6 +239,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
         must(given_once, "cache and past_key_values are two names of one argument; pass only one of them")
         _check_others(others, position_ids is not None)
         cache = past_key_values if cache is None else cache
+        _check_tensors(input_ids, inputs_embeds, attention_mask, position_ids)
         for name in _LIVE:
             setattr(core.cfg, name, getattr(config, name))
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -267,6 +285,19 @@ def _tell_peft() -> None:
     """Add our names to PEFT's list of embedding layers: it ties adapters (``ensure_weight_tying``) of these only."""
     names = getattr(sys.modules.get("peft.utils.constants"), "EMBEDDING_LAYER_NAMES", [])
     names += [name for name in ("embed", "head") if name not in names]
+
+
+def _check_tensors(ids: Any, embeds: Any, mask: Any, positions: Any) -> None:
+    """ValueError for arguments that are no tensors, or positions of another shape than the tokens."""
+    name, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
+    must(isinstance(tokens, Tensor), f"{name} is a {type(tokens).__name__}; pass a tensor")
+    if mask is not None:
+        check_mask(mask)
+    if positions is not None:
+        must(isinstance(positions, Tensor), f"position_ids is a {type(positions).__name__}; pass a tensor")
+        fits = positions.ndim == 2 and positions.shape[1] == tokens.shape[1] and len(positions) in (1, len(tokens))
+        wanted = tuple(tokens.shape[:2])
+        must(fits, f"position_ids has shape {tuple(positions.shape)}; use {wanted} or (1, {tokens.shape[1]})")
 
 
 def _check_others(others: dict[str, Any], has_positions: bool) -> None:

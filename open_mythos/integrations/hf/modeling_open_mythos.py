@@ -17,7 +17,9 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import can_return_tuple
 
 from open_mythos.config import MODEL_TYPE
+from open_mythos.fields import must
 from open_mythos.integrations.hf.base import CACHE, OpenMythosPreTrainedModel
+from open_mythos.ops.dispatch import has_values
 
 
 class OpenMythosModel(OpenMythosPreTrainedModel):
@@ -102,6 +104,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for input that does not fit, or an argument that is not known.
         """
+        _check_outputs(labels, logits_to_keep, self.config.vocab_size)
         n_last, some = (None, logits_to_keep) if isinstance(logits_to_keep, Tensor) else (logits_to_keep, slice(None))
         outputs = self.run(
             input_ids, inputs_embeds, attention_mask, position_ids, kwargs, n_last or None, labels is not None,
@@ -144,6 +147,23 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
         return False  # shapes change at every token, and with halting
+
+
+def _check_outputs(labels: Any, logits_to_keep: Any, vocab_size: int) -> None:
+    """ValueError for labels that are no tokens, and for a number of logits that is none."""
+    is_number = isinstance(logits_to_keep, int) and logits_to_keep >= 0
+    must(
+        is_number or isinstance(logits_to_keep, Tensor),
+        f"logits_to_keep={logits_to_keep!r}; use a number of last positions, 0 for all, or a tensor of indices",
+    )
+    if labels is None:
+        return
+    is_tensor = isinstance(labels, Tensor)
+    what = labels.dtype if is_tensor else type(labels).__name__
+    must(is_tensor and not labels.is_floating_point(), f"labels are {what}; pass a tensor of token ids")
+    if has_values(labels):
+        highest = int(labels.max()) if labels.numel() else 0
+        must(highest < vocab_size, f"labels hold {highest}; use token ids below {vocab_size}, or -100 for no loss")
 
 
 class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):

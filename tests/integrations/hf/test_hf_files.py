@@ -96,6 +96,31 @@ def test_an_invalid_config_is_refused(saved, edit, message):
             load(saved)
 
 
+def test_files_are_verified_before_transformers_reads_them(tmp_path):
+    saved = tmp_path / "ours"
+    tiny_model().save_pretrained(saved)
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5] + bytes([content[-5] ^ 64]) + content[-4:])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    weights.write_bytes(content)
+    weights.rename(saved.parent / "outside.safetensors")
+    weights.symlink_to(saved.parent / "outside.safetensors")
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    weights.unlink()
+    index = {"weight_map": {"core.embed.weight": "../outside.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"outside.safetensors"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_tensors_of_other_shapes_are_not_left_without_values(saved):
+    with pytest.raises(ValueError, match=r"ignore_mismatched_sizes=True would leave.*resize_token_embeddings"):
+        AutoModelForCausalLM.from_pretrained(saved, vocab_size=40, ignore_mismatched_sizes=True)
+
+
 def test_weights_of_another_architecture_are_refused(saved, tmp_path):
     sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
@@ -113,7 +138,7 @@ def test_weights_of_another_architecture_are_refused(saved, tmp_path):
 def test_damaged_and_missing_files_are_named(saved):
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[:500])
-    with pytest.raises(CheckpointError, match=r"the weights in .* are truncated or not a safetensors file .*save them"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or not a safetensors file .*again"):
         AutoModelForCausalLM.from_pretrained(saved)
     (saved / "config.json").unlink()
     with pytest.raises(OSError, match=r"config\.json is missing; download or save it again"):

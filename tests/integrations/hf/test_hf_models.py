@@ -231,6 +231,14 @@ def test_more_loops_than_a_cache_holds_are_refused():
     (dict(input_ids=IDS, output_attentions=True), "attention weights are never computed"),
     (dict(inputs_embeds=torch.zeros(1, 3, 5)), r"embeddings have shape \(1, 3, 5\); use \(batch, tokens, 32\)"),
     (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), r"attention_mask has shape \(2, 5\)"),
+    (dict(input_ids=IDS, attention_mask=[[1] * IDS.shape[1]] * 2), "attention_mask is a list"),
+    (dict(input_ids=IDS.tolist()), "input_ids is a list; pass a tensor"),
+    (dict(input_ids=IDS, position_ids=torch.arange(IDS.shape[1])), "position_ids has shape .*use "),
+    (dict(input_ids=IDS, position_ids=torch.zeros(3, IDS.shape[1])), "position_ids has shape .*use "),
+    (dict(input_ids=IDS, logits_to_keep=-1), "logits_to_keep=-1; use a number of last positions"),
+    (dict(input_ids=IDS, logits_to_keep="1"), "logits_to_keep='1'; use a number of last positions"),
+    (dict(input_ids=IDS, labels=IDS.float()), "labels are torch.float32; pass a tensor of token ids"),
+    (dict(input_ids=IDS, labels=IDS + 23), "labels hold .*; use token ids below 23, or -100 for no loss"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_invalid_inputs_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
