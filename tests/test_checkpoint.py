@@ -120,7 +120,7 @@ def test_missing_and_extra_tensors_are_named(saved):
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*lacks 1 tensor.*norm\.weight"):
         OpenMythos.from_pretrained(saved)
     save_file({**tensors, "norm.weight": gone, "extra": gone.clone()}, saved / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors.*has 1 tensor.*extra"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*has 1 unexpected tensor.*extra"):
         OpenMythos.from_pretrained(saved)
 
 

@@ -29,7 +29,7 @@ def info(
     try:
         model_dir(model)
     except ValueError:  # a variant, a config, or a run that has not ended: there are no weights yet
-        note(f"Next: train one with {mythos('demo')}, then look inside with {mythos('diagnose', 'runs/demo')}.")
+        note(f"Next: {mythos('demo')} trains a model; {mythos('diagnose', 'runs/demo')} looks inside.")
     else:
         note(f"Next: look inside it with {mythos('diagnose', model)}.")
 

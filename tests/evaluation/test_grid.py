@@ -106,7 +106,12 @@ def test_progress_is_reported_per_difficulty() -> None:
 
 @pytest.mark.parametrize(
     ("difficulties", "loops", "examples", "message"),
-    [([], [1], 1, "at least one"), ([2], [1], 0, "at least one"), ([2], [], 1, "loops="), ([0], [1], 1, "copy counts")],
+    [
+        ([], [1], 1, "at least one"),
+        ([2], [1], 0, "at least one"),
+        ([2], [], 1, "loops="),
+        ([0], [1], 1, "the difficulty of copy is its number of tokens"),
+    ],
 )
 def test_empty_measurements_are_refused(difficulties: list[int], loops: list[int], examples: int, message: str) -> None:
     model = Counting().train()

@@ -131,7 +131,7 @@ def test_a_conversation_keeps_its_latest_max_seq_len_tokens():
 
 def test_a_prompt_longer_than_max_seq_len_is_refused():
     for n_new in (0, 1, 5):
-        with pytest.raises(ValueError, match=r"13 prompt tokens.*; shorten the prompt or raise max_seq_len"):
+        with pytest.raises(ValueError, match=r"13 prompt tokens.*; shorten the prompt, or raise max_seq_len"):
             MODELS["gqa"].generate(tokens(1, ROOM + 1), n_new)
     assert MODELS["gqa"].generate(tokens(1, ROOM), 0).shape == (1, ROOM)
     with pytest.raises(ValueError, match="do not fit max_seq_len=12"):

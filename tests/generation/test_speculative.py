@@ -221,7 +221,7 @@ def test_drafting_leaves_module_modes_unchanged():
     (dict(draft_loops=4), r"draft_loops=4.*n_loops=4"), (dict(draft_loops=0), "draft_loops=0"),
     (dict(draft_loops=1.5), r"draft_loops=1\.5"), (dict(draft_loops=1, draft_tokens=0), "draft_tokens=0"),
     (dict(draft_loops=1, exit=StateChange()), "StateChange.*leave out"),
-    (dict(draft_loops=1, cache_loops=2), "cache_loops=2 keeps 2 of 4"),
+    (dict(draft_loops=1, cache_loops=2), "cache_loops=2 keeps those of 2 of 4"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_invalid_draft_options_are_refused_at_the_call(options, message, call):

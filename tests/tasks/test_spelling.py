@@ -78,9 +78,9 @@ def test_answers_are_distinct_tokens(folder: str) -> None:
 
 def test_moduli_above_10_are_refused(folder: str) -> None:
     for kind in ("word_problems", "registers"):
-        with pytest.raises(ValueError, match=r"modulus=23, and .* spell numbers by digits; use at most 10"):
+        with pytest.raises(ValueError, match=r"modulus=23, but .* may split numbers into digits; use at most 10"):
             tasks.load(kind, modulus=23, tokenizer=folder)
-    with pytest.raises(ValueError, match="modulus=23, and tokenizer="):
+    with pytest.raises(ValueError, match="modulus=23, but tokenizer="):
         tasks.load("words", settings={"word_problems": {"modulus": 23}}, tokenizer=folder)
 
 

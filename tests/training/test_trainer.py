@@ -20,7 +20,7 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
     state = trainer.state_dict()
     for other, shape in (({}, "none"), ({"embed.weight": torch.zeros(1, 16)}, r"\(1, 16\)")):
         with pytest.raises(
-            ValueError, match=rf"of another model: its embed.weight is {shape}, and \(3, 16\) is expected"
+            ValueError, match=rf"of another model: its embed.weight is {shape}, but \(3, 16\) is expected"
         ):
             trainer.load_state_dict(state | {"model": other})
 
