@@ -123,20 +123,14 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     if not directory.exists() and str(source) in shipped():
         directory = SHIPPED / source
     directory = directory / MODEL if (directory / MODEL / CONFIG_FILE).is_file() else directory
-    config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    index_path = directory / INDEX_FILE
-    weights_path = index_path if index_path.is_file() and not weights_path.is_file() else weights_path
+    config_path, weights_path = directory / CONFIG_FILE, _weights_of(directory)
     for path in (config_path, weights_path):
         if not path.is_file():
             hub = "" if directory.exists() else hub_hint(source)
             raise CheckpointError(
                 f"{path} is missing; {directory} should hold {CONFIG_FILE} and {WEIGHTS_FILE}{_names()}{hub}"
             )
-    try:
-        files.own(weights_path)
-        files.own(config_path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    _check_links(weights_path, config_path)
     try:
         cfg = MythosConfig.load(config_path)
     except ValueError as error:
@@ -158,22 +152,31 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     return model.eval()
 
 
-def check_files(directory: Path) -> None:
-    """Check a saved model's files for another library to read: links, index, checksums.
+def verify_files(directory: Path) -> None:
+    """Verify a saved model's files for another library to read: links, index, checksums.
 
     Raises:
         CheckpointError: naming the file at fault. Files that are missing are left to that library.
     """
-    path = directory / WEIGHTS_FILE
-    path = path if path.is_file() else directory / INDEX_FILE
+    config_path, weights_path = directory / CONFIG_FILE, _weights_of(directory)
+    _check_links(*(path for path in (config_path, weights_path) if path.is_file()))
+    if weights_path.is_file():
+        for part in weights.files_of(weights_path):
+            weights.verify_file(part)
+
+
+def _weights_of(directory: Path) -> Path:
+    """The file of a saved model's weights, or the index of their shards."""
+    path, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    return index if index.is_file() and not path.is_file() else path
+
+
+def _check_links(*paths: Path) -> None:
     try:
-        for file in (directory / CONFIG_FILE, path):
-            if file.is_file():
-                files.own(file)
+        for path in paths:
+            files.own(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    for part in weights.files_of(path) if path.is_file() else []:
-        weights.verify(part)
 
 
 def _judged(

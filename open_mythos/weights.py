@@ -180,19 +180,19 @@ def read(path: Path, verify: bool = True) -> dict[str, Tensor]:
             else:
                 sums[name] = _sums(stored, tensors[name])
     if expected is not None:
-        _compare(path, expected, sums)
+        _check_sums(path, expected, sums)
     return tensors
 
 
-def verify(path: Path) -> None:
+def verify_file(path: Path) -> None:
     """Verify a file against its checksum, if it has one, for others to read. Errors as :func:`read`."""
     with opened(path) as file:
         expected = (file.metadata() or {}).get(CHECKSUM)
         if expected is not None:
-            _compare(path, expected, {name: _sums(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
+            _check_sums(path, expected, {name: _sums(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
 
 
-def _compare(path: Path, expected: str, sums: dict[str, bytes]) -> None:
+def _check_sums(path: Path, expected: str, sums: dict[str, bytes]) -> None:
     if expected != _checksum(sums):
         raise CheckpointError(
             f"{path} is damaged: its weights do not match the checksum {expected:.40} that was saved with them; copy "

@@ -90,7 +90,7 @@ def _weights(directory: Path, parts: list[Path]) -> str:
         if TRAINING_FILE not in str(error):  # that file has a check of its own
             raise
         for part in parts:
-            weights.read(part)
+            weights.verify_file(part)
     bare = [part.name for part in parts if not weights.has_checksum(part)]
     n = sum(len(weights.shapes(part)) for part in parts)
     return f"{n} tensors, " + (f"without a checksum: {', '.join(bare)}" if bare else "checksum verified")

@@ -164,10 +164,8 @@ def test_an_original_of_another_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the original is a 'gpt2'; only the Llama family"):
         load_original(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}))
-    with pytest.raises(
-        ValueError, match="the original is a 'new'; only the Llama family"
-    ):  # without asking to run its code
-        load_original(tmp_path)
+    with pytest.raises(ValueError, match="the original is a 'new'; only the Llama family"):
+        load_original(tmp_path)  # without asking to run its code
     save(retrofit(llama(), Split(1, 1, 1)), transformers.AutoTokenizer.from_pretrained(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="is already a recurrent-depth model; train it with mythos train heal start="):
         load_original(tmp_path)

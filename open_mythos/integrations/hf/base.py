@@ -19,11 +19,11 @@ from open_mythos.checkpoint import (
     CONFIG_FILE,
     SHIPPED,
     CheckpointError,
-    check_files,
     check_plain,
     is_tied,
     remove_earlier,
     shipped,
+    verify_files,
 )
 from open_mythos.fields import must
 from open_mythos.inputs import check_mask
@@ -124,7 +124,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             "model.resize_token_embeddings(n) for another vocabulary",
         )
         if path.is_dir() and not kwargs.keys() & {"subfolder", "gguf_file", "state_dict"}:
-            check_files(path)
+            verify_files(path)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except OSError as error:
@@ -295,9 +295,9 @@ def _check_tensors(ids: Any, embeds: Any, mask: Any, positions: Any) -> None:
         check_mask(mask)
     if positions is not None:
         must(isinstance(positions, Tensor), f"position_ids is a {type(positions).__name__}; pass a tensor")
-        fits = positions.ndim == 2 and positions.shape[1] == tokens.shape[1] and len(positions) in (1, len(tokens))
         wanted = tuple(tokens.shape[:2])
-        must(fits, f"position_ids has shape {tuple(positions.shape)}; use {wanted} or (1, {tokens.shape[1]})")
+        fits = len(wanted) < 2 or positions.shape in (wanted, (1, *wanted[1:]))  # the core refuses other tokens
+        must(fits, f"position_ids has shape {tuple(positions.shape)}; use {wanted} or {(1, *wanted[1:])}")
 
 
 def _check_others(others: dict[str, Any], has_positions: bool) -> None:
