@@ -380,5 +380,15 @@ class PlainMythos(UnrolledMythos):
 def _tie_assigned(model: OpenMythos, incompatible_keys: Any) -> None:
     """Keep a tied head tied where tensors were assigned (``assign=True``), as to a model on the meta device."""
     head, embed = model.head.weight, model.embed.weight
-    if model.cfg.tied_head and head is not embed and (head.is_meta or head.data_ptr() == embed.data_ptr()):
+    if not model.cfg.tied_head or head is embed:
+        return
+    missing = [".".join(key.split(".")[-2:]) for key in incompatible_keys.missing_keys]
+    if ("head.weight" in missing and "embed.weight" not in missing) or _is_same(head, embed):
         model.head.weight = embed
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share their memory or are equal."""
+    if a.is_meta or a.data_ptr() == b.data_ptr():
+        return True
+    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b)

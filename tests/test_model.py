@@ -442,6 +442,18 @@ def test_head_and_embedding_share_one_tensor_after_leaving_the_meta_device():
         assert torch.equal(model(tokens(1, 4), 2), first(tokens(1, 4), 2))
 
 
+@pytest.mark.parametrize("copies", ["cast", "without the head"])
+def test_head_and_embedding_share_one_tensor_after_copies_of_them_are_assigned(copies):
+    first = OpenMythos(tiny_config()).double()
+    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    if copies == "without the head":
+        del state["head.weight"]
+    model = OpenMythos(tiny_config())
+    model.load_state_dict(state, strict=copies == "cast", assign=True)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model(tokens(1, 4), 2), first(tokens(1, 4), 2))
+
+
 def test_a_manually_untied_head_stays_untied():
     """Neither conversions of dtype and device nor load_state_dict tie it again."""
     model = OpenMythos(tiny_config())

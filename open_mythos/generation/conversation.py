@@ -93,8 +93,9 @@ class Conversation:
     def reply(self, said: str, max_new_tokens: int = 256) -> Iterator[str]:
         """Yield the model's reply, in pieces of whole characters, as they are computed.
 
-        If the iterator is closed early, the reply ends there. After an error, or Ctrl-C while the model computes, the
-        conversation is as it was before the call. If the text is too long for the model, its oldest part is dropped.
+        If the iterator is closed early, or another reply is begun, the reply ends there. After an error, or Ctrl-C
+        while the model computes, the conversation is as it was before the call. If the text is too long for the model,
+        its oldest part is dropped.
 
         Args:
             said: the user's message.
@@ -137,6 +138,8 @@ class Conversation:
             max_new_tokens = max_new_tokens if is_asked and has_end else min(max_new_tokens, int(is_asked))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for _ in range(max_new_tokens):
+            if not self.messages or self.messages[-1] is not reply:  # another was begun, or all turns were forgotten
+                return
             logits = self._logits()
             token = int(self.sampling.draw(logits, self.generator))
             is_end = token == self.tokenizer.eos

@@ -120,7 +120,7 @@ def training_states(core: Any, h: Tensor, e: Tensor, ctx: Context, n_loops: int)
         return h, lambda last: last
     cfg, gate = core.cfg, [p for p in core.act.parameters() if p.requires_grad]
     if core.lora is not None:
-        core.lora.trained_loops.clamp_(min=n_loops)
+        core.lora.note_loops(n_loops)
     _watch(core)
     learns = cfg.halting and cfg.recurrence == "injected" and bool(gate)
     n_warm = len(e) // EXPLORED_ROWS if cfg.warm_start else 0

@@ -127,6 +127,11 @@ class LoRAAdapter(nn.Module):
         loops = torch.arange(self.scale.num_embeddings, device=x.device)
         return call(self.down, x), self.scale(loops.clamp(max=(self.trained_loops - 1).clamp(min=0))).unbind(0)
 
+    def note_loops(self, n: int) -> None:
+        """Record that ``n`` loops are trained, unless the scales are frozen, as under adapters."""
+        if self.scale.weight.requires_grad:
+            self.trained_loops.clamp_(min=n)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load a table saved with another ``max_loops``: grow to a longer one, repeat the last row of a shorter one."""
         key = prefix + "scale.weight"

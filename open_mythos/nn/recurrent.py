@@ -266,7 +266,7 @@ class Loops(nn.Module):
         assert int(schedule.n_loops.min()) >= 1 and int(schedule.n_grad.min()) >= 1
         last, damping = schedule.last, schedule.damping
         if self.lora is not None:  # first, as the scales of loops beyond trained_loops are not read, nor trained
-            self.lora.trained_loops.clamp_(min=last)
+            self.lora.note_loops(last)
         loop_input = self.prepare(e)
         no_grad_ctx = ctx if self.is_compiled else ctx.looping()
         grad_ctx = ctx if self.is_compiled or schedule.recompute else ctx.looping()

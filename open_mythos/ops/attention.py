@@ -7,7 +7,7 @@ The plain, slow reference is :func:`open_mythos.ops.reference.attention`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,10 +55,11 @@ class AttentionMask:
     first: int = -1
     causal: bool = True
     given: Tensor | None = None
-    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.first = self.n_keys - self.n_queries if self.first < 0 else self.first
+        # No field: FSDP copies the fields of a mask into another dtype, and what was made must not be copied with them.
+        self._made: dict[Any, Any] = {}
 
     @property
     def is_same_for_all(self) -> bool:

@@ -50,9 +50,7 @@ def tokenised(source: str, kind: str, max_bytes: int) -> Store:
     """
     if is_store(source := os.path.expanduser(source)):
         return _of_kind(store.opened(Path(source)), kind)
-    file = Path(kind, tokenizer.FILE)
-    said = files.read_text(file) if file.is_file() else kind
-    key = [2, source, corpus.state(source), said, max_bytes]
+    key = [2, source, corpus.state(source), _state(kind), max_bytes]
     home = cache_dir() / "text" / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     try:
         _adopt(home)
@@ -93,9 +91,7 @@ def fill(
     Raises:
         ValueError, ImportError, OSError: as :func:`~open_mythos.tasks.store.tokenised`.
     """
-    file = Path(kind, tokenizer.FILE)
-    key = [sources, [corpus.state(source) for source in sources], max_bytes]
-    key.append(files.read_text(file) if file.is_file() else kind)
+    key = [sources, [corpus.state(source) for source in sources], max_bytes, _state(kind)]
     made_from = hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     index = _left(folder, made_from)
     if index is None:
@@ -119,6 +115,12 @@ def fill(
             shutil.rmtree(folder)  # resuming it would fail in the same way
             raise ValueError(f"source={','.join(sources)!r} has too few documents for its {name} part; use more text")
     return before
+
+
+def _state(kind: str) -> str:
+    """What tells one tokenizer from another: its name, or all that its folder says."""
+    present = [file for file in (Path(kind, tokenizer.FILE), Path(kind, tokenizer.CONFIG)) if file.is_file()]
+    return "".join(files.read_text(file) for file in present) or kind
 
 
 def _of_kind(found: Store, kind: str) -> Store:

@@ -94,6 +94,19 @@ def test_a_conversation_continues_without_an_interrupted_reply(monkeypatch: pyte
     assert talk.ids == without_cache(talk, [0, *encoded("more")], 3)
 
 
+@pytest.mark.parametrize("ended_by", ["another message", "reset"])
+def test_an_unread_reply_ends_where_the_next_turn_begins(ended_by: str) -> None:
+    talk = make_conversation()
+    first = talk.reply("hello", 9)
+    said = next(first)
+    if ended_by == "reset":
+        talk.reset()
+    list(talk.reply("more", 3))
+    ids, contents = list(talk.ids), [message["content"] for message in talk.messages]
+    assert list(first) == [] and talk.ids == ids and [message["content"] for message in talk.messages] == contents
+    assert contents[:-1] == (["more"] if ended_by == "reset" else ["hello", said, "more"])
+
+
 def test_a_long_conversation_drops_its_oldest_tokens() -> None:
     talk = make_conversation(max_seq_len=40)
     for turn in range(6):

@@ -53,6 +53,13 @@ def test_loops_without_training_do_not_count_as_trained(setting):
     assert model.recurrent.lora.trained_loops == 5
 
 
+def test_training_an_adapter_with_more_loops_leaves_the_frozen_scales_as_they_are():
+    model = tiny_model().train().requires_grad_(False)
+    model.norm.weight.requires_grad_(True)
+    model(tokens(2, 4), 5).sum().backward()
+    assert model.recurrent.lora.trained_loops == 3
+
+
 def test_train_and_eval_mode_use_the_same_scales():
     """What training computes is what eval mode computes, at any number of loops."""
     model, ids = tiny_model(halting=False, max_loop_iters=8), tokens(2, 5)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import ATTENTION, assert_near, tiny_model, tokens
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from open_mythos import OpenMythos
@@ -69,3 +69,19 @@ def test_training_with_fully_sharded_blocks_equals_plain_training(attn_type):
         fully_shard(model, mesh=mesh)
         train(model)
         assert_same(model, expected)
+
+
+@pytest.mark.parametrize("sharded", ["blocks", "core"])
+def test_sharded_blocks_run_in_bfloat16_in_a_float32_model(sharded):
+    ids = tokens(2, 6)
+    with one_process():
+        model, mesh = tiny_model().train(), init_device_mesh("cpu", (1,))
+        expected = model(ids, 2, auxiliary=False)
+        modules = [model.recurrent] if sharded == "core" else list(model.modules())
+        for module in modules:
+            if isinstance(module, TransformerBlock) or sharded == "core":
+                policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        logits = model(ids, 2, auxiliary=False)
+        logits.sum().backward()
+        assert_near(logits, expected, 0.1)

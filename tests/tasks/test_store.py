@@ -16,7 +16,7 @@ from open_mythos.tasks import corpus, filling, store
 from open_mythos.tasks.filling import tokenised
 from open_mythos.tasks.store import INDEX, Tokens, opened
 from open_mythos.tasks.text import Text
-from open_mythos.tasks.tokenizer import Tokenizer
+from open_mythos.tasks.tokenizer import Tokenizer, load
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,8 @@ def test_the_end_token_of_a_tokenizer_folder_is_used(texts: Path, tmp_path: Path
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
     task = Text(source=str(texts), tokenizer=str(tmp_path), separate=True)
     assert task.eos == 0 and int((task.tokens[:] == 0).sum()) == 1 + task.store.parts["train"].documents  # type: ignore[union-attr]
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "w"}')
+    assert Text(source=str(texts), tokenizer=str(tmp_path), separate=True).eos == load(tmp_path).eos != 0
 
 
 def test_a_token_cache_of_earlier_versions_is_used(

@@ -87,7 +87,7 @@ class Parallel:
             own.among, own.meet = plan[self.grid.beside(rows, self.cfg.batch_size)], experts(self.model)[0].engine.meet
         if (lora := self.model.recurrent.lora) is not None:  # the depth it is trained to counts rows of all processes
             for loops, _ in plan.schedules(self.step.objective.short):
-                lora.trained_loops.clamp_(min=int(loops.max()))
+                lora.note_loops(int(loops.max()))
         return Outcome(**self.step(batch, own, n_scored))
 
     @contextmanager
