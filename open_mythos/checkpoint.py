@@ -136,7 +136,7 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     except ValueError as error:
         raise CheckpointError(f"not an open_mythos config: {error}") from error
     parts = weights.files_of(weights_path, verify)
-    shapes = {name.removeprefix(PREFIX): shape for part in parts for name, shape in weights.shapes(part).items()}
+    shapes = _shapes(parts)
     model = _judged(cls, cfg, config_path, weights_path, shapes)
     tensors = {name.removeprefix(PREFIX): t for part in parts for name, t in weights.read(part, verify).items()}
     dtype = tensors["embed.weight"].dtype
@@ -152,17 +152,33 @@ def load(cls: type[Loaded], source: str | Path, verify: bool = True) -> Loaded:
     return model.eval()
 
 
-def verify_files(directory: Path) -> None:
-    """Verify a saved model's files for another library to read: links, index, checksums.
+def verify_files(cls: type[Model], directory: Path) -> None:
+    """Verify a saved model's files for another library to read: links, index, checksums, sizes of the model ``cls``.
 
     Raises:
-        CheckpointError: naming the file at fault. Files that are missing are left to that library.
+        CheckpointError: naming the file at fault. Files that are missing, and configs that are not of this library's
+            models, are left to that library.
     """
     config_path, weights_path = directory / CONFIG_FILE, _weights_of(directory)
     _check_links(*(path for path in (config_path, weights_path) if path.is_file()))
-    if weights_path.is_file():
-        for part in weights.files_of(weights_path):
-            weights.verify_file(part)
+    if not weights_path.is_file():
+        return
+    parts = weights.files_of(weights_path)
+    for part in parts:
+        weights.verify_file(part)
+    try:
+        cfg, shapes = MythosConfig.load(config_path), _shapes(parts)
+    except (FileNotFoundError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        return
+    _check_layers(cls, cfg, config_path, weights_path, shapes)
+    expected = cfg.vocab_size, cfg.dim
+    if (found := tuple(shapes.get("embed.weight", expected))) != expected:
+        raise CheckpointError(
+            f"{config_path} has vocab_size={cfg.vocab_size} and dim={cfg.dim}, but embed.weight in {weights_path} has "
+            f"shape {found}; use the config that these weights were saved with"
+        )
 
 
 def _weights_of(directory: Path) -> Path:
@@ -179,16 +195,34 @@ def _check_links(*paths: Path) -> None:
         raise CheckpointError(str(error)) from error
 
 
-def _judged(
-    cls: type[Loaded], cfg: MythosConfig, config_path: Path, weights_path: Path, shapes: dict[str, torch.Size]
-) -> Loaded:
-    """The model on the meta device; CheckpointError unless its tensors are those of the weights' files."""
-    for field in cls.LAYERS:  # checked before that many modules are made
+def _shapes(parts: Sequence[Path]) -> dict[str, torch.Size]:
+    """Shapes of the tensors in all files, by name; CheckpointError if one is there twice, by both of its names."""
+    shapes = dict[str, torch.Size]()
+    for part in parts:
+        for name, shape in weights.shapes(part).items():
+            if (own := name.removeprefix(PREFIX)) in shapes:
+                raise CheckpointError(f"{part} has {name!r}, but there is another {own!r}; save the model again")
+            shapes[own] = shape
+    return shapes
+
+
+def _check_layers(
+    cls: type[Model], cfg: MythosConfig, config_path: Path, weights_path: Path, shapes: dict[str, torch.Size]
+) -> None:
+    """CheckpointError for more layers than tensors, before that many modules are made."""
+    for field in cls.LAYERS:
         if getattr(cfg, field) > len(shapes):
             raise CheckpointError(
                 f"{config_path} has {field}={getattr(cfg, field)}, but {weights_path} only {len(shapes)} tensors; use "
                 f"the config that these weights were saved with"
             )
+
+
+def _judged(
+    cls: type[Loaded], cfg: MythosConfig, config_path: Path, weights_path: Path, shapes: dict[str, torch.Size]
+) -> Loaded:
+    """The model on the meta device; CheckpointError unless its tensors are those of the weights' files."""
+    _check_layers(cls, cfg, config_path, weights_path, shapes)
     if cfg.max_loop_iters > MOST_LOOPS:  # the LoRA table has a row for each
         raise CheckpointError(
             f"{config_path} has max_loop_iters={cfg.max_loop_iters}; a file may have at most {MOST_LOOPS}, and "

@@ -124,6 +124,14 @@ def test_missing_and_extra_tensors_are_named(saved):
         OpenMythos.from_pretrained(saved)
 
 
+def test_a_tensor_under_two_names_is_refused(saved):
+    tensors = load_file(saved / "model.safetensors")
+    embed = next(tensor for name, tensor in tensors.items() if name.endswith("embed.weight"))
+    save_file(tensors | {"embed.weight": embed, "core.embed.weight": embed + 1}, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors has '.*embed.weight', but there is another"):
+        OpenMythos.from_pretrained(saved)
+
+
 def test_a_shape_mismatch_names_weights_and_config(saved):
     cfg = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**cfg, "vocab_size": 24}))

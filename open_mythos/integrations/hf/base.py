@@ -124,7 +124,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
             "model.resize_token_embeddings(n) for another vocabulary",
         )
         if path.is_dir() and not kwargs.keys() & {"subfolder", "gguf_file", "state_dict"}:
-            verify_files(path)
+            verify_files(OpenMythos, path)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except OSError as error:

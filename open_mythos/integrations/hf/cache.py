@@ -71,7 +71,7 @@ class SlotCache(BaseCache):
             raise ValueError(f"the cache is a {type(cache).__name__}; pass a transformers Cache, or None")
         if not hasattr(cache, _SLOTS):
             if cache.get_seq_length() > 0:
-                raise ValueError("the cache was filled by another model; pass a new cache, or None")
+                raise ValueError("the cache was filled by another model or by prefix tuning; pass a new cache, or None")
             setattr(cache, _SLOTS, {})
             setattr(cache, _SPARE, copy.deepcopy(cache.layers[-1]) if cache.layers else None)
             cache.layers.clear()

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from open_mythos import files
 from open_mythos.config import FORMAT_VERSION, MODEL_TYPE, MythosConfig, model_fields
 
+_FOR_PEFT = ("hidden_size", "num_attention_heads")  # aliases that PEFT reads from `to_dict`
 # Arguments that transformers' own config takes besides its fields
 _ARGUMENTS = {"attn_implementation", "experts_implementation", "name_or_path", "per_layer_config", "use_return_dict"}
 
@@ -94,6 +95,14 @@ class OpenMythosConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Channels of one head's keys."""
         return self.mythos().head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the aliases that PEFT's prompt tuning looks for."""
+        return {name: getattr(self, name) for name in _FOR_PEFT} | super().to_dict()  # where both are read, ours count
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers: what is saved, without aliases."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in _FOR_PEFT}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers, but whole or not at all; with ``register_for_auto_class``, the source is saved too."""

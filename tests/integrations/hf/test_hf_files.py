@@ -116,6 +116,14 @@ def test_files_are_verified_before_transformers_reads_them(tmp_path):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("field, value", [("prelude_layers", 10**7), ("dim", 10**9), ("vocab_size", 24)])
+def test_a_config_of_another_size_than_the_weights_is_refused_before_a_model_is_made(saved, field, value):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"config.json has .*{field}={value}.*, but .*model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
 def test_tensors_of_other_shapes_are_not_left_without_values(saved):
     with pytest.raises(ValueError, match=r"ignore_mismatched_sizes=True would leave.*resize_token_embeddings"):
         AutoModelForCausalLM.from_pretrained(saved, vocab_size=40, ignore_mismatched_sizes=True)

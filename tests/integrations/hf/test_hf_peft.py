@@ -3,12 +3,20 @@
 import pytest
 import torch
 from helpers import assert_near
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 from wrapped import greedy, prompts, wrapped
 
 from open_mythos import OpenMythos
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 IDS = prompts(2, 8)
 ADAPTERS = {
     "attention": dict(target_modules=["wq", "wk", "wv", "wo", "q_down", "q_up", "kv_down", "kv_up"]),
@@ -18,7 +26,6 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("attn_type, adapter", [(a, n) for n in ADAPTERS for a in ("gqa", "mla")])
 def test_adapters_train_save_load_and_merge(tmp_path, attn_type, adapter):
     wrapped(attn_type).save_pretrained(tmp_path / "base")
@@ -51,6 +58,26 @@ def test_adapters_train_save_load_and_merge(tmp_path, attn_type, adapter):
     assert_near(merged.core(IDS, 3), after, 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # generate() passes them
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_prompts_can_be_tuned(tmp_path, kind):
+    model = get_peft_model(wrapped(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model(IDS, labels=IDS, num_loops=2).loss.backward()
+    assert trained and all(parameter.grad.abs().max() > 0 for parameter in trained)
+    logits = model.eval()(IDS).logits
+    assert torch.equal(greedy(model, IDS)[:, IDS.shape[1]], logits[:, -1].argmax(-1))
+    model.save_pretrained(tmp_path)
+    assert_near(PeftModel.from_pretrained(wrapped(), tmp_path).eval()(IDS).logits, logits)
+
+
+def test_prefix_tuning_is_refused():
+    """A prefix would be key/value rows of each loop."""
+    model = get_peft_model(wrapped(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="the cache was filled by another model or by prefix tuning; pass a new cache"):
+        model(IDS)
+
+
 PLAIN = dict(n_experts=0, lora_rank=0)  # training changes parameters only
 
 
@@ -68,7 +95,6 @@ def trained(**options):
 
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings:UserWarning")
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @torch.no_grad()
 def test_a_head_trained_apart_from_the_embedding_stays_untied(tmp_path):
     with torch.enable_grad():
@@ -84,7 +110,6 @@ def test_a_head_trained_apart_from_the_embedding_stays_untied(tmp_path):
             assert_near(found if isinstance(model, OpenMythos) else found.logits, right, 1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_embedding_and_head_trained_tied_stay_tied(tmp_path):
     model = trained(modules_to_save=["embed", "head"], ensure_weight_tying=True)
     before = model(IDS).logits.detach()
