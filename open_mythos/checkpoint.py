@@ -66,8 +66,14 @@ def remove_earlier(directory: Path, made: set[str]) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """CheckpointError for weights that safetensors cannot hold: those of a tensor subclass, such as int8 ones."""
-    for name, tensor in model.state_dict().items():
+    """CheckpointError for weights that could not be read back: of a tensor subclass, such as int8 ones, or in parts."""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if ".parametrizations." in name or (name.endswith("_orig") and name.removesuffix("_orig") + "_mask" in state):
+            raise CheckpointError(
+                f"{name} is a part of a pruned or parametrized weight; make the weight whole before saving, with "
+                f"torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
         if type(tensor) is not Tensor:
             raise CheckpointError(
                 f"{name} has type {type(tensor).__name__}, which cannot be saved; save the model before converting its "

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import ATTENTION, assert_near, tiny_model, tokens
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrizations, prune
 
 from open_mythos import CheckpointError, MythosConfig, OpenMythos
 
@@ -184,6 +185,15 @@ def test_a_loaded_model_can_be_trained_further(tmp_path):
     model.cfg.max_loop_iters = 8
     model(tokens(2, 5)).square().mean().backward()
     assert model.recurrent.block.ffn.gate_up.grad.isfinite().all()
+
+
+def test_weights_in_parts_are_not_saved(tmp_path):
+    for i, change in enumerate((prune.random_unstructured, parametrizations.weight_norm)):
+        model = tiny_model()
+        change(model.recurrent.block.attn.wo, "weight", *([0.5] if change is prune.random_unstructured else []))
+        with pytest.raises(CheckpointError, match=r"recurrent.block.attn.wo.*weight.* is a part of a pruned or param"):
+            model.save_pretrained(tmp_path / str(i))
+        assert not (tmp_path / str(i)).exists()
 
 
 def test_a_checkpoint_error_is_a_value_error():

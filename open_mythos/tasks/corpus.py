@@ -47,7 +47,7 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
         ValueError: if there is nothing to read at ``source``.
         ImportError: naming the extra to install, for ``hf:`` without ``datasets``.
     """
-    must(source.strip() != "", f"source={source!r} is empty; use {WAYS}")
+    _check_name(source)
     path, streamed = Path(source).expanduser(), source.startswith("hf:")
     if streamed:
         contents = _hugging_face(source)
@@ -69,10 +69,19 @@ def stream(source: str, max_bytes: int) -> Iterator[str]:
 
 def state(source: str) -> list[Any]:
     """State that changes when the documents of a source may have: names, sizes and times of its files."""
+    _check_name(source)
     if source == "stdlib":
         return [sys.version]
     name = source.split(":", 2)[1] if source.startswith("hf:") else source
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(name)]
+
+
+def _check_name(source: str) -> None:
+    must(source.strip() != "", f"source={source!r} is empty; use {WAYS}")
+    must(
+        not source.startswith("hf:") or source.split(":")[1].strip() != "",
+        f"source={source!r} names no dataset; use {WAYS}",
+    )
 
 
 def size(source: str, max_bytes: int) -> int:

@@ -158,6 +158,11 @@ def test_hub_errors_and_missing_columns_are_reported(
     assert message in str(error.value)
 
 
+def test_a_dataset_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="source='hf:' names no dataset; use 'stdlib', 'hf:NAME'"):
+        documents("hf:", MUCH)
+
+
 def test_a_missing_datasets_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'pip install "\.\[tasks\]"'):

@@ -54,7 +54,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
 
     Args:
         config: shape and behaviour. ``num_loops``, ``max_seq_len``, ``halting`` and ``act_threshold`` may be changed
-            there at any time.
+            there at any time; a call sets them in the core's config too.
         core: the model to wrap; a new one if None.
 
     Attributes:

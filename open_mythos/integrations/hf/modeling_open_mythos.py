@@ -104,7 +104,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for input that does not fit, or an argument that is not known.
         """
-        _check_outputs(labels, logits_to_keep, self.config.vocab_size)
+        _check_outputs(labels, logits_to_keep, self.config.vocab_size, kwargs.get("ignore_index", -100))
         n_last, some = (None, logits_to_keep) if isinstance(logits_to_keep, Tensor) else (logits_to_keep, slice(None))
         outputs = self.run(
             input_ids, inputs_embeds, attention_mask, position_ids, kwargs, n_last or None, labels is not None,
@@ -149,7 +149,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         return False  # shapes change at every token, and with halting
 
 
-def _check_outputs(labels: Any, logits_to_keep: Any, vocab_size: int) -> None:
+def _check_outputs(labels: Any, logits_to_keep: Any, vocab_size: int, ignored: Any) -> None:
     """ValueError for labels that are no tokens, and for a number of logits that is none."""
     is_number = isinstance(logits_to_keep, int) and logits_to_keep >= 0
     must(
@@ -162,8 +162,9 @@ def _check_outputs(labels: Any, logits_to_keep: Any, vocab_size: int) -> None:
     what = labels.dtype if is_tensor else type(labels).__name__
     must(is_tensor and not labels.is_floating_point(), f"labels are {what}; pass a tensor of token ids")
     if has_values(labels):
-        highest = int(labels.max()) if labels.numel() else 0
-        must(highest < vocab_size, f"labels hold {highest}; use token ids below {vocab_size}, or -100 for no loss")
+        wrong = labels[((labels < 0) & (labels != ignored)) | (labels >= vocab_size)].tolist()
+        expected = f"use token ids below {vocab_size}, or {ignored} for no loss"
+        must(not wrong, f"labels hold {wrong[0] if wrong else 0}; {expected}")
 
 
 class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):

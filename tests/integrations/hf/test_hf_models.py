@@ -238,6 +238,7 @@ def test_more_loops_than_a_cache_holds_are_refused():
     (dict(input_ids=IDS, logits_to_keep=-1), "logits_to_keep=-1; use a number of last positions"),
     (dict(input_ids=IDS, logits_to_keep="1"), "logits_to_keep='1'; use a number of last positions"),
     (dict(input_ids=IDS, labels=IDS.float()), "labels are torch.float32; pass a tensor of token ids"),
+    (dict(input_ids=IDS, labels=IDS - 99), "labels hold -.*; use token ids below 23, or -100 for no loss"),
     (dict(input_ids=IDS, labels=IDS + 23), "labels hold .*; use token ids below 23, or -100 for no loss"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_invalid_inputs_are_refused(given, message):
