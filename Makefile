@@ -19,6 +19,8 @@ HAS := $(VENV)/.open-mythos-has-
 demo: $(HAS)plots
 	$(BIN)/mythos demo
 
+# The tests start hundreds of processes: without bytecode, each would compile the sources of all that it imports.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(HAS)test-model style
 	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest && wait $$types
 
