@@ -382,8 +382,8 @@ def fill_skipped_loops(cache: Cache, loop: int, n_loops: int, past: int, n_layer
         last: Any = cache.slot(slots[0])
         n_new = last.length - past
         for slot in set(slots) - {slots[0]}:
-            raw = last.raw_before(last.length, min(n_new, ROLLBACK)) if last._raw is not None else None
-            n_raw = 0 if raw is None else last._raw.shape[1] - ROLLBACK
+            n_raw = 0 if last._raw is None else last._raw.shape[1] - ROLLBACK
+            raw = last.raw_before(last.length, min(n_new, ROLLBACK + n_raw)) if n_raw else None
             cache.slot(slot).update(last.rows[:, past:], raw, past, n_raw)
 
 

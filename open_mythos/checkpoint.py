@@ -33,7 +33,7 @@ PREFIX = "core."  # of tensor names in files that transformers wrote
 def save(model: Model, directory: str | Path, max_shard_size: int | str = SHARD) -> None:
     """Write the model's config and weights into ``directory``, which is created if it is missing.
 
-    Each file is written beside its place and moved there whole, weights first.
+    All files are written beside their places and moved there when all are complete.
 
     Args:
         model, directory: as above.
@@ -42,12 +42,13 @@ def save(model: Model, directory: str | Path, max_shard_size: int | str = SHARD)
     Raises:
         CheckpointError: for weights that safetensors cannot hold, such as torchao's int8 ones.
         ValueError: for an invalid size.
+        OSError: if the folder cannot be written; it is then as it was.
     """
     check_plain(model)
     directory, most = Path(directory), weights.n_bytes(max_shard_size)
-    directory.mkdir(parents=True, exist_ok=True)
-    made = weights.write_divided(directory / WEIGHTS_FILE, stored(model), most)
-    files.write_json(directory / CONFIG_FILE, config_file(model), indent=2)
+    with files.replacing_folder(directory) as partial:
+        made = weights.write_divided(partial / WEIGHTS_FILE, stored(model), most)
+        files.write_json(partial / CONFIG_FILE, config_file(model), indent=2)
     remove_earlier(directory, {path.name for path in made})
 
 

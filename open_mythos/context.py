@@ -52,8 +52,6 @@ class Context:
     def rows(self, which: slice | Tensor) -> Context:
         """The context of some rows of the batch."""
         keys = None if self.keys is None else self.keys[which]
-        if self.mask.is_same_for_all:
-            return self if keys is None else replace(self, keys=keys)
         per_row = self.rotary.ndim == (3 if self.rotary.is_complex() else 4) and len(self.rotary) > 1
         rotary = self.rotary[which] if per_row else self.rotary
         return replace(self, rotary=rotary, mask=self.mask.rows(which), keys=keys)

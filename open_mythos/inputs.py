@@ -8,6 +8,7 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
+from open_mythos.ops.attention import has_documents
 from open_mythos.ops.dispatch import has_values
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -65,8 +66,14 @@ def check_left_padding(attention_mask: Tensor | None, input_ids: Tensor) -> None
         return
     shapes = tuple(attention_mask.shape), tuple(input_ids.shape[:2])
     must(shapes[0] == shapes[1], f"attention_mask has shape {shapes[0]}; use {shapes[1]}, with 0 at padding")
-    if attention_mask.bool().int().diff(dim=1).lt(0).any():
-        raise ValueError("attention_mask has padding after tokens; pad prompts on the left")
+    check_mask(attention_mask)
+    must(
+        not has_documents(attention_mask),
+        "attention_mask numbers several documents, but a prompt is one document; use 1 at its tokens and 0 at padding",
+    )
+    is_token = attention_mask.bool()
+    must(not is_token.int().diff(dim=1).lt(0).any(), "attention_mask has padding after tokens; pad prompts on the left")
+    must(bool(is_token[:, -1].all()), "attention_mask has a row that is all padding; leave such prompts out")
 
 
 def check_lengths(cfg: MythosConfig, input_ids: Tensor, max_new_tokens: int, name: str = "input_ids") -> None:

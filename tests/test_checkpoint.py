@@ -12,7 +12,7 @@ from helpers import ATTENTION, assert_near, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrizations, prune
 
-from open_mythos import CheckpointError, MythosConfig, OpenMythos
+from open_mythos import CheckpointError, MythosConfig, OpenMythos, files, weights
 
 
 @pytest.fixture
@@ -185,6 +185,33 @@ def test_a_loaded_model_can_be_trained_further(tmp_path):
     model.cfg.max_loop_iters = 8
     model(tokens(2, 5)).square().mean().backward()
     assert model.recurrent.block.ffn.gate_up.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("at", ["a shard", "the config"])
+def test_a_full_disk_leaves_the_earlier_model_as_it_was(tmp_path, monkeypatch, at):
+    first, second = tiny_model(), tiny_model(rope_theta=100.0)
+    first.save_pretrained(tmp_path, max_shard_size="40KB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls, write, write_json = [0], weights.write, files.write_json
+
+    def full_at_the_third(*args, **options):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(28, "No space left on device")
+        return write(*args, **options)
+
+    def full(path, *args, **options):
+        if path.name == "config.json":
+            raise OSError(28, "No space left on device")
+        return write_json(path, *args, **options)
+
+    if at == "a shard":
+        monkeypatch.setattr(weights, "write", full_at_the_third)
+    else:
+        monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        second.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_weights_in_parts_are_not_saved(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from open_mythos import KVCache, OpenMythos
 from open_mythos.cache import Slot
 from open_mythos.dict_cache import as_cache
-from open_mythos.nn.exits import PredictionKL
+from open_mythos.nn.exits import Exit, PredictionKL
 
 T = 12
 MODELS = {attn_type: tiny_model(attn_type) for attn_type in ATTENTION}
@@ -145,3 +145,33 @@ def test_more_loops_than_the_shared_slots_hold_are_refused(loops):
     model(ids[:, :5], first, cache)
     with pytest.raises(ValueError, match=f"n_loops={then}, but loop {first + 1} of the cache holds 0"):
         model(ids[:, 5:], then, cache)
+
+
+class PromptsStopAtOnce(Exit):
+    """Prompts stop after one loop, single tokens run all loops."""
+
+    def init(self, h):
+        return ()
+
+    def check(self, carried, state):
+        return torch.full(state.h.shape[:2], state.h.shape[1] > 1), ()
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION)
+@pytest.mark.parametrize("n_first", [0, 6])
+@torch.no_grad()
+def test_a_shared_slot_that_skipped_a_prompt_can_be_truncated_as_far_as_any(attn_type, n_first):
+    model, ids, rule = tiny_model(attn_type, max_seq_len=128, conv_taps=4), tokens(1, 101), PromptsStopAtOnce()
+    found = {}
+    for cache_loops in (2, None):
+        for cut in (60, 62, 64):
+            cache = KVCache(cache_loops)
+            for i in range(n_first):
+                model(ids[:, i : i + 1], 4, cache, exit=rule)
+            model(ids[:, n_first:100], 4, cache, exit=rule)
+            cache.truncate(100 - cut)
+            found[cache_loops, cut] = model(ids[:, 100 - cut : 101 - cut], 4, cache, exit=rule)
+            assert found[cache_loops, cut].isfinite().all()
+    if not n_first:  # then every slot has the same rows
+        for cut in (60, 62, 64):
+            assert_near(found[2, cut], found[None, cut])

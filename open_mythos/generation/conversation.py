@@ -114,14 +114,14 @@ class Conversation:
         return self._undone_if_it_fails(said, min(max_new_tokens, self.model.cfg.max_seq_len // 2))
 
     def _undone_if_it_fails(self, said: str, max_new_tokens: int) -> Iterator[str]:
-        before = [dict(message) for message in self.messages], list(self.ids)
+        before = [dict(message) for message in self.messages], list(self.ids), self.n_replied
         put_back = random_state(self.generator, self.model.embed.weight.device)
         try:
             yield from self._reply(said, max_new_tokens)
         except GeneratorExit:
             raise
         except BaseException:
-            self.messages[:], self.ids = before
+            self.messages[:], self.ids, self.n_replied = before
             put_back()
             raise
 

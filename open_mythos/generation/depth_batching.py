@@ -177,7 +177,7 @@ class DepthBatch:
 
     def _step(self, requests: list[Request]) -> list[Request]:
         served = []
-        while self._queue and self._free:
+        for _ in range(min(len(self._queue), len(self._free))):  # those in ``requests``, even if some end at once
             request = self._queue.popleft()
             served += [request] * self._start(request)
         n_rows = len(self._finished) + len(self._running)

@@ -185,6 +185,6 @@ def is_own(part: nn.Module, own: tuple[type[nn.Module], ...]) -> bool:
             return False
         if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
             return False
-        if "forward" in vars(module):
+        if "forward" in vars(module) or (isinstance(module, MoEFFN) and module.engine is not swiglu_experts):
             return False
     return True

@@ -159,7 +159,7 @@ def _one_by_one(
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
         first = engine.state if warm else None
-        logits = evaluating(model, engine.step, tokens, first) if model.training else engine.step(tokens, first)
+        logits = evaluating(model if model.training else None, engine.step, tokens, first)
 
 
 def _until_done(

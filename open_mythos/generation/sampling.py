@@ -9,6 +9,8 @@ from torch import Tensor
 
 from open_mythos.arguments import checked
 
+_COLDEST = 1e-30  # below this temperature the most likely token is taken, as quotients would overflow
+
 
 @checked
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Sampling:
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., vocab) logits to float32 probabilities; filters apply in the order temperature, top-k, top-p, min-p."""
         logits = logits.float()
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
         logits = logits / self.temperature
         if self.top_k is not None:
@@ -116,6 +118,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """-inf outside the smallest set of most likely tokens that has probability ``p`` (Holtzman 2019, 1904.09751)."""
+    if p >= 1:  # sums of many probabilities are rounded up to 1
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     drop = (before >= p).scatter(-1, order, before >= p)

@@ -87,6 +87,7 @@ def balance(model: nn.Module | Loops) -> None:
     """
     for ffn in experts(model):
         if not ffn.gate_up.requires_grad:
+            ffn.expert_load.zero_()
             continue
         load = ffn.expert_load.float()
         if _has_peers():

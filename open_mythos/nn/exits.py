@@ -243,7 +243,8 @@ def parse(exit: str) -> Exit:
 def spell(exit: Exit) -> str:
     """The text that :func:`parse` reads as ``exit``; ``str(exit)`` for an exit that is not in ``NAMES``."""
     name = next((name for name, kind in NAMES.items() if kind is type(exit)), None)
-    settings = [f"{getattr(exit, field.name):g}" for field in fields(exit)] if name else []  # type: ignore[arg-type]
+    values = [getattr(exit, field.name) for field in fields(exit)] if name else []  # type: ignore[arg-type]
+    settings = [short if float(short := f"{value:g}") == value else repr(value) for value in values]
     return ":".join([name, *settings]) if name else str(exit)
 
 

@@ -132,13 +132,21 @@ class LoRAAdapter(nn.Module):
         if self.scale.weight.requires_grad:
             self.trained_loops.clamp_(min=n)
 
+    def grow(self, n: int) -> None:
+        """Make room for the scales of ``n`` loops, if the table has fewer; the rows are to be loaded then."""
+        if n > self.scale.num_embeddings:
+            self.scale = (
+                nn.Embedding(n, self.scale.embedding_dim, device="meta")
+                .to_empty(device=self.scale.weight.device)
+                .to(self.scale.weight.dtype)
+            )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load a table saved with another ``max_loops``: grow to a longer one, repeat the last row of a shorter one."""
         key = prefix + "scale.weight"
         if key in state_dict:
-            n_saved, rank = state_dict[key].shape
-            if n_saved > self.scale.num_embeddings:
-                self.scale = nn.Embedding(n_saved, rank).to(self.scale.weight)
+            n_saved = len(state_dict[key])
+            self.grow(n_saved)
             rows = torch.arange(self.scale.num_embeddings).clamp(max=n_saved - 1)
             state_dict[key] = state_dict[key][rows.to(state_dict[key].device)]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -167,6 +167,8 @@ class AttentionMask:
 
     def rows(self, which: slice | Tensor) -> AttentionMask:
         """The mask of some rows of the batch."""
+        if self.is_same_for_all:
+            return self
         valid, documents, positions = (
             None if x is None else x[which] for x in (self.valid, self.documents, self.positions)
         )

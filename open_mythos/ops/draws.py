@@ -22,7 +22,8 @@ def uniform(keys_B: Tensor, site: int, like: Tensor) -> Tensor:
     """Numbers in (0, 1) in the shape of ``like`` (B, ...), float32; ``site`` numbers what a row draws them for."""
     counts = torch.arange(math.prod(like.shape[1:]), device=like.device) * _STRIDE
     bits = _mixed(_mixed(keys_B.to(like.device, non_blocking=True) + site).unsqueeze(1) + counts)
-    return ((_shifted(bits, 40) + 0.5) * 2.0**-24).float().view(like.shape)
+    numbers = (_shifted(bits, 40).float() + 0.5) * 2.0**-24
+    return numbers.clamp(max=1 - 2.0**-24).view(like.shape)  # the last of them is rounded up to 1
 
 
 def normal(keys_B: Tensor, site: int, like: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def links(text: str, device: Device) -> tuple[Link, Link]:
     found = {False: LINKS[device.link], True: LINKS[BETWEEN]}
     words = [word.strip() for word in text.split(",")] if text else []
     must(len(words) <= 2, f"--interconnect {text!r} names {len(words)} links; name one or two, as in pcie,ethernet")
+    named = set[bool]()
     for place, word in enumerate(words):
         try:
             rate = float(word)
@@ -79,9 +80,13 @@ def links(text: str, device: Device) -> tuple[Link, Link]:
             known = ["nvlink", *LINKS]
             must(name in LINKS, f"--interconnect {word!r} is unknown; {nearest(word, known)} Or give GB/s, as in 25")
             must(word != "nvlink" or name != "pcie", f"--interconnect {word!r}: this GPU has none; use pcie")
-            found[LINKS[name].joins_machines] = LINKS[name]
-            continue
-        must(0 < rate < math.inf, f"--interconnect {word!r}: give GB/s above 0, as in 25")
-        joins = place == 1 or len(words) == 1
-        found[joins] = Link(rate * 1e9, found[joins].latency, joins)
+            joins = LINKS[name].joins_machines
+            where = "between" if joins else "within"
+            must(joins not in named, f"--interconnect {text!r} names two links {where} machines; name one of each kind")
+            found[joins] = LINKS[name]
+        else:
+            must(0 < rate < math.inf, f"--interconnect {word!r}: give GB/s above 0, as in 25")
+            joins = place == 1 or len(words) == 1
+            found[joins] = Link(rate * 1e9, found[joins].latency, joins)
+        named.add(joins)
     return found[False], found[True]

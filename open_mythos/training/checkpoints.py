@@ -16,6 +16,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import shutil
 import threading
 import zipfile
@@ -40,6 +41,7 @@ _MANIFEST = {"files": {STATE_FILE: _LISTED, "*": _LISTED}, "seconds?": float}
 _INDEX = [{"path": [(str, int)], "shape": [int], "at": [{"file": str, "start": [int], "size": [int]}]}]
 _PIECES = "pieces"  # key of the index of divided tensors in a state, and prefix of their files
 _PREFIX, _PARTIAL = "step_", ".partial"
+_NAME = re.compile(_PREFIX + r"\d{8,}")
 _UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError)
 _CHUNK = 1 << 22  # bytes that are read at a time
 
@@ -327,8 +329,22 @@ def newest(directory: Path, log: Callable[[str], None]) -> tuple[Path, dict[str,
 
 
 def newest_first(directory: Path) -> list[Path]:
-    """The checkpoints in ``directory``, whole or damaged."""
-    return sorted((path for path in directory.glob(_PREFIX + "*") if path.suffix != _PARTIAL), reverse=True)
+    """The checkpoints in ``directory``, whole or damaged; not copies under other names."""
+    return sorted((path for path in directory.glob(_PREFIX + "*") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def adopt(checkpoint: Path, directory: Path) -> None:
+    """Copy ``checkpoint`` to ``directory``, and remove later ones there, so that a killed run resumes from it."""
+    place = directory / f"{_PREFIX}{files.read_json(checkpoint / MANIFEST_FILE, {'step': int})['step']:08d}"
+    is_there = files.real(checkpoint) == files.real(place)
+    for other in newest_first(directory):
+        if other > place or (other == place and not is_there):
+            shutil.rmtree(other)
+    if not is_there:
+        directory.mkdir(exist_ok=True)
+        with files.replacing_folder(place) as partial:
+            for file in checkpoint.iterdir():
+                shutil.copyfile(file, partial / file.name)
 
 
 def _together(work: Callable[[], T], group: Any) -> list[T]:

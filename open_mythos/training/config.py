@@ -75,7 +75,9 @@ class LossConfig(Checked):
     ratio: float = real(0.5, 0.0, 1.0, low_open=True)  # geometric only: weight of a loop over that of the next
     progressive: float = real(0.5, 0.0, 1.0)
     outcome: float = real(0.0, 0.0, 1.0)  # steps only: last share of the run, which supervises the final answer alone
-    fixed_point: float = real(0.0, 0.0)  # weight of the last loop's squared relative state change, from full size on
+    # weight of the last loop's squared relative state change, from full size on: a mean over the loss's targets, of
+    # which only the final ones count, so that depth="steps" has less of it
+    fixed_point: float = real(0.0, 0.0)
     z: float = real(0.0, 0.0)  # weight of the squared log-partition of the logits (PaLM, 2204.02311)
     chunk: int = size(0, minimum=0)  # tokens whose logits are in memory at one time; 0: about a quarter of a GB of them
     # model directory of a teacher of the same vocabulary, run at its own max_loop_iters: `distill` is the weight of the

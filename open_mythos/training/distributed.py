@@ -47,7 +47,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         must(device.type != "meta", f"device={name!r} cannot compute anything; use 'auto' or 'cpu'")
         if device.type == "cuda" and device.index is None and world_size() > 1:
+            must("LOCAL_RANK" in os.environ, "LOCAL_RANK is not set, so no process knows its GPU; start with torchrun")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)  # FSDP and NCCL use the current device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).partition("\n")[0]

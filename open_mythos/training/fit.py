@@ -28,7 +28,7 @@ from open_mythos.training.allocator import is_full
 from open_mythos.training.checkpoints import Saving
 from open_mythos.training.config import TrainConfig
 from open_mythos.training.gate import ROUNDS, train_gate
-from open_mythos.training.loggers import Logger, Record, open_loggers
+from open_mythos.training.loggers import Logger, MetricsFile, Record, open_loggers, requested
 from open_mythos.training.overrides import differences
 from open_mythos.training.owner import owned
 from open_mythos.training.parallel.pace import Pace
@@ -79,6 +79,7 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
     """
     watch = watch or Watch()
     is_main = distributed.rank() == 0
+    requested(cfg.loggers)
     if not is_main:
         watch = Watch(log=lambda message: None)
     with Stop() as stop, owned(run, watch.log) if is_main else nullcontext(), telling(run, watch, stop):
@@ -95,6 +96,8 @@ def fit(cfg: TrainConfig, run: Path, resume: str = "never", watch: Watch | None 
                 watch.log(f"optim.warmup={cfg.optim.warmup}, steps={cfg.steps}: {reached}; lower optim.warmup")
             distributed.wait()  # all processes look for checkpoints before the first one writes
             if is_main:
+                if resume not in ("auto", "never"):
+                    checkpoints.adopt(Path(resume), run / runs.CHECKPOINTS)
                 (run / runs.EVALUATION).unlink(missing_ok=True)  # its difficulties may differ from the new config's
                 cfg.save(run / runs.RUN_CONFIG)
             train(trainer, meter, run, watch, stop)
@@ -224,6 +227,7 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
     cfg, is_due = trainer.cfg, False
     is_main = distributed.rank() == 0
     saving, pace = Saving(run / runs.CHECKPOINTS), Pace()
+    late: OSError | None = None  # of the last line
     loggers = open_loggers(cfg.loggers, run, cfg.to_dict(), trainer.step_number, watch.log) if is_main else []
     try:
         with stop.held():
@@ -241,7 +245,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                     line = meter.record(trainer)
                     try:
                         for logger in loggers:
-                            log_line(logger, line, is_last, watch.log)
+                            error = log_line(logger, line, watch.log)
+                            late = error if is_last and error is not None else late
                         watch.record(line)
                     except KeyboardInterrupt:  # raised by a handler other than ours
                         if stop.asked:  # the second signal ends the run at once
@@ -254,6 +259,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                     save(saving, trainer, meter, watch.log)
                     is_due = False
             written(saving, cfg, watch.log)
+            if late is not None:
+                raise late
             if trainer.skipped and trainer.step_number == cfg.steps:
                 watch.log(
                     f"{trainer.skipped} of {cfg.steps} steps were skipped, as the loss or gradient was not finite"
@@ -267,14 +274,18 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
             logger.close()
 
 
-def log_line(logger: Logger, line: Record, is_last: bool, log: Callable[[str], None]) -> None:
-    """Log a line. A failure is logged and training continues, except for the last one."""
+def log_line(logger: Logger, line: Record, log: Callable[[str], None]) -> OSError | None:
+    """Log a line. A failure is logged and training continues; it is returned if it is of the metrics file."""
+    is_file = isinstance(logger, MetricsFile)
     try:
         logger.log(line)
-    except OSError as error:
-        if is_last:
+    except Exception as error:
+        if is_file and not isinstance(error, OSError):
             raise
-        log(f"step {line['step']}: metrics not written ({error}); they will be written with the next line")
+        later = "they will be written with the next line" if is_file else f"{type(logger).__name__} failed"
+        log(f"step {line['step']}: metrics not written ({error}); {later}")
+        return error if is_file and isinstance(error, OSError) else None
+    return None
 
 
 def save(saving: Saving, trainer: Trainer, meter: Meter, log: Callable[[str], None]) -> None:
@@ -333,6 +344,8 @@ def averaged(checkpoint: Path) -> tuple[OpenMythos, dict[str, Any], TrainConfig]
     model.cfg.rope_factor = model.cfg.rope_factor if cfg.stretch == 1 else cfg.stretch  # as `finish` sets it
     old = state["processes"][0]["carried"] if "processes" in state else state  # of earlier versions
     found = state["ema"]["average"] | old["buffers"]
+    if (lora := model.recurrent.lora) is not None and (table := found.get("recurrent.lora.scale.weight")) is not None:
+        lora.grow(table.shape[0])  # the model that training started from may have had more loops
     for name, like in stored(model).items():
         is_there = name in found and found[name].shape == like.shape
         must(is_there, f"{checkpoint} does not match the model of its config: see its {name}; use another checkpoint")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +27,12 @@ class Logger(Protocol):
 class MetricsFile:
     """JSON lines, written unbuffered; non-finite numbers become null.
 
-    Lines that cannot be written are kept in memory and written with the next one.
+    Lines that cannot be written are kept in memory and written with the next one, or at the end.
 
     Args:
         path: appended to.
         after_step: step that the run resumes from; lines of later steps, and a truncated last line, are dropped. A
-            file with damaged lines is renamed, and a new one starts with the lines that can be read.
+            file with damaged lines is kept under another name, and a new one starts with the lines that can be read.
         say: called with a message if lines are damaged.
     """
 
@@ -42,7 +43,7 @@ class MetricsFile:
             aside = next(
                 a for n in itertools.count(1) if not (a := path.with_name(f"{path.name}.damaged-{n}")).exists()
             )
-            path.replace(aside)
+            files.write(aside, path.read_bytes())
             say(
                 f"{path} has {damaged} damaged lines: it is kept as {aside.name}, and a new file continues without them"
             )
@@ -52,6 +53,9 @@ class MetricsFile:
     def log(self, record: Record) -> None:
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
         self.waiting += f"{json.dumps(finite)}\n".encode()
+        self._write()
+
+    def _write(self) -> None:
         try:
             with self.path.open("r+b", buffering=0) as file:  # fails if the file has vanished, unlike "ab"
                 file.seek(self.size)
@@ -62,7 +66,9 @@ class MetricsFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
-        pass
+        """Write what is waiting, if it can be written now; what failed was reported when it did."""
+        with suppress(OSError):
+            self._write()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -131,12 +137,18 @@ def open_loggers(
         ValueError: for an unknown name, with the nearest known one.
         ImportError: naming the extra, if a logger's package is not installed.
     """
-    requested = [name.strip() for name in names.split(",") if name.strip()]
-    for name in requested:
+    extra = [LOGGERS[name](run, config, after_step) for name in requested(names)]
+    return [MetricsFile(run / "metrics.jsonl", after_step, say), *extra]
+
+
+def requested(names: str) -> list[str]:
+    """The loggers ``names``; errors as :func:`open_loggers`, before anything is written."""
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    for name in found:
         if name not in LOGGERS:
             raise ValueError(f"loggers={names!r}: unknown logger {name!r}; {nearest(name, LOGGERS)}")
-    extra = [LOGGERS[name](run, config, after_step) for name in requested]
-    return [MetricsFile(run / "metrics.jsonl", after_step, say), *extra]
+        _import("torch.utils.tensorboard" if name == "tensorboard" else name, name)
+    return found
 
 
 def _import(module: str, package: str) -> Any:

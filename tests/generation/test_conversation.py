@@ -94,6 +94,19 @@ def test_a_conversation_continues_without_an_interrupted_reply(monkeypatch: pyte
     assert talk.ids == without_cache(talk, [0, *encoded("more")], 3)
 
 
+def test_an_interrupted_reply_leaves_the_last_one_to_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = make_conversation()
+    list(talk.reply("hello", 3))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk, "_logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.reply("more", 3))
+    assert talk.n_replied == 3
+
+
 @pytest.mark.parametrize("ended_by", ["another message", "reset"])
 def test_an_unread_reply_ends_where_the_next_turn_begins(ended_by: str) -> None:
     talk = make_conversation()

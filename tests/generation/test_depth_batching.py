@@ -167,3 +167,35 @@ def test_training_mode_and_unrolled_models_are_refused():
         DepthBatch(model_of().train())
     with pytest.raises(ValueError, match="a separate block for each loop"):
         UnrolledMythos(model_of().cfg).eval().generate_many(PROMPTS[:1], 3)
+
+
+def test_requests_that_end_with_their_first_token_report_their_errors():
+    model = model_of(tied_head=False)
+    with torch.no_grad():
+        model.embed.weight[5] = float("nan")
+    prompts = [torch.tensor([1]), torch.tensor([5]), torch.tensor([2])]
+    for max_rows in (1, 8):
+        with pytest.raises(ValueError, match="not finite"):
+            model.generate_many(prompts, 1, 2, temperature=0, max_rows=max_rows)
+
+
+def test_an_interrupted_step_loses_no_request_that_ends_with_its_first_token(monkeypatch):
+    model = model_of()
+    batch = DepthBatch(model, max_rows=1)
+    requests = [batch.add(prompt, 1, 2, GREEDY) for prompt in PROMPTS[:3]]
+    start, calls = DepthBatch._start, [0]
+
+    def interrupted(self, request):
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        return start(self, request)
+
+    monkeypatch.setattr(DepthBatch, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        while batch.busy:
+            batch.step()
+    while batch.busy:
+        batch.step()
+    expected = [alone(model, prompt, 1, 2)[-1:].tolist() for prompt in PROMPTS[:3]]
+    assert [request.tokens for request in requests] == expected and all(request.done for request in requests)

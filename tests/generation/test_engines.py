@@ -222,3 +222,27 @@ def test_fusing_leaves_the_model_unchanged():
     assert_near(fused(ids), before)
     assert torch.equal(model(ids), before) and [name for name, _ in model.named_modules()] == names
     assert fused.embed is model.embed and fused.recurrent.act is model.recurrent.act
+
+
+def test_an_engine_of_experts_and_stages_of_a_subclass_take_effect():
+    class Negated(OpenMythos):
+        def decode(self, *args, **options):
+            return -super().decode(*args, **options)
+
+    model, ids = a_model(), ids_of(1, 6)
+    model.recurrent.block.ffn.engine = lambda x, *others: torch.zeros_like(x)
+    negated = a_model()
+    negated.__class__ = Negated
+    for changed in (model, negated):
+        expected = changed.generate(ids, 6, 3, temperature=0, engine="modules")
+        assert torch.equal(changed.generate(ids, 6, 3, temperature=0), expected)
+    assert "layers" in why_not_fused(model)
+    with pytest.raises(ValueError, match="the model has its own encode_at, first_state or decode"):
+        negated.generate(ids, 6, 3, engine="native")
+
+
+def test_engines_agree_on_the_rotary_table_of_the_model():
+    model, ids = a_model(), ids_of(1, 40)
+    model.cfg.rope_theta = 3.0  # no field that may be changed later
+    expected = model.generate(ids, 8, 3, temperature=0, engine="modules")
+    assert torch.equal(model.generate(ids, 8, 3, temperature=0), expected)

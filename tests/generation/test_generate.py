@@ -331,3 +331,35 @@ def test_a_warm_start_requires_noise_as_state_init_and_no_draft():
             tiny_model(state_init=state_init).generate(tokens(1, 3), 2, warm_start=True)
     with pytest.raises(ValueError, match="draft_loops=1"):
         tiny_model(state_init="noise", halting=False).generate(tokens(1, 3), 2, warm_start=True, draft_loops=1)
+
+
+@pytest.mark.parametrize("changes", [dict(halting=True), dict(halting=False, state_noise=0.5)], ids=str)
+def test_a_part_of_the_model_in_training_mode_computes_as_in_eval_mode(changes):
+    model, ids = tiny_model(**changes), tokens(1, 5)
+    expected = model.generate(ids, 4, 3, temperature=0, engine="modules")
+    model.recurrent.train()
+    assert torch.equal(model.generate(ids, 4, 3, temperature=0, engine="modules"), expected)
+    assert model.recurrent.training and not model.training
+
+
+@pytest.mark.parametrize("mask, message", [
+    ([-3, -1, 1, 1, 1], "holds values other than 0"),
+    ([1, 1, 2, 2, 2], "numbers several documents, but a prompt is one document"),
+    ([0, 0, 0, 0, 0], "has a row that is all padding; leave such prompts out"),
+    ([1, 1, 1, 1, 0], "has padding after tokens"),
+], ids=str)  # fmt: skip
+def test_invalid_masks_are_refused_at_the_call(mask, message):
+    for call in (MODELS["gqa"].stream, MODELS["gqa"].generate):
+        with pytest.raises(ValueError, match=message):
+            call(tokens(1, 5), 3, 2, attention_mask=torch.tensor([mask]))
+
+
+def test_the_smallest_temperature_takes_the_most_likely_token():
+    logits = torch.randn(3, 40)
+    for temperature in (1e-30, 1e-39, 5e-324):
+        assert torch.equal(Sampling(temperature).draw(logits), logits.argmax(-1))
+
+
+def test_top_p_of_1_keeps_every_token():
+    logits = torch.randn(1, 150_000) * 3
+    assert torch.equal(keep_top_p(logits, 1.0), logits)

@@ -272,6 +272,13 @@ def test_exits_are_parsed_from_their_names(text, expected):
     assert exits.parse(exits.spell(expected)) == expected
 
 
+@pytest.mark.parametrize(
+    "rule", [Gate(0.9999999), Gate(1 / 3), StateChange(0.12345678, 2), StateChange(1e-12)], ids=str
+)
+def test_a_spelled_exit_is_parsed_as_the_same(rule):
+    assert exits.parse(exits.spell(rule)) == rule
+
+
 def test_an_exit_is_spelled_as_on_the_command_line():
     class Mine(Gate):
         pass

@@ -189,3 +189,12 @@ def test_a_batch_skipped_as_not_finite_leaves_the_gate_finite():
         scaler.step(optimizer)
         scaler.update()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_training_step_may_have_positions_for_each_row():
+    model, ids = tiny_model().train(), tokens(9, 6)
+    positions = torch.arange(6).expand(9, 6) + 3 * torch.arange(9).unsqueeze(1)
+    h, _ = model.states(ids, 2, positions=positions)
+    h.sum().backward()
+    one, _ = model.states(ids[7:8], 2, positions=positions[7:8])
+    assert_near(h[7:8], one)

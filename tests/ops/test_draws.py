@@ -25,3 +25,22 @@ def test_draws_are_uniform_and_normal():
     assert (rows @ rows.t() / 4096 - torch.eye(64)).abs().max() < 0.08  # rows are uncorrelated
     x = normal(row_keys(5, 0, 64), 0, like)
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs((x**4).mean() - 3) < 0.1
+
+
+def test_no_draw_is_0_or_1(monkeypatch):
+    """Of the 24 bits of a number, all ones are rounded up, and all zeros are half a step from 0."""
+    like = torch.empty(1, 2)
+    bits = torch.tensor([[(1 << 63) - 1 - (1 << 63), 0]])
+    monkeypatch.setattr("open_mythos.ops.draws._mixed", lambda x: bits.expand(*x.shape) if x.ndim == 2 else x)
+    found = uniform(row_keys(0, 0, 1), 0, like)
+    assert found.min() > 0 and found.max() < 1 and normal(row_keys(0, 0, 1), 0, like).isfinite().all()
+
+
+def test_draws_do_not_depend_on_the_default_dtype():
+    keys, like = row_keys(0, 1, 2), torch.empty(2, 4096)
+    expected = uniform(keys, 1, like)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(uniform(keys, 1, like), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -34,6 +34,8 @@ def test_link_rates_apply_between_machines_or_to_both_links() -> None:
         ("nan", "give GB/s above 0"),
         ("a,b,c", "names 3 links"),
         ("nvlink", "this GPU has none; use pcie"),
+        ("25,pcie", "names two links within machines"),
+        ("infiniband,ethernet", "names two links between machines"),
     ],
 )
 def test_invalid_links_are_refused(text: str, said: str) -> None:

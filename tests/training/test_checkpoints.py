@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -245,3 +246,11 @@ def test_the_newest_checkpoints_and_one_per_period_are_kept(tmp_path: Path) -> N
     for step in range(1, 10):
         checkpoints.save(tmp_path, step, {"meter": {"seconds": 1800.0 * step}}, 2, hours=1.5)
     assert [int(name[-2:]) for name in names(tmp_path)] == [1, 3, 6, 8, 9]
+
+
+def test_a_copy_under_another_name_is_neither_loaded_nor_removed(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, 4, {"x": 4}, keep=1)
+    shutil.copytree(tmp_path / "step_00000004", tmp_path / "step_00000004-good")
+    checkpoints.save(tmp_path, 8, {"x": 8}, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004-good", "step_00000008"]
+    assert [path.name for path in checkpoints.newest_first(tmp_path)] == ["step_00000008"]

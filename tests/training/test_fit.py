@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_model
 from test_trainer import spoil
 from tiny import tiny_run
 
 from open_mythos import OpenMythos
 from open_mythos.evaluation.summary import Evaluation
-from open_mythos.training import checkpoints, runs
+from open_mythos.training import checkpoints, loggers, runs
 from open_mythos.training.config import TrainConfig
-from open_mythos.training.fit import Watch, fit
+from open_mythos.training.fit import Watch, averaged, fit
 from open_mythos.training.loggers import read_metrics
 from open_mythos.training.trainer import TrainingError
 
@@ -190,6 +192,30 @@ def test_a_checkpoint_given_by_path_resumes_in_another_folder(tmp_path: Path) ->
         fit(tiny_run(), tmp_path / "branch", resume=str(tmp_path / "whole/checkpoints/step_00000008"), watch=quiet())
 
 
+def test_a_run_resumed_from_a_path_may_be_killed_before_its_next_checkpoint(tmp_path: Path) -> None:
+    """In another folder, and back to an earlier checkpoint in its own."""
+    whole, branch = tmp_path / "whole", tmp_path / "branch"
+    fit(tiny_run(), whole, watch=quiet())
+    lines = metrics(whole)
+    for run in (branch, whole):
+        with pytest.raises(Stopped):
+            fit(tiny_run(), run, resume=str(whole / "checkpoints/step_00000008"), watch=stop_after(10))
+        fit(tiny_run(), run, resume="auto", watch=quiet())
+        assert metrics(run) == (lines[8:] if run == branch else lines)
+    assert plain(checkpoints.load(branch / "checkpoints/step_00000012")["trainer"]) == plain(
+        checkpoints.load(whole / "checkpoints/step_00000012")["trainer"]
+    )
+
+
+def test_a_checkpoint_is_exported_if_training_started_from_a_model_of_more_loops(tmp_path: Path) -> None:
+    tiny_model(dim=16, vocab_size=3, max_loop_iters=8).save_pretrained(tmp_path / "start")
+    cfg = tiny_run(f"start={tmp_path / 'start'}", "model.max_loop_iters=3", "steps=4")
+    fit(cfg, tmp_path / "run", watch=quiet())
+    model, tensors, _ = averaged(tmp_path / "run/checkpoints/step_00000004")
+    assert tensors["recurrent.lora.scale.weight"].shape[0] == model.recurrent.lora.scale.num_embeddings == 8
+    assert tensors.keys() == OpenMythos.from_pretrained(tmp_path / "run/model").state_dict().keys() - {"head.weight"}
+
+
 def test_resume_auto_without_a_checkpoint_starts_from_scratch(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         fit(tiny_run(), tmp_path, watch=stop_after(2))
@@ -229,6 +255,45 @@ def test_a_failed_checkpoint_ends_a_run_only_at_the_last_step(tmp_path: Path, mo
     monkeypatch.setattr(checkpoints, "save", lambda *args: full(tmp_path, 8))
     with pytest.raises(OSError, match=r"the last checkpoint was not written .*No space left.*--resume auto"):
         fit(tiny_run("save_every=12"), tmp_path / "last", watch=quiet(messages))
+
+
+def test_a_failing_logger_costs_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def log(self, line: Any) -> None:
+            if line["step"] == 6:
+                raise RuntimeError("no network")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", lambda *args: Failing())
+    messages = list[str]()
+    fit(tiny_run("loggers=wandb"), tmp_path, watch=quiet(messages))
+    assert messages == ["step 6: metrics not written (no network); Failing failed"]
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+
+
+def test_the_last_checkpoint_is_written_before_a_failure_of_the_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = loggers.MetricsFile.log
+
+    def full(self: loggers.MetricsFile, line: Any) -> None:
+        if line["step"] == 12:
+            raise OSError(28, "No space left on device")
+        log(self, line)
+
+    monkeypatch.setattr(loggers.MetricsFile, "log", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(tiny_run("save_every=7"), tmp_path, watch=quiet())
+    assert (tmp_path / "checkpoints/step_00000012/manifest.json").is_file()
+
+
+def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown logger 'wandbb'; did you mean 'wandb'"):
+        fit(tiny_run("loggers=wandbb"), tmp_path / "run", watch=quiet())
+    fit(tiny_run(), tmp_path / "run", watch=quiet())
 
 
 def test_a_run_that_diverges_writes_its_metrics_before_the_error(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from open_mythos import files
 from open_mythos.training.loggers import MetricsFile, open_loggers, read_metrics
 
 
@@ -39,6 +40,38 @@ def test_a_line_is_written_at_once_as_plain_json(tmp_path: Path) -> None:
     text = (tmp_path / "metrics.jsonl").read_text()
     file.close()
     assert json.loads(text) == {"step": 1, "loss": None, "norm": None, "balance": None}
+
+
+def test_a_line_that_could_not_be_written_is_written_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            file.log({"step": 1, "loss": 0.5})
+    file.close()
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_a_full_disk_while_damaged_lines_are_dropped_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 0, 1, 2)
+    path.write_text("damaged\n" + path.read_text())
+    content, replacing = path.read_text(), files.write
+
+    def full(target: Path, content: str | bytes) -> None:
+        if target == path:
+            raise OSError(28, "No space left")
+        replacing(target, content)
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        MetricsFile(path, 2)
+    assert path.read_text() == content
 
 
 def test_an_unknown_logger_suggests_the_nearest_name(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from open_mythos.nn.linear import Head, Linear, RMSNorm
 from open_mythos.ops.loop_index import loop_index_embedding
 from open_mythos.ops.rope import rope_frequencies
 
+_STAGES = "encode_at", "first_state", "decode"
+_OF_MODELS = Model.__module__.replace("interface", "model")  # defines the stages that the C code computes
 _GATE = ACTHalting, Linear, nn.Linear
 _AROUND = (RMSNorm, LoRAAdapter, Linear, Head, nn.Embedding, nn.Identity)
 
@@ -43,6 +45,8 @@ def why_not(model: Model, depth: Depth, drafts: bool) -> str | None:
             f"it supports recurrence='injected', router_score='sigmoid' and causal=True, but the model has "
             f"{cfg.recurrence!r}, {cfg.router_score!r} and {cfg.causal}"
         )
+    if any(name in vars(model) or getattr(type(model), name).__module__ != _OF_MODELS for name in _STAGES):
+        return f"the model has its own {', '.join(_STAGES[:-1])} or {_STAGES[-1]}"
     if cfg.bridge_dim:
         return f"it does not support a bridge, but the model has bridge_dim={cfg.bridge_dim}"
     if (why := why_not_fused(model)) is not None:
@@ -189,11 +193,12 @@ class NativeEngine(ModuleEngine):
 
     def _model(self, model: Model, core: list[FusedBlock], n_loops: int) -> Any:
         cfg, recurrent, attn = model.cfg, model.recurrent, core[0].attn
+        rope: tuple[int, float, float, int] = cast(Any, model)._rope
         found: Any = _CModel(
             dim=cfg.dim, vocab=cfg.vocab_size, H=attn.n_heads, n_taps=attn.n_taps, ring=ROLLBACK + attn.n_taps - 1,
             n_prelude=len(model.prelude), n_core=len(core), n_coda=len(model.coda),
             start_from_input=cfg.state_init == "input", eps=model.norm.eps,
-            frequencies=self._at(rope_frequencies(*cfg.rope, device="cpu"), torch.float64),
+            frequencies=self._at(rope_frequencies(*rope, device="cpu"), torch.float64),
             embed=self._at(model.embed.weight), head=self._at(model.head.weight),
             A=self._at(recurrent.injection.get_A()), B=self._at(recurrent.injection.B),
             norm=self._at(model.norm.weight), **_attention_sizes(attn),

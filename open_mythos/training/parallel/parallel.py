@@ -197,6 +197,8 @@ class Parallel:
             has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
             dist.all_reduce(has, group=group)
             used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
+            if not used:  # none is trained
+                continue
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat, group=group)
