@@ -51,10 +51,14 @@ def model_dir(source: str | Path) -> Path:
     raise ValueError(f"{source} is {said}{hub_hint(source)}")
 
 
+_OF_RUNS = CONFIG_FILE, "metrics.jsonl", "checkpoints", "evaluation.json"  # what a run has beside its model
+
+
 @checked
 def home_dir(directory: Path) -> Path:
     """The run that a model's ``directory`` lies in, or itself if it lies in none."""
-    return directory.parent if directory.name == MODEL else directory
+    is_in_run = directory.name == MODEL and any((directory.parent / name).exists() for name in _OF_RUNS)
+    return directory.parent if is_in_run else directory
 
 
 @checked

@@ -10,7 +10,7 @@ import pytest
 from helpers import tiny_model
 
 from open_mythos import checkpoint, models
-from open_mythos.models import card_of, load_model, model_dir, save_model, tokenizer_of
+from open_mythos.models import card_of, home_dir, load_model, model_dir, save_model, tokenizer_of
 from open_mythos.training.baselines import UnrolledMythos
 
 
@@ -19,6 +19,13 @@ def test_a_model_is_found_by_its_run_or_its_own_directory(tmp_path: Path) -> Non
     assert model_dir(tmp_path) == model_dir(tmp_path / "model") == tmp_path / "model"
     model = load_model(str(tmp_path))
     assert model.cfg.dim == 32 and not model.training
+
+
+def test_a_folder_called_model_is_a_runs_only_beside_what_a_run_writes(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert home_dir(tmp_path / "model") == tmp_path / "model"
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert home_dir(tmp_path / "model") == tmp_path
 
 
 def test_sharded_weights_are_loaded(tmp_path: Path) -> None:

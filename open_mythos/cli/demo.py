@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from open_mythos.cli.console import console, mythos, note, table, typed
-from open_mythos.fields import must
+from open_mythos.fields import MAX_SEED, must
 
-PRETRAINED = "parity-tiny"
+PRETRAINED, STEPS = "parity-tiny", 800
 
 
 def demo(
@@ -19,8 +19,8 @@ def demo(
             file_okay=False, help="Output directory; default: runs/demo, or runs/demo-pretrained with --pretrained."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
-    seed: Annotated[int, typer.Option(help="Seed for weights and data.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help=f"Training steps; default: {STEPS}.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed for weights and data.")] = 0,
     pretrained: Annotated[bool, typer.Option("--pretrained", help=f"Use {PRETRAINED} instead of training.")] = False,
 ) -> None:
     """Train a small model and show its accuracy by loops."""
@@ -41,6 +41,8 @@ def demo(
     from open_mythos.training.recipes import configured
     from open_mythos.training.stopping import Stop
 
+    must(not pretrained or steps is None, f"--steps {steps}: {PRETRAINED} is already trained; leave it out")
+    steps = steps or STEPS
     out = out or Path("runs") / ("demo-pretrained" if pretrained else "demo")
     plots.require_matplotlib()
     may_replace_run(out)

@@ -59,6 +59,7 @@ def eval(
     if isinstance(loaded, Text):
         must(seeds is None, f"--seeds {seeds}: text is measured on evenly spaced windows; leave --seeds out")
         path = eval_text(model, loaded, cfg, exit, out)
+        (out / "grid.png").unlink(missing_ok=True)  # of an earlier evaluation on problems
     else:
         path = eval_problems(model, loaded, cfg, whole_numbers("--seeds", seeds or "0", "0,1,2"), exit, out)
     plot, run = out / "grid.png", model_dir(checkpoint).parent

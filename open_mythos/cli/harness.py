@@ -11,7 +11,7 @@ from open_mythos.cli.console import announce, console, mythos, note, picture, ta
 from open_mythos.cli.owned import may_replace
 from open_mythos.fields import must
 from open_mythos.install import find_hub
-from open_mythos.integrations.harness import Curve, harness
+from open_mythos.integrations.harness import Curve, scores
 from open_mythos.models import model_dir
 from open_mythos.training.distributed import find_device
 from open_mythos.training.runs import evaluation_dir
@@ -35,14 +35,21 @@ def eval_harness(
     may_replace(path, drawing)
     find_hub()
     at = find_device(device)
-    curves = harness(model_dir(checkpoint), names.split(","), counts, include, examples, begin=announce, device=at)
+    curves = list[Curve]()
+    try:
+        for curves in scores(model_dir(checkpoint), names.split(","), counts, include, examples, 8, announce, at):
+            out.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, [dataclasses.asdict(curve) for curve in curves])
+    except BaseException:
+        if curves:
+            done = ", ".join(map(str, curves[0].loops))
+            announce(f"stopped; the scores of {done} loops are in {path}")
+        raise
     show(curves)
-    out.mkdir(parents=True, exist_ok=True)
     panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}  # metric, task, loops: value, error
     for curve in curves:
         points = zip(curve.loops, zip(curve.values, curve.errors, strict=True), strict=True)
         panels.setdefault(curve.metric, {})[curve.task] = dict(points)
-    files.write_json(path, [dataclasses.asdict(curve) for curve in curves])
     also = f"   plot: {drawing}" if picture(lambda: plots.scores_by_loops(panels, drawing)) else ""
     found_in = () if include is None else ("--include-path", include)
     more = mythos("eval", checkpoint, "--harness", names, *found_in, "--loops", 2 * max(counts))

@@ -12,13 +12,14 @@ from open_mythos.training import runs
 
 MARK = b"OpenMythos"  # in the first bytes of our HTML pages and pictures
 _AHEAD = 4096
+_SAID_BY_RUNS = {"recipe", "task"}
 _OURS: dict[str, Callable[[Any], bool]] = {  # by name, how our JSON files are recognised
     "evaluation.json": lambda data: "grids" in data or "bits_per_byte" in data,
     "compare.json": lambda data: "contenders" in data,
     "harness.json": lambda data: all("higher_is_better" in curve for curve in data),
     "table.json": lambda data: all(" bits" in name for name in data),
     "example.json": lambda data: "tokens" in data,
-    CONFIG_FILE: lambda data: data.get("model_type") == MODEL_TYPE or {"recipe", "task"} <= data.keys(),
+    CONFIG_FILE: lambda data: data.get("model_type") == MODEL_TYPE or data.keys() >= _SAID_BY_RUNS,
 }
 
 
@@ -49,9 +50,21 @@ def may_replace_model(directory: Path, is_agreed: bool) -> None:
 
 def may_replace_run(run: Path) -> None:
     """As :func:`may_replace`, for all that training writes: files beside a run's config belong to the run."""
-    if not (run / runs.RUN_CONFIG).exists():
+    config = run / runs.RUN_CONFIG
+    must(
+        not config.exists() or (run / runs.CHECKPOINTS).is_dir() or _is_of_run(config),
+        f"{config} exists and is not of a training run, so it is not overwritten; give another directory",
+    )
+    if not config.exists():
         may_replace_model(run / runs.MODEL, is_agreed=True)
         may_replace(run / runs.METRICS, run / runs.CHECKPOINTS, run / runs.EVALUATION)
+
+
+def _is_of_run(config: Path) -> bool:
+    try:
+        return files.read_json(config).keys() >= _SAID_BY_RUNS
+    except (OSError, ValueError):  # damaged: then it is of a run if there are checkpoints beside it
+        return False
 
 
 def _is_ours(path: Path) -> bool:

@@ -54,6 +54,7 @@ def plan(
     )
     usable = price is None or 0 < price < math.inf
     must(usable, f"--price {price}: give the hourly price of one GPU, above 0, as in --price 2.50")
+    must(price is None or tokens is not None, f"--price {price} needs the number of --tokens, as in --tokens 300B")
     n_tokens = None if tokens is None else count(tokens)
     from open_mythos.diagnostics import parameters
     from open_mythos.planning.search import search, would_fit

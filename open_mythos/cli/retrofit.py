@@ -26,7 +26,7 @@ def retrofit(
     prelude: Annotated[int, typer.Option(help="Number of first layers, run once.")] = 4,
     core: Annotated[int, typer.Option(help="Number of layers before the coda, looped.")] = 8,
     coda: Annotated[int, typer.Option(help="Number of last layers, run once.")] = 4,
-    loops: Annotated[int, typer.Option(help="Default number of loops, and the most that are compared.")] = 4,
+    loops: Annotated[int, typer.Option(min=1, help="Default number of loops, and the most that are compared.")] = 4,
     decay: Annotated[
         float, typer.Option(help="Weight of the state in each loop's input; the rest is the embedding's.")
     ] = 0.5,
@@ -43,6 +43,7 @@ def retrofit(
     from open_mythos.integrations import retrofit as surgery
     from open_mythos.integrations.original import load_original
 
+    must(0 < decay < 1, f"--decay {decay}; give a number between 0 and 1")
     directory = out or Path("runs") / "retrofit"
     with progress(4) as begin:
         split = surgery.Split(prelude, core, coda)

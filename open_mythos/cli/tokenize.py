@@ -37,12 +37,14 @@ def tokenize(
     from open_mythos.tasks.filling import fill
     from open_mythos.training.owner import owned
 
-    out = files.real(out) if out.is_symlink() else out  # a folder cannot replace a link
+    out = files.real(out) if out.is_symlink() or not out.name else out  # a folder cannot replace a link
     is_free = not out.exists() or not any(out.iterdir())
     whole = f"train on it with {typed('train', 'text', f'data={out}')}, or " if store.is_store(out) else ""
     must(is_free, f"{out} exists and is not overwritten; {whole}give another --out")
     for source in sources:
         is_text = source == "stdlib" or not store.is_store(source)
+        inside = os.path.isdir(source) and files.real(out).is_relative_to(files.real(Path(source)))
+        must(not inside, f"--out {out} lies in {source}, where it would be read as text; give another --out")
         must(is_text, f"{source} already holds tokens; train on it with {typed('train', 'text', f'data={source}')}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     total, half = (

@@ -118,6 +118,8 @@ def evaluate(
     are always measured without it, on the same problems; the savings of the exit, or else of the gate, are a metric.
     """
     must(len(seeds) > 0, "seeds is empty; give at least one")
+    for name, values in ("seeds", seeds), ("difficulties", difficulties):
+        must(len({*values}) == len(values), f"{name} {', '.join(map(str, values))}: give each value only once")
     begin = progress or (lambda stage: None)
 
     def measured(rule: Exit | None) -> list[DepthGrid]:

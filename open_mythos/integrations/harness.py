@@ -70,7 +70,22 @@ def harness(
             an invalid loop count, a directory without a tokenizer, a tokenizer that does not fit the model, or data on
             a hub that cannot be reached.
     """
+    return list(scores(directory, tasks, loops, include, limit, batch_size, begin, device))[-1]
+
+
+def scores(
+    directory: str | Path,
+    tasks: Sequence[str],
+    loops: Sequence[int],
+    include: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    begin: Callable[[str], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[list[Curve]]:
+    """As :func:`harness`, yielding the curves so far after each loop count, which may take hours."""
     loops, names = list(loops), list(tasks)
+    must(len(loops) > 0, "loops is empty; give at least one loop count")
     whole = all(isinstance(count, int) and count >= 1 for count in loops)
     must(whole, f"loops={loops}; use whole numbers of at least 1")
     try:
@@ -82,15 +97,15 @@ def harness(
     with _quiet():
         manager = _manager(TaskManager, names, include)
         model, lm = _load(directory, batch_size, device)
-        found = []
-        with _blaming(names):
-            for count in loops:
-                if begin is not None:
-                    begin(f"{count} loops")
-                model.config.num_loops = count
-                options = dict(limit=limit, log_samples=False, bootstrap_iters=1000)
-                found.append(lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, **options))
-    return _curves(found, loops)
+    found = []
+    for n, count in enumerate(loops, start=1):
+        with _quiet(), _blaming(names):
+            if begin is not None:
+                begin(f"{count} loops")
+            model.config.num_loops = count
+            options = dict(limit=limit, log_samples=False, bootstrap_iters=1000)
+            found.append(lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, **options))
+        yield _curves(found, loops[:n])
 
 
 @contextmanager

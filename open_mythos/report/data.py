@@ -19,7 +19,7 @@ from open_mythos.evaluation import DepthGrid, depth_grid
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.evaluation.text import bits_per_byte
 from open_mythos.fields import must
-from open_mythos.files import read_json
+from open_mythos.files import read_json, real
 from open_mythos.model import OpenMythos
 from open_mythos.report.example import MAX_CELLS, trace_example
 from open_mythos.tasks.text import Text
@@ -205,6 +205,9 @@ def _training(path: Path) -> dict[str, Any] | None:
 
 def _baselines(run: Path) -> dict[str, Any] | None:
     """The results of ``mythos compare``, in the run's directory or its parent."""
+    if not run.exists():  # a shipped model
+        return None
+    run = real(run)
     path = next((path / RESULTS for path in (run, run.parent) if (path / RESULTS).is_file()), None)
     if path is None:
         return None

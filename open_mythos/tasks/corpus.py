@@ -1,5 +1,6 @@
 """Sources of text: the standard library's own code, local files, or a Hugging Face dataset."""
 
+import codecs
 import glob
 import hashlib
 import math
@@ -22,6 +23,7 @@ STREAMED = 1 << 26  # bytes read of a streamed dataset if max_bytes is 0
 WAYS = "'stdlib', 'hf:NAME', or the path or glob of text files"
 _ENDS = [re.compile(end) for end in (rb"[.!?]\s", rb"\s", rb"(?=[^\x80-\xbf])|$")]
 """Where a long line may be cut, best first: behind a sentence, behind a word, before a character."""
+_UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 _NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -108,6 +110,8 @@ def _within(documents: Iterator[bytes], left: float) -> Iterator[bytes]:
 
 def _files(source: str) -> list[Path]:
     path = Path(source).expanduser()
+    if path.is_file():  # though its name may look like a glob
+        return [path]
     paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     return sorted(path for path in paths if path.is_file())
 
@@ -127,15 +131,28 @@ def _texts(paths: list[Path], max_bytes: int) -> Iterator[bytes]:
         with path.open("rb") as file:
             if b"\0" not in (content := file.read(PIECE)):
                 content += file.read(max_bytes or -1)
-                if b"\0" not in content:
-                    yield content
+            if content.startswith(_UTF_16) or b"\0" not in content:
+                _check_text(path, content)
+                yield content
 
 
 def _file(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for piece in _pieces(file):
             must(b"\0" not in piece, f"source={str(path)!r} is not a text file; use {WAYS}")
+            _check_text(path, piece)
             yield piece
+
+
+def _check_text(path: Path, content: bytes) -> None:
+    """ValueError unless ``content`` is UTF-8; its last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"source: {path} is not UTF-8 ({error.reason} at {error.object[error.start : error.end]!r}); convert it, "
+            f"as with iconv -f ENCODING -t UTF-8, or leave it out"
+        ) from None
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

@@ -65,7 +65,7 @@ THEIRS = {
     "eval --harness": ["harness.json", "harness.png"],
     "diagnose": ["state_change.png", "halting.png"],
     "compare": ["compare.json", "compare-8.png"],
-    "demo": ["table.json", "depth.png", "evaluation.json", "metrics.jsonl", "model/config.json"],
+    "demo": ["config.json", "table.json", "depth.png", "evaluation.json", "metrics.jsonl", "model/config.json"],
     "demo --pretrained": ["table.json", "depth.png", "evaluation.json", "model/model.safetensors"],
     "train": ["config.json", "metrics.jsonl", "evaluation.json", "checkpoints", "model/README.md", "model/config.json"],
     "train-gate": ["config.json", "model.safetensors", "tokenizer.json", "training.json"],

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
 import pytest
+from helpers import tiny_model
 from typer.testing import CliRunner
 
 from open_mythos import OpenMythos, evaluation, plots
 from open_mythos.cli import app
-from open_mythos.cli.demo import demo
+from open_mythos.cli.demo import STEPS
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.models import load_model
 from open_mythos.training.recipes import recipe
@@ -40,11 +40,24 @@ def test_demo_evaluates_without_early_exit_and_says_so(tmp_path: Path, monkeypat
 
 
 def test_demo_steps_default_to_those_of_its_recipe() -> None:
-    assert inspect.signature(demo).parameters["steps"].default == recipe("demo").steps
+    assert recipe("demo").steps == STEPS
 
 
-def test_demo_refuses_zero_steps(tmp_path: Path) -> None:
-    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "0"]).exit_code == 2
+@pytest.mark.parametrize(
+    "options", ["--steps 0", "--seed -1", f"--seed {10**20} --pretrained", "--steps 5 --pretrained"]
+)
+def test_demo_refuses_invalid_options_before_it_writes(tmp_path: Path, options: str) -> None:
+    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "run"), *options.split()]).exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo_does_not_replace_a_models_folder(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "evaluation.json").write_text('{"mine": 1}')
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "model"), "--steps", "1"])
+    assert done.exit_code == 2 and "config.json exists and is not of a training run" in " ".join(done.stderr.split())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
 def test_demo_pretrained_solves_384_bits_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

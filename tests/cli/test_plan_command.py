@@ -65,6 +65,7 @@ def test_a_recipe_and_a_run_are_planned_with_their_own_settings(tmp_path: Path) 
         (["nano", "--interconnect", "nvlnk"], "--interconnect 'nvlnk' is unknown; did you mean 'nvlink'?"),
         (["nano", "--tokens", "many"], "--tokens 'many' should be a number above 0, as in 300B"),
         (["nano", "--price", 0], "--price 0.0: give the hourly price of one GPU"),
+        (["nano", "--price", 2], "--price 2.0 needs the number of --tokens, as in --tokens 300B"),
         (["nano", "device=h1000"], "device='h1000' is unknown; use one of 'a100', 'h100'"),
         (["nano", "parallel.experts=2"], "unknown key 'parallel.experts'; did you mean 'parallel.expert'?"),
         (["nano", "--gpus", 3, "batch_size=4", "length=8"], "batch_size=4 cannot be shared by 3 GPUs"),

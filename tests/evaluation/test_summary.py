@@ -81,6 +81,15 @@ def test_a_model_without_halting_has_no_halting_metrics(model: Counting) -> None
     assert found.metrics["difficulties"][0]["settle_rate"] is None, "undefined for one loop"
 
 
+@pytest.mark.parametrize("changes, said", [
+    (dict(seeds=(0, 1, 0)), "seeds 0, 1, 0: give each value only once"),
+    (dict(difficulties=[2, 2]), "difficulties 2, 2: give each value only once"),
+])  # fmt: skip
+def test_repeated_seeds_and_difficulties_are_refused(model: Counting, changes, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        evaluate(model, Copy(), **dict(difficulties=[2], loops=[1], examples=2) | changes)
+
+
 def test_a_baseline_is_evaluated_at_one_depth() -> None:
     model = UnrolledMythos(tiny_config(vocab_size=3, max_loop_iters=3))
     found = evaluate(model, Copy(), [4], [3], examples=4)

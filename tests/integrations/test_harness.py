@@ -74,6 +74,27 @@ def test_eval_writes_a_table_a_plot_and_json(parity, tmp_path, capfd, monkeypatc
     assert f"Results: {tmp_path}/harness.json" in done.output and "--loops 32" in done.output
 
 
+def test_an_interrupted_evaluation_keeps_the_loop_counts_that_are_done(parity, tmp_path, monkeypatch):
+    import lm_eval
+
+    evaluate, calls = lm_eval.simple_evaluate, []
+
+    def interrupted(**options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(**options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", interrupted)
+    done = run_eval(
+        parity, "--harness", "parity_choice", "--include-path", TASKS, "--loops", "16,1", "--examples", 8,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code != 0 and "stopped; the scores of 16 loops are in" in done.output
+    (curve,) = json.loads((tmp_path / "out" / "harness.json").read_text())
+    assert curve["loops"] == [16] and curve["values"] == [1.0]
+
+
 LM_EVAL = """
 import json, runpy, sys
 from lm_eval.tasks import TaskManager

@@ -248,6 +248,13 @@ def test_all_end_tokens_of_the_original_are_kept(source: Path, tmp_path: Path) -
         assert found.eos_token_id == [5, 7, 0] and (found.pad_token_id, found.bos_token_id) == (3, 4)
 
 
+@pytest.mark.parametrize("options", ["--loops 0", "--decay 1", "--decay nan", "--decay 0"])
+def test_invalid_options_are_refused_before_the_original_is_loaded(tmp_path: Path, options: str) -> None:
+    """Which is missing here, and would be refused first."""
+    result = CliRunner().invoke(app, ["retrofit", str(tmp_path / "none"), *options.split()])
+    assert result.exit_code == 2 and options.split()[0] in result.stderr
+
+
 def test_errors_of_the_command_are_one_line(source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["retrofit", str(source), "--core", "9", "--out", str(tmp_path / "none")])
     assert result.exit_code == 2 and not (tmp_path / "none").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from open_mythos.cli import app
 from open_mythos.diagnostics import trace
 from open_mythos.evaluation.summary import Evaluation
 from open_mythos.report import gather
+from open_mythos.report.data import _baselines
 from open_mythos.report.example import MAX_CELLS, PROBLEMS, trace_example
 from open_mythos.tasks import pad
 from open_mythos.training import runs
@@ -110,6 +112,15 @@ def test_a_comparison_is_found_in_the_run_or_beside_it(run):
     (run / "compare.json").write_text("{")
     with pytest.raises(ValueError, match=r"compare\.json is not JSON"):
         gather(run)
+
+
+def test_a_comparison_of_the_working_folder_is_not_that_of_a_shipped_model_but_of_a_run_in_it(run, monkeypatch):
+    monkeypatch.chdir(run)
+    (run / "compare.json").write_text(json.dumps(COMPARISON | {"contenders": [3]}))
+    assert _baselines(Path("parity-tiny")) is None
+    (run / "compare.json").unlink()
+    (run.parent / "compare.json").write_text(json.dumps(COMPARISON))
+    assert _baselines(Path(".")) is not None
 
 
 def test_the_shown_command_reproduces_the_config(run):

@@ -81,10 +81,36 @@ def test_blank_documents_are_left_out(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_directory_and_a_glob_are_read_in_order_without_binaries(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name, content in {"b.txt": b"second", "a.md": b"first", "sub/c.txt": b"thi\xffrd", "d.bin": b"\0"}.items():
+    for name, content in {"b.txt": b"second", "a.md": b"first", "sub/c.txt": b"third", "d.bin": b"\0"}.items():
         (tmp_path / name).write_bytes(content)
-    assert documents(str(tmp_path), MUCH) == ("first", "second", "thi�rd")
-    assert documents(f"{tmp_path}/**/*.txt", MUCH) == ("second", "thi�rd")
+    assert documents(str(tmp_path), MUCH) == ("first", "second", "third")
+    assert documents(f"{tmp_path}/**/*.txt", MUCH) == ("second", "third")
+
+
+@pytest.mark.parametrize("content", ["café naïve\n".encode("latin-1"), "words\n".encode("utf-16"), b"\xe2\x82 "])
+@pytest.mark.parametrize("n_others", [0, 1])
+def test_text_that_is_not_utf_8_is_refused_by_name(tmp_path: Path, content: bytes, n_others: int) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    for i in range(n_others):
+        (tmp_path / f"b{i}.txt").write_text("é" * 9)
+    with pytest.raises(ValueError, match=r"a\.txt.* is not (UTF-8 .*; convert it|a text file)"):
+        documents(str(tmp_path if n_others else tmp_path / "a.txt"), MUCH)
+
+
+def test_a_character_may_be_cut_by_max_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("é" * 9)
+    (tmp_path / "b.txt").write_text("é" * 9)
+    assert documents(str(tmp_path), 21) == ("é" * 9, "é\ufffd")
+
+
+def test_a_changed_file_is_noticed_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("a.txt", "notes [1].txt", "what?.txt", "*.txt"):
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("one")
+        before = corpus.state(str(path)), corpus.size(str(path), 0)
+        path.write_text("three")
+        assert before != (corpus.state(str(path)), corpus.size(str(path), 0)) and before[1] == 3
 
 
 def test_reading_stops_at_max_bytes(tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ def _check_outputs(labels: Any, logits_to_keep: Any, vocab_size: int, ignored: A
 class OpenMythosForSequenceClassification(OpenMythosPreTrainedModel):
     """One vector of scores for each text, read at its last token; with one label, a reward model."""
 
+    accepts_loss_kwargs = False  # the loss is a mean, which Trainer has to divide by its accumulation steps
+
     def post_init(self) -> None:  # the score layer is added before it, to be initialised unless it is loaded
         self.score = nn.Linear(self.config.dim, self.config.num_labels, bias=False)
         super().post_init()

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from wrapped import letters, wrapped
 
 from open_mythos import OpenMythos
-from open_mythos.integrations.hf import OpenMythosForCausalLM
+from open_mythos.integrations.hf import OpenMythosForCausalLM, OpenMythosForSequenceClassification
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing:FutureWarning"),
@@ -86,6 +86,27 @@ def test_packed_documents_give_the_loss_of_separate_documents(tmp_path):
         trainer.train()
         found += losses(trainer)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind, n_labels", [
+    ("regression", 1), ("multi_label_classification", 3), ("single_label_classification", 3),
+])  # fmt: skip
+def test_accumulated_steps_of_a_classifier_equal_one_of_all_rows(tmp_path, kind, n_labels):
+    labels = {"regression": [0.0, 1.0, 2.0, 3.0], "single_label_classification": [0, 1, 2, 0]}
+    labels = labels.get(kind, [[1.0, 0.0, float(i % 2)] for i in range(4)])
+    rows = [{"input_ids": tokens(6, seed=i), "labels": labels[i]} for i in range(4)]
+    found = []
+    for n in (1, 4):
+        torch.manual_seed(0)
+        config = wrapped(halting=False).config
+        config.num_labels, config.problem_type = n_labels, kind
+        config.pad_token_id = 0
+        options = QUIET | {"max_steps": 1, "per_device_train_batch_size": 4 // n, "max_grad_norm": 1e9}
+        args = TrainingArguments(tmp_path / str(n), gradient_accumulation_steps=n, save_strategy="no", **options)
+        trainer = Trainer(model=OpenMythosForSequenceClassification(config), args=args, train_dataset=rows)
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
