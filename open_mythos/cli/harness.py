@@ -9,6 +9,7 @@ from rich.text import Text
 from open_mythos import files, plots
 from open_mythos.cli.console import announce, console, mythos, note, picture, table, whole_numbers
 from open_mythos.cli.owned import may_replace
+from open_mythos.cli.watch import log
 from open_mythos.fields import must
 from open_mythos.install import find_hub
 from open_mythos.integrations.harness import Curve, scores
@@ -43,7 +44,7 @@ def eval_harness(
     except BaseException:
         if curves:
             done = ", ".join(map(str, curves[0].loops))
-            announce(f"stopped; the scores of {done} loops are in {path}")
+            log(f"stopped; the scores of {done} loops are in {path}")
         raise
     show(curves)
     panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}  # metric, task, loops: value, error
