@@ -55,10 +55,11 @@ _OF_RUNS = CONFIG_FILE, "metrics.jsonl", "checkpoints", "evaluation.json"  # wha
 
 
 @checked
-def home_dir(directory: Path) -> Path:
-    """The run that a model's ``directory`` lies in, or itself if it lies in none."""
+def home_dir(source: str | Path) -> Path:
+    """The run whose model :func:`model_dir` finds, or the model's own directory if it is in none; errors as there."""
+    directory = model_dir(source)
     is_in_run = directory.name == MODEL and any((directory.parent / name).exists() for name in _OF_RUNS)
-    return directory.parent if is_in_run else directory
+    return directory.parent if is_in_run or directory == Path(source) / MODEL else directory
 
 
 @checked

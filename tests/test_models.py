@@ -23,7 +23,7 @@ def test_a_model_is_found_by_its_run_or_its_own_directory(tmp_path: Path) -> Non
 
 def test_a_folder_called_model_is_a_runs_only_beside_what_a_run_writes(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
-    assert home_dir(tmp_path / "model") == tmp_path / "model"
+    assert home_dir(tmp_path / "model") == tmp_path / "model" and home_dir(tmp_path) == tmp_path
     (tmp_path / "evaluation.json").write_text("{}")
     assert home_dir(tmp_path / "model") == tmp_path
 

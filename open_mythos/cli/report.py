@@ -19,10 +19,10 @@ def report(
     """Write an HTML report of a run: curves, and every loop of an example."""
     from open_mythos import files
     from open_mythos.cli.owned import may_replace
-    from open_mythos.models import home_dir, model_dir
+    from open_mythos.models import home_dir
     from open_mythos.report import gather, render
 
-    path = out or (home_dir(model_dir(run)) if Path(run).is_dir() else Path("runs") / run) / "report.html"
+    path = out or (home_dir(run) if Path(run).is_dir() else Path("runs") / run) / "report.html"
     must(path.suffix in (".html", ".htm"), f"--out {path} should end in .html, as it is an HTML page")
     may_replace(path)
     with progress(n_steps=3) as begin:

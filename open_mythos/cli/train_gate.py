@@ -44,7 +44,7 @@ def train_gate(
     trained = training_config(checkpoint)
     cfg = settings(trained, steps, min_difficulty, max_difficulty, loops)
     model = load_model(checkpoint)
-    home = home_dir(files.real(model_dir(checkpoint)))
+    home = files.real(home_dir(checkpoint))
     beside = home.with_name(f"{home.name}-gate") if Path(checkpoint).exists() else Path(f"runs/{checkpoint}-gate")
     out = out or beside
     is_model = files.real(out) == files.real(model_dir(checkpoint))

@@ -65,7 +65,7 @@ def gather(
     """
     begin = progress or (lambda stage: None)
     begin("loading")
-    run = runs.home_dir(runs.model_dir(run)) if Path(run).exists() else run
+    run = runs.home_dir(run) if Path(run).exists() else run
     cfg, model = runs.training_config(run), runs.load_model(run).to(find_device("auto"))
     task = tasks.load(cfg.task.name, **cfg.task.options | runs.held_out_options(run, cfg))
     begin("evaluating")

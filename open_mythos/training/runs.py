@@ -46,7 +46,7 @@ def everywhere(path: str) -> str:
 def evaluation_dir(source: str | Path) -> Path:
     """Where to write evaluations of a model: ``evaluation`` in its run or directory, or a folder in ``runs`` if that is
     not writable."""
-    home = home_dir(model_dir(source))
+    home = home_dir(source)
     if Path(source).exists() and os.access(home, os.W_OK):
         return home / "evaluation"
     return Path("runs") / f"eval-{Path(source).name}"
