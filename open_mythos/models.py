@@ -4,6 +4,7 @@ A model's directory holds ``config.json`` and ``model.safetensors``. There may b
 card; and ``training.json``, how it was trained. In a run it is ``RUN/model``.
 """
 
+from collections.abc import Container
 from pathlib import Path
 
 from open_mythos import files
@@ -49,6 +50,13 @@ def model_dir(source: str | Path) -> Path:
     names = shipped()
     said = f"neither a directory nor a shipped model; {nearest(source, names)}" if names else "not a directory"
     raise ValueError(f"{source} is {said}{hub_hint(source)}")
+
+
+def remove_beside(directory: Path, kept: Container[str] = ()) -> None:
+    """Remove what belongs to an earlier model in ``directory``: its tokenizer's files and training config."""
+    for name in (*TOKENIZER_FILES, TRAINING_FILE):
+        if name not in kept:
+            (directory / name).unlink(missing_ok=True)
 
 
 _OF_RUNS = CONFIG_FILE, "metrics.jsonl", "checkpoints", "evaluation.json"  # what a run has beside its model

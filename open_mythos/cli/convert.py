@@ -29,6 +29,7 @@ def convert(
     from open_mythos.cli.owned import may_replace_model
     from open_mythos.files import real
     from open_mythos.integrations.upstream import convert as convert_checkpoint
+    from open_mythos.models import CARD, remove_beside
 
     with progress(n_steps=2) as begin:
         existing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
@@ -42,6 +43,9 @@ def convert(
         conversion = convert_checkpoint(source, config, settings or ())
         begin("writing")
         conversion.model.save_pretrained(directory)
+        if existing:
+            remove_beside(directory)
+            (directory / CARD).unlink(missing_ok=True)
     show(conversion)
     note(
         f"Model: {directory}; its logits are those of the reference.",

@@ -28,9 +28,9 @@ _KEYWORDS = {word.encode() for word in keyword.kwlist}
 def kinds_of(text: bytes, is_python: bool) -> bytes:
     """For each byte of a window of text, the index of its kind in ``KINDS``.
 
-    A name is *copied* if it occurred earlier in the window as a whole word. Syntax is everything else: keywords,
-    operators, punctuation, white space. In text that is not Python every word counts as a name, and there are no
-    keywords, comments or strings.
+    A name is *copied* if it occurred earlier in the window as a name, not only in a comment or a string. Syntax is
+    everything else: keywords, operators, punctuation, white space. In text that is not Python every word counts as a
+    name, and there are no keywords, comments or strings.
     """
     return _copied(text, _lexed(text, is_python))
 

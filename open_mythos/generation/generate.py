@@ -155,11 +155,15 @@ def _one_by_one(
     model: Model, engine: Engine, logits: Tensor, sampling: Sampling, generator: torch.Generator | None, warm: bool
 ) -> Iterator[Tensor]:
     """(B, 1) tokens, one after the other, without end."""
+    trains = any(module.training for module in model.modules())
     while True:
         tokens = sampling.draw(logits, generator).unsqueeze(1)
         yield tokens
         first = engine.state if warm else None
-        logits = evaluating(model if model.training else None, engine.step, tokens, first)
+        if trains or model.training:
+            logits = evaluating(model, engine.step, tokens, first)
+        else:
+            logits = engine.step(tokens, first)
 
 
 def _until_done(

@@ -14,6 +14,8 @@ from open_mythos.config import MODEL_TYPE
 from open_mythos.fields import must
 from open_mythos.install import find_hub, missing
 
+_GGUF_HEAD = 1 << 26  # bytes of a GGUF file that hold all names
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -35,6 +37,8 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     except ImportError as error:
         raise missing("retrofit needs transformers", "hf") from error
     directory, options = _located(Path(source)) if Path(source).exists() else (str(source), {})
+    if options:
+        check_gguf(Path(directory, options["gguf_file"]))
     try:
         with _quietly(transformers):
             if not options:  # for a GGUF file, reading the config takes as long as reading all of it
@@ -67,6 +71,24 @@ def load_original(source: str | Path) -> tuple[Any, Any]:
     n, most = len(tokenizer), model.config.vocab_size
     must(n <= most, f"the tokenizer of {source} has {n} tokens and the model {most}; they do not belong together")
     return model.eval(), tokenizer
+
+
+def check_gguf(path: Path) -> None:
+    """Raise ValueError for a GGUF file with a scaled rotary embedding, of which transformers reads nothing.
+
+    Looks for its names in the head of the file, as parsing all of it takes seconds.
+    """
+    with path.open("rb") as file:
+        head = file.read(_GGUF_HEAD)
+    scaled = "rope_freqs.weight" if b"rope_freqs.weight" in head else None
+    if (at := head.find(key := b"rope.scaling.type")) >= 0:  # then its kind, 8 for text, as 4 bytes, and a length as 8
+        value = head[at + len(key) + 12 :][: int.from_bytes(head[at + len(key) + 4 :][:8], "little")]
+        scaled = scaled if value == b"none" else f"rope.scaling.type={value.decode(errors='replace')!r:.40}"
+    must(
+        scaled is None,
+        f"{path} scales its rotary embedding ({scaled}), which transformers does not read from a GGUF file; give the "
+        f"directory of the model that it was made from, with its config.json and safetensors",
+    )
 
 
 def check_kind(kind: str | None, source: str | Path = "the original") -> None:

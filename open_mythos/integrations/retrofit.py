@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import files
+from open_mythos.checkpoint import remove_earlier
 from open_mythos.config import MythosConfig
 from open_mythos.fields import must
 from open_mythos.integrations.original import check_family
 from open_mythos.model import OpenMythos
+from open_mythos.models import remove_beside
 
 TOLERANCE = 1e-4
 """Largest accepted difference between the logits of the original's kept layers and of the new model at one loop, in
@@ -71,10 +73,16 @@ def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) ->
         The model, float32, in eval mode. It does not halt; its loops beyond the first have yet to be trained.
 
     Raises:
-        ValueError: for an unsupported architecture, or a split that does not fit.
+        ValueError: for an unsupported architecture, adapters, quantised layers, or a split that does not fit.
     """
     check_family(original.config)
+    must(
+        hasattr(original, "model") and hasattr(original.model, "layers"),
+        f"the original is a {type(original).__name__}; give the model itself, after merge_and_unload() if it is PEFT's",
+    )
     parts = split.layers(len(original.model.layers))
+    # A config may say tied of a file that has both; transformers then does not tie them.
+    is_tied = original.lm_head.weight is original.model.embed_tokens.weight
     config, rope = original.config, dict(original.config.rope_parameters)
     stretch = {}
     if rope.get("rope_type") == "llama3":
@@ -84,7 +92,7 @@ def retrofit(original: Any, split: Split, loops: int = 4, decay: float = 0.5) ->
         n_kv_heads=config.num_key_value_heads, max_seq_len=config.max_position_embeddings, max_loop_iters=loops,
         prelude_layers=split.prelude, core_layers=split.core, coda_layers=split.coda,
         attn_type="gqa", rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, **stretch,
-        n_experts=0, dense_dim=config.intermediate_size, tied_head=config.tie_word_embeddings,
+        n_experts=0, dense_dim=config.intermediate_size, tied_head=is_tied,
         injection_decay=decay, injection_gain=1 - decay, input_norm=False, state_norm=False, state_init="input",
         lora_rank=0, conv_taps=0, local_window=0, halting=False, warm_start=False,
     )  # fmt: skip
@@ -110,6 +118,11 @@ def _copy_layer(block: Any, layer: Any) -> None:
         (attn.wq, old_attn.q_proj), (attn.wk, old_attn.k_proj), (attn.wv, old_attn.v_proj), (attn.wo, old_attn.o_proj),
         (ffn.gate, old_ffn.gate_proj), (ffn.up, old_ffn.up_proj), (ffn.down, old_ffn.down_proj),
     ):  # fmt: skip
+        must(
+            type(old) is nn.Linear,
+            f"a layer of the original is a {type(old).__name__}, not a plain Linear; merge its adapters "
+            f"(merge_and_unload), or load it unquantised",
+        )
         weight = old.weight
         if linear in (attn.wq, attn.wk):  # RoPE rotates channels i and D/2 + i in the original, 2i and 2i + 1 here
             weight = weight.unflatten(0, (-1, 2, attn.head_dim // 2)).transpose(1, 2).flatten(0, 2)
@@ -137,7 +150,7 @@ def difference(model: OpenMythos, logits: Tensor, ids: Tensor) -> float:
 
 
 def save(model: OpenMythos, tokenizer: Any, directory: str | Path, generation: Any = None) -> None:
-    """Write the model, its tokenizer, and a generation config with the special tokens.
+    """Write the model, its tokenizer, and a generation config with the special tokens, in place of an earlier model's.
 
     End tokens are those of ``generation``, the original's generation config, and of the tokenizer; other special tokens
     are the tokenizer's where ``generation`` has none.
@@ -151,6 +164,10 @@ def save(model: OpenMythos, tokenizer: Any, directory: str | Path, generation: A
     ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
     made["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     with files.replacing_folder(directory) as partial:
-        tokenizer.save_pretrained(partial)
+        # Several templates would be files of a subfolder; so they are in the tokenizer's config.
+        tokenizer.save_pretrained(partial, save_jinja_files=isinstance(tokenizer.chat_template, str | None))
         GenerationConfig(**made).save_pretrained(partial)
         model.save_pretrained(partial)
+        written = {file.name for file in partial.iterdir()}
+    remove_earlier(Path(directory), written)
+    remove_beside(Path(directory), written)

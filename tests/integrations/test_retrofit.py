@@ -29,7 +29,7 @@ from open_mythos.training.trainer import Trainer
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from open_mythos.integrations.original import load_original  # noqa: E402
+from open_mythos.integrations.original import check_gguf, load_original  # noqa: E402
 from open_mythos.integrations.retrofit import (  # noqa: E402
     TOLERANCE,
     Split,
@@ -246,6 +246,57 @@ def test_all_end_tokens_of_the_original_are_kept(source: Path, tmp_path: Path) -
         assert done.exit_code == 0, done.output
         found = transformers.GenerationConfig.from_pretrained(command[-1])
         assert found.eos_token_id == [5, 7, 0] and (found.pad_token_id, found.bos_token_id) == (3, 4)
+
+
+@pytest.mark.parametrize("scaled, said", [
+    (b"\x11rope_freqs.weight", r"\(rope_freqs.weight\)"),
+    (b"llama.rope.scaling.type" + bytes([8, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0]) + b"linearxyz", "type='linear'"),
+])  # fmt: skip
+def test_gguf_files_of_scaled_rotary_embeddings_are_refused(tmp_path: Path, scaled: bytes, said: str) -> None:
+    """Transformers reads none of the scaling, and would load another model."""
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(40) + scaled + bytes(99))
+    with pytest.raises(ValueError, match=f"scales its rotary embedding .*{said}.*config.json and safetensors"):
+        load_original(tmp_path / "a.gguf")
+
+
+def test_gguf_files_without_scaling_pass(tmp_path: Path) -> None:
+    none = b"llama.rope.scaling.type" + bytes([8, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]) + b"none"
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(40) + none + bytes(99))
+    check_gguf(tmp_path / "a.gguf")
+
+
+def test_a_head_that_is_not_tied_is_copied_whatever_the_config_says() -> None:
+    original = llama(tie_word_embeddings=False)
+    original.config.tie_word_embeddings = True
+    assert original.lm_head.weight is not original.model.embed_tokens.weight
+    model = retrofit(original, Split(1, 1, 1))
+    truncate(original, Split(1, 1, 1))
+    assert difference(model, logits_of(original, ids(6)), ids(6)) < TOLERANCE and not model.cfg.tied_head
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_originals_with_adapters_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    original = llama()
+    adapted = peft.get_peft_model(original, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for given in (original, adapted):
+        with pytest.raises(ValueError, match=r"merge.*\(?merge_and_unload|merge_and_unload\(\)"):
+            retrofit(given, Split(1, 1, 1))
+
+
+def test_nothing_of_an_earlier_model_stays_beside_a_new_one(source: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = retrofit(llama(), Split(1, 1, 1))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for _ in range(2):
+        save(model, tokenizer, tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    for template in ("{{ messages[0] }}", None):
+        tokenizer.chat_template = template
+        (tmp_path / "out" / "training.json").write_text("{}")
+        save(model, tokenizer, tmp_path / "out")
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+        assert not (tmp_path / "out" / "training.json").exists()
 
 
 @pytest.mark.parametrize("options", ["--loops 0", "--decay 1", "--decay nan", "--decay 0"])
