@@ -244,9 +244,8 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                 if is_last or trainer.step_number % cfg.log_every == 0:
                     line = meter.record(trainer)
                     try:
-                        for logger in loggers:
-                            error = log_line(logger, line, watch.log)
-                            late = error if is_last and error is not None else late
+                        errors = [log_line(logger, line, watch.log) for logger in loggers]
+                        late = next(filter(None, errors), None) if is_last else None
                         watch.record(line)
                     except KeyboardInterrupt:  # raised by a handler other than ours
                         if stop.asked:  # the second signal ends the run at once
@@ -256,9 +255,11 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
                 is_due |= trainer.step_number % cfg.save_every == 0
                 asked = stop.is_asked()
                 if is_last or asked or (is_due and not trainer.skipped_in_a_row):
-                    save(saving, trainer, meter, watch.log)
+                    with nullcontext() if late is None else suppress(OSError):
+                        save(saving, trainer, meter, watch.log)
                     is_due = False
-            written(saving, cfg, watch.log)
+            with nullcontext() if late is None else suppress(OSError):
+                written(saving, cfg, watch.log)
             if late is not None:
                 raise late
             if trainer.skipped and trainer.step_number == cfg.steps:
@@ -276,10 +277,10 @@ def train(trainer: Trainer, meter: Meter, run: Path, watch: Watch, stop: Stop) -
 
 def log_line(logger: Logger, line: Record, log: Callable[[str], None]) -> OSError | None:
     """Log a line. A failure is logged and training continues; it is returned if it is of the metrics file."""
-    is_file = isinstance(logger, MetricsFile)
     try:
         logger.log(line)
     except Exception as error:
+        is_file = isinstance(logger, MetricsFile)
         if is_file and not isinstance(error, OSError):
             raise
         later = "they will be written with the next line" if is_file else f"{type(logger).__name__} failed"
@@ -365,8 +366,7 @@ def save_tokenizer(task: Task, directory: Path) -> None:
         task.save_tokenizer(directory)
     elif isinstance(task, InWords):
         spelled = task.spelling
-        words = WordLevel(VOCABULARY, ends=isinstance(task, Words)) if spelled is None else spelled.tokenizer
-        words.save(directory)
+        (WordLevel(VOCABULARY, ends=isinstance(task, Words)) if spelled is None else spelled.tokenizer).save(directory)
 
 
 def measure(model: OpenMythos, task: Task, cfg: TrainConfig, run: Path, begin: Callable[[str], None]) -> None:
