@@ -9,9 +9,9 @@ A plain training loop, ``loss = f(model(ids)); loss.backward(); optimizer.step()
 - **Warm starts** (``cfg.warm_start``): the step then starts these rows from their own states after some loops.
 - **Trained loops**: depth-wise LoRA records the largest number of loops trained.
 
-None of it happens in eval mode, without gradient, to frozen weights, or with ``auxiliary=False``, for where two models
-are compared (DPO, GRPO). The :class:`~open_mythos.training.trainer.Trainer` has its own schedule of loops, and calls
-:func:`balance` itself.
+None of it happens in eval mode, without gradient, or with ``auxiliary=False``, for where two models are compared (DPO,
+GRPO); frozen experts and a frozen gate stay as they are. The :class:`~open_mythos.training.trainer.Trainer` has its own
+schedule of loops, and calls :func:`balance` itself.
 """
 
 import math

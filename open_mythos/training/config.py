@@ -40,7 +40,7 @@ class LoopConfig(Checked):
     ramp: float = real(0.5, 0.0, 1.0, low_open=True)  # curriculum only: share of the run
     per_token: float = real(0.5, 0.0, low_open=True)  # by_length only
     spare: int = size(2, minimum=0)  # by_steps only; with task.growth at most two until problems are of full size
-    grown: float = real(0.4, 0.0, 1.0, low_open=True)  # task.growth only: size at which maximum loops are reached
+    grown: float = real(0.4, 0.0, 1.0, low_open=True)  # task.growth only: size with all but spare loops
     per: str = choice("batch", "batch", "sequence")  # one loop count for the whole batch, or one for each sequence
     # all: through every loop. last: the last `grad_loops`. one_step: the last alone (2111.05177's limit). phantom: the
     # last `grad_loops`, each damped (2111.05177). each: every loop starts from a detached state, so that its own loss

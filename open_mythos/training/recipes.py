@@ -189,7 +189,7 @@ def bridge() -> TrainConfig:
     """Train an adapter, in a model made by `mythos retrofit` (start=DIR), to use its loops on tasks in words.
 
     The weights of the model stay frozen. Loop k is supervised with what is known after k - 1 steps of the solution, and
-    in the last third of the run with the answer alone.
+    in the last 30% of the run with the answer alone.
     """
     cfg = _reasoner(
         "assignments", range(1, 4), loops=6, steps=600, lr=2e-3, batch_size=8,
