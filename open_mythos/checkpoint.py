@@ -174,11 +174,10 @@ def verify_files(cls: type[Model], directory: Path) -> None:
     for part in parts:
         weights.verify_file(part)
     try:
-        cfg, shapes = MythosConfig.load(config_path), _shapes(parts)
-    except (FileNotFoundError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        cfg = MythosConfig.load(config_path)
+    except (FileNotFoundError, ValueError):
         return
+    shapes = _shapes(parts)
     _check_layers(cls, cfg, config_path, weights_path, shapes)
     expected = cfg.vocab_size, cfg.dim
     if (found := tuple(shapes.get("embed.weight", expected))) != expected:

@@ -134,12 +134,9 @@ class LoRAAdapter(nn.Module):
 
     def grow(self, n: int) -> None:
         """Make room for the scales of ``n`` loops, if the table has fewer; the rows are to be loaded then."""
-        if n > self.scale.num_embeddings:
-            self.scale = (
-                nn.Embedding(n, self.scale.embedding_dim, device="meta")
-                .to_empty(device=self.scale.weight.device)
-                .to(self.scale.weight.dtype)
-            )
+        rows, rank = self.scale.weight.shape
+        if n > rows:
+            self.scale = nn.Embedding(n, rank, device=self.scale.weight.device, dtype=self.scale.weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load a table saved with another ``max_loops``: grow to a longer one, repeat the last row of a shorter one."""
